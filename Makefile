@@ -1,0 +1,59 @@
+# The commands of this project; `make test` and `make demo` work on a fresh clone.
+
+PYTHON ?= python3
+PIP_VERSION := 26.3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# The demonstration: its numbers stand here and nowhere else.
+DEMO_MODEL := smollm2-135m
+DEMO_FIT_SETTINGS :=
+DEMO_METHODS := backbone,base,elrea,uniform-weights
+DEMO_EVAL_SETTINGS :=
+DEMO_RUN := runs/demo
+DEMO_EVAL := runs/demo-eval
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint format demo bench clean
+
+help: ## list these commands
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+
+setup: $(READY) ## create .venv and install everything into it, once
+
+# Old pip knows no dependency groups, so pip comes first; torch next and alone, for it is the large one.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Coterie needs Python 3.11 or newer; type: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	@echo "setup 1/3: Python environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check pip==$(PIP_VERSION)
+	@echo "setup 2/3: torch (the largest download)"
+	@$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt torch
+	@echo "setup 3/3: Coterie and its tools (about two minutes)"
+	@$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable '.[data]' --group dev
+	@touch $@
+
+test: $(READY) ## run the tests
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2
+
+lint: $(READY) ## check style, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyrefly check
+
+format: $(READY) ## put the code into the project's format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+demo: $(READY) ## fit, evaluate and report on the sample data with a real small model
+	$(BIN)/coterie fit elrea --model $(DEMO_MODEL) --data examples/data/train.jsonl --output $(DEMO_RUN) --overwrite $(DEMO_FIT_SETTINGS)
+	$(BIN)/coterie eval $(DEMO_RUN) --data examples/data/test.jsonl --methods $(DEMO_METHODS) --output $(DEMO_EVAL) --overwrite $(DEMO_EVAL_SETTINGS)
+	$(BIN)/coterie report $(DEMO_EVAL)
+
+bench: $(READY) ## run every benchmark in its quick form
+	@for script in benchmarks/[a-z]*.py; do echo "$$script --quick"; $(BIN)/python "$$script" --quick || exit 1; done
+
+clean: ## remove caches, builds and the demonstration's runs; .venv stays
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis $(DEMO_RUN) $(DEMO_EVAL)
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

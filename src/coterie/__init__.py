@@ -1,0 +1,36 @@
+"""Coterie trains, selects, routes, combines and serves LoRA experts for language models.
+
+Importing the package is quick: a name loads its room when it is first used.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CoterieError": "coterie.errors",
+    "Example": "coterie.data.examples",
+    "load_examples": "coterie.data.examples",
+    "Backbone": "coterie.backbone.loading",
+    "load_backbone": "coterie.backbone.loading",
+    "ExpertBank": "coterie.experts.bank",
+    "load_bank": "coterie.experts.bank",
+    "Routing": "coterie.routers.base",
+    "Mixture": "coterie.mixture",
+    "Completion": "coterie.mixture",
+    "evaluate": "coterie.evaluation.compare",
+    "run_evaluation": "coterie.evaluation.compare",
+    "write_report": "coterie.report",
+}
+
+__all__ = [*_HOMES, "methods"]  # noqa: PLE0604 - names, every one
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the name stands for
+    """Load a public name from its room (PEP 562)."""
+    if name == "methods":
+        return importlib.import_module("coterie.methods")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'coterie' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
