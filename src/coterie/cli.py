@@ -1,0 +1,211 @@
+"""The command line: one command per public function, its flags read off the settings; no logic of its own.
+
+stdout is the result, stderr is progress. Exit 0; 1 is our bug; 2 is something the user can fix, told in one line.
+Nothing here imports torch before a command runs.
+"""
+
+import inspect
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import coterie
+from coterie.artifacts import read_run_record
+from coterie.errors import CoterieError
+from coterie.settings import (
+    ElreaSettings,
+    EvaluationSettings,
+    GenerateSettings,
+    RouteSettings,
+    Settings,
+    checked,
+    flat_fields,
+    from_flat,
+)
+
+app = typer.Typer(
+    help="Train, select, route, combine and serve LoRA experts for language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+fit = typer.Typer(help="Make a mixture by one of the published methods.", no_args_is_help=True)
+app.add_typer(fit, name="fit")
+
+ARGUMENTS = ("mixture",)  # settings that are given by place instead of by a flag
+Prompts = Annotated[list[str] | None, typer.Argument(help="prompts; a conversation or many prompts: see --input")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON, one object a line")]
+Input = Annotated[str | None, typer.Option(help="JSONL file with a prompt a line, in the forms that training data has")]
+
+
+def flags_from(kind: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the fields of its settings as flags; the command gets the settings object itself, first."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = [p.replace(kind=p.KEYWORD_ONLY) for p in list(inspect.signature(function).parameters.values())[1:]]
+
+        def run(**values: Any) -> None:
+            extra = {parameter.name: values.pop(parameter.name) for parameter in own}
+            function(from_flat(kind, {name: value for name, value in values.items() if value is not None}), **extra)
+
+        parameters = sorted([*own, *_parameters(kind)], key=lambda p: p.name not in ARGUMENTS)
+        run.__signature__ = inspect.Signature(parameters)  # pyrefly: ignore
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        run.__name__, run.__doc__ = function.__name__, function.__doc__
+        return run
+
+    return decorate
+
+
+def _parameters(kind: type[Settings]) -> list[inspect.Parameter]:
+    parameters = []
+    for name, field in flat_fields(kind):
+        place = typer.Argument(help=field.description) if name in ARGUMENTS else typer.Option(help=field.description)
+        default = inspect.Parameter.empty if field.is_required() else field.default
+        annotation: Any = Annotated[field.annotation, place]  # pyrefly: ignore
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        )
+    return parameters
+
+
+@fit.command("elrea")
+@flags_from(ElreaSettings)
+def fit_elrea(settings: ElreaSettings) -> None:
+    """Fit an ensemble of low-rank expert adapters: base adapter, gradient clusters, one expert each (2502.00089)."""
+    mixture = coterie.methods.fit_elrea(settings)
+    typer.echo(f"{settings.output}: {len(mixture.bank)} experts ({', '.join(mixture.bank.names)})")
+
+
+@app.command("methods")
+def list_methods(as_json: AsJson = False) -> None:
+    """List the methods: where their experts come from, how prompts find them, where they meet."""
+    rows = [
+        {"method": name, "bank": m.bank, "router": m.router, "combiner": m.combiner, "paper": m.paper}
+        for name, m in coterie.methods.METHODS.items()
+    ]
+    for row in rows:
+        line = f"{row['method']:16} {row['combiner']:8} {row['router']:30} {row['bank']}"
+        typer.echo(json.dumps(row) if as_json else line)
+
+
+@app.command("route")
+@flags_from(RouteSettings)
+def route(settings: RouteSettings, prompts: Prompts = None, as_json: AsJson = False, input: Input = None) -> None:
+    """Print the weights of the experts for every prompt."""
+    given = _prompts(prompts, input)
+    mixture = _mixture(settings)
+    routing = mixture.route(given, settings.routing.top_k_experts)
+    for number, text in enumerate(given):
+        weights = routing.row(number)
+        similarities = {name: float(values[number]) for name, values in routing.similarities.items()}
+        if as_json:
+            typer.echo(json.dumps({"prompt": _text(text), "weights": weights, "similarities": similarities}))
+            continue
+        typer.echo(_text(text))
+        for name, weight in sorted(weights.items(), key=lambda pair: -pair[1]):
+            cosine = f"  cosine {similarities[name]:+.3f}" if name in similarities else ""
+            typer.echo(f"  {name:12} {weight:.3f} {'#' * round(40 * weight / (sum(weights.values()) or 1))}{cosine}")
+
+
+@app.command("generate")
+@flags_from(GenerateSettings)
+def generate(
+    settings: GenerateSettings,
+    prompts: Prompts = None,
+    as_json: AsJson = False,
+    stream: Annotated[bool, typer.Option(help="print the text while it is written")] = False,
+    input: Input = None,
+) -> None:
+    """Answer prompts with the mixture."""
+    given = _prompts(prompts, input)
+    if stream and as_json:
+        raise CoterieError("--stream prints text as it comes and --json whole answers; use one of them")
+    mixture = _mixture(settings)
+    options = {"top_k_experts": settings.routing.top_k_experts, **settings.sampling.model_dump()}
+    if stream:
+        for prompt in given:
+            for token in mixture.stream(prompt, **options):
+                typer.echo(token.text, nl=False)
+            typer.echo()
+        return
+    for answer in mixture.generate(given, batch_size=settings.batch_size, **options):
+        typer.echo(json.dumps(answer.record(), ensure_ascii=False) if as_json else answer.text)
+
+
+@app.command("eval")
+@flags_from(EvaluationSettings)
+def evaluate(settings: EvaluationSettings, as_json: AsJson = False) -> None:
+    """Compare methods on held-out rows: exact match and likelihood, with intervals of the difference to a control."""
+    result = coterie.run_evaluation(settings)
+    typer.echo(json.dumps(result.summary) if as_json else str(result))
+
+
+@app.command("report")
+def report(evaluation: Annotated[Path, typer.Argument(help="folder that `coterie eval` wrote")]) -> None:
+    """Write the report of an evaluation as one HTML file and print its path."""
+    typer.echo(coterie.write_report(evaluation))
+
+
+@app.command("run")
+def repeat(record: Annotated[Path, typer.Argument(help="the run.yaml of a run folder")]) -> None:
+    """Repeat a run from its record."""
+    found = read_run_record(record)
+    commands: dict[str, tuple[type[Settings], Callable[[Any], object]]] = {
+        "fit elrea": (ElreaSettings, lambda settings: coterie.methods.fit_elrea(settings).folder),
+        "eval": (EvaluationSettings, coterie.run_evaluation),
+    }
+    if found["command"] not in commands:
+        raise CoterieError(f"{record} records {found['command']!r}; these can be repeated: {', '.join(commands)}")
+    kind, function = commands[found["command"]]
+    typer.echo(str(function(checked(kind, found["settings"]))))
+
+
+@app.callback(invoke_without_command=True)
+def about(version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False) -> None:
+    """Train, select, route, combine and serve LoRA experts for language models."""
+    if version:
+        typer.echo(coterie.__version__)
+        raise typer.Exit
+
+
+def _prompts(prompts: list[str] | None, file: str | None) -> list[Any]:
+    if bool(prompts) == bool(file):
+        raise CoterieError("give prompts either as arguments or with --input FILE.jsonl")
+    return coterie.load_examples(file, need_response=False) if file else list(prompts or [])
+
+
+def _text(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else prompt.instruction
+
+
+def _mixture(settings: RouteSettings | GenerateSettings) -> Any:
+    mixture = coterie.Mixture.from_pretrained(settings.mixture, **settings.placement.model_dump())
+    return mixture.replace(router=settings.routing.router) if settings.routing.router else mixture
+
+
+def main() -> None:
+    """Run the command line; trouble that the user can fix is one line and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries talking to each other, not to the user
+    logging.getLogger("coterie").setLevel(logging.INFO)
+    try:
+        code = app(standalone_mode=False)
+    except CoterieError as error:
+        typer.echo(f"error: {error}", err=True)
+        code = 2
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("stopped; the same command goes on where it stopped", err=True)
+        code = 2
+    except Exception as error:
+        if not hasattr(error, "exit_code"):
+            raise
+        typer.echo(f"error: {error}; type: coterie --help", err=True)  # a wrong flag or argument
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)

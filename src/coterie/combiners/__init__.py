@@ -1,0 +1,1 @@
+"""Combiners: at which depth experts meet."""

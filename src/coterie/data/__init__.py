@@ -1,0 +1,1 @@
+"""Examples, and the tokens, masks and batches made from them."""

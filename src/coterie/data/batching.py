@@ -1,0 +1,229 @@
+"""Chat templates, masks and padding: the only place that knows them.
+
+Training, gradient features and evaluation all use these tokens, so they see the same text for the same example.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from coterie.data.examples import Example, Message
+from coterie.errors import CoterieError
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100
+"""Label of a position that carries no loss, as PyTorch's cross-entropy knows it."""
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """The tokens of one example, with the parts they belong to.
+
+    Attributes:
+        ids: all tokens: the prompt, then (if the example has one) the answer with its end-of-turn token.
+        prompt_length: number of prompt tokens.
+        is_response: for every token, whether the model is trained to write it.
+        is_user_text: for every token, whether it stands for text that the user wrote (not template or system prompt).
+    """
+
+    ids: tuple[int, ...]
+    prompt_length: int
+    is_response: tuple[bool, ...]
+    is_user_text: tuple[bool, ...]
+
+    def prompt(self) -> "TokenRow":
+        """Cut the answer off."""
+        n = self.prompt_length
+        return TokenRow(self.ids[:n], n, self.is_response[:n], self.is_user_text[:n])
+
+    def labels(self) -> list[int]:
+        """Return the token at every position that is trained on, `IGNORED` elsewhere."""
+        return [token if wanted else IGNORED for token, wanted in zip(self.ids, self.is_response, strict=True)]
+
+
+class Batch(NamedTuple):
+    """Padded rows; position ids start at 0 with each row's first token."""
+
+    input_ids: Int[Tensor, "row position"]
+    attention_mask: Int[Tensor, "row position"]
+    position_ids: Int[Tensor, "row position"]
+
+
+class Kept(NamedTuple):
+    """Rows that fit, with the examples they came from, and how many were too long."""
+
+    examples: list[Example]
+    rows: list[TokenRow]
+    dropped: int
+
+
+class PromptFormat:
+    """Renders conversations with the tokenizer's chat template, or as plain text where it has none."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None = None) -> None:
+        """Store the tokenizer.
+
+        Args:
+            tokenizer: a fast tokenizer (offsets tell the user's text from the template's).
+            system_prompt: put before every conversation that brings none; None leaves it to the template.
+
+        Raises:
+            CoterieError: when the tokenizer cannot give offsets.
+        """
+        if not tokenizer.is_fast:
+            raise CoterieError("this model's tokenizer gives no character offsets; use a model with a tokenizer.json")
+        self.tokenizer = tokenizer
+        self.system_prompt = system_prompt
+
+    def row(self, example: Example) -> TokenRow:
+        """Tokenise an example.
+
+        Raises:
+            CoterieError: when the chat template does something to the text that cannot be followed.
+        """
+        ids: list[int] = []
+        is_response: list[bool] = []
+        is_user_text: list[bool] = []
+        prompt_length = 0
+        for text, role, spans in self._segments(self._with_system(example.messages)):
+            encoding = self.tokenizer(text, add_special_tokens=self._plain and not ids, return_offsets_mapping=True)
+            tokens, offsets = encoding["input_ids"], encoding["offset_mapping"]
+            if role == "prompt":
+                prompt_length = len(ids) + len(tokens)
+            ids += tokens
+            is_response += [role == "response"] * len(tokens)
+            is_user_text += [any(a < end and start < b for start, end in spans) for a, b in offsets]
+        if example.response is None:
+            prompt_length = len(ids)
+        return TokenRow(tuple(ids), prompt_length, tuple(is_response), tuple(is_user_text))
+
+    @property
+    def _plain(self) -> bool:
+        return self.tokenizer.chat_template is None
+
+    def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        if self.system_prompt is None or messages[0].role == "system":
+            return messages
+        return (Message("system", self.system_prompt), *messages)
+
+    def _segments(self, messages: tuple[Message, ...]) -> Iterator[tuple[str, str, list[tuple[int, int]]]]:
+        """Yield the text of every prompt and every answer in turn, with the spans that the user wrote."""
+        start = 0  # of the message after the last answer
+        written = ""
+        for index, message in enumerate(messages):
+            is_answer = message.role == "assistant"
+            if is_answer or index == len(messages) - 1:
+                before = index if is_answer else index + 1
+                upto = self._render(messages[:before], generation=True)
+                text = self._continued(written, upto)
+                yield text, "prompt", self._user_spans(text, messages[start:before])
+                written = upto
+            if is_answer:
+                answer = self._answer(written, messages[: index + 1])
+                yield answer, "response", []
+                written += answer
+                start = index + 1
+
+    def _render(self, messages: Sequence[Message], *, generation: bool) -> str:
+        if self._plain:
+            ends = {"assistant": str(self.tokenizer.eos_token or "")}
+            return "".join(m.content + ends.get(m.role, "\n") for m in messages)
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        try:
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation))
+        except Exception as error:  # a template raises whatever its author chose, for instance for a system role
+            raise CoterieError(f"this model's chat template does not take such a conversation: {error}") from error
+
+    def _answer(self, written: str, messages: tuple[Message, ...]) -> str:
+        """Return the answer as the template writes it, up to and with the token that ends the turn."""
+        text = self._continued(written, self._render(messages, generation=False))
+        end = str(self.tokenizer.eos_token or "")
+        cut = text.find(end, len(messages[-1].content.strip())) if end else -1
+        return text if cut < 0 else text[: cut + len(end)]
+
+    @staticmethod
+    def _continued(written: str, text: str) -> str:
+        if not text.startswith(written):
+            raise CoterieError(
+                "this model's chat template rewrites earlier turns of a conversation, so its answers cannot be told "
+                "from its prompts; use rows of one question and one answer"
+            )
+        return text[len(written) :]
+
+    @staticmethod
+    def _user_spans(text: str, messages: Sequence[Message]) -> list[tuple[int, int]]:
+        spans = []
+        cursor = 0
+        for message in messages:
+            content = message.content.strip()
+            found = text.find(content, cursor)
+            if found < 0:
+                raise CoterieError(f"this model's chat template changes what a {message.role} wrote: {content[:40]!r}")
+            cursor = found + len(content)
+            if message.role == "user":
+                spans.append((found, cursor))
+        return spans
+
+
+def tokenise(prompts: PromptFormat, examples: Sequence[Example], max_length: int) -> Kept:
+    """Tokenise examples and drop, never cut, those longer than `max_length` tokens; the count is logged.
+
+    Raises:
+        CoterieError: when none is left.
+    """
+    rows = [prompts.row(example) for example in examples]
+    fits = [len(row.ids) <= max_length for row in rows]
+    kept = Kept(
+        [example for example, fit in zip(examples, fits, strict=True) if fit],
+        [row for row, fit in zip(rows, fits, strict=True) if fit],
+        fits.count(False),
+    )
+    if not kept.rows:
+        shortest = min(len(row.ids) for row in rows)
+        raise CoterieError(
+            f"all {len(rows)} examples are longer than {max_length} tokens (the shortest has {shortest}); "
+            "raise --max-length"
+        )
+    if kept.dropped:
+        logger.warning("dropped %d of %d examples longer than %d tokens", kept.dropped, len(rows), max_length)
+    return kept
+
+
+def pad(
+    rows: Sequence[Sequence[int]],
+    pad_id: int,
+    *,
+    side: Literal["left", "right"] = "right",
+    length: int | None = None,
+    device: torch.device | None = None,
+) -> Batch:
+    """Pad rows of token ids to one length, the longest row's by default.
+
+    Shapes: N rows -> three tensors (N, T).
+    """
+    width = max(map(len, rows)) if length is None else length
+    ids, masks = [], []
+    for row in rows:
+        filler = [pad_id] * (width - len(row))
+        mask = [0] * len(filler)
+        ids.append([*filler, *row] if side == "left" else [*row, *filler])
+        masks.append([*mask, *[1] * len(row)] if side == "left" else [*[1] * len(row), *mask])
+    attention = torch.tensor(masks, device=device)
+    positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
+    return Batch(torch.tensor(ids, device=device), attention, positions)
+
+
+def by_length(rows: Sequence[TokenRow], size: int) -> list[list[int]]:
+    """Group row numbers into batches of similar length, longest first, so that little padding is computed.
+
+    Ties keep their order, so the same rows always give the same batches.
+    """
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+    return [order[i : i + size] for i in range(0, len(order), size)]

@@ -1,0 +1,221 @@
+"""Examples in one form, whatever form their rows had."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from coterie.errors import CoterieError, missing_extra
+
+ROLES = ("system", "user", "assistant")
+FORMS = "instruction+response, prompt+completion, or messages"
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation that ends with the answer to learn, or with the question to answer.
+
+    Attributes:
+        id: unique name of the row; its number where the data gives none.
+        messages: turns; the last one is the assistant's, except in a prompt without an answer.
+        source: data set the row comes from, if known.
+        category: kind of row within its source, if known.
+        answer: short checkable answer, if there is one.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    source: str | None = None
+    category: str | None = None
+    answer: str | None = None
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """The turns before the final answer."""
+        return self.messages[:-1] if self.messages[-1].role == "assistant" else self.messages
+
+    @property
+    def instruction(self) -> str:
+        """The last thing the user said."""
+        return next(m.content for m in reversed(self.messages) if m.role == "user")
+
+    @property
+    def response(self) -> str | None:
+        """The final answer, if the example has one."""
+        return self.messages[-1].content if self.messages[-1].role == "assistant" else None
+
+
+def from_prompt(text: str, number: int = 0) -> Example:
+    """Make an example of one question.
+
+    Raises:
+        CoterieError: when the text is empty.
+    """
+    if not text.strip():
+        raise CoterieError(f"prompt {number + 1} is empty; give some text")
+    return Example(id=str(number), messages=(Message("user", text),))
+
+
+def load_examples(
+    source: str | Path | Iterable[Mapping[str, Any]], limit: int | None = None, *, need_response: bool = True
+) -> list[Example]:
+    """Load examples from a JSONL file, any `datasets` source, or rows in memory.
+
+    A string that is no `.jsonl` file is given to the `datasets` library: a json, csv or parquet file, a folder made by
+    `save_to_disk`, or a hub data set as `name` or `name:split` (`train` by default).
+
+    Args:
+        source: where the rows are; every row has one of the forms instruction+response, prompt+completion, messages,
+            and optionally id, source, category, answer.
+        limit: use only the first rows.
+        need_response: whether a row without an answer is an error.
+
+    Raises:
+        CoterieError: naming the file and line of the first bad row, or telling that there are no rows.
+    """
+    examples = []
+    for place, row in _rows(source):
+        if limit is not None and len(examples) == limit:
+            break
+        examples.append(_example(row, place, str(len(examples)), need_response))
+    if not examples:
+        raise CoterieError(f"{_name(source)} holds no examples; rows have the form {FORMS}")
+    return examples
+
+
+def load_all(sources: Sequence[str], limit: int | None = None) -> list[Example]:
+    """Load several sources one after the other, and make ids unique by numbering repeats.
+
+    Raises:
+        CoterieError: as `load_examples`.
+    """
+    return _unique([example for source in sources for example in load_examples(source, limit)])
+
+
+def _unique(examples: list[Example]) -> list[Example]:
+    seen: dict[str, int] = {}
+    result = []
+    for example in examples:
+        count = seen[example.id] = seen.get(example.id, 0) + 1
+        result.append(example if count == 1 else replace(example, id=f"{example.id}#{count}"))
+    return result
+
+
+def _name(source: object) -> str:
+    return str(source) if isinstance(source, (str, Path)) else "the data"
+
+
+def _rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield rows with the place to name in an error."""
+    if not isinstance(source, (str, Path)):
+        for number, row in enumerate(source):
+            yield f"row {number + 1} of the data", row
+    elif str(source).endswith(".jsonl"):
+        yield from _jsonl_rows(Path(source))
+    else:
+        for number, row in enumerate(_datasets_rows(str(source))):
+            yield f"{source}, row {number + 1}", row
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if not path.is_file():
+        raise CoterieError(f"{path} does not exist; give a JSONL file or a datasets source")
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise CoterieError(
+                    f"{path}, line {number} is not valid JSON ({error}); mend or delete the line"
+                ) from error
+            if not isinstance(row, dict):
+                raise CoterieError(f"{path}, line {number} holds a {type(row).__name__}, not an object with {FORMS}")
+            yield f"{path}, line {number}", row
+
+
+def _datasets_rows(source: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise missing_extra("datasets", "data") from error
+    path = Path(source)
+    builders = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+    try:
+        if path.is_dir():
+            return datasets.load_from_disk(path)
+        if path.suffix in builders and path.is_file():
+            return datasets.load_dataset(builders[path.suffix], data_files=str(path), split="train")
+        name, _, split = source.partition(":")
+        if path.suffix in builders or name.count("/") > 1 or name.startswith((".", "/")):
+            raise FileNotFoundError(f"there is no such file or folder: {source}")
+        return datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # the library raises many kinds; all of them mean that the source cannot be had
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CoterieError(f"{source} cannot be loaded ({first}); give a JSONL file or a datasets source") from error
+
+
+def _example(row: Mapping[str, Any], place: str, default_id: str, need_response: bool) -> Example:
+    messages = _messages(row, place)
+    if messages[-1].role != "assistant" and need_response:
+        raise CoterieError(f"{place} has no response; rows have the form {FORMS}")
+    if not any(message.role == "user" for message in messages):
+        raise CoterieError(f"{place} has no user message; rows have the form {FORMS}")
+    for message in messages:
+        if message.role != "system" and not message.content.strip():
+            part = "response" if message.role == "assistant" else "prompt"
+            raise CoterieError(f"{place} has an empty {part}; fill it in or delete the row")
+    return Example(
+        id=str(row["id"]) if row.get("id") is not None else default_id,
+        messages=messages,
+        source=_optional_text(row, "source"),
+        category=_optional_text(row, "category"),
+        answer=_optional_text(row, "answer"),
+    )
+
+
+def _optional_text(row: Mapping[str, Any], field: str) -> str | None:
+    return None if row.get(field) is None else str(row[field])
+
+
+def _messages(row: Mapping[str, Any], place: str) -> tuple[Message, ...]:
+    if "messages" in row:
+        return _turns(row["messages"], place)
+    for question, reply in (("instruction", "response"), ("prompt", "completion")):
+        if question in row:
+            turns = [*_part(row[question], "user", place, question)]
+            if row.get(reply) is not None:
+                turns += _part(row[reply], "assistant", place, reply)
+            return tuple(turns)
+    raise CoterieError(f"{place} has the fields {', '.join(map(str, row)) or '(none)'}; rows have the form {FORMS}")
+
+
+def _part(value: object, role: str, place: str, field: str) -> tuple[Message, ...]:
+    """Read a text, or a list of messages as some prompt+completion data has it."""
+    if isinstance(value, str):
+        return (Message(role, value),)
+    if isinstance(value, list):
+        return _turns(value, place)
+    raise CoterieError(f"{place}: {field} must be a text, but is a {type(value).__name__}")
+
+
+def _turns(value: object, place: str) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise CoterieError(f"{place}: messages must be a list of {{role, content}}, got {type(value).__name__}")
+    turns = []
+    for turn in value:
+        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
+        if role not in ROLES or not isinstance(content, str):
+            raise CoterieError(f"{place}: every message needs a role ({', '.join(ROLES)}) and a text as content")
+        turns.append(Message(role, content))
+    return tuple(turns)

@@ -1,0 +1,204 @@
+"""Decoding a batch of requests: prefill once, then one token a step for everybody, until the last one has left."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from coterie.backbone.layers import ExpertLayers
+from coterie.backbone.loading import Backbone
+from coterie.combiners.base import Combiner, RowPlan, kept_rows
+from coterie.data.batching import pad
+from coterie.engine.cache import keep_rows, make_cache
+from coterie.engine.sampling import Sampler
+from coterie.engine.text import TextStream
+from coterie.settings import SamplingSettings
+
+FinishReason = Literal["stop", "length"]
+
+
+class Token(NamedTuple):
+    """One token of one request.
+
+    Attributes:
+        request: number of the request in its batch.
+        id: the token.
+        logprob: natural log of its probability under the combined distribution, before temperature and penalties.
+        text: text that became certain with it.
+        finish_reason: why the request ends here, or None.
+    """
+
+    request: int
+    id: int
+    logprob: float
+    text: str
+    finish_reason: FinishReason | None
+
+
+@dataclass
+class _Request:
+    number: int
+    ids: list[int]
+    prompt_length: int
+    sampler: Sampler
+    stream: TextStream
+
+
+def combined_logits(
+    backbone: Backbone, hidden: Float[Tensor, "row width"], votes: Float[Tensor, "prompt row"]
+) -> Float[Tensor, "prompt vocabulary"]:
+    """Sum the rows' logits with the votes, in float32.
+
+    Where logits are linear in the hidden state, the sum is taken before the output layer: the same logits for one
+    product a prompt instead of one a row. A soft cap is not linear, so there every row goes through on its own.
+    """
+    votes = votes.to(hidden.device)
+    if backbone.logit_cap is None:
+        return backbone.head(votes @ hidden.float())
+    return votes @ backbone.head(hidden)
+
+
+class DecodingBatch:
+    """Requests that decode together on one base model; finished ones leave with their rows of the cache."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        layers: ExpertLayers,
+        combiner: Combiner,
+        prompts: Sequence[Sequence[int]],
+        weights: Float[Tensor, "prompt expert"],
+        settings: SamplingSettings,
+    ) -> None:
+        """Take in the requests; nothing is computed yet.
+
+        Args:
+            backbone: the base model.
+            layers: the bank's experts, in the order of the weights' columns.
+            combiner: where experts meet.
+            prompts: token ids of every request.
+            weights: of the experts for every request.
+            settings: how tokens are chosen.
+        """
+        self._backbone = backbone
+        self._layers = layers
+        self._combiner = combiner
+        self._weights = weights
+        self._settings = settings
+        self._active = [
+            _Request(number, list(ids), len(ids), Sampler(settings), TextStream(backbone.tokenizer, settings.stop))
+            for number, ids in enumerate(prompts)
+        ]
+        self._cache = make_cache(backbone.model.config)
+
+    def run(self) -> Iterator[Token]:
+        """Yield tokens step by step, in the order of the requests within a step."""
+        plan = self._combiner.plan(self._weights)
+        batch = pad(
+            [self._active[prompt].ids for prompt in plan.prompts],
+            self._backbone.tokenizer.pad_token_id,
+            side="left",
+            device=self._backbone.device,
+        )
+        inputs, mask, positions = batch
+        while self._active:
+            hidden = self._forward(plan, inputs, mask, positions)
+            logits = combined_logits(self._backbone, hidden, plan.votes)
+            tokens = self._choose(logits)
+            yield from tokens
+            staying = [place for place, token in enumerate(tokens) if token.finish_reason is None]
+            if len(staying) < len(tokens):
+                plan, mask, positions = self._leave(plan, mask, positions, staying)
+            chosen = torch.tensor([request.ids[-1:] for request in self._active], device=mask.device)
+            inputs = chosen[list(plan.prompts)] if self._active else chosen
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            positions = positions[:, -1:] + 1
+
+    @torch.inference_mode()
+    def _forward(self, plan: RowPlan, inputs: Tensor, mask: Tensor, positions: Tensor) -> Float[Tensor, "row width"]:
+        """Run the rows and return the state behind each row's last token."""
+        with self._layers.attached(), self._layers.choosing(plan.choice):
+            return self._backbone.hidden(inputs, mask, positions, self._cache)[:, -1]
+
+    @torch.inference_mode()
+    def _choose(self, logits: Float[Tensor, "prompt vocabulary"]) -> list[Token]:
+        if all(request.sampler.plain for request in self._active):
+            ids = logits.argmax(dim=-1).tolist()
+        else:
+            pairs = zip(self._active, logits, strict=True)
+            ids = [request.sampler.choose(row, torch.tensor(request.ids)) for request, row in pairs]
+        places = torch.tensor(ids, device=logits.device)[:, None]
+        logprobs = (logits.gather(1, places).squeeze(1) - logits.logsumexp(dim=1)).tolist()
+        triples = zip(self._active, ids, logprobs, strict=True)
+        return [self._advance(request, token, logprob) for request, token, logprob in triples]
+
+    def _advance(self, request: _Request, token: int, logprob: float) -> Token:
+        request.ids.append(token)
+        ends_turn = token in self._backbone.stop_ids
+        text = "" if ends_turn else request.stream.push(token)
+        reason: FinishReason | None = None
+        if ends_turn or request.stream.stopped:
+            reason = "stop"
+        elif len(request.ids) - request.prompt_length >= self._settings.max_new_tokens:
+            reason = "length"
+        if reason and not request.stream.stopped:
+            text += request.stream.finish()
+        return Token(request.number, token, logprob, text, reason)
+
+    def _leave(
+        self, plan: RowPlan, mask: Tensor, positions: Tensor, staying: list[int]
+    ) -> tuple[RowPlan, Tensor, Tensor]:
+        """Drop the requests that are not staying: their rows, their part of the cache and padding nobody needs."""
+        self._active = [self._active[place] for place in staying]
+        self._weights = self._weights[staying]
+        if not staying:
+            return plan, mask, positions
+        rows = kept_rows(plan, staying)
+        keep_rows(self._cache, rows, mask.device)
+        return self._combiner.plan(self._weights), mask[rows], positions[rows]
+
+
+@torch.inference_mode()
+def response_logprobs(
+    backbone: Backbone,
+    layers: ExpertLayers,
+    plan: RowPlan,
+    votes: Sequence[Float[Tensor, "prompt row"]],
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+) -> list[list[Float[Tensor, " token"]]]:
+    """Return the log-probability of every wanted token of given texts, for several votes over the same rows.
+
+    Args:
+        backbone: the base model.
+        layers: the bank's experts.
+        plan: the model rows that are run, once.
+        votes: ways to combine them.
+        rows: for every prompt, its token ids and the positions of the wanted tokens (each at least 1).
+
+    Returns:
+        For every vote and prompt, natural logs in the order of the positions.
+    """
+    ids = pad([rows[prompt][0] for prompt in plan.prompts], backbone.tokenizer.pad_token_id, device=backbone.device)
+    with layers.attached(), layers.choosing(plan.choice):
+        hidden = backbone.hidden(ids.input_ids)  # padding stands behind the text, where causal attention cannot see it
+    result: list[list[Tensor]] = [[] for _ in votes]
+    for prompt, (text, positions) in enumerate(rows):
+        own = kept_rows(plan, [prompt])
+        before = torch.tensor(positions, device=hidden.device) - 1
+        targets = torch.tensor(text, device=hidden.device)[before + 1]
+        states = hidden[own][:, before]  # [own rows, tokens, width]
+        for place, vote in enumerate(votes):
+            logits = _summed_logits(backbone, states, vote[prompt, own].to(hidden.device))
+            result[place].append((logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(dim=1)).cpu())
+    return result
+
+
+def _summed_logits(
+    backbone: Backbone, states: Float[Tensor, "row token width"], vote: Float[Tensor, " row"]
+) -> Float[Tensor, "token vocabulary"]:
+    if backbone.logit_cap is None:
+        return backbone.head(torch.einsum("r,rtd->td", vote, states.float()))
+    return torch.einsum("r,rtv->tv", vote, backbone.head(states))

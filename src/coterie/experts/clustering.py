@@ -1,0 +1,209 @@
+"""Grouping training rows by their features, as ELREA does (arXiv 2502.00089, 3.2 and appendix).
+
+BIRCH is fitted on a sample; clusters that stay more than five times as large as the smallest are split again, in at
+most three rounds with smaller targets.
+"""
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+
+from coterie.errors import CoterieError
+from coterie.settings import ClusterSettings
+
+logger = logging.getLogger(__name__)
+
+OVERSIZE = 5  # a cluster this many times larger than the smallest is split again
+LEAVES_PER_CLUSTER = 10  # a BIRCH tree with fewer leaves than this collapses into one giant cluster
+PCA_DIMENSIONS = 256
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """A cluster for every row, numbered from the largest to the smallest.
+
+    Attributes:
+        labels: cluster of every row.
+        count: number of clusters.
+        method: how they were found.
+        adjusted_rand_index: agreement with the rows' sources, where they have any.
+    """
+
+    labels: tuple[int, ...]
+    count: int
+    method: str = "birch"
+    adjusted_rand_index: float | None = None
+
+    def members(self, cluster: int) -> list[int]:
+        """Return the row numbers of a cluster."""
+        return [row for row, label in enumerate(self.labels) if label == cluster]
+
+    def sizes(self) -> list[int]:
+        """Return the number of rows of each cluster."""
+        counts = Counter(self.labels)
+        return [counts[cluster] for cluster in range(self.count)]
+
+    def record(self) -> dict[str, Any]:
+        """Return what is kept beside the mixture: method, sizes and agreement with the sources."""
+        return {"method": self.method, "sizes": self.sizes(), "adjusted_rand_index": self.adjusted_rand_index}
+
+
+def cluster(
+    features: Float[NDArray[np.floating], "row dimension"],
+    settings: ClusterSettings,
+    *,
+    sources: Sequence[str | None] = (),
+    seed: int = 0,
+) -> Clustering:
+    """Cluster rows by their features.
+
+    The first round asks for `settings.clusters` groups; each later round takes the groups that are more than five times
+    as large as the smallest and splits each into one group fewer than the round before asked for.
+
+    Raises:
+        CoterieError: when there are fewer rows than clusters, or so many equal ones that too few groups exist.
+    """
+    if len(features) < settings.clusters:
+        raise CoterieError(
+            f"{len(features)} examples cannot make {settings.clusters} clusters; give more data or fewer --clusters"
+        )
+    prepared = _prepare(np.asarray(features, dtype=np.float64), settings, seed)
+    labels = _split(prepared, settings.clusters, settings, seed)
+    for round_number in range(1, settings.cluster_rounds):
+        labels = _resplit(prepared, labels, settings.clusters - round_number, settings, seed)
+    labels = _by_size(labels)
+    result = Clustering(
+        tuple(labels.tolist()), int(labels.max()) + 1, settings.cluster_method, _agreement(labels, sources)
+    )
+    for line in describe(result, sources):
+        logger.info(line)
+    return result
+
+
+def describe(clustering: Clustering, sources: Sequence[str | None] = ()) -> list[str]:
+    """Say how large every cluster is and which sources it is made of, largest share first."""
+    lines = []
+    for number, size in enumerate(clustering.sizes()):
+        parts = Counter(sources[row] or "-" for row in clustering.members(number)) if sources else Counter()
+        made_of = ", ".join(f"{name} {count}" for name, count in parts.most_common())
+        lines.append(f"cluster-{number}: {size} rows" + (f" ({made_of})" if any(sources) else ""))
+    if clustering.adjusted_rand_index is not None:
+        lines.append(f"adjusted Rand index of clusters and sources: {clustering.adjusted_rand_index:.2f}")
+    return lines
+
+
+def _prepare(features: NDArray, settings: ClusterSettings, seed: int) -> NDArray:
+    if settings.normalise_features:
+        features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    if settings.cluster_method.endswith("-pca"):
+        from sklearn.decomposition import PCA
+
+        dimensions = min(PCA_DIMENSIONS, *features.shape)
+        features = PCA(dimensions, random_state=seed).fit_transform(features)
+    return features
+
+
+def _split(features: NDArray, target: int, settings: ClusterSettings, seed: int) -> Int[NDArray, " row"]:
+    """Split rows into exactly `target` groups, fitted on a sample."""
+    generator = np.random.default_rng(seed)
+    size = min(len(features), settings.cluster_sample)
+    sample = features[np.sort(generator.choice(len(features), size, replace=False))]
+    if settings.cluster_method.startswith("birch"):
+        labels = _birch(sample, features, target, settings.cluster_threshold)
+    else:
+        labels = _k_means(
+            sample, features, target, spherical=settings.cluster_method.startswith("spherical"), seed=seed
+        )
+    found = len(np.unique(labels))
+    if found < target:
+        raise CoterieError(
+            f"the examples fall into {found} groups only, not the {target} asked for (many are equal); "
+            "ask for fewer --clusters"
+        )
+    return labels
+
+
+def _birch(sample: NDArray, features: NDArray, target: int, threshold: float | None) -> Int[NDArray, " row"]:
+    from sklearn.cluster import Birch
+    from sklearn.exceptions import ConvergenceWarning
+
+    radius = leaf_radius(sample) if threshold is None else threshold
+    while True:
+        with warnings.catch_warnings():  # too few leaves is told by the error above, or mended by a finer radius here
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            tree = Birch(threshold=radius, n_clusters=target).fit(sample)
+        leaves = len(tree.subcluster_centers_)
+        wanted = min(LEAVES_PER_CLUSTER * target, len(np.unique(sample, axis=0)))
+        if threshold is not None or leaves >= wanted:
+            break
+        radius /= 2
+    logger.info("BIRCH: leaf radius %.4g, %d leaves for %d rows, %d clusters", radius, leaves, len(sample), target)
+    return np.asarray(tree.predict(features))
+
+
+def leaf_radius(sample: Float[NDArray[np.floating], "row dimension"]) -> float:
+    """Choose BIRCH's threshold from the data: half the median distance to the nearest neighbour.
+
+    A leaf of two rows has half their distance as its radius, so about half of the rows may be merged with their
+    neighbour and leaves stay far more numerous than clusters; a coarse threshold collapses everything into one leaf.
+    """
+    squares = (sample**2).sum(axis=1)
+    nearest = np.empty(len(sample))
+    for start in range(0, len(sample), 1024):
+        block = slice(start, start + 1024)
+        distances = squares[block, None] + squares - 2 * sample[block] @ sample.T
+        distances[np.arange(len(distances)), np.arange(start, start + len(distances))] = np.inf
+        nearest[block] = distances.min(axis=1)
+    apart = nearest[nearest > 1e-12]
+    return float(np.sqrt(np.median(apart)) / 2) if len(apart) else 1e-6
+
+
+def _k_means(sample: NDArray, features: NDArray, target: int, *, spherical: bool, seed: int) -> Int[NDArray, " row"]:
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters: told by the caller
+        model = KMeans(target, n_init=10, random_state=seed).fit(sample)
+    centres = model.cluster_centers_
+    if spherical:
+        centres = centres / np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-12)
+        return np.argmax(features @ centres.T, axis=1)
+    return np.asarray(model.predict(features))
+
+
+def _resplit(features: NDArray, labels: NDArray, target: int, settings: ClusterSettings, seed: int) -> NDArray:
+    """Split every group that is more than five times as large as the smallest, if it has enough rows."""
+    sizes = np.bincount(labels)
+    result = labels.copy()
+    for group in np.flatnonzero(sizes > OVERSIZE * sizes.min()):
+        members = np.flatnonzero(labels == group)
+        if target < 2 or len(np.unique(features[members], axis=0)) < target:
+            continue
+        parts = _split(features[members], target, settings, seed)
+        result[members] = np.where(parts == 0, group, result.max() + parts)
+    return result
+
+
+def _by_size(labels: NDArray) -> NDArray:
+    """Number clusters from the largest to the smallest, ties by their first row."""
+    values, first, inverse, counts = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
+    order = np.lexsort((first, -counts))
+    rank = np.empty(len(values), dtype=int)
+    rank[order] = np.arange(len(values))
+    return rank[inverse]
+
+
+def _agreement(labels: NDArray, sources: Sequence[str | None]) -> float | None:
+    if len(set(sources)) < 2:
+        return None
+    from sklearn.metrics import adjusted_rand_score
+
+    return float(adjusted_rand_score([source or "" for source in sources], labels))

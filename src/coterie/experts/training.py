@@ -1,0 +1,303 @@
+"""Training LoRA adapters with `transformers.Trainer`: the base adapter on all data, experts continued from it."""
+
+import logging
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from coterie.artifacts import read_json, read_jsonl, read_tensors, write_json, write_jsonl, write_tensors
+from coterie.backbone.loading import Backbone
+from coterie.data.batching import IGNORED, TokenRow, pad
+from coterie.errors import CoterieError
+from coterie.experts.bank import load_adapter
+from coterie.features.gradient import AdamState, Checkpoint, Moments
+from coterie.settings import LoraSettings
+
+logger = logging.getLogger(__name__)
+
+LOG_FILE = "log.jsonl"
+ADAM_TENSORS = "adam.safetensors"
+ADAM_RECORD = "adam.json"
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """One adapter's training.
+
+    Attributes:
+        epochs: passes over the rows.
+        learning_rate: peak, decaying linearly to 0.
+        batch_size: examples per optimiser step.
+        micro_batch_size: examples per forward pass.
+        seed: of initialisation, order and dropout.
+        report_to: tracker known to transformers.
+        label: name in progress bars and logs.
+        keep_epochs: whether every epoch's adapter and Adam state are kept.
+    """
+
+    epochs: int
+    learning_rate: float
+    batch_size: int
+    micro_batch_size: int
+    seed: int
+    report_to: str
+    label: str
+    keep_epochs: bool = False
+
+
+def train_adapter(
+    backbone: Backbone, rows: Sequence[TokenRow], plan: TrainingPlan, folder: Path, start: Path | LoraSettings
+) -> None:
+    """Train an adapter into `folder`, a plain PEFT folder, from a fresh start or from another adapter's folder.
+
+    With `plan.keep_epochs`, `folder/epoch-<e>` holds the adapter and Adam's state at the end of every epoch. What an
+    interrupted training left in `folder` is used to go on from its last full epoch, and ends with the same numbers.
+
+    Raises:
+        CoterieError: when the loss is not finite.
+    """
+    set_seed(plan.seed)
+    with _adapted(backbone, start) as model:
+        keeper = _EpochKeeper(folder, plan, backbone.identity.id)
+        trainer = _trainer(backbone, model, rows, plan, folder / "trainer", keeper)
+        trainer.train(resume_from_checkpoint=_last_full_checkpoint(folder / "trainer"))
+        save_adapter(model, folder, backbone.identity.id)
+    logs = [{"stage": plan.label, **entry} for entry in trainer.state.log_history if "loss" in entry]
+    write_jsonl(folder / LOG_FILE, logs)
+    shutil.rmtree(folder / "trainer")
+
+
+def save_adapter(model: PeftModel, folder: Path, base_id: str) -> None:
+    """Save as PEFT does, with the base model's own name and everything in a fixed order."""
+    model.save_pretrained(str(folder), save_embedding_layers=False)  # they are frozen; 'auto' would ask the hub
+    (folder / "README.md").unlink(missing_ok=True)
+    config = read_json(folder / "adapter_config.json")
+    config["base_model_name_or_path"] = base_id
+    config["target_modules"] = sorted(config["target_modules"])  # a set, so its order is another in every process
+    write_json(folder / "adapter_config.json", dict(sorted(config.items())))
+
+
+@contextmanager
+def _adapted(backbone: Backbone, start: Path | LoraSettings) -> Iterator[PeftModel]:
+    """Put an adapter into the base model for training, and take it out again."""
+    if isinstance(start, LoraSettings):
+        model = get_peft_model(backbone.model, _lora_config(start))
+    else:
+        model = PeftModel.from_pretrained(backbone.model, start, is_trainable=True)
+    try:
+        yield model
+    finally:
+        model.unload()
+        backbone.model.eval()
+
+
+def _lora_config(settings: LoraSettings) -> LoraConfig:
+    targets = settings.target_modules
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=settings.alpha or 4 * settings.rank,
+        lora_dropout=settings.dropout,
+        target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
+    )
+
+
+def _trainer(
+    backbone: Backbone,
+    model: PeftModel,
+    rows: Sequence[TokenRow],
+    plan: TrainingPlan,
+    folder: Path,
+    keeper: TrainerCallback,
+) -> Trainer:
+    dtype = backbone.model.dtype
+    micro = min(plan.micro_batch_size, plan.batch_size)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=plan.epochs,
+        learning_rate=plan.learning_rate,
+        lr_scheduler_type="linear",
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=max(1, plan.batch_size // micro),
+        train_sampling_strategy="group_by_length",
+        optim="adamw_torch",  # without weight decay this is the paper's Adam
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=backbone.device.type == "cpu",
+        dataloader_pin_memory=backbone.device.type == "cuda",
+        seed=plan.seed,
+        report_to=plan.report_to,
+        run_name=plan.label,
+        remove_unused_columns=False,
+    )
+    data: Any = [{"input_ids": list(row.ids), "labels": row.labels()} for row in rows]
+    collate = TrainingCollator(backbone.tokenizer.pad_token_id)
+    trainer = Trainer(model, arguments, train_dataset=data, data_collator=collate, callbacks=[_FiniteLoss(), keeper])
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_ProgressBar(plan.label))
+    return trainer
+
+
+class TrainingCollator:
+    """Pads on the left, so that answers end together, and asks for logits only where some row has a label.
+
+    The output layer is a fifth of a small model; prompts need none of it.
+    """
+
+    def __init__(self, pad_id: int) -> None:
+        """Store the padding token."""
+        self.pad_id = pad_id
+
+    def __call__(self, features: Sequence[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
+        """Return model inputs; `labels` stand at the position that predicts them and equal `shift_labels`."""
+        batch = pad([feature["input_ids"] for feature in features], self.pad_id, side="left")
+        labels = pad([feature["labels"] for feature in features], IGNORED, side="left").input_ids
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        positions = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
+        kept = targets[:, positions]
+        return {**batch._asdict(), "logits_to_keep": positions, "labels": kept, "shift_labels": kept}
+
+
+def _last_full_checkpoint(folder: Path) -> str | None:
+    """Return the newest checkpoint that was written to its end (the trainer's state is its last file)."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    full = [path for path in found if (path / "trainer_state.json").exists()]
+    for path in set(found) - set(full):
+        shutil.rmtree(path)
+    return str(full[-1]) if full else None
+
+
+class _FiniteLoss(TrainerCallback):
+    """Stops a training whose loss is NaN or infinite."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        loss = (kwargs.get("logs") or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise CoterieError(
+                f"the training loss became {loss} at step {state.global_step}; lower --learning-rate or check the data"
+            )
+
+
+class _ProgressBar(ProgressCallback):
+    """A bar with the time left and the loss, on stderr; stdout is for results."""
+
+    def __init__(self, label: str) -> None:
+        super().__init__()
+        self.label = label
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(f"training {self.label}")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+
+class _EpochKeeper(TrainerCallback):
+    """Keeps the adapter and Adam's state at the end of every epoch, where the plan asks for it."""
+
+    def __init__(self, folder: Path, plan: TrainingPlan, base_id: str) -> None:
+        self._folder = folder
+        self._plan = plan
+        self._base_id = base_id
+        self._rates: list[float] = []
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._rates = []
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._rates.append(kwargs["optimizer"].param_groups[0]["lr"])  # the rate that the coming step uses
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._plan.keep_epochs:
+            return
+        target = self._folder / f"epoch-{round(state.epoch or 0) - 1}"
+        temporary = target.with_name("." + target.name)
+        shutil.rmtree(temporary, ignore_errors=True)
+        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])  # accelerate wraps it
+        save_adapter(kwargs["model"], temporary, self._base_id)
+        _save_adam(kwargs["model"], optimizer, self._rates, state.global_step, temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+
+
+def _save_adam(
+    model: PeftModel, optimizer: torch.optim.Optimizer, rates: list[float], steps: int, folder: Path
+) -> None:
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state.get(parameter)
+        if state:
+            plain = name.removeprefix("base_model.model.").removesuffix(".default.weight")
+            tensors[f"{plain}.mean"], tensors[f"{plain}.square"] = state["exp_avg"], state["exp_avg_sq"]
+    write_tensors(folder / ADAM_TENSORS, tensors)
+    group = optimizer.param_groups[0]
+    record = {
+        "steps": steps,
+        "learning_rate": sum(rates) / len(rates),
+        "betas": list(group["betas"]),
+        "eps": group["eps"],
+    }
+    write_json(folder / ADAM_RECORD, record)
+
+
+def load_checkpoint(folder: Path, model: nn.Module) -> Checkpoint:
+    """Read an epoch's adapter and Adam state.
+
+    Raises:
+        CoterieError: when a file is missing, broken, or does not fit the base model.
+    """
+    loaded = load_adapter(folder, model)
+    tensors = read_tensors(folder / ADAM_TENSORS)
+    record = read_json(folder / ADAM_RECORD)
+    wanted = [f"{path}.lora_{half}" for path in loaded.adapter for half in "AB"]
+    try:
+        moments = {name: Moments(tensors[f"{name}.mean"].float(), tensors[f"{name}.square"].float()) for name in wanted}
+        betas = (float(record["betas"][0]), float(record["betas"][1]))
+        state = AdamState(moments, int(record["steps"]), float(record["learning_rate"]), betas, float(record["eps"]))
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise CoterieError(f"{folder} lacks Adam's state for {error}; fit again") from error
+    return Checkpoint(loaded.adapter, loaded.scalings, _on_device(state, model))
+
+
+def _on_device(state: AdamState, model: nn.Module) -> AdamState:
+    device = next(model.parameters()).device
+    moments = {name: Moments(m.mean.to(device), m.square.to(device)) for name, m in state.moments.items()}
+    return AdamState(moments, state.steps, state.learning_rate, state.betas, state.eps)
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """Read the losses that a training logged."""
+    return read_jsonl(folder / LOG_FILE)

@@ -1,0 +1,264 @@
+"""Prompts described by the gradient of their own loss with respect to a LoRA adapter (ELREA, arXiv 2502.00089, 3.2).
+
+For a linear layer with input x (T, I) and output gradient g (T, O), one example's gradients of the LoRA factors are
+sums of outer products: dL/dA = (g B s).T x and dL/dB = s g.T (x A.T). They are formed for a whole batch at once from
+what one backward pass brings by, turned into the step that Adam would take, projected, added up and dropped: no more
+than one layer's gradients of one batch exist at any time.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from coterie.artifacts import read_tensors, write_tensors
+from coterie.backbone.layers import ByExpert, ExpertLayers
+from coterie.backbone.loading import Backbone
+from coterie.data.batching import Batch, TokenRow, by_length, pad
+from coterie.errors import CoterieError
+from coterie.features.projection import Projection, make_projection
+from coterie.lora import Adapter
+from coterie.settings import FeatureSettings
+
+SHARD_ROWS = 64  # rows between two writes: what an interruption costs at most
+LOGIT_ELEMENTS = 1 << 26  # logits that exist at once (256 MiB in float32)
+
+
+class Moments(NamedTuple):
+    """Adam's running means of one parameter's gradient and squared gradient."""
+
+    mean: Tensor
+    square: Tensor
+
+
+@dataclass(frozen=True)
+class AdamState:
+    """What Adam knew at the end of an epoch.
+
+    Attributes:
+        moments: by `<module path>.lora_A` and `.lora_B`, in PEFT's layouts (R, I) and (O, R).
+        steps: optimiser steps taken.
+        learning_rate: mean over the epoch (the rate at its end is 0 after the last one).
+        betas: decay rates.
+        eps: added to the root.
+    """
+
+    moments: Mapping[str, Moments]
+    steps: int
+    learning_rate: float
+    betas: tuple[float, float]
+    eps: float
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The base adapter at the end of an epoch, and Adam's state there.
+
+    `scalings` holds every layer's alpha / r, which `adapter` has multiplied into its `up`.
+    """
+
+    adapter: Adapter
+    scalings: Mapping[str, float]
+    adam: AdamState
+
+
+def adam_step(gradient: Float[Tensor, "*shape"], name: str, state: AdamState) -> Float[Tensor, "*shape"]:
+    """Return the step (to be subtracted) that Adam would take next for this gradient alone (ELREA eq. 5).
+
+    Ordinary bias correction: m' = (b1 m + (1 - b1) g) / (1 - b1^t), v' likewise, step = lr m' / (sqrt(v') + eps), with
+    t one more than the steps taken. The leading axes of `gradient` may run over examples.
+    """
+    mean, square = state.moments[name]
+    beta1, beta2 = state.betas
+    t = state.steps + 1
+    scale1, scale2 = 1 / (1 - beta1**t), 1 / (1 - beta2**t)
+    root = torch.addcmul(square * (beta2 * scale2), gradient, gradient, value=(1 - beta2) * scale2)
+    root = root.sqrt_().add_(state.eps)
+    step = torch.add(mean * (beta1 * scale1), gradient, alpha=(1 - beta1) * scale1)
+    return step.div_(root).mul_(state.learning_rate)
+
+
+def counted_blocks(blocks: str, depth: int) -> range:
+    """Return the numbers of the blocks whose gradients count, for `all` or `last:K`.
+
+    Raises:
+        CoterieError: for anything else, or more blocks than there are.
+    """
+    if blocks == "all":
+        return range(depth)
+    kind, _, count = blocks.partition(":")
+    if kind != "last" or not count.isdigit() or not 1 <= int(count) <= depth:
+        raise CoterieError(
+            f"blocks must be all or last:K with K from 1 to {depth}, got {blocks!r}; type: --blocks last:1"
+        )
+    return range(depth - int(count), depth)
+
+
+class GradientFeatures:
+    """Turns prompts into projected gradient features, averaged over checkpoints (ELREA eq. 5-7)."""
+
+    def __init__(
+        self, backbone: Backbone, checkpoints: Sequence[Checkpoint], settings: FeatureSettings, seed: int = 0
+    ) -> None:
+        """Prepare one attachable adapter per checkpoint.
+
+        Args:
+            backbone: the frozen base model.
+            checkpoints: the base adapter and Adam's state, one per epoch.
+            settings: form, projection, blocks and tokens that carry loss.
+            seed: of the projection.
+
+        Raises:
+            CoterieError: for blocks that the model does not have, or in which no adapted layer lies.
+        """
+        self.backbone = backbone
+        self.settings = settings
+        self.projection: Projection = make_projection(settings.projection, settings.d_proj, seed)
+        self._blocks = counted_blocks(settings.blocks, len(backbone.blocks))
+        self._modules = self._counted_modules(checkpoints[0].adapter)
+        self._checkpoints = [(point, ExpertLayers(backbone.model, [point.adapter])) for point in checkpoints]
+
+    def _counted_modules(self, adapter: Adapter) -> dict[str, nn.Module]:
+        inside = {id(module) for number in self._blocks for module in self.backbone.blocks[number].modules()}
+        named = dict(self.backbone.model.named_modules())
+        counted = {path: named[path] for path in adapter if id(named[path]) in inside}
+        if not counted:
+            raise CoterieError(f"the adapter changes no layer of the blocks {self.settings.blocks!r}; use --blocks all")
+        return counted
+
+    def __call__(self, rows: Sequence[TokenRow]) -> Float[Tensor, "row d_proj"]:
+        """Return un-normalised features, one row each, in float32 on the base model's device.
+
+        Shapes: N prompts -> (N, d_proj). A row's feature does not depend on the other rows or on padding.
+        """
+        result = torch.zeros(len(rows), self.settings.d_proj, device=self.backbone.device)
+        for numbers in by_length(rows, self.settings.feature_batch_size):
+            batch = [rows[i] for i in numbers]
+            for checkpoint, layers in self._checkpoints:
+                result[numbers] += self._batch(batch, checkpoint, layers) / len(self._checkpoints)
+        return result
+
+    def _batch(self, rows: Sequence[TokenRow], checkpoint: Checkpoint, layers: ExpertLayers) -> Tensor:
+        batch = pad([row.ids for row in rows], self.backbone.tokenizer.pad_token_id, device=self.backbone.device)
+        weights = loss_weights(rows, batch, self.settings.loss_on)
+        collector = _Collector(checkpoint, self.projection, self.settings.form, len(rows), self.backbone.device)
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(layers.attached())
+            stack.enter_context(layers.choosing(ByExpert((0,), (len(rows),))))
+            stack.enter_context(self._graph_from(self.backbone.blocks[self._blocks.start]))
+            stack.enter_context(collector.listening(self._modules))
+            _backward(self.backbone, batch, weights)
+        return collector.total
+
+    @staticmethod
+    @contextmanager
+    def _graph_from(block: nn.Module) -> Iterator[None]:
+        """Start the autograd graph at this block's input: nothing before it needs a gradient."""
+
+        def require_grad(module: nn.Module, inputs: tuple, options: dict) -> tuple[tuple, dict]:
+            if inputs:
+                return (inputs[0].detach().requires_grad_(), *inputs[1:]), options
+            return inputs, {**options, "hidden_states": options["hidden_states"].detach().requires_grad_()}
+
+        handle = block.register_forward_pre_hook(require_grad, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def loss_weights(rows: Sequence[TokenRow], batch: Batch, loss_on: str) -> Float[Tensor, "row position"]:
+    """Weigh the prediction made at every position so that each row's loss is the mean over its counted tokens.
+
+    Position t predicts token t + 1; a row's first token is predicted by nothing.
+    """
+    weights = torch.zeros(batch.input_ids.shape)
+    for number, row in enumerate(rows):
+        counted = row.is_user_text if loss_on == "user-text" else [not answer for answer in row.is_response]
+        flags = torch.tensor(counted[1:], dtype=torch.float)
+        weights[number, : len(flags)] = flags / flags.sum().clamp(min=1)
+    return weights.to(batch.input_ids.device)
+
+
+def _backward(backbone: Backbone, batch: Batch, weights: Float[Tensor, "row position"]) -> None:
+    """Backpropagate the weighted loss; the output layer sees only positions with loss, a bounded number at a time."""
+    hidden = backbone.hidden(*batch)
+    counted: Bool[Tensor, "row position"] = weights > 0
+    targets = batch.input_ids.roll(-1, dims=1)[counted]
+    states = hidden[counted]
+    leaf = states.detach().requires_grad_()
+    size = max(1, LOGIT_ELEMENTS // backbone.output_layer.out_features)
+    pieces = zip(leaf.split(size), targets.split(size), weights[counted].split(size), strict=True)
+    for part, target, weight in pieces:
+        loss = nn.functional.cross_entropy(backbone.head(part), target, reduction="none")
+        (loss * weight).sum().backward()
+    if leaf.grad is not None:  # None when no row has a token that something predicts
+        states.backward(leaf.grad)
+
+
+class _Collector:
+    """Listens to a backward pass and adds up the projected directions of every row."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, projection: Projection, form: str, rows: int, device: torch.device
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._projection = projection
+        self._form = form
+        self.total = torch.zeros(rows, projection.d_proj, device=device)
+
+    @contextmanager
+    def listening(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+        handles = [module.register_forward_hook(self._forward_hook(path)) for path, module in modules.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _forward_hook(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def keep_input(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x = inputs[0].detach()
+            output.register_hook(lambda gradient: self._collect(path, x.float(), gradient.float()))
+
+        return keep_input
+
+    @torch.no_grad()
+    def _collect(self, path: str, x: Float[Tensor, "row position in"], g: Float[Tensor, "row position out"]) -> None:
+        pair = self._checkpoint.adapter[path]
+        down, up = pair.down.to(x), pair.up.to(x)
+        scaling = self._checkpoint.scalings[path]
+        self._add(f"{path}.lora_A", (g @ up.T).mT @ x)  # [row, R, I]
+        self._add(f"{path}.lora_B", g.mT @ (x @ down.T) * scaling)  # [row, O, R]
+
+    def _add(self, name: str, gradient: Float[Tensor, "row a b"]) -> None:
+        direction = gradient if self._form == "sgd" else adam_step(gradient, name, self._checkpoint.adam)
+        self.total += self._projection(name, direction.flatten(1)).to(self.total.device)
+
+
+def write_features(features: GradientFeatures, rows: Sequence[TokenRow], folder: Path) -> None:
+    """Compute features of many rows into `folder/features.safetensors`, in the order of the rows.
+
+    Finished shards stay in the folder until all are there, so an interrupted run goes on where it stopped; since the
+    rows of every batch are fixed, it ends with the same numbers.
+    """
+    shards = by_length(rows, SHARD_ROWS)
+    with tqdm(total=len(rows), desc="gradient features", unit="prompt") as bar:
+        for number, shard in enumerate(shards):
+            path = folder / f"{number:05d}.safetensors"
+            if not path.exists():
+                write_tensors(path, {"features": features([rows[i] for i in shard])})
+            bar.update(len(shard))
+    result = torch.empty(len(rows), features.settings.d_proj)
+    for number, shard in enumerate(shards):
+        result[shard] = read_tensors(folder / f"{number:05d}.safetensors")["features"]
+    write_tensors(folder / "features.safetensors", {"features": result})
+    for number in range(len(shards)):
+        (folder / f"{number:05d}.safetensors").unlink()

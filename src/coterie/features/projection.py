@@ -1,0 +1,136 @@
+"""Seeded random projections that give the same matrix on every device, for any batch size.
+
+Random bits come from a counter-based integer hash (splitmix64) of (seed, name, position), computed in torch's int64,
+so that CPU and GPU draw the same signs and nothing has to be stored. Each tensor of a gradient is projected on its
+own, keyed by its name, and the projections are added up: the full gradient never has to exist.
+
+Both projections keep inner products: E[<Px, Py>] = <x, y>, with a standard deviation of at most about
+|x| |y| sqrt(2 / d) (Johnson and Lindenstrauss).
+"""
+
+import hashlib
+import math
+from functools import lru_cache
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from coterie.errors import unknown_name
+
+PROJECTION_FORMAT = 1
+"""Stored beside features; raised whenever a projection gives other numbers than before."""
+
+SIGNS_PER_HASH = 32
+BLOCK_ELEMENTS = 1 << 24  # elements of the +-1 matrix that exist at once (64 MiB in float32)
+
+
+@runtime_checkable
+class Projection(Protocol):
+    """A linear map of named tensors to `d_proj` dimensions."""
+
+    d_proj: int
+
+    def __call__(self, name: str, values: Float[Tensor, "row size"]) -> Float[Tensor, "row d_proj"]:
+        """Project rows of the tensor called `name`, flattened."""
+        ...
+
+
+def _signed(value: int) -> int:
+    """Read an unsigned 64-bit constant as the int64 with the same bits."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Shift int64 right as if it were unsigned (torch shifts copies of the sign in)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def splitmix64(counter: Tensor, key: int) -> Tensor:
+    """Hash int64 counters to 64 random bits each (Steele, Lea and Flood 2014), the same on every device."""
+    x = counter * _signed(0x9E3779B97F4A7C15) + _signed(key)
+    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift_right(x, 31)
+
+
+def key_of(seed: int, name: str) -> int:
+    """Derive the 64-bit key of a named tensor."""
+    digest = hashlib.sha256(f"{PROJECTION_FORMAT}:{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+class RademacherProjection:
+    """The dense +-1 projection of the ELREA paper (eq. 6), scaled by 1/sqrt(d_proj), generated in blocks.
+
+    Costs size x d_proj multiplications a row and never holds more than a block of the matrix.
+    """
+
+    def __init__(self, d_proj: int, seed: int = 0) -> None:
+        """Store the settings; nothing is generated yet."""
+        self.d_proj = d_proj
+        self.seed = seed
+
+    def __call__(self, name: str, values: Float[Tensor, "row size"]) -> Float[Tensor, "row d_proj"]:
+        """Project rows of the tensor called `name`, flattened."""
+        key = key_of(self.seed, name)
+        width = max(1, BLOCK_ELEMENTS // self.d_proj)
+        result = values.new_zeros(len(values), self.d_proj)
+        for start in range(0, values.shape[1], width):
+            block = values[:, start : start + width]
+            result += block @ self.signs(key, start, block.shape[1], values.device).to(values.dtype)
+        return result / math.sqrt(self.d_proj)
+
+    def signs(self, key: int, start: int, count: int, device: torch.device) -> Float[Tensor, "count d_proj"]:
+        """Generate the rows `start .. start + count` of the +-1 matrix, one per element of the input."""
+        words = -(-self.d_proj // SIGNS_PER_HASH)
+        elements = torch.arange(start, start + count, device=device)[:, None]
+        bits = splitmix64(elements * words + torch.arange(words, device=device), key)  # [count, words]
+        places = torch.arange(SIGNS_PER_HASH, device=device)
+        signs = ((bits.unsqueeze(-1) >> places) & 1).float().mul_(2).sub_(1)
+        return signs.flatten(1)[:, : self.d_proj]
+
+
+class SketchProjection:
+    """A balanced count sketch: random signs, then every run of `d_proj` elements is shuffled and added up.
+
+    It has the same mean and, to first order, the same variance of inner products as the dense projection, for a
+    cost of one addition an element (Charikar, Chen and Farach-Colton 2002; Weinberger et al. 2009).
+    """
+
+    def __init__(self, d_proj: int, seed: int = 0) -> None:
+        """Store the settings; the shuffles are made when a tensor is first seen."""
+        self.d_proj = d_proj
+        self.seed = seed
+        self._plan = lru_cache(maxsize=None)(self._make_plan)
+
+    def __call__(self, name: str, values: Float[Tensor, "row size"]) -> Float[Tensor, "row d_proj"]:
+        """Project rows of the tensor called `name`, flattened."""
+        source, signs = self._plan(name, values.shape[1], values.device)
+        padded = torch.nn.functional.pad(values, (0, signs.numel() - values.shape[1]))
+        return (padded[:, source] * signs).unflatten(1, (-1, self.d_proj)).sum(dim=1)
+
+    def _make_plan(self, name: str, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return, for every slot of every run, the element that goes there and its sign; slots past the end are 0."""
+        runs = -(-size // self.d_proj)
+        elements = torch.arange(runs * self.d_proj, device=device)
+        bits = splitmix64(elements, key_of(self.seed, name))
+        order = _shift_right(bits, 1).unflatten(0, (runs, self.d_proj)).argsort(dim=1, stable=True)
+        source = (order + torch.arange(runs, device=device)[:, None] * self.d_proj).flatten()
+        signs = (bits[source] & 1).float().mul_(2).sub_(1)
+        return source, signs
+
+
+PROJECTIONS = {"sketch": SketchProjection, "rademacher": RademacherProjection}
+
+
+def make_projection(name: str, d_proj: int, seed: int = 0) -> Projection:
+    """Build a projection by name.
+
+    Raises:
+        CoterieError: when no projection has this name.
+    """
+    if name not in PROJECTIONS:
+        raise unknown_name("projection", name, PROJECTIONS)
+    return PROJECTIONS[name](d_proj, seed)

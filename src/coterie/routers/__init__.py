@@ -1,0 +1,1 @@
+"""Routers: who answers, in which proportion. Every router returns one value, `Routing`."""

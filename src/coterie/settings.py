@@ -1,0 +1,228 @@
+"""One typed object per command: it is the flag list, the YAML schema and the record in `run.yaml`.
+
+Nothing here imports torch, so that the command line can show its help at once. A description stands in one place,
+beside its field. Groups are shared between commands; their fields become plain flags, so names are unique over all
+groups of a command.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from coterie.errors import CoterieError, unknown_name
+
+FeatureForm = Literal["adam", "adam-centred", "sgd"]
+Projection = Literal["sketch", "rademacher"]
+ClusterMethod = Literal["birch", "spherical-kmeans", "birch-pca", "kmeans-pca"]
+
+
+class Settings(BaseModel):
+    """A frozen group of settings that refuses unknown names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class PlacementSettings(Settings):
+    """How a base model is held in memory."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype of the base weights; auto: float32 on CPU, the checkpoint's own elsewhere"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
+    load_in_4bit: bool = Field(False, description="hold the base in 4 bits (NF4); needs the extra 'quant'")
+
+
+class ModelSettings(PlacementSettings):
+    """Which base model, and how it is held in memory."""
+
+    model: str = Field(description="base model: hub id, local folder, .gguf file, or the alias smollm2-135m")
+    revision: str | None = Field(None, description="revision of a hub model (branch, tag or commit)")
+
+
+class LoraSettings(Settings):
+    """Shape of every adapter."""
+
+    rank: int = Field(8, ge=1, description="rank r of every adapter")
+    alpha: int | None = Field(None, ge=1, description="LoRA alpha; default 4 times the rank")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the input of the LoRA branch while training")
+    target_modules: str = Field("all-linear", description="all-linear, or names of linear layers separated by commas")
+
+
+class TrainingSettings(Settings):
+    """Training of the base adapter on all data."""
+
+    epochs: int = Field(2, ge=1, description="epochs of the base adapter")
+    learning_rate: float = Field(
+        5e-5, gt=0, description="peak learning rate of the base adapter, decaying linearly to 0"
+    )
+    batch_size: int = Field(16, ge=1, description="examples per optimiser step")
+    micro_batch_size: int = Field(8, ge=1, description="examples per forward pass")
+    max_length: int = Field(2048, ge=8, description="longest example in tokens; longer ones are dropped and counted")
+    system_prompt: str | None = Field(
+        None, description="system prompt put before every example; default: the template's own"
+    )
+    report_to: str = Field("none", description="experiment tracker known to transformers, such as trackio or wandb")
+
+
+class ExpertSettings(Settings):
+    """Training of one expert per cluster, continued from the base adapter."""
+
+    expert_epochs: int = Field(2, ge=1, description="epochs of every cluster's expert")
+    expert_learning_rate: float = Field(2e-5, gt=0, description="peak learning rate of the experts")
+
+
+class FeatureSettings(Settings):
+    """How a prompt is described by its gradient."""
+
+    form: FeatureForm = Field("adam", description="adam (the paper's), adam-centred (minus the training mean) or sgd")
+    projection: Projection = Field("sketch", description="sketch (fast) or rademacher (the paper's dense +-1)")
+    d_proj: int = Field(8192, ge=2, description="dimensions after projection")
+    blocks: str = Field("all", description="blocks whose gradients count: all, or last:K")
+    loss_on: Literal["user-text", "prompt"] = Field(
+        "user-text", description="tokens that carry loss: the user's own text, or the whole rendered prompt"
+    )
+    feature_batch_size: int = Field(8, ge=1, description="prompts per forward and backward pass")
+
+
+class ClusterSettings(Settings):
+    """How training rows are grouped."""
+
+    clusters: int = Field(5, ge=2, description="clusters asked for in the first round")
+    cluster_rounds: int = Field(3, ge=1, le=3, description="rounds of splitting clusters that stayed too large")
+    cluster_method: ClusterMethod = Field(
+        "birch", description="birch (the paper's), spherical-kmeans, birch-pca or kmeans-pca"
+    )
+    cluster_threshold: float | None = Field(None, gt=0, description="BIRCH leaf radius; default: chosen from the data")
+    cluster_sample: int = Field(5000, ge=10, description="rows the clustering is fitted on")
+    normalise_features: bool = Field(True, description="scale features to unit length before clustering")
+
+
+class ElreaSettings(Settings):
+    """`coterie fit elrea`: the whole loop, from one data set to a mixture."""
+
+    model: ModelSettings
+    data: list[str] = Field(min_length=1, description="training data: JSONL file or datasets source; may be repeated")
+    output: str = Field(description="folder to write the mixture to")
+    limit: int | None = Field(None, ge=1, description="use only the first N examples of every data source")
+    seed: int = Field(0, ge=0, description="seed of shuffling, initialisation, dropout, projection and clustering")
+    overwrite: bool = Field(False, description="replace the output folder if it exists")
+    lora: LoraSettings = LoraSettings()
+    training: TrainingSettings = TrainingSettings()
+    experts: ExpertSettings = ExpertSettings()
+    features: FeatureSettings = FeatureSettings()
+    clustering: ClusterSettings = ClusterSettings()
+
+
+class SamplingSettings(Settings):
+    """How tokens are chosen from the combined distribution."""
+
+    max_new_tokens: int = Field(64, ge=1, description="longest answer in tokens")
+    temperature: float = Field(0.0, ge=0, description="0: greedy; above: sampling temperature")
+    top_p: float = Field(1.0, gt=0, le=1, description="keep the smallest set of tokens with this probability mass")
+    top_k: int = Field(0, ge=0, description="keep only the K likeliest tokens; 0: all")
+    repetition_penalty: float = Field(
+        1.0, gt=0, description="above 1: tokens that stand in the text become less likely"
+    )
+    stop: list[str] = Field([], description="stop before this text; may be repeated")
+    seed: int = Field(0, ge=0, description="seed of sampling, for every prompt on its own")
+
+
+class RoutingSettings(Settings):
+    """Changes to a mixture's own router, for one call."""
+
+    router: str | None = Field(None, description="use another router: uniform, or the name of one expert")
+    top_k_experts: int | None = Field(None, ge=1, description="keep only the K experts with the largest weights")
+
+
+class RouteSettings(Settings):
+    """`coterie route`: the weights a prompt gets."""
+
+    mixture: str = Field(description="folder of a mixture")
+    placement: PlacementSettings = PlacementSettings()
+    routing: RoutingSettings = RoutingSettings()
+
+
+class GenerateSettings(Settings):
+    """`coterie generate`: answers of the mixture."""
+
+    mixture: str = Field(description="folder of a mixture")
+    placement: PlacementSettings = PlacementSettings()
+    routing: RoutingSettings = RoutingSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    batch_size: int = Field(8, ge=1, description="prompts decoded together")
+
+
+class EvaluationSettings(Settings):
+    """`coterie eval`: methods of the table side by side on held-out rows."""
+
+    mixture: str = Field(description="folder of a mixture")
+    data: list[str] = Field(min_length=1, description="test data: JSONL file or datasets source; may be repeated")
+    output: str = Field(description="folder to write the records to")
+    methods: str = Field("backbone,base,elrea,uniform-weights", description="methods to compare, separated by commas")
+    control: str = Field("base", description="method that the others are compared with")
+    limit: int | None = Field(None, ge=1, description="use only the first N examples of every data source")
+    overwrite: bool = Field(False, description="replace the output folder if it exists")
+    generate: bool = Field(True, description="let every method answer; without it only likelihoods are measured")
+    resamples: int = Field(2000, ge=100, description="bootstrap resamples behind every interval")
+    batch_size: int = Field(8, ge=1, description="prompts decoded together")
+    placement: PlacementSettings = PlacementSettings()
+    sampling: SamplingSettings = SamplingSettings()
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def flat_fields(kind: type[Settings]) -> Iterator[tuple[str, FieldInfo]]:
+    """Yield every field with its plain name, groups opened up."""
+    for name, field in kind.model_fields.items():
+        group = _group(field)
+        if group is None:
+            yield name, field
+        else:
+            yield from flat_fields(group)
+
+
+def from_flat(kind: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
+    """Build settings from plain names, putting each into its group.
+
+    Raises:
+        CoterieError: for an unknown name or a value that does not fit, naming the field, its value and the reason.
+    """
+    known = [name for name, _ in flat_fields(kind)]
+    for name in values:
+        if name not in known:
+            raise unknown_name("setting", name, known)
+    return checked(kind, _grouped(kind, values))
+
+
+def checked(kind: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
+    """Build settings from grouped values, as they stand in a YAML file.
+
+    Raises:
+        CoterieError: for an unknown name or a value that does not fit.
+    """
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][-1]).replace("_", "-") if first["loc"] else "settings"
+        given = "" if first["type"] == "missing" else f", got {first['input']!r}"
+        raise CoterieError(f"--{name}: {first['msg'][:1].lower()}{first['msg'][1:]}{given}") from error
+
+
+def _group(field: FieldInfo) -> type[Settings] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Settings) else None
+
+
+def _grouped(kind: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, field in kind.model_fields.items():
+        group = _group(field)
+        if group is not None:
+            result[name] = _grouped(group, values)
+        elif name in values:
+            result[name] = values[name]
+    return result

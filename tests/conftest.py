@@ -1,0 +1,64 @@
+"""Fixtures: one tiny base model, and one tiny mixture fitted on it, for all tests of a process."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import tiny
+from coterie import methods
+from coterie.backbone.loading import Backbone, load_backbone
+from coterie.mixture import Mixture
+from coterie.settings import ModelSettings
+
+FIT = {
+    "clusters": 3,
+    "cluster_rounds": 1,
+    "d_proj": 256,
+    "learning_rate": 1e-2,
+    "expert_learning_rate": 5e-3,
+    "batch_size": 8,
+    "epochs": 2,
+    "expert_epochs": 1,
+}
+"""Settings of the tiny mixture: learning rates at which a random model moves in a few steps."""
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory):
+    """Keep the user's cache out of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COTERIE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def backbone(model_folder: Path) -> Backbone:
+    return load_backbone(ModelSettings(model=str(model_folder), device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def train_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", tiny.make_rows(36))
+
+
+@pytest.fixture(scope="session")
+def run_folder(model_folder: Path, train_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "elrea"
+    methods.elrea(str(model_folder), str(train_file), output=output, device="cpu", **FIT)
+    return output
+
+
+@pytest.fixture(scope="session")
+def mixture(run_folder: Path) -> Mixture:
+    return Mixture.from_pretrained(run_folder, device="cpu")

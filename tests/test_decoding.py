@@ -1,0 +1,306 @@
+"""Decoding an ensemble equals the slow and obvious way: separate PEFT models, no cache, one prompt at a time."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+
+from coterie import lora
+from coterie.backbone.layers import ExpertLayers
+from coterie.combiners.layers import LayerCombiner
+from coterie.combiners.logits import LogitCombiner
+from coterie.combiners.table import COMBINERS
+from coterie.engine.decoding import DecodingBatch, response_logprobs
+from coterie.engine.text import TextStream
+from coterie.errors import CoterieError
+from coterie.experts.bank import ExpertBank
+from coterie.mixture import Mixture
+from coterie.routers.fixed import FixedRouter
+from coterie.settings import SamplingSettings
+
+PROMPTS = ["add 3 4", "SPELL ABCD NOW", "?? (A) one (B) two ??", "add 11 25 and tell"]
+
+
+@pytest.fixture(scope="module")
+def peft_models(mixture, run_folder):
+    """Every expert as PEFT itself loads it, each in a base model of its own."""
+    return {
+        name: PeftModel.from_pretrained(copy.deepcopy(mixture.backbone.model), run_folder / "experts" / name).eval()
+        for name in mixture.bank.names
+    }
+
+
+@torch.no_grad()
+def naive(mixture, peft_models, prompt, weights, steps):
+    """Greedy tokens and log-probabilities: full text through every PEFT model at every step, logits summed."""
+    ids = list(mixture.tokens([prompt])[0].ids)
+    start = len(ids)
+    total = sum(weights.values())
+    logprobs = []
+    while len(ids) - start < steps:
+        logits = sum(
+            weight / total * peft_models[name](input_ids=torch.tensor([ids])).logits[0, -1].float()
+            for name, weight in weights.items()
+        )
+        ids.append(int(logits.argmax()))
+        logprobs.append(float(logits.log_softmax(0)[ids[-1]]))
+        if ids[-1] in mixture.backbone.stop_ids:
+            break
+    return ids[start:], logprobs
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_the_routed_ensemble_equals_an_uncached_loop_over_peft_models(mixture, peft_models, prompt):
+    answer = mixture.generate([prompt], max_new_tokens=10)[0]
+    tokens, logprobs = naive(mixture, peft_models, prompt, answer.weights, 10)
+    assert list(answer.token_ids) == tokens
+    torch.testing.assert_close(torch.tensor(answer.logprobs), torch.tensor(logprobs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("combiner", sorted(COMBINERS))
+@pytest.mark.parametrize("name", ["base", "cluster-0", "cluster-2"])
+def test_one_hot_routing_is_that_expert_alone(mixture, peft_models, combiner, name):
+    answer = mixture.replace(router=name, combiner=combiner).generate([PROMPTS[0]], max_new_tokens=8)[0]
+    tokens, logprobs = naive(mixture, peft_models, PROMPTS[0], {name: 1.0}, 8)
+    assert list(answer.token_ids) == tokens
+    torch.testing.assert_close(torch.tensor(answer.logprobs), torch.tensor(logprobs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("combiner", sorted(COMBINERS))
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_answers_do_not_depend_on_the_batch(mixture, combiner, batch_size):
+    cell = mixture.replace(combiner=combiner)
+    alone = [cell.generate([prompt], max_new_tokens=12)[0] for prompt in PROMPTS]
+    together = cell.generate(PROMPTS, max_new_tokens=12, batch_size=batch_size)
+    assert [a.token_ids for a in together] == [a.token_ids for a in alone]
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), rtol=1e-4, atol=1e-5)
+
+
+def test_requests_that_finish_leave_and_the_others_go_on_unchanged(mixture):
+    long = mixture.generate(PROMPTS, max_new_tokens=24)
+    stops = [answer.text[1:3] for answer in long[:2]]
+    stopped = mixture.generate(PROMPTS, max_new_tokens=24, stop=stops)
+    lengths = {len(answer.token_ids) for answer in stopped}
+    assert len(lengths) > 1, "the test wants requests of different lengths"
+    for short, full in zip(stopped, long, strict=True):
+        assert short.token_ids == full.token_ids[: len(short.token_ids)]
+
+
+def with_bank(mixture, names, adapters, weights, combiner="logits"):
+    bank = ExpertBank(tuple(names), tuple(adapters))
+    changed = replace(mixture, bank=bank, router=FixedRouter(dict(zip(names, weights, strict=True))))
+    return changed.replace(combiner=combiner)
+
+
+@pytest.mark.parametrize("combiner", sorted(COMBINERS))
+def test_copies_of_one_expert_are_that_expert(mixture, combiner):
+    adapter = mixture.bank.adapters[1]
+    one = with_bank(mixture, ["x"], [adapter], [1.0], combiner).generate(PROMPTS, max_new_tokens=6)
+    many = with_bank(mixture, ["x", "y", "z"], [adapter] * 3, [0.2, 0.3, 0.5], combiner).generate(
+        PROMPTS, max_new_tokens=6
+    )
+    assert [a.token_ids for a in one] == [a.token_ids for a in many]
+    for a, b in zip(one, many, strict=True):
+        torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("combiner", sorted(COMBINERS))
+def test_the_order_of_experts_does_not_matter(mixture, combiner):
+    names, adapters = list(mixture.bank.names), list(mixture.bank.adapters)
+    weights = [0.1, 0.6, 0.2, 0.4]
+    forward = with_bank(mixture, names, adapters, weights, combiner).generate(PROMPTS, max_new_tokens=6)
+    back = with_bank(mixture, names[::-1], adapters[::-1], weights[::-1], combiner).generate(PROMPTS, max_new_tokens=6)
+    for a, b in zip(forward, back, strict=True):
+        torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_expert_that_changes_nothing_is_the_base_model(mixture):
+    ids = list(mixture.tokens([PROMPTS[0]])[0].ids)
+    answer = with_bank(mixture, ["null", "x"], [{}, mixture.bank.adapters[1]], [1.0, 0.0]).generate(
+        [PROMPTS[0]], max_new_tokens=1
+    )[0]
+    expected = mixture.backbone.model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(0)
+    assert answer.token_ids[0] == int(expected.argmax())
+    assert answer.logprobs[0] == pytest.approx(float(expected.max()), abs=1e-5)
+
+
+@torch.no_grad()
+def test_mixing_in_layers_equals_the_dense_weighted_sum_of_updates(mixture):
+    weights = [0.3, 0.1, 0.5, 0.2]
+    cell = with_bank(mixture, mixture.bank.names, mixture.bank.adapters, weights, "layers")
+    dense = copy.deepcopy(mixture.backbone.model)
+    for adapter, weight in zip(mixture.bank.adapters, weights, strict=True):
+        for path, pair in adapter.items():
+            dense.get_submodule(path).weight += weight * lora.delta(pair)
+    answer = cell.generate([PROMPTS[1]], max_new_tokens=6)[0]
+    ids = list(mixture.tokens([PROMPTS[1]])[0].ids)
+    for token, logprob in zip(answer.token_ids, answer.logprobs, strict=True):
+        expected = dense(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(0)
+        assert token == int(expected.argmax())
+        assert logprob == pytest.approx(float(expected[token]), abs=1e-4)
+        ids.append(token)
+
+
+def test_a_soft_cap_on_logits_is_applied_before_they_are_summed(mixture, peft_models, monkeypatch):
+    monkeypatch.setattr(mixture.backbone.model.config, "final_logit_softcapping", 2.0, raising=False)
+    answer = mixture.generate([PROMPTS[0]], max_new_tokens=1)[0]
+    ids = torch.tensor([mixture.tokens([PROMPTS[0]])[0].ids])
+    with torch.no_grad():
+        logits = sum(
+            weight * torch.tanh(peft_models[name](input_ids=ids).logits[0, -1] / 2.0) * 2.0
+            for name, weight in answer.weights.items()
+        )
+    assert answer.logprobs[0] == pytest.approx(float(logits.log_softmax(0).max()), abs=1e-4)
+
+
+def test_dropped_experts_are_not_run_and_the_rest_is_renormalised(mixture):
+    routing = mixture.route(PROMPTS, top_k_experts=2)
+    assert (routing.weights > 0).sum(dim=1).tolist() == [2] * len(PROMPTS)
+    plan = LogitCombiner().plan(routing.for_experts(mixture.bank.names))
+    assert len(plan.prompts) == 2 * len(PROMPTS)
+    kept = mixture.generate([PROMPTS[0]], max_new_tokens=6, top_k_experts=2)[0]
+    by_hand = replace(mixture, router=FixedRouter(routing.row(0))).generate([PROMPTS[0]], max_new_tokens=6)[0]
+    assert kept.token_ids == by_hand.token_ids
+    torch.testing.assert_close(torch.tensor(kept.logprobs), torch.tensor(by_hand.logprobs), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_with_different_experts_decode_together_as_alone(mixture):
+    alone = [mixture.generate([p], max_new_tokens=8, top_k_experts=1)[0] for p in PROMPTS]
+    together = mixture.generate(PROMPTS, max_new_tokens=8, top_k_experts=1)
+    assert [a.token_ids for a in together] == [a.token_ids for a in alone]
+
+
+def test_more_experts_than_there_are_cannot_be_kept(mixture):
+    with pytest.raises(CoterieError, match="between 1 and 4"):
+        mixture.generate(["hi"], top_k_experts=5)
+
+
+def test_sampling_follows_its_seed_and_not_its_batch(mixture):
+    options = {"max_new_tokens": 8, "temperature": 1.0, "top_p": 0.9, "top_k": 40}
+    alone = [mixture.generate([p], seed=7, **options)[0].token_ids for p in PROMPTS]
+    together = [a.token_ids for a in mixture.generate(PROMPTS, seed=7, **options)]
+    assert together == alone
+    assert together != [a.token_ids for a in mixture.generate(PROMPTS, seed=8, **options)]
+
+
+def test_sampled_tokens_have_the_combined_distribution(mixture):
+    """Frequencies of the first token over many seeds, against the probabilities that one step reports."""
+    weights = mixture.route([PROMPTS[0]]).for_experts(mixture.bank.names)
+    plan = LogitCombiner().plan(weights)
+    ids = list(mixture.tokens([PROMPTS[0]])[0].ids)
+    vocabulary = mixture.backbone.output_layer.out_features
+    rows = [[*ids, token] for token in range(vocabulary)]
+    logprobs = torch.cat(
+        [
+            response_logprobs(mixture.backbone, mixture.layers, plan, [plan.votes], [(row, [len(ids)])])[0][0]
+            for row in rows
+        ]
+    )
+    assert logprobs.exp().sum().item() == pytest.approx(1, abs=1e-4)
+    counts = torch.zeros(vocabulary)
+    for seed in range(300):
+        counts[next(mixture.stream(PROMPTS[0], max_new_tokens=1, temperature=1.0, seed=seed)).id] += 1
+    top = logprobs.exp().topk(5).indices
+    expected = 300 * logprobs.exp()[top]
+    assert ((counts[top] - expected).abs() < 4 * (expected * (1 - expected / 300)).sqrt() + 1).all()
+
+
+def test_a_repetition_penalty_acts_on_the_requests_own_text_without_padding(mixture):
+    options = {"max_new_tokens": 10, "repetition_penalty": 1.7}
+    alone = [mixture.generate([p], **options)[0].token_ids for p in PROMPTS]
+    assert [a.token_ids for a in mixture.generate(PROMPTS, **options)] == alone
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_streamed_pieces_are_the_text(mixture, prompt):
+    whole = mixture.generate([prompt], max_new_tokens=16)[0]
+    pieces = list(mixture.stream(prompt, max_new_tokens=16))
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert tuple(piece.id for piece in pieces) == whole.token_ids
+    assert pieces[-1].finish_reason == whole.finish_reason
+
+
+def test_text_ends_before_a_stop_string_and_never_shows_its_beginning(backbone):
+    tokenizer = backbone.tokenizer
+    stream = TextStream(tokenizer, ["END"])
+    pieces = [stream.push(token) for token in tokenizer("abcEN-xENDyz", add_special_tokens=False)["input_ids"]]
+    assert "".join(pieces) == "abcEN-x"
+    assert stream.stopped and stream.finish() == ""
+
+
+def test_half_a_character_is_held_back(backbone):
+    tokenizer = backbone.tokenizer
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in tokenizer("aé€b", add_special_tokens=False)["input_ids"]]
+    assert pieces == ["a", "", "é", "", "", "€", "b"]
+
+
+def test_an_unfinished_stop_string_comes_out_at_the_end(backbone):
+    stream = TextStream(backbone.tokenizer, ["END"])
+    pieces = [stream.push(token) for token in backbone.tokenizer("xEN", add_special_tokens=False)["input_ids"]]
+    assert "".join(pieces) == "x" and stream.finish() == "EN"
+
+
+def test_the_end_of_turn_token_ends_an_answer(mixture):
+    end = mixture.backbone.tokenizer.eos_token_id
+    layers = ExpertLayers(mixture.backbone.model, mixture.bank.adapters)
+    prompt = mixture.tokens([PROMPTS[0]])[0].ids
+    weights = mixture.route([PROMPTS[0]]).for_experts(mixture.bank.names)
+    batch = DecodingBatch(mixture.backbone, layers, LogitCombiner(), [prompt], weights, SamplingSettings())
+    batch._choose = lambda logits: [batch._advance(batch._active[0], end, 0.0)]
+    tokens = list(batch.run())
+    assert [(t.id, t.text, t.finish_reason) for t in tokens] == [(end, "", "stop")]
+
+
+def test_base_weights_are_bit_identical_after_decoding_and_no_hook_stays(mixture):
+    before = {name: parameter.clone() for name, parameter in mixture.backbone.model.named_parameters()}
+    mixture.generate(PROMPTS, max_new_tokens=3)
+    mixture.replace(combiner=LayerCombiner()).generate(PROMPTS, max_new_tokens=3)
+    assert all(torch.equal(before[name], p) for name, p in mixture.backbone.model.named_parameters())
+    assert not any(module._forward_hooks for module in mixture.backbone.model.modules())
+
+
+def test_likelihoods_equal_those_of_the_summed_peft_models(mixture, peft_models):
+    rows = [mixture.prompts.row(example) for example in examples()]
+    weights = mixture.router.route([row.prompt() for row in rows]).for_experts(mixture.bank.names)
+    plan = LogitCombiner().plan(weights)
+    texts = [(row.ids, list(range(row.prompt_length, len(row.ids)))) for row in rows]
+    uniform = torch.ones_like(weights)
+    votes = [plan.votes, LogitCombiner().votes(plan, uniform)]
+    found = response_logprobs(mixture.backbone, mixture.layers, plan, votes, texts)
+    for number, row in enumerate(rows):
+        for place, share in enumerate([weights[number] / weights[number].sum(), uniform[number] / 4]):
+            with torch.no_grad():
+                logits = sum(
+                    w * peft_models[name](input_ids=torch.tensor([row.ids])).logits[0].float()
+                    for name, w in zip(mixture.bank.names, share, strict=True)
+                )
+            expected = [float(logits[t - 1].log_softmax(0)[row.ids[t]]) for t in texts[number][1]]
+            torch.testing.assert_close(found[place][number], torch.tensor(expected), rtol=1e-4, atol=1e-4)
+
+
+def examples():
+    import tiny
+    from coterie.data.examples import load_examples
+
+    return load_examples(tiny.make_rows(3, seed=5))
+
+
+def test_votes_on_an_expert_that_is_not_run_are_refused():
+    plan = LogitCombiner().plan(torch.tensor([[0.5, 0.5, 0.0]]))
+    with pytest.raises(ValueError, match="does not run"):
+        LogitCombiner().votes(plan, torch.tensor([[0.2, 0.2, 0.6]]))
+
+
+def test_a_saved_copy_routes_and_answers_as_the_mixture(mixture, tmp_path):
+    mixture.save_pretrained(tmp_path / "copy")
+    other = Mixture.from_pretrained(tmp_path / "copy", device="cpu")
+    assert other.generate(PROMPTS, max_new_tokens=5) == mixture.generate(PROMPTS, max_new_tokens=5)
+    uniform = mixture.replace(router="uniform", combiner="layers")
+    uniform.save_pretrained(tmp_path / "uniform")
+    again = Mixture.from_pretrained(tmp_path / "uniform", device="cpu")
+    assert again.generate(PROMPTS, max_new_tokens=5) == uniform.generate(PROMPTS, max_new_tokens=5)
