@@ -1,0 +1,685 @@
+"""The report shows what the records say, breaks on no text, and asks nothing of the network."""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from importlib.resources import files
+from itertools import pairwise
+from xml.etree import ElementTree
+
+import pytest
+
+from coterie.errors import CoterieError
+from coterie.report import write_report
+from coterie.report.charts import Interval, axis_for, interval_chart, split_bar
+from coterie.report.examples import choose
+from coterie.report.records import Answer, Row
+from coterie.report.wording import fixed, short, signed
+
+HOSTILE = "<script>alert(1)</script></style></title></textarea>--><img src=x onerror=alert(2)>'\" onload='{{ 7*7 }}&lt;"
+HOSTILE += "\x00\u202e"
+SHOWN = HOSTILE.replace("\x00", "\ufffd").replace("\u202e", "\ufffd")  # as the page should show it
+VOID = {"meta", "br", "img", "input", "hr", "link"}
+
+
+def score(method, source, accuracy, gap=None, ends=None, nll=0.7, nll_gap=None, nll_ends=None):
+    return {
+        "method": method,
+        "source": source,
+        "rows": 50,
+        "graded": 0 if accuracy is None else 40,
+        "accuracy": accuracy,
+        "accuracy_difference": gap,
+        "accuracy_interval": ends,
+        "nll": nll,
+        "nll_difference": nll_gap,
+        "nll_interval": nll_ends,
+    }
+
+
+def answer(text, correct, **others):
+    return {
+        "text": text,
+        "correct": correct,
+        "extracted": None,
+        "nll": 0.7,
+        "tokens": 9,
+        "finish_reason": "stop",
+    } | others
+
+
+def row(number, source, ours, theirs):
+    return {
+        "id": f"{source}/{number}",
+        "source": source,
+        "category": None,
+        "prompt": f"prompt {number} of {source}",
+        "reference": "reference",
+        "answer": "7",
+        "weights": {"base": 0.25, "cluster-0": 0.75},
+        "methods": {"base": answer(f"base says {number}", theirs), "elrea": answer(f"elrea says {number}", ours)},
+    }
+
+
+def records():
+    """Two sources, two methods, two clusters, six rows."""
+    outcomes = [(True, False), (False, True), (True, True), (False, False), (None, None), (True, False)]
+    rows = [row(number, ("gsm8k", "math")[number % 2], *outcome) for number, outcome in enumerate(outcomes)]
+    table = [
+        score("base", "all", 0.4, nll=0.8123),
+        score("base", "gsm8k", 0.5),
+        score("base", "math", 0.3),
+        score("elrea", "all", 0.4625, 0.0625, [0.0125, 0.1125], 0.7654, -0.0469, [-0.0912, 0.0017]),
+        score("elrea", "gsm8k", 0.45, -0.05, [-0.2, 0.1], 0.7, -0.02, [-0.03, -0.01]),
+        score("elrea", "math", 0.475, 0.175, [0.075, 0.3], 0.7, 0.01, [-0.03, 0.05]),
+    ]
+    evaluation = {
+        "format": 1,
+        "mixture": "runs/elrea",
+        "base_model": {"id": "smollm2-135m", "revision": "abc123", "sha256": "f" * 64},
+        "data": "test.jsonl",
+        "control": "base",
+        "methods": ["base", "elrea"],
+        "experts": ["base", "cluster-0", "cluster-1"],
+        "rows": len(rows),
+        "sources": ["gsm8k", "math"],
+        "settings": {"max_new_tokens": 64, "temperature": 0.0},
+        "hardware": {"name": "a desktop, 2 cores", "torch": "2.13.0"},
+        "clusters": {"cluster-0": {"gsm8k": 1041, "math": 7}, "cluster-1": {"math": 52, "dolly": 5}},
+        "clustering": {"adjusted_rand_index": 0.7134, "method": "birch"},
+        "routing": {
+            "gsm8k": {"base": 0.11, "cluster-0": 0.57, "cluster-1": 0.32},
+            "math": {"base": 0.2, "cluster-0": 0.04, "cluster-1": 0.76},
+        },
+        "seconds": {"base": {"generate": 12.3, "score": 4.5}, "elrea": {"generate": 61.25, "score": 22.0}},
+        "table": table,
+    }
+    return evaluation, rows
+
+
+def save(folder, evaluation, rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+class Page(HTMLParser):
+    """A page as elements with attributes and text; it fails on a tag that is closed out of turn."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.stack = [], []
+        self.feed(text)
+        assert not self.stack, "a tag was left open"
+
+    def handle_starttag(self, tag, attrs):
+        element = {"tag": tag, "attrs": dict(attrs), "text": "", "inside": [outer["tag"] for outer in self.stack]}
+        self.elements.append(element)
+        if tag not in VOID:
+            self.stack.append(element)
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop()["tag"] == tag
+
+    def handle_data(self, data):
+        for element in self.stack:
+            element["text"] += data
+
+    def all(self, tag, kind=None):
+        kinds = [(element, (element["attrs"].get("class") or "").split()) for element in self.elements]
+        return [element for element, names in kinds if element["tag"] == tag and (kind is None or kind in names)]
+
+    def text(self):
+        return re.sub(r"\s+", " ", self.all("body")[0]["text"])
+
+    def table(self, caption):
+        """The cells of the table with this caption, row by row."""
+        found, inside = [], False
+        for element in self.elements:
+            if element["tag"] == "caption":
+                inside = element["text"] == caption
+            elif inside and element["tag"] == "tr":
+                found.append([])
+            elif inside and element["tag"] in {"th", "td"}:
+                found[-1].append(" ".join(element["text"].split()))
+        return found
+
+
+@pytest.fixture
+def page(tmp_path):
+    return Page(write_report(save(tmp_path / "eval", *records())).read_text(encoding="utf-8"))
+
+
+def page_of(folder, evaluation, rows):
+    return Page(write_report(save(folder, evaluation, rows)).read_text(encoding="utf-8"))
+
+
+def hostile_everywhere(value):
+    """Put the hostile text at the end of every text and name, except for the names that the reader looks up."""
+    if isinstance(value, dict):
+        return {hostile_name(key): hostile_everywhere(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [hostile_everywhere(item) for item in value]
+    return value + HOSTILE if isinstance(value, str) and value not in {"all", "stop"} else value
+
+
+def hostile_name(key):
+    return (
+        key + HOSTILE if key in {"base", "elrea", "gsm8k", "math", "dolly", "cluster-0", "cluster-1", "name"} else key
+    )
+
+
+def test_hostile_texts_and_names_add_no_tag_and_no_attribute_but_are_shown_as_they_are(tmp_path, page):
+    evaluation, rows = hostile_everywhere(list(records()))
+    attacked = page_of(tmp_path / "attacked", evaluation, rows)
+    tags = [element["tag"] for element in page.elements]
+    assert [element["tag"] for element in attacked.elements] == tags
+    assert not [name for element in attacked.elements for name in element["attrs"] if name.startswith("on")]
+    assert "script" not in tags and tags.count("style") == 1
+    for text in ("prompt 0 of gsm8k", "elrea says 0", "reference", "runs/elrea", "smollm2-135m", "a desktop, 2 cores"):
+        assert text + SHOWN in attacked.text()
+    for kind in ("cluster-0", "elrea"):
+        assert kind + SHOWN in [element["text"].strip() for element in attacked.all("th")]
+
+
+def test_half_a_surrogate_pair_and_nan_in_the_records_leave_a_readable_page(tmp_path):
+    evaluation, rows = records()
+    rows[0]["prompt"], rows[0]["methods"]["base"]["nll"] = "half \ud83d", float("nan")
+    evaluation["table"][0]["nll"] = float("inf")
+    page = page_of(tmp_path, evaluation, rows)
+    assert "half \ufffd" in page.text()
+    assert page.table("Results of all methods on all rows")[2][5] == "–"
+
+
+def test_no_address_on_the_page_leads_out_of_it(tmp_path):
+    text = write_report(save(tmp_path, *records())).read_text(encoding="utf-8")
+    links = [
+        v for e in Page(text).elements for name, v in e["attrs"].items() if name in {"href", "src", "srcset", "action"}
+    ]
+    assert links and all(link.startswith("#") for link in links)
+    assert not re.search(r"url\(|@import|https?://", text)
+
+
+def test_every_link_leads_to_a_section(page):
+    sections = {element["attrs"].get("id") for element in page.elements}
+    assert {element["attrs"]["href"][1:] for element in page.all("a")} <= sections
+
+
+def test_the_table_shows_the_numbers_of_the_records(page):
+    head, _, base, elrea = page.table("Results of all methods on all rows")
+    assert head[2:] == ["Accuracy, differences in points", "NLL, nats a token"]
+    assert base == ["base control", "40", "40.0%", "–", "–", "0.812", "–", "–"]
+    assert elrea == ["elrea", "40", "46.2%", "+6.2", "● +1.2 to +11.2", "0.765", "−0.0469", "○ −0.0912 to +0.0017"]
+
+
+def test_the_table_by_source_has_every_method_under_every_source(page):
+    _, _, *lines = page.table("Results of all methods by source")
+    assert [line[0] for line in lines] == [
+        "gsm8k, 50 rows",
+        "base control",
+        "elrea",
+        "math, 50 rows",
+        "base control",
+        "elrea",
+    ]
+    assert lines[2][2:5] == ["45.0%", "−5.0", "○ −20.0 to +10.0"]
+
+
+def test_the_heat_maps_show_the_records_cell_by_cell(page):
+    assert page.table("Training rows by cluster and source") == [
+        ["Cluster", "Rows", "gsm8k", "math", "dolly"],
+        ["cluster-0", "1,048", "1,041", "7", "0"],
+        ["cluster-1", "57", "0", "52", "5"],
+    ]
+    assert page.table("Mean routing weight by source and expert") == [
+        ["Source", "base", "cluster-0", "cluster-1"],
+        ["gsm8k", "0.11", "0.57", "0.32"],
+        ["math", "0.20", "0.04", "0.76"],
+    ]
+
+
+def test_the_adjusted_rand_index_is_told_where_there_is_one(tmp_path, page):
+    assert "adjusted Rand index of clusters and sources is 0.71" in page.text()
+    evaluation, rows = records()
+    for clustering in ({"adjusted_rand_index": None}, {"adjusted_rand_index": float("nan")}, {}):
+        assert "Rand" not in page_of(tmp_path, evaluation | {"clustering": clustering}, rows).text()
+
+
+def test_a_shade_is_the_share_of_the_cluster_or_of_the_largest_weight_in_tenths(page):
+    shades = [cell["attrs"]["class"].removeprefix("cell s") for cell in page.all("td", "cell")]
+    assert list(map(int, shades)) == [10, 0, 0, 0, 9, 1] + [
+        round(10 * w / 0.76) for w in (0.11, 0.57, 0.32, 0.2, 0.04, 0.76)
+    ]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_number_on_a_shade_is_legible_and_shades_go_one_way(theme):
+    style = files("coterie.report").joinpath("style.css").read_text()
+    rules = re.findall(r"\.s\d+ \{ background: #(\w{6}); color: #(\w{6}) \}", style)
+    shades = rules[:11] if theme == "light" else rules[11:]
+    assert len(rules) == 22
+    paper = [luminance(background) for background, _ in shades]
+    assert paper == sorted(paper, reverse=theme == "light")
+    for background, ink in shades:
+        dark, light = sorted((luminance(background), luminance(ink)))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5  # WCAG 2.2, 1.4.3
+
+
+def luminance(colour):
+    channels = [int(colour[at : at + 2], 16) / 255 for at in (0, 2, 4)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def number(text):
+    return float(text.removesuffix("%").replace("−", "-"))
+
+
+def drawn(svg):
+    """The linear map of a picture, read off its two outermost axis numbers, and its drawn rows."""
+    tree = ElementTree.fromstring(svg)
+    marks = [(number(t.text), number(t.get("x"))) for t in tree.findall("text") if t.get("class") == "mark"]
+    (low, left), (high, right) = marks[0], marks[-1]
+    rows = [
+        (number(line.get("x1")), number(dot.get("cx")), number(line.get("x2")))
+        for line, dot in zip(tree.findall("g/line"), tree.findall("g/circle"), strict=True)
+    ]
+    (zero,) = (number(line.get("x1")) for line in tree.findall("line[@class='zero']"))
+    return (lambda value: left + (right - left) * (value - low) / (high - low)), rows, zero
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[(-4.5, -2.0, 0.0), (1.0, 4.0, 7.0)], [(-0.0137, -0.0079, -0.0028), (0.0001, 0.02, 0.1006)], [(3.0, 5.0, 8.0)]],
+)
+def test_intervals_are_drawn_where_a_linear_map_of_the_axis_puts_them(values):
+    axis = axis_for(value for interval in values for value in interval)
+    chart = interval_chart([Interval(m, (a, b), True, "x") for a, m, b in values], axis, ("", "", ""), "t")
+    place, rows, zero = drawn(chart)
+    assert rows == [pytest.approx(tuple(map(place, interval)), abs=0.002) for interval in values]
+    assert zero == pytest.approx(place(0), abs=0.002)
+    assert 0 < place(axis.low) < place(axis.high) < 100
+
+
+def test_the_page_draws_the_differences_of_the_table_in_points_and_nats(tmp_path):
+    text = write_report(save(tmp_path, *records())).read_text(encoding="utf-8")
+    accuracy, nll, *by_source = re.findall(r'<svg class="intervals".*?</svg>', text)
+    assert len(by_source) == 4
+    for svg, values in [
+        (accuracy, (1.25, 6.25, 11.25)),
+        (nll, (-0.0912, -0.0469, 0.0017)),
+        (by_source[2], (7.5, 17.5, 30)),
+    ]:
+        place, (row,), _ = drawn(svg)
+        assert row == pytest.approx(tuple(map(place, values)), abs=0.002)
+
+
+def test_all_sources_are_drawn_on_one_axis(tmp_path):
+    text = write_report(save(tmp_path, *records())).read_text(encoding="utf-8")
+    _, _, *by_source = re.findall(r'<svg class="intervals".*?</svg>', text)
+    marks = [re.findall(r'class="mark">([^<]*)<', svg) for svg in by_source]
+    assert marks[0] == marks[2] and marks[1] == marks[3]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[], [0.0], [7.0], [-7.0], [1e-9, 3e-9], [-60.0, 62.5], [0.1, 0.2, 0.3], [-1e6, 4e5], [5.0, 10.0], [-0.05, 0.15]],
+)
+def test_an_axis_holds_all_values_and_zero_inside_in_few_round_steps(values):
+    axis = axis_for(values)
+    marks = axis.marks()
+    slack = 1e-6 * axis.step
+    assert axis.low < 0 < axis.high
+    assert axis.low - slack <= min([0, *values]) and max([0, *values]) <= axis.high + slack
+    assert 2 <= len(marks) <= 6 and marks[0] == pytest.approx(axis.low) and marks[-1] == pytest.approx(axis.high)
+    assert any(abs(mark) < slack for mark in marks)
+    assert f"{axis.step:.0e}"[0] in "125"
+
+
+def test_a_filled_dot_means_that_the_interval_excludes_zero_in_picture_and_table(page):
+    groups = [element["attrs"]["class"] for element in page.all("g")]
+    dots = [element["text"] for element in page.all("span", "dot")][2:]  # after the two of the caption
+    assert groups == ["clear", "open", "open", "clear", "clear", "open"]
+    assert dots == ["●", "○", "○", "●", "●", "○"]
+
+
+def test_a_bar_is_as_long_as_its_seconds():
+    parts = ElementTree.fromstring(split_bar([("generate", 30.0), ("score", 10.0)], 80.0, "t")).findall("rect")
+    assert [(number(p.get("x")), number(p.get("width"))) for p in parts] == [(0, 37.5), (37.5, 12.5)]
+
+
+def test_the_slowest_method_fills_the_width_of_its_cell_and_the_others_are_in_proportion(page):
+    widths = [number(rect["attrs"]["width"]) for rect in page.all("rect")]
+    assert widths == pytest.approx([100 * seconds / 83.25 for seconds in (12.3, 4.5, 61.25, 22.0)], abs=0.001)
+
+
+def test_the_cost_table_shows_seconds_and_their_sum(page):
+    assert [line[:5] for line in page.table("Seconds by method")[1:]] == [
+        ["base control", "12.3", "4.5", "16.8", "2.80"],
+        ["elrea", "61.2", "22.0", "83.2", "13.88"],
+    ]
+
+
+def rewrite(change):
+    evaluation, rows = records()
+    change(evaluation, rows)
+    return evaluation, rows
+
+
+def ungraded(evaluation, rows):
+    for line in evaluation["table"]:
+        line.update(graded=0, accuracy=None, accuracy_difference=None, accuracy_interval=None)
+    for line in rows:
+        for given in line["methods"].values():
+            given["correct"] = None
+
+
+def alone(evaluation, rows):
+    evaluation.update(methods=["base"], table=evaluation["table"][:1], sources=["gsm8k"])
+    for line in rows:
+        del line["methods"]["elrea"]
+
+
+def crowd(evaluation, rows):
+    names = [f"an-expert-trained-on-a-data-set-with-a-very-long-name-{number}" for number in range(12)]
+    sources = [f"subject-{number}" for number in range(57)]
+    weights = dict.fromkeys(names, 1 / 12)
+    evaluation.update(
+        experts=names,
+        sources=sources,
+        routing=dict.fromkeys(sources, weights),
+        clusters={name: dict.fromkeys(sources, 3) for name in names},
+        table=evaluation["table"]
+        + [line | {"source": s} for s in sources for line in (evaluation["table"][0], evaluation["table"][3])],
+    )
+    for line in rows:
+        line["weights"] = weights
+
+
+def unscored(evaluation, rows):
+    evaluation.update(sources=[""], table=[evaluation["table"][0], evaluation["table"][3]])
+    for line in evaluation["table"]:
+        line.update(accuracy_difference=None, nll=None, nll_difference=None)
+
+
+EMPTY = {
+    "no clusters": lambda e, r: e.update(clusters={}, clustering={}),
+    "no sections at all": lambda e, r: [
+        e.pop(k) for k in ("clusters", "clustering", "routing", "seconds", "settings", "hardware")
+    ],
+    "nothing graded": ungraded,
+    "one method": alone,
+    "one source without a name": unscored,
+    "many sources and experts": crowd,
+    "no rows": lambda e, r: (r.clear(), e.update(rows=0, table=[])),
+    "no answers": lambda e, r: [line.update(methods={}, weights={}) for line in r],
+    "empty texts": lambda e, r: [g.update(text="", nll=None) for line in r for g in line["methods"].values()],
+}
+
+
+@pytest.mark.parametrize("case", EMPTY)
+def test_an_incomplete_or_crowded_evaluation_gives_a_whole_page_with_all_sections(tmp_path, case):
+    page = page_of(tmp_path, *rewrite(EMPTY[case]))
+    assert [heading["text"] for heading in page.all("h2")] == ["Results", "Clusters", "Routing", "Cost", "Examples"]
+    assert not re.search(r"\b(None|nan|Undefined)\b", page.text())
+    assert sum(len(line) > 0 for line in page.table("Results of all methods on all rows")) >= 2
+
+
+def headline(tmp_path, **changes):
+    evaluation, rows = records()
+    evaluation["table"][3].update(changes)
+    return page_of(tmp_path, evaluation, rows).all("p", "headline")[0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "elrea answers 46.2% of 40 graded rows right, 6.2 points more than base; the 95% interval"),
+        ({}, "interval of the difference, +1.2 to +11.2 points, excludes zero: more than chance would explain."),
+        ({"accuracy_interval": [-0.01, 0.1]}, "−1.0 to +10.0 points, includes zero: these rows cannot tell the two"),
+        ({"accuracy_interval": [0.0, 0.1]}, "0.0 to +10.0 points, includes zero"),
+        ({"accuracy_difference": -0.05, "accuracy_interval": [-0.09, -0.01]}, "5.0 points fewer than base"),
+        ({"accuracy_difference": 0.0, "accuracy_interval": [-0.1, 0.1]}, "right, as many as base"),
+        ({"accuracy_interval": None}, "no interval was recorded"),
+        ({"accuracy_difference": None}, "elrea has a mean NLL of 0.765 nats a token on 50 rows, 0.0469 lower (better)"),
+        ({"accuracy_difference": None, "nll_difference": None}, "1 method stands beside base on 6 rows"),
+    ],
+)  # fmt: skip
+def test_the_headline_says_how_far_and_how_sure(tmp_path, changes, words):
+    assert words in headline(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("entries", "title"),
+    [
+        ({"mixture": "/runs/elrea/"}, "elrea against base"),
+        ({"routed": "uniform"}, "uniform against base"),
+        ({"mixture": "mine"}, "3 methods, base as control"),
+        ({"mixture": "mine", "methods": ["base", "elrea"]}, "elrea against base"),
+    ],
+)
+def test_the_mixtures_own_method_is_the_recorded_one_or_its_folders_name_or_the_only_one(tmp_path, entries, title):
+    evaluation, rows = records()
+    page = page_of(tmp_path, evaluation | {"methods": ["base", "elrea", "uniform"]} | entries, rows)
+    assert page.all("h1")[0]["text"] == title
+
+
+def told(identifier, source, ours, theirs, texts=("a", "b")):
+    return Row(
+        identifier=identifier,
+        source=source,
+        prompt="p",
+        reference="r",
+        weights={},
+        answers=tuple(
+            Answer(method=method, text=text, correct=correct, extracted=None, nll=None, cut=False)
+            for method, text, correct in (("elrea", texts[0], ours), ("base", texts[1], theirs))
+        ),
+    )
+
+
+def test_examples_take_every_kind_in_turn_and_every_source_before_one_twice():
+    rows = [told(f"right-{number}", "a", True, True) for number in range(90)]
+    rows += [told(f"lost-{source}", source, False, True) for source in "aab"]
+    rows += [told("won", "b", True, False), told("wrong", "c", False, False), told("open", "c", None, None)]
+    chosen = choose(rows, "elrea", "base", most=7)
+    assert [(kind, row.identifier) for kind, row in chosen] == [
+        ("elrea right, base wrong", "won"),
+        ("elrea wrong, base right", "lost-a"),
+        ("elrea wrong, base right", "lost-b"),
+        ("all right", "right-0"),
+        ("all right", "right-1"),
+        ("all wrong", "wrong"),
+        ("not graded", "open"),
+    ]
+
+
+def test_examples_prefer_rows_whose_texts_differ_and_are_at_most_twelve():
+    rows = [told(f"{number}", "a", True, True, ("same", "same")) for number in range(30)]
+    rows.insert(20, told("differs", "a", True, True))
+    chosen = [row.identifier for _, row in choose(rows, "elrea", "base")]
+    assert chosen[0] == "differs" and len(chosen) == 12
+
+
+def test_a_text_that_several_methods_wrote_stands_on_the_page_once(tmp_path):
+    evaluation, rows = records()
+    rows[2]["methods"] = {"base": answer("the very same", True), "elrea": answer("the very same", True)}
+    page = page_of(tmp_path, evaluation, rows)
+    assert page.text().count("the very same") == 1
+    assert [" ".join(e["text"].split()) for e in page.all("p", "answer")].count(
+        "✓ right base NLL 0.700, elrea NLL 0.700"
+    ) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "aside"),
+    [
+        ({"extracted": "72"}, "read as 72"),
+        ({"finish_reason": "length"}, "no answer found in it, cut off at the limit"),
+        ({"correct": None, "finish_reason": "length"}, "cut off at the limit"),
+        ({"correct": None, "text": None, "finish_reason": None}, None),
+    ],
+)
+def test_what_was_read_from_a_text_and_whether_it_was_cut_off_stands_under_it(tmp_path, given, aside):
+    evaluation, rows = records()
+    rows[0]["methods"] = {"elrea": answer("text", True) | given}
+    page = page_of(tmp_path, evaluation | {"rows": 1}, rows[:1])
+    assert [element["text"] for element in page.all("p", "aside")] == ([aside] if aside else [])
+    assert ("no text was generated" in page.text()) == ("text" in given)
+
+
+def test_right_and_wrong_are_said_in_words_and_the_rows_of_each_kind_are_counted(page):
+    verdicts = [element["text"] for element in page.all("span", "verdict")]
+    assert sorted(verdicts) == sorted(["✓ right"] * 5 + ["✗ wrong"] * 5 + ["– not graded"] * 2)
+    tally = [element["text"] for element in page.all("ul", "tally")][0].split("\n")
+    assert [line for line in tally if line] == [
+        "2 elrea right, base wrong",
+        "1 elrea wrong, base right",
+        "1 all right",
+        "1 all wrong",
+        "1 not graded",
+    ]
+
+
+def test_weights_are_named_written_and_drawn_in_proportion_and_many_small_ones_are_summed(tmp_path):
+    evaluation, rows = records()
+    rows[0]["weights"] = {"small": 0.01} | {f"e{number}": 0.03 for number in range(8)} | {"large": 0.75}
+    page = page_of(tmp_path, evaluation, rows[:1] + rows[1:])
+    first = page.all("ul", "weights")[0]["text"].split("\n")
+    assert [line for line in first if line] == [
+        "large 0.75",
+        *(f"e{n} 0.03" for n in range(4)),
+        "5 others together 0.13",
+    ]
+    widths = [element["attrs"]["style"] for element in page.all("span", "fill")][:2]
+    assert widths == ["width:75.0%", "width:3.0%"]
+
+
+def test_a_long_text_is_cut_and_says_how_much_is_left_out(tmp_path):
+    evaluation, rows = records()
+    rows[0]["prompt"] = "x" * 1500 + "y" * 1234
+    texts = [element["text"] for element in page_of(tmp_path, evaluation, rows).all("div", "text")]
+    assert "x" * 1500 + " … (1,234 more characters in rows.jsonl)" in texts
+
+
+def test_the_page_has_a_language_headings_in_order_scoped_heads_and_named_pictures(page):
+    assert page.all("html")[0]["attrs"]["lang"] == "en"
+    levels = [int(e["tag"][1]) for e in page.elements if re.fullmatch(r"h[1-6]", e["tag"])]
+    assert levels.count(1) == 1 and levels[0] == 1 and all(after <= before + 1 for before, after in pairwise(levels))
+    assert {head["attrs"].get("scope") for head in page.all("th")} == {"col", "row", "colgroup", "rowgroup"}
+    assert all(svg["attrs"]["role"] == "img" and svg["attrs"]["aria-label"] for svg in page.all("svg"))
+    assert (
+        page.all("svg")[0]["attrs"]["aria-label"] == "Accuracy, points above base, all rows: elrea +6.2 (+1.2 to +11.2)"
+    )
+
+
+def test_every_table_of_numbers_scrolls_in_a_box_of_its_own(page):
+    boxes = [element for element in page.all("div", "scroll")]
+    assert len(boxes) == len(page.all("table")) and all("div" in table["inside"] for table in page.all("table"))
+    assert all(box["attrs"]["tabindex"] == "0" and box["attrs"]["aria-label"] for box in boxes)
+
+
+def test_the_same_records_give_the_same_bytes_and_nothing_else_is_left_in_the_folder(tmp_path):
+    folders = [save(tmp_path / name, *records()) for name in ("one", "two")]
+    first, second, again = (write_report(folder).read_bytes() for folder in (*folders, folders[0]))
+    assert first == second == again
+    assert sorted(path.name for path in folders[0].iterdir()) == ["evaluation.json", "report.html", "rows.jsonl"]
+
+
+def test_records_that_broke_leave_the_earlier_report_as_it_was(tmp_path):
+    before = write_report(save(tmp_path, *records())).read_bytes()
+    (tmp_path / "rows.jsonl").write_text("{")
+    with pytest.raises(CoterieError):
+        write_report(tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == before
+
+
+def test_a_missing_folder_or_file_is_named_with_the_command_that_makes_it(tmp_path):
+    folder = tmp_path / "eval"
+    for missing in ("evaluation.json", "rows.jsonl"):
+        with pytest.raises(CoterieError) as caught:
+            write_report(folder)
+        command = f"coterie eval MIXTURE --data test.jsonl --output {folder}"
+        assert str(caught.value) == f"{folder} holds no {missing}; make one with: {command}"
+        save(folder, *records())
+        (folder / "rows.jsonl").unlink()
+
+
+def put(*keys, value):
+    """Change one field of the evaluation (0) or of the rows (1)."""
+
+    def change(parts):
+        target = parts
+        for key in keys[:-1]:
+            target = target[key]
+        target[keys[-1]] = value
+
+    return change
+
+
+WRONG = {
+    "evaluation.json: 'format' should be 1, got 2": put(0, "format", value=2),
+    "evaluation.json: 'format' should be 1, got true": put(0, "format", value=True),
+    "evaluation.json: 'methods' should be a list of names, got [1]": put(0, "methods", value=[1]),
+    "evaluation.json: 'mixture' should be a text, got null": put(0, "mixture", value=None),
+    "evaluation.json, table 2: 'rows' should be a whole number, got 1.5": put(0, "table", 1, "rows", value=1.5),
+    "evaluation.json, table 1: 'nll' should be a number or null, got true": put(0, "table", 0, "nll", value=True),
+    "table 4: 'nll_interval' should be two numbers in order, or null": put(0, "table", 3, "nll_interval", value=[2, 1]),
+    "'table' should be a list of objects, got [3]": put(0, "table", value=[3]),
+    "'routing' should be an object, got []": put(0, "routing", value=[]),
+    "'clusters': 'cluster-0' should be an object of numbers": put(0, "clusters", "cluster-0", value={"a": -1}),
+    "names 'other' as control, but not in 'methods'": put(0, "control", value="other"),
+    "names 'other' in 'table', but not in 'methods'": put(0, "table", 0, "method", value="other"),
+    "rows.jsonl holds 6 rows, evaluation.json tells of 7": put(0, "rows", value=7),
+    "rows.jsonl, line 3: 'prompt' should be a text, got 5": put(1, 2, "prompt", value=5),
+    "rows.jsonl, line 1: 'weights' should be an object of numbers": put(1, 0, "weights", "base", value="x"),
+    "line 1, 'elrea': 'correct' should be true, false or null": put(1, 0, "methods", "elrea", "correct", value=1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_wrong_field_is_named_with_its_place_in_one_line(tmp_path, message):
+    parts = copy.deepcopy(records())
+    WRONG[message](parts)
+    with pytest.raises(CoterieError, match=re.escape(message)) as caught:
+        write_report(save(tmp_path, *parts))
+    assert "\n" not in str(caught.value) and str(caught.value).endswith(f"--output {tmp_path}")
+
+
+@pytest.mark.parametrize("broken", [b"{", b"[1]", b"\xff\xfe", b'{"id": "a"} trailing', b"[" * 100_000])
+@pytest.mark.parametrize("name", ["evaluation.json", "rows.jsonl"])
+def test_a_file_that_holds_no_json_objects_is_named(tmp_path, name, broken):
+    save(tmp_path, *records())
+    (tmp_path / name).write_bytes(broken)
+    with pytest.raises(CoterieError, match=re.escape(f"{tmp_path / name}")):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "decimals", "words"),
+    [(0.0, 1, "0.0"), (-0.04, 1, "0.0"), (0.04, 1, "0.0"), (-1.25, 1, "−1.2"), (3.0, 1, "+3.0"), (None, 1, "–")],
+)
+def test_a_difference_carries_its_sign_unless_it_rounds_to_zero(value, decimals, words):
+    assert signed(value, decimals) == words
+    assert fixed(value, decimals) == words.lstrip("+")
+
+
+@pytest.mark.parametrize("length", [1, 26, 27, 90])
+def test_a_shortened_name_keeps_its_start_and_its_end(length):
+    name = "".join(chr(ord("a") + number % 26) for number in range(length))
+    assert len(short(name)) == min(length, 26)
+    assert short(name)[:12] == name[:12] and short(name)[-12:] == name[-12:]
+
+
+def test_making_a_report_loads_no_model_library(tmp_path):
+    save(tmp_path, *records())
+    code = (
+        "import sys; from pathlib import Path; from coterie.report import write_report;"
+        "write_report(Path(sys.argv[1])); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
