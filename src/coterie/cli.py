@@ -39,6 +39,7 @@ fit = typer.Typer(help="Make a mixture by one of the published methods.", no_arg
 app.add_typer(fit, name="fit")
 
 ARGUMENTS = ("mixture",)  # settings that are given by place instead of by a flag
+INTERRUPTED = 130  # what typer returns after Ctrl-C
 Prompts = Annotated[list[str] | None, typer.Argument(help="prompts; a conversation or many prompts: see --input")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, one object a line")]
 Input = Annotated[str | None, typer.Option(help="JSONL file with a prompt a line, in the forms that training data has")]
@@ -198,14 +199,16 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except CoterieError as error:
-        typer.echo(f"error: {error}", err=True)
-        code = 2
-    except (KeyboardInterrupt, typer.Abort):
-        typer.echo("stopped; the same command goes on where it stopped", err=True)
-        code = 2
+        code = _complain(f"error: {error}")
     except Exception as error:
-        if not hasattr(error, "exit_code"):
+        if not hasattr(error, "format_message"):
             raise
-        typer.echo(f"error: {error}; type: coterie --help", err=True)  # a wrong flag or argument
-        code = 2
+        code = _complain(f"error: {error.format_message()}; type: coterie --help")  # a wrong flag or argument
+    if code == INTERRUPTED:
+        code = _complain("stopped; the same command goes on where it stopped")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(line: str) -> int:
+    typer.echo(line, err=True)
+    return 2

@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 IGNORED = -100
 """Label of a position that carries no loss, as PyTorch's cross-entropy knows it."""
 
+USER_MARK = "\ufdd0"
+"""Stands in the user's place where a template's own words are looked up; no text holds this character."""
+
 
 @dataclass(frozen=True)
 class TokenRow:
@@ -123,7 +126,7 @@ class PromptFormat:
                 before = index if is_answer else index + 1
                 upto = self._render(messages[:before], generation=True)
                 text = self._continued(written, upto)
-                yield text, "prompt", self._user_spans(text, messages[start:before])
+                yield text, "prompt", self._user_spans(text, written, messages[:before], start)
                 written = upto
             if is_answer:
                 answer = self._answer(written, messages[: index + 1])
@@ -157,19 +160,42 @@ class PromptFormat:
             )
         return text[len(written) :]
 
+    def _user_spans(self, text: str, written: str, messages: Sequence[Message], start: int) -> list[tuple[int, int]]:
+        """Find what the user wrote in `text`, which stands for `messages[start:]`.
+
+        Searching would find the same words in the template or the system prompt; so the template is rendered once more
+        with a mark in the user's place, and what stands around the marks tells where the user's text is.
+        """
+        for message in messages[start:]:
+            if message.role != "user" and message.content.strip() not in text:
+                raise self._changed(message)
+        contents = [message.content for message in messages[start:] if message.role == "user"]
+        marked = [Message(m.role, USER_MARK) if m.role == "user" and n >= start else m for n, m in enumerate(messages)]
+        around = self._continued(written, self._render(marked, generation=True)).split(USER_MARK)
+        for as_written in (str, str.strip, str.lstrip, str.rstrip):  # templates differ in what they trim
+            found = list(map(as_written, contents))
+            if len(around) == len(found) + 1 and text == _woven(around, found):
+                return _places(around, found)
+        raise self._changed(next(message for message in messages[start:] if message.role == "user"))
+
     @staticmethod
-    def _user_spans(text: str, messages: Sequence[Message]) -> list[tuple[int, int]]:
-        spans = []
-        cursor = 0
-        for message in messages:
-            content = message.content.strip()
-            found = text.find(content, cursor)
-            if found < 0:
-                raise CoterieError(f"this model's chat template changes what a {message.role} wrote: {content[:40]!r}")
-            cursor = found + len(content)
-            if message.role == "user":
-                spans.append((found, cursor))
-        return spans
+    def _changed(message: Message) -> CoterieError:
+        return CoterieError(f"this model's chat template changes what a {message.role} wrote: {message.content[:40]!r}")
+
+
+def _woven(around: Sequence[str], contents: Sequence[str]) -> str:
+    return "".join(words + content for words, content in zip(around, [*contents, ""], strict=True))
+
+
+def _places(around: Sequence[str], contents: Sequence[str]) -> list[tuple[int, int]]:
+    """Return where the contents stand between the words around them, without white space at their ends."""
+    places = []
+    cursor = 0
+    for words, content in zip(around, contents, strict=False):  # the last words follow all contents
+        cursor += len(words)
+        places.append((cursor + len(content) - len(content.lstrip()), cursor + len(content.rstrip())))
+        cursor += len(content)
+    return places
 
 
 def tokenise(prompts: PromptFormat, examples: Sequence[Example], max_length: int) -> Kept:

@@ -62,6 +62,7 @@ def from_prompt(text: str, number: int = 0) -> Example:
     """
     if not text.strip():
         raise CoterieError(f"prompt {number + 1} is empty; give some text")
+    _check_characters(f"prompt {number + 1}", text)
     return Example(id=str(number), messages=(Message("user", text),))
 
 
@@ -102,11 +103,16 @@ def load_all(sources: Sequence[str], limit: int | None = None) -> list[Example]:
 
 
 def _unique(examples: list[Example]) -> list[Example]:
-    seen: dict[str, int] = {}
+    counts: dict[str, int] = {}
+    taken: set[str] = set()
     result = []
     for example in examples:
-        count = seen[example.id] = seen.get(example.id, 0) + 1
-        result.append(example if count == 1 else replace(example, id=f"{example.id}#{count}"))
+        name = example.id
+        while name in taken:  # also when some row's own id looks like a numbered repeat
+            counts[example.id] = counts.get(example.id, 1) + 1
+            name = f"{example.id}#{counts[example.id]}"
+        taken.add(name)
+        result.append(replace(example, id=name))
     return result
 
 
@@ -129,7 +135,7 @@ def _rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[tuple[st
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if not path.is_file():
         raise CoterieError(f"{path} does not exist; give a JSONL file or a datasets source")
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open("rb") as file:  # lines of bytes end at newlines only; wrong bytes are told with their line
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -153,7 +159,7 @@ def _datasets_rows(source: str) -> Any:
     builders = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
     try:
         if path.is_dir():
-            return datasets.load_from_disk(path)
+            return _one_split(datasets.load_from_disk(path))
         if path.suffix in builders and path.is_file():
             return datasets.load_dataset(builders[path.suffix], data_files=str(path), split="train")
         name, _, split = source.partition(":")
@@ -163,6 +169,14 @@ def _datasets_rows(source: str) -> Any:
     except Exception as error:  # the library raises many kinds; all of them mean that the source cannot be had
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CoterieError(f"{source} cannot be loaded ({first}); give a JSONL file or a datasets source") from error
+
+
+def _one_split(loaded: Any) -> Any:  # a Dataset, or a dict of them by split
+    if not isinstance(loaded, dict):
+        return loaded
+    if "train" not in loaded:
+        raise ValueError(f"the folder has the splits {', '.join(loaded)} and no train; save one of them on its own")
+    return loaded["train"]
 
 
 def _example(row: Mapping[str, Any], place: str, default_id: str, need_response: bool) -> Example:
@@ -175,13 +189,25 @@ def _example(row: Mapping[str, Any], place: str, default_id: str, need_response:
         if message.role != "system" and not message.content.strip():
             part = "response" if message.role == "assistant" else "prompt"
             raise CoterieError(f"{place} has an empty {part}; fill it in or delete the row")
-    return Example(
+    example = Example(
         id=str(row["id"]) if row.get("id") is not None else default_id,
         messages=messages,
         source=_optional_text(row, "source"),
         category=_optional_text(row, "category"),
         answer=_optional_text(row, "answer"),
     )
+    labels = (example.id, example.source, example.category, example.answer)
+    _check_characters(place, *(message.content for message in messages), *(label or "" for label in labels))
+    return example
+
+
+def _check_characters(place: str, *texts: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can write and no tokenizer or file can take."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        bad = error.object[error.start]
+        raise CoterieError(f"{place} holds the half character {bad!r}; mend or delete it") from error
 
 
 def _optional_text(row: Mapping[str, Any], field: str) -> str | None:
@@ -189,15 +215,16 @@ def _optional_text(row: Mapping[str, Any], field: str) -> str | None:
 
 
 def _messages(row: Mapping[str, Any], place: str) -> tuple[Message, ...]:
-    if "messages" in row:
+    if row.get("messages") is not None:  # tables fill in what a row lacks with nulls
         return _turns(row["messages"], place)
     for question, reply in (("instruction", "response"), ("prompt", "completion")):
-        if question in row:
+        if row.get(question) is not None:
             turns = [*_part(row[question], "user", place, question)]
             if row.get(reply) is not None:
                 turns += _part(row[reply], "assistant", place, reply)
             return tuple(turns)
-    raise CoterieError(f"{place} has the fields {', '.join(map(str, row)) or '(none)'}; rows have the form {FORMS}")
+    filled = ", ".join(str(field) for field, value in row.items() if value is not None)
+    raise CoterieError(f"{place} has the fields {filled or '(none)'}; rows have the form {FORMS}")
 
 
 def _part(value: object, role: str, place: str, field: str) -> tuple[Message, ...]:
@@ -211,7 +238,8 @@ def _part(value: object, role: str, place: str, field: str) -> tuple[Message, ..
 
 def _turns(value: object, place: str) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
-        raise CoterieError(f"{place}: messages must be a list of {{role, content}}, got {type(value).__name__}")
+        got = "an empty list" if value == [] else f"a {type(value).__name__}"
+        raise CoterieError(f"{place}: messages must be a list of {{role, content}}, got {got}")
     turns = []
     for turn in value:
         role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)

@@ -1,5 +1,7 @@
 """The bank: experts by name on one base model, each a plain PEFT folder that was checked before it was used."""
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,12 @@ PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None,),
     "trainable_token_indices": (None,),
     "alora_invocation_tokens": (None,),
+    "use_qalora": (False, None),
+    "use_bdlora": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "arrow_config": (None,),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),  # others change the base weights
 }
 """Fields of a PEFT config whose other values mean more than an update B A, which the mixtures here could not keep."""
 
@@ -128,8 +136,8 @@ def _check_shapes(path: str, down: Tensor, up: Tensor, shapes: Mapping[str, tupl
             f"{file}: the base model has no linear layer {path!r}; is the adapter for another base model?"
         )
     width_in, width_out = shapes[path]
-    rank = down.shape[0]
-    if tuple(down.shape) != (rank, width_in) or tuple(up.shape) != (width_out, rank):
+    rank = down.shape[0] if down.dim() == 2 else 0
+    if not rank or tuple(down.shape) != (rank, width_in) or tuple(up.shape) != (width_out, rank):
         raise CoterieError(
             f"{file}: {path} has lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)}, but the base model's layer "
             f"takes (r, {width_in}) and ({width_out}, r); is the adapter for another base model?"
@@ -138,9 +146,14 @@ def _check_shapes(path: str, down: Tensor, up: Tensor, shapes: Mapping[str, tupl
 
 def _scaling(config: Mapping[str, Any], path: str, rank: int, file: Path) -> float:
     """Return alpha / r (or alpha / sqrt(r) for rsLoRA) as PEFT computes it, patterns included."""
-    wanted = _by_pattern(config.get("rank_pattern"), path, config.get("r"))
-    alpha = _by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha"))
-    if wanted != rank or not isinstance(alpha, (int, float)):
+    try:
+        wanted = _by_pattern(config.get("rank_pattern"), path, config.get("r"))
+        alpha = _by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha"))
+    except (AttributeError, TypeError, re.error) as error:
+        raise CoterieError(
+            f"{file}: rank_pattern or alpha_pattern is broken ({error}); get the adapter again"
+        ) from error
+    if wanted != rank or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise CoterieError(f"{file}: r = {wanted!r} and lora_alpha = {alpha!r} do not fit {path}, whose rank is {rank}")
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
 

@@ -22,7 +22,9 @@ logger = logging.getLogger(__name__)
 
 OVERSIZE = 5  # a cluster this many times larger than the smallest is split again
 LEAVES_PER_CLUSTER = 10  # a BIRCH tree with fewer leaves than this collapses into one giant cluster
+FINEST = 1e-6  # rows that are nearer than this share of the longest row's length count as equal
 PCA_DIMENSIONS = 256
+LLOYD_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def cluster(
         )
     prepared = _prepare(np.asarray(features, dtype=np.float64), settings, seed)
     labels = _split(prepared, settings.clusters, settings, seed)
+    _check_count(labels, settings)
     for round_number in range(1, settings.cluster_rounds):
         labels = _resplit(prepared, labels, settings.clusters - round_number, settings, seed)
     labels = _by_size(labels)
@@ -101,7 +104,7 @@ def describe(clustering: Clustering, sources: Sequence[str | None] = ()) -> list
 
 def _prepare(features: NDArray, settings: ClusterSettings, seed: int) -> NDArray:
     if settings.normalise_features:
-        features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+        features = _unit(features)
     if settings.cluster_method.endswith("-pca"):
         from sklearn.decomposition import PCA
 
@@ -110,24 +113,32 @@ def _prepare(features: NDArray, settings: ClusterSettings, seed: int) -> NDArray
     return features
 
 
+def _unit(rows: NDArray) -> NDArray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def _check_count(labels: NDArray, settings: ClusterSettings) -> None:
+    found = len(np.unique(labels))
+    if found < settings.clusters:
+        finer = "" if settings.cluster_threshold is None else " or a smaller --cluster-threshold"
+        raise CoterieError(
+            f"the examples fall into {found} groups only, not the {settings.clusters} asked for (many are equal); "
+            f"ask for fewer --clusters{finer}"
+        )
+
+
 def _split(features: NDArray, target: int, settings: ClusterSettings, seed: int) -> Int[NDArray, " row"]:
-    """Split rows into exactly `target` groups, fitted on a sample."""
+    """Split rows into `target` groups, fitted on a sample; fewer come out only where too many rows are equal."""
     generator = np.random.default_rng(seed)
     size = min(len(features), settings.cluster_sample)
     sample = features[np.sort(generator.choice(len(features), size, replace=False))]
     if settings.cluster_method.startswith("birch"):
-        labels = _birch(sample, features, target, settings.cluster_threshold)
-    else:
-        labels = _k_means(
-            sample, features, target, spherical=settings.cluster_method.startswith("spherical"), seed=seed
-        )
-    found = len(np.unique(labels))
-    if found < target:
-        raise CoterieError(
-            f"the examples fall into {found} groups only, not the {target} asked for (many are equal); "
-            "ask for fewer --clusters"
-        )
-    return labels
+        return _birch(sample, features, target, settings.cluster_threshold)
+    if settings.cluster_method.startswith("spherical"):
+        sample, features = _unit(sample), _unit(features)
+        centres = spherical_centres(sample, _k_means(sample, target, seed).cluster_centers_)
+        return np.argmax(features @ centres.T, axis=1)
+    return np.asarray(_k_means(sample, target, seed).predict(features))
 
 
 def _birch(sample: NDArray, features: NDArray, target: int, threshold: float | None) -> Int[NDArray, " row"]:
@@ -135,13 +146,14 @@ def _birch(sample: NDArray, features: NDArray, target: int, threshold: float | N
     from sklearn.exceptions import ConvergenceWarning
 
     radius = leaf_radius(sample) if threshold is None else threshold
+    wanted = min(LEAVES_PER_CLUSTER * target, len(np.unique(sample, axis=0)))
+    finest = FINEST * np.linalg.norm(sample, axis=1).max()
     while True:
         with warnings.catch_warnings():  # too few leaves is told by the error above, or mended by a finer radius here
             warnings.simplefilter("ignore", ConvergenceWarning)
             tree = Birch(threshold=radius, n_clusters=target).fit(sample)
         leaves = len(tree.subcluster_centers_)
-        wanted = min(LEAVES_PER_CLUSTER * target, len(np.unique(sample, axis=0)))
-        if threshold is not None or leaves >= wanted:
+        if threshold is not None or leaves >= wanted or radius <= finest:
             break
         radius /= 2
     logger.info("BIRCH: leaf radius %.4g, %d leaves for %d rows, %d clusters", radius, leaves, len(sample), target)
@@ -161,34 +173,52 @@ def leaf_radius(sample: Float[NDArray[np.floating], "row dimension"]) -> float:
         distances = squares[block, None] + squares - 2 * sample[block] @ sample.T
         distances[np.arange(len(distances)), np.arange(start, start + len(distances))] = np.inf
         nearest[block] = distances.min(axis=1)
-    apart = nearest[nearest > 1e-12]
-    return float(np.sqrt(np.median(apart)) / 2) if len(apart) else 1e-6
+    apart = nearest[nearest > FINEST**2 * squares.max()]
+    return float(np.sqrt(np.median(apart)) / 2) if len(apart) else 1.0
 
 
-def _k_means(sample: NDArray, features: NDArray, target: int, *, spherical: bool, seed: int) -> Int[NDArray, " row"]:
+def _k_means(sample: NDArray, target: int, seed: int) -> Any:  # a fitted KMeans; sklearn is imported where it is used
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters: told by the caller
-        model = KMeans(target, n_init=10, random_state=seed).fit(sample)
-    centres = model.cluster_centers_
-    if spherical:
-        centres = centres / np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-12)
-        return np.argmax(features @ centres.T, axis=1)
-    return np.asarray(model.predict(features))
+        return KMeans(target, n_init=10, random_state=seed).fit(sample)
+
+
+def spherical_centres(
+    rows: Float[NDArray[np.floating], "row dimension"], centres: Float[NDArray[np.floating], "cluster dimension"]
+) -> Float[NDArray[np.floating], "cluster dimension"]:
+    """Move centres by Lloyd's steps until every row keeps its nearest by cosine (at most `LLOYD_STEPS` steps).
+
+    Shapes: rows (N, D) of unit length, centres (C, D) -> (C, D) of unit length (Dhillon and Modha 2001). A centre that
+    loses all its rows goes to the row that is farthest from its own centre.
+    """
+    labels = np.full(len(rows), -1)
+    for _ in range(LLOYD_STEPS):
+        centres = _unit(centres)
+        cosines = rows @ centres.T
+        before, labels = labels, np.argmax(cosines, axis=1)
+        if np.array_equal(before, labels):
+            break
+        members = np.eye(len(centres))[labels].T  # [C, N]
+        empty = np.flatnonzero(members.sum(axis=1) == 0)
+        centres = members @ rows
+        centres[empty] = rows[cosines.max(axis=1).argsort()[: len(empty)]]
+    return _unit(centres)
 
 
 def _resplit(features: NDArray, labels: NDArray, target: int, settings: ClusterSettings, seed: int) -> NDArray:
-    """Split every group that is more than five times as large as the smallest, if it has enough rows."""
+    """Split every group that is more than five times as large as the smallest, if its rows are different enough."""
     sizes = np.bincount(labels)
     result = labels.copy()
     for group in np.flatnonzero(sizes > OVERSIZE * sizes.min()):
         members = np.flatnonzero(labels == group)
-        if target < 2 or len(np.unique(features[members], axis=0)) < target:
+        if not 2 <= target <= len(members):
             continue
         parts = _split(features[members], target, settings, seed)
-        result[members] = np.where(parts == 0, group, result.max() + parts)
+        if len(np.unique(parts)) == target:
+            result[members] = np.where(parts == 0, group, result.max() + parts)
     return result
 
 

@@ -26,6 +26,7 @@ from coterie.settings import LoraSettings
 logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.jsonl"
+LOGGED = ("step", "epoch", "loss", "learning_rate", "grad_norm")
 ADAM_TENSORS = "adam.safetensors"
 ADAM_RECORD = "adam.json"
 
@@ -70,9 +71,15 @@ def train_adapter(
     with _adapted(backbone, start) as model:
         keeper = _EpochKeeper(folder, plan, backbone.identity.id)
         trainer = _trainer(backbone, model, rows, plan, folder / "trainer", keeper)
-        trainer.train(resume_from_checkpoint=_last_full_checkpoint(folder / "trainer"))
+        bar = _ProgressBar(plan.label)
+        trainer.add_callback(bar)
+        try:
+            trainer.train(resume_from_checkpoint=_last_full_checkpoint(folder / "trainer"))
+        finally:
+            bar.close()
         save_adapter(model, folder, backbone.identity.id)
-    logs = [{"stage": plan.label, **entry} for entry in trainer.state.log_history if "loss" in entry]
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    logs = [{"stage": plan.label, **{key: entry[key] for key in LOGGED}} for entry in history]
     write_jsonl(folder / LOG_FILE, logs)
     shutil.rmtree(folder / "trainer")
 
@@ -149,7 +156,6 @@ def _trainer(
     trainer = Trainer(model, arguments, train_dataset=data, data_collator=collate, callbacks=[_FiniteLoss(), keeper])
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_ProgressBar(plan.label))
     return trainer
 
 
@@ -199,6 +205,11 @@ class _ProgressBar(ProgressCallback):
     def __init__(self, label: str) -> None:
         super().__init__()
         self.label = label
+
+    def close(self) -> None:
+        """Leave the line, also when the training was stopped by an error."""
+        if self.training_bar is not None:
+            self.training_bar.close()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

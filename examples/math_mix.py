@@ -1,6 +1,6 @@
 """Write an even mix of short rows of several sources, train and test, from a folder with train.jsonl and test.jsonl.
 
-    python benchmarks/math_mix.py FOLDER OUTPUT --train 600 --test 200 --longest 420
+    python examples/math_mix.py FOLDER OUTPUT --train 600 --test 200 --longest 420
 
 Rows whose instruction and response together are longer than `--longest` characters are left out, so that a run on two
 CPU cores ends within an hour; rows are drawn with a seed, evenly over the sources.

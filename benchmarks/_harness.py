@@ -1,0 +1,87 @@
+"""What every benchmark shares: interleaved timing, ratios of medians of pairs, and the record with the hardware."""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from coterie.artifacts import environment_record
+from coterie.backbone.loading import Backbone, load_backbone
+from coterie.experts.training import save_adapter
+from coterie.settings import ModelSettings
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """Read the flags that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--quick", action="store_true", help="an answer within a minute, with few repeats")
+    parser.add_argument("--output", type=Path, help="also write the result to this JSON file")
+    return parser.parse_args()
+
+
+def interleaved(
+    ways: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """Run every way once per round, by default after one round that does not count, and return seconds by way."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + warm_up):
+        for name, run in ways.items():
+            started = time.perf_counter()
+            run()
+            if number or not warm_up:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def median_ratio(above: list[float], below: list[float]) -> float:
+    """Return the median over rounds of one way's time divided by another's."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def publish(name: str, settings: Mapping[str, Any], medians: Mapping[str, float], ratios: Mapping[str, float]) -> None:
+    """Print the result as one JSON object, and write it where `--output` says."""
+    record = environment_record()
+    hardware = {"name": record["machine"], "threads": torch.get_num_threads(), "versions": record["versions"]}
+    result = {
+        "name": name,
+        "hardware": hardware,
+        "settings": dict(settings),
+        "medians": {key: round(value, 6) for key, value in medians.items()},
+        "ratios": {key: round(value, 4) for key, value in ratios.items()},
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    flags = arguments(name)
+    if flags.output:
+        flags.output.parent.mkdir(parents=True, exist_ok=True)
+        flags.output.write_text(text + "\n", encoding="utf-8")
+
+
+def load(model: str) -> Backbone:
+    """Load the base model on the best device there is."""
+    return load_backbone(ModelSettings(model=model))
+
+
+def random_adapter(backbone: Backbone, seed: int = 0, rank: int = 8) -> Path:
+    """Write an adapter with random weights in both factors to a temporary PEFT folder."""
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=rank, lora_alpha=4 * rank, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(backbone.model, config)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if ".lora_B." in key:
+                parameter.mul_(0.1)  # small against the base model, as trained updates are
+    folder = Path(tempfile.mkdtemp(prefix="coterie-benchmark-"))
+    save_adapter(model, folder, backbone.identity.id)
+    model.unload()
+    return folder

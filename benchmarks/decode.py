@@ -1,0 +1,120 @@
+"""Time per token of an ensemble of 9 experts, against the base adapter merged and against PEFT's mixed batch.
+
+The nine experts are copies of one adapter, so all three ways must write the same tokens; their cost does not depend on
+the values. `floor` is the time to read the base weights and the nine updates once from memory.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Iterator
+
+import torch
+from _harness import arguments, interleaved, load, median_ratio, publish, random_adapter
+from peft import PeftModel
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from coterie.backbone.layers import ExpertLayers
+from coterie.backbone.loading import Backbone
+from coterie.combiners.logits import LogitCombiner
+from coterie.engine.decoding import DecodingBatch
+from coterie.experts.bank import load_adapter
+from coterie.lora import Adapter
+from coterie.settings import SamplingSettings
+
+EXPERTS = 9
+PROMPT = "Explain in simple words why the sky is blue during the day and red in the evening. " * 3
+
+
+def plain_steps(model: PreTrainedModel, ids: list[int], rows: int, **options: list[str]) -> Iterator[int]:
+    """Decode greedily with a KV cache, the mean of `rows` equal rows deciding."""
+    cache = DynamicCache(config=model.config)
+    inputs = torch.tensor([ids] * rows)
+    while True:
+        output = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1, **options)
+        logits: Tensor = output.logits[:, -1].float().mean(dim=0)
+        token = int(logits.argmax())
+        yield token
+        inputs = torch.full((rows, 1), token)
+
+
+def our_steps(backbone: Backbone, layers: ExpertLayers, ids: list[int], steps: int) -> Iterator[int]:
+    """Decode with the ensemble."""
+    settings = SamplingSettings(max_new_tokens=steps + 1)
+    batch = DecodingBatch(backbone, layers, LogitCombiner(), [ids], torch.ones(1, EXPERTS), settings)
+    return (token.id for token in batch.run())
+
+
+def main() -> None:
+    """Run the three ways in turn and print the result."""
+    flags = arguments("decode")
+    rounds, steps = (3, 6) if flags.quick else (7, 16)
+    backbone = load(flags.model)
+    folder = random_adapter(backbone)
+    adapter: Adapter = load_adapter(folder, backbone.model).adapter
+    layers = ExpertLayers(backbone.model, [adapter] * EXPERTS)
+    merged = PeftModel.from_pretrained(copy.deepcopy(backbone.model), folder).merge_and_unload().eval()
+    mixed = PeftModel.from_pretrained(copy.deepcopy(backbone.model), folder, adapter_name="e0")
+    names = [f"e{number}" for number in range(EXPERTS)]
+    for name in names[1:]:
+        mixed.load_adapter(folder, adapter_name=name)
+    mixed.eval()
+    ids = backbone.tokenizer(PROMPT)["input_ids"]
+    makers = {
+        "merged": lambda: plain_steps(merged, ids, 1),
+        "peft": lambda: plain_steps(mixed, ids, EXPERTS, adapter_names=names),
+        "ensemble": lambda: our_steps(backbone, layers, ids, steps),
+    }
+    written: dict[str, list[int]] = {}
+    per_token: dict[str, list[float]] = {name: [] for name in makers}
+
+    def timed(name: str) -> None:
+        source = makers[name]()
+        tokens = [next(source)]  # the prefill
+        started = time.perf_counter()
+        tokens += [next(source) for _ in range(steps)]
+        per_token[name].append((time.perf_counter() - started) / steps)
+        written[name] = tokens
+
+    with torch.inference_mode():
+        interleaved({name: lambda name=name: timed(name) for name in makers}, rounds)
+    if len({tuple(tokens) for tokens in written.values()}) != 1:
+        raise SystemExit(f"the three ways wrote different tokens: {written}")
+    kept = {name: values[1:] for name, values in per_token.items()}
+    medians = {f"{name}_seconds_per_token": statistics.median(values) for name, values in kept.items()}
+    medians["floor_seconds_per_token"] = floor(backbone, adapter)
+    publish(
+        "decode",
+        {
+            "model": flags.model,
+            "experts": EXPERTS,
+            "rank": 8,
+            "prompt_tokens": len(ids),
+            "steps": steps,
+            "rounds": rounds,
+        },
+        medians,
+        {
+            "ensemble_over_merged": median_ratio(kept["ensemble"], kept["merged"]),
+            "peft_over_ensemble": median_ratio(kept["peft"], kept["ensemble"]),
+        },
+    )
+
+
+def floor(backbone: Backbone, adapter: Adapter) -> float:
+    """Return the seconds that it takes to read all weights of one step once."""
+    weights = [p for p in backbone.model.parameters() if p.dim() == 2]
+    updates = sum(pair.down.numel() + pair.up.numel() for pair in adapter.values()) * EXPERTS
+    size = sum(weight.numel() * weight.element_size() for weight in weights) + 4 * updates
+    large = max(weights, key=torch.numel)
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        large.detach().sum()
+        times.append((time.perf_counter() - started) / (large.numel() * large.element_size()))
+    return size * statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()

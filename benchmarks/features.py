@@ -1,0 +1,111 @@
+"""Tokens per second of gradient features (Adam form and projection included), against two obvious ways.
+
+`training`: a plain LoRA forward and backward through PEFT on the same batches, without optimiser step or projection.
+`less_loop`: one example at a time as LESS does: PEFT's own gradients flattened, Adam form, projection. It is given the
+fast projection used here; with the dense one that LESS uses it would take many times longer on a CPU.
+"""
+
+import copy
+import statistics
+
+import torch
+from _harness import arguments, interleaved, load, median_ratio, publish, random_adapter
+from peft import PeftModel
+
+from coterie.backbone.loading import Backbone
+from coterie.data.batching import TokenRow, pad
+from coterie.experts.bank import load_adapter
+from coterie.features.gradient import AdamState, Checkpoint, GradientFeatures, Moments, adam_step, loss_weights
+from coterie.features.projection import SketchProjection
+from coterie.settings import FeatureSettings
+
+LENGTH = 96
+BATCH = 8
+
+
+def rows_of(count: int, vocabulary: int) -> list[TokenRow]:
+    """Make prompts of random tokens, all of one length, whose every token carries loss."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, vocabulary, (count, LENGTH), generator=generator).tolist()
+    return [TokenRow(tuple(row), LENGTH, (False,) * LENGTH, (True,) * LENGTH) for row in ids]
+
+
+def training_pass(model: PeftModel, rows: list[TokenRow]) -> None:
+    """One forward and backward per batch, as training does it."""
+    for start in range(0, len(rows), BATCH):
+        batch = pad([row.ids for row in rows[start : start + BATCH]], 0)
+        model(input_ids=batch.input_ids, labels=batch.input_ids).loss.backward()
+        model.zero_grad()
+
+
+def less_loop(model: PeftModel, rows: list[TokenRow], state: AdamState, projection: SketchProjection) -> None:
+    """One example at a time: all gradients flattened and concatenated, Adam form, projection."""
+    for row in rows:
+        ids = torch.tensor([row.ids])
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        projection("all", adam_step(gradient, "all", state)[None])
+        model.zero_grad()
+
+
+def main() -> None:
+    """Run the three ways in turn and print the result."""
+    flags = arguments("features")
+    rounds, count = (2, BATCH) if flags.quick else (5, 2 * BATCH)
+    backbone = load(flags.model)
+    folder = random_adapter(backbone)
+    loaded = load_adapter(folder, backbone.model)
+    model = PeftModel.from_pretrained(copy.deepcopy(backbone.model), folder, is_trainable=True).eval()
+    checkpoint = Checkpoint(loaded.adapter, loaded.scalings, _state(model))
+    features = GradientFeatures(backbone, [checkpoint], FeatureSettings(feature_batch_size=BATCH))
+    size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    flat = AdamState({"all": Moments(torch.randn(size) * 1e-4, torch.rand(size) * 1e-6)}, 10, 1e-4, (0.9, 0.999), 1e-8)
+    projection = SketchProjection(FeatureSettings().d_proj)
+    rows = rows_of(count, backbone.output_layer.out_features)
+    _same_loss_positions(backbone, rows)
+    seconds = interleaved(
+        {
+            "training": lambda: training_pass(model, rows),
+            "features": lambda: features(rows),
+            "less_loop": lambda: less_loop(model, rows, flat, projection),
+        },
+        rounds,
+    )
+    tokens = count * LENGTH
+    publish(
+        "features",
+        {
+            "model": flags.model,
+            "rank": 8,
+            "tokens": tokens,
+            "length": LENGTH,
+            "batch": BATCH,
+            "d_proj": projection.d_proj,
+        },
+        {f"{name}_tokens_per_second": tokens / statistics.median(values) for name, values in seconds.items()},
+        {
+            "features_over_training_speed": median_ratio(seconds["training"], seconds["features"]),
+            "features_over_less_loop": median_ratio(seconds["less_loop"], seconds["features"]),
+        },
+    )
+
+
+def _state(model: PeftModel) -> AdamState:
+    """Make a state of Adam with random moments, under the names that features use."""
+    moments = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            plain = name.removeprefix("base_model.model.").removesuffix(".default.weight")
+            moments[plain] = Moments(torch.randn_like(parameter) * 1e-4, torch.rand_like(parameter) * 1e-6)
+    return AdamState(moments, 10, 1e-4, (0.9, 0.999), 1e-8)
+
+
+def _same_loss_positions(backbone: Backbone, rows: list[TokenRow]) -> None:
+    """Make sure that all ways backpropagate from every position but the last."""
+    batch = pad([rows[0].ids], 0)
+    if int((loss_weights(rows[:1], batch, "user-text") > 0).sum()) != LENGTH - 1:
+        raise SystemExit("features leave out positions that training counts")
+
+
+if __name__ == "__main__":
+    main()

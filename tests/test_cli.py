@@ -1,0 +1,235 @@
+"""The command line does what Python does, and bad input gets one line, exit code 2, and leaves nothing behind."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import tiny
+from conftest import FIT, write_rows
+
+from coterie import cli
+from coterie.mixture import Mixture
+
+PROMPT = "add 3 4"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command line in this process; return exit code, stdout and stderr."""
+
+    def command(*words: object):
+        monkeypatch.setattr(sys, "argv", ["coterie", *map(str, words)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        out, err = capsys.readouterr()
+        return exit.value.code, out, err
+
+    return command
+
+
+def refused(result, *patterns: str) -> None:
+    """The command ended with 2 and one line on stderr that holds the patterns, and said nothing else."""
+    code, out, err = result
+    assert code == 2 and out == ""
+    lines = [line for line in re.split(r"[\r\n]+", err) if line.startswith("error: ")]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    for pattern in patterns:
+        assert re.search(pattern, lines[0]), lines[0]
+
+
+def flags(settings: dict[str, object]) -> list[str]:
+    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+
+
+@pytest.fixture
+def fit(run, model_folder, train_file, tmp_path):
+    """Fit with one thing changed; the output is in an empty folder."""
+
+    def command(*words: object, **changes: object):
+        settings = {"model": model_folder, "data": train_file, "output": tmp_path / "out" / "run", **FIT, **changes}
+        return run("fit", "elrea", *flags(settings), *words)
+
+    return command
+
+
+def test_help_is_there_for_every_command(run):
+    for words in ([], ["fit", "elrea"], ["route"], ["generate"], ["eval"], ["report"], ["run"], ["methods"]):
+        code, out, _ = run(*words, "--help")
+        assert code == 0 and "Usage" in out
+
+
+def test_generate_prints_what_python_returns(run, run_folder, mixture):
+    code, out, _ = run("generate", run_folder, PROMPT, "SPELL ABCD NOW", "--max-new-tokens", 6, "--json")
+    assert code == 0
+    assert [json.loads(line) for line in out.splitlines()] == [
+        answer.record() for answer in mixture.generate([PROMPT, "SPELL ABCD NOW"], max_new_tokens=6)
+    ]
+
+
+def test_a_record_has_the_documented_fields(mixture):
+    record = mixture.generate([PROMPT], max_new_tokens=3)[0].record()
+    assert list(record) == ["prompt", "text", "token_ids", "logprobs", "finish_reason", "routing"]
+    assert sum(record["routing"]["weights"].values()) == pytest.approx(1)
+
+
+def test_streamed_text_is_the_text(run, run_folder, mixture):
+    code, out, _ = run("generate", run_folder, PROMPT, "--max-new-tokens", 8, "--stream")
+    assert code == 0 and out == mixture.generate([PROMPT], max_new_tokens=8)[0].text + "\n"
+
+
+def test_sampling_with_a_seed_is_the_same_in_python(run, run_folder, mixture):
+    code, out, _ = run("generate", run_folder, PROMPT, "--temperature", 1, "--seed", 5, "--max-new-tokens", 6, "--json")
+    expected = mixture.generate([PROMPT], temperature=1.0, seed=5, max_new_tokens=6)[0]
+    assert code == 0 and json.loads(out)["token_ids"] == list(expected.token_ids)
+
+
+def test_route_prints_weights_and_similarities_by_name(run, run_folder, mixture):
+    code, out, _ = run("route", run_folder, PROMPT, "--json")
+    record = json.loads(out)
+    routing = mixture.route([PROMPT])
+    assert code == 0 and record["prompt"] == PROMPT
+    assert record["weights"] == pytest.approx(routing.row(0), rel=1e-5)
+    assert set(record["similarities"]) == {"cluster-0", "cluster-1", "cluster-2"}
+    assert record["weights"]["base"] == pytest.approx(1 - max(record["similarities"].values()), rel=1e-5)
+
+
+def test_many_prompts_come_from_a_file(run, run_folder, tmp_path):
+    rows = [{"instruction": "add 1 2"}, {"messages": [{"role": "user", "content": "SPELL AB NOW"}]}]
+    file = write_rows(tmp_path / "prompts.jsonl", rows)
+    code, out, _ = run("route", run_folder, "--input", file, "--json")
+    assert code == 0 and [json.loads(line)["prompt"] for line in out.splitlines()] == ["add 1 2", "SPELL AB NOW"]
+
+
+def test_another_router_is_a_flag(run, run_folder):
+    code, out, _ = run("route", run_folder, PROMPT, "--json", "--router", "cluster-1")
+    assert code == 0 and json.loads(out)["weights"] == {"base": 0, "cluster-0": 0, "cluster-1": 1, "cluster-2": 0}
+
+
+def test_the_evaluation_and_its_report(run, run_folder, tmp_path):
+    data = write_rows(tmp_path / "test.jsonl", tiny.make_rows(9, seed=9))
+    out_folder = tmp_path / "eval"
+    words = ["--methods", "backbone,base,elrea,uniform-weights,moe-routing", "--max-new-tokens", 4]
+    code, out, _ = run("eval", run_folder, "--data", data, "--output", out_folder, *words)
+    assert code == 0 and "elrea" in out
+    summary = json.loads((out_folder / "evaluation.json").read_text())
+    assert summary["rows"] == 9 and summary["sources"] == ["pick", "spell", "sum"]
+    assert sum(map(sum, (counts.values() for counts in summary["clusters"].values()))) == 36
+    code, out, _ = run("report", out_folder)
+    assert code == 0 and out.strip() == str(out_folder / "report.html")
+    assert "<html" in (out_folder / "report.html").read_text()
+    refused(run("eval", run_folder, "--data", data, "--output", out_folder), "exists; choose another --output")
+
+
+def test_a_run_is_repeated_from_its_record(run, fit, tmp_path):
+    assert fit()[0] == 0
+    record = tmp_path / "out" / "run" / "run.yaml"
+    copy = tmp_path / "again.yaml"
+    copy.write_text(record.read_text().replace(str(tmp_path / "out" / "run"), str(tmp_path / "again")))
+    assert run("run", copy)[0] == 0
+    for name in ("experts/cluster-0/adapter_model.safetensors", "clusters.jsonl", "router/centroids.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / "run" / name).read_bytes()
+
+
+BAD_DATA = {
+    "empty": ("", r"holds no examples"),
+    "broken": ('{"instruction": "a", "response": "b"}\n{"instruction": ', r"line 2 is not valid JSON"),
+    "field": ('{"question": "a"}\n', r"line 1 has the fields question"),
+    "response": ('{"instruction": "a", "response": " "}\n', r"line 1 has an empty response"),
+    "prompt": ('{"instruction": "", "response": "b"}\n', r"line 1 has an empty prompt"),
+    "few": ('{"instruction": "a", "response": "b"}\n', r"1 examples cannot make 3 clusters"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_DATA)
+def test_bad_data_is_refused(fit, tmp_path, kind):
+    text, pattern = BAD_DATA[kind]
+    (tmp_path / "bad.jsonl").write_text(text)
+    refused(fit(data=tmp_path / "bad.jsonl"), pattern)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "pattern"),
+    [
+        ({"max_length": 8}, r"all 36 examples are longer than 8 tokens .*raise --max-length"),
+        ({"model": "smolm2-135m"}, r"no model folder or alias is called 'smolm2-135m'. Did you mean 'smollm2-135m'"),
+        ({"data": "/nowhere.jsonl"}, r"/nowhere.jsonl does not exist"),
+        ({"form": "adm"}, r"form"),
+        ({"dropout": 2}, r"--dropout: .*less than 1, got 2"),
+        ({"device": "quantum"}, r"device 'quantum' is not there"),
+        ({"blocks": "last:7"}, r"blocks must be all or last:K with K from 1 to 2"),
+        ({"clusters": 40}, r"36 examples cannot make 40 clusters"),
+        ({"learning_rate": 1e30}, r"the training loss became"),
+    ],
+)
+def test_bad_settings_are_refused(fit, tmp_path, changes, pattern):
+    refused(fit(**changes), pattern)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_an_output_that_exists_is_kept_unless_overwriting_is_asked_for(fit, run, tmp_path):
+    output = tmp_path / "out" / "run"
+    output.mkdir(parents=True)
+    (output / "precious.txt").write_text("mine")
+    refused(fit(), r"run exists; choose another --output, or add --overwrite")
+    refused(fit("--overwrite"), r"is not a run folder, so it is not replaced")
+    assert (output / "precious.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern"),
+    [
+        (["generate", "/nowhere", "hi"], r"there is no mixture folder /nowhere"),
+        (["generate", "MIXTURE"], r"give prompts either as arguments or with --input"),
+        (["generate", "MIXTURE", " "], r"prompt 1 is empty"),
+        (["generate", "MIXTURE", "hi", "--json", "--stream"], r"use one of them"),
+        (["route", "MIXTURE", "hi", "--top-k-experts", "9"], r"between 1 and 4"),
+        (["route", "MIXTURE", "hi", "--router", "cluster-9"], r"no router or expert is called 'cluster-9'"),
+        (["eval", "MIXTURE", "--data", "DATA", "--output", "OUT", "--methods", "base,elera"], r"Did you mean 'elrea'"),
+        (["eval", "MIXTURE", "--data", "DATA", "--output", "OUT", "--methods", "elrea"], r"no method to compare with"),
+        (["report", "/nowhere"], r"/nowhere"),
+        (["run", "/nowhere.yaml"], r"run.yaml"),
+        (["fit", "elrae"], r"elrea"),
+        (["generate", "MIXTURE", "hi", "--top-q", "1"], r"--top-q"),
+    ],
+)
+def test_bad_calls_are_refused(run, run_folder, train_file, tmp_path, words, pattern):
+    places = {"MIXTURE": run_folder, "DATA": train_file, "OUT": tmp_path / "eval"}
+    refused(run(*(places.get(word, word) for word in words)), pattern)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mixture_made_for_another_base_model_is_refused(run, mixture, tmp_path):
+    mixture.save_pretrained(tmp_path / "copy")
+    other = tiny.save_model(tmp_path / "other", seed=1)
+    record = json.loads((tmp_path / "copy" / "mixture.json").read_text())
+    record["base_model"]["id"] = str(other)
+    (tmp_path / "copy" / "mixture.json").write_text(json.dumps(record))
+    refused(run("generate", tmp_path / "copy", "hi"), r"was trained on .* but the base model loaded is")
+
+
+def test_a_truncated_expert_is_refused(run, mixture, tmp_path):
+    mixture.save_pretrained(tmp_path / "copy")
+    file = tmp_path / "copy" / "experts" / "cluster-1" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    refused(run("generate", tmp_path / "copy", "hi"), r"cluster-1/adapter_model.safetensors is truncated")
+
+
+def test_ctrl_c_is_one_line(run, run_folder, monkeypatch):
+    def interrupted(*args: object, **kwargs: object):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Mixture, "generate", interrupted)
+    code, out, err = run("generate", run_folder, "hi")
+    assert (code, out) == (2, "") and "Traceback" not in err
+    assert err.strip().splitlines()[-1].startswith("stopped")
+
+
+def test_help_does_not_load_torch():
+    script = "import sys; sys.argv = ['coterie', '--help']\nfrom coterie import cli\ntry: cli.main()\nexcept SystemExit: pass\n"
+    script += "print([m for m in ('torch', 'transformers', 'peft', 'sklearn') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,171 @@
+"""A run that was killed and started again ends with the same files as an undisturbed one."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from conftest import write_rows
+from peft import PeftModel
+
+from coterie import methods
+from coterie.artifacts import read_json, read_tensors
+from coterie.errors import CoterieError
+from coterie.experts import training
+from coterie.features import gradient
+
+SMALL = {"clusters": 2, "cluster_rounds": 1, "d_proj": 64, "learning_rate": 1e-2, "batch_size": 4, "expert_epochs": 1}
+
+
+class KilledError(BaseException):
+    """Stands for a process that ends here: nothing in the library catches it."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def several_shards():
+    """Write features often enough that a small run can be killed among them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradient, "SHARD_ROWS", 4)
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", tiny.make_rows(12))
+
+
+def fit(model_folder: Path, data: Path, output: Path, **settings: object) -> Path:
+    methods.elrea(str(model_folder), str(data), output=output, device="cpu", **{**SMALL, **settings})
+    return output
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model_folder, data, tmp_path_factory) -> dict[str, bytes]:
+    return files_of(fit(model_folder, data, tmp_path_factory.mktemp("undisturbed") / "run"))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """All files by name; run.yaml differs in its time of start and output."""
+    found = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {name: b"" if name == "run.yaml" else path.read_bytes() for name, path in found.items()}
+
+
+def after(calls: int, function):
+    """Let a function through some times, then kill."""
+    count = iter(range(calls))
+
+    def counted(*args, **kwargs):
+        if next(count, None) is None:
+            raise KilledError
+        return function(*args, **kwargs)
+
+    return counted
+
+
+KILLED_AT = {
+    "before the first epoch is kept": (training, "_save_adam", 0),
+    "between two epochs": (training, "_save_adam", 1),
+    "while features are computed": (gradient, "write_tensors", 1),
+    "before clustering": (methods, "cluster", 0),
+    "before the second expert": (methods, "train_adapter", 2),
+    "before the records": (methods, "write_jsonl", 0),
+    "before the last rename": (methods.RunFolder, "finish", 0),
+}
+
+
+@pytest.mark.parametrize("moment", KILLED_AT)
+def test_a_run_killed_and_started_again_ends_with_the_same_files(
+    moment, model_folder, data, undisturbed, tmp_path, monkeypatch
+):
+    place, name, calls = KILLED_AT[moment]
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, after(calls, getattr(place, name)))
+        with pytest.raises(KilledError):
+            fit(model_folder, data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert files_of(fit(model_folder, data, tmp_path / "run")) == undisturbed
+    assert not (tmp_path / "run.partial").exists()
+
+
+@pytest.mark.slow
+def test_a_run_whose_process_was_killed_ends_with_the_same_files(model_folder, data, undisturbed, tmp_path):
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    command = [sys.executable, "-m", "coterie", "fit", "elrea", f"--model={model_folder}", f"--data={data}"]
+    command += [f"--output={tmp_path / 'run'}", "--device=cpu", *flags]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    kept = tmp_path / "run.partial" / "working" / "training" / "base" / "epoch-0"
+    deadline = time.monotonic() + 120
+    while not kept.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert kept.exists() and not (tmp_path / "run").exists()
+    assert files_of(fit(model_folder, data, tmp_path / "run")) == undisturbed
+
+
+def test_every_expert_is_a_folder_that_peft_loads_alone(mixture, run_folder, model_folder):
+    from transformers import AutoModelForCausalLM
+
+    for name in mixture.bank.names:
+        model = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(model_folder), run_folder / "experts" / name
+        )
+        assert model.peft_config["default"].r == 8 and model.peft_config["default"].lora_alpha == 32
+
+
+def test_experts_continue_from_the_base_adapter_and_differ_from_it(run_folder):
+    base = read_tensors(run_folder / "experts" / "base" / "adapter_model.safetensors")
+    last = read_tensors(run_folder / "checkpoints" / "epoch-1" / "adapter_model.safetensors")
+    assert all(torch.equal(base[key], last[key]) for key in base)
+    for expert in ("cluster-0", "cluster-1", "cluster-2"):
+        tensors = read_tensors(run_folder / "experts" / expert / "adapter_model.safetensors")
+        change = sum(float((tensors[key] - base[key]).norm()) ** 2 for key in base) ** 0.5
+        size = sum(float(base[key].norm()) ** 2 for key in base) ** 0.5
+        assert 0 < change < size, "an expert started afresh would be about sqrt(2) sizes away"
+
+
+def test_the_saved_learning_rate_is_the_mean_over_its_epoch(run_folder):
+    """36 rows in batches of 8 are 5 steps an epoch; 1e-2 falls linearly to 0 over 10 steps."""
+    rates = [1e-2 * (1 - step / 10) for step in range(10)]
+    for epoch in (0, 1):
+        record = read_json(run_folder / "checkpoints" / f"epoch-{epoch}" / "adam.json")
+        assert record["learning_rate"] == pytest.approx(sum(rates[5 * epoch : 5 * epoch + 5]) / 5, rel=1e-6)
+        assert record["steps"] == 5 * (epoch + 1)
+
+
+def test_training_leaves_the_base_model_as_it_was(backbone, model_folder, data):
+    from safetensors.torch import load_file
+
+    saved = load_file(model_folder / "model.safetensors")
+    held = dict(backbone.model.named_parameters())
+    assert all(torch.equal(saved[name], held[name]) for name in saved if name in held)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_leaves_nothing(model_folder, data, tmp_path):
+    with pytest.raises(CoterieError, match=r"the training loss became (nan|inf) at step \d+; lower --learning-rate"):
+        fit(model_folder, data, tmp_path / "run", learning_rate=1e30)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unfinished_run_with_other_settings_is_not_mixed_up(model_folder, data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(methods, "cluster", after(0, methods.cluster))
+        with pytest.raises(KilledError):
+            fit(model_folder, data, tmp_path / "run")
+    with pytest.raises(CoterieError, match="unfinished run with other settings"):
+        fit(model_folder, data, tmp_path / "run", rank=4)
+
+
+def test_a_full_disk_is_told_in_one_line(model_folder, data, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("coterie.artifacts.os.replace", full)
+    with pytest.raises(CoterieError, match="no space left on the disk while writing"):
+        fit(model_folder, data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
