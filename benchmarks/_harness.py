@@ -80,7 +80,7 @@ def random_adapter(backbone: Backbone, seed: int = 0, rank: int = 8) -> Path:
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if ".lora_B." in key:
-                parameter.mul_(0.1)  # small against the base model, as trained updates are
+                parameter.mul_(0.01)  # small against the base model, as trained updates are
     folder = Path(tempfile.mkdtemp(prefix="coterie-benchmark-"))
     save_adapter(model, folder, backbone.identity.id)
     model.unload()

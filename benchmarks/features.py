@@ -6,7 +6,9 @@ fast projection used here; with the dense one that LESS uses it would take many 
 """
 
 import copy
+import random
 import statistics
+from pathlib import Path
 
 import torch
 from _harness import arguments, interleaved, load, median_ratio, publish, random_adapter
@@ -23,11 +25,16 @@ LENGTH = 96
 BATCH = 8
 
 
-def rows_of(count: int, vocabulary: int) -> list[TokenRow]:
-    """Make prompts of random tokens, all of one length, whose every token carries loss."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(10, vocabulary, (count, LENGTH), generator=generator).tolist()
-    return [TokenRow(tuple(row), LENGTH, (False,) * LENGTH, (True,) * LENGTH) for row in ids]
+def rows_of(count: int, backbone: Backbone) -> list[TokenRow]:
+    """Make prompts of ordinary text, all of one length, whose every token carries loss."""
+    words = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").split()
+    generator = random.Random(0)
+    rows = []
+    for _ in range(count):
+        text = " ".join(generator.choices(words, k=LENGTH))
+        ids = tuple(backbone.tokenizer(text)["input_ids"][:LENGTH])
+        rows.append(TokenRow(ids, LENGTH, (False,) * LENGTH, (True,) * LENGTH))
+    return rows
 
 
 def training_pass(model: PeftModel, rows: list[TokenRow]) -> None:
@@ -61,7 +68,7 @@ def main() -> None:
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     flat = AdamState({"all": Moments(torch.randn(size) * 1e-4, torch.rand(size) * 1e-6)}, 10, 1e-4, (0.9, 0.999), 1e-8)
     projection = SketchProjection(FeatureSettings().d_proj)
-    rows = rows_of(count, backbone.output_layer.out_features)
+    rows = rows_of(count, backbone)
     _same_loss_positions(backbone, rows)
     seconds = interleaved(
         {

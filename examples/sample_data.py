@@ -1,6 +1,6 @@
 r"""Write the sample data: short instructions of five kinds, each with one checkable answer.
 
-    python examples/sample_data.py --seed 0 --train 200 --test 60
+    python examples/sample_data.py --seed 0 --train 150 --test 60
 
 The kinds differ in what they ask and in how they are answered, so that a mixture has something to route:
 
@@ -183,7 +183,7 @@ def main() -> None:
     """Read the command line and write one JSONL file for each split."""
     parser = argparse.ArgumentParser(description="Write the sample data: train.jsonl and test.jsonl.")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other rows (default: %(default)s)")
-    parser.add_argument("--train", type=int, default=200, help="rows to train on (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=150, help="rows to train on (default: %(default)s)")
     parser.add_argument("--test", type=int, default=60, help="rows to test on (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "data", help="folder (default: data)")
     arguments = parser.parse_args()

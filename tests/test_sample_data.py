@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SIZES = {"train": 200, "test": 60}
+SIZES = {"train": 150, "test": 60}
 KINDS = {"maths", "choices", "grammar", "spelling", "python"}
 ROWS = {
     split: [json.loads(line) for line in (EXAMPLES / "data" / f"{split}.jsonl").read_text().splitlines()]
