@@ -162,19 +162,23 @@ def fit_elrea(settings: ElreaSettings, examples: list[Example] | None = None) ->
     output = Path(settings.output)
     check_output(output, overwrite=settings.overwrite)
     examples = load_all(settings.data, settings.limit) if examples is None else examples
-    if len(examples) < settings.clustering.clusters:
-        raise CoterieError(
-            f"{len(examples)} examples cannot make {settings.clustering.clusters} clusters; "
-            "give more data or fewer --clusters"
-        )
+    _check_enough(len(examples), settings)
     backbone = load_backbone(settings.model)
     counted_blocks(settings.features.blocks, len(backbone.blocks))
     prompts = PromptFormat(backbone.tokenizer, settings.training.system_prompt)
     kept = tokenise(prompts, examples, settings.training.max_length)
+    _check_enough(len(kept.rows), settings)
     inputs = {"data": _hash_examples(examples), "base_model": backbone.identity.sha256}
     with run_folder(output, "fit elrea", settings.model_dump(), inputs) as run:
         mixture = _fit(run, settings, backbone, prompts, kept)
     return replace(mixture, folder=output)
+
+
+def _check_enough(count: int, settings: ElreaSettings) -> None:
+    if count < settings.clustering.clusters:
+        raise CoterieError(
+            f"{count} examples cannot make {settings.clustering.clusters} clusters; give more data or fewer --clusters"
+        )
 
 
 def _fit(run: RunFolder, settings: ElreaSettings, backbone: Backbone, prompts: PromptFormat, kept: Kept) -> Mixture:
