@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
+
 import tiny
 from conftest import FIT, write_rows
-
 from coterie import cli
 from coterie.mixture import Mixture
 
@@ -229,7 +229,8 @@ def test_ctrl_c_is_one_line(run, run_folder, monkeypatch):
 
 
 def test_help_does_not_load_torch():
-    script = "import sys; sys.argv = ['coterie', '--help']\nfrom coterie import cli\ntry: cli.main()\nexcept SystemExit: pass\n"
+    script = "import sys; sys.argv = ['coterie', '--help']\nfrom coterie import cli\n"
+    script += "try: cli.main()\nexcept SystemExit: pass\n"
     script += "print([m for m in ('torch', 'transformers', 'peft', 'sklearn') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from conftest import write_rows
 from peft import PeftModel
 
+import tiny
+from conftest import write_rows
 from coterie import methods
 from coterie.artifacts import read_json, read_tensors
 from coterie.errors import CoterieError

@@ -115,6 +115,7 @@ class Mixture:
         *,
         batch_size: int = 8,
         top_k_experts: int | None = None,
+        routing: Routing | None = None,
         **sampling: Any,  # noqa: ANN401 - fields of SamplingSettings
     ) -> list[Completion]:
         """Answer prompts, several together.
@@ -123,6 +124,7 @@ class Mixture:
             prompts: questions.
             batch_size: prompts decoded together; it does not change the answers.
             top_k_experts: keep only the experts with the largest weights.
+            routing: weights of these prompts, if they are known already; they are computed otherwise.
             **sampling: fields of `SamplingSettings`, such as max_new_tokens, temperature, top_p, seed.
 
         Raises:
@@ -130,7 +132,7 @@ class Mixture:
         """
         settings = SamplingSettings(**sampling)
         rows = self.tokens(prompts)
-        routing = self._route(rows, top_k_experts)
+        routing = self._route(rows, top_k_experts) if routing is None else routing
         weights = self._weights(routing)
         shares = routing.normalized()
         found: dict[int, list[Token]] = {}

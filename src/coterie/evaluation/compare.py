@@ -32,7 +32,7 @@ from coterie.engine.decoding import response_logprobs
 from coterie.errors import unknown_name
 from coterie.evaluation.grading import Grade, checkable, grade
 from coterie.evaluation.statistics import format_table, summarise
-from coterie.methods import BACKBONE, METHODS, method_named
+from coterie.methods import BACKBONE, METHODS, NormalisedRouter, method_named
 from coterie.mixture import Completion, Mixture, with_backbone_expert
 from coterie.routers.base import Routing
 from coterie.settings import EvaluationSettings, SamplingSettings
@@ -47,6 +47,20 @@ class Likelihood(NamedTuple):
 
     nll: float
     tokens: int
+
+
+class Routed(NamedTuple):
+    """Weights for all rows, and the seconds they took."""
+
+    routing: Routing
+    seconds: float
+
+
+class Answers(NamedTuple):
+    """One method's answers to all rows, and the seconds they took (routing not included)."""
+
+    completions: list[Completion]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -90,11 +104,17 @@ def evaluate(
     names = check_methods(methods, control)
     bench = _bench(mixture)
     seconds: dict[str, dict[str, float]] = {name: {} for name in names}
-    routings = {name: _cell(bench, name).router.route(bench.tokens(examples)) for name in names}
+    routed = _routed(bench, examples, [*names, ROUTED])
+    routings = {name: routed[name].routing for name in names}
     likelihoods = _likelihoods(bench, examples, routings, seconds)
-    answers = _answers(bench, examples, names, batch_size, SamplingSettings(**sampling), seconds) if generate else {}
-    routed = routings.get(ROUTED, mixture.router.route(bench.tokens(examples))).normalized()
-    rows = [_row(number, example, names, likelihoods, answers, routed) for number, example in enumerate(examples)]
+    settings = SamplingSettings(**sampling)
+    answers = {
+        name: _answers(bench, examples, name, routings[name], batch_size, settings) for name in names if generate
+    }
+    for name, timed in answers.items():
+        seconds[name]["generate"] = timed.seconds + routed[name].seconds
+    shares = routed[ROUTED].routing.normalized()
+    rows = [_row(number, example, names, likelihoods, answers, shares) for number, example in enumerate(examples)]
     sources = sorted({example.source or "" for example in examples})
     summary = {
         "format": FORMAT,
@@ -106,7 +126,7 @@ def evaluate(
         "experts": list(mixture.bank.names),
         "rows": len(rows),
         "sources": sources,
-        "settings": {"generate": generate, "batch_size": batch_size, **SamplingSettings(**sampling).model_dump()},
+        "settings": {"generate": generate, "batch_size": batch_size, **settings.model_dump()},
         "hardware": _hardware(),
         "routing": _mean_weights(rows, sources),
         "seconds": seconds,
@@ -169,6 +189,22 @@ def _cell(bench: Mixture, name: str) -> Mixture:
     return bench.replace(router=router, combiner=combiner)
 
 
+def _routed(bench: Mixture, examples: Sequence[Example], names: Sequence[str]) -> dict[str, Routed]:
+    """Route all rows for every method; methods that share a router share its work."""
+    rows = bench.tokens(examples)
+    routers = {name: METHODS[name].cell(bench)[0] for name in names}
+    known: dict[int, Routed] = {}
+    result = {}
+    for name, router in routers.items():
+        inner = router.router if isinstance(router, NormalisedRouter) else router
+        if id(inner) not in known:
+            started = time.perf_counter()
+            known[id(inner)] = Routed(inner.route(rows), time.perf_counter() - started)
+        found = known[id(inner)]
+        result[name] = found if inner is router else Routed(found.routing.normalized(), found.seconds)
+    return result
+
+
 def _likelihoods(
     bench: Mixture, examples: Sequence[Example], routings: Mapping[str, Routing], seconds: dict[str, dict[str, float]]
 ) -> dict[str, list[Likelihood]]:
@@ -213,27 +249,27 @@ def _answer_positions(row: TokenRow) -> list[int]:
 def _answers(
     bench: Mixture,
     examples: Sequence[Example],
-    names: Sequence[str],
+    name: str,
+    routing: Routing,
     batch_size: int,
     sampling: SamplingSettings,
-    seconds: dict[str, dict[str, float]],
-) -> dict[str, list[Completion]]:
+) -> Answers:
+    started = time.perf_counter()
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].instruction))  # little padding in a batch
-    result: dict[str, list[Completion]] = {}
-    for name in names:
-        started = time.perf_counter()
-        cell = _cell(bench, name)
-        found: dict[int, Completion] = {}
-        with tqdm(total=len(order), desc=f"answers of {name}", unit="prompt") as bar:
-            for start in range(0, len(order), batch_size):
-                numbers = order[start : start + batch_size]
-                prompts = [examples[i] for i in numbers]
-                answers = cell.generate(prompts, batch_size=batch_size, **sampling.model_dump())
-                found |= dict(zip(numbers, answers, strict=True))
-                bar.update(len(numbers))
-        result[name] = [found[i] for i in range(len(examples))]
-        seconds[name]["generate"] = time.perf_counter() - started
-    return result
+    cell = _cell(bench, name)
+    found: dict[int, Completion] = {}
+    with tqdm(total=len(order), desc=f"answers of {name}", unit="prompt") as bar:
+        for start in range(0, len(order), batch_size):
+            numbers = order[start : start + batch_size]
+            answers = cell.generate(
+                [examples[i] for i in numbers],
+                batch_size=batch_size,
+                routing=routing.take(numbers),
+                **sampling.model_dump(),
+            )
+            found |= dict(zip(numbers, answers, strict=True))
+            bar.update(len(numbers))
+    return Answers([found[i] for i in range(len(examples))], time.perf_counter() - started)
 
 
 def _row(
@@ -241,13 +277,13 @@ def _row(
     example: Example,
     names: Sequence[str],
     likelihoods: Mapping[str, list[Likelihood]],
-    answers: Mapping[str, list[Completion]],
+    answers: Mapping[str, Answers],
     routed: Routing,
 ) -> dict[str, Any]:
     methods = {}
     for name in names:
         likelihood = likelihoods[name][number]
-        answer = answers[name][number] if name in answers else None
+        answer = answers[name].completions[number] if name in answers else None
         verdict = _graded(answer, example)
         methods[name] = {
             "text": answer.text if answer else None,

@@ -138,7 +138,8 @@ class GradientFeatures:
         Shapes: N prompts -> (N, d_proj). A row's feature does not depend on the other rows or on padding.
         """
         result = torch.zeros(len(rows), self.settings.d_proj, device=self.backbone.device)
-        for numbers in by_length(rows, self.settings.feature_batch_size):
+        batches = by_length(rows, self.settings.feature_batch_size)
+        for numbers in tqdm(batches, desc="gradients of prompts", leave=False, disable=len(rows) <= SHARD_ROWS):
             batch = [rows[i] for i in numbers]
             for checkpoint, layers in self._checkpoints:
                 result[numbers] += self._batch(batch, checkpoint, layers) / len(self._checkpoints)
