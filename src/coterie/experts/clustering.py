@@ -109,7 +109,8 @@ def _prepare(features: NDArray, settings: ClusterSettings, seed: int) -> NDArray
         from sklearn.decomposition import PCA
 
         dimensions = min(PCA_DIMENSIONS, *features.shape)
-        features = PCA(dimensions, random_state=seed).fit_transform(features)
+        with np.errstate(invalid="ignore"):  # rows that all are equal have no variance to take shares of
+            features = PCA(dimensions, random_state=seed).fit_transform(features)
     return features
 
 
@@ -130,7 +131,7 @@ def _check_count(labels: NDArray, settings: ClusterSettings) -> None:
 def _split(features: NDArray, target: int, settings: ClusterSettings, seed: int) -> Int[NDArray, " row"]:
     """Split rows into `target` groups, fitted on a sample; fewer come out only where too many rows are equal."""
     generator = np.random.default_rng(seed)
-    size = min(len(features), settings.cluster_sample)
+    size = min(len(features), max(settings.cluster_sample, target))
     sample = features[np.sort(generator.choice(len(features), size, replace=False))]
     if settings.cluster_method.startswith("birch"):
         return _birch(sample, features, target, settings.cluster_threshold)

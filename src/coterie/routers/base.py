@@ -20,7 +20,7 @@ class Routing:
     """Weights over experts, with named axes.
 
     Attributes:
-        experts: names, in the order of the last axis.
+        experts: names, in the order of the last axis; every name stands once.
         axes: names of the weights' axes, a subsequence of request, token, layer, expert; the last one is `expert`.
         weights: finite and >= 0; they need not sum to 1 (ELREA's do not).
         similarities: what a router compared, by the same experts, where it compares anything.
@@ -45,6 +45,8 @@ class Routing:
                 f"routing weights of shape {tuple(self.weights.shape)} do not fit the axes {self.axes} "
                 f"and {len(self.experts)} experts"
             )
+        if len(set(self.experts)) != len(self.experts):
+            raise CoterieError(f"every expert is routed once, but the routing names {', '.join(self.experts)}")
         if not bool(torch.isfinite(self.weights).all()) or bool((self.weights < 0).any()):
             raise CoterieError("routing weights must be finite and not negative; check the router's features")
 
@@ -52,7 +54,7 @@ class Routing:
         """Scale weights to sum 1 over experts; rows of zeros become uniform."""
         total = self.weights.sum(dim=-1, keepdim=True)
         uniform = torch.full_like(self.weights, 1 / len(self.experts))
-        return self._with(torch.where(total > 0, self.weights / total.clamp(min=1e-30), uniform))
+        return self._with(torch.where(total > 0, self.weights / total, uniform))
 
     def top(self, k: int) -> "Routing":
         """Keep the k largest weights of every row, zero the rest; ties keep the earlier expert.
@@ -79,6 +81,11 @@ class Routing:
         result = self.weights.new_zeros(*self.weights.shape[:-1], len(names))
         result[..., [list(names).index(name) for name in self.experts]] = self.weights
         return result
+
+    def take(self, requests: Sequence[int]) -> "Routing":
+        """Keep these requests, in this order (the first axis is the requests')."""
+        similarities = {name: values[list(requests)] for name, values in self.similarities.items()}
+        return Routing(self.experts, self.axes, self.weights[list(requests)], similarities)
 
     def row(self, request: int) -> dict[str, float]:
         """Return one request's weights by expert name."""
