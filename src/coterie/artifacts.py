@@ -40,7 +40,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
         number = getattr(error, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
             raise CoterieError(f"no space left on the disk while writing {path}; free some and start again") from error
-        if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
             raise CoterieError(f"{path} cannot be written: {error}; choose another folder") from error
         raise
 
@@ -155,13 +155,18 @@ def environment_record() -> dict[str, Any]:
     for package in RECORDED_PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "versions": versions,
         "python": platform.python_version(),
         "machine": hardware_name(),
-        "git": git.stdout.strip() or None,
+        "git": _git_commit(),
     }
+
+
+def _git_commit() -> str | None:
+    with suppress(OSError, subprocess.CalledProcessError):  # no git, no repository, or no commit yet
+        return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    return None
 
 
 def hardware_name() -> str:
@@ -196,9 +201,14 @@ class RunFolder:
         return done
 
     def finish(self) -> None:
-        """Drop the working folder and give the run its own name."""
+        """Drop the working folder and give the run its own name, in place of an older run.
+
+        Raises:
+            CoterieError: when something that no run has made stands there by now; the partial folder stays.
+        """
         shutil.rmtree(self.path / "working", ignore_errors=True)
         with _disk_errors(self.output):
+            check_output(self.output, overwrite=True)  # something else may have come there meanwhile
             if self.output.exists():  # the caller asked for overwriting, and the new run is complete
                 shutil.rmtree(self.output)
             self.path.rename(self.output)

@@ -203,7 +203,8 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
-        code = _complain(f"error: {error.format_message()}; type: coterie --help")  # a wrong flag or argument
+        message = error.format_message()  # empty where no command was given: the help stands there already
+        code = _complain(f"error: {message}; type: coterie --help" if message else "type one of the commands above")
     if code == INTERRUPTED:
         code = _complain("stopped; the same command goes on where it stopped")
     sys.exit(code if isinstance(code, int) else 0)
