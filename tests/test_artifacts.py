@@ -1,0 +1,498 @@
+"""Files are whole or absent, runs are finished or resumable, and trouble is told in one line."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coterie import artifacts
+from coterie.artifacts import (
+    RunFolder,
+    check_output,
+    environment_record,
+    read_json,
+    read_jsonl,
+    read_run_record,
+    read_tensors,
+    run_folder,
+    sha256_of,
+    whole_file,
+    write_json,
+    write_jsonl,
+    write_tensors,
+    write_text,
+)
+from coterie.errors import CoterieError
+
+few = settings(deadline=None, max_examples=30)
+SETTINGS = {"model": "tiny", "seed": 0, "training": {"learning_rate": 5e-05}, "overwrite": False}
+INPUTS = {"data": "abc"}
+plain_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def everything(folder: Path) -> list[str]:
+    """All files and folders below, as relative paths."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def run_once(output: Path, body=lambda run: None, **changes):
+    options = {"command": "fit x", "settings": SETTINGS, "inputs": INPUTS, **changes}
+    with run_folder(output, **options) as run:
+        body(run)
+
+
+def fails(*_: object) -> None:
+    raise CoterieError("something the user can fix")
+
+
+def is_stopped(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def disk_is_full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+def test_a_file_appears_under_its_name_only_when_it_is_whole(tmp_path):
+    path = tmp_path / "deep" / "file.txt"
+    with whole_file(path) as temporary:
+        temporary.write_text("half")
+        assert not path.exists()
+        temporary.write_text("whole")
+    assert path.read_text() == "whole"
+    assert everything(tmp_path) == ["deep", "deep/file.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, CoterieError])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(error, tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(error), whole_file(path) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert path.read_text() == "old"
+    assert everything(tmp_path) == ["file.txt"]
+
+
+def test_values_that_cannot_be_written_leave_nothing(tmp_path):
+    for write in (write_json, lambda path, value: write_jsonl(path, [value])):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            write(tmp_path / "x", {"loss": float("nan")})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "x", {"path": tmp_path})
+    assert everything(tmp_path) == []
+
+
+@few
+@given(value=st.dictionaries(st.text(), plain_values, max_size=4))
+def test_json_comes_back_as_it_was(tmp_path_factory, value):
+    value = json.loads(json.dumps(value))
+    folder = tmp_path_factory.mktemp("json")
+    write_json(folder / "a.json", value)
+    write_jsonl(folder / "a.jsonl", [value, value])
+    assert read_json(folder / "a.json") == value
+    assert read_jsonl(folder / "a.jsonl") == [value, value]
+
+
+def test_separators_of_lines_inside_a_text_do_not_end_its_line(tmp_path):
+    rows = [{"text": "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven\r\neight"}, {"text": "x"}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert "\u2028" in (tmp_path / "rows.jsonl").read_text(encoding="utf-8")
+    assert read_jsonl(tmp_path / "rows.jsonl") == rows
+
+
+def test_no_rows_are_an_empty_file(tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", iter([]))
+    assert (tmp_path / "rows.jsonl").read_bytes() == b""
+    assert read_jsonl(tmp_path / "rows.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist; check the folder's name"),
+        (b"{", "is not readable JSON .*; get or make the file again"),
+        (b"\xff\xfe", "is not readable JSON"),
+        (b"[1]", "must hold a JSON object, but holds a list"),
+    ],
+    ids=["missing", "broken", "not text", "a list"],
+)
+def test_json_that_cannot_be_read_is_told_by_name(content, message, tmp_path):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CoterieError, match=f"a.json {message}"):
+        read_json(path)
+
+
+@pytest.mark.parametrize("content", [None, b'{"a": 1}\n{"a"', b"\xff\n"], ids=["missing", "broken", "not text"])
+def test_json_lines_that_cannot_be_read_are_told_by_name(content, tmp_path):
+    path = tmp_path / "a.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CoterieError, match="a.jsonl is not readable .*; get or make the file again"):
+        read_jsonl(path)
+
+
+def test_tensors_come_back_as_they_were(tmp_path):
+    rows = torch.arange(6.0).view(2, 3)
+    tensors = {"first": rows[0], "second": rows[1], "turned": rows.T, "half": rows.half()}
+    tensors["trained"] = rows.clone().requires_grad_()
+    write_tensors(tmp_path / "t.safetensors", tensors, {"note": "x"})
+    found = read_tensors(tmp_path / "t.safetensors")
+    assert set(found) == set(tensors)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert found["half"].dtype == torch.float16
+    assert everything(tmp_path) == ["t.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.unlink(), "does not exist"),
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:-1]),
+            "is truncated or not a safetensors file .*; get the",
+        ),
+        (lambda path: path.write_bytes(path.read_bytes()[:9]), "is truncated or not a safetensors file"),
+        (lambda path: path.write_bytes(b""), "is truncated or not a safetensors file"),
+        (lambda path: path.write_bytes(b"\xff" * 64), "is truncated or not a safetensors file"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"more"), "is truncated or not a safetensors file"),
+    ],
+    ids=["missing", "a byte short", "header only", "empty", "a huge header", "too long"],
+)
+def test_tensors_that_cannot_be_read_are_told_by_name(spoil, message, tmp_path):
+    path = tmp_path / "t.safetensors"
+    write_tensors(path, {"a": torch.ones(3)})
+    spoil(path)
+    with pytest.raises(CoterieError, match=f"t.safetensors {message}"):
+        read_tensors(path)
+
+
+def test_a_tensor_file_over_the_limit_is_refused_and_one_at_the_limit_is_read(tmp_path):
+    path = tmp_path / "t.safetensors"
+    write_tensors(path, {"a": torch.ones(300)})
+    size = path.stat().st_size
+    with pytest.raises(CoterieError, match=f"has {size:,} bytes, more than the {size - 1:,} that are accepted"):
+        read_tensors(path, max_bytes=size - 1)
+    assert read_tensors(path, max_bytes=size)["a"].sum() == 300
+
+
+def test_the_hash_is_of_the_contents_in_order(tmp_path):
+    """SHA-256 of "abc" is the standard's first example."""
+    for name in "abc":
+        (tmp_path / name).write_text(name)
+    files = [tmp_path / name for name in "abc"]
+    assert sha256_of(*files) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256_of(*reversed(files)) != sha256_of(*files)
+
+
+# --------------------------------------------------------------------------------------------------------- full disks
+
+
+def write_one_tensor(path: Path, name: str) -> None:
+    write_tensors(path, {name: torch.ones(1)})
+
+
+@pytest.mark.parametrize("write", [write_text, write_one_tensor], ids=["text", "tensors"])
+def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "replace", disk_is_full)
+    with pytest.raises(CoterieError, match="no space left on the disk while writing .*/file; free some and start"):
+        write(tmp_path / "file", "text")
+    assert everything(tmp_path) == []
+
+
+def test_a_full_disk_that_a_library_reports_in_its_own_error_is_told_too(tmp_path):
+    with pytest.raises(CoterieError, match="no space left on the disk while writing"), whole_file(tmp_path / "x"):
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EPERM], ids=["access", "read-only", "permission"])
+def test_a_forbidden_folder_is_told_in_one_line(number, tmp_path, monkeypatch):
+    def forbidden(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "mkdir", forbidden)
+    with pytest.raises(CoterieError, match=f"file cannot be written: .*{os.strerror(number)}; choose another folder"):
+        write_text(tmp_path / "sub" / "file", "x")
+
+
+@pytest.mark.parametrize("name", ["file/below", "file/far/below", "folder"])
+def test_a_file_where_a_folder_is_needed_and_the_reverse_are_told(name, tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(CoterieError, match=f"{name} cannot be written: .*; choose another folder"):
+        write_text(tmp_path / name, "x")
+    assert everything(tmp_path) == ["file", "folder"]
+
+
+def test_other_errors_pass_through_as_they_are(tmp_path):
+    with pytest.raises(OSError, match="Input/output error"), whole_file(tmp_path / "x"):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_a_run_works_in_a_partial_folder_and_gets_its_name_at_the_end(tmp_path):
+    output = tmp_path / "deep" / "run"
+
+    def body(run: RunFolder) -> None:
+        assert not output.exists() and run.path == tmp_path / "deep" / "run.partial"
+        run.stage("part", lambda folder: write_text(folder / "file", "x"))
+        (run.path / "working" / "rest").mkdir(parents=True)
+
+    run_once(output, body)
+    assert everything(tmp_path / "deep") == ["run", "run/part", "run/part/file", "run/run.yaml"]
+
+
+def test_the_record_of_a_run_tells_everything_that_it_needs_to_be_repeated(tmp_path):
+    run_once(tmp_path / "run")
+    record = read_run_record(tmp_path / "run" / "run.yaml")
+    assert (record["format"], record["command"]) == (1, "fit x")
+    assert (record["settings"], record["inputs"]) == (SETTINGS, INPUTS)
+    assert {"started", "versions", "python", "machine", "git"} < set(record)
+    assert record["versions"]["torch"] == torch.__version__
+
+
+def test_the_environment_is_known_without_git_or_a_commit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert environment_record()["git"] is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment_record()["git"] is None
+
+
+@pytest.mark.parametrize("name", ["part", "deep/part"])
+def test_a_stage_is_done_once(name, tmp_path):
+    run = RunFolder(tmp_path / "run", tmp_path / "run.partial")
+    calls = []
+    for _ in range(2):
+        done = run.stage(name, lambda folder: (calls.append(folder), write_text(folder / "file", "x"))[0])
+        assert done == run.path / name and (done / "file").read_text() == "x"
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, CoterieError])
+def test_an_interrupted_stage_goes_on_with_what_it_left(error, tmp_path):
+    run = RunFolder(tmp_path / "run", tmp_path / "run.partial")
+
+    def interrupted(folder: Path) -> None:
+        write_text(folder / "first", "1")
+        raise error
+
+    def resumed(folder: Path) -> None:
+        assert everything(folder) == ["first"]
+        write_text(folder / "second", "2")
+
+    with pytest.raises(error):
+        run.stage("part", interrupted)
+    assert not (run.path / "part").exists()
+    assert everything(run.stage("part", resumed)) == ["first", "second"]
+
+
+def test_a_full_disk_within_a_stage_is_told(tmp_path):
+    run = RunFolder(tmp_path / "run", tmp_path / "run.partial")
+    with pytest.raises(CoterieError, match="no space left on the disk while writing .*working/part"):
+        run.stage("part", disk_is_full)
+
+
+def test_errors_of_the_user_keep_their_words_on_the_way_out_of_a_stage(tmp_path):
+    with pytest.raises(CoterieError, match="^something the user can fix$"):
+        RunFolder(tmp_path / "run", tmp_path / "run.partial").stage("part", fails)
+
+
+@pytest.mark.parametrize("stop", [fails, is_stopped], ids=["error", "interrupt"])
+def test_a_run_that_stops_before_any_work_leaves_nothing(stop, tmp_path):
+    with pytest.raises((CoterieError, KeyboardInterrupt)):
+        run_once(tmp_path / "run", stop)
+    with pytest.raises((CoterieError, KeyboardInterrupt)):
+        run_once(tmp_path / "run", lambda run: run.stage("part", stop))
+    assert everything(tmp_path) == []
+
+
+@pytest.mark.parametrize("stop", [fails, is_stopped, lambda _: [][1]], ids=["error", "interrupt", "bug"])
+@pytest.mark.parametrize("inside", [True, False], ids=["inside a stage", "after a stage"])
+def test_a_run_that_stops_with_work_done_goes_on_from_there(stop, inside, tmp_path):
+    made, stops = [], [stop]
+
+    def first(folder: Path) -> None:
+        made.append("first")
+        write_text(folder / "file", "1")
+        if inside and stops:
+            stops.pop()(folder)
+
+    def body(run: RunFolder) -> None:
+        run.stage("one", first)
+        if stops:
+            stops.pop()(run)
+        run.stage("two", lambda folder: write_text(folder / "file", "2"))
+
+    with pytest.raises((CoterieError, KeyboardInterrupt, IndexError)):
+        run_once(tmp_path / "run", body)
+    assert everything(tmp_path)[0] == "run.partial"
+    run_once(tmp_path / "run", body)
+    assert everything(tmp_path / "run") == ["one", "one/file", "run.yaml", "two", "two/file"]
+    assert os.listdir(tmp_path) == ["run"]
+    assert len(made) == (2 if inside else 1)
+
+
+def unfinished(output: Path) -> None:
+    def body(run: RunFolder) -> None:
+        run.stage("one", lambda folder: write_text(folder / "file", "1"))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_once(output, body)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"settings": SETTINGS | {"seed": 1}}, "other settings"),
+        ({"settings": SETTINGS | {"training": {"learning_rate": 1e-4}}}, "other settings"),
+        ({"inputs": {"data": "abd"}}, "other inputs"),
+        ({"command": "fit y"}, "other command"),
+        ({"inputs": {}, "settings": {}}, "other settings and inputs"),
+    ],
+    ids=["setting", "nested setting", "input", "command", "both"],
+)
+def test_the_unfinished_run_of_another_kind_is_not_continued_or_touched(changes, what, tmp_path):
+    unfinished(tmp_path / "run")
+    before = everything(tmp_path)
+    with pytest.raises(CoterieError, match=f"run.partial holds an unfinished run with {what}; finish that one"):
+        run_once(tmp_path / "run", **changes)
+    assert everything(tmp_path) == before
+
+
+def test_an_unfinished_run_may_be_continued_with_leave_to_overwrite(tmp_path):
+    unfinished(tmp_path / "run")
+    run_once(tmp_path / "run", settings=SETTINGS | {"overwrite": True})
+    assert "run/one/file" in everything(tmp_path)
+
+
+@few
+@given(value=st.dictionaries(st.text(max_size=5), plain_values, max_size=3))
+def test_settings_are_the_same_settings_after_they_were_written(tmp_path_factory, value):
+    output = tmp_path_factory.mktemp("run") / "run"
+    unfinished_settings = {"anything": json.loads(json.dumps(value))}
+    with pytest.raises(IndexError):
+        run_once(output, lambda _: [][1], settings=unfinished_settings)
+    run_once(output, settings=unfinished_settings)
+    assert read_run_record(output / "run.yaml")["settings"] == unfinished_settings
+
+
+def test_a_partial_folder_without_a_record_is_a_new_run(tmp_path):
+    (tmp_path / "run.partial").mkdir()
+    run_once(tmp_path / "run")
+    assert everything(tmp_path) == ["run", "run/run.yaml"]
+
+
+def test_a_finished_run_replaces_the_old_one_only_at_its_end(tmp_path):
+    run_once(tmp_path / "run", lambda run: run.stage("old", lambda folder: write_text(folder / "file", "1")))
+
+    def body(run: RunFolder) -> None:
+        assert (tmp_path / "run" / "old" / "file").exists()
+        run.stage("new", lambda folder: write_text(folder / "file", "2"))
+
+    run_once(tmp_path / "run", body)
+    assert everything(tmp_path) == ["run", "run/new", "run/new/file", "run/run.yaml"]
+
+
+def test_what_came_into_the_place_of_a_run_meanwhile_is_not_deleted(tmp_path):
+    def body(run: RunFolder) -> None:
+        run.stage("part", lambda folder: write_text(folder / "file", "1"))
+        write_text(tmp_path / "run" / "thesis.tex", "x")
+
+    with pytest.raises(CoterieError, match="run is not a run folder, so it is not replaced"):
+        run_once(tmp_path / "run", body)
+    assert {"run/thesis.tex", "run.partial/part/file"} < set(everything(tmp_path))
+
+
+def test_a_run_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CoterieError, match="cannot be written: .*; choose another folder"):
+        run_once(tmp_path / "file" / "run")
+
+
+# -------------------------------------------------------------------------------------------------------- output folder
+
+
+def test_an_output_that_does_not_exist_is_free(tmp_path):
+    check_output(tmp_path / "run", overwrite=False)
+    check_output(tmp_path / "run", overwrite=True)
+
+
+def make_run(path: Path) -> None:
+    path.mkdir()
+    (path / "run.yaml").write_text("x")
+
+
+OCCUPIED = {
+    "a run": (make_run, True),
+    "an empty folder": (Path.mkdir, True),
+    "a folder of other things": (lambda path: write_text(path / "thesis.tex", "x"), False),
+    "a file": (lambda path: path.write_text("x"), False),
+}
+
+
+@pytest.mark.parametrize(("make", "_"), OCCUPIED.values(), ids=OCCUPIED)
+def test_an_output_that_exists_is_refused(make, _, tmp_path):
+    make(tmp_path / "run")
+    with pytest.raises(CoterieError, match="run exists; choose another --output, or add --overwrite to replace it"):
+        check_output(tmp_path / "run", overwrite=False)
+
+
+@pytest.mark.parametrize(("make", "replaceable"), OCCUPIED.values(), ids=OCCUPIED)
+def test_only_runs_and_empty_folders_are_replaced(make, replaceable, tmp_path):
+    make(tmp_path / "run")
+    if replaceable:
+        check_output(tmp_path / "run", overwrite=True)
+    else:
+        with pytest.raises(CoterieError, match="run is not a run folder, so it is not replaced; choose another"):
+            check_output(tmp_path / "run", overwrite=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- records
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is not a readable run.yaml; give the file of a run folder"),
+        (b"a: [", "is not a readable run.yaml"),
+        (b"\xff\xfe\x00", "is not a readable run.yaml"),
+        (b"!!python/object/apply:os.getcwd []", "is not a readable run.yaml"),
+        (b"- 1", "holds no command and settings; give the run.yaml of a run folder"),
+        (b"command: fit x", "holds no command and settings"),
+        (b"settings: {}", "holds no command and settings"),
+        (b"command: fit x\nsettings: 3", "holds no command and settings"),
+    ],
+    ids=["missing", "broken", "not text", "code", "a list", "no settings", "no command", "settings of another kind"],
+)
+def test_a_record_that_cannot_be_read_is_told_by_name(content, message, tmp_path):
+    path = tmp_path / "run.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CoterieError, match=f"run.yaml {message}"):
+        read_run_record(path)
+
+
+def test_a_record_is_plain_yaml_in_the_order_of_reading(tmp_path):
+    run_once(tmp_path / "run")
+    text = (tmp_path / "run" / "run.yaml").read_text()
+    assert list(yaml.safe_load(text))[:4] == ["format", "command", "settings", "inputs"]
+    assert text.startswith("format: 1\ncommand: fit x\nsettings:\n  model: tiny\n")
+    assert artifacts.FORMAT == 1
