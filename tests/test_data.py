@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,42 @@ def test_optional_fields_become_texts_and_nothing_else_is_kept():
     assert (example.id, example.source, example.category, example.answer) == ("7", "maths", None, "42")
 
 
+def test_accepted_answers_and_a_programs_tests_are_kept_as_they_stand():
+    tests = {"entry_point": "f", "test_list": ["assert f(1) == 2"], "test_setup_code": ""}
+    [example] = load_examples([ROW | {"answers": ["10th century", " the 10th century"], "tests": tests}])
+    assert example.answers == ("10th century", " the 10th century")
+    assert example.tests == tests
+    assert json.loads(json.dumps(asdict(example)))["tests"] == tests
+
+
+def test_no_answers_differ_from_an_empty_list_of_answers_which_says_that_there_is_none():
+    absent, null, empty = load_examples([ROW, ROW | {"answers": None, "tests": None}, ROW | {"answers": []}])
+    assert (absent.answers, absent.tests) == (null.answers, null.tests) == ((), None)
+    assert empty.answers == ("",)
+
+
+def test_examples_with_tests_can_be_members_of_a_set():
+    first, second = load_examples([ROW | {"id": "a", "tests": {"n": number}} for number in (1, 2)])
+    assert first != second
+    assert len({first, second, replace(first)}) == 2
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_answers_and_tests_survive_a_file_and_a_table(form, tmp_path, monkeypatch):
+    row = ROW | {"answers": ["one", "two"], "tests": {"test_list": ["assert f(1) == 2"]}}
+    file = str(write_lines(tmp_path / "rows.jsonl", json.dumps(row)))
+    [example] = load_examples(file if form == "jsonl" else as_dataset(form, [row], tmp_path, monkeypatch))
+    assert (example.answers, example.tests) == (("one", "two"), {"test_list": ["assert f(1) == 2"]})
+
+
+def test_tests_that_json_cannot_hold_are_told():
+    endless: dict = {}
+    endless["self"] = endless
+    for tests in ({"when": {1, 2}}, endless):
+        with pytest.raises(CoterieError, match="row 1 of the data: tests must hold plain JSON .*; give texts, numbers"):
+            load_examples([ROW | {"tests": tests}])
+
+
 def test_rows_without_an_id_are_numbered_and_blank_lines_are_skipped(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", json.dumps(ROW), "", "  ", json.dumps(ROW))
     assert [example.id for example in load_examples(path)] == ["0", "1"]
@@ -223,6 +260,15 @@ BAD_LINES = {
     "no user": ('{"messages": [{"role": "assistant", "content": "x"}]}', r"line 2 has no user message"),
     "question last": (json.dumps({"messages": [*TURNS, TURNS[0]]}), r"line 2 has no response"),
     "half a character": (r'{"instruction": "x\ud800", "response": "x"}', r"line 2 holds the half character '\\ud800'"),
+    "a text as answers": (
+        json.dumps(ROW | {"answers": "Paris"}),
+        r"line 2: answers must be a list of texts, but is a str",
+    ),
+    "SQuAD's own answers": (json.dumps(ROW | {"answers": {"text": ["x"]}}), r"answers must be a list .* but is a dict"),
+    "a number in answers": (json.dumps(ROW | {"answers": ["7", 0]}), r"line 2: answers must be .* but holds a int"),
+    "a list as tests": (json.dumps(ROW | {"tests": ["assert f()"]}), r"line 2: tests must be an object, but is a list"),
+    "half a character in answers": (json.dumps(ROW | {"answers": ["a", "\ud800"]}), r"line 2 holds the half char"),
+    "half a character in tests": (json.dumps(ROW | {"tests": {"a": ["\ud800"]}}), r"line 2 holds the half character"),
     "half a character in an id": (r'{"id": "\udfff", "prompt": "x", "completion": "x"}', r"line 2 holds the half char"),
 }
 

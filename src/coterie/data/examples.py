@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ class Example:
         source: data set the row comes from, if known.
         category: kind of row within its source, if known.
         answer: short checkable answer, if there is one.
+        answers: all accepted short answers, where a row lists several; the one empty text `""` where its list is empty,
+            which says that the question has no answer.
+        tests: what a program must pass, as the row has it: an object of plain JSON.
     """
 
     id: str
@@ -37,6 +40,8 @@ class Example:
     source: str | None = None
     category: str | None = None
     answer: str | None = None
+    answers: tuple[str, ...] = ()
+    tests: Mapping[str, Any] | None = field(default=None, hash=False)
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -76,7 +81,7 @@ def load_examples(
 
     Args:
         source: where the rows are; every row has one of the forms instruction+response, prompt+completion, messages,
-            and optionally id, source, category, answer.
+            and optionally id, source, category, answer, answers, tests.
         limit: use only the first rows.
         need_response: whether a row without an answer is an error.
 
@@ -195,8 +200,10 @@ def _example(row: Mapping[str, Any], place: str, default_id: str, need_response:
         source=_optional_text(row, "source"),
         category=_optional_text(row, "category"),
         answer=_optional_text(row, "answer"),
+        answers=_answers(row, place),
+        tests=_tests(row, place),
     )
-    labels = (example.id, example.source, example.category, example.answer)
+    labels = (example.id, example.source, example.category, example.answer, *example.answers)
     _check_characters(place, *(message.content for message in messages), *(label or "" for label in labels))
     return example
 
@@ -212,6 +219,31 @@ def _check_characters(place: str, *texts: str) -> None:
 
 def _optional_text(row: Mapping[str, Any], field: str) -> str | None:
     return None if row.get(field) is None else str(row[field])
+
+
+def _answers(row: Mapping[str, Any], place: str) -> tuple[str, ...]:
+    value = row.get("answers")
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise CoterieError(f"{place}: answers must be a list of texts, but is a {type(value).__name__}")
+    for answer in value:
+        if not isinstance(answer, str):
+            raise CoterieError(f"{place}: answers must be a list of texts, but holds a {type(answer).__name__}")
+    return tuple(value) or ("",)
+
+
+def _tests(row: Mapping[str, Any], place: str) -> Mapping[str, Any] | None:
+    value = row.get("tests")
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise CoterieError(f"{place}: tests must be an object, but is a {type(value).__name__}")
+    try:
+        _check_characters(place, json.dumps(value, ensure_ascii=False))
+    except (TypeError, ValueError, RecursionError) as error:  # rows in memory and tables can hold what JSON cannot
+        raise CoterieError(f"{place}: tests must hold plain JSON ({error}); give texts, numbers and lists") from error
+    return value
 
 
 def _messages(row: Mapping[str, Any], place: str) -> tuple[Message, ...]:
