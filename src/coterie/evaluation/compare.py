@@ -31,7 +31,7 @@ from coterie.data.examples import Example, load_all
 from coterie.engine.decoding import response_logprobs
 from coterie.errors import unknown_name
 from coterie.evaluation.grading import Grade, checkable, grade
-from coterie.evaluation.statistics import format_table, summarise
+from coterie.evaluation.table import format_table, summarise
 from coterie.methods import BACKBONE, METHODS, NormalisedRouter, method_named
 from coterie.mixture import Completion, Mixture, with_backbone_expert
 from coterie.routers.base import Routing
