@@ -1,18 +1,22 @@
-"""Paired comparisons of two methods on plain arrays.
+"""Tests and intervals on plain arrays: paired comparisons of two methods, and what many comparisons at once ask for.
 
 Every method answers every row, so differences are taken row by row before anything is averaged: how hard a row is
 cancels out, and far fewer rows tell two methods apart than separate averages would need.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from coterie.errors import CoterieError
 
 CONFIDENCE = 0.95
 _DRAWS_AT_A_TIME = 2**21
+_ROUNDING = 1e-12  # two sums of the same numbers in another order differ by less than this share of their sizes
 
 
 class Interval(NamedTuple):
@@ -49,6 +53,140 @@ def paired_bootstrap(
     Raises:
         CoterieError: There are no rows, the lengths differ, a number is not finite, or a weight is not above zero.
     """
+    weighted, weight = _paired(values, control, weights)
+    low, high = ratio_interval(weighted, weight, resamples=resamples, confidence=confidence, seed=seed)
+    return Interval(float(weighted.sum() / weight.sum()), low, high)
+
+
+def ratio_interval(
+    above: Float[np.ndarray, " row"],
+    below: Float[np.ndarray, " row"],
+    *,
+    resamples: int = 2000,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of sum(above) / sum(below), drawing both from the same rows.
+
+    It is (-inf, inf) for one row, and where a resample's `below` does not sum to more than zero: a ratio whose
+    denominator may be nothing has no bounds.
+
+    Args:
+        above: The numerator's share of each row.
+        below: The denominator's share of each row.
+        resamples: How many times all rows are drawn with replacement.
+        confidence: The share of such intervals that should hold the true ratio.
+        seed: Seed of the draws.
+    """
+    draw, estimates = np.random.default_rng(seed), []
+    for size in _blocks(resamples, len(below)):
+        rows = draw.integers(len(below), size=(size, len(below)))
+        totals = below[rows].sum(axis=1)
+        if len(below) == 1 or totals.min() <= 0:
+            return -math.inf, math.inf
+        estimates.append(above[rows].sum(axis=1) / totals)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(np.concatenate(estimates), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def mcnemar(own: Sequence[bool], control: Sequence[bool]) -> float:
+    """Return the exact two-sided p-value of McNemar's test (McNemar 1947, Psychometrika 12).
+
+    Only rows where one of the two alone is right count; if neither is better, each of them is a fair coin, so their
+    number is binomial. 1 where there are none.
+
+    Args:
+        own: Whether the method is right on each row, of shape (n,).
+        control: Whether the control is right on the same rows, of shape (n,).
+
+    Raises:
+        CoterieError: The lengths differ.
+    """
+    if len(own) != len(control):
+        raise CoterieError(f"McNemar's test needs the same rows for both methods; got {len(own)} and {len(control)}")
+    discordant = [ours for ours, theirs in zip(own, control, strict=True) if ours != theirs]
+    count, fewer = len(discordant), min(sum(discordant), len(discordant) - sum(discordant))
+    coefficients = accumulate(range(1, fewer + 1), lambda last, k: last * (count - k + 1) // k, initial=1)
+    return min(1.0, 2 * sum(coefficients) / 2**count)
+
+
+def sign_flip_test(
+    values: Sequence[float],
+    control: Sequence[float],
+    *,
+    weights: Sequence[float] | None = None,
+    flips: int = 9999,
+    seed: int = 0,
+) -> float:
+    """Return the two-sided p-value of the paired permutation test of the mean difference (Fisher 1935, sec. 21).
+
+    If the method and its control are alike, exchanging them in any row is as likely as not, which turns the sign of the
+    row's weighted difference. All ways to turn signs are counted where there are no more than `flips`; otherwise
+    `flips` random ones are drawn and p is (1 + count) / (1 + flips), which is valid at any number of draws (Phipson and
+    Smyth 2010) and never below 1 / (1 + flips).
+
+    Args:
+        values: The method's value of each row, of shape (n,).
+        control: The control's value of the same rows, of shape (n,).
+        weights: What each row weighs, of shape (n,), all above zero; equal where None.
+        flips: How many random ways to turn signs are drawn.
+        seed: Seed of the draws.
+
+    Raises:
+        CoterieError: There are no rows, the lengths differ, a number is not finite, or a weight is not above zero.
+    """
+    weighted, _ = _paired(values, control, weights)
+    moved = weighted[weighted != 0]  # a row without a difference has no sign to turn
+    bound = abs(moved.sum()) - _ROUNDING * np.abs(moved).sum()
+    if 2 ** len(moved) <= flips:
+        return float((np.abs(_all_flipped(moved)) >= bound).mean())
+    return (1 + int((np.abs(_some_flipped(moved, flips, seed)) >= bound).sum())) / (1 + flips)
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Return p-values adjusted for their number by Holm's step-down method (Holm 1979, Scand. J. Statist. 6).
+
+    Calling those below a level significant keeps the chance of any false call at or below that level, whatever the
+    dependence between the tests. Names keep their order.
+
+    Raises:
+        CoterieError: A p-value is not between 0 and 1.
+    """
+    for name, p in p_values.items():
+        if not 0 <= p <= 1:
+            raise CoterieError(f"a p-value lies between 0 and 1; got {p} of {name!r}")
+    order = sorted(p_values, key=lambda name: p_values[name])
+    steps = accumulate((min(1.0, (len(order) - rank) * p_values[name]) for rank, name in enumerate(order)), max)
+    adjusted = dict(zip(order, steps, strict=True))
+    return {name: adjusted[name] for name in p_values}
+
+
+def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Return Student's t-interval of the mean of independent values, (-inf, inf) for fewer than two (Student 1908).
+
+    Args:
+        values: The values, of shape (n,), finite.
+        confidence: The share of such intervals that hold the true mean if the values are normal.
+    """
+    from scipy.special import stdtrit
+
+    if len(values) < 2:
+        return -math.inf, math.inf
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    reach = error * float(stdtrit(len(values) - 1, (1 + confidence) / 2))
+    return float(np.mean(values)) - reach, float(np.mean(values)) + reach
+
+
+def excludes_zero(interval: list[float] | None) -> bool:
+    """Tell whether an interval is there and lies on one side of zero."""
+    return interval is not None and not interval[0] <= 0 <= interval[1]
+
+
+def _paired(
+    values: Sequence[float], control: Sequence[float], weights: Sequence[float] | None
+) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
+    """Return each row's weighted difference and its weight."""
     weights = [1.0] * len(values) if weights is None else weights
     if not len(values) == len(control) == len(weights):
         raise CoterieError(
@@ -61,25 +199,25 @@ def paired_bootstrap(
     weighted = weight * (np.asarray(values, dtype=np.float64) - np.asarray(control, dtype=np.float64))
     if not (np.isfinite(weighted).all() and (weight > 0).all()):
         raise CoterieError("a paired comparison needs finite values and weights above zero; look for NaN in the scores")
-    difference = float(weighted.sum() / weight.sum())
-    if len(values) == 1:
-        return Interval(difference, -np.inf, np.inf)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(_resampled(weighted, weight, resamples, seed), [tail, 1 - tail])
-    return Interval(difference, float(low), float(high))
+    return weighted, weight
 
 
-def _resampled(weighted: np.ndarray, weight: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Return the estimator on each resample, of shape (resamples,), drawing a bounded number of rows at a time."""
-    draw, count = np.random.default_rng(seed), len(weight)
-    block = max(1, _DRAWS_AT_A_TIME // count)
-    estimates = []
-    for start in range(0, resamples, block):
-        rows = draw.integers(count, size=(min(block, resamples - start), count))
-        estimates.append(weighted[rows].sum(axis=1) / weight[rows].sum(axis=1))
-    return np.concatenate(estimates)
+def _blocks(draws: int, rows: int) -> list[int]:
+    """Part so many draws of all rows into blocks that fit into memory."""
+    block = max(1, _DRAWS_AT_A_TIME // rows)
+    return [min(block, draws - start) for start in range(0, draws, block)]
 
 
-def excludes_zero(interval: list[float] | None) -> bool:
-    """Tell whether an interval is there and lies on one side of zero: the difference is significant."""
-    return interval is not None and not interval[0] <= 0 <= interval[1]
+def _all_flipped(moved: Float[np.ndarray, " row"]) -> Float[np.ndarray, " flip"]:
+    """Return the sum under each of the 2 ** row ways to give signs."""
+    sums = np.zeros(1)
+    for value in moved:
+        sums = np.concatenate([sums + value, sums - value])
+    return sums
+
+
+def _some_flipped(moved: Float[np.ndarray, " row"], flips: int, seed: int) -> Float[np.ndarray, " flip"]:
+    """Return the sum under random signs."""
+    draw = np.random.default_rng(seed)
+    turned = [draw.integers(2, size=(size, len(moved)), dtype=np.int8) @ moved for size in _blocks(flips, len(moved))]
+    return moved.sum() - 2 * np.concatenate(turned)
