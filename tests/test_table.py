@@ -2,15 +2,22 @@
 
 import random
 
+import numpy as np
 import pytest
 
 from coterie.errors import CoterieError
-from coterie.evaluation.statistics import paired_bootstrap
+from coterie.evaluation.statistics import holm, mcnemar, paired_bootstrap, ratio_interval, sign_flip_test
 from coterie.evaluation.table import TableRow, format_table, summarise
 
 
-def result(correct=None, nll=1.0, tokens=1):
-    return {"text": "", "correct": correct, "extracted": None, "nll": nll, "tokens": tokens, "finish_reason": "stop"}
+def result(correct=None, nll=1.0, tokens=1, **more):
+    shared = {"text": "", "extracted": None, "finish_reason": "stop"}
+    return {**shared, "correct": correct, "nll": nll, "tokens": tokens, **more}
+
+
+def answered(correct):
+    """What a method leaves that writes answers and has no likelihood of a reference."""
+    return result(correct, nll=None, tokens=0)
 
 
 def row(source="", **methods):
@@ -51,8 +58,10 @@ def test_a_summary_has_these_exact_values(rows):
 def test_the_control_has_no_difference_and_an_ungraded_source_no_accuracy(rows):
     lines = by_name(summarise(rows, ["base", "new"], "base", ["chat", "maths"]))
     control, ungraded = lines["maths", "base"], lines["chat", "new"]
-    for name in ("accuracy_difference", "accuracy_interval", "nll_difference", "nll_interval"):
-        assert control[name] is None
+    assert control["control"] == ungraded["control"] == "base"
+    for measure in ("accuracy", "nll"):
+        assert [control[f"{measure}_{name}"] for name in ("difference", "interval", "p")] == [None] * 3
+    assert ungraded["accuracy_p"] is None
     assert (ungraded["graded"], ungraded["accuracy"], ungraded["accuracy_difference"]) == (0, None, None)
 
 
@@ -100,52 +109,245 @@ def test_rows_that_do_not_fit_together_are_told_to_the_user(rows):
         summarise([row("a", base=result(tokens=7), new=result(tokens=9))], ["base", "new"], "base", ["a"])
 
 
+def many_rows(count, *methods, seed=0):
+    """Random results, `base` right on odd rows, every later method better than the one before."""
+    draw = np.random.default_rng(seed)
+
+    def scored(correct, nll, tokens):
+        return result(bool(correct), nll + draw.normal() / 9, tokens)
+
+    rows = []
+    for number in range(count):
+        tokens = 1 + number % 7
+        scores = {"base": scored(number % 2, 2.0, tokens)}
+        for rank, name in enumerate(methods):
+            scores[name] = scored(draw.uniform() < 0.4 + 0.15 * rank, 2.0 - rank / 20, tokens)
+        rows.append(row("maths" if number % 3 else "chat", **scores))
+    return rows
+
+
+def values(rows, method, field):
+    return [row["methods"][method][field] for row in rows]
+
+
+def test_p_values_are_adjusted_within_one_source_and_one_measure():
+    rows = many_rows(60, "a", "b", "c")
+    table = by_name(summarise(rows, ["base", "a", "b", "c"], "base", ["chat", "maths"], seed=7))
+    for source in ("all", "chat", "maths"):
+        part = [row for row in rows if source in ("all", row["source"])]
+        right = {name: mcnemar(values(part, name, "correct"), values(part, "base", "correct")) for name in "abc"}
+        tokens = [float(count) for count in values(part, "base", "tokens")]
+        likely = {
+            name: sign_flip_test(values(part, name, "nll"), values(part, "base", "nll"), weights=tokens, seed=7)
+            for name in "abc"
+        }
+        assert {name: table[source, name]["accuracy_p"] for name in "abc"} == holm(right)
+        assert {name: table[source, name]["nll_p"] for name in "abc"} == holm(likely)
+        assert len({*holm(right).values(), *holm(likely).values()}) > 2  # they are not all capped at 1
+
+
+def test_methods_that_were_not_measured_do_not_count_as_comparisons():
+    rows = many_rows(40, "a", "b")
+    for row in rows:
+        row["methods"]["silent"] = result(None, nll=None, tokens=0)
+    names = ["base", "a", "b"]
+    without = summarise(rows, names, "base", [""])
+    within = summarise(rows, [*names, "silent"], "base", [""])
+    assert within[:3] == without
+    assert (within[3]["accuracy_p"], within[3]["nll_p"]) == (None, None)
+
+
+def test_f1_is_the_mean_over_rows_that_have_it():
+    rows = [
+        row("a", base=result(f1=0.25), new=result()),
+        row("a", base=result(f1=1.0), new=result(f1=None)),
+        row("a", base=result(), new=result(f1=0.0)),
+        row("b", base=result(f1=0.0), new=result()),
+    ]
+    table = by_name(summarise(rows, ["base", "new"], "base", ["a", "b"]))
+    assert [table["all", name]["f1"] for name in ("base", "new")] == [pytest.approx(1.25 / 3), 0]
+    assert (table["a", "base"]["f1"], table["b", "new"]["f1"]) == (0.625, None)
+
+
+def test_a_method_that_only_answers_has_an_accuracy_and_no_nll():
+    rows = [row("", base=result(number > 4, 1.0, 3), votes=answered(True)) for number in range(10)]
+    rows[3]["methods"]["votes"]["tokens"] = 3
+    for control, method in (("base", "votes"), ("votes", "base")):
+        table = by_name(summarise(rows, ["base", "votes"], control, [""]))
+        votes, compared = table["all", "votes"], table["all", method]
+        assert (votes["accuracy"], votes["nll"], votes["oracle_share"]) == (1, None, None)
+        assert abs(compared["accuracy_difference"]) == 0.5 and compared["accuracy_p"] == 2 / 2**5
+        assert [compared[f"nll_{name}"] for name in ("difference", "interval", "p")] == [None] * 3
+
+
+# ---------------------------------------------------------------------------------------------------------- oracle
+
+
+ORACLE = ("base", "new", "oracle")
+
+
+def with_oracle(*scores):
+    """Rows of (tokens, NLL of base, of new, of the oracle)."""
+    names = ("base", "new", "oracle")
+    return [
+        row("", **{name: result(nll=v, tokens=n) for name, v in zip(names, nll, strict=True)}) for n, *nll in scores
+    ]
+
+
+def oracle_columns(rows, methods=ORACLE, **options):
+    table = by_name(summarise(rows, methods, "base", [""], **options))
+    return {name: (table["all", name]["oracle_share"], table["all", name]["oracle_share_interval"]) for name in methods}
+
+
+def test_the_share_of_the_oracles_gain_is_of_token_weighted_means():
+    found = oracle_columns(with_oracle((1, 2.0, 1.5, 1.0), (3, 4.0, 4.0, 2.0), (6, 1.0, 1.25, 1.0)))
+    assert found["new"][0] == pytest.approx((1 * 0.5 + 3 * 0 - 6 * 0.25) / (1 * 1.0 + 3 * 2.0))
+    assert found["base"] == found["oracle"] == (None, None)
+
+
+def test_the_interval_of_the_share_draws_methods_and_tokens_together():
+    scores = [(1, 2.0, 1.5, 1.0), (3, 4.0, 3.9, 2.0), (6, 1.5, 1.25, 1.0), (2, 3.0, 3.1, 2.5)]
+    share, interval = oracle_columns(with_oracle(*scores), resamples=300, seed=4)["new"]
+    tokens, base, new, oracle = np.array(scores).T
+    expected = ratio_interval(tokens * (base - new), tokens * (base - oracle), resamples=300, seed=4)
+    assert interval == list(expected) and interval[0] < share < interval[1]
+    same = oracle_columns(with_oracle(*((n, b, b - 0.5 * (b - o), o) for n, b, _, o in scores)))["new"]
+    assert same == (pytest.approx(0.5), pytest.approx([0.5, 0.5]))  # half the gain on each row is half on any rows
+
+
+def test_without_a_gain_of_the_oracle_there_is_no_share():
+    assert oracle_columns(with_oracle((1, 2.0, 1.0, 2.0), (1, 3.0, 2.0, 3.0)))["new"] == (None, None)
+    assert oracle_columns(with_oracle((1, 2.0, 1.0, 2.5), (1, 3.0, 2.0, 3.0)))["new"] == (None, None)
+
+
+def test_where_the_gain_may_be_nothing_the_share_has_no_interval():
+    assert oracle_columns(with_oracle((1, 2.0, 1.5, 1.0), (1, 3.0, 3.0, 3.0)))["new"] == (0.5, None)
+    assert oracle_columns(with_oracle((1, 2.0, 1.5, 1.0)))["new"] == (0.5, None)
+
+
+def test_the_share_needs_both_base_and_oracle_and_rows_that_all_three_have():
+    rows = with_oracle((1, 2.0, 1.5, 1.0), (1, 3.0, 2.0, 1.0))
+    assert oracle_columns(rows, ("base", "new"))["new"] == (None, None)
+    rows[1]["methods"]["new"] = answered(True)
+    assert oracle_columns(rows)["new"][0] == 0.5
+    rows[0]["methods"]["new"] = answered(True)
+    assert oracle_columns(rows)["new"] == (None, None)
+
+
 # ----------------------------------------------------------------------------------------------------------- table
 
 
-def line(method, source, graded, accuracy, nll, accuracy_gap=(None, None), nll_gap=(None, None)) -> TableRow:
-    """One line of a table; a gap is a difference and its interval."""
-    return {
-        "method": method, "source": source, "rows": 40, "graded": graded,
-        "accuracy": accuracy, "accuracy_difference": accuracy_gap[0], "accuracy_interval": accuracy_gap[1],
-        "nll": nll, "nll_difference": nll_gap[0], "nll_interval": nll_gap[1],
-    }  # fmt: skip
+GAP = {"accuracy_difference": None, "accuracy_interval": None, "accuracy_p": None}
+GAP |= {"nll_difference": None, "nll_interval": None, "nll_p": None}
+
+
+def line(method, source, graded, accuracy, nll, **more) -> TableRow:
+    """One line of a table; what is not given was not measured."""
+    base = {"method": method, "source": source, "control": "base", "rows": 40, "graded": graded, "f1": None}
+    oracle = {"oracle_share": None, "oracle_share_interval": None}
+    return {**base, **GAP, **oracle, "accuracy": accuracy, "nll": nll, **more}
+
+
+def right(difference, interval, p):
+    return {"accuracy_difference": difference, "accuracy_interval": interval, "accuracy_p": p}
+
+
+def likely(difference, interval, p):
+    return {"nll_difference": difference, "nll_interval": interval, "nll_p": p}
+
+
+LEGEND = [
+    "* the 95% interval of this one difference excludes zero; it is not corrected for their number.",
+    "p: McNemar's exact test (accuracy), paired sign-flip test (NLL); Holm-adjusted within each list.",
+]
 
 
 def test_the_table_reads_like_this():
     table = [
         line("base", "all", 38, 0.5, 2.0),
-        line("better", "all", 38, 0.75, 1.5, (0.25, [0.1, 0.4]), (-0.5, [-0.61, -0.4])),
-        line("same", "all", 38, 0.5, 2.01, (0.0, [-0.0513, 0.05]), (0.01, [-0.02, 0.03])),
+        line("better", "all", 38, 0.75, 1.5, **right(0.25, [0.1, 0.4], 0.04), **likely(-0.5, [-0.61, -0.4], 0.0004)),
+        line("same", "all", 38, 0.5, 2.01, **right(0.0, [-0.0513, 0.05], 1.0), **likely(0.01, [0.001, 0.03], 0.051)),
         line("base", "", 0, None, 1.0),
-        line("better", "", 0, None, 1.5, (None, None), (0.5, None)),
+        line("better", "", 0, None, 1.5, **likely(0.5, None, 1.0)),
     ]
     assert format_table(table).splitlines() == [
         "all rows: 40 rows, 38 graded",
-        "                        accuracy  difference, 95% interval      NLL  difference, 95% interval",
-        "base                       50.0%                             2.0000",
-        "better                     75.0%  +25.0 [+10.0, +40.0] *     1.5000  -0.5000 [-0.6100, -0.4000] *",
-        "same                       50.0%  +0.0 [-5.1, +5.0]          2.0100  +0.0100 [-0.0200, +0.0300]",
+        "        accuracy  difference, 95% interval      p",
+        "base       50.0%",
+        "better     75.0%  +25.0 [+10.0, +40.0] *    0.040",
+        "same       50.0%  +0.0 [-5.1, +5.0]         1.000",
+        "",
+        "           NLL  difference, 95% interval           p",
+        "base    2.0000",
+        "better  1.5000  -0.5000 [-0.6100, -0.4000] *  <0.001",
+        "same    2.0100  +0.0100 [+0.0010, +0.0300] *   0.051",
         "",
         "no source: 40 rows, 0 graded",
-        "                        accuracy  difference, 95% interval      NLL  difference, 95% interval",
-        "base                           -                             1.0000",
-        "better                         -                             1.5000  +0.5000",
+        "           NLL  difference, 95% interval      p",
+        "base    1.0000",
+        "better  1.5000  +0.5000                   1.000",
         "",
-        "Compared with base over all rows, significant (*): the higher accuracy of better and the lower NLL",
-        "of better; not significant: the accuracy of same and the NLL of same.",
+        *LEGEND,
+        "Compared with base over all rows, by Holm-adjusted p < 0.05 (comparisons: 2 of accuracy and 2 of",
+        "NLL), significant: higher accuracy of better; lower NLL of better. Not significant: accuracy of",
+        "same; NLL of same.",
     ]
 
 
-def test_the_table_fits_into_100_columns_whatever_the_names_and_numbers():
-    long = "a-method-with-a-very-long-name"
-    rows = [row("s", base=result(True, 0.0, 5), **{long: result(False, 9.9, 5)}) for _ in range(3)]
-    lines = format_table(summarise(rows, ["base", long], "base", ["s", "t"])).splitlines()
+def test_f1_the_oracle_and_answers_without_likelihood_have_their_places():
+    share = {"oracle_share": 0.254, "oracle_share_interval": [-0.1, 0.3]}
+    table = [
+        line("base", "all", 40, 0.5, 2.0, f1=0.625),
+        line("worse", "all", 40, 0.5, 9.0, oracle_share=-70.0, **likely(7.0, [6.5, 7.5], 0.03)),
+        line("votes", "all", 40, 0.4, None, **right(-0.1, [-0.2, 0.0], 0.2)),
+        line("new", "all", 40, 0.5, 1.75, f1=0.7, **share, **likely(-0.25, [-0.5, 0.1], 0.2)),
+        line("oracle", "all", 40, None, 1.0, **likely(-1.0, [-1.5, -0.5], 0.01)),
+    ]
+    assert format_table(table).splitlines() == [
+        "all rows: 40 rows, 40 graded",
+        "        accuracy  difference, 95% interval      p     F1",
+        "base       50.0%                                   62.5%",
+        "worse      50.0%",
+        "votes      40.0%  -10.0 [-20.0, +0.0]       0.200",
+        "new        50.0%                                   70.0%",
+        "oracle         -",
+        "",
+        "           NLL  difference, 95% interval          p  of the oracle's gain",
+        "base    2.0000",
+        "worse   9.0000  +7.0000 [+6.5000, +7.5000] *  0.030  <-999%",
+        "votes        -",
+        "new     1.7500  -0.2500 [-0.5000, +0.1000]    0.200  25% [-10%, 30%]",
+        "oracle  1.0000  -1.0000 [-1.5000, -0.5000] *  0.010",
+        "",
+        *LEGEND,
+        "The oracle's gain is how far its NLL lies below that of base; a method's share has a 95% interval.",
+        "Compared with base over all rows, by Holm-adjusted p < 0.05 (comparisons: 1 of accuracy and 3 of",
+        "NLL), significant: higher NLL of worse; lower NLL of oracle. Not significant: accuracy of votes; NLL",
+        "of new.",
+    ]
+
+
+@pytest.mark.parametrize("nll", [9.9, 1e30])
+def test_the_table_fits_into_100_columns_whatever_the_names_and_numbers(nll):
+    long = "a-method-with-a-very-long-name-such-as-nobody-would-ever-give-to-one-of-theirs"
+    scores = {"base": result(True, 0.1, 5), long: result(False, nll, 5, f1=1.0), "oracle": result(None, 0.0, 5)}
+    rows = [row("s", **scores) for _ in range(3)]
+    lines = format_table(summarise(rows, ["base", long, "oracle"], "base", ["s", "t"])).splitlines()
     assert max(map(len, lines)) <= 100
+    assert any(line.startswith("a-method-with-a") and line.endswith("<-999% [<-999%, <-999%]") for line in lines)
 
 
 def test_the_last_sentence_is_careful_where_there_is_little_to_say(rows):
     few = format_table(summarise(rows, ["base", "new"], "base", [""])).replace("\n", " ")
-    assert "no difference is significant, but 4 rows are too few to trust these intervals." in few
+    assert "(comparisons: 1 of accuracy and 1 of NLL), no difference is significant." in few
+    assert few.endswith("4 rows are too few to trust the intervals.") and "Not significant" not in few
+    enough = format_table(summarise(many_rows(40, "a"), ["base", "a"], "base", [""]))
+    assert "too few" not in enough
     alone = format_table(summarise(rows, ["base"], "base", [""]))
-    assert alone.endswith("No two methods were measured, so there is no difference to test.")
+    assert alone.endswith("No two methods were measured, so there is no difference to test.") and "p:" not in alone
+
+
+def test_an_unmeasured_method_before_the_control_is_not_taken_for_it():
+    rows = [row("", silent=result(None, nll=None, tokens=0), base=result(), new=result()) for _ in range(3)]
+    text = format_table(summarise(rows, ["silent", "base", "new"], "base", [""]))
+    assert "Compared with base over all rows" in text and "comparisons: 1 of NLL" in text
