@@ -185,12 +185,14 @@ def _find_letter(text: str, options: frozenset[str]) -> str | None:
     box = _last_box(text)
     if box:
         return _find_letter(box.content, options) if box.content else None
-    named = (_NAMED.match(line) for line in _stated(text))
-    candidates = [match[1] or match[2] for match in named if match]
+    named = [match for match in map(_NAMED.match, _stated(text)) if match]
+    candidates = [match[1] or match[2] for match in named]
     candidates += [match[1] for match in reversed(list(_BRACKETED.finditer(text)))]
     candidates += [match[1] for match in [_LEADING.match(text)] if match]
     candidates += filter(None, [_lone_letter(text)])
-    return next((letter.upper() for letter in candidates if not options or letter.upper() in options), None)
+    # A stated (F) is the answer, and wrong, also where the options end at (E); an (A) before it was not meant.
+    known = options | {match[1] for match in named if match[1] and match[1].isupper()}
+    return next((letter.upper() for letter in candidates if not options or letter.upper() in known), None)
 
 
 def _grade_choice(text: str, answer: str, options: frozenset[str]) -> Grade:
