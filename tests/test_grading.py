@@ -71,6 +71,13 @@ def test_an_empty_answer_and_a_list_of_unit_tests_cannot_be_checked():
     assert [checkable(answer) for answer in (None, " ", "assert f(2) == 3", "72")] == [False, False, False, True]
 
 
+def test_a_list_of_accepted_answers_can_be_checked_without_any_single_one():
+    assert checkable(None, ["Paris"]) and checkable(None, [""])
+    assert grade("Paris", "", answers=["Paris"]).correct
+    with pytest.raises(CoterieError, match="null"):
+        grade("5", "", answers=["5"], kind="maths")
+
+
 def test_an_empty_reference_and_a_choice_without_a_letter_are_told_to_the_user():
     with pytest.raises(CoterieError, match="null"):
         grade("5", "  ")
@@ -268,11 +275,18 @@ def test_a_script_without_a_main_guard_grades_and_ends_and_its_worker_does_not_l
     ),
 )
 @pytest.mark.parametrize(
-    ("answer", "prompt"), [("5", ""), ("yes", ""), ("B", OPTIONS)], ids=["maths", "text", "choice"]
+    ("answer", "prompt", "answers"),
+    table(
+        ("maths", "5", "", ()),
+        ("text", "yes", "", ()),
+        ("choice", "B", OPTIONS, ()),
+        ("brackets", "] }", "", ()),
+        ("several", "yes", "", ("yes", "unanswerable")),
+    ),
 )
-def test_long_nonsense_is_wrong_at_once(no_worker, text, answer, prompt):
+def test_long_nonsense_is_wrong_at_once(no_worker, text, answer, prompt, answers):
     start = time.monotonic()
-    result = grade(text, answer, prompt=prompt)
+    result = grade(text, answer, prompt=prompt, answers=answers)
     assert not result.correct
     assert len(result.extracted or "") <= 500
     assert time.monotonic() - start < 2
@@ -353,6 +367,16 @@ def test_without_listed_options_any_letter_counts_for_a_choice():
         ("boxed word", "\\text{Monday}", "It is $\\boxed{\\text{Monday}}$."),
         ("quoted", "Paris", "“Paris”"),
         ("brackets", "] ] >", "] ] >"),
+        ("brackets after a statement", ") }", "Pop the stack: so the answer is ) }."),
+        ("brackets without spaces", "] ) >", "The answer is ])>."),
+        ("brackets in quotation marks", "] )", 'The answer is "]", ")"'),
+        ("brackets in code marks", "> }", "Answer: `> }`"),
+        ("brackets in a box", "] } ]", "so $\\boxed{] } ]}$."),
+        ("escaped brackets in a box", "} >", "\\boxed{\\} >}"),
+        ("one brace in a box", "}", "\\boxed{}}"),
+        ("verdict as a word of logic", "invalid", "So the answer is invalid."),
+        ("sorted words", "ash elm it&t oak", "So the answer is ash, elm, it&t, oak."),
+        ("title with a comma", "Up, up & away", "So the answer is Up, up & away."),
         ("other language", "ça va", "Ça va !"),
     ),
 )
@@ -372,6 +396,12 @@ def test_a_text_is_right(answer, text):
         ("article as a name", "Vitamin A", "Vitamin"),
         ("other sentence", "Sentence A", "Sentence B"),
         ("other brackets", "] ] >", "] > ]"),
+        ("other punctuation", "...", ","),
+        ("more brackets", "]", "\\boxed{] } ]}"),
+        ("fewer brackets", "] }", "The answer is ]."),
+        ("brackets broken off", "] }", "\\boxed{] "),
+        ("longer word of logic", "valid", "So the answer is invalid."),
+        ("words in another order", "ash elm oak", "So the answer is elm ash oak."),
         ("punctuation only", "yes", "..."),
         ("brackets against nothing", "]", "..."),
         ("box broken off", "Monday", "\\boxed{Monday"),
@@ -380,3 +410,120 @@ def test_a_text_is_right(answer, text):
 )
 def test_a_text_is_wrong(answer, text):
     assert not grade(text, answer, kind="text").correct
+
+
+# ---------------------------------------------------------------------------------------- text, by several references
+
+# F1 is 2 x shared words / (words of the reference + words of the text).
+SPANS = table(
+    ("same", ["10th century"], "10th century", True, 1),
+    ("one word more", ["10th century"], "in 10th century", False, 4 / 5),
+    ("one word less", ["10th century"], "century", False, 2 / 3),
+    ("case, article and full stop", ["10th century"], "The 10th Century.", True, 1),
+    ("article inside a word", ["anthem"], "them", False, 0),
+    ("any reference matches", ["first half of the 10th century", "10th century", "10th"], "10th", True, 1),
+    (
+        "nearest reference, not the first",
+        ["century", "first half of the 10th century"],
+        "half of century",
+        False,
+        6 / 8,
+    ),
+    ("every reference is worse than a match", ["red", "blue"], "red blue", False, 2 / 3),
+    ("word repeated in the text counts once", ["New York"], "New New York", False, 4 / 5),
+    ("word repeated in both", ["New New York"], "New New York City", False, 6 / 7),
+    ("word repeated in the reference", ["New New York"], "New York", False, 4 / 5),
+    ("other order", ["Gautama Buddha"], "Buddha Gautama", False, 1),
+    ("nothing shared", ["Rollo"], "William", False, 0),
+    ("apostrophe", ["Sant'Eufemia"], "SantEufemia", True, 1),
+    ("hyphen joins", ["Italo-Norman"], "Italo Norman", False, 0),
+    ("long dash is no ASCII", ["1054–1078"], "10541078", False, 0),
+    ("punctuation counts for nothing", ["C++", "3.5 km"], "35 km", True, 1),
+    ("verdict with a reason", ["yes"], "yes it is", False, 2 / 4),
+    ("number is a text", ["1,974"], "1974", True, 1),
+    ("number of another form", ["0.5"], "1/2", False, 0),
+    ("after an announcement", ["Paris"], "The answer is Paris.", True, 1),
+    ("boxed", ["Monday"], "$\\boxed{\\text{Monday}}$", True, 1),
+    ("first line", ["Paris"], "Paris\nIt is the capital.", True, 1),
+    ("reference with line break", ["one\ntwo"], "one two", True, 1),
+    ("reference without a word is ignored", [".", "Paris"], "Paris", True, 1),
+    ("reference without a word matches nothing", [".", "Paris"], ".", False, 0),
+    ("none is a span", ["None"], "None", True, 1),
+    ("nothing", ["Paris"], "", False, 0),
+    ("punctuation only", ["Paris"], "...", False, 0),
+    ("article only", ["Paris"], "the", False, 0),
+    ("refusal shares no word", ["no answer came"], "No answer.", False, 0),
+    ("refusal of a question that has an answer", ["unanswerable", "Paris"], "unanswerable", False, 0),
+    ("answer beside a refusal", ["unanswerable", "Paris"], "Paris", True, 1),
+    ("span that begins like a refusal", ["no answer, he wrote"], "no answer, he wrote", True, 1),
+)
+
+
+@pytest.mark.parametrize(("answers", "text", "correct", "f1"), SPANS)
+def test_a_text_is_compared_with_all_accepted_answers_as_squad_does(answers, text, correct, f1):
+    result = grade(text, answers[0], answers=answers)
+    assert (result.correct, result.f1) == (correct, pytest.approx(f1))
+
+
+REFUSALS = table(
+    ("word", "unanswerable", True),
+    ("case and full stop", "Unanswerable.", True),
+    ("stated", "The answer is unanswerable.", True),
+    ("in a sentence", "The question is unanswerable.", True),
+    ("negated", "This is not answerable.", True),
+    ("in other words", "This question cannot be answered from the text.", True),
+    ("shortened", "It can't be answered", True),
+    ("no answer", "No answer", True),
+    ("there is none", "There is no answer.", True),
+    ("with a reason", "Unanswerable, since the text does not name him.", True),
+    ("with a reason after a full stop", "Unanswerable. The text does not name him.", True),
+    ("with a reason and no comma", "Unanswerable because the text does not name him.", True),
+    ("boxed", "\\boxed{\\text{unanswerable}}", True),
+    ("quoted", '"unanswerable"', True),
+    ("silence", "", False),
+    ("spaces", " \n ", False),
+    ("punctuation only", "...", False),
+    ("article only", "the", False),
+    ("none may be a span", "none", False),
+    ("a span", "Paris", False),
+    ("answerable", "answerable", False),
+    ("denial", "not unanswerable", False),
+    ("box broken off", "\\boxed{unanswerable", False),
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "answers"),
+    [("unanswerable", ()), ("unanswerable", ("unanswerable",)), ("", ("",)), ("No answer.", ()), ("", ("", "."))],
+    ids=["word", "list of the word", "empty list", "other words", "nothing but punctuation"],
+)
+@pytest.mark.parametrize(("text", "correct"), REFUSALS)
+def test_where_there_is_no_answer_only_a_text_that_says_so_is_right(answer, answers, text, correct):
+    result = grade(text, answer, answers=answers)
+    assert (result.correct, result.f1) == (correct, float(correct))
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "f1"),
+    table(
+        ("right", "Paris", "The answer is Paris.", 1),
+        ("half", "Privy Council", "The answer is the Council.", 2 / 3),
+        ("verdict", "yes", "Yes, because it froze.", 1),
+        ("other verdict", "yes", "No, yes would be wrong.", 0),
+        ("order is not in it", "ash elm oak", "elm ash oak", 1),
+        ("symbols are not in it", "C++", "C#", 1),
+        ("nothing found", "Paris", "", 0),
+        ("brackets are no words", "] ] >", "] ] >", None),
+        ("wrong brackets are no words", "] ] >", "Paris", None),
+        ("number", "72", "72", None),
+        ("option", "(B)", "(B)", None),
+    ),
+)
+def test_f1_is_given_for_words_alone(answer, text, f1):
+    assert grade(text, answer, prompt=OPTIONS).f1 == (None if f1 is None else pytest.approx(f1))
+
+
+def test_what_was_taken_for_the_answer_among_several_is_told():
+    assert grade("It is cold.\nThe answer is Rome.", "Rome", answers=["Rome", "Roma"]) == Grade(True, "Rome", 1.0)
+    assert grade("", "Rome", answers=["Rome", "Roma"]) == Grade(False, None, 0.0)
+    assert grade("so " * 300, "Rome", answers=["Rome"]).extracted == ("so " * 300)[:500]

@@ -6,23 +6,35 @@ that over anything else; where there are several of one sort, the last one count
 """
 
 import re
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from coterie.errors import CoterieError
 from coterie.evaluation.maths import LONGEST_EXPRESSION, is_expression, same_expression, tidy, unwrapped
+from coterie.evaluation.short_text import is_no_answer, normalised, span_score, span_words
 
 AnswerKind = Literal["maths", "choice", "text"]
 
 
 class Grade(NamedTuple):
-    """Whether a text answers correctly, and the part of it that was taken for the answer (None: none was found)."""
+    """Whether a text answers correctly, and how that was seen.
+
+    Attributes:
+        correct: The answer matches the reference, or one of several.
+        extracted: The part of the text that was taken for the answer; None if none was found.
+        f1: F1 of the words that short text shares with the nearest reference, 0 to 1, as SQuAD counts it. Order does
+            not matter to it. None for mathematics, options, and references without a word.
+    """
 
     correct: bool
     extracted: str | None
+    f1: float | None = None
 
 
-def checkable(answer: str | None) -> bool:
+def checkable(answer: str | None, answers: Sequence[str] = ()) -> bool:
     """Tell whether `grade` can judge an answer at all: it is there, and it is not a list of unit tests."""
+    if answers:
+        return True
     return answer is not None and bool(answer.strip()) and not answer.lstrip().startswith("assert ")
 
 
@@ -41,25 +53,33 @@ def answer_kind(answer: str, prompt: str = "") -> AnswerKind:
     return "maths" if re.search(r"\d|\\[a-zA-Z]|^\(?-?[^\W\d_]\)?$", expression) else "text"
 
 
-def grade(text: str, answer: str, *, prompt: str = "", kind: AnswerKind | None = None) -> Grade:
+def grade(
+    text: str, answer: str, *, prompt: str = "", kind: AnswerKind | None = None, answers: Sequence[str] = ()
+) -> Grade:
     r"""Find the answer in a generated text and compare it with the reference.
 
     Args:
         text: What the model wrote; any length, any content.
         answer: The reference, such as `72`, `\frac{1}{2}`, `B`, `(B)`, `yes` or `Paris`.
         prompt: What was asked. Its list of options tells choices apart, and limits which letters count.
-        kind: How to compare; inferred by `answer_kind` where None.
+        kind: How to compare; where None, text if there are several references, else inferred by `answer_kind`.
+        answers: All accepted short texts, the nearest of which counts instead of `answer`; they are compared as SQuAD
+            2.0 does. Only empty ones, or `unanswerable`, mean that the text must say that there is no answer.
 
     Raises:
         CoterieError: The reference is empty, or is asked to be a choice and is no letter.
     """
-    if not answer.strip():
+    kind = kind or ("text" if answers else answer_kind(answer, prompt))
+    if not answer.strip() and not (answers and kind == "text"):
         raise CoterieError(f"the reference answer {answer!r} is empty; give null where a row has no answer to check")
-    kind = kind or answer_kind(answer, prompt)
     text = _without_bold(text)
     if kind == "choice":
         return _grade_choice(text, answer, _options(prompt))
-    return _grade_maths(text, answer) if kind == "maths" else _grade_text(text, answer)
+    if kind == "maths":
+        return _grade_maths(text, answer)
+    if answers or is_no_answer(answer):
+        return _grade_spans(text, answers or (answer,))
+    return _grade_text(text, answer)
 
 
 # ------------------------------------------------------------------------------------- where an answer is announced
@@ -208,19 +228,6 @@ def _grade_choice(text: str, answer: str, options: frozenset[str]) -> Grade:
 _VERDICTS = frozenset({"yes", "no", "true", "false"})
 
 
-def _normalised(text: str) -> str:
-    """Lower-case; drop LaTeX text wrappers, articles, punctuation (not inside numbers) and extra spaces."""
-    text = unwrapped(text).lower()
-    if not re.search(r"\w", text):
-        return " ".join(text.split())  # nothing but symbols, such as closing brackets: they are the answer
-    text = re.sub(r"(?<=\d)[.:](?=\d)|(?<![\w-])-(?=\d)|([-.,;:!?'\"()\[\]{}“”‘’«»…*_`$]+)", _drop_group, text)
-    return " ".join(re.sub(r"\b(?:an?|the)\s+", "", text).split())
-
-
-def _drop_group(match: re.Match[str]) -> str:
-    return "" if match[1] else match[0]
-
-
 def _text_candidates(text: str) -> list[str]:
     """Return what may be meant as the answer, most likely first."""
     box = _last_box(text)
@@ -229,15 +236,31 @@ def _text_candidates(text: str) -> list[str]:
     stated = _stated(text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     candidates = [_sentence(stated[0]), stated[0]] if stated else [*lines[:1], text.strip()]
-    return [candidate for candidate in candidates if candidate]
+    return list(dict.fromkeys(candidate for candidate in candidates if candidate))
+
+
+def _symbol_candidates(text: str) -> list[str]:
+    """Return what may be meant where the answer is closing brackets, which end a box at the last brace of its line."""
+    _, box, rest = text.rpartition("\\boxed{")
+    content, brace, _ = rest.partition("\n")[0].rpartition("}")
+    return [content] if box and brace else _text_candidates(text)
 
 
 def _grade_text(text: str, answer: str) -> Grade:
-    wanted = _normalised(answer)
-    candidates = _text_candidates(text)
+    wanted = normalised(answer)
+    candidates = _text_candidates(text) if re.search(r"\w", wanted) else _symbol_candidates(text)
     if wanted in _VERDICTS:
         candidates = [word[0] for word in (re.findall(r"\w+", candidate) for candidate in candidates) if word]
-    for candidate in candidates:
-        if _normalised(candidate) == wanted:
-            return Grade(True, candidate)
-    return Grade(False, candidates[0][:LONGEST_EXPRESSION] if candidates else None)
+    found = next((candidate for candidate in candidates if normalised(candidate) == wanted), None)
+    best = found or next(iter(candidates), None)
+    f1 = span_score((answer,), best or "").f1 if span_words(answer) else None
+    return Grade(found is not None, best and best[:LONGEST_EXPRESSION], f1)
+
+
+def _grade_spans(text: str, answers: Sequence[str]) -> Grade:
+    candidates = _text_candidates(text)
+    if not candidates:
+        return Grade(False, None, 0.0)
+    scored = [(candidate, span_score(answers, candidate)) for candidate in candidates]
+    best, score = max(scored, key=lambda pair: pair[1].exact)
+    return Grade(score.exact, best[:LONGEST_EXPRESSION], score.f1)
