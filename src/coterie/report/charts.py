@@ -1,8 +1,4 @@
-"""Pictures as inline SVG: intervals on an axis and split bars.
-
-Positions along x are per cent of the picture's width, so a picture fits a phone and a sheet of paper with its letters
-at full size. Names enter the markup through an XML tree, which escapes them.
-"""
+"""Pictures in rows: intervals on an axis and split bars."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,12 +7,15 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
+from coterie.report import svg
+from coterie.report.scales import round_step
 from coterie.report.wording import plain
 
 ROW = 26  # px, height of one row; the list of names beside the picture has the same
 AXIS = 38  # px below the rows for the numbers and the reading direction
 _MARGIN = 5.0  # per cent kept free on both sides, for the numbers at the axis' ends
 _MOST_STEPS = 4
+_ROOM_FOR_LABEL = 0.06  # a part of a bar that is narrower than this share of it has its label in the key only
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,7 @@ def axis_for(values: Iterable[float]) -> Axis:
     low, high = min(held), max(held)
     if low == high:
         return Axis(-1.0, 1.0, 1.0)
-    power = 10.0 ** math.floor(math.log10((high - low) / _MOST_STEPS))
-    step = next(
-        power * round_step
-        for round_step in (1, 2, 5, 10)
-        if power * round_step * _MOST_STEPS >= (high - low) * (1 - 1e-9)
-    )
+    step = round_step(high - low, _MOST_STEPS)
     low, high = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return Axis(step * min(low, -1), step * max(high, 1), step)
 
@@ -72,57 +66,56 @@ def interval_chart(intervals: Sequence[Interval | None], axis: Axis, sides: tupl
         title: what the picture shows, for those who do not see it; the words of all rows are added.
     """
     words = "; ".join(interval.words for interval in intervals if interval)
-    svg = _picture("intervals", len(intervals) * ROW + AXIS, f"{title}: {words}")
-    _draw_axis(svg, axis, len(intervals) * ROW, sides)
+    drawing = svg.picture("intervals", len(intervals) * ROW + AXIS, f"{title}: {words}")
+    _draw_axis(drawing, axis, len(intervals) * ROW, sides)
     for number, interval in enumerate(intervals):
         if interval:
-            _draw_interval(svg, interval, axis, number * ROW + ROW / 2)
-    return _markup(svg)
+            _draw_interval(drawing, interval, axis, number * ROW + ROW / 2)
+    return svg.markup(drawing)
 
 
 def split_bar(parts: Sequence[tuple[str, float]], longest: float, title: str) -> Markup:
     """Draw one bar whose parts (CSS class, length) stand end to end; a bar of length `longest` fills the width."""
-    svg = _picture("bar", 16, title)
+    drawing = svg.picture("bar", 16, title)
     start = 0.0
     for kind, length in parts:
         share = 100 * length / longest if longest else 0.0
-        _add(svg, "rect", x=_percent(start), y="2", width=_percent(share), height="12", **{"class": kind})
+        svg.add(drawing, "rect", x=svg.percent(start), y="2", width=svg.percent(share), height="12", **{"class": kind})
         start += share
-    return _markup(svg)
+    return svg.markup(drawing)
 
 
-def _picture(kind: str, height: int, title: str) -> ElementTree.Element:
-    attributes = {"class": kind, "role": "img", "width": "100%", "height": str(height), "aria-label": title}
-    return ElementTree.Element("svg", attributes)
+def share_bar(parts: Sequence[tuple[str, float, str]], title: str) -> Markup:
+    """Draw one bar of the whole width whose parts (CSS class, share of 1, label) stand end to end.
+
+    A label stands in its part where there is room.
+    """
+    drawing = svg.picture("bar", 22, title)
+    start = 0.0
+    for kind, share, label in parts:
+        x, width = svg.percent(start), svg.percent(100 * share)
+        svg.add(drawing, "rect", x=x, y="1", width=width, height="20", **{"class": f"part {kind}"})
+        if share >= _ROOM_FOR_LABEL:
+            middle = svg.percent(start + 50 * share)
+            svg.add(drawing, "text", x=middle, y="15", **{"class": "mark on"}).text = label
+        start += 100 * share
+    return svg.markup(drawing)
 
 
-def _draw_axis(svg: ElementTree.Element, axis: Axis, bottom: int, sides: tuple[str, str, str]) -> None:
+def _draw_axis(drawing: ElementTree.Element, axis: Axis, bottom: int, sides: tuple[str, str, str]) -> None:
     for value in axis.marks():
-        at = _percent(axis.place(value))
+        at = svg.percent(axis.place(value))
         kind = "zero" if abs(value) < axis.step / 2 else "grid"
-        _add(svg, "line", x1=at, x2=at, y1="0", y2=str(bottom + 3), **{"class": kind})
-        _add(svg, "text", x=at, y=str(bottom + 16), **{"class": "mark"}).text = plain(value, axis.step)
+        svg.add(drawing, "line", x1=at, x2=at, y1="0", y2=str(bottom + 3), **{"class": kind})
+        svg.add(drawing, "text", x=at, y=str(bottom + 16), **{"class": "mark"}).text = plain(value, axis.step)
     for at, kind, words in zip((_MARGIN, 50.0, 100 - _MARGIN), ("left", "mark", "right"), sides, strict=True):
-        _add(svg, "text", x=_percent(at), y=str(bottom + 33), **{"class": f"{kind} side"}).text = words
+        svg.add(drawing, "text", x=svg.percent(at), y=str(bottom + 33), **{"class": f"{kind} side"}).text = words
 
 
-def _draw_interval(svg: ElementTree.Element, interval: Interval, axis: Axis, y: float) -> None:
-    group = _add(svg, "g", **{"class": "clear" if interval.clear else "open"})
-    _add(group, "title").text = interval.words
+def _draw_interval(drawing: ElementTree.Element, interval: Interval, axis: Axis, y: float) -> None:
+    group = svg.add(drawing, "g", **{"class": "clear" if interval.clear else "open"})
+    svg.add(group, "title").text = interval.words
     if interval.ends:
-        left, right = (_percent(axis.place(end)) for end in interval.ends)
-        _add(group, "line", x1=left, x2=right, y1=str(y), y2=str(y), **{"class": "interval"})
-    _add(group, "circle", cx=_percent(axis.place(interval.value)), cy=str(y), r="4.5")
-
-
-def _add(parent: ElementTree.Element, tag: str, **attributes: str) -> ElementTree.Element:
-    return ElementTree.SubElement(parent, tag, attributes)
-
-
-def _percent(value: float) -> str:
-    return f"{value:.3f}%"
-
-
-def _markup(svg: ElementTree.Element) -> Markup:
-    """Turn a tree into markup that is safe as it stands: the tree has escaped every text and attribute."""
-    return Markup(ElementTree.tostring(svg, encoding="unicode", short_empty_elements=False))
+        left, right = (svg.percent(axis.place(end)) for end in interval.ends)
+        svg.add(group, "line", x1=left, x2=right, y1=str(y), y2=str(y), **{"class": "interval"})
+    svg.add(group, "circle", cx=svg.percent(axis.place(interval.value)), cy=str(y), r="4.5")
