@@ -1,10 +1,14 @@
 """Numbers and findings in words: one way to write each kind of number, and the sentence the page opens with."""
 
 import math
+from collections.abc import Sequence
 
 from coterie.report.records import Difference, Evaluation, Score
 
 ABSENT = "–"
+AXES = {"accuracy": "Accuracy in %", "nll": "NLL in nats a token"}
+UNITS = {"accuracy": 100.0, "nll": 1.0}  # accuracy is drawn in per cent and points
+DECIMALS = {"accuracy": 1, "nll": 3}
 _MINUS = "\N{MINUS SIGN}"
 
 
@@ -47,6 +51,43 @@ def nats(value: float) -> str:
 def seconds(value: float | None) -> str:
     """Write seconds to the tenth."""
     return ABSENT if value is None else f"{value:,.1f}"
+
+
+def share(value: float | None) -> str:
+    """Write a share of 1 in whole per cent; it may be negative or above 1."""
+    return ABSENT if value is None else f"{fixed(100 * value, 0)}%"
+
+
+def share_span(ends: tuple[float, float]) -> str:
+    """Write the interval of a share in whole per cent."""
+    return f"{fixed(100 * ends[0], 0)} to {share(ends[1])}"
+
+
+def p_value(p: float | None) -> str:
+    """Write a p to three decimals, and a smaller one as such."""
+    if p is None:
+        return ABSENT
+    return "<0.001" if p < 0.001 else fixed(p, 3)
+
+
+def p_in_words(p: float) -> str:
+    """Write a p as it stands in a sentence."""
+    return p_value(p).replace("<", "below ")
+
+
+def gigabytes(count: float | None) -> str:
+    """Write bytes as gigabytes (10^9)."""
+    return ABSENT if count is None else f"{count / 1e9:,.2f}"
+
+
+def source_name(source: str) -> str:
+    """Name a source; the empty one is none."""
+    return source or "no source"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Join names with commas and an "and"."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def amount(value: float) -> str:
@@ -102,11 +143,33 @@ def _nll_sentence(score: Score, difference: Difference, control: str) -> str:
 
 
 def _certainty(difference: Difference, interval: str) -> str:
-    if difference.interval is None:
+    if difference.interval is None and difference.p is None:
         return "no interval was recorded, so chance cannot be ruled out"
-    if difference.clear:
-        return f"the 95% interval of the difference, {interval}, excludes zero: more than chance would explain"
-    return f"the 95% interval of the difference, {interval}, includes zero: these rows cannot tell the two apart"
+    side = "excludes" if difference.clear else "includes"
+    found = f"the 95% interval of the difference, {interval}, {side} zero" if difference.interval else ""
+    sure = difference.clear if difference.p is None else difference.significant
+    tested = f"p, adjusted for all comparisons, is {p_in_words(difference.p)}" if difference.p is not None else ""
+    joint = ", and " if difference.clear == sure else ", but "
+    verdict = "more than chance would explain" if sure else "these rows cannot tell the two apart"
+    return f"{joint.join(filter(None, (found, tested)))}: {verdict}"
+
+
+def significant(evaluation: Evaluation) -> str:
+    """Name the methods whose difference is significant by adjusted p; empty where the records have no p."""
+    sentences = []
+    for measure, name in (("accuracy", "accuracy"), ("nll", "NLL")):
+        gaps = {score.method: gap for score in evaluation.scores() if (gap := score.difference(measure))}
+        tested = {method: gap for method, gap in gaps.items() if gap.p is not None}
+        if tested:
+            found = [method for method, gap in tested.items() if gap.significant]
+            sentences.append(f"In {name}, {len(found) or 'none'} of {counted(len(tested), 'method')} {_differ(found)}.")
+    return " ".join(sentences)
+
+
+def _differ(methods: Sequence[str]) -> str:
+    if not methods:
+        return "differs significantly"
+    return f"{'differs' if len(methods) == 1 else 'differ'} significantly: {listed(methods)}"
 
 
 def _neutral_sentence(evaluation: Evaluation) -> str:

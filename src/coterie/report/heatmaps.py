@@ -1,0 +1,104 @@
+"""Tables of shaded numbers: training rows by cluster, routing weights by source."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import fsum
+
+from coterie.report import wording
+from coterie.report.records import Evaluation
+
+SHADES = 10  # the style sheet has shades 0 to 10
+_WIDE = 10  # a map of more columns has upright column names
+_WIDEST = 24  # and one of more than these is printed in small letters
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A table of shaded numbers.
+
+    Each line is a name and its cells, a cell (text, shade); `legend` says what the weakest and strongest shade mean,
+    and `totals`, where there are any, has a number for each line.
+    """
+
+    corner: str
+    columns: tuple[str, ...]
+    lines: tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
+    legend: tuple[str, str]
+    totals: tuple[str, ...] = ()
+
+    @property
+    def wide(self) -> bool:
+        """Whether the column names stand upright."""
+        return len(self.columns) > _WIDE
+
+    @property
+    def widest(self) -> bool:
+        """Whether the map fits a sheet of paper in small letters only."""
+        return len(self.columns) > _WIDEST
+
+
+def cluster_map(evaluation: Evaluation) -> HeatMap | None:
+    """Count the training rows of each cluster by source; the shade is the share of the cluster."""
+    grid = evaluation.clusters
+    columns = _keys(evaluation.sources, grid)
+    if not columns:
+        return None
+    lines = []
+    for cluster, counts in grid.items():
+        total = fsum(counts.values())
+        cells = [
+            (wording.amount(counts.get(source, 0.0)), _shade(counts.get(source, 0.0), total)) for source in columns
+        ]
+        lines.append((cluster, tuple(cells)))
+    totals = tuple(wording.amount(fsum(counts.values())) for counts in grid.values())
+    return HeatMap(
+        "Cluster", tuple(map(wording.source_name, columns)), tuple(lines), ("none", "the whole cluster"), totals
+    )
+
+
+def category_map(evaluation: Evaluation) -> HeatMap | None:
+    """Count the training rows of each category by cluster; the shade is the share of the cluster."""
+    grid = evaluation.composition
+    categories = _keys((), grid)
+    if not categories:
+        return None
+    totals = {cluster: fsum(counts.values()) for cluster, counts in grid.items()}
+    lines = [
+        (
+            category,
+            tuple(
+                (wording.amount(counts.get(category, 0.0)), _shade(counts.get(category, 0.0), totals[cluster]))
+                for cluster, counts in grid.items()
+            ),
+        )
+        for category in sorted(categories)
+    ]
+    return HeatMap("Source / category", tuple(grid), tuple(lines), ("none", "the whole cluster"))
+
+
+def routing_map(grid: Mapping[str, Mapping[str, float]], experts: Sequence[str], corner: str) -> HeatMap | None:
+    """Show the mean weight of each expert by source or category; the darkest shade is the table's largest weight."""
+    columns = _keys(experts, grid)
+    if not columns:
+        return None
+    largest = max(max(weights.values(), default=0.0) for weights in grid.values())
+    lines = [
+        (
+            wording.source_name(source),
+            tuple(
+                (wording.fixed(weights.get(name, 0.0), 2), _shade(weights.get(name, 0.0), largest)) for name in columns
+            ),
+        )
+        for source, weights in grid.items()
+    ]
+    return HeatMap(corner, columns, tuple(lines), ("0", f"{wording.fixed(largest, 2)}, the largest weight"))
+
+
+def _keys(known: Sequence[str], grid: Mapping[str, Mapping[str, float]]) -> tuple[str, ...]:
+    """List the inner names of a grid, the known ones first and in their order."""
+    present = dict.fromkeys(name for inner in grid.values() for name in inner)
+    return (*(name for name in known if name in present), *(name for name in present if name not in known))
+
+
+def _shade(value: float, largest: float) -> int:
+    return round(SHADES * value / largest) if largest else 0
