@@ -31,7 +31,7 @@ def full():
         "memory": {"base": 3e8, "elrea": 6e8, "oracle": None},
         "merge_error": {"elrea": 0.0831},
         "composition": {
-            "cluster-0": {"gsm8k / algebra": 60, "gsm8k / sums": 30, "math / geometry": 10},
+            "cluster-0": {"gsm8k / algebra": 30, "gsm8k / sums": 60, "math / geometry": 10},
             "cluster-1": {f"math / topic {n}": 20 - n for n in range(8)} | {"gsm8k / sums": 0},
         },
         "routing_by_category": {"gsm8k / algebra": {"base": 0.25, "cluster-0": 0.75}},
@@ -241,6 +241,8 @@ def test_variants_are_drawn_over_their_number_with_the_plain_method_at_its_own(t
     assert [t.text for t in projected.findall("text[@class='mark']")] == ["8,192", "512", "64"]
     places = [number(point.get("x")) for point in projected.findall("svg")]
     assert (places[1] - places[0]) / (places[2] - places[0]) == pytest.approx(3 / 7, abs=1e-3)  # log2: 6, 9, 13
+    low_is_high = [float(point.get("y")) for point in nll.findall("svg")]
+    assert low_is_high[2] < low_is_high[0] == low_is_high[1]  # an NLL of 0.7654 beside two of 0.8
     assert nll.get("aria-label").startswith("NLL in nats a token over top_k, base at 0.812: ")
 
 
@@ -264,13 +266,13 @@ def test_a_variant_without_one_number_is_in_the_table_but_in_no_curve(tmp_path, 
 
 def test_a_clusters_parts_are_named_by_size_and_the_small_ones_counted(page):
     lists = [" ".join(part["text"].split()) for part in page.all("ul", "parts")]
-    assert lists[0] == "1 gsm8k / algebra 60% 2 gsm8k / sums 30% 3 math / geometry 10%"
+    assert lists[0] == "1 gsm8k / sums 60% 2 gsm8k / algebra 30% 3 math / geometry 10%"
     assert lists[1].startswith("1 math / topic 0 15% 2 math / topic 1 14%") and lists[1].endswith("… 3 more 32%")
     bars = [element for element in page.all("rect", "part")]
     assert [bar["attrs"]["class"] for bar in bars[:3]] == ["part k0", "part k0", "part k1"]
     assert [number(bar["attrs"]["width"]) for bar in bars[:3]] == [60, 30, 10]
     table = page.table("Training rows by category and cluster")
-    assert table[:2] == [["Source / category", "cluster-0", "cluster-1"], ["gsm8k / algebra", "60", "0"]]
+    assert table[:2] == [["Source / category", "cluster-0", "cluster-1"], ["gsm8k / algebra", "30", "0"]]
     assert ["math / topic 7", "0", "13"] in table
 
 
