@@ -53,7 +53,7 @@ def main() -> None:
     backbone = load(flags.model)
     backbone.__dict__["stop_ids"] = frozenset()  # all ways write the same number of tokens
     folder = random_adapter(backbone)
-    adapter: Adapter = load_adapter(folder, backbone.model).adapter
+    adapter: Adapter = load_adapter(folder, backbone.model)
     layers = ExpertLayers(backbone.model, [adapter] * EXPERTS)
     merged = PeftModel.from_pretrained(copy.deepcopy(backbone.model), folder).merge_and_unload().eval()
     mixed = PeftModel.from_pretrained(copy.deepcopy(backbone.model), folder, adapter_name="e0")

@@ -65,7 +65,7 @@ def main() -> None:
     folder = random_adapter(backbone)
     loaded = load_adapter(folder, backbone.model)
     model = PeftModel.from_pretrained(copy.deepcopy(backbone.model), folder, is_trainable=True).eval()
-    checkpoint = Checkpoint(loaded.adapter, loaded.scalings, _state(model))
+    checkpoint = Checkpoint(loaded, _state(model))
     features = GradientFeatures(backbone, [checkpoint], FeatureSettings(feature_batch_size=BATCH))
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     flat = AdamState({"all": Moments(torch.randn(size) * 1e-4, torch.rand(size) * 1e-6)}, 10, 1e-4, (0.9, 0.999), 1e-8)

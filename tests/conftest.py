@@ -1,6 +1,7 @@
 """Fixtures: one tiny base model, and one tiny mixture fitted on it, for all tests of a process."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ import pytest
 import tiny
 from coterie import methods
 from coterie.backbone.loading import Backbone, load_backbone
+from coterie.methods.table import Bench, load_bench, make_bench
 from coterie.mixture import Mixture
-from coterie.settings import ModelSettings
+from coterie.settings import GridSettings, ModelSettings
 
 FIT = {
     "clusters": 3,
@@ -22,6 +24,10 @@ FIT = {
     "expert_epochs": 1,
 }
 """Settings of the tiny mixture: learning rates at which a random model moves in a few steps."""
+
+
+GRID = GridSettings(encoder="hidden", ensemble_size=2, gate_learning_rate=1e-2)
+"""Settings of what is trained beyond it."""
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
@@ -62,3 +68,17 @@ def run_folder(model_folder: Path, train_file: Path, tmp_path_factory: pytest.Te
 @pytest.fixture(scope="session")
 def mixture(run_folder: Path) -> Mixture:
     return Mixture.from_pretrained(run_folder, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def grid_folder(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the fitted run, in which everything that any method needs beyond it was trained."""
+    folder = tmp_path_factory.mktemp("grid") / "run"
+    shutil.copytree(run_folder, folder)
+    make_bench(Mixture.from_pretrained(folder, device="cpu"), list(methods.METHODS), GRID)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bench(grid_folder: Path) -> Bench:
+    return load_bench(Mixture.from_pretrained(grid_folder, device="cpu"), list(methods.METHODS))

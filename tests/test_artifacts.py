@@ -285,6 +285,14 @@ def test_a_stage_is_done_once(name, tmp_path):
     assert len(calls) == 1
 
 
+def test_a_stage_appears_at_once_as_its_working_folder_with_another_name(tmp_path):
+    """A copy could be interrupted half way, and would be taken as done."""
+    numbers = []
+    run = RunFolder(tmp_path / "run", tmp_path / "run.partial")
+    done = run.stage("part", lambda folder: numbers.append(folder.stat().st_ino))
+    assert numbers == [done.stat().st_ino]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, CoterieError])
 def test_an_interrupted_stage_goes_on_with_what_it_left(error, tmp_path):
     run = RunFolder(tmp_path / "run", tmp_path / "run.partial")

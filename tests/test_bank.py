@@ -117,7 +117,7 @@ def test_every_expert_in_one_batch_equals_peft_with_that_adapter_alone(backbone,
 
 def test_one_hot_weights_equal_every_expert_alone(backbone, samples, experts):
     count = len(SAMPLES)
-    found = run(backbone, experts.adapters, Weighted(torch.eye(count)[:, None, :]), count)
+    found = run(backbone, experts.adapters, Weighted(tuple(range(count)), torch.eye(count)[:, None, :]), count)
     torch.testing.assert_close(found, run(backbone, experts.adapters, one_each(count), count), rtol=1e-4, atol=1e-5)
 
 
@@ -127,7 +127,10 @@ def test_only_some_of_the_experts_and_unequal_counts_give_the_same_rows(backbone
 
 
 def test_scalings_are_alpha_over_rank_with_patterns_and_over_its_root_when_stabilised(backbone, samples):
-    scalings = {name: load_adapter(folder, backbone.model).scalings for name, folder in samples[0].items()}
+    scalings = {
+        name: {path: pair.scaling for path, pair in load_adapter(folder, backbone.model).items()}
+        for name, folder in samples[0].items()
+    }
     assert set(scalings["plain"].values()) == {16 / 4}
     assert set(scalings["rank-stabilised"].values()) == {16 / 2}
     patterned = scalings["patterns"]
@@ -143,14 +146,14 @@ def test_scalings_are_alpha_over_rank_with_patterns_and_over_its_root_when_stabi
 def test_the_loaded_factors_are_pefts_with_the_scaling_in_the_second(backbone, samples):
     loaded = load_adapter(samples[0]["plain"], backbone.model)
     tensors = load_file(samples[0]["plain"] / bank.WEIGHTS_FILE)
-    assert torch.equal(loaded.adapter[LAYER].down, tensors[key("A")])
-    torch.testing.assert_close(loaded.adapter[LAYER].up, 4 * tensors[key("B")].T)
-    assert len(loaded.adapter) * 2 == len(tensors)
+    assert torch.equal(loaded[LAYER].down, tensors[key("A")])
+    torch.testing.assert_close(loaded[LAYER].up, 4 * tensors[key("B")].T)
+    assert len(loaded) * 2 == len(tensors)
 
 
 def test_factors_in_half_precision_are_read_as_float32(backbone, plain):
     rewrite_tensors(plain, lambda tensors: {name: tensor.bfloat16() for name, tensor in tensors.items()})
-    pair = load_adapter(plain, backbone.model).adapter[LAYER]
+    pair = load_adapter(plain, backbone.model)[LAYER]
     assert pair.down.dtype == pair.up.dtype == torch.float32
 
 
@@ -170,7 +173,7 @@ def test_updates_of_zero_are_the_base_model_to_the_last_bit(backbone, experts):
         expected = backbone.head(backbone.hidden(TOKENS.expand(3, -1)))
     assert torch.equal(run(backbone, [zeros, experts.adapters[0]], ByExpert((0,), (3,)), 3), expected)
     weights = torch.zeros(3, 1, 2)
-    assert torch.equal(run(backbone, [zeros, experts.adapters[0]], Weighted(weights), 3), expected)
+    assert torch.equal(run(backbone, [zeros, experts.adapters[0]], Weighted((0, 1), weights), 3), expected)
 
 
 def test_an_expert_without_layers_is_the_base_model(backbone, experts):
@@ -185,7 +188,7 @@ def test_copies_of_one_expert_are_that_expert_whatever_their_shares(backbone, ex
     weights = torch.tensor([[[0.1, 0.2, 0.3, 0.4]], [[0.0, 1.0, 0.0, 0.0]]])
     alone = run(backbone, [experts.adapters[3]], ByExpert((0,), (1,)), 1)
     torch.testing.assert_close(
-        run(backbone, copies, Weighted(weights), 2), alone.expand(2, -1, -1), rtol=1e-4, atol=1e-4
+        run(backbone, copies, Weighted((0, 1, 2, 3), weights), 2), alone.expand(2, -1, -1), rtol=1e-4, atol=1e-4
     )
     torch.testing.assert_close(run(backbone, copies, one_each(4), 4), alone.expand(4, -1, -1), rtol=1e-4, atol=1e-4)
 
@@ -193,8 +196,12 @@ def test_copies_of_one_expert_are_that_expert_whatever_their_shares(backbone, ex
 def test_the_order_of_experts_does_not_matter(backbone, experts):
     weights = torch.rand(2, 1, len(SAMPLES), generator=torch.Generator().manual_seed(0))
     order = [3, 0, 5, 1, 4, 2]
-    found = run(backbone, [experts.adapters[i] for i in order], Weighted(weights[..., order]), 2)
-    torch.testing.assert_close(found, run(backbone, experts.adapters, Weighted(weights), 2), rtol=1e-4, atol=1e-4)
+    found = run(
+        backbone, [experts.adapters[i] for i in order], Weighted(tuple(range(len(order))), weights[..., order]), 2
+    )
+    torch.testing.assert_close(
+        found, run(backbone, experts.adapters, Weighted(tuple(order), weights[..., order]), 2), rtol=1e-4, atol=1e-4
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ wrong ones
@@ -234,7 +241,7 @@ def test_a_saved_dora_adapter_is_refused(backbone, tmp_path):
 def test_an_old_config_without_the_newer_fields_is_taken(backbone, plain):
     config = json.loads((plain / bank.CONFIG_FILE).read_text())
     (plain / bank.CONFIG_FILE).write_text(json.dumps({name: config[name] for name in ("peft_type", "r", "lora_alpha")}))
-    assert load_adapter(plain, backbone.model).scalings[LAYER] == 4
+    assert load_adapter(plain, backbone.model)[LAYER].scaling == 4
 
 
 BAD_SCALINGS = {

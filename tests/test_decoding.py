@@ -17,8 +17,12 @@ from coterie.engine.text import TextStream
 from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank
 from coterie.mixture import Mixture
+from coterie.routers.base import Routing
 from coterie.routers.fixed import FixedRouter
 from coterie.settings import SamplingSettings
+
+EXACT = [name for name in COMBINERS if ":" not in name and name != "texts"]
+"""Combiners that mix without any approximation and without chance: the laws below hold for them to the last digit."""
 
 PROMPTS = ["add 3 4", "SPELL ABCD NOW", "?? (A) one (B) two ??", "add 11 25 and tell"]
 
@@ -59,7 +63,7 @@ def test_the_routed_ensemble_equals_an_uncached_loop_over_peft_models(mixture, p
     torch.testing.assert_close(torch.tensor(answer.logprobs), torch.tensor(logprobs), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("combiner", sorted(COMBINERS))
+@pytest.mark.parametrize("combiner", EXACT)
 @pytest.mark.parametrize("name", ["base", "cluster-0", "cluster-2"])
 def test_one_hot_routing_is_that_expert_alone(mixture, peft_models, combiner, name):
     answer = mixture.replace(router=name, combiner=combiner).generate([PROMPTS[0]], max_new_tokens=8)[0]
@@ -68,7 +72,7 @@ def test_one_hot_routing_is_that_expert_alone(mixture, peft_models, combiner, na
     torch.testing.assert_close(torch.tensor(answer.logprobs), torch.tensor(logprobs), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("combiner", sorted(COMBINERS))
+@pytest.mark.parametrize("combiner", EXACT)
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 def test_answers_do_not_depend_on_the_batch(mixture, combiner, batch_size):
     cell = mixture.replace(combiner=combiner)
@@ -95,7 +99,7 @@ def with_bank(mixture, names, adapters, weights, combiner="logits"):
     return changed.replace(combiner=combiner)
 
 
-@pytest.mark.parametrize("combiner", sorted(COMBINERS))
+@pytest.mark.parametrize("combiner", EXACT)
 def test_copies_of_one_expert_are_that_expert(mixture, combiner):
     adapter = mixture.bank.adapters[1]
     one = with_bank(mixture, ["x"], [adapter], [1.0], combiner).generate(PROMPTS, max_new_tokens=6)
@@ -107,7 +111,7 @@ def test_copies_of_one_expert_are_that_expert(mixture, combiner):
         torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("combiner", sorted(COMBINERS))
+@pytest.mark.parametrize("combiner", EXACT)
 def test_the_order_of_experts_does_not_matter(mixture, combiner):
     names, adapters = list(mixture.bank.names), list(mixture.bank.adapters)
     weights = [0.1, 0.6, 0.2, 0.4]
@@ -160,7 +164,7 @@ def test_a_soft_cap_on_logits_is_applied_before_they_are_summed(mixture, peft_mo
 def test_dropped_experts_are_not_run_and_the_rest_is_renormalised(mixture):
     routing = mixture.route(PROMPTS, top_k_experts=2)
     assert (routing.weights > 0).sum(dim=1).tolist() == [2] * len(PROMPTS)
-    plan = LogitCombiner().plan(routing.for_experts(mixture.bank.names))
+    plan = LogitCombiner().plan(routing.aligned(mixture.bank.names))
     assert len(plan.prompts) == 2 * len(PROMPTS)
     kept = mixture.generate([PROMPTS[0]], max_new_tokens=6, top_k_experts=2)[0]
     by_hand = replace(mixture, router=FixedRouter(routing.row(0))).generate([PROMPTS[0]], max_new_tokens=6)[0]
@@ -189,8 +193,7 @@ def test_sampling_follows_its_seed_and_not_its_batch(mixture):
 
 def test_sampled_tokens_have_the_combined_distribution(mixture):
     """Frequencies of the first token over many seeds, against the probabilities that one step reports."""
-    weights = mixture.route([PROMPTS[0]]).for_experts(mixture.bank.names)
-    plan = LogitCombiner().plan(weights)
+    plan = LogitCombiner().plan(mixture.route([PROMPTS[0]]).aligned(mixture.bank.names))
     ids = list(mixture.tokens([PROMPTS[0]])[0].ids)
     vocabulary = mixture.backbone.output_layer.out_features
     rows = [[*ids, token] for token in range(vocabulary)]
@@ -249,8 +252,8 @@ def test_the_end_of_turn_token_ends_an_answer(mixture):
     end = mixture.backbone.tokenizer.eos_token_id
     layers = ExpertLayers(mixture.backbone.model, mixture.bank.adapters)
     prompt = mixture.tokens([PROMPTS[0]])[0].ids
-    weights = mixture.route([PROMPTS[0]]).for_experts(mixture.bank.names)
-    batch = DecodingBatch(mixture.backbone, layers, LogitCombiner(), [prompt], weights, SamplingSettings())
+    routing = mixture.route([PROMPTS[0]]).aligned(mixture.bank.names)
+    batch = DecodingBatch(mixture.backbone, layers, LogitCombiner(), [prompt], routing, SamplingSettings())
     batch._choose = lambda logits: [batch._advance(batch._active[0], end, 0.0)]
     tokens = list(batch.run())
     assert [(t.id, t.text, t.finish_reason) for t in tokens] == [(end, "", "stop")]
@@ -266,8 +269,8 @@ def test_base_weights_are_bit_identical_after_decoding_and_no_hook_stays(mixture
 
 def test_likelihoods_equal_those_of_the_summed_peft_models(mixture, peft_models):
     rows = [mixture.prompts.row(example) for example in examples()]
-    weights = mixture.router.route([row.prompt() for row in rows]).for_experts(mixture.bank.names)
-    plan = LogitCombiner().plan(weights)
+    routing = mixture.router.route([row.prompt() for row in rows]).aligned(mixture.bank.names)
+    weights, plan = routing.weights, LogitCombiner().plan(routing)
     texts = [(row.ids, list(range(row.prompt_length, len(row.ids)))) for row in rows]
     uniform = torch.ones_like(weights)
     votes = [plan.votes, LogitCombiner().votes(plan, uniform)]
@@ -291,7 +294,7 @@ def examples():
 
 
 def test_votes_on_an_expert_that_is_not_run_are_refused():
-    plan = LogitCombiner().plan(torch.tensor([[0.5, 0.5, 0.0]]))
+    plan = LogitCombiner().plan(Routing(("a", "b", "c"), ("request", "expert"), torch.tensor([[0.5, 0.5, 0.0]])))
     with pytest.raises(ValueError, match="does not run"):
         LogitCombiner().votes(plan, torch.tensor([[0.2, 0.2, 0.6]]))
 

@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coterie.artifacts import read_tensors
+from coterie.artifacts import read_tensors, write_tensors
 from coterie.data.batching import TokenRow
 from coterie.errors import CoterieError
-from coterie.mixture import load_router
+from coterie.mixture import RouterParts, load_router
 from coterie.routers.base import Router, Routing
-from coterie.routers.centroid import GradientCentroidRouter, centroid_weights, centroids_of, read_centroids
+from coterie.routers.centroid import CentroidRouter, centroid_weights, centroids_of, read_centroids
+from coterie.routers.described import Description
 from coterie.routers.fixed import FixedRouter, one_hot, uniform
 
 few = settings(deadline=None, max_examples=40)
@@ -137,8 +138,16 @@ def test_a_prompt_unlike_every_cluster_goes_to_the_base():
 # ------------------------------------------------------------------------------------------------ the gradient router
 
 
-def gradient_router(features: torch.Tensor, **options) -> GradientCentroidRouter:
-    return GradientCentroidRouter(lambda rows: features[: len(rows)], torch.eye(2), ["law", "maths"], **options)
+def described(features: torch.Tensor, **record) -> Description:
+    return Description("gradient", lambda rows: features[: len(rows)], record)
+
+
+def gradient_router(features: torch.Tensor, **options) -> CentroidRouter:
+    return CentroidRouter(described(features, seed=3), torch.eye(2), ["law", "maths"], **options)
+
+
+def parts(run, mixture, folder="router") -> RouterParts:
+    return RouterParts(run / folder, run, mixture.backbone, mixture.bank)
 
 
 def test_the_router_puts_the_base_first_and_keeps_cosines_by_expert():
@@ -165,7 +174,7 @@ def test_features_that_are_not_finite_are_told():
 
 def test_names_and_centroids_must_match():
     with pytest.raises(CoterieError, match="2 centroids do not fit the 1 experts law"):
-        GradientCentroidRouter(lambda rows: torch.zeros(0), torch.eye(2), ["law"])
+        CentroidRouter(described(torch.zeros(0)), torch.eye(2), ["law"])
 
 
 def test_an_expert_cannot_be_the_base_too():
@@ -175,9 +184,10 @@ def test_an_expert_cannot_be_the_base_too():
 
 @pytest.mark.parametrize("centre", [None, torch.tensor([0.5, 0.25])], ids=["plain", "centred"])
 def test_saved_centroids_are_read_by_name_in_any_order(centre, tmp_path):
-    router = gradient_router(torch.zeros(1, 2), centre=centre, record={"seed": 3})
+    router = gradient_router(torch.zeros(1, 2), centre=centre)
     assert router.save(tmp_path) == {
         "kind": "gradient-centroids",
+        "description": "gradient",
         "experts": ["law", "maths"],
         "base": "base",
         "seed": 3,
@@ -197,12 +207,10 @@ def test_a_saved_gradient_router_routes_exactly_as_before(mixture, run_folder, t
     router = mixture.router
     if centred:
         centre = 0.01 * normal(router.centroids.shape[1]).float()
-        router = GradientCentroidRouter(
-            router._describe, router.centroids, router.experts, centre=centre, record=router._record
-        )
+        router = CentroidRouter(router.description, router.centroids, router.experts, centre=centre)
     shutil.copytree(run_folder / "checkpoints", tmp_path / "checkpoints")
     record = router.save(tmp_path / "router")
-    loaded = load_router(record, tmp_path, mixture.backbone)
+    loaded = load_router(record, parts(tmp_path, mixture))
     rows = mixture.tokens(["add 3 4", "SPELL WORD NOW", "tell me more about it"])
     before, after = router.route(rows), loaded.route(rows)
     assert after.experts == before.experts == ("base", "cluster-0", "cluster-1", "cluster-2")
@@ -242,28 +250,32 @@ def test_a_fixed_router_needs_an_expert():
         FixedRouter({})
 
 
-def test_a_saved_fixed_router_routes_as_before(backbone, tmp_path):
+def test_a_saved_fixed_router_routes_as_before(mixture, tmp_path):
     router = FixedRouter({"law": 0.25, "maths": 3.0})
-    loaded = load_router(router.save(tmp_path), tmp_path, backbone)
+    loaded = load_router(router.save(tmp_path), parts(tmp_path, mixture))
     assert torch.equal(loaded.route([PROMPT]).weights, router.route([PROMPT]).weights)
     assert loaded.route([PROMPT]).experts == ("law", "maths")
+
+
+CENTROIDS = {"kind": "gradient-centroids", "experts": ["a"], "base": "base"}
 
 
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"kind": "fixd"}, "no router is called 'fixd'. Did you mean 'fixed'. There are: fixed, gradient-centroids"),
+        ({"kind": "fixd"}, "no router is called 'fixd'. Did you mean 'fixed'. There are: derived, embedding-centroids"),
         ({}, "no router is called 'None'"),
-        ({"kind": "fixed"}, r"mixture.json: the entry of the router 'fixed' is broken \('weights'\); fit again"),
+        ({"kind": "fixed"}, r"router: the entry of the router 'fixed' is broken \('weights'\); fit again"),
         ({"kind": "fixed", "weights": {"a": "much"}}, "the entry of the router 'fixed' is broken .*'much'"),
-        ({"kind": "gradient-centroids"}, r"the entry of the router 'gradient-centroids' is broken \('checkpoints'\)"),
-        ({"kind": "gradient-centroids", "checkpoints": ["../x"]}, "'../x' cannot be an expert's name"),
+        (CENTROIDS, r"the entry of the router 'gradient-centroids' is broken \('checkpoints'\)"),
+        ({**CENTROIDS, "checkpoints": ["../x"], "features": {}, "seed": 0}, "'../x' cannot be an expert's name"),
     ],
     ids=["unknown", "none", "no weights", "a word as weight", "no checkpoints", "a path"],
 )
-def test_a_broken_entry_is_told(record, message, backbone, tmp_path):
+def test_a_broken_entry_is_told(record, message, mixture, tmp_path):
+    write_tensors(tmp_path / "router" / "centroids.safetensors", {"centroid.a": torch.ones(2)})
     with pytest.raises(CoterieError, match=message):
-        load_router(record, tmp_path, backbone)
+        load_router(record, parts(tmp_path, mixture))
 
 
 def test_all_routers_are_routers():

@@ -14,10 +14,11 @@ from peft import PeftModel
 import tiny
 from conftest import write_rows
 from coterie import methods
-from coterie.artifacts import read_json, read_tensors
+from coterie.artifacts import RunFolder, read_json, read_tensors
 from coterie.errors import CoterieError
 from coterie.experts import training
 from coterie.features import gradient
+from coterie.methods import fitting, stages
 
 SMALL = {"clusters": 2, "cluster_rounds": 1, "d_proj": 64, "learning_rate": 1e-2, "batch_size": 4, "expert_epochs": 1}
 
@@ -71,10 +72,10 @@ KILLED_AT = {
     "before the first epoch is kept": (training, "_save_adam", 0),
     "between two epochs": (training, "_save_adam", 1),
     "while features are computed": (gradient, "write_tensors", 1),
-    "before clustering": (methods, "cluster", 0),
-    "before the second expert": (methods, "train_adapter", 2),
-    "before the records": (methods, "write_jsonl", 0),
-    "before the last rename": (methods.RunFolder, "finish", 0),
+    "before clustering": (fitting, "cluster", 0),
+    "before the second expert": (stages, "train_adapter", 1),
+    "before the records": (fitting, "write_jsonl", 0),
+    "before the last rename": (RunFolder, "finish", 0),
 }
 
 
@@ -154,7 +155,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_leaves_nothing(model_fold
 
 def test_an_unfinished_run_with_other_settings_is_not_mixed_up(model_folder, data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(methods, "cluster", after(0, methods.cluster))
+        patch.setattr(fitting, "cluster", after(0, fitting.cluster))
         with pytest.raises(KilledError):
             fit(model_folder, data, tmp_path / "run")
     with pytest.raises(CoterieError, match="unfinished run with other settings"):

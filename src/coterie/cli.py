@@ -87,13 +87,10 @@ def fit_elrea(settings: ElreaSettings) -> None:
 @app.command("methods")
 def list_methods(as_json: AsJson = False) -> None:
     """List the methods: where their experts come from, how prompts find them, where they meet."""
-    rows = [
-        {"method": name, "bank": m.bank, "router": m.router, "combiner": m.combiner, "paper": m.paper}
-        for name, m in coterie.methods.METHODS.items()
-    ]
-    for row in rows:
-        line = f"{row['method']:16} {row['combiner']:8} {row['router']:30} {row['bank']}"
-        typer.echo(json.dumps(row) if as_json else line)
+    for name, m in coterie.methods.METHODS.items():
+        row = {"method": name, "bank": m.bank, "router": m.router, "combiner": m.combiner, "paper": m.paper}
+        line = f"{name:22} {m.combiner:16} {m.router:51} {m.bank}"
+        typer.echo(json.dumps({**row, "trains": list(m.needs)}) if as_json else line)
 
 
 @app.command("route")
@@ -188,7 +185,10 @@ def _text(prompt: Any) -> str:
 
 def _mixture(settings: RouteSettings | GenerateSettings) -> Any:
     mixture = coterie.Mixture.from_pretrained(settings.mixture, **settings.placement.model_dump())
-    return mixture.replace(router=settings.routing.router) if settings.routing.router else mixture
+    routing = settings.routing
+    if routing.method:
+        mixture = coterie.methods.load_bench(mixture, [routing.method]).cell(routing.method)
+    return mixture.replace(router=routing.router, combiner=routing.combiner)
 
 
 def main() -> None:

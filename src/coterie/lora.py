@@ -5,19 +5,25 @@ Letters in shapes: E experts, R rank, I inputs and O outputs of a linear layer, 
 already in it, so that no caller can forget it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from coterie.errors import CoterieError, unknown_name
+
 
 class LoraPair(NamedTuple):
-    """One layer's update: `x -> (x @ down.T) @ up`, with the scaling inside `up`."""
+    """One layer's update: `x -> (x @ down.T) @ up`.
+
+    `up` holds the scaling already; `scaling` tells it again for the merges that PEFT defines on the bare factors.
+    """
 
     down: Float[Tensor, "rank in"]
     up: Float[Tensor, "rank out"]
+    scaling: float = 1.0
 
 
 Adapter = Mapping[str, LoraPair]
@@ -92,10 +98,120 @@ def apply_weighted(
     return (ranks * weights.unsqueeze(-1).to(x.dtype)).flatten(-2) @ pair.up.flatten(0, 1)
 
 
-def merge(pairs: StackedPair, weights: Float[Tensor, " expert"]) -> LoraPair:
-    """Return the single pair equal to the weighted sum of all: stack the ranks, scale one side only.
+def apply_gated(
+    x: Float[Tensor, "row position in"],
+    pair: StackedPair,
+    gate: Float[Tensor, "expert in"],
+) -> Float[Tensor, "row position out"]:
+    """Apply the exact mixture with weights softmax(gate x) of its own at every token (MoLE as ELREA runs it)."""
+    return apply_weighted(x, pair, gate_weights(x, gate))
 
-    Adding the `down`s and the `up`s separately would bring in every cross term up_i.T @ down_j.
+
+def gate_weights(
+    x: Float[Tensor, "row position in"], gate: Float[Tensor, "expert in"]
+) -> Float[Tensor, "row position expert"]:
+    """Return a gate's weights over experts, summing to 1 at every token, in float32."""
+    return (x.float() @ gate.float().T).softmax(dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------- one pair out of many
+
+
+def merge(pairs: Sequence[LoraPair], weights: Float[Tensor, " expert"], how: str = "exact") -> LoraPair:
+    """Return one pair in place of many: exactly their weighted sum, or one of the approximations in use.
+
+    Args:
+        pairs: updates of one layer.
+        weights: one per update.
+        how: `exact`, `factors`, `peft-linear`, `peft-0.4-linear`, `svd` (to the largest rank of the pairs) or `svd:R`.
+
+    Raises:
+        CoterieError: for another name, or unequal ranks where a way adds the factors themselves.
     """
-    scaled = pairs.up * weights[:, None, None].to(pairs.up.dtype)
-    return LoraPair(down=pairs.down.flatten(0, 1), up=scaled.flatten(0, 1))
+    name, _, rank = how.partition(":")
+    check_merge(how)
+    if name == "svd":
+        return truncated(merge(pairs, weights), int(rank) if rank else max(len(pair.down) for pair in pairs))
+    if name != "exact" and len({len(pair.down) for pair in pairs}) > 1:
+        ranks = ", ".join(str(len(pair.down)) for pair in pairs)
+        raise CoterieError(f"merging by {name!r} adds factors, so it needs one rank, got {ranks}; use exact or svd")
+    return MERGES[name](pairs, weights.to(pairs[0].up))
+
+
+def check_merge(how: str) -> None:
+    """Refuse a way of merging that does not exist.
+
+    Raises:
+        CoterieError: naming those that do.
+    """
+    name, colon, rank = how.partition(":")
+    if name not in (*MERGES, "svd"):
+        raise unknown_name("way to merge", how, [*MERGES, "svd", "svd:R"])
+    if colon and not (name == "svd" and rank.isdigit() and int(rank) >= 1):
+        raise CoterieError(
+            f"only svd takes a rank, a whole number from 1 upwards, got {how!r}; type for example svd:16"
+        )
+
+
+def _exact(pairs: Sequence[LoraPair], weights: Tensor) -> LoraPair:
+    """Stack the ranks and scale one side: adding the factors would bring in every cross term up_i.T @ down_j."""
+    ups = [pair.up * weight for pair, weight in zip(pairs, weights, strict=True)]
+    return LoraPair(torch.cat([pair.down for pair in pairs]), torch.cat(ups))
+
+
+def _factors(pairs: Sequence[LoraPair], weights: Tensor) -> LoraPair:
+    """(sum w B)(sum w A), ELREA's "MoE Merging": a single expert already gets its weight squared."""
+    return _summed(pairs, weights, weights)
+
+
+def _peft_linear(pairs: Sequence[LoraPair], weights: Tensor) -> LoraPair:
+    """Give sqrt(|w s|) to both bare factors and the sign to A, as PEFT's `linear` does since 0.9."""
+    scalings = weights.new_tensor([pair.scaling for pair in pairs])
+    roots = (weights * scalings).abs().sqrt()
+    return _summed(pairs, roots * (weights * scalings).sign(), roots / scalings)
+
+
+def _peft_04_linear(pairs: Sequence[LoraPair], weights: Tensor) -> LoraPair:
+    """(sum B)(sum w s A), as PEFT's `linear` did from 0.4 to 0.6: B goes in without its weight."""
+    scalings = weights.new_tensor([pair.scaling for pair in pairs])
+    return _summed(pairs, weights * scalings, 1 / scalings)
+
+
+def _summed(pairs: Sequence[LoraPair], of_down: Tensor, of_up: Tensor) -> LoraPair:
+    down = torch.stack([pair.down for pair in pairs])
+    up = torch.stack([pair.up for pair in pairs])
+    return LoraPair(torch.einsum("e,eri->ri", of_down, down), torch.einsum("e,ero->ro", of_up, up))
+
+
+MERGES: dict[str, Callable[[Sequence[LoraPair], Tensor], LoraPair]] = {
+    "exact": _exact,
+    "factors": _factors,
+    "peft-linear": _peft_linear,
+    "peft-0.4-linear": _peft_04_linear,
+}
+"""Ways to merge, `svd` apart, which needs a rank. Only `exact` is the weighted sum of the updates."""
+
+
+def truncated(pair: LoraPair, rank: int) -> LoraPair:
+    """Return the nearest pair of at most this rank (Eckart and Young 1936), without forming the dense update.
+
+    The update is up.T @ down; with up.T = Q1 R1 and down.T = Q2 R2 its singular values are those of R1 @ R2.T.
+    """
+    left, left_core = torch.linalg.qr(pair.up.T.double())
+    right, right_core = torch.linalg.qr(pair.down.T.double())
+    u, values, vh = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
+    roots = values[:rank].sqrt()
+    up, down = (left @ u[:, :rank] * roots).T, (right @ vh[:rank].T * roots).T
+    return LoraPair(down.to(pair.down).contiguous(), up.to(pair.up).contiguous())
+
+
+def squared_norm(pair: LoraPair) -> float:
+    """Return the squared Frobenius norm of an update from its factors: the sum of (up up.T) * (down down.T)."""
+    up, down = pair.up.double(), pair.down.double()
+    return float(((up @ up.T) * (down @ down.T)).sum())
+
+
+def squared_distance(one: LoraPair, other: LoraPair) -> float:
+    """Return the squared Frobenius norm of the difference of two updates of one layer."""
+    difference = LoraPair(torch.cat([one.down, other.down]), torch.cat([one.up, -other.up]))
+    return max(0.0, squared_norm(difference))

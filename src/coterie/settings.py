@@ -133,6 +133,10 @@ class RoutingSettings(Settings):
     """Changes to a mixture's own router, for one call."""
 
     router: str | None = Field(None, description="use another router: uniform, or the name of one expert")
+    combiner: str | None = Field(
+        None, description="let experts meet elsewhere: logits, layers, weights, weights:svd:16 and others, or texts"
+    )
+    method: str | None = Field(None, description="answer as another method of the table does; see `coterie methods`")
     top_k_experts: int | None = Field(None, ge=1, description="keep only the K experts with the largest weights")
 
 
@@ -154,21 +158,54 @@ class GenerateSettings(Settings):
     batch_size: int = Field(8, ge=1, description="prompts decoded together")
 
 
+class GridSettings(Settings):
+    """How the experts, gates and routers are trained that methods need beyond a fitted run."""
+
+    encoder: str = Field(
+        "minilm",
+        description="sentence encoder of instruction-embedding: minilm, hidden (the base model's), or a folder",
+    )
+    ensemble_size: int = Field(4, ge=2, description="adapters of lora-ensembles, the base adapter among them")
+    gate_epochs: int = Field(1, ge=1, description="epochs of mole's gates")
+    gate_learning_rate: float = Field(2e-5, gt=0, description="peak learning rate of mole's gates")
+    judge_folds: int = Field(
+        2, ge=2, description="parts of the training rows: experts are judged on each by copies trained on the others"
+    )
+
+
+class ShotSettings(Settings):
+    """Few-shot prompting: solved examples of the same task before every question."""
+
+    shots: list[str] = Field([], description="data to take solved examples from; may be repeated")
+    shot_count: int = Field(3, ge=1, description="solved examples before a question, of its own source and category")
+    longest_prompt: int = Field(
+        1200, ge=8, description="tokens of a prompt; solved examples are left out until it fits"
+    )
+
+
 class EvaluationSettings(Settings):
     """`coterie eval`: methods of the table side by side on held-out rows."""
 
     mixture: str = Field(description="folder of a mixture")
     data: list[str] = Field(min_length=1, description="test data: JSONL file or datasets source; may be repeated")
     output: str = Field(description="folder to write the records to")
-    methods: str = Field("backbone,base,elrea,uniform-weights", description="methods to compare, separated by commas")
+    methods: str = Field(
+        "backbone,base,elrea,uniform-weights",
+        description="methods to compare, separated by commas, or all; see `coterie methods`",
+    )
     control: str = Field("base", description="method that the others are compared with")
     limit: int | None = Field(None, ge=1, description="use only the first N examples of every data source")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
     generate: bool = Field(True, description="let every method answer; without it only likelihoods are measured")
+    allow_code_execution: bool | None = Field(
+        None, description="run the code that methods write, in a limited child process, where rows bring tests"
+    )
     resamples: int = Field(2000, ge=100, description="bootstrap resamples behind every interval")
     batch_size: int = Field(8, ge=1, description="prompts decoded together")
     placement: PlacementSettings = PlacementSettings()
     sampling: SamplingSettings = SamplingSettings()
+    grid: GridSettings = GridSettings()
+    few_shot: ShotSettings = ShotSettings()
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)

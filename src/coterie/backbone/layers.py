@@ -4,16 +4,29 @@ One copy of the base weights serves all experts: every linear layer runs once ov
 are added to its output in batched products.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from coterie.lora import Adapter, StackedPair, apply_by_expert, apply_weighted, stack
+from coterie.lora import (
+    Adapter,
+    LoraPair,
+    StackedPair,
+    apply_by_expert,
+    apply_gated,
+    apply_weighted,
+    merge,
+    squared_distance,
+    squared_norm,
+    stack,
+)
 
 
 @dataclass(frozen=True)
@@ -26,12 +39,30 @@ class ByExpert:
 
 @dataclass(frozen=True)
 class Weighted:
-    """Each row runs a mixture: weights of shape (row, position or 1, expert)."""
+    """Each row runs a mixture of `experts` inside every layer, with weights of its own."""
 
-    weights: Tensor
+    experts: tuple[int, ...]
+    weights: Float[Tensor, "row #position expert"]  # noqa: F821
 
 
-Choice = ByExpert | Weighted
+@dataclass(frozen=True)
+class Merged:
+    """Each row runs one merged adapter: `counts[i]` rows in turn for the i-th row of weights over all experts."""
+
+    weights: tuple[tuple[float, ...], ...]
+    counts: tuple[int, ...]
+    how: str
+
+
+@dataclass(frozen=True)
+class Gated:
+    """Each token of each row runs a mixture of `experts`, weighed by every layer's own gate on the layer's input."""
+
+    experts: tuple[int, ...]
+    gates: Mapping[str, Float[Tensor, "expert in"]]
+
+
+Choice = ByExpert | Weighted | Merged | Gated
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -68,11 +99,14 @@ class ExpertLayers:
         self.size = len(adapters)
         self._modules = {path: modules[path] for path in changed}
         self._dtype = dtype or next(model.parameters()).dtype
+        self._adapters = tuple(adapters)
         self._stacks = {path: self._stacked(path, adapters) for path in changed}
         self._subset = lru_cache(maxsize=8)(self._select)
+        self._merged = lru_cache(maxsize=2)(self._merge)
+        self.merged = lru_cache(maxsize=64)(self._merge_row)
         self._choice: Choice | None = None
 
-    def _stacked(self, path: str, adapters: Sequence[Adapter]) -> StackedPair:
+    def _stacked(self, path: str, adapters: Sequence[Mapping[str, LoraPair | None]]) -> StackedPair:
         device = next(self._modules[path].parameters()).device
         pair = stack([adapter.get(path) for adapter in adapters])
         return StackedPair(*(tensor.to(device, self._dtype) for tensor in pair))
@@ -82,6 +116,33 @@ class ExpertLayers:
             return self._stacks
         index = list(experts)
         return {path: StackedPair(pair.down[index], pair.up[index]) for path, pair in self._stacks.items()}
+
+    def _merge(self, weights: tuple[tuple[float, ...], ...], how: str) -> dict[str, StackedPair]:
+        """Merge all experts once for every row of weights, in float32."""
+        merged = [self.merged(row, how) for row in weights]
+        paths = {path for adapter in merged for path in adapter}
+        return {path: self._stacked(path, merged) for path in self._stacks if path in paths}
+
+    def _merge_row(self, weights: tuple[float, ...], how: str = "exact") -> Adapter:
+        """Return one adapter in place of all, with these weights (one an expert), merged layer by layer.
+
+        Raises:
+            CoterieError: as `coterie.lora.merge`.
+        """
+        used = [(adapter, weight) for adapter, weight in zip(self._adapters, weights, strict=True) if weight]
+        result = {}
+        for path in self._stacks:
+            present = [(adapter[path], weight) for adapter, weight in used if path in adapter]
+            if present:
+                result[path] = merge([pair for pair, _ in present], torch.tensor([w for _, w in present]), how)
+        return result
+
+    def merge_error(self, weights: tuple[float, ...], how: str) -> float:
+        """Return how far a merge is from the exact mixture: |merged - exact| / |exact|, Frobenius over all layers."""
+        exact, other = self.merged(weights), self.merged(weights, how)
+        size = sum(map(squared_norm, exact.values()))
+        distance = sum(squared_distance(other[path], pair) for path, pair in exact.items())
+        return math.sqrt(distance / size) if size else 0.0
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -113,16 +174,25 @@ class ExpertLayers:
 
     def _hook(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def add_update(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            update = self._update(path, inputs[0].to(self._dtype)).to(output.dtype)
+            update = self._update(path, inputs[0].to(self._dtype))
+            if update is None:
+                return output
+            update = update.to(output.dtype)
             return output + update if torch.is_grad_enabled() else output.add_(update)
 
         return add_update
 
-    def _update(self, path: str, x: Tensor) -> Tensor:
+    def _update(self, path: str, x: Tensor) -> Tensor | None:
+        """Return what the chosen experts add to a layer's output; None where they all leave the layer as it is."""
         match self._choice:
             case ByExpert(experts, counts):
                 return apply_by_expert(x, self._subset(experts)[path], counts)
-            case Weighted(weights):
-                return apply_weighted(x, self._stacks[path], weights.to(x.device))
+            case Weighted(experts, weights):
+                return apply_weighted(x, self._subset(experts)[path], weights.to(x.device))
+            case Merged(weights, counts, how):
+                pair = self._merged(weights, how).get(path)
+                return None if pair is None else apply_by_expert(x, pair, counts)
+            case Gated(experts, gates):
+                return apply_gated(x, self._subset(experts)[path], gates[path].to(x.device))
             case None:
                 raise RuntimeError("experts are attached, but no rows were chosen; use `with layers.choosing(...)`")

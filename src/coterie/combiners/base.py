@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from coterie.backbone.layers import Choice
+from coterie.routers.base import Routing
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,21 @@ class RowPlan:
 
 @runtime_checkable
 class Combiner(Protocol):
-    """Plans model rows for prompts that have weights over experts."""
+    """Plans model rows for prompts that were routed.
+
+    Attributes:
+        kind: its name, as it stands in mixture.json.
+        axes: the axes of a routing that it reads; a router with others does not fit.
+    """
 
     kind: str
     axes: frozenset[str]
 
-    def plan(self, weights: Float[Tensor, "prompt expert"]) -> RowPlan:
-        """Plan the rows for prompts whose weights have columns in the bank's order."""
+    def plan(self, routing: Routing) -> RowPlan:
+        """Plan the rows for prompts whose routing has the bank's experts, in the bank's order.
+
+        Rows keep their order when prompts leave: the plan of some prompts is the plan of all without the others' rows.
+        """
         ...
 
 

@@ -1,23 +1,31 @@
 """Experts meet inside every linear layer: the LoRA branches are summed there, in one forward pass."""
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from coterie.backbone.layers import Weighted
+from coterie.backbone.layers import Choice, Gated, Weighted
 from coterie.combiners.base import RowPlan
+from coterie.routers.base import AXES, Routing
 
 
 class LayerCombiner:
-    """Adds sum_e w_e s_e B_e A_e x to every layer's output, with each prompt's own weights, as they are.
+    """Adds sum_e w_e s_e B_e A_e x to every layer's output, with each prompt's (or token's) own weights, as they are.
 
-    One row a prompt, whatever the number of experts (ELREA's "MoE Routing", where weights are normalised first).
+    One row a prompt, whatever the number of experts (ELREA's "MoE Routing", where weights are normalised first, and its
+    MoLE, where each layer's gate weighs each token).
     """
 
     kind = "layers"
-    axes = frozenset({"request", "expert"})
+    axes = frozenset(AXES)
 
-    def plan(self, weights: Float[Tensor, "prompt expert"]) -> RowPlan:
-        """One row for every prompt, mixed by its weights."""
-        count = len(weights)
-        return RowPlan(tuple(range(count)), Weighted(weights.float()[:, None, :]), torch.eye(count))
+    def plan(self, routing: Routing) -> RowPlan:
+        """One row for every prompt, mixed by its weights; experts without any weight are not computed."""
+        count = len(routing.weights)
+        return RowPlan(tuple(range(count)), _choice(routing), torch.eye(count))
+
+
+def _choice(routing: Routing) -> Choice:
+    if routing.gates:
+        return Gated(tuple(map(routing.experts.index, routing.gates.experts)), routing.gates.layers)
+    used = (routing.weights > 0).any(dim=0)
+    experts = tuple(used.nonzero().flatten().tolist()) or (0,)  # a mixture of nothing still needs a column
+    return Weighted(experts, routing.weights[:, None, list(experts)].float())

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from coterie.backbone.layers import ByExpert
 from coterie.combiners.base import RowPlan
+from coterie.routers.base import Routing
 
 
 class LogitCombiner:
@@ -18,14 +19,14 @@ class LogitCombiner:
     kind = "logits"
     axes = frozenset({"request", "expert"})
 
-    def plan(self, weights: Float[Tensor, "prompt expert"]) -> RowPlan:
+    def plan(self, routing: Routing) -> RowPlan:
         """One row for every prompt and expert with a weight, ordered by expert."""
-        needed = weights > 0
+        needed = routing.weights > 0
         experts = tuple(int(e) for e in needed.any(dim=0).nonzero())
         rows = [(expert, int(prompt)) for expert in experts for prompt in needed[:, expert].nonzero()]
         prompts = tuple(prompt for _, prompt in rows)
         counts = tuple(sum(e == expert for e, _ in rows) for expert in experts)
-        return RowPlan(prompts, ByExpert(experts, counts), self._votes(weights, rows))
+        return RowPlan(prompts, ByExpert(experts, counts), _votes(routing.weights, rows))
 
     def votes(self, plan: RowPlan, weights: Float[Tensor, "prompt expert"]) -> Float[Tensor, "prompt row"]:
         """Return other votes over the rows of a plan, so that one forward pass serves several weightings.
@@ -37,15 +38,15 @@ class LogitCombiner:
         if not isinstance(choice, ByExpert):
             raise ValueError("this plan mixes experts within rows, so its rows have no expert of their own")
         owners = [expert for expert, count in zip(choice.experts, choice.counts, strict=True) for _ in range(count)]
-        votes = self._votes(weights, list(zip(owners, plan.prompts, strict=True)))
+        votes = _votes(weights, list(zip(owners, plan.prompts, strict=True)))
         if not torch.allclose(votes.sum(dim=1), torch.ones(len(weights)), atol=1e-4):
             raise ValueError("some weights fall on experts that the plan does not run")
         return votes
 
-    @staticmethod
-    def _votes(weights: Float[Tensor, "prompt expert"], rows: list[tuple[int, int]]) -> Float[Tensor, "prompt row"]:
-        normalised = weights.float() / weights.float().sum(dim=1, keepdim=True)
-        votes = torch.zeros(len(weights), len(rows))
-        for row, (expert, prompt) in enumerate(rows):
-            votes[prompt, row] = normalised[prompt, expert]
-        return votes
+
+def _votes(weights: Float[Tensor, "prompt expert"], rows: list[tuple[int, int]]) -> Float[Tensor, "prompt row"]:
+    normalised = weights.float() / weights.float().sum(dim=1, keepdim=True)
+    votes = torch.zeros(len(weights), len(rows))
+    for row, (expert, prompt) in enumerate(rows):
+        votes[prompt, row] = normalised[prompt, expert]
+    return votes

@@ -34,17 +34,19 @@ class TokenRow:
         prompt_length: number of prompt tokens.
         is_response: for every token, whether the model is trained to write it.
         is_user_text: for every token, whether it stands for text that the user wrote (not template or system prompt).
+        source: data set that the example says it comes from.
     """
 
     ids: tuple[int, ...]
     prompt_length: int
     is_response: tuple[bool, ...]
     is_user_text: tuple[bool, ...]
+    source: str | None = None
 
     def prompt(self) -> "TokenRow":
         """Cut the answer off."""
         n = self.prompt_length
-        return TokenRow(self.ids[:n], n, self.is_response[:n], self.is_user_text[:n])
+        return TokenRow(self.ids[:n], n, self.is_response[:n], self.is_user_text[:n], self.source)
 
     def labels(self) -> list[int]:
         """Return the token at every position that is trained on, `IGNORED` elsewhere."""
@@ -105,7 +107,7 @@ class PromptFormat:
             is_user_text += [any(a < end and start < b for start, end in spans) for a, b in offsets]
         if example.response is None:
             prompt_length = len(ids)
-        return TokenRow(tuple(ids), prompt_length, tuple(is_response), tuple(is_user_text))
+        return TokenRow(tuple(ids), prompt_length, tuple(is_response), tuple(is_user_text), example.source)
 
     @property
     def _plain(self) -> bool:

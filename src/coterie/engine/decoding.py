@@ -15,6 +15,7 @@ from coterie.data.batching import pad
 from coterie.engine.cache import keep_rows, make_cache
 from coterie.engine.sampling import Sampler
 from coterie.engine.text import TextStream
+from coterie.routers.base import Routing
 from coterie.settings import SamplingSettings
 
 FinishReason = Literal["stop", "length"]
@@ -70,23 +71,23 @@ class DecodingBatch:
         layers: ExpertLayers,
         combiner: Combiner,
         prompts: Sequence[Sequence[int]],
-        weights: Float[Tensor, "prompt expert"],
+        routing: Routing,
         settings: SamplingSettings,
     ) -> None:
         """Take in the requests; nothing is computed yet.
 
         Args:
             backbone: the base model.
-            layers: the bank's experts, in the order of the weights' columns.
+            layers: the bank's experts.
             combiner: where experts meet.
             prompts: token ids of every request.
-            weights: of the experts for every request.
+            routing: of every request, with the bank's experts in the bank's order.
             settings: how tokens are chosen.
         """
         self._backbone = backbone
         self._layers = layers
         self._combiner = combiner
-        self._weights = weights
+        self._routing = routing
         self._settings = settings
         self._active = [
             _Request(number, list(ids), len(ids), Sampler(settings), TextStream(backbone.tokenizer, settings.stop))
@@ -96,7 +97,7 @@ class DecodingBatch:
 
     def run(self) -> Iterator[Token]:
         """Yield tokens step by step, in the order of the requests within a step."""
-        plan = self._combiner.plan(self._weights)
+        plan = self._combiner.plan(self._routing)
         batch = pad(
             [self._active[prompt].ids for prompt in plan.prompts],
             self._backbone.tokenizer.pad_token_id,
@@ -153,12 +154,12 @@ class DecodingBatch:
     ) -> tuple[RowPlan, Tensor, Tensor]:
         """Drop the requests that are not staying: their rows, their part of the cache and padding nobody needs."""
         self._active = [self._active[place] for place in staying]
-        self._weights = self._weights[staying]
+        self._routing = self._routing.take(staying)
         if not staying:
             return plan, mask, positions
         rows = kept_rows(plan, staying)
         keep_rows(self._cache, rows, mask.device)
-        return self._combiner.plan(self._weights), mask[rows], positions[rows]
+        return self._combiner.plan(self._routing), mask[rows], positions[rows]
 
 
 @torch.inference_mode()

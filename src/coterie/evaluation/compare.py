@@ -4,63 +4,29 @@ All methods of a bank that meet in the logits share one forward pass over the re
 """
 
 import logging
-import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor
-from tqdm.auto import tqdm
-
-from coterie.artifacts import (
-    FORMAT,
-    check_output,
-    environment_record,
-    read_json,
-    read_jsonl,
-    run_folder,
-    write_json,
-    write_jsonl,
-)
-from coterie.combiners.logits import LogitCombiner
-from coterie.data.batching import TokenRow, by_length
+from coterie.artifacts import FORMAT, check_output, read_json, run_folder, write_json, write_jsonl
+from coterie.data.batching import TokenRow
 from coterie.data.examples import Example, load_all
-from coterie.engine.decoding import response_logprobs
 from coterie.errors import unknown_name
-from coterie.evaluation.grading import Grade, checkable, grade
+from coterie.evaluation.answers import Answers, Task, answer, check_code_execution
+from coterie.evaluation.clusters import cluster_records, feature_map
+from coterie.evaluation.few_shot import with_shots
+from coterie.evaluation.records import hardware_record, mean_weights, memory_bytes, merge_errors, row_record
+from coterie.evaluation.routed import Scored, SharedRouting, score_methods
 from coterie.evaluation.table import format_table, summarise
-from coterie.methods import BACKBONE, METHODS, NormalisedRouter, method_named
-from coterie.mixture import Completion, Mixture, with_backbone_expert
+from coterie.methods.table import METHODS, Bench, make_bench, method_named
+from coterie.mixture import Mixture
 from coterie.routers.base import Routing
-from coterie.settings import EvaluationSettings, SamplingSettings
+from coterie.settings import EvaluationSettings, GridSettings, SamplingSettings, ShotSettings, from_flat
 
 logger = logging.getLogger(__name__)
 
 ROUTED = "elrea"
-
-
-class Likelihood(NamedTuple):
-    """Mean negative log-likelihood of a reference per token, in nats, and its number of tokens."""
-
-    nll: float
-    tokens: int
-
-
-class Routed(NamedTuple):
-    """Weights for all rows, and the seconds they took."""
-
-    routing: Routing
-    seconds: float
-
-
-class Answers(NamedTuple):
-    """One method's answers to all rows, and the seconds they took (routing not included)."""
-
-    completions: list[Completion]
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -75,65 +41,56 @@ class Evaluation:
         return format_table(self.summary["table"])
 
 
+@dataclass(frozen=True)
+class Protocol:
+    """How methods are compared.
+
+    Attributes:
+        methods: names of the table of methods, or variants such as `elrea:top_k=2`.
+        control: the method that differences are taken to.
+        generate: whether methods answer, or only likelihoods are measured.
+        run_code: whether code that methods write is run, where rows bring tests; None refuses such rows.
+        batch_size: prompts decoded together.
+        resamples: bootstrap resamples behind every interval.
+        sampling: how tokens are chosen.
+        grid: how what methods lack is trained.
+        shots: solved examples before every question.
+    """
+
+    methods: Sequence[str] = ("backbone", "base", "elrea", "uniform-weights")
+    control: str = "base"
+    generate: bool = True
+    run_code: bool | None = None
+    batch_size: int = 8
+    resamples: int = 2000
+    sampling: SamplingSettings = SamplingSettings()
+    grid: GridSettings = GridSettings()
+    shots: ShotSettings = ShotSettings()
+
+
 def evaluate(
     mixture: Mixture,
     examples: Sequence[Example],
     *,
     methods: Sequence[str] = ("backbone", "base", "elrea", "uniform-weights"),
-    control: str = "base",
-    generate: bool = True,
-    batch_size: int = 8,
-    resamples: int = 2000,
-    **sampling: Any,
+    **settings: Any,
 ) -> Evaluation:
     """Compare methods on examples that no part of the mixture was trained on.
 
+    What a method lacks beyond the fitted mixture is trained once, into the mixture's folder.
+
     Args:
         mixture: a fitted mixture.
-        examples: rows with a response, and an answer where exact match can be graded.
-        methods: names of the table of methods.
-        control: the method that differences are taken to.
-        generate: whether methods answer, or only likelihoods are measured.
-        batch_size: prompts decoded together.
-        resamples: bootstrap resamples behind every interval.
-        **sampling: fields of `SamplingSettings`.
+        examples: rows with a response, and an answer or tests where exact match can be graded.
+        methods: names of the table of methods, or variants such as `elrea:top_k=2`.
+        **settings: other fields of `EvaluationSettings` and its groups by their plain names, such as control="base",
+            generate=False, resamples=1000, max_new_tokens=128, encoder="hidden".
 
     Raises:
-        CoterieError: for an unknown method, or a control that is not among the methods.
+        CoterieError: for an unknown method or setting, or a control that is not among the methods.
     """
-    names = check_methods(methods, control)
-    bench = _bench(mixture)
-    seconds: dict[str, dict[str, float]] = {name: {} for name in names}
-    routed = _routed(bench, examples, [*names, ROUTED])
-    routings = {name: routed[name].routing for name in names}
-    likelihoods = _likelihoods(bench, examples, routings, seconds)
-    settings = SamplingSettings(**sampling)
-    answers = {
-        name: _answers(bench, examples, name, routings[name], batch_size, settings) for name in names if generate
-    }
-    for name, timed in answers.items():
-        seconds[name]["generate"] = timed.seconds + routed[name].seconds
-    shares = routed[ROUTED].routing.normalized()
-    rows = [_row(number, example, names, likelihoods, answers, shares) for number, example in enumerate(examples)]
-    sources = sorted({example.source or "" for example in examples})
-    summary = {
-        "format": FORMAT,
-        "mixture": str(mixture.folder),
-        "base_model": mixture.backbone.identity.__dict__,
-        "control": control,
-        "routed": ROUTED,
-        "methods": names,
-        "experts": list(mixture.bank.names),
-        "rows": len(rows),
-        "sources": sources,
-        "settings": {"generate": generate, "batch_size": batch_size, **settings.model_dump()},
-        "hardware": _hardware(),
-        "routing": _mean_weights(rows, sources),
-        "seconds": seconds,
-        "table": summarise(rows, names, control, sources, resamples=resamples),
-        **_cluster_record(mixture.folder),
-    }
-    return Evaluation(summary, rows)
+    flat = {"mixture": str(mixture.folder), "data": ["(given)"], "output": "(none)", "methods": ",".join(methods)}
+    return compare(mixture, examples, protocol_of(from_flat(EvaluationSettings, {**flat, **settings})))
 
 
 def run_evaluation(settings: EvaluationSettings) -> Evaluation:
@@ -144,25 +101,36 @@ def run_evaluation(settings: EvaluationSettings) -> Evaluation:
     """
     output = Path(settings.output)
     check_output(output, overwrite=settings.overwrite)
-    names = list(METHODS) if settings.methods == "all" else [name.strip() for name in settings.methods.split(",")]
-    check_methods(names, settings.control)
+    protocol = protocol_of(settings)
     examples = load_all(settings.data, settings.limit)
+    check_code_execution(examples, protocol.run_code)
     mixture = Mixture.from_pretrained(settings.mixture, **settings.placement.model_dump())
     with run_folder(output, "eval", settings.model_dump(), {"mixture": mixture.backbone.identity.sha256}) as run:
-        result = evaluate(
-            mixture,
-            examples,
-            methods=names,
-            control=settings.control,
-            generate=settings.generate,
-            batch_size=settings.batch_size,
-            resamples=settings.resamples,
-            **settings.sampling.model_dump(),
-        )
+        result = compare(mixture, examples, protocol)
         result.summary["data"] = ", ".join(settings.data)
         write_jsonl(run.path / "rows.jsonl", result.rows)
         write_json(run.path / "evaluation.json", result.summary)
     return result
+
+
+def protocol_of(settings: EvaluationSettings) -> Protocol:
+    """Read how methods are compared from settings.
+
+    Raises:
+        CoterieError: for an unknown method, or a control that is not among them.
+    """
+    written = list(METHODS) if settings.methods == "all" else settings.methods.split(",")
+    return Protocol(
+        methods=check_methods([name.strip() for name in written], settings.control),
+        control=settings.control,
+        generate=settings.generate,
+        run_code=settings.allow_code_execution,
+        batch_size=settings.batch_size,
+        resamples=settings.resamples,
+        sampling=settings.sampling,
+        grid=settings.grid,
+        shots=settings.few_shot,
+    )
 
 
 def check_methods(methods: Sequence[str], control: str) -> list[str]:
@@ -179,166 +147,109 @@ def check_methods(methods: Sequence[str], control: str) -> list[str]:
     return names
 
 
-def _bench(mixture: Mixture) -> Mixture:
-    """Add the base model itself to the bank, as one more expert."""
-    return replace(mixture, bank=with_backbone_expert(mixture.bank, BACKBONE))
+def compare(mixture: Mixture, examples: Sequence[Example], protocol: Protocol) -> Evaluation:
+    """Compare methods on examples, as `evaluate` does.
+
+    Raises:
+        CoterieError: when something that a method needs cannot be trained, or code would have to be run unasked.
+    """
+    check_code_execution(examples, protocol.run_code)
+    tasks, notes = _tasks(mixture, examples, protocol.shots)
+    bench = make_bench(mixture, protocol.methods, protocol.grid)
+    token_rows = [mixture.prompts.row(task.asked) for task in tasks]
+    scored = score_methods(bench, token_rows, protocol.methods)
+    answers = {name: _answers(name, scored, tasks, protocol) for name in protocol.methods if protocol.generate}
+    run_code = bool(protocol.run_code)
+    rows = [row_record(number, task, scored, answers, bench, run_code=run_code) for number, task in enumerate(tasks)]
+    routing = _routing_of_subject(bench, scored, token_rows)
+    shares = routing.normalized()
+    rows = [{**row, "weights": shares.row(number)} for number, row in enumerate(rows)]
+    lengths = [len(row.ids) for row in token_rows]
+    summary = {
+        **_facts(bench, rows, protocol),
+        **_routing_records(rows, routing),
+        "seconds": _seconds(scored, answers),
+        "memory": memory_bytes(scored, lengths),
+        "merge_error": merge_errors(scored),
+        "notes": notes,
+        **cluster_records(mixture.folder),
+        "map": feature_map(mixture.folder),
+    }
+    return Evaluation(summary, rows)
 
 
-def _cell(bench: Mixture, name: str) -> Mixture:
-    router, combiner = METHODS[name].cell(bench)
-    return bench.replace(router=router, combiner=combiner)
+def _tasks(mixture: Mixture, examples: Sequence[Example], shots: ShotSettings) -> tuple[list[Task], list[str]]:
+    """Put solved examples before every question, where there are any."""
+    if not shots.shots:
+        return [Task(example, example) for example in examples], []
+    solved = load_all(shots.shots)
+    found = with_shots(
+        examples,
+        solved,
+        count=shots.shot_count,
+        length=lambda example: mixture.prompts.row(example).prompt_length,
+        longest=shots.longest_prompt,
+    )
+    kept = [row.kept for row in found]
+    note = (
+        f"Up to {shots.shot_count} solved examples stand before a question, as many as fit into {shots.longest_prompt} "
+        f"tokens: {sum(kept) / len(kept):.1f} on average, {kept.count(0)} rows have none."
+    )
+    return [Task(row.example, example) for row, example in zip(found, examples, strict=True)], [note]
 
 
-def _routed(bench: Mixture, examples: Sequence[Example], names: Sequence[str]) -> dict[str, Routed]:
-    """Route all rows for every method; methods that share a router share its work."""
-    rows = bench.tokens(examples)
-    routers = {name: METHODS[name].cell(bench)[0] for name in names}
-    known: dict[int, Routed] = {}
-    result = {}
-    for name, router in routers.items():
-        inner = router.router if isinstance(router, NormalisedRouter) else router
-        if id(inner) not in known:
-            started = time.perf_counter()
-            known[id(inner)] = Routed(inner.route(rows), time.perf_counter() - started)
-        found = known[id(inner)]
-        result[name] = found if inner is router else Routed(found.routing.normalized(), found.seconds)
-    return result
+def _answers(name: str, scored: Scored, tasks: Sequence[Task], protocol: Protocol) -> Answers:
+    routing = scored.routed[name].routing
+    return answer(scored.cells[name], tasks, routing, name, protocol.batch_size, protocol.sampling)
 
 
-def _likelihoods(
-    bench: Mixture, examples: Sequence[Example], routings: Mapping[str, Routing], seconds: dict[str, dict[str, float]]
-) -> dict[str, list[Likelihood]]:
-    rows = [bench.prompts.row(example) for example in examples]
-    in_logits = [name for name in routings if isinstance(_cell(bench, name).combiner, LogitCombiner)]
-    groups = [in_logits, *([name] for name in routings if name not in in_logits)]
-    found: dict[str, list[Likelihood]] = {}
-    for group in filter(None, groups):
-        started = time.perf_counter()
-        found |= _group_likelihoods(bench, rows, {name: routings[name] for name in group})
-        for name in group:  # one pass serves the group, so its time is the group's
-            seconds[name]["score"] = time.perf_counter() - started
-    return found
+def _routing_of_subject(bench: Bench, scored: Scored, rows: Sequence[TokenRow]) -> Routing:
+    """Return the weights of the mixture's own method, also where that is not among those compared."""
+    if ROUTED in scored.routed:
+        return scored.routed[ROUTED].routing
+    return SharedRouting([row.prompt() for row in rows])(bench.own.router).routing
 
 
-def _group_likelihoods(
-    bench: Mixture, rows: Sequence[TokenRow], routings: Mapping[str, Routing]
-) -> dict[str, list[Likelihood]]:
-    names = list(routings)
-    combiner = _cell(bench, names[0]).combiner
-    weights = [routings[name].for_experts(bench.bank.names) for name in names]
-    result: dict[str, list[Likelihood]] = {name: [Likelihood(0.0, 0)] * len(rows) for name in names}
-    with tqdm(total=len(rows), desc=f"likelihood of {', '.join(names)}", unit="row") as bar:
-        for numbers in by_length(rows, 8):
-            own = [weight[numbers] for weight in weights]
-            plan = combiner.plan(torch.stack(own).sum(dim=0) if len(own) > 1 else own[0])
-            votes = [combiner.votes(plan, w) for w in own] if isinstance(combiner, LogitCombiner) else [plan.votes]
-            texts = [(rows[i].ids, _answer_positions(rows[i])) for i in numbers]
-            logprobs = response_logprobs(bench.backbone, bench.layers, plan, votes, texts)
-            for name, values in zip(names, logprobs, strict=True):
-                for i, value in zip(numbers, values, strict=True):
-                    result[name][i] = Likelihood(-float(value.mean()), len(value))
-            bar.update(len(numbers))
-    return result
-
-
-def _answer_positions(row: TokenRow) -> list[int]:
-    """Return the positions of the final answer's tokens."""
-    return [place for place in range(row.prompt_length, len(row.ids)) if row.is_response[place]]
-
-
-def _answers(
-    bench: Mixture,
-    examples: Sequence[Example],
-    name: str,
-    routing: Routing,
-    batch_size: int,
-    sampling: SamplingSettings,
-) -> Answers:
-    started = time.perf_counter()
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].instruction))  # little padding in a batch
-    cell = _cell(bench, name)
-    found: dict[int, Completion] = {}
-    with tqdm(total=len(order), desc=f"answers of {name}", unit="prompt") as bar:
-        for start in range(0, len(order), batch_size):
-            numbers = order[start : start + batch_size]
-            answers = cell.generate(
-                [examples[i] for i in numbers],
-                batch_size=batch_size,
-                routing=routing.take(numbers),
-                **sampling.model_dump(),
-            )
-            found |= dict(zip(numbers, answers, strict=True))
-            bar.update(len(numbers))
-    return Answers([found[i] for i in range(len(examples))], time.perf_counter() - started)
-
-
-def _row(
-    number: int,
-    example: Example,
-    names: Sequence[str],
-    likelihoods: Mapping[str, list[Likelihood]],
-    answers: Mapping[str, Answers],
-    routed: Routing,
-) -> dict[str, Any]:
-    methods = {}
-    for name in names:
-        likelihood = likelihoods[name][number]
-        answer = answers[name].completions[number] if name in answers else None
-        verdict = _graded(answer, example)
-        methods[name] = {
-            "text": answer.text if answer else None,
-            "correct": verdict.correct if verdict else None,
-            "extracted": verdict.extracted if verdict else None,
-            "nll": likelihood.nll,
-            "tokens": likelihood.tokens,
-            "finish_reason": answer.finish_reason if answer else None,
-        }
+def _facts(bench: Bench, rows: Sequence[Mapping[str, Any]], protocol: Protocol) -> dict[str, Any]:
+    mixture = bench.own
+    sources = sorted({row["source"] for row in rows})
+    table = summarise(rows, protocol.methods, protocol.control, sources, resamples=protocol.resamples)
+    sampling = {**protocol.sampling.model_dump(), "generate": protocol.generate, "batch_size": protocol.batch_size}
+    folder = mixture.folder
+    features = read_json(folder / "mixture.json")["router"].get("features") if folder else None
     return {
-        "id": example.id,
-        "source": example.source or "",
-        "category": example.category,
-        "prompt": example.instruction,
-        "reference": example.response,
-        "answer": example.answer,
-        "weights": routed.row(number),
-        "methods": methods,
+        "format": FORMAT,
+        "mixture": str(folder),
+        "base_model": mixture.backbone.identity.__dict__,
+        "control": protocol.control,
+        "routed": ROUTED,
+        "methods": list(protocol.methods),
+        "experts": list(mixture.bank.names),
+        "rows": len(rows),
+        "sources": sources,
+        "settings": sampling,
+        "features": features or {},
+        "hardware": hardware_record(),
+        "table": table,
     }
 
 
-def _graded(answer: Completion | None, example: Example) -> Grade | None:
-    if answer is None or example.answer is None or not checkable(example.answer):
-        return None
-    return grade(answer.text, example.answer, prompt=example.instruction)
+def _routing_records(rows: Sequence[Mapping[str, Any]], routing: Routing) -> dict[str, Any]:
+    def category(row: Mapping[str, Any]) -> str:
+        return f"{row['source']} / {row['category'] or ''}"
 
-
-def _mean_weights(rows: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Average the routed method's weights over the rows of every source."""
-    result = {}
-    for source in sources:
-        chosen = [row["weights"] for row in rows if row["source"] == source]
-        names = list(chosen[0])
-        means: Tensor = torch.tensor([[weights[name] for name in names] for weights in chosen]).mean(dim=0)
-        result[source] = dict(zip(names, means.tolist(), strict=True))
-    return result
-
-
-def _cluster_record(folder: Path | None) -> dict[str, Any]:
-    """Read how the training rows were clustered, where the mixture's folder tells."""
-    if folder is None or not (folder / "clusters.jsonl").exists():
-        return {"clusters": {}, "clustering": {}}
-    counts: dict[str, Counter[str]] = {}
-    for row in read_jsonl(folder / "clusters.jsonl"):
-        counts.setdefault(str(row["cluster"]), Counter())[str(row["source"] or "")] += 1
-    ordered = sorted(counts, key=lambda name: (len(name), name))  # cluster-2 before cluster-10
-    record = read_json(folder / "mixture.json").get("clustering", {})
-    return {"clusters": {name: dict(counts[name]) for name in ordered}, "clustering": record}
-
-
-def _hardware() -> dict[str, Any]:
-    record = environment_record()
     return {
-        "name": record["machine"],
-        "python": record["python"],
-        "threads": torch.get_num_threads(),
-        **record["versions"],
+        "routing": mean_weights(rows, routing, lambda row: row["source"]),
+        "routing_by_category": mean_weights(rows, routing, category) if any(row["category"] for row in rows) else {},
     }
+
+
+def _seconds(scored: Scored, answers: Mapping[str, Answers]) -> dict[str, dict[str, float]]:
+    """Return every method's seconds; answering counts the routing, which comes before it."""
+    seconds: dict[str, dict[str, float]] = {name: {} for name in scored.cells}
+    for name in scored.cells:
+        if name in scored.seconds:
+            seconds[name]["score"] = scored.seconds[name]
+        if name in answers:
+            seconds[name]["generate"] = answers[name].seconds + scored.routed[name].seconds
+    return seconds

@@ -40,14 +40,6 @@ PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True)
-class LoadedAdapter:
-    """An adapter as read from its folder, with every layer's scaling alpha / r."""
-
-    adapter: Adapter
-    scalings: Mapping[str, float]
-
-
-@dataclass(frozen=True)
 class ExpertBank:
     """Experts by name, in a fixed order."""
 
@@ -84,11 +76,11 @@ def load_bank(folders: Mapping[str, Path], model: nn.Module) -> ExpertBank:
     Raises:
         CoterieError: as `load_adapter`.
     """
-    adapters = tuple(load_adapter(folder, model).adapter for folder in folders.values())
+    adapters = tuple(load_adapter(folder, model) for folder in folders.values())
     return ExpertBank(tuple(folders), adapters)
 
 
-def load_adapter(folder: Path, model: nn.Module) -> LoadedAdapter:
+def load_adapter(folder: Path, model: nn.Module) -> Adapter:
     """Read a PEFT LoRA folder and check it against the base model: fields, tensor names, shapes and values.
 
     Raises:
@@ -104,12 +96,11 @@ def load_adapter(folder: Path, model: nn.Module) -> LoadedAdapter:
     factors = _factors(read_tensors(file), file)
     shapes = linear_shapes(model)
     pairs: dict[str, LoraPair] = {}
-    scalings: dict[str, float] = {}
     for path, (down, up) in sorted(factors.items()):
         _check_shapes(path, down, up, shapes, file)
-        scalings[path] = _scaling(config, path, down.shape[0], folder / CONFIG_FILE)
-        pairs[path] = LoraPair(down=down.float(), up=(up.float() * scalings[path]).T.contiguous())
-    return LoadedAdapter(pairs, scalings)
+        scaling = _scaling(config, path, down.shape[0], folder / CONFIG_FILE)
+        pairs[path] = LoraPair(down.float(), (up.float() * scaling).T.contiguous(), scaling)
+    return pairs
 
 
 def _factors(tensors: Mapping[str, Tensor], file: Path) -> dict[str, tuple[Tensor, Tensor]]:

@@ -70,18 +70,30 @@ def train_adapter(
     set_seed(plan.seed)
     with _adapted(backbone, start) as model:
         keeper = _EpochKeeper(folder, plan, backbone.identity.id)
-        trainer = _trainer(backbone, model, rows, plan, folder / "trainer", keeper)
-        bar = _ProgressBar(plan.label)
-        trainer.add_callback(bar)
-        try:
-            trainer.train(resume_from_checkpoint=_last_full_checkpoint(folder / "trainer"))
-        finally:
-            bar.close()
+        trainer = make_trainer(backbone, model, rows, plan, folder / "trainer")
+        trainer.add_callback(keeper)
+        with progress_of(trainer, plan.label):
+            trainer.train(resume_from_checkpoint=last_full_checkpoint(folder / "trainer"))
         save_adapter(model, folder, backbone.identity.id)
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    logs = [{"stage": plan.label, **{key: entry[key] for key in LOGGED}} for entry in history]
-    write_jsonl(folder / LOG_FILE, logs)
+    write_jsonl(folder / LOG_FILE, logged(trainer, plan.label))
     shutil.rmtree(folder / "trainer")
+
+
+@contextmanager
+def progress_of(trainer: Trainer, label: str) -> Iterator[None]:
+    """Show a bar while the trainer runs."""
+    bar = _ProgressBar(label)
+    trainer.add_callback(bar)
+    try:
+        yield
+    finally:
+        bar.close()
+
+
+def logged(trainer: Trainer, label: str) -> list[dict[str, Any]]:
+    """Return the losses that a training logged, one entry a step."""
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [{"stage": label, **{key: entry[key] for key in LOGGED}} for entry in history]
 
 
 def save_adapter(model: PeftModel, folder: Path, base_id: str) -> None:
@@ -119,14 +131,10 @@ def _lora_config(settings: LoraSettings) -> LoraConfig:
     )
 
 
-def _trainer(
-    backbone: Backbone,
-    model: PeftModel,
-    rows: Sequence[TokenRow],
-    plan: TrainingPlan,
-    folder: Path,
-    keeper: TrainerCallback,
+def make_trainer(
+    backbone: Backbone, model: nn.Module, rows: Sequence[TokenRow], plan: TrainingPlan, folder: Path
 ) -> Trainer:
+    """Build the trainer of a plan; `model` takes what `TrainingCollator` makes and returns a loss."""
     dtype = backbone.model.dtype
     micro = min(plan.micro_batch_size, plan.batch_size)
     arguments = TrainingArguments(
@@ -153,7 +161,7 @@ def _trainer(
     )
     data: Any = [{"input_ids": list(row.ids), "labels": row.labels()} for row in rows]
     collate = TrainingCollator(backbone.tokenizer.pad_token_id)
-    trainer = Trainer(model, arguments, train_dataset=data, data_collator=collate, callbacks=[_FiniteLoss(), keeper])
+    trainer = Trainer(model, arguments, train_dataset=data, data_collator=collate, callbacks=[_FiniteLoss()])
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -179,7 +187,7 @@ class TrainingCollator:
         return {**batch._asdict(), "logits_to_keep": positions, "labels": kept, "shift_labels": kept}
 
 
-def _last_full_checkpoint(folder: Path) -> str | None:
+def last_full_checkpoint(folder: Path) -> str | None:
     """Return the newest checkpoint that was written to its end (the trainer's state is its last file)."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
     full = [path for path in found if (path / "trainer_state.json").exists()]
@@ -290,17 +298,17 @@ def load_checkpoint(folder: Path, model: nn.Module) -> Checkpoint:
     Raises:
         CoterieError: when a file is missing, broken, or does not fit the base model.
     """
-    loaded = load_adapter(folder, model)
+    adapter = load_adapter(folder, model)
     tensors = read_tensors(folder / ADAM_TENSORS)
     record = read_json(folder / ADAM_RECORD)
-    wanted = [f"{path}.lora_{half}" for path in loaded.adapter for half in "AB"]
+    wanted = [f"{path}.lora_{half}" for path in adapter for half in "AB"]
     try:
         moments = {name: Moments(tensors[f"{name}.mean"].float(), tensors[f"{name}.square"].float()) for name in wanted}
         betas = (float(record["betas"][0]), float(record["betas"][1]))
         state = AdamState(moments, int(record["steps"]), float(record["learning_rate"]), betas, float(record["eps"]))
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CoterieError(f"{folder} lacks Adam's state for {error}; fit again") from error
-    return Checkpoint(loaded.adapter, loaded.scalings, _on_device(state, model))
+    return Checkpoint(adapter, _on_device(state, model))
 
 
 def _on_device(state: AdamState, model: nn.Module) -> AdamState:

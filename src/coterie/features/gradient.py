@@ -58,13 +58,9 @@ class AdamState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The base adapter at the end of an epoch, and Adam's state there.
-
-    `scalings` holds every layer's alpha / r, which `adapter` has multiplied into its `up`.
-    """
+    """The base adapter at the end of an epoch, and Adam's state there."""
 
     adapter: Adapter
-    scalings: Mapping[str, float]
     adam: AdamState
 
 
@@ -235,9 +231,8 @@ class _Collector:
     def _collect(self, path: str, x: Float[Tensor, "row position in"], g: Float[Tensor, "row position out"]) -> None:
         pair = self._checkpoint.adapter[path]
         down, up = pair.down.to(x), pair.up.to(x)
-        scaling = self._checkpoint.scalings[path]
         self._add(f"{path}.lora_A", (g @ up.T).mT @ x)  # [row, R, I]
-        self._add(f"{path}.lora_B", g.mT @ (x @ down.T) * scaling)  # [row, O, R]
+        self._add(f"{path}.lora_B", g.mT @ (x @ down.T) * pair.scaling)  # [row, O, R]
 
     def _add(self, name: str, gradient: Float[Tensor, "row a b"]) -> None:
         direction = gradient if self._form == "sgd" else adam_step(gradient, name, self._checkpoint.adam)

@@ -13,6 +13,20 @@ from coterie.data.batching import TokenRow
 from coterie.errors import CoterieError
 
 AXES = ("request", "token", "layer", "expert")
+PER_REQUEST = frozenset({"request", "expert"})
+
+
+@dataclass(frozen=True, eq=False)
+class Gates:
+    """A gate for every adapted layer: its weights are softmax(gate x) over `experts`, at every token of the input x.
+
+    Attributes:
+        experts: names, in the order of the rows of every gate.
+        layers: (expert, in) by module path.
+    """
+
+    experts: tuple[str, ...]
+    layers: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +38,8 @@ class Routing:
         axes: names of the weights' axes, a subsequence of request, token, layer, expert; the last one is `expert`.
         weights: finite and >= 0; they need not sum to 1 (ELREA's do not).
         similarities: what a router compared, by the same experts, where it compares anything.
+        gates: where weights depend on the inputs of layers: what computes them there. `weights` is then what they gave
+            on average over the tokens and layers of each prompt.
 
     Raises:
         CoterieError: when axes, shape or values break these rules.
@@ -33,6 +49,7 @@ class Routing:
     axes: tuple[str, ...]
     weights: Tensor
     similarities: Mapping[str, Tensor] = field(default_factory=dict)
+    gates: Gates | None = None
 
     def __post_init__(self) -> None:
         """Check the rules above."""
@@ -66,8 +83,19 @@ class Routing:
             raise CoterieError(
                 f"--top-k-experts must be between 1 and {len(self.experts)} (the number of experts), got {k}"
             )
+        if self.gates:
+            raise CoterieError("--top-k-experts does not act on gates inside layers; leave it out for this router")
         order = self.weights.argsort(dim=-1, descending=True, stable=True)
         return self._with(self.weights.scatter(-1, order[..., k:], 0.0))
+
+    def aligned(self, names: Sequence[str]) -> "Routing":
+        """Return the same routing with the experts of a bank, in the bank's order; those that were not routed get 0.
+
+        Raises:
+            CoterieError: when a routed expert is not in the bank.
+        """
+        weights = self.for_experts(names)
+        return Routing(tuple(names), self.axes, weights, self.similarities, self.gates)
 
     def for_experts(self, names: Sequence[str]) -> Float[Tensor, "*rows expert"]:
         """Return the weights with columns in the order of `names`; experts that were not routed get 0.
@@ -85,24 +113,30 @@ class Routing:
     def take(self, requests: Sequence[int]) -> "Routing":
         """Keep these requests, in this order (the first axis is the requests')."""
         similarities = {name: values[list(requests)] for name, values in self.similarities.items()}
-        return Routing(self.experts, self.axes, self.weights[list(requests)], similarities)
+        return Routing(self.experts, self.axes, self.weights[list(requests)], similarities, self.gates)
 
     def row(self, request: int) -> dict[str, float]:
         """Return one request's weights by expert name."""
         return dict(zip(self.experts, self.weights[request].tolist(), strict=True))
 
     def _with(self, weights: Tensor) -> "Routing":
-        return Routing(self.experts, self.axes, weights, self.similarities)
+        return Routing(self.experts, self.axes, weights, self.similarities, self.gates)
 
 
 @runtime_checkable
 class Router(Protocol):
-    """Anything that turns prompts into weights."""
+    """Anything that turns prompts into weights.
+
+    Attributes:
+        kind: its name, as it stands in mixture.json.
+        axes: what its weights may depend on; a combiner that cannot read all of it does not fit.
+    """
 
     kind: str
+    axes: frozenset[str]
 
     def route(self, prompts: Sequence[TokenRow]) -> Routing:
-        """Weigh the experts for every prompt; axes (request, expert)."""
+        """Weigh the experts for every prompt."""
         ...
 
     def save(self, folder: Path) -> dict[str, Any]:

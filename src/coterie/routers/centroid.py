@@ -1,6 +1,6 @@
 """Routing by similarity of a prompt's feature to the centroid of every expert's training rows (ELREA, 3.2)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,13 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from coterie.artifacts import write_tensors
-from coterie.data.batching import TokenRow
 from coterie.errors import CoterieError
 from coterie.routers.base import Routing
-
-Describe = Callable[[Sequence[TokenRow]], Tensor]
-"""Turns prompts into un-normalised features (row, dimension)."""
+from coterie.routers.described import Description, FeatureRouter
 
 
 class CentroidWeights(NamedTuple):
@@ -49,76 +45,97 @@ def centroid_weights(
     Shapes: (N, D), (C, D) -> (N, C), (N,), (N, C). With one cluster, or equal cosines, the clusters share evenly.
     """
     cosines = torch.nn.functional.normalize(features, dim=-1) @ torch.nn.functional.normalize(centroids, dim=-1).T
-    spread = (
-        cosines.std(dim=-1, keepdim=True, correction=ddof) if cosines.shape[-1] > ddof else torch.zeros(len(cosines), 1)
-    )
-    centred = cosines - cosines.mean(dim=-1, keepdim=True)
-    standardised = torch.where(spread > 1e-7, centred / spread.clamp(min=1e-7), torch.zeros_like(centred))
     base = (1 - cosines.max(dim=-1).values).clamp(min=0)
-    return CentroidWeights(standardised.softmax(dim=-1), base, cosines)
+    return CentroidWeights(standardised(cosines, ddof=ddof).softmax(dim=-1), base, cosines)
 
 
-class GradientCentroidRouter:
-    """Routes a prompt by the cosine of its gradient feature to each cluster's centroid."""
+def standardised(values: Float[Tensor, "row expert"], *, ddof: int = 0) -> Float[Tensor, "row expert"]:
+    """Take every row's mean away and divide by its deviation; a row of equal values becomes zeros."""
+    centred = values - values.mean(dim=-1, keepdim=True)
+    if values.shape[-1] <= ddof:
+        return torch.zeros_like(values)
+    spread = values.std(dim=-1, keepdim=True, correction=ddof)
+    return torch.where(spread > 1e-7, centred / spread.clamp(min=1e-7), torch.zeros_like(centred))
 
-    kind = "gradient-centroids"
+
+def fold(features: Float[Tensor, "*rows dimension"], dimensions: int) -> Float[Tensor, "*rows folded"]:
+    """Add up every `dimensions`-th element: the projection to fewer dimensions that a projection already holds.
+
+    Sums of coordinates with independent random signs are such coordinates again, so inner products keep their mean;
+    their error grows as 1 / sqrt(dimensions).
+
+    Raises:
+        CoterieError: when the dimensions are not a divisor of the features'.
+    """
+    if dimensions < 2 or features.shape[-1] % dimensions:
+        raise CoterieError(f"d_proj={dimensions} must divide the {features.shape[-1]} dimensions of the features")
+    return features.unflatten(-1, (-1, dimensions)).sum(dim=-2)
+
+
+class CentroidRouter(FeatureRouter):
+    """Routes a prompt by the cosine of its feature to each cluster's centroid."""
 
     def __init__(
         self,
-        describe: Describe,
+        description: Description,
         centroids: Float[Tensor, "cluster dimension"],
         experts: Sequence[str],
         *,
         base: str = "base",
         centre: Float[Tensor, " dimension"] | None = None,
-        record: dict[str, Any] | None = None,
+        folded: int | None = None,
     ) -> None:
         """Store the centroids.
 
         Args:
-            describe: turns prompts into features.
+            description: turns prompts into features.
             centroids: one per expert in `experts`.
             experts: names of the clusters' experts.
             base: name of the expert that gets 1 - max cosine.
             centre: training mean, subtracted from every feature; None for none.
-            record: what `describe` was made from, for mixture.json.
+            folded: dimensions that features and centroids are folded to before they are compared; None for all.
 
         Raises:
             CoterieError: when names and centroids do not match.
         """
         if len(experts) != len(centroids):
             raise CoterieError(f"{len(centroids)} centroids do not fit the {len(experts)} experts {', '.join(experts)}")
-        self._describe = describe
-        self._record = record or {}
+        super().__init__(description, centre)
+        self.kind = f"{description.name}-centroids"
         self.centroids = centroids.float()
         self.experts = tuple(experts)
         self.base = base
-        self.centre = centre
+        self._folded = folded
 
-    def route(self, prompts: Sequence[TokenRow]) -> Routing:
-        """Weigh the experts for every prompt; axes (request, expert), base first."""
-        features = self._describe(prompts).float().cpu()
-        return self.route_features(features)
-
-    def route_features(self, features: Float[Tensor, "row dimension"]) -> Routing:
-        """Weigh the experts for prompts whose features are known."""
-        if self.centre is not None:
-            features = features - self.centre
-        found = centroid_weights(features, self.centroids)
+    def _weigh(self, features: Float[Tensor, "row dimension"]) -> Routing:
+        """Apply ELREA's eq. 9; the base stands first."""
+        centroids = self.centroids
+        if self._folded is not None:
+            features, centroids = fold(features, self._folded), fold(centroids, self._folded)
+        found = centroid_weights(features, centroids)
         weights = torch.cat([found.base[:, None], found.clusters], dim=1)
         similarities = dict(zip(self.experts, found.cosines.T, strict=True))
         return Routing((self.base, *self.experts), ("request", "expert"), weights, similarities)
 
+    def folded(self, dimensions: int) -> "CentroidRouter":
+        """Return the router that compares in fewer dimensions.
+
+        Raises:
+            CoterieError: when they do not divide the dimensions there are.
+        """
+        fold(self.centroids, dimensions)
+        return CentroidRouter(
+            self.description, self.centroids, self.experts, base=self.base, centre=self.centre, folded=dimensions
+        )
+
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the centroids, rows named by expert, and return the entry for mixture.json."""
         rows = {f"centroid.{name}": row for name, row in zip(self.experts, self.centroids, strict=True)}
-        if self.centre is not None:
-            rows["centre"] = self.centre
-        write_tensors(folder / "centroids.safetensors", rows)
-        return {"kind": self.kind, "experts": list(self.experts), "base": self.base, **self._record}
+        self._write(folder / "centroids.safetensors", rows)
+        return self._entry(experts=list(self.experts), base=self.base)
 
 
-def read_centroids(tensors: dict[str, Tensor], experts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+def read_centroids(tensors: Mapping[str, Tensor], experts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
     """Return centroids in the order of `experts`, and the centre if there is one.
 
     Raises:

@@ -8,13 +8,14 @@ import torch
 
 from coterie.data.batching import TokenRow
 from coterie.errors import CoterieError, unknown_name
-from coterie.routers.base import Routing
+from coterie.routers.base import PER_REQUEST, Routing
 
 
 class FixedRouter:
     """Gives every prompt the same weights."""
 
     kind = "fixed"
+    axes = PER_REQUEST
 
     def __init__(self, weights: dict[str, float]) -> None:
         """Store one weight per expert name.

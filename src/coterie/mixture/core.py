@@ -7,31 +7,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
-
-from coterie.artifacts import FORMAT, read_json, read_tensors, write_json, write_text
+from coterie.artifacts import FORMAT, write_json, write_text
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone, check_identity, identity_from, identity_record, load_backbone
 from coterie.combiners.base import Combiner
-from coterie.combiners.table import make_combiner
+from coterie.combiners.table import check_fit, make_combiner
+from coterie.combiners.texts import TextCombiner, majority
 from coterie.data.batching import PromptFormat, TokenRow
 from coterie.data.examples import Example, from_prompt, load_examples
 from coterie.engine.decoding import DecodingBatch, Token
 from coterie.errors import CoterieError, unknown_name
-from coterie.experts.bank import ExpertBank, check_names, load_bank
-from coterie.experts.training import load_checkpoint
-from coterie.features.gradient import GradientFeatures
+from coterie.experts.bank import ExpertBank, load_bank
+from coterie.mixture.loading import RouterParts, load_router, local_folder, read_mixture_record
 from coterie.routers.base import Router, Routing
-from coterie.routers.centroid import GradientCentroidRouter, read_centroids
 from coterie.routers.fixed import FixedRouter, one_hot, uniform
-from coterie.settings import FeatureSettings, ModelSettings, PlacementSettings, SamplingSettings
+from coterie.settings import ModelSettings, PlacementSettings, SamplingSettings
 
 Prompt = str | Example | Sequence[Mapping[str, str]]
 """A question, an example (its answer is not looked at), or a conversation as a list of {role, content}."""
 
-CARRIED = ("experts", "checkpoints", "router", "clusters.jsonl", "run.yaml", "metrics.jsonl")
-"""What a saved copy takes along from the folder that a mixture was loaded from."""
+CARRIED = ("experts", "checkpoints", "clusters.jsonl", "run.yaml", "metrics.jsonl")
+"""What a saved copy takes along from the folder that a mixture was loaded from; the router writes itself."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +84,14 @@ class Mixture:
     method: str
     folder: Path | None = field(default=None)
 
+    def __post_init__(self) -> None:
+        """Refuse a combiner that cannot read the router's weights.
+
+        Raises:
+            CoterieError: naming the combiners that can.
+        """
+        check_fit(self.router.kind, self.router.axes, self.combiner)
+
     @cached_property
     def layers(self) -> ExpertLayers:
         """The bank, stacked for the base model."""
@@ -133,28 +137,67 @@ class Mixture:
         settings = SamplingSettings(**sampling)
         rows = self.tokens(prompts)
         routing = self._route(rows, top_k_experts) if routing is None else routing
-        weights = self._weights(routing)
+        if isinstance(self.combiner, TextCombiner):
+            drawn = self._drawn(self.combiner, prompts, rows, routing, settings, batch_size)
+            return [answers[majority([a.text.strip() for a in answers], settings.seed)] for answers in drawn]
+        return self._completions(prompts, rows, routing, settings, batch_size)
+
+    def drawn(
+        self, prompts: Sequence[Prompt], *, batch_size: int = 8, routing: Routing | None = None, **sampling: Any
+    ) -> list[list[Completion]]:
+        """Return every prompt's sampled answers, which a `texts` combiner lets vote; arguments as for `generate`.
+
+        Raises:
+            CoterieError: for an empty prompt, or another combiner.
+        """
+        if not isinstance(self.combiner, TextCombiner):
+            raise CoterieError(f"combiner {self.combiner.kind!r} draws no answers that could vote; use texts")
+        rows = self.tokens(prompts)
+        routing = self._route(rows, None) if routing is None else routing
+        return self._drawn(self.combiner, prompts, rows, routing, SamplingSettings(**sampling), batch_size)
+
+    def _drawn(
+        self,
+        combiner: TextCombiner,
+        prompts: Sequence[Prompt],
+        rows: Sequence[TokenRow],
+        routing: Routing,
+        settings: SamplingSettings,
+        batch_size: int,
+    ) -> list[list[Completion]]:
+        samples = [self._completions(prompts, rows, routing, sample, batch_size) for sample in combiner.draws(settings)]
+        return [list(answers) for answers in zip(*samples, strict=True)]
+
+    def _completions(
+        self,
+        prompts: Sequence[Prompt],
+        rows: Sequence[TokenRow],
+        routing: Routing,
+        settings: SamplingSettings,
+        batch_size: int,
+    ) -> list[Completion]:
+        aligned = routing.aligned(self.bank.names)
         shares = routing.normalized()
         found: dict[int, list[Token]] = {}
         for start in range(0, len(rows), batch_size):
-            batch = slice(start, start + batch_size)
-            decoding = self._decoding(rows[batch], weights[batch], settings)
+            batch = range(start, min(start + batch_size, len(rows)))
+            decoding = self._decoding([rows[i] for i in batch], aligned.take(batch), settings)
             for token in decoding.run():
                 found.setdefault(start + token.request, []).append(token)
-        return [
-            _completion(as_example(prompt).instruction, found[number], shares.row(number))
-            for number, prompt in enumerate(prompts)
-        ]
+        questions = [as_example(prompt).instruction for prompt in prompts]
+        return [_completion(question, found[i], shares.row(i)) for i, question in enumerate(questions)]
 
     def stream(self, prompt: Prompt, *, top_k_experts: int | None = None, **sampling: Any) -> Iterator[Token]:  # noqa: ANN401
         """Answer one prompt, giving each token with its text as soon as it is certain.
 
         Raises:
-            CoterieError: for an empty prompt.
+            CoterieError: for an empty prompt, or a combiner that needs finished answers.
         """
+        if isinstance(self.combiner, TextCombiner):
+            raise CoterieError("combiner 'texts' lets finished answers vote, so it cannot stream; leave --stream out")
         rows = self.tokens([prompt])
-        weights = self._weights(self._route(rows, top_k_experts))
-        yield from self._decoding(rows, weights, SamplingSettings(**sampling)).run()
+        routing = self._route(rows, top_k_experts).aligned(self.bank.names)
+        yield from self._decoding(rows, routing, SamplingSettings(**sampling)).run()
 
     def replace(self, *, router: Router | str | None = None, combiner: Combiner | str | None = None) -> "Mixture":
         """Return another cell of the grid: another router or combiner on the same bank; nothing is trained.
@@ -186,14 +229,9 @@ class Mixture:
         routing = self.router.route(rows)
         return routing if top_k_experts is None else routing.top(top_k_experts)
 
-    def _weights(self, routing: Routing) -> Float[Tensor, "prompt expert"]:
-        return routing.for_experts(self.bank.names)
-
-    def _decoding(
-        self, rows: Sequence[TokenRow], weights: Float[Tensor, "prompt expert"], settings: SamplingSettings
-    ) -> DecodingBatch:
+    def _decoding(self, rows: Sequence[TokenRow], routing: Routing, settings: SamplingSettings) -> DecodingBatch:
         prompts = [row.ids for row in rows]
-        return DecodingBatch(self.backbone, self.layers, self.combiner, prompts, weights, settings)
+        return DecodingBatch(self.backbone, self.layers, self.combiner, prompts, routing, settings)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the mixture to a folder that `from_pretrained` loads.
@@ -206,6 +244,9 @@ class Mixture:
             raise CoterieError(f"{target} is not empty; choose another folder")
         if self.folder is None:
             raise CoterieError("this mixture was never written to a folder, so its experts' files do not exist")
+        lacking = [name for name in self.bank.names if not (self.folder / "experts" / name).is_dir()]
+        if lacking:
+            raise CoterieError(f"the expert {lacking[0]!r} has no files in {self.folder}/experts; save another mixture")
         target.mkdir(parents=True, exist_ok=True)
         for name in CARRIED:
             source = self.folder / name
@@ -261,7 +302,7 @@ class Mixture:
         Raises:
             CoterieError: when something is missing, broken, or made for another base model.
         """
-        folder = _local_folder(str(source))
+        folder = local_folder(str(source))
         record = read_mixture_record(folder)
         identity = identity_from(record["base_model"])
         model = ModelSettings(
@@ -271,7 +312,7 @@ class Mixture:
         check_identity(identity, backbone.identity, str(source))
         prompts = PromptFormat(backbone.tokenizer, record.get("system_prompt"))
         bank = load_bank({name: folder / "experts" / name for name in record["experts"]}, backbone.model)
-        router = load_router(record["router"], folder, backbone)
+        router = load_router(record["router"], RouterParts(folder / "router", folder, backbone, bank))
         return cls(backbone, bank, router, make_combiner(record["combiner"]["kind"]), prompts, record["method"], folder)
 
     def push_to_hub(self, repo_id: str, *, private: bool = True) -> str:
@@ -286,7 +327,7 @@ class Mixture:
             raise CoterieError("this mixture was never written to a folder, so there is nothing to upload")
         hub = HfApi()
         hub.create_repo(repo_id, private=private, exist_ok=True)
-        allowed = [f"{name}*" if "." in name else f"{name}/**" for name in CARRIED]
+        allowed = [f"{name}*" if "." in name else f"{name}/**" for name in (*CARRIED, "router")]
         info = hub.upload_folder(
             repo_id=repo_id, folder_path=self.folder, allow_patterns=[*allowed, "mixture.json", "README.md"]
         )
@@ -315,79 +356,3 @@ def _completion(prompt: str, tokens: Sequence[Token], weights: Mapping[str, floa
         finish_reason=tokens[-1].finish_reason or "length",
         weights=weights,
     )
-
-
-def _local_folder(source: str) -> Path:
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if source.count("/") != 1 or source.startswith((".", "/", "~")) or folder.parent.is_dir():
-        raise CoterieError(
-            f"there is no mixture folder {source}; make one with: coterie fit elrea --output {source} ..."
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.jsonl", "*.safetensors", "*.yaml", "*.md"]))
-    except Exception as error:  # the hub client raises many kinds; all of them mean that it cannot be had
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CoterieError(f"{source} is no folder and cannot be had from the hub ({first}); check the name") from error
-
-
-def read_mixture_record(folder: Path) -> dict[str, Any]:
-    """Read and check `mixture.json`.
-
-    Raises:
-        CoterieError: when it is missing, of another format, or lacks a field.
-    """
-    record = read_json(folder / "mixture.json")
-    if record.get("format") != FORMAT:
-        raise CoterieError(
-            f"{folder / 'mixture.json'} has format {record.get('format')!r}, not {FORMAT}; upgrade coterie or fit again"
-        )
-    shapes = {"method": str, "base_model": dict, "experts": list, "router": dict, "combiner": dict}
-    wrong = [name for name, kind in shapes.items() if not isinstance(record.get(name), kind)]
-    if wrong or "kind" not in record["combiner"]:
-        raise CoterieError(
-            f"{folder / 'mixture.json'} lacks a proper {(wrong or ['combiner kind'])[0]!r}; get the folder again"
-        )
-    check_names(record["experts"])
-    return record
-
-
-def load_router(record: Mapping[str, Any], folder: Path, backbone: Backbone) -> Router:
-    """Build a router from its entry in `mixture.json`.
-
-    Raises:
-        CoterieError: for an unknown kind, or missing or broken parts.
-    """
-    kinds = {FixedRouter.kind: _load_fixed, GradientCentroidRouter.kind: _load_gradient_centroids}
-    kind = str(record.get("kind"))
-    if kind not in kinds:
-        raise unknown_name("router", kind, kinds)
-    try:
-        return kinds[kind](record, folder, backbone)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CoterieError(
-            f"{folder / 'mixture.json'}: the entry of the router {kind!r} is broken ({error}); fit again"
-        ) from error
-
-
-def _load_fixed(record: Mapping[str, Any], folder: Path, backbone: Backbone) -> FixedRouter:
-    return FixedRouter({str(name): float(weight) for name, weight in record["weights"].items()})
-
-
-def _load_gradient_centroids(record: Mapping[str, Any], folder: Path, backbone: Backbone) -> GradientCentroidRouter:
-    check_names(record["checkpoints"])
-    checkpoints = [load_checkpoint(folder / "checkpoints" / name, backbone.model) for name in record["checkpoints"]]
-    features = GradientFeatures(backbone, checkpoints, FeatureSettings(**record["features"]), record["seed"])
-    centroids, centre = read_centroids(read_tensors(folder / "router" / "centroids.safetensors"), record["experts"])
-    extra = {key: record[key] for key in ("checkpoints", "features", "seed")}
-    return GradientCentroidRouter(
-        features, centroids, record["experts"], base=record["base"], centre=centre, record=extra
-    )
-
-
-def with_backbone_expert(bank: ExpertBank, name: str = "backbone") -> ExpertBank:
-    """Return the bank with one more expert that changes nothing: the base model itself."""
-    return bank.with_expert(name, {})

@@ -1,0 +1,89 @@
+"""Answers of methods to test rows, and their grades."""
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from tqdm.auto import tqdm
+
+from coterie.combiners.texts import TextCombiner, majority
+from coterie.data.examples import Example
+from coterie.errors import CoterieError
+from coterie.evaluation.code import code_tests, grade_code
+from coterie.evaluation.grading import Grade, checkable, grade
+from coterie.mixture import Completion, Mixture
+from coterie.routers.base import Routing
+from coterie.settings import SamplingSettings
+
+
+class Answers(NamedTuple):
+    """One method's answers to all rows, and the seconds they took (routing not included)."""
+
+    completions: list[Completion]
+    seconds: float
+
+
+class Task(NamedTuple):
+    """A test row: what is asked, which may hold solved examples, and the row as it stands in the data."""
+
+    asked: Example
+    row: Example
+
+
+def answer(
+    cell: Mixture, tasks: Sequence[Task], routing: Routing, label: str, batch_size: int, sampling: SamplingSettings
+) -> Answers:
+    """Let a method answer all tasks, those of similar length together."""
+    started = time.perf_counter()
+    order = sorted(range(len(tasks)), key=lambda i: len(tasks[i].asked.instruction))
+    found: dict[int, Completion] = {}
+    with tqdm(total=len(order), desc=f"answers of {label}", unit="prompt") as bar:
+        for start in range(0, len(order), batch_size):
+            numbers = order[start : start + batch_size]
+            found |= dict(zip(numbers, _batch(cell, tasks, routing, numbers, sampling), strict=True))
+            bar.update(len(numbers))
+    return Answers([found[i] for i in range(len(tasks))], time.perf_counter() - started)
+
+
+def _batch(
+    cell: Mixture, tasks: Sequence[Task], routing: Routing, numbers: Sequence[int], sampling: SamplingSettings
+) -> list[Completion]:
+    options: dict[str, Any] = {"batch_size": len(numbers), **sampling.model_dump()}
+    if not isinstance(cell.combiner, TextCombiner):
+        return cell.generate([tasks[i].asked for i in numbers], routing=routing.take(numbers), **options)
+    drawn = cell.drawn([tasks[i].asked for i in numbers], routing=routing.take(numbers), **options)
+    return [_elected(tasks[i].row, answers, sampling.seed) for i, answers in zip(numbers, drawn, strict=True)]
+
+
+def _elected(row: Example, answers: Sequence[Completion], seed: int) -> Completion:
+    """Let answers vote by what the grader reads in them; one in which it reads nothing votes by its whole text."""
+    readable = row.tests is None and checkable(row.answer)
+    readings = [_graded_text(answer.text, row).extracted if readable else None for answer in answers]
+    votes = [reading or answer.text.strip() for reading, answer in zip(readings, answers, strict=True)]
+    return answers[majority(votes, seed)]
+
+
+def _graded_text(text: str, row: Example) -> Grade:
+    assert row.answer is not None
+    return grade(text, row.answer, prompt=row.instruction, answers=row.answers)
+
+
+def graded(text: str, row: Example, *, run_code: bool) -> Grade | None:
+    """Grade an answer; None where the row has nothing to grade it by."""
+    if (tests := code_tests(row.tests)) is not None:
+        return grade_code(text, tests) if run_code else None
+    return _graded_text(text, row) if checkable(row.answer) else None
+
+
+def check_code_execution(rows: Sequence[Example], allowed: bool | None) -> None:
+    """Refuse to go on while it is not said whether code that a model writes may be run.
+
+    Raises:
+        CoterieError: when rows bring tests and `allowed` is None, or tests are not in the form that can be run.
+    """
+    count = sum(code_tests(row.tests) is not None for row in rows)
+    if count and allowed is None:
+        raise CoterieError(
+            f"{count} rows are graded by running the code that the methods write; add --allow-code-execution to run it "
+            "in a limited child process, or --no-allow-code-execution to leave them ungraded"
+        )

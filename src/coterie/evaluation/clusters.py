@@ -1,0 +1,114 @@
+"""What an evaluation tells of the run's clusters: who is in them, a map of the features, and how stable they are."""
+
+import itertools
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coterie.artifacts import read_json, read_jsonl, read_run_record, read_tensors
+from coterie.errors import CoterieError
+from coterie.experts.clustering import cluster
+from coterie.settings import ClusterSettings, ElreaSettings, checked
+
+MOST_POINTS = 2000
+SEEDS = (0, 1, 2)
+SHARE = 0.8  # of the rows that each seed's clusters are fitted on
+PCA_FIRST = 50  # dimensions that t-SNE starts from
+PERPLEXITY = 30
+
+
+def cluster_records(folder: Path | None) -> dict[str, Any]:
+    """Read how the training rows were clustered, where the mixture's folder tells."""
+    if folder is None or not (folder / "clusters.jsonl").exists():
+        return {"clusters": {}, "composition": {}, "clustering": {}}
+    rows = read_jsonl(folder / "clusters.jsonl")
+    return {
+        "clusters": _counts(rows, lambda row: str(row["source"] or "")),
+        "composition": _counts(rows, lambda row: f"{row['source'] or ''} / {row.get('category') or ''}"),
+        "clustering": read_json(folder / "mixture.json").get("clustering", {}),
+    }
+
+
+def _counts(rows: list[dict[str, Any]], key: Any) -> dict[str, dict[str, int]]:
+    counts: dict[str, Counter[str]] = {}
+    for row in rows:
+        counts.setdefault(str(row["cluster"]), Counter())[key(row)] += 1
+    return {name: dict(counts[name]) for name in sorted(counts, key=lambda name: (len(name), name))}
+
+
+def feature_map(folder: Path | None) -> dict[str, Any] | None:
+    """Lay the training rows' features out in the plane, with the clusters of several seeds (ELREA fig. 5).
+
+    Every seed's clusters are fitted on another 80% of the rows. None where the folder holds no features.
+    """
+    if folder is None or not (folder / "features" / "features.safetensors").exists():
+        return None
+    rows = read_jsonl(folder / "clusters.jsonl")
+    features = read_tensors(folder / "features" / "features.safetensors")["features"].numpy()
+    chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:MOST_POINTS])
+    features, rows = features[chosen], [rows[i] for i in chosen]
+    settings = _cluster_settings(folder, len(rows))
+    labels = _labels_by_seed(features, settings)
+    kind, places = _layout(features)
+    points = [
+        {
+            "x": round(float(x), 3),
+            "y": round(float(y), 3),
+            "source": str(row["source"] or ""),
+            "category": row.get("category"),
+            "clusters": [int(own[i]) for own in labels],
+        }
+        for i, ((x, y), row) in enumerate(zip(places, rows, strict=True))
+    ]
+    return {
+        "kind": kind,
+        "points": points,
+        "seeds": list(SEEDS[: len(labels)]),
+        "stability": _stability(labels),
+        "agreement": [_agreement(own, [str(row["source"]) for row in rows]) for own in labels],
+    }
+
+
+def _cluster_settings(folder: Path, count: int) -> ClusterSettings:
+    record = read_run_record(folder / "run.yaml")
+    settings = checked(ElreaSettings, record["settings"]).clustering
+    return settings.model_copy(update={"cluster_sample": max(settings.clusters, int(SHARE * count))})
+
+
+def _labels_by_seed(features: NDArray, settings: ClusterSettings) -> list[NDArray]:
+    labels = []
+    for seed in SEEDS:
+        try:
+            labels.append(np.array(cluster(features, settings, seed=seed).labels))
+        except CoterieError:  # so few or so equal rows that a part of them does not make as many clusters
+            continue
+    return labels
+
+
+def _layout(features: NDArray) -> tuple[str, NDArray]:
+    """Place rows in the plane by t-SNE of their unit features, or by PCA where there are too few for it."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    if len(unit) < 3 * 5:
+        return "PCA", PCA(2, random_state=0).fit_transform(unit)
+    first = PCA(min(PCA_FIRST, *unit.shape), random_state=0).fit_transform(unit)
+    perplexity = min(PERPLEXITY, (len(unit) - 1) / 3)
+    return "t-SNE", TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(first)
+
+
+def _stability(labels: list[NDArray]) -> float | None:
+    from sklearn.metrics import adjusted_rand_score
+
+    pairs = [adjusted_rand_score(one, other) for one, other in itertools.combinations(labels, 2)]
+    return float(np.mean(pairs)) if pairs else None
+
+
+def _agreement(labels: NDArray, sources: list[str]) -> float | None:
+    from sklearn.metrics import adjusted_rand_score
+
+    return float(adjusted_rand_score(sources, labels)) if len(set(sources)) > 1 else None

@@ -1,0 +1,109 @@
+"""Few-shot prompts: solved examples of the same task before the question, as many as fit.
+
+ELREA (arXiv 2502.00089) shows up to 3 examples of the same task for BIG-Bench Hard, in prompts of at most 1200 tokens,
+and 5 of the same subject for MMLU, in at most 1800; examples are dropped until the prompt fits. The paper does not
+print its template. Here one user turn holds each shot's question and answer and then the real question, all separated
+by blank lines.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from coterie.data.examples import Example, Message
+from coterie.errors import CoterieError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FewShot:
+    """An example whose last question has solved examples before it.
+
+    Attributes:
+        example: what to ask; its response and everything else are those of the original.
+        question: the original's instruction alone. Grade with this one: the options of a multiple choice are those it
+            lists, not those of the shots.
+        kept: number of shots in the prompt.
+        fits: whether the prompt is within the limit; only a prompt without any shots can be beyond it.
+    """
+
+    example: Example
+    question: str
+    kept: int
+    fits: bool
+
+
+def with_shots(
+    examples: Sequence[Example], shots: Sequence[Example], *, count: int, length: Callable[[Example], int], longest: int
+) -> list[FewShot]:
+    """Put up to `count` solved examples of the same source and category before every example's question.
+
+    An example's shots are the first ones in the order given, without the example itself: the same id or the same
+    instruction. Where the prompt is too long the last shot is dropped first, so that the shots left are the same first
+    ones in every prompt of a category. The counts are logged.
+
+    Args:
+        examples: What to ask, each within its own conversation.
+        shots: Solved examples, all with a response; of a conversation only the last question and answer are shown.
+        count: The most shots a prompt may get.
+        length: Measures the prompt of an example, in tokens.
+        longest: The most tokens a prompt with shots may have. An example that is longer by itself stays, without shots.
+
+    Raises:
+        CoterieError: `count` is negative, or a shot has no response.
+    """
+    if count < 0:
+        raise CoterieError(f"the number of shots cannot be {count}; give 0 or more")
+    by_task = _by_task(shots)
+    rows = []
+    for example in examples:
+        own = islice(_others(by_task.get(_task(example), []), example), count)
+        rows.append(_fitted(example, list(own), length, longest))
+    _log(rows, longest)
+    return rows
+
+
+def _task(example: Example) -> tuple[str | None, str | None]:
+    return example.source, example.category
+
+
+def _by_task(shots: Sequence[Example]) -> dict[tuple[str | None, str | None], list[Example]]:
+    result: dict[tuple[str | None, str | None], list[Example]] = {}
+    for shot in shots:
+        if shot.response is None:
+            raise CoterieError(f"the shot {shot.id} has no response; give solved examples only")
+        result.setdefault(_task(shot), []).append(shot)
+    return result
+
+
+def _others(shots: Sequence[Example], example: Example) -> Iterator[Example]:
+    return (shot for shot in shots if shot.id != example.id and shot.instruction != example.instruction)
+
+
+def _fitted(example: Example, shots: Sequence[Example], length: Callable[[Example], int], longest: int) -> FewShot:
+    """Keep the most shots with which the prompt fits; none where it never does."""
+    question = example.instruction
+    for kept in range(len(shots), -1, -1):
+        asked = _asked(example, shots[:kept])
+        if length(asked) <= longest:
+            return FewShot(asked, question, kept, True)
+    return FewShot(example, question, 0, False)
+
+
+def _asked(example: Example, shots: Sequence[Example]) -> Example:
+    """Return the example with the shots in its last user turn."""
+    parts = [part for shot in shots for part in (shot.instruction, shot.response or "")]
+    place = max(number for number, message in enumerate(example.messages) if message.role == "user")
+    messages = list(example.messages)
+    messages[place] = Message("user", "\n\n".join([*parts, example.instruction]))
+    return replace(example, messages=tuple(messages))
+
+
+def _log(rows: Sequence[FewShot], longest: int) -> None:
+    counts = sorted(Counter(row.kept for row in rows).items(), reverse=True)
+    logger.info("shots in a prompt: %s", ", ".join(f"{kept} in {number} rows" for kept, number in counts))
+    if too_long := sum(not row.fits for row in rows):
+        logger.warning("%d of %d prompts are longer than %d tokens even without shots", too_long, len(rows), longest)

@@ -1,0 +1,71 @@
+"""The likelihood of reference answers under a mixture, or under many weightings of its experts at once."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from coterie.combiners.base import RowPlan
+from coterie.combiners.logits import LogitCombiner
+from coterie.data.batching import TokenRow, by_length
+from coterie.engine.decoding import response_logprobs
+from coterie.mixture.core import Mixture
+from coterie.routers.base import Routing
+
+BATCH = 8
+Planner = Callable[[list[int]], tuple[RowPlan, list[Tensor]]]
+"""Plans the rows with these numbers, and the votes over the plan's rows that are wanted."""
+
+
+class Scores(NamedTuple):
+    """Mean negative log-likelihood per token of every reference under every vote, in nats, and its number of tokens."""
+
+    nll: Float[Tensor, "vote row"]
+    tokens: Float[Tensor, " row"]
+
+
+def score(mixture: Mixture, rows: Sequence[TokenRow], routing: Routing, label: str) -> Scores:
+    """Score references under the mixture's own combiner; one vote."""
+    aligned = routing.aligned(mixture.bank.names)
+
+    def plan(numbers: list[int]) -> tuple[RowPlan, list[Tensor]]:
+        made = mixture.combiner.plan(aligned.take(numbers))
+        return made, [made.votes]
+
+    return _score(mixture, rows, plan, votes=1, label=label)
+
+
+def score_votes(
+    mixture: Mixture, rows: Sequence[TokenRow], weights: Float[Tensor, "vote row expert"], label: str
+) -> Scores:
+    """Score references under many weightings of the bank's logits; one forward pass serves them all."""
+    combiner = LogitCombiner()
+
+    def plan(numbers: list[int]) -> tuple[RowPlan, list[Tensor]]:
+        own = weights[:, numbers]
+        made = combiner.plan(Routing(mixture.bank.names, ("request", "expert"), own.sum(dim=0)))
+        return made, [combiner.votes(made, vote) for vote in own]
+
+    return _score(mixture, rows, plan, votes=len(weights), label=label)
+
+
+def _score(mixture: Mixture, rows: Sequence[TokenRow], plan: Planner, *, votes: int, label: str) -> Scores:
+    nll, tokens = torch.zeros(votes, len(rows)), torch.zeros(len(rows))
+    with tqdm(total=len(rows), desc=f"likelihood of {label}", unit="row") as bar:
+        for numbers in by_length(rows, BATCH):
+            made, own_votes = plan(numbers)
+            texts = [(rows[i].ids, answer_positions(rows[i])) for i in numbers]
+            found = response_logprobs(mixture.backbone, mixture.layers, made, own_votes, texts)
+            for vote, logprobs in enumerate(found):
+                nll[vote, numbers] = torch.stack([-values.mean() for values in logprobs])
+            tokens[numbers] = torch.tensor([float(len(positions)) for _, positions in texts])
+            bar.update(len(numbers))
+    return Scores(nll, tokens)
+
+
+def answer_positions(row: TokenRow) -> list[int]:
+    """Return the positions of the final answer's tokens."""
+    return [place for place in range(row.prompt_length, len(row.ids)) if row.is_response[place]]

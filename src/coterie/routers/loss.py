@@ -1,0 +1,140 @@
+"""Routing by predicted loss: a ridge regression from a prompt's feature to how well each expert will do on it.
+
+Similar prompts are not what matters in the end, but which expert is good at a prompt; that can be learned from rows on
+which every expert was judged without having been trained on them.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from coterie.errors import CoterieError
+from coterie.routers.base import Routing
+from coterie.routers.described import Description, FeatureRouter
+from coterie.routers.judgement import Judgement
+
+FOLDS = 5
+PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)  # times the mean squared length of the features
+SHARPNESSES = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)  # per nat; 0 is uniform
+
+
+class Ridge(NamedTuple):
+    """A linear prediction from unit features: `unit @ weight.T + bias`, in nats relative to the experts' mean."""
+
+    weight: Float[Tensor, "expert dimension"]
+    bias: Float[Tensor, " expert"]
+
+
+class LossRouter(FeatureRouter):
+    """Gives expert e the weight softmax(-sharpness * predicted loss)_e."""
+
+    kind = "loss"
+
+    def __init__(
+        self,
+        description: Description,
+        ridge: Ridge,
+        experts: Sequence[str],
+        sharpness: float,
+        centre: Float[Tensor, " dimension"] | None = None,
+    ) -> None:
+        """Store the regression.
+
+        Args:
+            description: turns prompts into features.
+            ridge: predicts the loss of each of `experts`.
+            experts: names.
+            sharpness: how strongly weights follow predictions, per nat.
+            centre: training mean, subtracted from every feature; None for none.
+
+        Raises:
+            CoterieError: when names and predictions do not match.
+        """
+        if len(experts) != len(ridge.bias):
+            raise CoterieError(f"{len(ridge.bias)} predictions do not fit the {len(experts)} experts")
+        super().__init__(description, centre)
+        self.ridge = ridge
+        self.experts = tuple(experts)
+        self.sharpness = sharpness
+
+    def _weigh(self, features: Float[Tensor, "row dimension"]) -> Routing:
+        """Weigh by predicted losses; similarities are those, negated."""
+        predicted = predict(self.ridge, features)
+        similarities = dict(zip(self.experts, -predicted.T, strict=True))
+        return Routing(self.experts, ("request", "expert"), weigh(predicted, self.sharpness), similarities)
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write the regression and return the entry for mixture.json."""
+        self._write(folder / "loss.safetensors", {"weight": self.ridge.weight, "bias": self.ridge.bias})
+        return self._entry(experts=list(self.experts), sharpness=self.sharpness)
+
+
+def predict(ridge: Ridge, features: Float[Tensor, "row dimension"]) -> Float[Tensor, "row expert"]:
+    """Predict every expert's loss relative to the experts' mean, in nats a token."""
+    return torch.nn.functional.normalize(features, dim=-1) @ ridge.weight.T + ridge.bias
+
+
+def weigh(predicted: Float[Tensor, "row expert"], sharpness: float) -> Float[Tensor, "row expert"]:
+    """Turn predicted losses into weights that sum to 1."""
+    return (-sharpness * predicted).softmax(dim=-1)
+
+
+class Fitted(NamedTuple):
+    """A regression with what was chosen for it by cross-validation, and the loss it is estimated to reach."""
+
+    ridge: Ridge
+    penalty: float
+    sharpness: float
+    expected_nll: float
+
+
+def fit_loss_router(features: Float[Tensor, "row dimension"], judgement: Judgement, *, seed: int = 0) -> Fitted:
+    """Fit the regression; its penalty and the weights' sharpness minimise the estimated loss of the mixture.
+
+    Every row's estimate uses predictions of regressions that did not see it (5 folds); rows weigh by their tokens, as
+    in every mean NLL here.
+    """
+    unit = torch.nn.functional.normalize(features.double(), dim=-1)
+    target = judgement.nll.double() - judgement.nll.double().mean(dim=1, keepdim=True)
+    tokens = judgement.tokens.double()
+    scale = float(unit.sub(unit.mean(dim=0)).square().sum(dim=1).mean())
+    best = None
+    for penalty in PENALTIES:
+        predicted = _out_of_fold(unit, target, tokens, penalty * scale, seed)
+        for sharpness in SHARPNESSES:
+            nll = judgement.mixture_nll(weigh(predicted, sharpness).to(judgement.nll.dtype)).double()
+            expected = float((nll * tokens).sum() / tokens.sum())
+            if best is None or expected < best[0]:
+                best = (expected, penalty, sharpness)
+    assert best is not None  # the tables above are not empty
+    expected, penalty, sharpness = best
+    return Fitted(_ridge(unit, target, tokens, penalty * scale), penalty, sharpness, expected)
+
+
+def _ridge(unit: Tensor, target: Tensor, tokens: Tensor, penalty: float) -> Ridge:
+    """Solve in the dual: there are fewer rows than dimensions; intercepts are not penalised."""
+    shares = tokens / tokens.mean()
+    centre = (shares[:, None] * unit).mean(dim=0)
+    level = (shares[:, None] * target).mean(dim=0)
+    roots = shares.sqrt()[:, None]
+    rows, wanted = roots * (unit - centre), roots * (target - level)
+    gram = rows @ rows.T + penalty * torch.eye(len(rows), dtype=rows.dtype)
+    weight = (rows.T @ torch.linalg.solve(gram, wanted)).T
+    return Ridge(weight.float(), (level - weight @ centre).float())
+
+
+def _out_of_fold(unit: Tensor, target: Tensor, tokens: Tensor, penalty: float, seed: int) -> Tensor:
+    """Predict every row by a regression on the other folds."""
+    fold = torch.randperm(len(unit), generator=torch.Generator().manual_seed(seed)) % min(FOLDS, len(unit))
+    predicted = torch.zeros_like(target)
+    for number in fold.unique():
+        own, others = fold == number, fold != number
+        if bool(others.any()):
+            predicted[own] = predict(
+                _ridge(unit[others], target[others], tokens[others], penalty), unit[own].float()
+            ).double()
+    return predicted

@@ -1,0 +1,200 @@
+"""An evaluation measures what each method would measure alone, and its records tell what it did."""
+
+import json
+
+import pytest
+import torch
+
+import tiny
+from conftest import GRID, write_rows
+from coterie import evaluate
+from coterie.combiners.texts import majority
+from coterie.combiners.weights import WeightCombiner
+from coterie.data.examples import load_examples
+from coterie.errors import CoterieError
+from coterie.evaluation.answers import Task, answer
+from coterie.evaluation.clusters import cluster_records, feature_map
+from coterie.evaluation.routed import SharedRouting, score_methods
+from coterie.methods import METHODS
+from coterie.mixture import Mixture
+from coterie.mixture.scoring import score
+from coterie.routers.base import Routing
+from coterie.settings import SamplingSettings
+
+EXAMPLES = load_examples(tiny.make_rows(9, seed=21))
+NAMES = [*METHODS, "elrea:top_k=1", "elrea:d_proj=64"]
+SETTINGS = {**GRID.model_dump(), "max_new_tokens": 5, "resamples": 100}
+
+
+@pytest.fixture(scope="module")
+def result(grid_folder):
+    return evaluate(Mixture.from_pretrained(grid_folder, device="cpu"), EXAMPLES, methods=NAMES, **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def scored(bench):
+    rows = [bench.own.prompts.row(example) for example in EXAMPLES]
+    return rows, score_methods(bench, rows, NAMES)
+
+
+def test_every_method_of_the_table_is_in_the_records(result):
+    assert result.summary["methods"] == NAMES
+    assert {row["method"] for row in result.summary["table"]} == set(NAMES)
+    assert all(set(row["methods"]) == set(NAMES) for row in result.rows)
+    json.dumps([result.summary, result.rows], allow_nan=False)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("self-consistency", "oracle")])
+def test_scores_of_the_shared_pass_are_those_of_a_method_alone(bench, scored, name):
+    rows, found = scored
+    cell = bench.cell(name)
+    routing = cell.router.route([row.prompt() for row in rows])
+    alone = score(cell, rows, routing, name)
+    torch.testing.assert_close(found.nll[name], alone.nll[0], rtol=1e-3, atol=1e-4)
+    assert torch.equal(found.tokens, alone.tokens)
+
+
+def test_the_oracle_has_the_smallest_loss_of_the_fitted_experts_in_every_row(bench, scored):
+    rows, found = scored
+    alone = torch.stack(
+        [
+            score(cell, rows, cell.router.route(rows), name).nll[0]
+            for name in bench.fitted
+            for cell in [single(bench, name)]
+        ]
+    )
+    torch.testing.assert_close(found.expert_nll.T, alone, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.nll["oracle"], alone.min(dim=0).values, rtol=1e-3, atol=1e-4)
+    chosen = found.routed["oracle"].routing.weights.argmax(dim=1)
+    assert torch.equal(chosen, found.expert_nll.argmin(dim=1))
+
+
+def single(bench, name):
+    return bench.mixture.replace(router=name, combiner="logits")
+
+
+def test_prompts_are_described_once_for_all_routers_of_one_description(bench):
+    counted = []
+    description = bench.own.router.description
+    original = description.describe
+    object.__setattr__(description, "describe", lambda rows: counted.append(len(rows)) or original(rows))
+    try:
+        shared = SharedRouting(bench.own.tokens(["add 3 4", "SPELL AB NOW"]))
+        for name in ("elrea", "elrea:top_k=1", "elrea:d_proj=64", "moe-routing"):
+            shared(bench.cell(name).router)
+        assert counted == [2]
+    finally:
+        object.__setattr__(description, "describe", original)
+
+
+def test_answers_are_those_that_the_method_gives_by_itself(bench, result):
+    for name in ("elrea", "mole", "moe-merging", "per-dataset"):
+        alone = bench.cell(name).generate(EXAMPLES, max_new_tokens=5)
+        assert [row["methods"][name]["text"] for row in result.rows] == [given.text for given in alone]
+
+
+def test_self_consistency_answers_by_what_most_samples_are_read_as(bench, monkeypatch):
+    """Five samples: two are read as 7, two as 12, one as nothing that reads; the tie falls by the seed."""
+    cell = bench.cell("self-consistency")
+    texts = ["The answer is 7.", "so \\boxed{12}", "7", "12", "I do not know"]
+    drawn = cell.drawn([EXAMPLES[0]], max_new_tokens=2)[0]
+    fake = [type(given)(**{**given.__dict__, "text": text}) for given, text in zip(drawn, texts, strict=True)]
+    monkeypatch.setattr(Mixture, "drawn", lambda self, prompts, **options: [list(fake) for _ in prompts])
+    tasks = [Task(EXAMPLES[0], EXAMPLES[0])]
+    routing = cell.router.route(bench.own.tokens([EXAMPLES[0]]))
+    chosen = {
+        answer(cell, tasks, routing, "x", 8, SamplingSettings(seed=seed)).completions[0].text for seed in range(20)
+    }
+    assert chosen == {"The answer is 7.", "so \\boxed{12}"}
+    fake[1] = type(fake[1])(**{**fake[1].__dict__, "text": "who knows"})
+    assert answer(cell, tasks, routing, "x", 8, SamplingSettings()).completions[0].text == "The answer is 7."
+
+
+def test_the_majority_wins_and_ties_fall_evenly_and_by_seed():
+    assert majority(["b", "a", "a", "c"]) == 1
+    found = [majority(["a", "b", "b", "a", "c"], seed) for seed in range(200)]
+    assert found == [majority(["a", "b", "b", "a", "c"], seed) for seed in range(200)]
+    assert set(found) == {0, 1} and 60 < found.count(0) < 140
+    with pytest.raises(ValueError, match="no vote was cast"):
+        majority([])
+
+
+def test_methods_that_only_answer_have_no_likelihood(result):
+    entries = [row["methods"]["self-consistency"] for row in result.rows]
+    assert all(entry["nll"] is None and entry["tokens"] == 0 and entry["text"] is not None for entry in entries)
+
+
+def test_the_error_of_the_merge_is_recorded(bench, result, scored):
+    weights = scored[1].routed["moe-merging"].routing.for_experts(bench.mixture.bank.names)
+    cell = bench.cell("moe-merging")
+    assert isinstance(cell.combiner, WeightCombiner)
+    errors = [cell.layers.merge_error(tuple(row), "factors") for row in weights.tolist()]
+    assert result.summary["merge_error"] == {"moe-merging": pytest.approx(sum(errors) / len(errors))}
+
+
+def test_memory_counts_the_base_the_experts_that_run_and_the_cache_of_their_rows(bench, result):
+    memory, model = result.summary["memory"], bench.mixture.backbone.model
+    base = 4 * sum(parameter.numel() for parameter in model.parameters())
+    adapter = 4 * sum(pair.down.numel() + pair.up.numel() for pair in bench.own.bank.adapters[0].values())
+    rows = [bench.own.prompts.row(example) for example in EXAMPLES]
+    cache = 4 * 2 * tiny.LAYERS * 2 * (tiny.WIDTH // 4) * sum(len(row.ids) for row in rows) / len(rows)
+    assert memory["backbone"] == round(base + cache)
+    assert memory["base"] == round(base + adapter + cache)
+    assert memory["uniform-weights"] == round(base + 4 * adapter + 4 * cache)
+    assert memory["moe-routing"] == round(base + 4 * adapter + cache)
+
+
+def test_weights_are_averaged_over_the_rows_of_a_source(result):
+    for source, means in result.summary["routing"].items():
+        rows = [row["weights"] for row in result.rows if row["source"] == source]
+        assert means == pytest.approx({name: sum(row[name] for row in rows) / len(rows) for name in means})
+
+
+def test_the_map_has_a_point_a_row_and_the_clusters_of_several_seeds(grid_folder):
+    found = feature_map(grid_folder)
+    assert found["kind"] == "t-SNE" and found["seeds"] == [0, 1, 2]
+    assert len(found["points"]) == 36
+    assert all(len(point["clusters"]) == 3 for point in found["points"])
+    assert found["stability"] == pytest.approx(1) and found["agreement"] == pytest.approx([1, 1, 1])
+    assert cluster_records(grid_folder)["composition"]["cluster-0"] == {"sum / ": 12}
+
+
+def test_without_a_folder_there_is_no_map():
+    assert feature_map(None) is None
+    assert cluster_records(None) == {"clusters": {}, "composition": {}, "clustering": {}}
+
+
+def test_rows_with_tests_need_a_word_about_running_code(mixture):
+    rows = [{**tiny.make_rows(1)[0], "tests": {"entry_point": "f", "test_list": ["assert f() == 1"]}}]
+    with pytest.raises(CoterieError, match="1 rows are graded by running the code that the methods write; add --allow"):
+        evaluate(mixture, load_examples(rows), methods=["base"])
+    found = evaluate(mixture, load_examples(rows), methods=["base"], allow_code_execution=False, max_new_tokens=3)
+    assert found.rows[0]["methods"]["base"]["correct"] is None
+
+
+def test_solved_examples_stand_before_every_question(mixture, tmp_path):
+    shots = write_rows(tmp_path / "shots.jsonl", tiny.make_rows(6, seed=50))
+    plain = evaluate(mixture, EXAMPLES[:3], methods=["base"], generate=False)
+    found = evaluate(mixture, EXAMPLES[:3], methods=["base"], generate=False, shots=[str(shots)], shot_count=1)
+    assert [row["prompt"] for row in found.rows] == [row["prompt"] for row in plain.rows]
+    assert [row["methods"]["base"]["nll"] for row in found.rows] != [
+        row["methods"]["base"]["nll"] for row in plain.rows
+    ]
+    assert "1.0 on average" in found.summary["notes"][0]
+    none = evaluate(
+        mixture, EXAMPLES[:3], methods=["base"], generate=False, shots=[str(shots)], shot_count=1, longest_prompt=8
+    )
+    assert "3 rows have none" in none.summary["notes"][0]
+    assert [row["methods"]["base"]["nll"] for row in none.rows] == [row["methods"]["base"]["nll"] for row in plain.rows]
+
+
+def test_a_setting_that_does_not_exist_is_told(mixture):
+    with pytest.raises(CoterieError, match="no setting is called 'max_token'. Did you mean 'max_new_tokens'"):
+        evaluate(mixture, EXAMPLES, max_token=3)
+
+
+def test_a_routing_keeps_its_gates_when_requests_are_taken(bench):
+    routing = bench.router("gates").route(bench.own.tokens(["add 3 4", "SPELL AB NOW"]))
+    assert routing.take([1]).gates is routing.gates
+    assert isinstance(routing, Routing)
+    torch.testing.assert_close(routing.weights.sum(dim=1), torch.ones(2))

@@ -1,0 +1,234 @@
+"""Routers that are fitted to what experts are good at find it where it is there to be found."""
+
+import pytest
+import torch
+
+from coterie.data.batching import TokenRow
+from coterie.errors import CoterieError
+from coterie.mixture.loading import RouterParts, load_router
+from coterie.routers.centroid import CentroidRouter, fold
+from coterie.routers.derived import DerivedRouter
+from coterie.routers.described import Description
+from coterie.routers.fixed import FixedRouter
+from coterie.routers.gate import read_gates
+from coterie.routers.judgement import Judgement
+from coterie.routers.loss import LossRouter, Ridge, fit_loss_router, predict, weigh
+from coterie.routers.oracle import OracleRouter
+from coterie.routers.performance import PerformanceRouter, make_pilots
+from coterie.routers.source import SourceRouter
+
+EXPERTS = ("base", "law", "maths")
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def described(features: torch.Tensor) -> Description:
+    return Description("gradient", lambda rows: features[: len(rows)], {})
+
+
+def judgement(nll: torch.Tensor, gap: float = 0.0, tokens: torch.Tensor | None = None) -> Judgement:
+    """Losses of single experts, and even pairs that lie `gap` below the mean of the two."""
+    pairs = (nll[:, :, None] + nll[:, None, :]) / 2 - gap * (1 - torch.eye(nll.shape[1]))
+    return Judgement(EXPERTS, nll, pairs, torch.ones(len(nll)) if tokens is None else tokens)
+
+
+# --------------------------------------------------------------------------------------------------- the judgement
+
+
+def log_linear(logits: torch.Tensor, weights: torch.Tensor, target: int) -> float:
+    """The loss of one token under summed logits, (expert, vocabulary)."""
+    return float(-(weights @ logits).log_softmax(-1)[target])
+
+
+def test_the_estimated_loss_is_exact_for_one_expert_and_for_an_even_pair():
+    logits = normal(3, 11, seed=1)
+    eye = torch.eye(3)
+    pairs = torch.tensor([[[log_linear(logits, (a + b) / 2, 4) for b in eye] for a in eye]])
+    found = Judgement(EXPERTS, pairs.diagonal(dim1=1, dim2=2), pairs, torch.ones(1))
+    for weights in [*eye, (eye[0] + eye[1]) / 2, (eye[1] + eye[2]) / 2]:
+        assert float(found.mixture_nll(weights[None])) == pytest.approx(log_linear(logits, weights, 4), abs=1e-5)
+
+
+def test_the_estimated_loss_of_other_mixtures_errs_in_the_third_order_only():
+    """Experts that lie ten times closer together make the error of the estimate about a thousand times smaller."""
+    weights, eye = torch.tensor([[0.5, 0.2, 0.3]]), torch.eye(3, dtype=torch.float64)
+    errors = []
+    for distance in (0.5, 0.05):
+        logits = (normal(1, 11, seed=2) + distance * normal(3, 11, seed=3)).double()
+        pairs = torch.tensor([[[log_linear(logits, (a + b) / 2, 4) for b in eye] for a in eye]], dtype=torch.float64)
+        found = Judgement(EXPERTS, pairs.diagonal(dim1=1, dim2=2), pairs, torch.ones(1))
+        errors.append(abs(float(found.mixture_nll(weights.double())) - log_linear(logits, weights[0].double(), 4)))
+    assert errors[1] < errors[0] / 300
+
+
+def test_the_best_single_expert_is_best_per_token_not_per_row():
+    nll = torch.tensor([[1.0, 0.0, 5.0], [1.0, 2.0, 5.0]])
+    assert judgement(nll, tokens=torch.tensor([3.0, 1.0])).best_single() == "law"
+    assert judgement(nll, tokens=torch.tensor([1.0, 3.0])).best_single() == "base"
+
+
+# ------------------------------------------------------------------------------------------------ predicted losses
+
+
+def separable(count: int = 60, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features whose first element says which of two experts is better by half a nat; the base is in between."""
+    features = normal(count, 16, seed=seed)
+    side = features[:, 0].sign()
+    nll = 2.0 + normal(count, 1, seed=seed + 1).abs() + torch.stack([0 * side, 0.25 * side, -0.25 * side], dim=1)
+    return features, nll
+
+
+def test_a_loss_router_learns_which_expert_is_good_at_what():
+    features, nll = separable()
+    fitted = fit_loss_router(features, judgement(nll))
+    router = LossRouter(described(features), fitted.ridge, EXPERTS, fitted.sharpness)
+    fresh, wanted = separable(200, seed=7)
+    found = router.route_features(fresh)
+    right = found.weights.argmax(dim=1) == wanted.argmin(dim=1)
+    assert float(right.float().mean()) > 0.8  # 0.5 by chance between the two
+    expected = judgement(wanted).mixture_nll(found.weights).mean()
+    uniform = wanted.mean()
+    oracle = wanted.min(dim=1).values.mean()
+    assert float((uniform - expected) / (uniform - oracle)) > 0.5
+
+
+def test_where_nothing_can_be_predicted_the_best_fixed_weights_are_found():
+    """One expert is better everywhere by 0.3, whatever the prompt: noise must not move the weights off it."""
+    features = normal(80, 16, seed=3)
+    nll = 2.0 + normal(80, 1, seed=4).abs() + 0.05 * normal(80, 3, seed=5) + torch.tensor([0.3, 0.0, 0.3])
+    fitted = fit_loss_router(features, judgement(nll))
+    weights = weigh(predict(fitted.ridge, normal(50, 16, seed=6)), fitted.sharpness)
+    assert float(weights[:, 1].min()) > 0.9
+
+
+def test_experts_that_gain_by_being_mixed_are_mixed():
+    """All equally good, and every even pair 0.2 better than its halves: the uniform mixture is the best there is."""
+    fitted = fit_loss_router(normal(40, 8), judgement(torch.full((40, 3), 2.0), gap=0.2))
+    weights = weigh(predict(fitted.ridge, normal(10, 8, seed=1)), fitted.sharpness)
+    torch.testing.assert_close(weights, torch.full((10, 3), 1 / 3), atol=1e-3, rtol=0)
+
+
+def test_the_regression_is_the_one_that_minimises_the_penalised_squares():
+    """Against the primal normal equations with an intercept, in float64."""
+    from coterie.routers.loss import _ridge
+
+    unit = torch.nn.functional.normalize(normal(30, 5).double(), dim=-1)
+    target, tokens, penalty = normal(30, 3, seed=1).double(), normal(30, seed=2).double().abs() + 0.5, 0.7
+    shares = (tokens / tokens.mean())[:, None]
+    centre, level = (shares * unit).mean(0), (shares * target).mean(0)
+    rows, wanted = shares.sqrt() * (unit - centre), shares.sqrt() * (target - level)
+    weight = torch.linalg.solve(rows.T @ rows + penalty * torch.eye(5).double(), rows.T @ wanted).T
+    found = _ridge(unit, target, tokens, penalty)
+    torch.testing.assert_close(found.weight, weight.float())
+    torch.testing.assert_close(found.bias, (level - weight @ centre).float())
+
+
+def test_permuting_experts_permutes_their_predicted_losses():
+    features, nll = separable()
+    order = [2, 0, 1]
+    one = fit_loss_router(features, judgement(nll))
+    other = fit_loss_router(features, judgement(nll[:, order]))
+    torch.testing.assert_close(other.ridge.weight, one.ridge.weight[order])
+    assert other.sharpness == one.sharpness
+
+
+def test_predictions_and_names_must_match():
+    with pytest.raises(CoterieError, match="3 predictions do not fit the 2 experts"):
+        LossRouter(described(normal(1, 2)), Ridge(torch.zeros(3, 2), torch.zeros(3)), ["a", "b"], 1.0)
+
+
+# ------------------------------------------------------------------------------------------- performance centroids
+
+
+def test_pilots_are_the_mean_unit_features_of_one_source_and_one_best_expert():
+    features = torch.tensor([[3.0, 0.0], [0.0, 2.0], [5.0, 0.0], [0.0, 1.0]])
+    nll = torch.tensor([[2.0, 1.0, 3.0], [2.0, 1.0, 3.0], [0.5, 1.0, 3.0], [2.0, 1.0, 3.0]])
+    pilots = make_pilots(features, judgement(nll), ["a", "a", "a", "b"])
+    assert set(pilots) == {"base", "law"}
+    assert pilots["base"].tolist() == [[1.0, 0.0]]
+    assert pilots["law"].tolist() == [[0.5, 0.5], [0.0, 1.0]]
+
+
+def test_a_prompt_goes_to_the_expert_whose_pilots_are_nearest_on_average():
+    """Mean cosines of (1, 0): a has (1 + 0) / 2, b has 0.6; standardised over both -1 and 1, softmax 1 / (1 + e^2)."""
+    pilots = {"a": torch.tensor([[2.0, 0.0], [0.0, 1.0]]), "b": torch.tensor([[3.0, 4.0]])}
+    found = PerformanceRouter(described(normal(1, 2)), pilots).route_features(torch.tensor([[1.0, 0.0]]))
+    assert found.row(0) == pytest.approx({"a": 0.11920292, "b": 0.88079708})
+    assert [float(found.similarities[name][0]) for name in "ab"] == pytest.approx([0.5, 0.6])
+
+
+def test_the_centre_is_taken_off_before_features_are_compared():
+    centre = torch.tensor([5.0, -1.0])
+    pilots = {"a": torch.eye(2)[:1], "b": torch.eye(2)[1:]}
+    plain = PerformanceRouter(described(normal(1, 2)), pilots)
+    centred = PerformanceRouter(described(normal(1, 2)), pilots, centre)
+    features = normal(4, 2)
+    assert torch.allclose(centred.route_features(features + centre).weights, plain.route_features(features).weights)
+
+
+def test_no_pilots_are_refused():
+    with pytest.raises(CoterieError, match="at least one expert with rows it is best on"):
+        PerformanceRouter(described(normal(1, 2)), {})
+
+
+# ------------------------------------------------------------------------------------------------- smaller routers
+
+
+def test_folded_features_keep_inner_products_on_average_and_folding_is_linear():
+    signs = normal(400, 4096, seed=9).sign()
+    x, y = normal(4096, seed=1), normal(4096, seed=2)
+    x, y = x / x.norm(), 0.6 * x / x.norm() + 0.8 * y / y.norm()
+    found = (fold(signs * x, 64) * fold(signs * y, 64)).sum(dim=1)
+    assert float(found.mean()) == pytest.approx(float(x @ y), abs=3 * float(found.std()) / 20)
+    assert 0.5 / 8 < float(found.std()) < 2 / 8  # the error grows as 1 / sqrt(64)
+    torch.testing.assert_close(fold(x + 2 * y, 64), fold(x, 64) + 2 * fold(y, 64))
+    with pytest.raises(CoterieError, match="d_proj=100 must divide the 4096 dimensions"):
+        fold(x, 100)
+
+
+def test_a_folded_router_compares_folded_features_with_folded_centroids():
+    centroids, features = normal(3, 64), normal(5, 64, seed=1)
+    whole = CentroidRouter(described(features), centroids, ["a", "b", "c"])
+    small = CentroidRouter(described(features), fold(centroids, 8), ["a", "b", "c"])
+    found = whole.folded(8).route_features(features)
+    torch.testing.assert_close(found.weights, small.route_features(fold(features, 8)).weights)
+    torch.testing.assert_close(
+        whole.folded(64).route_features(features).weights, whole.route_features(features).weights
+    )
+
+
+def test_derived_weights_are_the_largest_scaled_to_one():
+    router = DerivedRouter(FixedRouter({"a": 1.0, "b": 3.0, "c": 2.0}), top_k=2, normalised=True)
+    prompt = TokenRow((1,), 1, (False,), (True,))
+    assert router.route([prompt]).row(0) == pytest.approx({"a": 0.0, "b": 0.6, "c": 0.4})
+
+
+def test_the_oracle_takes_the_smallest_loss_and_answers_no_prompt():
+    oracle = OracleRouter(["a", "b"])
+    assert oracle.choose(torch.tensor([[1.0, 2.0], [3.0, 0.5]])).weights.tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    with pytest.raises(CoterieError, match="exists in `coterie eval` only"):
+        oracle.route([])
+
+
+def test_a_prompt_goes_to_the_expert_of_its_own_data_set():
+    router = SourceRouter({"gsm8k": "dataset-gsm8k", "law/uk": "dataset-law-uk"})
+    rows = [TokenRow((1,), 1, (False,), (True,), source) for source in ("law/uk", "gsm8k")]
+    assert router.route(rows).row(0) == {"dataset-gsm8k": 0.0, "dataset-law-uk": 1.0}
+    assert router.route(rows).row(1) == {"dataset-gsm8k": 1.0, "dataset-law-uk": 0.0}
+    with pytest.raises(CoterieError, match="at least one source"):
+        SourceRouter({})
+
+
+@pytest.mark.parametrize("gate", [torch.zeros(3, 4), torch.zeros(4), torch.full((2, 4), torch.nan)], ids=str)
+def test_a_broken_gate_is_told_by_its_layer(gate):
+    with pytest.raises(
+        CoterieError, match="the gate of model.x is .* for 2 experts or holds NaN; train the gates again"
+    ):
+        read_gates({"model.x": gate}, ["a", "b"])
+
+
+def test_a_router_of_an_unknown_kind_is_told(mixture, tmp_path):
+    with pytest.raises(CoterieError, match="no router is called 'los'. Did you mean 'loss'"):
+        load_router({"kind": "los"}, RouterParts(tmp_path, tmp_path, mixture.backbone, mixture.bank))

@@ -1,0 +1,180 @@
+"""Every router with every combiner, from one bank: each cell works and obeys the laws, or says what would fit."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from coterie.combiners.table import COMBINERS, make_combiner
+from coterie.data.batching import TokenRow
+from coterie.data.examples import load_examples
+from coterie.engine.decoding import response_logprobs
+from coterie.errors import CoterieError
+from coterie.mixture import Mixture
+from coterie.mixture.loading import ROUTERS
+from coterie.routers.derived import DerivedRouter
+from coterie.routers.fixed import uniform
+
+QUESTIONS = load_examples(tiny.make_rows(4, seed=11))
+TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def routers(bench):
+    """One router of every kind that mixture.json knows, on the common bank."""
+    made = [
+        uniform(bench.fitted),
+        bench.own.router,
+        bench.router("embedding-clusters"),
+        bench.router("performance"),
+        bench.router("loss"),
+        bench.router("gates"),
+        bench.router("datasets"),
+        DerivedRouter(bench.own.router, top_k=2, normalised=True),
+    ]
+    return {router.kind: router for router in made}
+
+
+def test_the_suite_has_every_router(routers):
+    assert set(routers) == set(ROUTERS)
+
+
+def fits(router, combiner: str) -> bool:
+    return router.axes <= make_combiner(combiner).axes
+
+
+CELLS = [(router, combiner) for router in ROUTERS for combiner in COMBINERS]
+
+
+@pytest.mark.parametrize(("router", "combiner"), CELLS)
+def test_every_cell_answers_alike_alone_and_together_or_names_what_fits(bench, routers, router, combiner):
+    if not fits(routers[router], combiner):
+        with pytest.raises(
+            CoterieError, match=f"combiner '{combiner}' reads weights by expert, request, .* use layers"
+        ):
+            bench.mixture.replace(router=routers[router], combiner=combiner)
+        return
+    cell = bench.mixture.replace(router=routers[router], combiner=combiner)
+    together = cell.generate(QUESTIONS, max_new_tokens=TOKENS, batch_size=3)
+    alone = [cell.generate([question], max_new_tokens=TOKENS)[0] for question in QUESTIONS]
+    assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), rtol=1e-3, atol=1e-4)
+        assert sum(one.weights.values()) == pytest.approx(1)
+
+
+def uncached(cell: Mixture, question, answer) -> torch.Tensor:
+    """Log-probabilities of an answer's tokens, from its whole text at once."""
+    prompt = cell.tokens([question])[0]
+    plan = cell.combiner.plan(cell.router.route([prompt]).aligned(cell.bank.names))
+    text = [*prompt.ids, *answer.token_ids]
+    positions = range(len(prompt.ids), len(text))
+    return response_logprobs(cell.backbone, cell.layers, plan, [plan.votes], [(text, list(positions))])[0][0]
+
+
+@pytest.mark.parametrize(("router", "combiner"), [cell for cell in CELLS if cell[1] != "texts"])
+def test_step_by_step_with_the_cache_equals_the_whole_text_at_once(bench, routers, router, combiner):
+    if not fits(routers[router], combiner):
+        pytest.skip("this cell does not exist")
+    cell = bench.mixture.replace(router=routers[router], combiner=combiner)
+    for question in QUESTIONS[:2]:
+        answer = cell.generate([question], max_new_tokens=TOKENS)[0]
+        found = torch.tensor(answer.logprobs)
+        torch.testing.assert_close(found, uncached(cell, question, answer), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("router", [kind for kind in ROUTERS if kind != "gate"])
+def test_mixing_weights_equals_mixing_in_the_layers(bench, routers, router):
+    inside, merged = (bench.mixture.replace(router=routers[router], combiner=name) for name in ("layers", "weights"))
+    pairs = zip(*(cell.generate(QUESTIONS, max_new_tokens=TOKENS) for cell in (inside, merged)), strict=True)
+    for one, other in pairs:
+        assert one.token_ids == other.token_ids
+        torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("combiner", [name for name in COMBINERS if name != "texts"])
+@pytest.mark.parametrize("expert", ["base", "cluster-1", "seed-1", "backbone"])
+def test_one_hot_weights_are_that_expert_alone_at_every_depth(bench, combiner, expert):
+    """The backbone's row is the base model itself: an expert without updates leaves every layer as it is."""
+    wanted = bench.mixture.replace(router=expert, combiner="logits").generate(QUESTIONS, max_new_tokens=TOKENS)
+    found = bench.mixture.replace(router=expert, combiner=combiner).generate(QUESTIONS, max_new_tokens=TOKENS)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.token_ids == other.token_ids
+        torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), rtol=1e-3, atol=1e-4)
+
+
+def test_approximate_merges_do_differ_from_the_exact_one(bench, routers):
+    exact = bench.mixture.replace(router=routers["fixed"], combiner="weights").generate(QUESTIONS[:1], max_new_tokens=2)
+    for how in ("factors", "peft-0.4-linear", "svd:1"):
+        cell = bench.mixture.replace(router=routers["fixed"], combiner=f"weights:{how}")
+        assert cell.generate(QUESTIONS[:1], max_new_tokens=2)[0].logprobs != pytest.approx(exact[0].logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("combiner", sorted(COMBINERS))
+def test_base_weights_are_bit_identical_afterwards_and_no_hook_stays(bench, routers, combiner):
+    model = bench.mixture.backbone.model
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    fitting = [router for router in routers.values() if fits(router, combiner)]
+    for router in fitting:
+        bench.mixture.replace(router=router, combiner=combiner).generate(QUESTIONS[:1], max_new_tokens=2)
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("router", [kind for kind in ROUTERS if kind not in ("embedding-centroids", "source")])
+def test_a_saved_cell_answers_as_before(bench, routers, router, tmp_path):
+    """Embedding centroids and data sets route to experts of their own, which are no part of the fitted bank."""
+    combiner = "layers" if router == "gate" else "logits"
+    cell = bench.own.replace(router=routers[router], combiner=combiner)
+    cell.save_pretrained(tmp_path / "copy")
+    again = Mixture.from_pretrained(tmp_path / "copy", device="cpu")
+    assert (again.router.kind, again.combiner.kind) == (router, combiner)
+    assert again.generate(QUESTIONS, max_new_tokens=3) == cell.generate(QUESTIONS, max_new_tokens=3)
+
+
+def test_a_cell_whose_experts_lie_elsewhere_is_not_saved(bench, routers, tmp_path):
+    cell = bench.mixture.replace(router=routers["embedding-centroids"])
+    with pytest.raises(CoterieError, match="the expert 'dataset-pick' has no files in"):
+        cell.save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_finished_answers_cannot_be_streamed_and_others_do_not_vote(bench):
+    with pytest.raises(CoterieError, match="lets finished answers vote, so it cannot stream"):
+        next(bench.mixture.replace(combiner="texts").stream(QUESTIONS[0]))
+    with pytest.raises(CoterieError, match="'logits' draws no answers that could vote; use texts"):
+        bench.mixture.drawn(QUESTIONS)
+
+
+def test_a_vote_is_between_samples_of_seeds_of_their_own(bench):
+    cell = bench.mixture.replace(router="base", combiner="texts")
+    drawn = cell.drawn(QUESTIONS[:2], max_new_tokens=TOKENS, seed=3)
+    assert [len(answers) for answers in drawn] == [5, 5]
+    single = bench.mixture.replace(router="base")
+    for number in range(5):
+        alone = single.generate(QUESTIONS[:2], max_new_tokens=TOKENS, temperature=1.0, seed=15 + number)
+        assert [answers[number].token_ids for answers in drawn] == [answer.token_ids for answer in alone]
+    assert len({answer.token_ids for answer in drawn[0]}) > 1
+    winner = cell.generate(QUESTIONS[:2], max_new_tokens=TOKENS, seed=3)
+    assert all(answer in answers for answer, answers in zip(winner, drawn, strict=True))
+
+
+def test_the_documented_table_of_cells_is_the_codes(routers):
+    """docs/architecture.md has a line for every router and a column for every combiner; a dot marks the cells."""
+    text = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
+    rows = [re.split(r"\s*\|\s*", line.strip("| \n")) for line in text.splitlines() if re.match(r"\| (router|`)", line)]
+    head, *lines = rows[next(i for i, row in enumerate(rows) if row[0] == "router") :]
+    documented = {
+        (line[0].strip("`"), combiner.strip("`")): mark == "●"
+        for line in lines[: len(ROUTERS)]
+        for combiner, mark in zip(head[1:], line[1:], strict=True)
+    }
+    assert documented == {(kind, name): fits(routers[kind], name) for kind, name in CELLS}
+
+
+def test_prompts_without_a_source_cannot_be_routed_by_data_set(bench, routers):
+    prompt = TokenRow((1,), 1, (False,), (True,))
+    with pytest.raises(CoterieError, match="prompt 1 has the source None, but there are experts for pick, spell, sum"):
+        routers["source"].route([prompt])

@@ -1,0 +1,325 @@
+"""What methods need beyond a fitted run is trained once, on the same rows, and says so when it cannot be."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import tiny
+from conftest import FIT, GRID
+from coterie import methods
+from coterie.artifacts import read_json, read_jsonl
+from coterie.backbone.layers import linear_shapes
+from coterie.data.examples import load_examples
+from coterie.errors import CoterieError
+from coterie.experts import gating
+from coterie.experts.gating import GatedModel, train_gates
+from coterie.experts.training import TrainingCollator, TrainingPlan
+from coterie.methods import ingredients
+from coterie.methods.ingredients import KINDS, load_ingredient, prepare, read_judgement
+from coterie.methods.judging import assign_folds, even_pairs
+from coterie.methods.recipe import open_recipe
+from coterie.methods.table import load_bench, make_bench, method_named, needs_of
+from coterie.mixture import Mixture
+from coterie.mixture.scoring import score, score_votes
+from coterie.routers.base import Routing
+from coterie.routers.fixed import uniform
+
+
+@pytest.fixture
+def copy(run_folder, tmp_path):
+    """The fitted run, to be changed at will."""
+    shutil.copytree(run_folder, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def opened(folder, grid=GRID):
+    return open_recipe(Mixture.from_pretrained(folder, device="cpu"), grid)
+
+
+# -------------------------------------------------------------------------------------------------- what is trained
+
+
+def test_random_clusters_have_the_sizes_of_the_found_ones_and_other_members(grid_folder):
+    found = read_jsonl(grid_folder / "clusters.jsonl")
+    drawn = read_jsonl(grid_folder / "methods" / "random-clusters" / "clusters.jsonl")
+
+    def sizes(rows):
+        names = [row["cluster"].rpartition("-")[2] for row in rows]
+        return {name: names.count(name) for name in names}
+
+    assert [row["id"] for row in drawn] == [row["id"] for row in found]
+    assert sizes(drawn) == sizes(found)
+    sources = {row["source"] for row in drawn if row["cluster"] == "random-0"}
+    assert len(sources) > 1, "the found clusters hold one source each; drawn ones must not"
+
+
+def test_every_data_set_has_an_adapter_of_its_own_from_a_fresh_start(bench):
+    assert bench.experts("datasets") == ("dataset-pick", "dataset-spell", "dataset-sum")
+    base = bench.own.bank.adapters[0]
+    others = [bench.ingredients["datasets"].bank.adapters[i] for i in range(3)]
+    path = next(iter(base))
+    assert all(not torch.equal(base[path].down, other[path].down) for other in others)
+
+
+def test_seeds_give_other_adapters_on_the_same_rows(bench):
+    assert bench.experts("seeds") == ("seed-1",)
+    base, other = bench.own.bank.adapters[0], bench.ingredients["seeds"].bank.adapters[0]
+    path = next(iter(base))
+    assert not torch.allclose(other[path].down, base[path].down)
+
+
+def test_the_judgement_is_what_scoring_the_folds_own_copies_gives(grid_folder):
+    """Both folds once more by hand: the copies are trained again with the same seeds, then scored one by one."""
+    recipe = opened(grid_folder)
+    found = read_judgement(load_ingredient(recipe.mixture, "judged"))
+    folds = assign_folds(recipe.labels, 2, FIT.get("seed", 0))
+    assert found.experts == recipe.mixture.bank.names
+    assert found.tokens.tolist() == [float(sum(row.is_response)) for row in recipe.kept.rows]
+    assert torch.equal(found.pairs, found.pairs.mT)
+    assert torch.equal(found.pairs.diagonal(dim1=1, dim2=2), found.nll)
+    seen = score_votes(recipe.mixture, recipe.kept.rows, torch.eye(4)[:, None].expand(-1, len(folds), -1), "x").nll.T
+    assert float((found.nll - seen).abs().min()) > 0  # nobody was judged by the adapter that was trained on the row
+    assert float(found.nll[:, 0].mean()) > float(seen[:, 0].mean())  # and what was not seen is harder
+
+
+def test_folds_are_even_over_all_and_within_every_cluster():
+    labels = [0] * 7 + [1] * 4 + [2] * 2
+    folds = assign_folds(labels, 3, seed=1)
+    assert sorted(folds.bincount().tolist()) == [4, 4, 5]
+    for label in range(3):
+        counts = folds[torch.tensor(labels) == label].bincount(minlength=3)
+        assert int(counts.max() - counts.min()) <= 1
+    assert torch.equal(folds, assign_folds(labels, 3, seed=1))
+    with pytest.raises(CoterieError, match="2 training rows cannot be cut into 3 folds; lower --judge-folds"):
+        assign_folds([0, 1], 3, seed=0)
+
+
+def test_even_pairs_are_single_experts_and_halves():
+    assert even_pairs(2).tolist() == [[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]
+
+
+def test_votes_of_one_pass_equal_a_pass_each(bench):
+    rows = [bench.own.prompts.row(example) for example in load_examples(tiny.make_rows(5, seed=2))]
+    routings = [uniform(bench.fitted).route(rows), bench.own.router.route([row.prompt() for row in rows])]
+    votes = torch.stack([routing.for_experts(bench.mixture.bank.names) for routing in routings])
+    together = score_votes(bench.mixture, rows, votes, "both")
+    for number, routing in enumerate(routings):
+        alone = score(bench.mixture, rows, routing, "one")
+        torch.testing.assert_close(together.nll[number], alone.nll[0], rtol=1e-4, atol=1e-5)
+        assert torch.equal(together.tokens, alone.tokens)
+
+
+# ------------------------------------------------------------------------------------------------------------ gates
+
+
+def plan(**changes):
+    values = {"epochs": 6, "learning_rate": 0.05, "batch_size": 4, "micro_batch_size": 4, "seed": 0}
+    return TrainingPlan(**{**values, "report_to": "none", "label": "gates", **changes})
+
+
+@pytest.fixture
+def two_kinds(mixture):
+    """Two experts, each good at one kind of row and made bad at the other, and rows of both kinds."""
+    rows = [mixture.prompts.row(example) for example in load_examples(tiny.make_rows(24, seed=3))]
+    experts = [mixture.bank.adapters[1], mixture.bank.adapters[2]]
+    return experts, rows
+
+
+def loss_of(mixture, experts, rows, gates):
+    model = GatedModel(mixture.backbone, experts)
+    with torch.no_grad():
+        for parameter, path in zip(model.gates, model.paths, strict=True):
+            parameter.copy_(gates[path])
+    collate = TrainingCollator(mixture.backbone.tokenizer.pad_token_id)
+    batch = collate([{"input_ids": list(row.ids), "labels": row.labels()} for row in rows])
+    batch.pop("shift_labels")
+    return float(model(**batch)["loss"].detach())
+
+
+def test_gates_start_as_the_even_mixture_and_learn_to_lower_the_loss(mixture, two_kinds, tmp_path):
+    experts, rows = two_kinds
+    before = {path: torch.zeros(2, width) for path, (width, _) in _widths(mixture, experts).items()}
+    even = loss_of(mixture, experts, rows, before)
+    weights = torch.zeros(len(rows), len(mixture.bank))
+    weights[:, 1:3] = 0.5
+    cell = mixture.replace(router="uniform", combiner="layers")
+    routing = Routing(mixture.bank.names, ("request", "expert"), weights)
+    found = score(cell, rows, routing, "even")
+    assert even == pytest.approx(float((found.nll[0] * found.tokens).sum() / found.tokens.sum()), rel=1e-3)
+    after = train_gates(mixture.backbone, experts, rows, plan(), tmp_path)
+    assert loss_of(mixture, experts, rows, after) < even - 0.05
+
+
+def _widths(mixture, experts):
+    shapes = linear_shapes(mixture.backbone.model)
+    return {path: shapes[path] for path in sorted({path for expert in experts for path in expert})}
+
+
+def test_only_gates_are_trained(mixture, two_kinds, tmp_path):
+    experts, rows = two_kinds
+    model = GatedModel(mixture.backbone, experts)
+    assert sum(p.numel() for p in model.parameters()) == sum(2 * w for w, _ in _widths(mixture, experts).values())
+    before = {name: parameter.clone() for name, parameter in mixture.backbone.model.named_parameters()}
+    factors = [{path: pair.down.clone() for path, pair in expert.items()} for expert in experts]
+    train_gates(mixture.backbone, experts, rows[:4], plan(epochs=1), tmp_path)
+    assert all(torch.equal(before[name], p) for name, p in mixture.backbone.model.named_parameters())
+    for expert, kept in zip(experts, factors, strict=True):
+        assert all(torch.equal(expert[path].down, kept[path]) for path in kept)
+
+
+def test_an_interrupted_training_of_gates_ends_with_the_same_gates(mixture, two_kinds, tmp_path, monkeypatch):
+    experts, rows = two_kinds
+    whole = train_gates(mixture.backbone, experts, rows, plan(epochs=2), tmp_path / "whole")
+
+    class StoppedError(BaseException):
+        pass
+
+    def stop(*args, **kwargs):
+        raise StoppedError
+
+    with monkeypatch.context() as patch:
+        original = gating.make_trainer
+
+        def stopping(*args, **kwargs):
+            trainer = original(*args, **kwargs)
+            seen = []
+            step = trainer.training_step
+
+            def counted(*a, **k):
+                seen.append(1)
+                return stop() if len(seen) > 8 else step(*a, **k)
+
+            trainer.training_step = counted
+            return trainer
+
+        patch.setattr(gating, "make_trainer", stopping)
+        with pytest.raises(StoppedError):
+            train_gates(mixture.backbone, experts, rows, plan(epochs=2), tmp_path / "parts")
+    assert (tmp_path / "parts" / "trainer").exists()
+    again = train_gates(mixture.backbone, experts, rows, plan(epochs=2), tmp_path / "parts")
+    assert all(torch.equal(again[path], whole[path]) for path in whole)
+
+
+# ---------------------------------------------------------------------------------------------- once, and in pieces
+
+
+def test_nothing_is_trained_twice(grid_folder, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(ingredients, "train_expert", refuse)
+    monkeypatch.setattr(ingredients, "train_clusters", refuse)
+    monkeypatch.setattr(ingredients, "train_gates", refuse)
+    monkeypatch.setattr(ingredients, "judge", refuse)
+    found = prepare(opened(grid_folder), KINDS)
+    assert set(found) == set(KINDS)
+
+
+def test_an_ingredient_killed_between_two_experts_goes_on_and_ends_the_same(copy, grid_folder, monkeypatch):
+    class KilledError(BaseException):
+        pass
+
+    original = ingredients.train_expert
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args[1])
+        if len(calls) > 1:
+            raise KilledError
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ingredients, "train_expert", counted)
+        with pytest.raises(KilledError):
+            prepare(opened(copy), ["datasets"])
+    assert not (copy / "methods" / "datasets").exists()
+    prepare(opened(copy), ["datasets"])
+    for name in ("dataset-pick", "dataset-spell", "dataset-sum"):
+        file = f"methods/datasets/experts/{name}/adapter_model.safetensors"
+        assert (copy / file).read_bytes() == (grid_folder / file).read_bytes()
+    assert not (copy / "working").exists()
+    assert sorted(p.name for p in (copy / "methods" / "datasets").iterdir()) == ["experts", "ingredient.json"]
+
+
+def test_another_setting_than_it_was_trained_with_is_told(grid_folder):
+    with pytest.raises(CoterieError, match="seeds was trained with --ensemble-size 2, not 3; ask for that value, or"):
+        prepare(opened(grid_folder, GRID.model_copy(update={"ensemble_size": 3})), ["seeds"])
+
+
+def test_what_is_made_from_something_comes_after_it():
+    assert needs_of(["loss-routing", "performance-centroids", "base"]) == ["loss", "performance"]
+    assert KINDS["loss"].needs == ("judged",)
+
+
+# ----------------------------------------------------------------------------------------------------- what is wrong
+
+
+def test_training_data_that_changed_is_told(copy, train_file, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text(train_file.read_text().replace("add", "sum", 1))
+    text = (copy / "run.yaml").read_text().replace(str(train_file), str(other))
+    (copy / "run.yaml").write_text(text)
+    with pytest.raises(CoterieError, match=r"other.jsonl is not what .*run was fitted on; restore the file"):
+        prepare(opened(copy), ["datasets"])
+
+
+def test_rows_in_memory_cannot_be_trained_on_again(model_folder, tmp_path):
+    examples = load_examples(tiny.make_rows(9))
+    small = {**FIT, "clusters": 2, "epochs": 1}
+    mixture = methods.elrea(str(model_folder), examples, output=tmp_path / "run", device="cpu", **small)
+    with pytest.raises(CoterieError, match="was fitted on rows in memory, so nothing more can be trained on them"):
+        make_bench(mixture, ["per-dataset"], GRID)
+
+
+def test_a_folder_that_no_fit_has_made_is_told(copy):
+    record = (copy / "run.yaml").read_text().replace("command: fit elrea", "command: eval")
+    (copy / "run.yaml").write_text(record)
+    with pytest.raises(CoterieError, match="was made by 'eval'; give a folder made by coterie fit elrea"):
+        opened(copy)
+    (copy / "run.yaml").unlink()
+    with pytest.raises(CoterieError, match="has no run.yaml beside it"):
+        opened(copy)
+
+
+def test_a_method_that_lacks_its_training_is_told_what_to_type(run_folder, mixture):
+    with pytest.raises(CoterieError, match="mole needs gates, which was not trained yet; type: coterie eval"):
+        load_bench(mixture, ["mole"])
+
+
+def test_a_broken_ingredient_is_told(copy, grid_folder):
+    shutil.copytree(grid_folder / "methods" / "seeds", copy / "methods" / "seeds")
+    record = read_json(copy / "methods" / "seeds" / "ingredient.json")
+    del record["experts"]
+    (copy / "methods" / "seeds" / "ingredient.json").write_text(json.dumps(record))
+    with pytest.raises(CoterieError, match=r"ingredient.json lacks 'experts'; delete .* and train it again"):
+        load_ingredient(Mixture.from_pretrained(copy, device="cpu"), "seeds")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("elrae", "no method is called 'elrae'. Did you mean 'elrea'"),
+        ("elrea:top=2", "'elrea:top=2' is no variant of elrea; write elrea:top_k=K or elrea:d_proj=D"),
+        ("elrea:top_k=0", "is no variant"),
+        ("elrea:top_k=many", "is no variant"),
+        ("elrea:", "is no variant"),
+    ],
+)
+def test_a_variant_that_does_not_exist_is_told(name, message):
+    with pytest.raises(CoterieError, match=message):
+        method_named(name)
+
+
+def test_variants_of_a_method_change_its_router_alone(bench):
+    prompts = bench.own.tokens(["add 3 4", "SPELL WORD NOW"])
+    plain = bench.own.router.route(prompts)
+    best = bench.cell("elrea:top_k=1").router.route(prompts)
+    assert torch.equal(best.weights, plain.top(1).weights)
+    both = bench.cell("elrea:top_k=2+d_proj=64").router.route(prompts)
+    assert torch.equal(both.weights, bench.own.router.folded(64).route(prompts).top(2).weights)
+    with pytest.raises(CoterieError, match="only centroids can be compared in fewer dimensions"):
+        bench.cell("uniform-weights:d_proj=64")
+    with pytest.raises(CoterieError, match="does not act on gates"):
+        bench.cell("mole:top_k=1").router.route(prompts)
