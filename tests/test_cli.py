@@ -10,6 +10,7 @@ import pytest
 import tiny
 from conftest import FIT, write_rows
 from coterie import cli
+from coterie.methods import METHODS
 from coterie.mixture import Mixture
 
 PROMPT = "add 3 4"
@@ -106,6 +107,26 @@ def test_many_prompts_come_from_a_file(run, run_folder, tmp_path):
 def test_another_router_is_a_flag(run, run_folder):
     code, out, _ = run("route", run_folder, PROMPT, "--json", "--router", "cluster-1")
     assert code == 0 and json.loads(out)["weights"] == {"base": 0, "cluster-0": 0, "cluster-1": 1, "cluster-2": 0}
+
+
+def test_another_combiner_and_another_method_are_flags(run, grid_folder, bench):
+    code, out, _ = run("generate", grid_folder, PROMPT, "--json", "--max-new-tokens", 4, "--combiner", "weights:svd:1")
+    wanted = bench.own.replace(combiner="weights:svd:1").generate([PROMPT], max_new_tokens=4)[0]
+    assert code == 0 and json.loads(out) == wanted.record()
+    code, out, _ = run("generate", grid_folder, PROMPT, "--json", "--max-new-tokens", 4, "--method", "mole")
+    assert code == 0 and json.loads(out) == bench.cell("mole").generate([PROMPT], max_new_tokens=4)[0].record()
+    refused(
+        run("generate", grid_folder, PROMPT, "--combiner", "weight"), "no combiner is called 'weight'. Did you mean"
+    )
+    refused(run("generate", grid_folder, PROMPT, "--method", "oracle"), "exists in `coterie eval` only")
+
+
+def test_methods_are_listed_from_the_table(run):
+    code, out, _ = run("methods", "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [row["method"] for row in rows] == list(METHODS)
+    assert rows[list(METHODS).index("mole")]["trains"] == ["gates"]
+    assert len(run("methods")[1].splitlines()) == len(METHODS)
 
 
 def test_the_evaluation_and_its_report(run, run_folder, tmp_path):

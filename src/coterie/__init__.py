@@ -20,6 +20,7 @@ _HOMES = {
     "Mixture": "coterie.mixture",
     "Completion": "coterie.mixture",
     "evaluate": "coterie.evaluation.compare",
+    "HarnessModel": "coterie.evaluation.harness",
     "run_evaluation": "coterie.evaluation.compare",
     "write_report": "coterie.report",
 }

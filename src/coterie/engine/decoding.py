@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from coterie.backbone.layers import ExpertLayers
@@ -162,15 +162,22 @@ class DecodingBatch:
         return self._combiner.plan(self._routing), mask[rows], positions[rows]
 
 
+class Scored(NamedTuple):
+    """Wanted tokens of one text: natural logs of their probabilities, and whether each is the likeliest token there."""
+
+    logprobs: Float[Tensor, " token"]
+    is_greedy: Bool[Tensor, " token"]
+
+
 @torch.inference_mode()
-def response_logprobs(
+def score_responses(
     backbone: Backbone,
     layers: ExpertLayers,
     plan: RowPlan,
     votes: Sequence[Float[Tensor, "prompt row"]],
     rows: Sequence[tuple[Sequence[int], Sequence[int]]],
-) -> list[list[Float[Tensor, " token"]]]:
-    """Return the log-probability of every wanted token of given texts, for several votes over the same rows.
+) -> list[list[Scored]]:
+    """Score the wanted tokens of given texts, for several votes over the same rows.
 
     Args:
         backbone: the base model.
@@ -180,12 +187,12 @@ def response_logprobs(
         rows: for every prompt, its token ids and the positions of the wanted tokens (each at least 1).
 
     Returns:
-        For every vote and prompt, natural logs in the order of the positions.
+        For every vote and prompt, scores in the order of the positions.
     """
     ids = pad([rows[prompt][0] for prompt in plan.prompts], backbone.tokenizer.pad_token_id, device=backbone.device)
     with layers.attached(), layers.choosing(plan.choice):
         hidden = backbone.hidden(ids.input_ids)  # padding stands behind the text, where causal attention cannot see it
-    result: list[list[Tensor]] = [[] for _ in votes]
+    result: list[list[Scored]] = [[] for _ in votes]
     for prompt, (text, positions) in enumerate(rows):
         own = kept_rows(plan, [prompt])
         before = torch.tensor(positions, device=hidden.device) - 1
@@ -193,8 +200,21 @@ def response_logprobs(
         states = hidden[own][:, before]  # [own rows, tokens, width]
         for place, vote in enumerate(votes):
             logits = _summed_logits(backbone, states, vote[prompt, own].to(hidden.device))
-            result[place].append((logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(dim=1)).cpu())
+            logprobs = logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+            result[place].append(Scored(logprobs.cpu(), (logits.argmax(dim=1) == targets).cpu()))
     return result
+
+
+def response_logprobs(
+    backbone: Backbone,
+    layers: ExpertLayers,
+    plan: RowPlan,
+    votes: Sequence[Float[Tensor, "prompt row"]],
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+) -> list[list[Float[Tensor, " token"]]]:
+    """Return the log-probabilities alone of what `score_responses` scores."""
+    found = score_responses(backbone, layers, plan, votes, rows)
+    return [[scored.logprobs for scored in of_vote] for of_vote in found]
 
 
 def _summed_logits(

@@ -140,7 +140,23 @@ class Mixture:
         if isinstance(self.combiner, TextCombiner):
             drawn = self._drawn(self.combiner, prompts, rows, routing, settings, batch_size)
             return [answers[majority([a.text.strip() for a in answers], settings.seed)] for answers in drawn]
-        return self._completions(prompts, rows, routing, settings, batch_size)
+        return self._completions(_questions(prompts), rows, routing, settings, batch_size)
+
+    def complete(self, rows: Sequence[TokenRow], *, batch_size: int = 8, **sampling: Any) -> list[Completion]:
+        """Continue rows of tokens as they stand: no template is put around them, and `prompt` stays empty.
+
+        Args:
+            rows: texts to continue.
+            batch_size: rows decoded together; it does not change the answers.
+            **sampling: fields of `SamplingSettings`.
+
+        Raises:
+            CoterieError: for a combiner that needs finished answers.
+        """
+        if isinstance(self.combiner, TextCombiner):
+            raise CoterieError("combiner 'texts' lets finished answers vote, so it continues no text; use another one")
+        routing = self.router.route(rows)
+        return self._completions([""] * len(rows), rows, routing, SamplingSettings(**sampling), batch_size)
 
     def drawn(
         self, prompts: Sequence[Prompt], *, batch_size: int = 8, routing: Routing | None = None, **sampling: Any
@@ -165,12 +181,15 @@ class Mixture:
         settings: SamplingSettings,
         batch_size: int,
     ) -> list[list[Completion]]:
-        samples = [self._completions(prompts, rows, routing, sample, batch_size) for sample in combiner.draws(settings)]
+        samples = [
+            self._completions(_questions(prompts), rows, routing, sample, batch_size)
+            for sample in combiner.draws(settings)
+        ]
         return [list(answers) for answers in zip(*samples, strict=True)]
 
     def _completions(
         self,
-        prompts: Sequence[Prompt],
+        questions: Sequence[str],
         rows: Sequence[TokenRow],
         routing: Routing,
         settings: SamplingSettings,
@@ -184,7 +203,6 @@ class Mixture:
             decoding = self._decoding([rows[i] for i in batch], aligned.take(batch), settings)
             for token in decoding.run():
                 found.setdefault(start + token.request, []).append(token)
-        questions = [as_example(prompt).instruction for prompt in prompts]
         return [_completion(question, found[i], shares.row(i)) for i, question in enumerate(questions)]
 
     def stream(self, prompt: Prompt, *, top_k_experts: int | None = None, **sampling: Any) -> Iterator[Token]:  # noqa: ANN401
@@ -345,6 +363,10 @@ def as_example(prompt: Prompt, number: int = 0) -> Example:
     if isinstance(prompt, str):
         return from_prompt(prompt, number)
     return load_examples([{"messages": list(prompt)}], need_response=False)[0]
+
+
+def _questions(prompts: Sequence[Prompt]) -> list[str]:
+    return [as_example(prompt).instruction for prompt in prompts]
 
 
 def _completion(prompt: str, tokens: Sequence[Token], weights: Mapping[str, float]) -> Completion:

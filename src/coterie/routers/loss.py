@@ -19,7 +19,7 @@ from coterie.routers.judgement import Judgement
 
 FOLDS = 5
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)  # times the mean squared length of the features
-SHARPNESSES = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)  # per nat; 0 is uniform
+SHARPNESSES = (0.0, *(2.0**power for power in range(11)))  # per nat; 0 is uniform, 1024 nearly the single best
 
 
 class Ridge(NamedTuple):

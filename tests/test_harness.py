@@ -1,0 +1,141 @@
+"""lm-evaluation-harness runs a mixture offline, and its numbers are those of the mixture itself."""
+
+import math
+
+import lm_eval
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+
+import tiny
+from conftest import write_rows
+from coterie.data.batching import TokenRow
+from coterie.errors import CoterieError
+from coterie.evaluation.harness import HarnessModel
+from coterie.mixture.scoring import score
+
+PAIRS = [("add 3 4 gives", " 7"), ("the word", " is A B"), ("x", "y"), ("add 11 25", " 36 and no more")]
+
+
+def request(kind: str, *arguments: object) -> Instance:
+    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
+
+
+@pytest.fixture(scope="module")
+def model(mixture):
+    return HarnessModel(mixture, batch_size=3)
+
+
+def naive(mixture, before: list[int], after: list[int]) -> tuple[float, bool]:
+    """Token by token, without batches: one request at a time through the mixture's own scoring."""
+    row = TokenRow(
+        (*before, *after),
+        len(before),
+        (False,) * len(before) + (True,) * len(after),
+        (True,) * (len(before) + len(after)),
+    )
+    routing = mixture.router.route([row.prompt()])
+    total = -float(score(mixture, [row], routing, "x").nll[0, 0]) * len(after)
+    greedy = mixture.complete([row.prompt()], max_new_tokens=len(after))[0].token_ids
+    return total, list(greedy) == after
+
+
+def tokens(mixture, text: str) -> list[int]:
+    return mixture.backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_log_likelihoods_are_those_of_one_request_at_a_time(mixture, model):
+    found = model.loglikelihood([request("loglikelihood", *pair) for pair in PAIRS])
+    for (context, continuation), (total, is_greedy) in zip(PAIRS, found, strict=True):
+        expected = naive(mixture, tokens(mixture, context), tokens(mixture, continuation))
+        assert total == pytest.approx(expected[0], abs=1e-3)
+        assert is_greedy == expected[1]
+
+
+def test_what_the_mixture_would_write_is_the_greedy_continuation(mixture, model):
+    ids = tokens(mixture, "SPELL ABCD")
+    row = TokenRow(tuple(ids), len(ids), (False,) * len(ids), (True,) * len(ids))
+    written = mixture.complete([row], max_new_tokens=3)[0]
+    scored = model._scored([(ids, list(written.token_ids)), (ids, [written.token_ids[0], 65, 65])])
+    assert scored[0].is_greedy.tolist() == [True] * len(written.token_ids)
+    assert scored[0].logprobs.tolist() == pytest.approx(written.logprobs, abs=1e-4)
+    assert not bool(scored[1].is_greedy.all())
+
+
+def test_spaces_that_end_a_context_go_to_the_continuation(model):
+    one, other = model.loglikelihood([request("loglikelihood", "add 3 ", "4"), request("loglikelihood", "add 3", " 4")])
+    assert one == pytest.approx(other)
+
+
+def test_a_whole_text_is_scored_from_its_first_token(mixture, model):
+    found = model.loglikelihood_rolling([request("loglikelihood_rolling", "add 3 4")])
+    ids = tokens(mixture, "add 3 4")
+    first = mixture.backbone.tokenizer.bos_token_id
+    assert math.isfinite(found[0]) and found[0] < 0
+    as_pair = model._scored([([first], ids)])[0]
+    assert len(as_pair.logprobs) == len(ids)
+    assert found[0] == pytest.approx(float(as_pair.logprobs.sum()))
+
+
+def test_texts_are_continued_until_their_stop_in_the_order_asked(mixture, model):
+    asked = [
+        ("add 3 4", {"until": ["\n"], "max_gen_toks": 6}),
+        ("SPELL ABCD NOW", {"until": [], "max_gen_toks": 4, "do_sample": False}),
+        ("?? (A)", {"until": ["\n"], "max_gen_toks": 6, "temperature": 0.0}),
+    ]
+    found = model.generate_until([request("generate_until", *each) for each in asked])
+    for (text, options), answer in zip(asked, found, strict=True):
+        ids = tokens(mixture, text)
+        row = TokenRow(tuple(ids), len(ids), (False,) * len(ids), (True,) * len(ids))
+        stop = options["until"]
+        assert answer == mixture.complete([row], max_new_tokens=options["max_gen_toks"], stop=stop)[0].text
+
+
+def test_an_option_that_is_not_understood_is_told(model):
+    with pytest.raises(CoterieError, match="the task asks for num_beams=4, which is not understood here"):
+        model.generate_until([request("generate_until", "add", {"num_beams": 4})])
+
+
+def test_votes_on_finished_answers_cannot_continue_a_text(mixture):
+    with pytest.raises(CoterieError, match="so it continues no text"):
+        mixture.replace(router="base", combiner="texts").complete([])
+
+
+def test_the_harness_evaluates_a_local_task_offline(mixture, model, tmp_path):
+    """Accuracy of choosing between two continuations, against the same choice made by hand."""
+    rows = [{"question": f"add {a} 1", "right": f" {a + 1}", "wrong": f" {a + 5}"} for a in range(2, 8)]
+    write_rows(tmp_path / "test.jsonl", rows)
+    task = {
+        "task": "local_sums",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "test.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{[right, wrong]}}",
+        "doc_to_target": 0,
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    result = lm_eval.simple_evaluate(
+        model=model,
+        tasks=[task],
+        task_manager=TaskManager(include_defaults=False),
+        bootstrap_iters=0,
+        log_samples=False,
+    )
+    by_hand = [
+        naive(mixture, tokens(mixture, row["question"]), tokens(mixture, row["right"]))[0]
+        > naive(mixture, tokens(mixture, row["question"]), tokens(mixture, row["wrong"]))[0]
+        for row in rows
+    ]
+    assert result is not None
+    assert result["results"]["local_sums"]["acc,none"] == pytest.approx(sum(by_hand) / len(rows))
+
+
+def test_conversations_are_rendered_with_the_models_template(model):
+    turns = [{"role": "user", "content": "add 3 4"}]
+    assert model.apply_chat_template(turns).endswith("<s>user\nadd 3 4<e><s>assistant\n")
+    assert model.chat_template(True) == tiny.CHAT_TEMPLATE
+    assert torch.is_tensor(model._scored([([65], [66])])[0].logprobs)
