@@ -53,7 +53,7 @@ class Limits:
         CoterieError: a limit is not above 0.
     """
 
-    seconds: float = 10.0
+    seconds: float = 30.0
     cpu_seconds: int = 5
     memory_bytes: int = 2**30
 
