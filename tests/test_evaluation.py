@@ -11,6 +11,7 @@ from coterie import evaluate
 from coterie.combiners.texts import majority
 from coterie.combiners.weights import WeightCombiner
 from coterie.data.examples import load_examples
+from coterie.engine.text import TextStream
 from coterie.errors import CoterieError
 from coterie.evaluation.answers import Task, answer
 from coterie.evaluation.clusters import cluster_records, feature_map
@@ -170,6 +171,18 @@ def test_rows_with_tests_need_a_word_about_running_code(mixture):
         evaluate(mixture, load_examples(rows), methods=["base"])
     found = evaluate(mixture, load_examples(rows), methods=["base"], allow_code_execution=False, max_new_tokens=3)
     assert found.rows[0]["methods"]["base"]["correct"] is None
+    assert found.summary["notes"] == ["1 rows bring tests of code, which was not run: they are not graded."]
+
+
+def test_code_is_graded_by_its_tests_where_that_is_allowed(mixture, monkeypatch):
+    rows = [{**tiny.make_rows(1)[0], "tests": {"entry_point": "f", "test_list": ["assert f(2) == 4"]}}]
+    for code, is_right in (("def f(x):\n    return x * x", True), ("def f(x):\n    return x + 1", False)):
+        monkeypatch.setattr(TextStream, "push", lambda self, token: "")
+        monkeypatch.setattr(TextStream, "finish", lambda self, code=code: code)
+        found = evaluate(mixture, load_examples(rows), methods=["base"], allow_code_execution=True, max_new_tokens=1)
+        entry = found.rows[0]["methods"]["base"]
+        assert (entry["correct"], entry["extracted"]) == (is_right, code)
+        assert "was run in a limited child process" in found.summary["notes"][0]
 
 
 def test_solved_examples_stand_before_every_question(mixture, tmp_path):

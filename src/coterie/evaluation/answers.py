@@ -11,6 +11,7 @@ from coterie.data.examples import Example
 from coterie.errors import CoterieError
 from coterie.evaluation.code import code_tests, grade_code
 from coterie.evaluation.grading import Grade, checkable, grade
+from coterie.evaluation.sandbox import protection
 from coterie.mixture import Completion, Mixture
 from coterie.routers.base import Routing
 from coterie.settings import SamplingSettings
@@ -73,6 +74,18 @@ def graded(text: str, row: Example, *, run_code: bool) -> Grade | None:
     if (tests := code_tests(row.tests)) is not None:
         return grade_code(text, tests) if run_code else None
     return _graded_text(text, row) if checkable(row.answer) else None
+
+
+def code_notes(rows: Sequence[Example], *, run_code: bool) -> list[str]:
+    """Say how code was graded, and what this machine could not keep it from."""
+    count = sum(row.tests is not None for row in rows)
+    if not count:
+        return []
+    if not run_code:
+        return [f"{count} rows bring tests of code, which was not run: they are not graded."]
+    open_ways = [name for name, is_closed in protection()._asdict().items() if not is_closed]
+    lacking = f"; this machine cannot keep it from {', '.join(open_ways)}" if open_ways else ""
+    return [f"Code that answers {count} rows was run in a limited child process{lacking}."]
 
 
 def check_code_execution(rows: Sequence[Example], allowed: bool | None) -> None:

@@ -13,7 +13,7 @@ from coterie.artifacts import FORMAT, check_output, read_json, run_folder, write
 from coterie.data.batching import TokenRow
 from coterie.data.examples import Example, load_all
 from coterie.errors import unknown_name
-from coterie.evaluation.answers import Answers, Task, answer, check_code_execution
+from coterie.evaluation.answers import Answers, Task, answer, check_code_execution, code_notes
 from coterie.evaluation.clusters import cluster_records, feature_map
 from coterie.evaluation.few_shot import with_shots
 from coterie.evaluation.records import hardware_record, mean_weights, memory_bytes, merge_errors, row_record
@@ -171,7 +171,7 @@ def compare(mixture: Mixture, examples: Sequence[Example], protocol: Protocol) -
         "seconds": _seconds(scored, answers),
         "memory": memory_bytes(scored, lengths),
         "merge_error": merge_errors(scored),
-        "notes": notes,
+        "notes": [*notes, *code_notes(examples, run_code=run_code)],
         **cluster_records(mixture.folder),
         "map": feature_map(mixture.folder),
     }
