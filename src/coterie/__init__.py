@@ -22,6 +22,9 @@ _HOMES = {
     "evaluate": "coterie.evaluation.compare",
     "HarnessModel": "coterie.evaluation.harness",
     "run_evaluation": "coterie.evaluation.compare",
+    "spread": "coterie.evaluation.seeds",
+    "read_spread": "coterie.evaluation.seeds",
+    "format_spread": "coterie.evaluation.seeds",
     "write_report": "coterie.report",
 }
 

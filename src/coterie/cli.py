@@ -145,6 +145,16 @@ def evaluate(settings: EvaluationSettings, as_json: AsJson = False) -> None:
     typer.echo(json.dumps(result.summary) if as_json else str(result))
 
 
+@app.command("spread")
+def spread(
+    evaluations: Annotated[list[Path], typer.Argument(help="folders that `coterie eval` wrote, one for each seed")],
+    as_json: AsJson = False,
+) -> None:
+    """Show how far results vary between mixtures fitted with other seeds and evaluated on the same rows."""
+    rows = coterie.read_spread(evaluations)
+    typer.echo("\n".join(map(json.dumps, rows)) if as_json else coterie.format_spread(rows))
+
+
 @app.command("report")
 def report(evaluation: Annotated[Path, typer.Argument(help="folder that `coterie eval` wrote")]) -> None:
     """Write the report of an evaluation as one HTML file and print its path."""
