@@ -7,7 +7,7 @@ import torch
 
 import tiny
 from conftest import GRID, write_rows
-from coterie import evaluate
+from coterie import evaluate, run_evaluation
 from coterie.combiners.texts import majority
 from coterie.combiners.weights import WeightCombiner
 from coterie.data.examples import load_examples
@@ -20,7 +20,7 @@ from coterie.methods import METHODS
 from coterie.mixture import Mixture
 from coterie.mixture.scoring import score
 from coterie.routers.base import Routing
-from coterie.settings import SamplingSettings
+from coterie.settings import EvaluationSettings, SamplingSettings, from_flat
 
 EXAMPLES = load_examples(tiny.make_rows(9, seed=21))
 NAMES = [*METHODS, "elrea:top_k=1", "elrea:d_proj=64"]
@@ -199,6 +199,21 @@ def test_solved_examples_stand_before_every_question(mixture, tmp_path):
     )
     assert "3 rows have none" in none.summary["notes"][0]
     assert [row["methods"]["base"]["nll"] for row in none.rows] == [row["methods"]["base"]["nll"] for row in plain.rows]
+
+
+def test_a_data_set_without_an_adapter_is_told_before_anything_is_trained(mixture, run_folder, tmp_path):
+    strange = load_examples([{**tiny.make_rows(1)[0], "source": "elsewhere"}])
+    with pytest.raises(CoterieError, match="per-dataset has no adapter for the source 'elsewhere'"):
+        evaluate(mixture, strange, methods=["base", "per-dataset"])
+    assert not (run_folder / "methods").exists()
+
+
+def test_all_methods_of_strange_rows_leave_that_one_out(grid_folder, tmp_path):
+    data = write_rows(tmp_path / "test.jsonl", [{**row, "source": "elsewhere"} for row in tiny.make_rows(3)])
+    flat = {**GRID.model_dump(), "mixture": str(grid_folder), "data": [str(data)], "output": str(tmp_path / "eval")}
+    settings = from_flat(EvaluationSettings, {**flat, "methods": "all", "generate": False, "device": "cpu"})
+    assert run_evaluation(settings).summary["methods"] == [name for name in METHODS if name != "per-dataset"]
+    assert (tmp_path / "eval" / "rows.jsonl").exists()
 
 
 def test_a_setting_that_does_not_exist_is_told(mixture):

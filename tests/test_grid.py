@@ -74,10 +74,12 @@ def uncached(cell: Mixture, question, answer) -> torch.Tensor:
     return response_logprobs(cell.backbone, cell.layers, plan, [plan.votes], [(text, list(positions))])[0][0]
 
 
-@pytest.mark.parametrize(("router", "combiner"), [cell for cell in CELLS if cell[1] != "texts"])
+LEGAL = [cell for cell in CELLS if cell[0] != "gate" or cell[1] == "layers"]
+"""That these are the cells which exist is what the test above and the documented table say."""
+
+
+@pytest.mark.parametrize(("router", "combiner"), [cell for cell in LEGAL if cell[1] != "texts"])
 def test_step_by_step_with_the_cache_equals_the_whole_text_at_once(bench, routers, router, combiner):
-    if not fits(routers[router], combiner):
-        pytest.skip("this cell does not exist")
     cell = bench.mixture.replace(router=routers[router], combiner=combiner)
     for question in QUESTIONS[:2]:
         answer = cell.generate([question], max_new_tokens=TOKENS)[0]
@@ -164,7 +166,8 @@ def test_a_vote_is_between_samples_of_seeds_of_their_own(bench):
 def test_the_documented_table_of_cells_is_the_codes(routers):
     """docs/architecture.md has a line for every router and a column for every combiner; a dot marks the cells."""
     text = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
-    rows = [re.split(r"\s*\|\s*", line.strip("| \n")) for line in text.splitlines() if re.match(r"\| (router|`)", line)]
+    table = [line.strip()[1:-1] for line in text.splitlines() if re.match(r"\| (router|`)", line)]
+    rows = [[cell.strip() for cell in line.split("|")] for line in table]
     head, *lines = rows[next(i for i, row in enumerate(rows) if row[0] == "router") :]
     documented = {
         (line[0].strip("`"), combiner.strip("`")): mark == "●"

@@ -162,7 +162,7 @@ class DecodingBatch:
         return self._combiner.plan(self._routing), mask[rows], positions[rows]
 
 
-class Scored(NamedTuple):
+class ScoredTokens(NamedTuple):
     """Wanted tokens of one text: natural logs of their probabilities, and whether each is the likeliest token there."""
 
     logprobs: Float[Tensor, " token"]
@@ -176,7 +176,7 @@ def score_responses(
     plan: RowPlan,
     votes: Sequence[Float[Tensor, "prompt row"]],
     rows: Sequence[tuple[Sequence[int], Sequence[int]]],
-) -> list[list[Scored]]:
+) -> list[list[ScoredTokens]]:
     """Score the wanted tokens of given texts, for several votes over the same rows.
 
     Args:
@@ -192,7 +192,7 @@ def score_responses(
     ids = pad([rows[prompt][0] for prompt in plan.prompts], backbone.tokenizer.pad_token_id, device=backbone.device)
     with layers.attached(), layers.choosing(plan.choice):
         hidden = backbone.hidden(ids.input_ids)  # padding stands behind the text, where causal attention cannot see it
-    result: list[list[Scored]] = [[] for _ in votes]
+    result: list[list[ScoredTokens]] = [[] for _ in votes]
     for prompt, (text, positions) in enumerate(rows):
         own = kept_rows(plan, [prompt])
         before = torch.tensor(positions, device=hidden.device) - 1
@@ -201,7 +201,7 @@ def score_responses(
         for place, vote in enumerate(votes):
             logits = _summed_logits(backbone, states, vote[prompt, own].to(hidden.device))
             logprobs = logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(dim=1)
-            result[place].append(Scored(logprobs.cpu(), (logits.argmax(dim=1) == targets).cpu()))
+            result[place].append(ScoredTokens(logprobs.cpu(), (logits.argmax(dim=1) == targets).cpu()))
     return result
 
 

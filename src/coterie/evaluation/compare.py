@@ -5,14 +5,14 @@ All methods of a bank that meet in the logits share one forward pass over the re
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from coterie.artifacts import FORMAT, check_output, read_json, run_folder, write_json, write_jsonl
+from coterie.artifacts import FORMAT, check_output, read_json, read_jsonl, run_folder, write_json, write_jsonl
 from coterie.data.batching import TokenRow
 from coterie.data.examples import Example, load_all
-from coterie.errors import unknown_name
+from coterie.errors import CoterieError, unknown_name
 from coterie.evaluation.answers import Answers, Task, answer, check_code_execution, code_notes
 from coterie.evaluation.clusters import cluster_records, feature_map
 from coterie.evaluation.few_shot import with_shots
@@ -27,6 +27,7 @@ from coterie.settings import EvaluationSettings, GridSettings, SamplingSettings,
 logger = logging.getLogger(__name__)
 
 ROUTED = "elrea"
+PER_DATASET = "per-dataset"
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,9 @@ def run_evaluation(settings: EvaluationSettings) -> Evaluation:
     examples = load_all(settings.data, settings.limit)
     check_code_execution(examples, protocol.run_code)
     mixture = Mixture.from_pretrained(settings.mixture, **settings.placement.model_dump())
+    if settings.methods == "all" and strange_sources(mixture, examples):
+        logger.info("per-dataset is left out: some rows come from data sets that the mixture was not fitted on")
+        protocol = replace(protocol, methods=[name for name in protocol.methods if name != PER_DATASET])
     with run_folder(output, "eval", settings.model_dump(), {"mixture": mixture.backbone.identity.sha256}) as run:
         result = compare(mixture, examples, protocol)
         result.summary["data"] = ", ".join(settings.data)
@@ -147,6 +151,28 @@ def check_methods(methods: Sequence[str], control: str) -> list[str]:
     return names
 
 
+def strange_sources(mixture: Mixture, examples: Sequence[Example]) -> list[str]:
+    """Return the sources of examples that no training row of a fitted mixture has."""
+    if mixture.folder is None or not (mixture.folder / "clusters.jsonl").exists():
+        return []
+    known = {row["source"] or "" for row in read_jsonl(mixture.folder / "clusters.jsonl")}
+    return sorted({example.source or "" for example in examples} - (known - {""}))
+
+
+def check_sources(mixture: Mixture, examples: Sequence[Example], methods: Sequence[str]) -> None:
+    """Refuse to route by data set what comes from a data set without an adapter, before anything is trained.
+
+    Raises:
+        CoterieError: naming the first such source.
+    """
+    strange = strange_sources(mixture, examples) if PER_DATASET in methods else []
+    if strange:
+        raise CoterieError(
+            f"{PER_DATASET} has no adapter for the source {strange[0]!r}, which the mixture was not fitted on; "
+            "leave that method out"
+        )
+
+
 def compare(mixture: Mixture, examples: Sequence[Example], protocol: Protocol) -> Evaluation:
     """Compare methods on examples, as `evaluate` does.
 
@@ -154,6 +180,7 @@ def compare(mixture: Mixture, examples: Sequence[Example], protocol: Protocol) -
         CoterieError: when something that a method needs cannot be trained, or code would have to be run unasked.
     """
     check_code_execution(examples, protocol.run_code)
+    check_sources(mixture, examples, protocol.methods)
     tasks, notes = _tasks(mixture, examples, protocol.shots)
     bench = make_bench(mixture, protocol.methods, protocol.grid)
     token_rows = [mixture.prompts.row(task.asked) for task in tasks]

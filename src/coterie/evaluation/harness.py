@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from coterie.data.batching import TokenRow
-from coterie.engine.decoding import Scored, score_responses
+from coterie.engine.decoding import ScoredTokens, score_responses
 from coterie.errors import CoterieError, missing_extra
 from coterie.mixture import Mixture
 
@@ -119,16 +119,16 @@ class HarnessModel(LM):
             len(before) :
         ]
 
-    def _scored(self, texts: Sequence[tuple[list[int], list[int]]]) -> list[Scored]:
+    def _scored(self, texts: Sequence[tuple[list[int], list[int]]]) -> list[ScoredTokens]:
         """Score continuations, texts of similar length together; an empty context is routed by the continuation."""
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i][0]) - len(texts[i][1]))
-        found: dict[int, Scored] = {}
+        found: dict[int, ScoredTokens] = {}
         for start in range(0, len(order), self._batch_size):
             numbers = order[start : start + self._batch_size]
             found |= dict(zip(numbers, self._batch([texts[i] for i in numbers]), strict=True))
         return [found[i] for i in range(len(texts))]
 
-    def _batch(self, texts: Sequence[tuple[list[int], list[int]]]) -> list[Scored]:
+    def _batch(self, texts: Sequence[tuple[list[int], list[int]]]) -> list[ScoredTokens]:
         mixture = self.mixture
         contexts = [_row(before if len(before) > 1 else after) for before, after in texts]
         plan = mixture.combiner.plan(mixture.router.route(contexts).aligned(mixture.bank.names))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from coterie.artifacts import read_json, read_jsonl, read_run_record, read_tensors
+from coterie.artifacts import read_jsonl, read_run_record, read_tensors
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import Kept, TokenRow, tokenise
 from coterie.data.examples import load_all
@@ -118,9 +118,3 @@ def open_recipe(mixture: Mixture, grid: GridSettings) -> Recipe:
     settings = checked(ElreaSettings, record["settings"])
     inputs = {str(name): str(value) for name, value in (record.get("inputs") or {}).items()}
     return Recipe(mixture, settings, grid, mixture.folder, inputs)
-
-
-def feature_dimensions(folder: Path) -> int | None:
-    """Return the d_proj of a run's gradient router, None where it has no such router."""
-    features = read_json(folder / "mixture.json")["router"].get("features")
-    return features.get("d_proj") if isinstance(features, dict) else None
