@@ -13,6 +13,7 @@ from coterie.combiners.weights import WeightCombiner
 from coterie.data.examples import load_examples
 from coterie.engine.text import TextStream
 from coterie.errors import CoterieError
+from coterie.evaluation import compare, routed
 from coterie.evaluation.answers import Task, answer
 from coterie.evaluation.clusters import cluster_records, feature_map
 from coterie.evaluation.routed import SharedRouting, score_methods
@@ -214,6 +215,36 @@ def test_all_methods_of_strange_rows_leave_that_one_out(grid_folder, tmp_path):
     settings = from_flat(EvaluationSettings, {**flat, "methods": "all", "generate": False, "device": "cpu"})
     assert run_evaluation(settings).summary["methods"] == [name for name in METHODS if name != "per-dataset"]
     assert (tmp_path / "eval" / "rows.jsonl").exists()
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_the_same(grid_folder, tmp_path, monkeypatch):
+    data = write_rows(tmp_path / "test.jsonl", tiny.make_rows(6, seed=4))
+
+    def settings(output):
+        flat = {"mixture": str(grid_folder), "data": [str(data)], "output": str(tmp_path / output), "device": "cpu"}
+        names = "base,elrea,moe-routing,self-consistency"
+        return from_flat(EvaluationSettings, {**flat, "methods": names, "max_new_tokens": 4, "resamples": 100})
+
+    whole = run_evaluation(settings("whole"))
+    calls = []
+    original = compare.answer
+
+    def counted(cell, tasks, routing, label, *rest):
+        calls.append(label)
+        if calls == ["base", "elrea", "moe-routing"]:
+            raise KeyboardInterrupt
+        return original(cell, tasks, routing, label, *rest)
+
+    monkeypatch.setattr(compare, "answer", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run_evaluation(settings("parts"))
+    assert not (tmp_path / "parts").exists()
+    monkeypatch.setattr(routed, "score_votes", None)  # what was scored is not scored again
+    again = run_evaluation(settings("parts"))
+    assert calls[3:] == ["moe-routing", "self-consistency"]
+    assert again.rows == whole.rows
+    assert again.summary["table"] == whole.summary["table"]
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["evaluation.json", "rows.jsonl", "run.yaml"]
 
 
 def test_a_setting_that_does_not_exist_is_told(mixture):

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -199,6 +200,13 @@ class RunFolder:
                 done.parent.mkdir(parents=True, exist_ok=True)
                 working.rename(done)
         return done
+
+    def remembered(self, name: str, make: Callable[[], Any]) -> Any:  # whatever JSON holds
+        """Compute a JSON value once: a run that was interrupted later reads it. It is gone when the run is finished."""
+        file = self.path / "working" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}.json"
+        if not file.exists():
+            write_json(file, {"value": make()})
+        return read_json(file)["value"]
 
     def finish(self) -> None:
         """Drop the working folder and give the run its own name, in place of an older run.

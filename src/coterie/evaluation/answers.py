@@ -1,7 +1,8 @@
 """Answers of methods to test rows, and their grades."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
@@ -22,6 +23,19 @@ class Answers(NamedTuple):
 
     completions: list[Completion]
     seconds: float
+
+    def record(self) -> dict[str, Any]:
+        """Return both as plain values."""
+        return {"completions": [asdict(given) for given in self.completions], "seconds": self.seconds}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "Answers":
+        """Build from what `record` gave."""
+        tuples = ("token_ids", "logprobs")
+        given: list[dict[str, Any]] = [
+            {**row, **{name: tuple(row[name]) for name in tuples}} for row in record["completions"]
+        ]
+        return cls([Completion(**row) for row in given], record["seconds"])
 
 
 class Task(NamedTuple):

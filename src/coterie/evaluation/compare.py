@@ -17,7 +17,7 @@ from coterie.evaluation.answers import Answers, Task, answer, check_code_executi
 from coterie.evaluation.clusters import cluster_records, feature_map
 from coterie.evaluation.few_shot import with_shots
 from coterie.evaluation.records import hardware_record, mean_weights, memory_bytes, merge_errors, row_record
-from coterie.evaluation.routed import Scored, SharedRouting, score_methods
+from coterie.evaluation.routed import Remember, Scored, SharedRouting, afresh, score_methods
 from coterie.evaluation.table import format_table, summarise
 from coterie.methods.table import METHODS, Bench, make_bench, method_named
 from coterie.mixture import Mixture
@@ -97,6 +97,8 @@ def evaluate(
 def run_evaluation(settings: EvaluationSettings) -> Evaluation:
     """Evaluate a mixture folder and write the records into the output folder.
 
+    An interrupted evaluation goes on after the last method that was done with.
+
     Raises:
         CoterieError: for bad data, an unknown method, or an output folder that exists.
     """
@@ -110,7 +112,7 @@ def run_evaluation(settings: EvaluationSettings) -> Evaluation:
         logger.info("per-dataset is left out: some rows come from data sets that the mixture was not fitted on")
         protocol = replace(protocol, methods=[name for name in protocol.methods if name != PER_DATASET])
     with run_folder(output, "eval", settings.model_dump(), {"mixture": mixture.backbone.identity.sha256}) as run:
-        result = compare(mixture, examples, protocol)
+        result = compare(mixture, examples, protocol, run.remembered)
         result.summary["data"] = ", ".join(settings.data)
         write_jsonl(run.path / "rows.jsonl", result.rows)
         write_json(run.path / "evaluation.json", result.summary)
@@ -173,8 +175,10 @@ def check_sources(mixture: Mixture, examples: Sequence[Example], methods: Sequen
         )
 
 
-def compare(mixture: Mixture, examples: Sequence[Example], protocol: Protocol) -> Evaluation:
-    """Compare methods on examples, as `evaluate` does.
+def compare(
+    mixture: Mixture, examples: Sequence[Example], protocol: Protocol, remember: Remember = afresh
+) -> Evaluation:
+    """Compare methods on examples, as `evaluate` does; `remember` keeps what takes long for another try.
 
     Raises:
         CoterieError: when something that a method needs cannot be trained, or code would have to be run unasked.
@@ -184,8 +188,14 @@ def compare(mixture: Mixture, examples: Sequence[Example], protocol: Protocol) -
     tasks, notes = _tasks(mixture, examples, protocol.shots)
     bench = make_bench(mixture, protocol.methods, protocol.grid)
     token_rows = [mixture.prompts.row(task.asked) for task in tasks]
-    scored = score_methods(bench, token_rows, protocol.methods)
-    answers = {name: _answers(name, scored, tasks, protocol) for name in protocol.methods if protocol.generate}
+    scored = score_methods(bench, token_rows, protocol.methods, remember)
+    answers = {
+        name: Answers.from_record(
+            remember(f"answers-{name}", lambda name=name: _answers(name, scored, tasks, protocol).record())
+        )
+        for name in protocol.methods
+        if protocol.generate
+    }
     run_code = bool(protocol.run_code)
     rows = [row_record(number, task, scored, answers, bench, run_code=run_code) for number, task in enumerate(tasks)]
     routing = _routing_of_subject(bench, scored, token_rows)

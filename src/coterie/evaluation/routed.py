@@ -1,9 +1,9 @@
 """Routing and scoring of every method on the same rows, with the work shared where methods share it."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -81,19 +81,32 @@ class Scored:
     seconds: Mapping[str, float]
 
 
-def score_methods(bench: Bench, rows: Sequence[TokenRow], names: Sequence[str]) -> Scored:
-    """Route and score all methods on rows with answers."""
+Remember = Callable[[str, Callable[[], Any]], Any]
+"""Gives a JSON value by name, computing it where it is not known yet."""
+
+
+def afresh(name: str, make: Callable[[], Any]) -> Any:
+    """Remember nothing."""
+    return make()
+
+
+def score_methods(bench: Bench, rows: Sequence[TokenRow], names: Sequence[str], remember: Remember = afresh) -> Scored:
+    """Route and score all methods on rows with answers; `remember` keeps what takes long for another try."""
     cells = {name: bench.cell(name) for name in names}
     shared = SharedRouting([row.prompt() for row in rows])
     routed = {name: shared(cell.router) for name, cell in cells.items() if not isinstance(cell.router, OracleRouter)}
     scorable = [name for name in routed if not isinstance(cells[name].combiner, TextCombiner)]
     in_logits = [name for name in scorable if isinstance(cells[name].combiner, LogitCombiner)]
-    nll, expert_nll, tokens, seconds = _score_logits(bench, rows, {name: routed[name] for name in in_logits})
+    together = remember("likelihoods", lambda: _score_logits(bench, rows, {name: routed[name] for name in in_logits}))
+    nll = {name: torch.tensor(values) for name, values in together["nll"].items()}
+    expert_nll, tokens = torch.tensor(together["expert_nll"]), torch.tensor(together["tokens"])
+    seconds = dict.fromkeys(in_logits, together["seconds"])
     for name in scorable:
         if name not in in_logits:
-            started = time.perf_counter()
-            nll[name] = score(cells[name], rows, routed[name].routing, name).nll[0]
-            seconds[name] = time.perf_counter() - started
+            alone = remember(
+                f"likelihood-{name}", lambda name=name: _score_alone(cells[name], rows, routed[name], name)
+            )
+            nll[name], seconds[name] = torch.tensor(alone["nll"]), alone["seconds"]
     for name, cell in cells.items():
         if isinstance(cell.router, OracleRouter):
             routed[name] = Routed(cell.router.choose(expert_nll), 0.0)
@@ -102,9 +115,13 @@ def score_methods(bench: Bench, rows: Sequence[TokenRow], names: Sequence[str]) 
     return Scored(cells, routed, nll, expert_nll, tokens, seconds)
 
 
-def _score_logits(
-    bench: Bench, rows: Sequence[TokenRow], routed: Mapping[str, Routed]
-) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, float]]:
+def _score_alone(cell: Mixture, rows: Sequence[TokenRow], routed: Routed, name: str) -> dict[str, Any]:
+    started = time.perf_counter()
+    found = score(cell, rows, routed.routing, name).nll[0]
+    return {"nll": found.tolist(), "seconds": time.perf_counter() - started}
+
+
+def _score_logits(bench: Bench, rows: Sequence[TokenRow], routed: Mapping[str, Routed]) -> dict[str, Any]:
     """Score all methods that meet in the logits, and each fitted expert alone, in one pass."""
     bank = bench.mixture.bank
     alone = torch.eye(len(bank))[[bank.index(name) for name in bench.fitted]]  # [fitted, E]
@@ -112,5 +129,9 @@ def _score_logits(
     votes = torch.stack([*own, *(row.expand(len(rows), -1) for row in alone)])
     started = time.perf_counter()
     found = score_votes(bench.mixture, rows, votes, f"{len(routed)} methods and {len(alone)} experts")
-    seconds = dict.fromkeys(routed, time.perf_counter() - started)
-    return dict(zip(routed, found.nll, strict=False)), found.nll[len(routed) :].T, found.tokens, seconds
+    return {
+        "nll": dict(zip(routed, found.nll.tolist(), strict=False)),
+        "expert_nll": found.nll[len(routed) :].T.tolist(),
+        "tokens": found.tokens.tolist(),
+        "seconds": time.perf_counter() - started,
+    }
