@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 DEMO_MODEL := smollm2-135m
 DEMO_FIT_SETTINGS := --clusters 5 --cluster-rounds 1 --learning-rate 5e-4 --expert-learning-rate 2e-4 \
 	--expert-epochs 1 --batch-size 8 --system-prompt ""
-DEMO_METHODS := backbone,base,elrea,uniform-weights
+DEMO_METHODS := backbone,base,elrea,uniform-weights,moe-routing,moe-merging,oracle
 DEMO_EVAL_SETTINGS := --max-new-tokens 24 --batch-size 20
 DEMO_RUN := runs/demo
 DEMO_EVAL := runs/demo-eval

@@ -57,7 +57,17 @@ def fit(run, model_folder, train_file, tmp_path):
 
 
 def test_help_is_there_for_every_command(run):
-    for words in ([], ["fit", "elrea"], ["route"], ["generate"], ["eval"], ["report"], ["run"], ["methods"]):
+    for words in (
+        [],
+        ["fit", "elrea"],
+        ["route"],
+        ["generate"],
+        ["eval"],
+        ["report"],
+        ["spread"],
+        ["run"],
+        ["methods"],
+    ):
         code, out, _ = run(*words, "--help")
         assert code == 0 and "Usage" in out
 

@@ -9,7 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from coterie.artifacts import FORMAT, check_output, read_json, read_jsonl, run_folder, write_json, write_jsonl
+from coterie.artifacts import (
+    FORMAT,
+    check_output,
+    read_json,
+    read_jsonl,
+    run_folder,
+    sha256_of,
+    write_json,
+    write_jsonl,
+)
 from coterie.data.batching import TokenRow
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError, unknown_name
@@ -19,6 +28,7 @@ from coterie.evaluation.few_shot import with_shots
 from coterie.evaluation.records import hardware_record, mean_weights, memory_bytes, merge_errors, row_record
 from coterie.evaluation.routed import Remember, Scored, SharedRouting, afresh, score_methods
 from coterie.evaluation.table import format_table, summarise
+from coterie.methods.stages import hash_examples
 from coterie.methods.table import METHODS, Bench, make_bench, method_named
 from coterie.mixture import Mixture
 from coterie.routers.base import Routing
@@ -111,12 +121,23 @@ def run_evaluation(settings: EvaluationSettings) -> Evaluation:
     if settings.methods == "all" and strange_sources(mixture, examples):
         logger.info("per-dataset is left out: some rows come from data sets that the mixture was not fitted on")
         protocol = replace(protocol, methods=[name for name in protocol.methods if name != PER_DATASET])
-    with run_folder(output, "eval", settings.model_dump(), {"mixture": mixture.backbone.identity.sha256}) as run:
+    with run_folder(output, "eval", settings.model_dump(), _inputs(mixture, examples)) as run:
         result = compare(mixture, examples, protocol, run.remembered)
         result.summary["data"] = ", ".join(settings.data)
         write_jsonl(run.path / "rows.jsonl", result.rows)
         write_json(run.path / "evaluation.json", result.summary)
     return result
+
+
+def _inputs(mixture: Mixture, examples: Sequence[Example]) -> dict[str, str]:
+    """Hash what an evaluation depends on, so that an interrupted one is not finished with something else."""
+    assert mixture.folder is not None  # it was loaded from one
+    files = sorted(mixture.folder.glob("experts/*/adapter_model.safetensors"))
+    return {
+        "base_model": mixture.backbone.identity.sha256,
+        "mixture": sha256_of(mixture.folder / "mixture.json", *files),
+        "data": hash_examples(examples),
+    }
 
 
 def protocol_of(settings: EvaluationSettings) -> Protocol:

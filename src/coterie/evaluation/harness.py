@@ -69,7 +69,8 @@ class HarnessModel(LM):
         """Answer every context until a stop text, greedily unless the task samples."""
         groups: dict[str, tuple[dict[str, Any], list[int]]] = {}
         for number, request in enumerate(requests):
-            options = self._sampling(request.args[1])
+            arguments: Any = request.args
+            options = self._sampling(arguments[1])
             groups.setdefault(repr(options), (options, []))[1].append(number)
         found: dict[int, str] = {}
         for options, numbers in groups.values():

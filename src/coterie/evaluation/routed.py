@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -103,9 +104,8 @@ def score_methods(bench: Bench, rows: Sequence[TokenRow], names: Sequence[str], 
     seconds = dict.fromkeys(in_logits, together["seconds"])
     for name in scorable:
         if name not in in_logits:
-            alone = remember(
-                f"likelihood-{name}", lambda name=name: _score_alone(cells[name], rows, routed[name], name)
-            )
+            make = partial(_score_alone, cells[name], rows, routed[name], name)
+            alone = remember(f"likelihood-{name}", make)
             nll[name], seconds[name] = torch.tensor(alone["nll"]), alone["seconds"]
     for name, cell in cells.items():
         if isinstance(cell.router, OracleRouter):
