@@ -16,6 +16,7 @@ from coterie.errors import CoterieError
 from coterie.experts import gating
 from coterie.experts.gating import GatedModel, train_gates
 from coterie.experts.training import TrainingCollator, TrainingPlan
+from coterie.lora import LoraPair
 from coterie.methods import ingredients
 from coterie.methods.ingredients import KINDS, load_ingredient, prepare, read_judgement
 from coterie.methods.judging import assign_folds, even_pairs
@@ -23,8 +24,9 @@ from coterie.methods.recipe import open_recipe
 from coterie.methods.table import load_bench, make_bench, method_named, needs_of
 from coterie.mixture import Mixture
 from coterie.mixture.scoring import score, score_votes
-from coterie.routers.base import Routing
+from coterie.routers.base import Gates, Routing
 from coterie.routers.fixed import uniform
+from coterie.routers.gate import GateRouter
 
 
 @pytest.fixture
@@ -121,7 +123,7 @@ def plan(**changes):
 
 @pytest.fixture
 def two_kinds(mixture):
-    """Two experts, each good at one kind of row and made bad at the other, and rows of both kinds."""
+    """Two clusters' experts, and rows of all kinds."""
     rows = [mixture.prompts.row(example) for example in load_examples(tiny.make_rows(24, seed=3))]
     experts = [mixture.bank.adapters[1], mixture.bank.adapters[2]]
     return experts, rows
@@ -150,6 +152,16 @@ def test_gates_start_as_the_even_mixture_and_learn_to_lower_the_loss(mixture, tw
     assert even == pytest.approx(float((found.nll[0] * found.tokens).sum() / found.tokens.sum()), rel=1e-3)
     after = train_gates(mixture.backbone, experts, rows, plan(), tmp_path)
     assert loss_of(mixture, experts, rows, after) < even - 0.05
+
+
+def test_gates_learn_to_avoid_an_expert_that_spoils_every_row(mixture, two_kinds, tmp_path):
+    """The second expert is the first one's opposite: it raises the loss where that lowers it."""
+    (good, _), rows = two_kinds
+    bad = {path: LoraPair(pair.down, -pair.up) for path, pair in good.items()}
+    layers = train_gates(mixture.backbone, [good, bad], rows, plan(), tmp_path)
+    router = GateRouter(mixture.backbone, [good, bad], Gates(("good", "bad"), layers))
+    fresh = [mixture.prompts.row(example) for example in load_examples(tiny.make_rows(12, seed=8))]
+    assert float(router.route(fresh).weights[:, 0].min()) > 0.6
 
 
 def _widths(mixture, experts):
