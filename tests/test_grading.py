@@ -443,6 +443,7 @@ SPANS = table(
     ("number is a text", ["1,974"], "1974", True, 1),
     ("number of another form", ["0.5"], "1/2", False, 0),
     ("after an announcement", ["Paris"], "The answer is Paris.", True, 1),
+    ("abbreviation with full stops", ["U.S. Senate"], "The answer is the U.S. Senate.", True, 1),
     ("boxed", ["Monday"], "$\\boxed{\\text{Monday}}$", True, 1),
     ("first line", ["Paris"], "Paris\nIt is the capital.", True, 1),
     ("reference with line break", ["one\ntwo"], "one two", True, 1),
@@ -526,4 +527,5 @@ def test_f1_is_given_for_words_alone(answer, text, f1):
 def test_what_was_taken_for_the_answer_among_several_is_told():
     assert grade("It is cold.\nThe answer is Rome.", "Rome", answers=["Rome", "Roma"]) == Grade(True, "Rome", 1.0)
     assert grade("", "Rome", answers=["Rome", "Roma"]) == Grade(False, None, 0.0)
+    assert grade("\\boxed{] ", "] }") == Grade(False, None)
     assert grade("so " * 300, "Rome", answers=["Rome"]).extracted == ("so " * 300)[:500]
