@@ -8,6 +8,7 @@ import torch
 import tiny
 from conftest import GRID, write_rows
 from coterie import evaluate, run_evaluation
+from coterie.artifacts import read_json
 from coterie.combiners.texts import majority
 from coterie.combiners.weights import WeightCombiner
 from coterie.data.examples import load_examples
@@ -144,6 +145,14 @@ def test_memory_counts_the_base_the_experts_that_run_and_the_cache_of_their_rows
     assert memory["base"] == round(base + adapter + cache)
     assert memory["uniform-weights"] == round(base + 4 * adapter + 4 * cache)
     assert memory["moe-routing"] == round(base + 4 * adapter + cache)
+
+
+def test_training_is_counted_for_the_methods_that_need_it(bench, result):
+    seconds = result.summary["seconds"]
+    assert "train" not in seconds["elrea"] and "train" not in seconds["moe-merging"]
+    assert seconds["mole"]["train"] == bench.ingredients["gates"].seconds > 0
+    both = bench.ingredients["loss"].seconds + read_json(bench.own.folder / "methods/judged/ingredient.json")["seconds"]
+    assert seconds["loss-routing"]["train"] == pytest.approx(both)
 
 
 def test_weights_are_averaged_over_the_rows_of_a_source(result):

@@ -226,7 +226,7 @@ def compare(
     summary = {
         **_facts(bench, rows, protocol),
         **_routing_records(rows, routing),
-        "seconds": _seconds(scored, answers),
+        "seconds": _seconds(bench, scored, answers),
         "memory": memory_bytes(scored, lengths),
         "merge_error": merge_errors(scored),
         "notes": [*notes, *code_notes(examples, run_code=run_code)],
@@ -302,10 +302,12 @@ def _routing_records(rows: Sequence[Mapping[str, Any]], routing: Routing) -> dic
     }
 
 
-def _seconds(scored: Scored, answers: Mapping[str, Answers]) -> dict[str, dict[str, float]]:
-    """Return every method's seconds; answering counts the routing, which comes before it."""
+def _seconds(bench: Bench, scored: Scored, answers: Mapping[str, Answers]) -> dict[str, dict[str, float]]:
+    """Return every method's seconds: of training beyond the fitted mixture, of scoring, of routing and answering."""
     seconds: dict[str, dict[str, float]] = {name: {} for name in scored.cells}
     for name in scored.cells:
+        if trained := bench.training_seconds(name):
+            seconds[name]["train"] = trained
         if name in scored.seconds:
             seconds[name]["score"] = scored.seconds[name]
         if name in answers:

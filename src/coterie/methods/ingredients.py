@@ -68,11 +68,12 @@ class Kind:
 
 @dataclass(frozen=True)
 class Ingredient:
-    """An ingredient, loaded: its experts, and its router if it has one."""
+    """An ingredient, loaded: its experts, its router if it has one, and the seconds that its training took."""
 
     bank: ExpertBank
     router: Router | None
     folder: Path
+    seconds: float
 
 
 def prepare(recipe: Recipe, names: Iterable[str]) -> dict[str, Ingredient]:
@@ -106,7 +107,8 @@ def load_ingredient(mixture: Mixture, name: str) -> Ingredient:
     check_names(experts)
     bank = load_bank({expert: folder / "experts" / expert for expert in experts}, mixture.backbone.model)
     parts = RouterParts(folder / "router", mixture.folder, mixture.backbone, mixture.bank)
-    return Ingredient(bank, load_router(router_record, parts) if router_record else None, folder)
+    router = load_router(router_record, parts) if router_record else None
+    return Ingredient(bank, router, folder, float(record.get("seconds") or 0))
 
 
 def read_judgement(ingredient: Ingredient) -> Judgement:

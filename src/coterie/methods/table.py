@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import fsum
 
 from coterie.combiners.base import Combiner
 from coterie.combiners.layers import LayerCombiner
@@ -11,7 +12,7 @@ from coterie.combiners.texts import TextCombiner
 from coterie.combiners.weights import WeightCombiner
 from coterie.errors import CoterieError, unknown_name
 from coterie.experts.bank import ExpertBank
-from coterie.methods.ingredients import Ingredient, load_ingredient, prepare, read_judgement
+from coterie.methods.ingredients import KINDS, Ingredient, load_ingredient, prepare, read_judgement
 from coterie.methods.recipe import open_recipe
 from coterie.methods.stages import BACKBONE, BASE
 from coterie.mixture import Mixture
@@ -59,6 +60,11 @@ class Bench:
         router = self.ingredients[ingredient].router
         assert router is not None  # the ingredients that are asked for one have one
         return router
+
+    def training_seconds(self, name: str) -> float:
+        """The seconds of training that a method needs beyond the fitted mixture, of what is loaded here."""
+        needs = {part for need in needs_of([name]) for part in (*KINDS[need].needs, need)}
+        return fsum(ingredient.seconds for part, ingredient in self.ingredients.items() if part in needs)
 
     def cell(self, name: str) -> Mixture:
         """Return the mixture of a method, or of a variant such as `elrea:top_k=2`, on the common bank.
