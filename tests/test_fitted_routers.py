@@ -6,6 +6,7 @@ import torch
 from coterie.data.batching import TokenRow
 from coterie.errors import CoterieError
 from coterie.mixture.loading import RouterParts, load_router
+from coterie.routers import loss
 from coterie.routers.centroid import CentroidRouter, fold
 from coterie.routers.derived import DerivedRouter
 from coterie.routers.described import Description
@@ -110,17 +111,16 @@ def test_experts_that_gain_by_being_mixed_are_mixed():
     torch.testing.assert_close(weights, torch.full((10, 3), 1 / 3), atol=1e-3, rtol=0)
 
 
-def test_the_regression_is_the_one_that_minimises_the_penalised_squares():
-    """Against the primal normal equations with an intercept, in float64."""
-    from coterie.routers.loss import _ridge
-
-    unit = torch.nn.functional.normalize(normal(30, 5).double(), dim=-1)
+@pytest.mark.parametrize("dimensions", [5, 50], ids=["fewer dimensions", "fewer rows"])
+def test_the_regression_is_the_one_that_minimises_the_penalised_squares(dimensions):
+    """Against the normal equations with an intercept, in float64."""
+    unit = torch.nn.functional.normalize(normal(30, dimensions).double(), dim=-1)
     target, tokens, penalty = normal(30, 3, seed=1).double(), normal(30, seed=2).double().abs() + 0.5, 0.7
     shares = (tokens / tokens.mean())[:, None]
     centre, level = (shares * unit).mean(0), (shares * target).mean(0)
     rows, wanted = shares.sqrt() * (unit - centre), shares.sqrt() * (target - level)
-    weight = torch.linalg.solve(rows.T @ rows + penalty * torch.eye(5).double(), rows.T @ wanted).T
-    found = _ridge(unit, target, tokens, penalty)
+    weight = torch.linalg.solve(rows.T @ rows + penalty * torch.eye(dimensions).double(), rows.T @ wanted).T
+    found = loss._ridge(unit, target, tokens, penalty)
     torch.testing.assert_close(found.weight, weight.float())
     torch.testing.assert_close(found.bias, (level - weight @ centre).float())
 

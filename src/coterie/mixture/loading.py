@@ -170,7 +170,8 @@ def _source(record: Mapping[str, Any], parts: RouterParts) -> Router:
 
 
 def _derived(record: Mapping[str, Any], parts: RouterParts) -> Router:
-    return DerivedRouter(load_router(record["of"], parts), top_k=record["top_k"], normalised=bool(record["normalised"]))
+    top_k = None if record["top_k"] is None else int(record["top_k"])
+    return DerivedRouter(load_router(record["of"], parts), top_k=top_k, normalised=bool(record["normalised"]))
 
 
 ROUTERS: dict[str, Callable[[Mapping[str, Any], RouterParts], Router]] = {

@@ -54,7 +54,7 @@ class LossRouter(FeatureRouter):
         Raises:
             CoterieError: when names and predictions do not match.
         """
-        if len(experts) != len(ridge.bias):
+        if not len(experts) == len(ridge.bias) == len(ridge.weight):
             raise CoterieError(f"{len(ridge.bias)} predictions do not fit the {len(experts)} experts")
         super().__init__(description, centre)
         self.ridge = ridge
@@ -116,14 +116,18 @@ def fit_loss_router(features: Float[Tensor, "row dimension"], judgement: Judgeme
 
 
 def _ridge(unit: Tensor, target: Tensor, tokens: Tensor, penalty: float) -> Ridge:
-    """Solve in the dual: there are fewer rows than dimensions; intercepts are not penalised."""
+    """Solve in rows or in dimensions, whichever are fewer; intercepts are not penalised."""
     shares = tokens / tokens.mean()
     centre = (shares[:, None] * unit).mean(dim=0)
     level = (shares[:, None] * target).mean(dim=0)
     roots = shares.sqrt()[:, None]
     rows, wanted = roots * (unit - centre), roots * (target - level)
-    gram = rows @ rows.T + penalty * torch.eye(len(rows), dtype=rows.dtype)
-    weight = (rows.T @ torch.linalg.solve(gram, wanted)).T
+    count, dimensions = rows.shape
+    gram = rows @ rows.T if count < dimensions else rows.T @ rows
+    gram.diagonal().add_(penalty)
+    right = wanted if count < dimensions else rows.T @ wanted
+    solved = torch.linalg.solve(gram, right)
+    weight = (rows.T @ solved if count < dimensions else solved).T
     return Ridge(weight.float(), (level - weight @ centre).float())
 
 
