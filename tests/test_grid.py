@@ -1,6 +1,7 @@
 """Every router with every combiner, from one bank: each cell works and obeys the laws, or says what would fit."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from coterie.data.batching import TokenRow
 from coterie.data.examples import load_examples
 from coterie.engine.decoding import response_logprobs
 from coterie.errors import CoterieError
+from coterie.experts.bank import ExpertBank
 from coterie.mixture import Mixture
 from coterie.mixture.loading import ROUTERS
+from coterie.routers.base import Routing
 from coterie.routers.derived import DerivedRouter
 from coterie.routers.fixed import uniform
 
@@ -105,6 +108,29 @@ def test_one_hot_weights_are_that_expert_alone_at_every_depth(bench, combiner, e
     for one, other in zip(found, wanted, strict=True):
         assert one.token_ids == other.token_ids
         torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), rtol=1e-3, atol=1e-4)
+
+
+def test_gates_find_their_experts_by_name_in_a_bank_of_another_order(bench, routers):
+    bank = bench.mixture.bank
+    turned = replace(bench.mixture, bank=ExpertBank(bank.names[::-1], bank.adapters[::-1]))
+    cells = [mixture.replace(router=routers["gate"], combiner="layers") for mixture in (bench.mixture, turned)]
+    one, other = (cell.generate(QUESTIONS, max_new_tokens=TOKENS) for cell in cells)
+    for a, b in zip(one, other, strict=True):
+        assert a.token_ids == b.token_ids
+        torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=1e-3, atol=1e-4)
+
+
+def test_merged_rows_go_back_to_their_own_prompts():
+    """Sorted by their weights, the three prompts stand in the order 2, 0, 1: a turn of three, which is no swap."""
+    weights = torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.1, 0.9], [0.5, 0.5]])
+    plan = make_combiner("weights").plan(Routing(("a", "b"), ("request", "expert"), weights))
+    assert plan.prompts == (2, 0, 3, 1)
+    assert plan.choice.counts == (1, 2, 1)
+    assert [torch.tensor(row).tolist() for row in plan.choice.weights] == [
+        pytest.approx(weights[prompt].tolist()) for prompt in (2, 0, 1)
+    ]
+    for row, prompt in enumerate(plan.prompts):
+        assert plan.votes[:, row].tolist() == [float(prompt == other) for other in range(4)]
 
 
 def test_approximate_merges_do_differ_from_the_exact_one(bench, routers):
