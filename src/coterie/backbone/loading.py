@@ -181,7 +181,7 @@ def _load_model(
 
 def _four_bits(dtype: str) -> Any:  # noqa: ANN401 - BitsAndBytesConfig exists only with the extra
     try:
-        import bitsandbytes  # noqa: F401 - only to say early what is missing
+        import bitsandbytes  # noqa: F401  # pyrefly: ignore[missing-import] - only to say early what is missing
     except ImportError as error:
         raise missing_extra("bitsandbytes", "quant") from error
     from transformers import BitsAndBytesConfig
