@@ -101,6 +101,11 @@ def test_a_row_is_no_shot_of_its_own_and_the_next_one_takes_its_place():
     ]
 
 
+def test_another_wording_under_the_same_id_is_no_shot():
+    [row] = with_shots([ROW], [solved("row", "Q, please?"), *SHOTS], count=1, length=characters, longest=ENDLESS)
+    assert row.example.instruction == "Q0?\n\nA0.\n\nQ?"
+
+
 def test_the_same_question_under_another_id_is_no_shot():
     twin = solved("twin", "Q?", "A.")
     [row] = with_shots([ROW], [twin, *SHOTS], count=1, length=characters, longest=ENDLESS)

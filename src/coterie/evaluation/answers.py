@@ -72,22 +72,21 @@ def _batch(
 
 def _elected(row: Example, answers: Sequence[Completion], seed: int) -> Completion:
     """Let answers vote by what the grader reads in them; one in which it reads nothing votes by its whole text."""
-    readable = row.tests is None and checkable(row.answer)
+    readable = row.tests is None and checkable(row.answer, row.answers)
     readings = [_graded_text(answer.text, row).extracted if readable else None for answer in answers]
     votes = [reading or answer.text.strip() for reading, answer in zip(readings, answers, strict=True)]
     return answers[majority(votes, seed)]
 
 
 def _graded_text(text: str, row: Example) -> Grade:
-    assert row.answer is not None
-    return grade(text, row.answer, prompt=row.instruction, answers=row.answers)
+    return grade(text, row.answer or "", prompt=row.instruction, answers=row.answers)
 
 
 def graded(text: str, row: Example, *, run_code: bool) -> Grade | None:
     """Grade an answer; None where the row has nothing to grade it by."""
     if (tests := code_tests(row.tests)) is not None:
         return grade_code(text, tests) if run_code else None
-    return _graded_text(text, row) if checkable(row.answer) else None
+    return _graded_text(text, row) if checkable(row.answer, row.answers) else None
 
 
 def code_notes(rows: Sequence[Example], *, run_code: bool) -> list[str]:

@@ -210,8 +210,8 @@ def _find_letter(text: str, options: frozenset[str]) -> str | None:
     candidates += [match[1] for match in reversed(list(_BRACKETED.finditer(text)))]
     candidates += [match[1] for match in [_LEADING.match(text)] if match]
     candidates += filter(None, [_lone_letter(text)])
-    # A stated (F) is the answer, and wrong, also where the options end at (E); an (A) before it was not meant.
-    known = options | {match[1] for match in named if match[1] and match[1].isupper()}
+    # A stated (F) is the answer, and wrong, also where the options end at (E); a stated (x) is a variable.
+    known = options | {match[1] for match in named if match[1]}
     return next((letter.upper() for letter in candidates if not options or letter.upper() in known), None)
 
 
