@@ -161,6 +161,39 @@ def test_intervals_are_drawn_where_a_linear_map_of_the_axis_puts_them(values):
     assert 0 < place(axis.low) < place(axis.high) < 100
 
 
+def test_a_value_beyond_the_axis_is_written_at_its_end_and_a_line_stops_there():
+    axis = axis_for([-0.1, 0.1])
+    far = [
+        Interval(2.4765, (2.0, 3.0), True, "x"),
+        Interval(-7.0, None, True, "x"),
+        Interval(0.05, (-9.0, 0.08), False, "x"),
+    ]
+    tree = ElementTree.fromstring(interval_chart(far, axis, ("", "", ""), "t"))
+    written = [text for text in tree.findall("g/text")]
+    assert [text.text for text in written] == ["+2.48 →", "← −7.00"]
+    place = dict(
+        zip(axis.marks(), [t.get("x") for t in tree.findall("text") if t.get("class") == "mark"], strict=False)
+    )
+    assert [text.get("x") for text in written] == [place[axis.marks()[-1]], place[axis.marks()[0]]]
+    (line,) = tree.findall("g/line")
+    assert line.get("x1") == place[axis.marks()[0]]
+    assert len(tree.findall("g/circle")) == 1
+
+
+def test_one_method_far_from_all_others_does_not_press_them_together(tmp_path):
+    summary, rows = records()
+    scores = {score["method"]: score for score in summary["table"] if score["source"] == "all"}
+    far = {**scores["elrea"], "method": "backbone", "nll_difference": 3.0, "nll_interval": [2.5, 3.5]}
+    near = [{**scores["elrea"], "method": f"m{number}"} for number in range(3)]
+    summary["table"] += [far, *near]
+    summary["methods"] += [score["method"] for score in (far, *near)]
+    text = write_report(save(tmp_path, summary, rows)).read_text(encoding="utf-8")
+    nll = re.findall(r'<svg class="intervals".*?</svg>', text)[1]
+    marks = [number(mark) for mark in re.findall(r'class="mark">([^<]*)<', nll)]
+    assert max(marks) < 0.2
+    assert "→" in nll and "+3.0" in nll
+
+
 def test_the_page_draws_the_differences_of_the_table_in_points_and_nats(tmp_path):
     text = write_report(save(tmp_path, *records())).read_text(encoding="utf-8")
     accuracy, nll, *by_source = re.findall(r'<svg class="intervals".*?</svg>', text)

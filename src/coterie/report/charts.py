@@ -74,6 +74,14 @@ def interval_chart(intervals: Sequence[Interval | None], axis: Axis, sides: tupl
     return svg.markup(drawing)
 
 
+def _draw_far(group: ElementTree.Element, value: float, axis: Axis, y: float) -> None:
+    """Write a value that lies beyond the axis at the end it lies beyond, with an arrow."""
+    above = value > axis.high
+    place = svg.percent(axis.place(axis.high if above else axis.low))
+    words = f"{plain(value, axis.step)} →" if above else f"← {plain(value, axis.step)}"
+    svg.add(group, "text", x=place, y=str(y + 4), **{"class": "right far" if above else "left far"}).text = words
+
+
 def split_bar(parts: Sequence[tuple[str, float]], longest: float, title: str) -> Markup:
     """Draw one bar whose parts (CSS class, length) stand end to end; a bar of length `longest` fills the width."""
     drawing = svg.picture("bar", 16, title)
@@ -115,7 +123,10 @@ def _draw_axis(drawing: ElementTree.Element, axis: Axis, bottom: int, sides: tup
 def _draw_interval(drawing: ElementTree.Element, interval: Interval, axis: Axis, y: float) -> None:
     group = svg.add(drawing, "g", **{"class": "clear" if interval.clear else "open"})
     svg.add(group, "title").text = interval.words
+    if not axis.low <= interval.value <= axis.high:
+        _draw_far(group, interval.value, axis, y)
+        return
     if interval.ends:
-        left, right = (svg.percent(axis.place(end)) for end in interval.ends)
+        left, right = (svg.percent(axis.place(min(max(end, axis.low), axis.high))) for end in interval.ends)
         svg.add(group, "line", x1=left, x2=right, y1=str(y), y2=str(y), **{"class": "interval"})
     svg.add(group, "circle", cx=svg.percent(axis.place(interval.value)), cy=str(y), r="4.5")

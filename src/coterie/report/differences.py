@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from markupsafe import Markup
 
 from coterie.report import wording
 from coterie.report.charts import Axis, Interval, axis_for, interval_chart
 from coterie.report.records import MEASURES, OVERALL, Evaluation, Score
+
+FAR = 8  # a difference this many times as large as the median one would press all others together
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,12 @@ def difference_panels(evaluation: Evaluation, sources: Sequence[str]) -> list[Pa
 
 
 def _axis(scores: Sequence[Score], measure: str) -> Axis:
+    """Choose an axis for most differences; those that are many times as large as most are written at its end."""
     gaps = [gap for score in scores if (gap := score.difference(measure))]
-    return axis_for(wording.UNITS[measure] * end for gap in gaps for end in (gap.value, *(gap.interval or ())))
+    reaches = [[wording.UNITS[measure] * end for end in (gap.value, *(gap.interval or ()))] for gap in gaps]
+    sizes = [max(map(abs, ends)) for ends in reaches]
+    most = FAR * median(sizes)
+    return axis_for(end for ends, size in zip(reaches, sizes, strict=True) if size <= most or not most for end in ends)
 
 
 def _picture(scores: Sequence[Score], measure: str, axis: Axis, control: str) -> Markup:
