@@ -167,7 +167,7 @@ def test_the_map_has_a_point_a_row_and_the_clusters_of_several_seeds(grid_folder
     assert len(found["points"]) == 36
     assert all(len(point["clusters"]) == 3 for point in found["points"])
     assert found["stability"] == pytest.approx(1) and found["agreement"] == pytest.approx([1, 1, 1])
-    assert cluster_records(grid_folder)["composition"]["cluster-0"] == {"sum / ": 12}
+    assert cluster_records(grid_folder)["composition"]["cluster-0"] == {"sum": 12}
 
 
 def test_without_a_folder_there_is_no_map():

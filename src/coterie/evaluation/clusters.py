@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,14 @@ def cluster_records(folder: Path | None) -> dict[str, Any]:
     rows = read_jsonl(folder / "clusters.jsonl")
     return {
         "clusters": _counts(rows, lambda row: str(row["source"] or "")),
-        "composition": _counts(rows, lambda row: f"{row['source'] or ''} / {row.get('category') or ''}"),
+        "composition": _counts(rows, kind_of),
         "clustering": read_json(folder / "mixture.json").get("clustering", {}),
     }
+
+
+def kind_of(row: Mapping[str, Any]) -> str:
+    """Name a row's source and category, as far as it has them."""
+    return " / ".join(str(part) for part in (row["source"], row.get("category")) if part)
 
 
 def _counts(rows: list[dict[str, Any]], key: Any) -> dict[str, dict[str, int]]:

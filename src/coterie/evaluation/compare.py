@@ -23,7 +23,7 @@ from coterie.data.batching import TokenRow
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError, unknown_name
 from coterie.evaluation.answers import Answers, Task, answer, check_code_execution, code_notes
-from coterie.evaluation.clusters import cluster_records, feature_map
+from coterie.evaluation.clusters import cluster_records, feature_map, kind_of
 from coterie.evaluation.few_shot import with_shots
 from coterie.evaluation.records import hardware_record, mean_weights, memory_bytes, merge_errors, row_record
 from coterie.evaluation.routed import Remember, Scored, SharedRouting, afresh, score_methods
@@ -293,12 +293,9 @@ def _facts(bench: Bench, rows: Sequence[Mapping[str, Any]], protocol: Protocol) 
 
 
 def _routing_records(rows: Sequence[Mapping[str, Any]], routing: Routing) -> dict[str, Any]:
-    def category(row: Mapping[str, Any]) -> str:
-        return f"{row['source']} / {row['category'] or ''}"
-
     return {
         "routing": mean_weights(rows, routing, lambda row: row["source"]),
-        "routing_by_category": mean_weights(rows, routing, category) if any(row["category"] for row in rows) else {},
+        "routing_by_category": mean_weights(rows, routing, kind_of) if any(row["category"] for row in rows) else {},
     }
 
 
