@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from coterie.errors import CoterieError
 from coterie.evaluation import code as code_grading
-from coterie.evaluation.code import CodeTests, code_tests, find_code, grade_code, grade_many_code
+from coterie.evaluation.code import CodeTests, code_tests, find_code, grade_code
 from coterie.evaluation.grading import Grade
 from coterie.evaluation.sandbox import Limits
 
@@ -245,16 +245,3 @@ def test_a_text_without_code_is_wrong_and_nothing_is_run(monkeypatch):
 def test_a_script_part_of_a_solution_does_not_run():
     code = f"{DOUBLE}\n\nif __name__ == '__main__':\n    print(double(int(input())))"
     assert grade_code(code, TESTS).correct
-
-
-def test_many_are_graded_in_their_order():
-    slow = f"import time\ntime.sleep(0.5)\n{DOUBLE}"
-    texts = [slow, IDENTITY, DOUBLE, "I'm sorry."]
-    expected = [Grade(True, slow), Grade(False, IDENTITY), Grade(True, DOUBLE), Grade(False, None)]
-    assert grade_many_code(((text, TESTS) for text in texts), workers=3) == expected
-
-
-def test_grading_nothing_gives_nothing_and_no_workers_are_refused():
-    assert grade_many_code([]) == []
-    with pytest.raises(CoterieError, match="workers must be at least 1, got 0"):
-        grade_many_code([(DOUBLE, TESTS)], workers=0)

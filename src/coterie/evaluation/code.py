@@ -9,8 +9,7 @@ import itertools
 import re
 import textwrap
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,31 +166,7 @@ def grade_code(text: str, tests: CodeTests, limits: Limits | None = None) -> Gra
     Raises:
         CoterieError: this system cannot limit a process, or the process does not start.
     """
-    return _grade_found(find_code(text, tests.entry_point), tests, limits)
-
-
-def grade_many_code(
-    texts_and_tests: Iterable[tuple[str, CodeTests]], limits: Limits | None = None, *, workers: int = 2
-) -> list[Grade]:
-    """Grade texts as `grade_code` does, several at a time, in their order.
-
-    Args:
-        texts_and_tests: each text with its tests.
-        limits: of each run; `workers` of them are used at once.
-        workers: number of processes; no more than there are idle cores, or the wall clock judges slow machines.
-
-    Raises:
-        CoterieError: `workers` is below 1, or as for `grade_code`.
-    """
-    if workers < 1:
-        raise CoterieError(f"workers must be at least 1, got {workers}")
-    # Code is searched for in the caller's thread: parsing needs a deep stack, and warnings are silenced for a process.
-    jobs = [(find_code(text, tests.entry_point), tests, limits) for text, tests in texts_and_tests]
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(_grade_found, *zip(*jobs, strict=True))) if jobs else []
-
-
-def _grade_found(code: str | None, tests: CodeTests, limits: Limits | None) -> Grade:
+    code = find_code(text, tests.entry_point)
     if code is None:
         return Grade(False, None)
     program = "\n".join([code, tests.setup, *tests.tests, ""])

@@ -11,7 +11,7 @@ from coterie.backbone.loading import Backbone
 from coterie.data.batching import Kept, TokenRow, tokenise
 from coterie.data.examples import load_all
 from coterie.errors import CoterieError
-from coterie.methods.stages import IN_MEMORY, cluster_rows, hash_examples
+from coterie.methods.stages import IN_MEMORY, hash_examples
 from coterie.mixture import Mixture
 from coterie.settings import ElreaSettings, GridSettings, checked
 
@@ -69,11 +69,6 @@ class Recipe:
                 "training rows; get the folder again, or fit again"
             )
         return [int(number) for number in numbers]
-
-    @cached_property
-    def clusters(self) -> list[list[TokenRow]]:
-        """The training rows of every cluster."""
-        return cluster_rows(self.kept.rows, self.labels)
 
     @cached_property
     def prompts(self) -> list[TokenRow]:
