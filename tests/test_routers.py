@@ -230,7 +230,7 @@ def test_a_fixed_router_gives_every_prompt_the_same_weights():
 
 
 def test_uniform_and_one_hot_weights():
-    assert uniform(["a", "b", "c"]).route([PROMPT]).row(0) == {"a": 1.0, "b": 1.0, "c": 1.0}
+    assert uniform(["a", "b"]).route([PROMPT]).row(0) == {"a": 0.5, "b": 0.5}
     assert one_hot("b", ["a", "b", "c"]).route([PROMPT]).row(0) == {"a": 0.0, "b": 1.0, "c": 0.0}
 
 
