@@ -42,8 +42,8 @@ class FixedRouter:
 def uniform(experts: Sequence[str]) -> FixedRouter:
     """Give every expert the same weight, together 1.
 
-    In the paper's Uniform Weights each is 1. Logits are normalised, so that is the same there; updates that are added up
-    in the layers, or merged, would count once for every expert.
+    In the paper's Uniform Weights each is 1. Logits are normalised, so that is the same there; updates that are added
+    up in the layers, or merged, would count once for every expert.
     """
     return FixedRouter(dict.fromkeys(experts, 1 / max(1, len(experts))))
 
