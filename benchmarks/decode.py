@@ -21,6 +21,7 @@ from coterie.combiners.logits import LogitCombiner
 from coterie.engine.decoding import DecodingBatch
 from coterie.experts.bank import load_adapter
 from coterie.lora import Adapter
+from coterie.routers.base import Routing
 from coterie.settings import SamplingSettings
 
 EXPERTS = 9
@@ -42,7 +43,9 @@ def plain_steps(model: PreTrainedModel, ids: list[int], rows: int, **options: li
 def our_steps(backbone: Backbone, layers: ExpertLayers, ids: list[int], steps: int) -> Iterator[int]:
     """Decode with the ensemble."""
     settings = SamplingSettings(max_new_tokens=steps + 1)
-    batch = DecodingBatch(backbone, layers, LogitCombiner(), [ids], torch.ones(1, EXPERTS), settings)
+    names = tuple(f"expert-{number}" for number in range(EXPERTS))
+    routing = Routing(names, ("request", "expert"), torch.ones(1, EXPERTS))
+    batch = DecodingBatch(backbone, layers, LogitCombiner(), [ids], routing, settings)
     return (token.id for token in batch.run())
 
 
