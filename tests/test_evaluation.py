@@ -76,6 +76,10 @@ def single(bench, name):
     return bench.mixture.replace(router=name, combiner="logits")
 
 
+def test_all_cells_share_one_stack_of_the_bank(bench):
+    assert len({id(bench.cell(name).layers) for name in NAMES}) == 1
+
+
 def test_prompts_are_described_once_for_all_routers_of_one_description(bench):
     counted = []
     description = bench.own.router.description

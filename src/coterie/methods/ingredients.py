@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank, check_names, load_bank
 from coterie.experts.clustering import cluster
 from coterie.experts.gating import train_gates
-from coterie.experts.training import TrainingPlan
 from coterie.methods.judging import judge
 from coterie.methods.recipe import Recipe
 from coterie.methods.stages import BASE, base_plan, cluster_record, cluster_rows, train_clusters, train_expert
@@ -240,16 +239,9 @@ def _write_clusters(recipe: Recipe, run: RunFolder, labels: Iterable[int], prefi
 
 def _gates(recipe: Recipe, run: RunFolder) -> Made:
     """Train a gate per layer on the frozen experts (ELREA's MoLE: whole training set, 1 epoch)."""
-    training, bank = recipe.settings.training, recipe.mixture.bank
-    plan = TrainingPlan(
-        epochs=recipe.grid.gate_epochs,
-        learning_rate=recipe.grid.gate_learning_rate,
-        batch_size=training.batch_size,
-        micro_batch_size=training.micro_batch_size,
-        seed=recipe.settings.seed,
-        report_to=training.report_to,
-        label="gates",
-    )
+    grid, bank = recipe.grid, recipe.mixture.bank
+    plan = base_plan(recipe.settings, "gates", keep_epochs=False)
+    plan = replace(plan, epochs=grid.gate_epochs, learning_rate=grid.gate_learning_rate)
     layers = train_gates(recipe.backbone, bank.adapters, recipe.kept.rows, plan, run.path)
     return Made({}, GateRouter(recipe.backbone, bank.adapters, Gates(bank.names, layers)))
 

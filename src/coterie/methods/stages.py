@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from coterie.artifacts import RunFolder
@@ -40,16 +40,8 @@ def base_plan(
 
 def expert_plan(settings: ElreaSettings, label: str) -> TrainingPlan:
     """Return how an expert is continued from the base adapter."""
-    training, experts = settings.training, settings.experts
-    return TrainingPlan(
-        epochs=experts.expert_epochs,
-        learning_rate=experts.expert_learning_rate,
-        batch_size=training.batch_size,
-        micro_batch_size=training.micro_batch_size,
-        seed=settings.seed,
-        report_to=training.report_to,
-        label=label,
-    )
+    plan = base_plan(settings, label, keep_epochs=False)
+    return replace(plan, epochs=settings.experts.expert_epochs, learning_rate=settings.experts.expert_learning_rate)
 
 
 def cluster_rows(rows: Sequence[TokenRow], labels: Sequence[int]) -> list[list[TokenRow]]:

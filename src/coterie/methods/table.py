@@ -44,7 +44,9 @@ class Bench:
         bank = self.own.bank
         for ingredient in self.ingredients.values():
             bank = ExpertBank((*bank.names, *ingredient.bank.names), (*bank.adapters, *ingredient.bank.adapters))
-        return replace(self.own, bank=bank.with_expert(BACKBONE, {}))
+        mixture = replace(self.own, bank=bank.with_expert(BACKBONE, {}))
+        _ = mixture.layers  # stacked before any cell is made of it, so that all cells share one copy
+        return mixture
 
     @property
     def fitted(self) -> tuple[str, ...]:
