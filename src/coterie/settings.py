@@ -15,6 +15,7 @@ from coterie.errors import CoterieError, unknown_name
 
 FeatureForm = Literal["adam", "adam-centred", "sgd"]
 Projection = Literal["sketch", "rademacher"]
+CacheUse = Literal["keep", "recompute"]
 ClusterMethod = Literal["birch", "spherical-kmeans", "birch-pca", "kmeans-pca"]
 
 

@@ -28,6 +28,8 @@ from coterie.lora import (
     stack,
 )
 
+MERGED_KEPT = 8  # merged adapters, each as large as all experts together
+
 
 @dataclass(frozen=True)
 class ByExpert:
@@ -103,7 +105,7 @@ class ExpertLayers:
         self._stacks = {path: self._stacked(path, adapters) for path in changed}
         self._subset = lru_cache(maxsize=8)(self._select)
         self._merged = lru_cache(maxsize=2)(self._merge)
-        self.merged = lru_cache(maxsize=64)(self._merge_row)
+        self.merged = lru_cache(maxsize=MERGED_KEPT)(self._merge_row)
         self._choice: Choice | None = None
 
     def _stacked(self, path: str, adapters: Sequence[Mapping[str, LoraPair | None]]) -> StackedPair:

@@ -9,13 +9,13 @@ from coterie.routers.base import Routing
 
 
 class WeightCombiner:
-    """Runs each prompt through one adapter merged from all, exactly by default.
+    """Runs each prompt through one adapter merged from all, exactly by default; anew whenever its weights change.
 
     Exact merging equals mixing in the layers. The other ways are approximations that are in use elsewhere (`factors`
     is ELREA's "MoE Merging"); `ExpertLayers.merge_error` tells how far off they are.
     """
 
-    axes = frozenset({"request", "expert"})
+    axes = frozenset({"request", "token", "expert"})
 
     def __init__(self, how: str = "exact") -> None:
         """Store the way to merge: exact, factors, peft-linear, peft-0.4-linear, svd or svd:R.

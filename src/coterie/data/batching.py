@@ -48,6 +48,12 @@ class TokenRow:
         n = self.prompt_length
         return TokenRow(self.ids[:n], n, self.is_response[:n], self.is_user_text[:n], self.source)
 
+    def extended(self, tokens: Sequence[int]) -> "TokenRow":
+        """Append tokens of an answer that is being written: to a router they are text like the user's."""
+        ids = (*self.ids, *tokens)
+        written, counted = (False,) * len(tokens), (True,) * len(tokens)
+        return TokenRow(ids, len(ids), (*self.is_response, *written), (*self.is_user_text, *counted), self.source)
+
     def labels(self) -> list[int]:
         """Return the token at every position that is trained on, `IGNORED` elsewhere."""
         return [token if wanted else IGNORED for token, wanted in zip(self.ids, self.is_response, strict=True)]

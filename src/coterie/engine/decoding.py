@@ -1,18 +1,20 @@
 """Decoding a batch of requests: prefill once, then one token a step for everybody, until the last one has left."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone
 from coterie.combiners.base import Combiner, RowPlan, kept_rows
 from coterie.data.batching import pad
-from coterie.engine.cache import keep_rows, make_cache
+from coterie.engine.renewal import Renewal
+from coterie.engine.rows import CachedRows
 from coterie.engine.sampling import Sampler
 from coterie.engine.text import TextStream
 from coterie.routers.base import Routing
@@ -30,6 +32,7 @@ class Token(NamedTuple):
         logprob: natural log of its probability under the combined distribution, before temperature and penalties.
         text: text that became certain with it.
         finish_reason: why the request ends here, or None.
+        weights: the experts' shares that chose it, in the bank's order, where they may change from token to token.
     """
 
     request: int
@@ -37,6 +40,7 @@ class Token(NamedTuple):
     logprob: float
     text: str
     finish_reason: FinishReason | None
+    weights: tuple[float, ...] | None = None
 
 
 @dataclass
@@ -73,6 +77,7 @@ class DecodingBatch:
         prompts: Sequence[Sequence[int]],
         routing: Routing,
         settings: SamplingSettings,
+        renewal: Renewal | None = None,
     ) -> None:
         """Take in the requests; nothing is computed yet.
 
@@ -83,46 +88,34 @@ class DecodingBatch:
             prompts: token ids of every request.
             routing: of every request, with the bank's experts in the bank's order.
             settings: how tokens are chosen.
+            renewal: how the weights change later; None for not at all.
         """
         self._backbone = backbone
-        self._layers = layers
-        self._combiner = combiner
-        self._routing = routing
+        self._rows = CachedRows(backbone, layers, combiner, routing)
         self._settings = settings
+        self._renewal = renewal
         self._active = [
             _Request(number, list(ids), len(ids), Sampler(settings), TextStream(backbone.tokenizer, settings.stop))
             for number, ids in enumerate(prompts)
         ]
-        self._cache = make_cache(backbone.model.config)
 
     def run(self) -> Iterator[Token]:
         """Yield tokens step by step, in the order of the requests within a step."""
-        plan = self._combiner.plan(self._routing)
-        batch = pad(
-            [self._active[prompt].ids for prompt in plan.prompts],
-            self._backbone.tokenizer.pad_token_id,
-            side="left",
-            device=self._backbone.device,
-        )
-        inputs, mask, positions = batch
-        while self._active:
-            hidden = self._forward(plan, inputs, mask, positions)
-            logits = combined_logits(self._backbone, hidden, plan.votes)
-            tokens = self._choose(logits)
+        hidden = self._rows.read([request.ids for request in self._active])
+        for written in itertools.count(1):
+            tokens = self._choose(combined_logits(self._backbone, hidden[:, -1], self._rows.plan.votes))
             yield from tokens
-            staying = [place for place, token in enumerate(tokens) if token.finish_reason is None]
-            if len(staying) < len(tokens):
-                plan, mask, positions = self._leave(plan, mask, positions, staying)
-            chosen = torch.tensor([request.ids[-1:] for request in self._active], device=mask.device)
-            inputs = chosen[list(plan.prompts)] if self._active else chosen
-            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            positions = positions[:, -1:] + 1
+            self._leave([place for place, token in enumerate(tokens) if token.finish_reason is None])
+            if not self._active:
+                return
+            hidden = self._read_chosen(written)
 
-    @torch.inference_mode()
-    def _forward(self, plan: RowPlan, inputs: Tensor, mask: Tensor, positions: Tensor) -> Float[Tensor, "row width"]:
-        """Run the rows and return the state behind each row's last token."""
-        with self._layers.attached(), self._layers.choosing(plan.choice):
-            return self._backbone.hidden(inputs, mask, positions, self._cache)[:, -1]
+    def _read_chosen(self, written: int) -> Float[Tensor, "row position width"]:
+        """Read the tokens that were chosen last, under new weights where they are due."""
+        chosen = [request.ids[-1:] for request in self._active]
+        if self._renewal is None:
+            return self._rows.read(chosen)
+        return self._renewal.read(self._rows, chosen, [request.ids for request in self._active], written)
 
     @torch.inference_mode()
     def _choose(self, logits: Float[Tensor, "prompt vocabulary"]) -> list[Token]:
@@ -134,7 +127,11 @@ class DecodingBatch:
         places = torch.tensor(ids, device=logits.device)[:, None]
         logprobs = (logits.gather(1, places).squeeze(1) - logits.logsumexp(dim=1)).tolist()
         triples = zip(self._active, ids, logprobs, strict=True)
-        return [self._advance(request, token, logprob) for request, token, logprob in triples]
+        tokens = [self._advance(request, token, logprob) for request, token, logprob in triples]
+        if self._renewal is None:
+            return tokens
+        shares = self._rows.routing.normalized().weights.tolist()
+        return [token._replace(weights=tuple(row)) for token, row in zip(tokens, shares, strict=True)]
 
     def _advance(self, request: _Request, token: int, logprob: float) -> Token:
         request.ids.append(token)
@@ -149,17 +146,14 @@ class DecodingBatch:
             text += request.stream.finish()
         return Token(request.number, token, logprob, text, reason)
 
-    def _leave(
-        self, plan: RowPlan, mask: Tensor, positions: Tensor, staying: list[int]
-    ) -> tuple[RowPlan, Tensor, Tensor]:
-        """Drop the requests that are not staying: their rows, their part of the cache and padding nobody needs."""
+    def _leave(self, staying: list[int]) -> None:
+        """Drop the requests that are not staying."""
+        if len(staying) == len(self._active):
+            return
         self._active = [self._active[place] for place in staying]
-        self._routing = self._routing.take(staying)
-        if not staying:
-            return plan, mask, positions
-        rows = kept_rows(plan, staying)
-        keep_rows(self._cache, rows, mask.device)
-        return self._combiner.plan(self._routing), mask[rows], positions[rows]
+        self._rows.keep(staying)
+        if self._renewal is not None:
+            self._renewal.follower.keep(staying)
 
 
 class ScoredTokens(NamedTuple):
@@ -200,9 +194,14 @@ def score_responses(
         states = hidden[own][:, before]  # [own rows, tokens, width]
         for place, vote in enumerate(votes):
             logits = _summed_logits(backbone, states, vote[prompt, own].to(hidden.device))
-            logprobs = logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(dim=1)
-            result[place].append(ScoredTokens(logprobs.cpu(), (logits.argmax(dim=1) == targets).cpu()))
+            result[place].append(scored_tokens(logits, targets))
     return result
+
+
+def scored_tokens(logits: Float[Tensor, "token vocabulary"], targets: Int[Tensor, " token"]) -> ScoredTokens:
+    """Score tokens by the logits at their places."""
+    logprobs = logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+    return ScoredTokens(logprobs.cpu(), (logits.argmax(dim=1) == targets).cpu())
 
 
 def response_logprobs(

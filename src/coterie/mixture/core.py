@@ -15,12 +15,19 @@ from coterie.combiners.table import check_fit, make_combiner
 from coterie.combiners.texts import TextCombiner, majority
 from coterie.data.batching import PromptFormat, TokenRow
 from coterie.data.examples import Example, from_prompt, load_examples
-from coterie.engine.decoding import DecodingBatch, Token
+from coterie.engine.decoding import DecodingBatch, ScoredTokens, Token
+from coterie.engine.forced import score_forced
+from coterie.engine.renewal import Renewal
+from coterie.engine.rows import CachedRows
 from coterie.errors import CoterieError, unknown_name
 from coterie.experts.bank import ExpertBank, load_bank
+from coterie.mixture.card import model_card
+from coterie.mixture.completion import Completion, completion
 from coterie.mixture.loading import RouterParts, load_router, local_folder, read_mixture_record
 from coterie.routers.base import Router, Routing
+from coterie.routers.derived import keep_top
 from coterie.routers.fixed import FixedRouter, one_hot, uniform
+from coterie.routers.token import TokenLevel
 from coterie.settings import ModelSettings, PlacementSettings, SamplingSettings
 
 Prompt = str | Example | Sequence[Mapping[str, str]]
@@ -28,38 +35,6 @@ Prompt = str | Example | Sequence[Mapping[str, str]]
 
 CARRIED = ("experts", "checkpoints", "clusters.jsonl", "run.yaml", "metrics.jsonl")
 """What a saved copy takes along from the folder that a mixture was loaded from; the router writes itself."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """An answer.
-
-    Attributes:
-        prompt: the question, as given by the user.
-        text: the answer.
-        token_ids: its tokens, with the one that ended it.
-        logprobs: natural log of each token's probability under the combined distribution.
-        finish_reason: stop or length.
-        weights: normalised routing weights by expert name.
-    """
-
-    prompt: str
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finish_reason: str
-    weights: Mapping[str, float]
-
-    def record(self) -> dict[str, Any]:
-        """Return the object that `generate --json` prints."""
-        return {
-            "prompt": self.prompt,
-            "text": self.text,
-            "token_ids": list(self.token_ids),
-            "logprobs": list(self.logprobs),
-            "finish_reason": self.finish_reason,
-            "routing": {"weights": dict(self.weights)},
-        }
 
 
 @dataclass(frozen=True)
@@ -111,7 +86,8 @@ class Mixture:
         Raises:
             CoterieError: for an empty prompt, or more experts asked for than there are.
         """
-        return self._route(self.tokens(prompts), top_k_experts)
+        routing = self.router.route(self.tokens(prompts))
+        return routing if top_k_experts is None else routing.top(top_k_experts)
 
     def generate(
         self,
@@ -134,9 +110,10 @@ class Mixture:
         Raises:
             CoterieError: for an empty prompt.
         """
+        if top_k_experts is not None:
+            return self._keeping(top_k_experts).generate(prompts, batch_size=batch_size, routing=routing, **sampling)
         settings = SamplingSettings(**sampling)
         rows = self.tokens(prompts)
-        routing = self._route(rows, top_k_experts) if routing is None else routing
         if isinstance(self.combiner, TextCombiner):
             drawn = self._drawn(self.combiner, prompts, rows, routing, settings, batch_size)
             return [answers[majority([a.text.strip() for a in answers], settings.seed)] for answers in drawn]
@@ -155,8 +132,7 @@ class Mixture:
         """
         if isinstance(self.combiner, TextCombiner):
             raise CoterieError("combiner 'texts' lets finished answers vote, so it continues no text; use another one")
-        routing = self.router.route(rows)
-        return self._completions([""] * len(rows), rows, routing, SamplingSettings(**sampling), batch_size)
+        return self._completions([""] * len(rows), rows, None, SamplingSettings(**sampling), batch_size)
 
     def drawn(
         self, prompts: Sequence[Prompt], *, batch_size: int = 8, routing: Routing | None = None, **sampling: Any
@@ -169,7 +145,6 @@ class Mixture:
         if not isinstance(self.combiner, TextCombiner):
             raise CoterieError(f"combiner {self.combiner.kind!r} draws no answers that could vote; use texts")
         rows = self.tokens(prompts)
-        routing = self._route(rows, None) if routing is None else routing
         return self._drawn(self.combiner, prompts, rows, routing, SamplingSettings(**sampling), batch_size)
 
     def _drawn(
@@ -177,10 +152,11 @@ class Mixture:
         combiner: TextCombiner,
         prompts: Sequence[Prompt],
         rows: Sequence[TokenRow],
-        routing: Routing,
+        routing: Routing | None,
         settings: SamplingSettings,
         batch_size: int,
     ) -> list[list[Completion]]:
+        routing = self.router.route(rows) if routing is None else routing
         samples = [
             self._completions(_questions(prompts), rows, routing, sample, batch_size)
             for sample in combiner.draws(settings)
@@ -191,19 +167,23 @@ class Mixture:
         self,
         questions: Sequence[str],
         rows: Sequence[TokenRow],
-        routing: Routing,
+        routing: Routing | None,
         settings: SamplingSettings,
         batch_size: int,
     ) -> list[Completion]:
-        aligned = routing.aligned(self.bank.names)
-        shares = routing.normalized()
+        if self.renews:
+            routing = None  # each batch starts from the weights that it goes on with
+        elif routing is None:
+            routing = self.router.route(rows)
+        shares = routing.normalized() if routing else None
         found: dict[int, list[Token]] = {}
         for start in range(0, len(rows), batch_size):
             batch = range(start, min(start + batch_size, len(rows)))
-            decoding = self._decoding([rows[i] for i in batch], aligned.take(batch), settings)
+            decoding = self._decoding([rows[i] for i in batch], routing and routing.take(batch), settings)
             for token in decoding.run():
                 found.setdefault(start + token.request, []).append(token)
-        return [_completion(question, found[i], shares.row(i)) for i, question in enumerate(questions)]
+        weights = [shares.row(i) if shares else None for i in range(len(rows))]
+        return [completion(q, found[i], weights[i], self.bank.names) for i, q in enumerate(questions)]
 
     def stream(self, prompt: Prompt, *, top_k_experts: int | None = None, **sampling: Any) -> Iterator[Token]:  # noqa: ANN401
         """Answer one prompt, giving each token with its text as soon as it is certain.
@@ -213,9 +193,41 @@ class Mixture:
         """
         if isinstance(self.combiner, TextCombiner):
             raise CoterieError("combiner 'texts' lets finished answers vote, so it cannot stream; leave --stream out")
-        rows = self.tokens([prompt])
-        routing = self._route(rows, top_k_experts).aligned(self.bank.names)
-        yield from self._decoding(rows, routing, SamplingSettings(**sampling)).run()
+        mixture = self if top_k_experts is None else self._keeping(top_k_experts)
+        yield from mixture._decoding(self.tokens([prompt]), None, SamplingSettings(**sampling)).run()
+
+    @property
+    def renews(self) -> bool:
+        """Whether weights change while an answer is written."""
+        return isinstance(self.router, TokenLevel) and self.router.every is not None
+
+    def renewed(self, every: int | None, cache: str | None = None) -> "Mixture":
+        """Return the same mixture with its weights renewed at every n-th token of an answer.
+
+        Args:
+            every: tokens that share weights; None for the prompt's weights all along.
+            cache: `keep` what earlier weights left in the KV cache, or `recompute` it; as it is by default.
+
+        Raises:
+            CoterieError: for a combiner or a router that cannot change its weights meanwhile, or `every` below 1.
+        """
+        router = self.router
+        if not isinstance(router, TokenLevel):
+            return self.replace(router=TokenLevel(router, every, cache or "keep"))
+        return self.replace(router=TokenLevel(router.router, every, cache or router.cache))
+
+    def score_forced(self, prompts: Sequence[TokenRow], answers: Sequence[Sequence[int]]) -> list[ScoredTokens]:
+        """Score the tokens of given answers where weights change along them (see `renews`)."""
+        renewal = self._renewal(prompts)
+        rows = CachedRows(self.backbone, self.layers, self.combiner, renewal.routing())
+        texts = [(prompt.ids, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        return score_forced(self.backbone, rows, renewal, texts)
+
+    def _renewal(self, rows: Sequence[TokenRow]) -> Renewal:
+        router = self.router
+        assert isinstance(router, TokenLevel)
+        assert router.every is not None
+        return Renewal(router.follow(rows), self.bank.names, router.every, router.cache == "recompute")
 
     def replace(self, *, router: Router | str | None = None, combiner: Combiner | str | None = None) -> "Mixture":
         """Return another cell of the grid: another router or combiner on the same bank; nothing is trained.
@@ -243,13 +255,17 @@ class Mixture:
             raise unknown_name("router or expert", name, ["uniform", *self.bank.names])
         return one_hot(name, self.bank.names)
 
-    def _route(self, rows: Sequence[TokenRow], top_k_experts: int | None) -> Routing:
-        routing = self.router.route(rows)
-        return routing if top_k_experts is None else routing.top(top_k_experts)
+    def _keeping(self, top_k_experts: int) -> "Mixture":
+        return self.replace(router=keep_top(self.router, top_k_experts))
 
-    def _decoding(self, rows: Sequence[TokenRow], routing: Routing, settings: SamplingSettings) -> DecodingBatch:
-        prompts = [row.ids for row in rows]
-        return DecodingBatch(self.backbone, self.layers, self.combiner, prompts, routing, settings)
+    def _decoding(self, rows: Sequence[TokenRow], routing: Routing | None, settings: SamplingSettings) -> DecodingBatch:
+        renewal = self._renewal(rows) if self.renews else None
+        if renewal:
+            routing = renewal.routing()
+        elif routing is None:
+            routing = self.router.route(rows)
+        prompts, aligned = [row.ids for row in rows], routing.aligned(self.bank.names)
+        return DecodingBatch(self.backbone, self.layers, self.combiner, prompts, aligned, settings, renewal)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the mixture to a folder that `from_pretrained` loads.
@@ -298,16 +314,8 @@ class Mixture:
 
     def card(self) -> str:
         """Return a model card in the hub's form."""
-        base = self.backbone.identity.id
-        front = f"---\nlibrary_name: coterie\nbase_model: {base}\npipeline_tag: text-generation\ntags:\n- lora\n---\n"
-        experts = "\n".join(f"- `{name}`" for name in self.bank.names)
-        return (
-            f"{front}\n# {self.method} mixture of {len(self.bank)} LoRA experts on {base}\n\n{experts}\n\n"
-            f"Router: {self.router.kind}. Combiner: {self.combiner.kind}. "
-            "Every folder under `experts/` is a plain PEFT adapter.\n\n"
-            '```python\nfrom coterie import Mixture\n\nmixture = Mixture.from_pretrained("this-folder")\n'
-            'print(mixture.generate(["..."])[0].text)\n```\n'
-        )
+        parts = {"Router": self.router.kind, "Combiner": self.combiner.kind}
+        return model_card(self.method, self.backbone.identity.id, self.bank.names, parts)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **placement: Any) -> "Mixture":  # noqa: ANN401 - fields of PlacementSettings
@@ -367,14 +375,3 @@ def as_example(prompt: Prompt, number: int = 0) -> Example:
 
 def _questions(prompts: Sequence[Prompt]) -> list[str]:
     return [as_example(prompt).instruction for prompt in prompts]
-
-
-def _completion(prompt: str, tokens: Sequence[Token], weights: Mapping[str, float]) -> Completion:
-    return Completion(
-        prompt=prompt,
-        text="".join(token.text for token in tokens),
-        token_ids=tuple(token.id for token in tokens),
-        logprobs=tuple(token.logprob for token in tokens),
-        finish_reason=tokens[-1].finish_reason or "length",
-        weights=weights,
-    )

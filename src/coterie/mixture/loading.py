@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from coterie.backbone.loading import Backbone
 from coterie.errors import CoterieError, unknown_name
 from coterie.experts.bank import ExpertBank, check_names
 from coterie.experts.training import load_checkpoint
-from coterie.features.embedding import load_encoder
+from coterie.features.embedding import Encoder, load_encoder
+from coterie.features.following import follow
 from coterie.features.gradient import GradientFeatures
 from coterie.routers.base import Router
 from coterie.routers.centroid import CentroidRouter, read_centroids
@@ -22,7 +24,9 @@ from coterie.routers.fixed import FixedRouter
 from coterie.routers.gate import GateRouter, read_gates
 from coterie.routers.loss import LossRouter, Ridge
 from coterie.routers.performance import PerformanceRouter, read_pilots
+from coterie.routers.similarity import check_dimensions, read_similarity
 from coterie.routers.source import SourceRouter
+from coterie.routers.token import TokenLevel
 from coterie.settings import FeatureSettings
 
 
@@ -127,7 +131,18 @@ def describe_by_embedding(name: str, backbone: Backbone) -> Description:
         CoterieError: when there is no such encoder.
     """
     encoder = load_encoder(name, backbone)
-    return Description("embedding", encoder.rows, {"encoder": name})
+    return Description("embedding", encoder.rows, {"encoder": name}, partial(follow, encoder))
+
+
+def describe_growing_text(name: str, window: int | None, backbone: Backbone) -> tuple[Description, Encoder]:
+    """Describe texts by the last tokens that an encoder can read, so that what is written last keeps counting.
+
+    Raises:
+        CoterieError: when there is no such encoder.
+    """
+    encoder = load_encoder(name, backbone, tail=True, window=window)
+    record = {"encoder": name, "window": window}
+    return Description("growing-text", encoder.rows, record, partial(follow, encoder)), encoder
 
 
 def _description(record: Mapping[str, Any], parts: RouterParts) -> Description:
@@ -159,6 +174,18 @@ def _loss(record: Mapping[str, Any], parts: RouterParts) -> Router:
     return LossRouter(_description(record, parts), ridge, record["experts"], sharpness, tensors.get("centre"))
 
 
+def _similarity(record: Mapping[str, Any], parts: RouterParts) -> Router:
+    description, encoder = describe_growing_text(record["encoder"], record["window"], parts.backbone)
+    router = read_similarity(record, parts.tensors("centroids"), description)
+    check_dimensions(encoder.name, encoder.dimensions, router.centroids)
+    return router
+
+
+def _token_level(record: Mapping[str, Any], parts: RouterParts) -> Router:
+    every = None if record["every"] is None else int(record["every"])
+    return TokenLevel(load_router(record["of"], parts), every, record["cache"])
+
+
 def _gate(record: Mapping[str, Any], parts: RouterParts) -> Router:
     names = record["experts"]
     adapters = [parts.bank.adapters[parts.bank.index(name)] for name in names]
@@ -180,6 +207,8 @@ ROUTERS: dict[str, Callable[[Mapping[str, Any], RouterParts], Router]] = {
     "embedding-centroids": _centroids,
     "performance-centroids": _performance,
     "loss": _loss,
+    "similarity": _similarity,
+    "token-level": _token_level,
     "gate": _gate,
     "source": _source,
     "derived": _derived,

@@ -28,7 +28,12 @@ class Scores(NamedTuple):
 
 
 def score(mixture: Mixture, rows: Sequence[TokenRow], routing: Routing, label: str) -> Scores:
-    """Score references under the mixture's own combiner; one vote."""
+    """Score references under the mixture's own combiner; one vote.
+
+    Where weights change while an answer is written, they do so along the reference.
+    """
+    if mixture.renews:
+        return _score_renewed(mixture, rows, label)
     aligned = routing.aligned(mixture.bank.names)
 
     def plan(numbers: list[int]) -> tuple[RowPlan, list[Tensor]]:
@@ -36,6 +41,19 @@ def score(mixture: Mixture, rows: Sequence[TokenRow], routing: Routing, label: s
         return made, [made.votes]
 
     return _score(mixture, rows, plan, votes=1, label=label)
+
+
+def _score_renewed(mixture: Mixture, rows: Sequence[TokenRow], label: str) -> Scores:
+    nll, tokens = torch.zeros(1, len(rows)), torch.zeros(len(rows))
+    with tqdm(total=len(rows), desc=f"likelihood of {label}", unit="row") as bar:
+        for numbers in by_length(rows, BATCH):
+            answers = [rows[i].ids[rows[i].prompt_length :] for i in numbers]
+            found = mixture.score_forced([rows[i].prompt() for i in numbers], answers)
+            for i, scored in zip(numbers, found, strict=True):
+                wanted = [place - rows[i].prompt_length for place in answer_positions(rows[i])]
+                nll[0, i], tokens[i] = -scored.logprobs[wanted].mean(), len(wanted)
+            bar.update(len(numbers))
+    return Scores(nll, tokens)
 
 
 def score_votes(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from coterie.artifacts import write_tensors
 from coterie.data.batching import TokenRow
+from coterie.features.following import GrowingTexts, Rewritten
 from coterie.routers.base import PER_REQUEST, Routing
 
 
@@ -22,15 +23,21 @@ class Description:
         name: gradient or embedding.
         describe: turns prompts into features (row, dimension), not necessarily of unit length.
         record: what it was made from, for mixture.json.
+        growing: follows prompts whose answers are written; None: they are described again as a whole.
     """
 
     name: str
     describe: Callable[[Sequence[TokenRow]], Tensor]
     record: Mapping[str, Any]
+    growing: Callable[[Sequence[TokenRow]], GrowingTexts] | None = None
 
     def __call__(self, prompts: Sequence[TokenRow]) -> Float[Tensor, "row dimension"]:
         """Describe prompts, in float32 on the CPU."""
         return self.describe(prompts).float().cpu()
+
+    def follow(self, prompts: Sequence[TokenRow]) -> GrowingTexts:
+        """Describe prompts, and go on while their answers are written."""
+        return self.growing(prompts) if self.growing else Rewritten(self.describe, prompts)
 
 
 class FeatureRouter(ABC):
@@ -52,6 +59,10 @@ class FeatureRouter(ABC):
         """Weigh the experts for prompts whose features are known; axes (request, expert)."""
         return self._weigh(features if self.centre is None else features - self.centre)
 
+    def follow(self, prompts: Sequence[TokenRow]) -> "FeatureFollower":
+        """Start to follow prompts whose answers are going to be written."""
+        return FeatureFollower(self, self.description.follow(prompts))
+
     @abstractmethod
     def _weigh(self, features: Float[Tensor, "row dimension"]) -> Routing:
         """Weigh the experts for features that are centred already."""
@@ -61,3 +72,28 @@ class FeatureRouter(ABC):
 
     def _entry(self, **fields: Any) -> dict[str, Any]:
         return {"kind": self.kind, "description": self.description.name, **fields, **self.description.record}
+
+
+class FeatureFollower:
+    """Follows texts by their features."""
+
+    def __init__(self, router: FeatureRouter, texts: GrowingTexts) -> None:
+        """Start with texts; `router` weighs experts by their features."""
+        self._router = router
+        self._texts = texts
+
+    def routing(self) -> Routing:
+        """Weigh the experts for every text as far as it is known."""
+        return self._router.route_features(self._texts.features())
+
+    def write(self, tokens: Sequence[Sequence[int]]) -> None:
+        """Take in the next tokens of every text, before the model reads them."""
+        self._texts.write(tokens)
+
+    def observe(self, states: Float[Tensor, "request position width"]) -> None:
+        """Take in the model's last hidden states at the tokens that it has just read."""
+        self._texts.observe(states)
+
+    def keep(self, requests: Sequence[int]) -> None:
+        """Drop all requests but these."""
+        self._texts.keep(requests)

@@ -1,0 +1,86 @@
+"""The model rows of a batch of requests, with their KV cache: what a plan asks for, fed token by token."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from coterie.backbone.layers import ExpertLayers
+from coterie.backbone.loading import Backbone
+from coterie.combiners.base import Combiner, RowPlan, kept_rows
+from coterie.data.batching import pad
+from coterie.engine.cache import keep_rows, make_cache
+from coterie.routers.base import Routing
+
+
+class CachedRows:
+    """Rows that have read their requests' texts so far; requests can leave, and their weights can change."""
+
+    def __init__(self, backbone: Backbone, layers: ExpertLayers, combiner: Combiner, routing: Routing) -> None:
+        """Plan the rows; nothing has been read yet.
+
+        Args:
+            backbone: the base model.
+            layers: the bank's experts.
+            combiner: where experts meet.
+            routing: of every request, with the bank's experts in the bank's order.
+        """
+        self._backbone = backbone
+        self._layers = layers
+        self._combiner = combiner
+        self.routing = routing
+        self.plan: RowPlan = combiner.plan(routing)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._cache = make_cache(self._backbone.model.config)
+        self._mask = torch.zeros(len(self.plan.prompts), 0, dtype=torch.long, device=self._backbone.device)
+
+    @torch.inference_mode()
+    def read(self, tokens: Sequence[Sequence[int]]) -> Float[Tensor, "row position width"]:
+        """Feed every request's next tokens, and return the last hidden states at them.
+
+        What is read first may differ in length and is padded on the left; all later pieces have one length.
+        """
+        pad_id = self._backbone.tokenizer.pad_token_id
+        texts = [tokens[request] for request in self.plan.prompts]
+        ids, mask, _ = pad(texts, pad_id, side="left", device=self._backbone.device)
+        start = self._mask.sum(dim=1, keepdim=True)
+        self._mask = torch.cat([self._mask, mask], dim=1)
+        positions = start + (mask.cumsum(dim=1) - 1).clamp(min=0)
+        with self._layers.attached(), self._layers.choosing(self.plan.choice):
+            return self._backbone.hidden(ids, self._mask, positions, self._cache)
+
+    def by_request(self, states: Float[Tensor, "row position width"]) -> Float[Tensor, "request position width"]:
+        """Put states in the order of the requests, where each has one row."""
+        return states[[self.plan.prompts.index(request) for request in range(len(states))]]
+
+    def keep(self, requests: Sequence[int]) -> None:
+        """Drop all requests but these: their rows, their part of the cache."""
+        rows = kept_rows(self.plan, requests)
+        self.routing = self.routing.take(requests)
+        if requests:
+            self._select(rows, self._combiner.plan(self.routing))
+
+    def change(self, routing: Routing, *, recompute: bool = False) -> None:
+        """Go on under other weights: with what was read under the earlier ones, or forgetting it.
+
+        Raises:
+            ValueError: when the cache is kept and the new weights run other rows than the earlier ones.
+        """
+        plan = self._combiner.plan(routing)
+        self.routing = routing
+        if recompute:
+            self.plan = plan
+            self._forget()
+            return
+        if sorted(plan.prompts) != list(range(len(self.plan.prompts))):
+            raise ValueError("weights can change only where every request has one row of its own")
+        self._select([self.plan.prompts.index(request) for request in plan.prompts], plan)
+
+    def _select(self, rows: list[int], plan: RowPlan) -> None:
+        self.plan = plan
+        if rows != list(range(len(self._mask))):
+            keep_rows(self._cache, rows, self._mask.device)
+            self._mask = self._mask[rows]

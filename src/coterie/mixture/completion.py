@@ -1,0 +1,96 @@
+"""Answers, with the weights that led to them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from coterie.engine.decoding import Token
+
+
+@dataclass(frozen=True)
+class Trace:
+    """How the weights went along an answer.
+
+    Attributes:
+        experts: names.
+        pieces: the text that became certain with every token.
+        weights: normalised, of every expert at every token: those that the token was chosen with.
+    """
+
+    experts: tuple[str, ...]
+    pieces: tuple[str, ...]
+    weights: tuple[tuple[float, ...], ...]
+
+    def record(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return {"experts": list(self.experts), "pieces": list(self.pieces), "weights": [list(w) for w in self.weights]}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "Trace":
+        """Build from what `record` gave."""
+        return cls(tuple(record["experts"]), tuple(record["pieces"]), tuple(tuple(row) for row in record["weights"]))
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer.
+
+    Attributes:
+        prompt: the question, as given by the user.
+        text: the answer.
+        token_ids: its tokens, with the one that ended it.
+        logprobs: natural log of each token's probability under the combined distribution.
+        finish_reason: stop or length.
+        weights: normalised routing weights of the prompt by expert name.
+        trace: how the weights went on from there, where they may change from token to token.
+    """
+
+    prompt: str
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    weights: Mapping[str, float]
+    trace: Trace | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return the object that `generate --json` prints."""
+        return {
+            "prompt": self.prompt,
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "logprobs": list(self.logprobs),
+            "finish_reason": self.finish_reason,
+            "routing": {"weights": dict(self.weights), **({"trace": self.trace.record()} if self.trace else {})},
+        }
+
+
+def completion(
+    prompt: str, tokens: Sequence[Token], weights: Mapping[str, float] | None, experts: Sequence[str]
+) -> Completion:
+    """Put an answer together.
+
+    Args:
+        prompt: the question.
+        tokens: the answer's.
+        weights: normalised weights of the prompt by expert; None where the tokens bring their own.
+        experts: names of those whose weights the tokens bring.
+    """
+    trace = None if weights is not None else _trace(tokens, experts)
+    return Completion(
+        prompt=prompt,
+        text="".join(token.text for token in tokens),
+        token_ids=tuple(token.id for token in tokens),
+        logprobs=tuple(token.logprob for token in tokens),
+        finish_reason=tokens[-1].finish_reason or "length",
+        weights=weights or (dict(zip(trace.experts, trace.weights[0], strict=True)) if trace else {}),
+        trace=trace,
+    )
+
+
+def _trace(tokens: Sequence[Token], experts: Sequence[str]) -> Trace:
+    """Collect the tokens' weights, without the experts that none of them has any weight on."""
+    weights = [token.weights or () for token in tokens]
+    used = [place for place in range(len(experts)) if any(row[place] for row in weights)]
+    names = tuple(experts[place] for place in used)
+    return Trace(names, tuple(t.text for t in tokens), tuple(tuple(row[place] for place in used) for row in weights))
