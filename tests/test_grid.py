@@ -19,9 +19,12 @@ from coterie.mixture.loading import ROUTERS
 from coterie.routers.base import Routing
 from coterie.routers.derived import DerivedRouter
 from coterie.routers.fixed import uniform
+from coterie.routers.spectral import spectral_router
 
 QUESTIONS = load_examples(tiny.make_rows(4, seed=11))
 TOKENS = 6
+IN_LAYERS = ("gate", "arrow", "spectr")
+"""Routers whose weights depend on the inputs of layers."""
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +39,8 @@ def routers(bench):
         bench.router("gates"),
         bench.router("datasets"),
         DerivedRouter(bench.own.router, top_k=2, normalised=True),
+        spectral_router("arrow", bench.own.backbone, bench.own.bank, top_k=2),
+        spectral_router("spectr", bench.own.backbone, bench.own.bank, temperature=2.0),
     ]
     return {router.kind: router for router in made}
 
@@ -77,7 +82,7 @@ def uncached(cell: Mixture, question, answer) -> torch.Tensor:
     return response_logprobs(cell.backbone, cell.layers, plan, [plan.votes], [(text, list(positions))])[0][0]
 
 
-LEGAL = [cell for cell in CELLS if cell[0] != "gate" or cell[1] == "layers"]
+LEGAL = [cell for cell in CELLS if cell[0] not in IN_LAYERS or cell[1] == "layers"]
 """That these are the cells which exist is what the test above and the documented table say."""
 
 
@@ -90,7 +95,7 @@ def test_step_by_step_with_the_cache_equals_the_whole_text_at_once(bench, router
         torch.testing.assert_close(found, uncached(cell, question, answer), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("router", [kind for kind in ROUTERS if kind != "gate"])
+@pytest.mark.parametrize("router", [kind for kind in ROUTERS if kind not in IN_LAYERS])
 def test_mixing_weights_equals_mixing_in_the_layers(bench, routers, router):
     inside, merged = (bench.mixture.replace(router=routers[router], combiner=name) for name in ("layers", "weights"))
     pairs = zip(*(cell.generate(QUESTIONS, max_new_tokens=TOKENS) for cell in (inside, merged)), strict=True)
@@ -110,10 +115,11 @@ def test_one_hot_weights_are_that_expert_alone_at_every_depth(bench, combiner, e
         torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), rtol=1e-3, atol=1e-4)
 
 
-def test_gates_find_their_experts_by_name_in_a_bank_of_another_order(bench, routers):
+@pytest.mark.parametrize("router", IN_LAYERS)
+def test_gates_find_their_experts_by_name_in_a_bank_of_another_order(bench, routers, router):
     bank = bench.mixture.bank
     turned = replace(bench.mixture, bank=ExpertBank(bank.names[::-1], bank.adapters[::-1]))
-    cells = [mixture.replace(router=routers["gate"], combiner="layers") for mixture in (bench.mixture, turned)]
+    cells = [mixture.replace(router=routers[router], combiner="layers") for mixture in (bench.mixture, turned)]
     one, other = (cell.generate(QUESTIONS, max_new_tokens=TOKENS) for cell in cells)
     for a, b in zip(one, other, strict=True):
         assert a.token_ids == b.token_ids
@@ -154,7 +160,7 @@ def test_base_weights_are_bit_identical_afterwards_and_no_hook_stays(bench, rout
 @pytest.mark.parametrize("router", [kind for kind in ROUTERS if kind not in ("embedding-centroids", "source")])
 def test_a_saved_cell_answers_as_before(bench, routers, router, tmp_path):
     """Embedding centroids and data sets route to experts of their own, which are no part of the fitted bank."""
-    combiner = "layers" if router == "gate" else "logits"
+    combiner = "layers" if router in IN_LAYERS else "logits"
     cell = bench.own.replace(router=routers[router], combiner=combiner)
     cell.save_pretrained(tmp_path / "copy")
     again = Mixture.from_pretrained(tmp_path / "copy", device="cpu")

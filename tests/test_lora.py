@@ -116,17 +116,3 @@ def test_results_keep_the_dtype_of_the_input(dtype):
     weights = torch.ones(2, 1, 2)
     assert lora.apply_by_expert(x, stacked, [1, 1]).dtype == dtype
     assert lora.apply_weighted(x, stacked, weights).dtype == dtype
-
-
-@pytest.mark.parametrize("ranks", RANKS, ids=str)
-def test_gated_rows_equal_a_loop_over_tokens_and_experts(ranks):
-    pairs, x = random_pairs(ranks), inputs(2)
-    gate = torch.randn(3, IN, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    expected = torch.zeros(2, POSITIONS, OUT, dtype=torch.float64)
-    for row in range(2):
-        for position in range(POSITIONS):
-            token = x[row, position]
-            scores = [torch.exp(gate[expert] @ token) for expert in range(3)]
-            for score, pair in zip(scores, pairs, strict=True):
-                expected[row, position] += score / sum(scores) * (dense(pair) @ token)
-    torch.testing.assert_close(lora.apply_gated(x, lora.stack(pairs), gate), expected, rtol=1e-5, atol=1e-5)

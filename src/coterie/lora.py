@@ -98,20 +98,20 @@ def apply_weighted(
     return (ranks * weights.unsqueeze(-1).to(x.dtype)).flatten(-2) @ pair.up.flatten(0, 1)
 
 
-def apply_gated(
+def apply_chosen(
     x: Float[Tensor, "row position in"],
     pair: StackedPair,
-    gate: Float[Tensor, "expert in"],
+    weights: Float[Tensor, "row position expert"],
 ) -> Float[Tensor, "row position out"]:
-    """Apply the exact mixture with weights softmax(gate x) of its own at every token (MoLE as ELREA runs it)."""
-    return apply_weighted(x, pair, gate_weights(x, gate))
+    """Apply the same mixture, computing at every token only the experts whose weight there is not 0 (some must be).
 
-
-def gate_weights(
-    x: Float[Tensor, "row position in"], gate: Float[Tensor, "expert in"]
-) -> Float[Tensor, "row position expert"]:
-    """Return a gate's weights over experts, summing to 1 at every token, in float32."""
-    return (x.float() @ gate.float().T).softmax(dim=-1)
+    Tokens are grouped by expert, once for each of their experts: the cost grows with the chosen ranks, not with all.
+    """
+    tokens, shares = x.flatten(0, 1), weights.flatten(0, 1).to(x.dtype)
+    expert, token = shares.T.nonzero(as_tuple=True)  # ordered by expert
+    counts = expert.bincount(minlength=shares.shape[1]).tolist()
+    updates = apply_by_expert(tokens[token].unsqueeze(1), pair, counts).squeeze(1) * shares[token, expert].unsqueeze(1)
+    return updates.new_zeros(len(tokens), updates.shape[1]).index_add(0, token, updates).unflatten(0, x.shape[:2])
 
 
 # ---------------------------------------------------------------------------------------------- one pair out of many
@@ -193,16 +193,22 @@ MERGES: dict[str, Callable[[Sequence[LoraPair], Tensor], LoraPair]] = {
 
 
 def truncated(pair: LoraPair, rank: int) -> LoraPair:
-    """Return the nearest pair of at most this rank (Eckart and Young 1936), without forming the dense update.
+    """Return the nearest pair of at most this rank (Eckart and Young 1936)."""
+    u, values, vh = svd(pair)
+    roots = values[:rank].sqrt()
+    up, down = (u[:, :rank] * roots).T, roots[:, None] * vh[:rank]
+    return LoraPair(down.to(pair.down).contiguous(), up.to(pair.up).contiguous())
+
+
+def svd(pair: LoraPair) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"], Float[Tensor, "k in"]]:
+    """Return U, the singular values and V^T of an update, in float64, without forming the dense update.
 
     The update is up.T @ down; with up.T = Q1 R1 and down.T = Q2 R2 its singular values are those of R1 @ R2.T.
     """
     left, left_core = torch.linalg.qr(pair.up.T.double())
     right, right_core = torch.linalg.qr(pair.down.T.double())
     u, values, vh = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
-    roots = values[:rank].sqrt()
-    up, down = (left @ u[:, :rank] * roots).T, (right @ vh[:rank].T * roots).T
-    return LoraPair(down.to(pair.down).contiguous(), up.to(pair.up).contiguous())
+    return left @ u, values, vh @ right.T
 
 
 def squared_norm(pair: LoraPair) -> float:

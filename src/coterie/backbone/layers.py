@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from coterie.backbone.gates import Gates
 from coterie.lora import (
     Adapter,
     LoraPair,
     StackedPair,
     apply_by_expert,
-    apply_gated,
     apply_weighted,
     merge,
     squared_distance,
@@ -58,10 +58,13 @@ class Merged:
 
 @dataclass(frozen=True)
 class Gated:
-    """Each token of each row runs a mixture of `experts`, weighed by every layer's own gate on the layer's input."""
+    """Each token of each row runs a mixture of `experts`, weighed by every layer's own gate on the layer's input.
+
+    `experts[i]` is the place of `gates.experts[i]` among the attached ones.
+    """
 
     experts: tuple[int, ...]
-    gates: Mapping[str, Float[Tensor, "expert in"]]
+    gates: Gates
 
 
 Choice = ByExpert | Weighted | Merged | Gated
@@ -195,6 +198,6 @@ class ExpertLayers:
                 pair = self._merged(weights, how).get(path)
                 return None if pair is None else apply_by_expert(x, pair, counts)
             case Gated(experts, gates):
-                return apply_gated(x, self._subset(experts)[path], gates[path].to(x.device))
+                return gates.apply(path, x, self._subset(experts)[path]) if path in gates.layers else None
             case None:
                 raise RuntimeError("experts are attached, but no rows were chosen; use `with layers.choosing(...)`")

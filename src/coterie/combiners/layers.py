@@ -25,7 +25,7 @@ class LayerCombiner:
 
 def _choice(routing: Routing) -> Choice:
     if routing.gates:
-        return Gated(tuple(map(routing.experts.index, routing.gates.experts)), routing.gates.layers)
+        return Gated(tuple(map(routing.experts.index, routing.gates.experts)), routing.gates)
     used = (routing.weights > 0).any(dim=0)
     experts = tuple(used.nonzero().flatten().tolist()) or (0,)  # a mixture of nothing still needs a column
     return Weighted(experts, routing.weights[:, None, list(experts)].float())

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from coterie.artifacts import write_jsonl
+from coterie.backbone.gates import Gates
 from coterie.backbone.layers import ExpertLayers, Gated, linear_shapes
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import IGNORED, TokenRow
@@ -47,7 +48,8 @@ class GatedModel(nn.Module):
     ) -> dict[str, Tensor]:
         """Return the mean loss over labelled tokens; shapes as `TrainingCollator` makes them."""
         backbone, experts = self._held
-        choice = Gated(tuple(range(experts.size)), self.layers())
+        every = range(experts.size)
+        choice = Gated(tuple(every), Gates(tuple(map(str, every)), self.layers()))
         with experts.attached(), experts.choosing(choice):
             hidden = backbone.hidden(input_ids, attention_mask, position_ids)
         logits = backbone.head(hidden[:, logits_to_keep])

@@ -26,6 +26,7 @@ from coterie.routers.loss import LossRouter, Ridge
 from coterie.routers.performance import PerformanceRouter, read_pilots
 from coterie.routers.similarity import check_dimensions, read_similarity
 from coterie.routers.source import SourceRouter
+from coterie.routers.spectral import spectral_router
 from coterie.routers.token import TokenLevel
 from coterie.settings import FeatureSettings
 
@@ -189,7 +190,20 @@ def _token_level(record: Mapping[str, Any], parts: RouterParts) -> Router:
 def _gate(record: Mapping[str, Any], parts: RouterParts) -> Router:
     names = record["experts"]
     adapters = [parts.bank.adapters[parts.bank.index(name)] for name in names]
-    return GateRouter(parts.backbone, adapters, read_gates(parts.tensors("gates"), names))
+    return GateRouter(parts.backbone, adapters, read_gates(parts.tensors("gates"), names, **_choosing(record)))
+
+
+def _spectral(record: Mapping[str, Any], parts: RouterParts) -> Router:
+    null = record["null"]
+    named = {"null": str(null["name"]), "null_cosine": float(null["cosine"])} if null else {}
+    options: dict[str, Any] = {**_choosing(record), **named}
+    return spectral_router(record["kind"], parts.backbone, parts.bank, record["experts"], **options)
+
+
+def _choosing(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Read how gates turn scores into weights."""
+    top_k, temperature = record.get("top_k"), record.get("temperature", 1.0)
+    return {"top_k": None if top_k is None else int(top_k), "temperature": float(temperature)}
 
 
 def _source(record: Mapping[str, Any], parts: RouterParts) -> Router:
@@ -210,6 +224,8 @@ ROUTERS: dict[str, Callable[[Mapping[str, Any], RouterParts], Router]] = {
     "similarity": _similarity,
     "token-level": _token_level,
     "gate": _gate,
+    "arrow": _spectral,
+    "spectr": _spectral,
     "source": _source,
     "derived": _derived,
 }

@@ -9,24 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from coterie.backbone.gates import Gates
 from coterie.data.batching import TokenRow
 from coterie.errors import CoterieError
 
 AXES = ("request", "token", "layer", "expert")
 PER_REQUEST = frozenset({"request", "expert"})
-
-
-@dataclass(frozen=True, eq=False)
-class Gates:
-    """A gate for every adapted layer: its weights are softmax(gate x) over `experts`, at every token of the input x.
-
-    Attributes:
-        experts: names, in the order of the rows of every gate.
-        layers: (expert, in) by module path.
-    """
-
-    experts: tuple[str, ...]
-    layers: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,14 +14,14 @@ from coterie.backbone.layers import ExpertLayers, Gated, linear_layers, linear_s
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow, by_length, pad
 from coterie.errors import CoterieError
-from coterie.lora import Adapter, gate_weights
+from coterie.lora import Adapter
 from coterie.routers.base import AXES, Gates, Routing
 
 BATCH = 8
 
 
 class GateRouter:
-    """Weighs experts by softmax(gate x) at every token of the input x of every layer."""
+    """Weighs experts by every layer's gate, at every token of the layer's input."""
 
     kind = "gate"
     axes = frozenset(AXES)
@@ -37,12 +37,12 @@ class GateRouter:
         Raises:
             CoterieError: when a layer has no gate of its width.
         """
-        self.gates = gates
+        self.gates = gates.to(backbone.device)
         self._backbone = backbone
         self._layers = ExpertLayers(backbone.model, adapters)
         shapes = linear_shapes(backbone.model)
         for path in self._layers.paths:
-            if path not in gates.layers or gates.layers[path].shape[1] != shapes[path][0]:
+            if path not in gates.layers or gates.layers[path].shape[-1] != shapes[path][0]:
                 raise CoterieError(f"the layer {path} has no gate of width {shapes[path][0]}; train the gates again")
 
     def route(self, prompts: Sequence[TokenRow]) -> Routing:
@@ -62,7 +62,7 @@ class GateRouter:
         seen: list[Tensor] = []
         with ExitStack() as stack:
             stack.enter_context(self._layers.attached())
-            stack.enter_context(self._layers.choosing(Gated(every, self.gates.layers)))
+            stack.enter_context(self._layers.choosing(Gated(every, self.gates)))
             stack.enter_context(self._watching(batch.attention_mask, seen))
             self._backbone.hidden(*batch)
         return torch.stack(seen).mean(dim=0).cpu()
@@ -74,7 +74,7 @@ class GateRouter:
         def watch(path: str) -> Any:
             def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 real = mask.to(inputs[0].device)[..., None]
-                weights = gate_weights(inputs[0], self.gates.layers[path].to(inputs[0].device)) * real
+                weights = self.gates.weights(path, inputs[0]) * real
                 seen.append((weights.sum(dim=1) / real.sum(dim=1)).to(mask.device))
 
             return keep
@@ -90,10 +90,21 @@ class GateRouter:
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the gates, rows in the order of the experts, and return the entry for mixture.json."""
         write_tensors(folder / "gates.safetensors", self.gates.layers)
-        return {"kind": self.kind, "experts": list(self.gates.experts)}
+        return self._entry()
+
+    def _entry(self) -> dict[str, Any]:
+        gates = self.gates
+        return {
+            "kind": self.kind,
+            "experts": list(gates.experts),
+            "top_k": gates.top_k,
+            "temperature": gates.temperature,
+        }
 
 
-def read_gates(tensors: Mapping[str, Tensor], experts: Sequence[str]) -> Gates:
+def read_gates(
+    tensors: Mapping[str, Tensor], experts: Sequence[str], top_k: int | None = None, temperature: float = 1.0
+) -> Gates:
     """Check gates from a file.
 
     Raises:
@@ -105,4 +116,5 @@ def read_gates(tensors: Mapping[str, Tensor], experts: Sequence[str]) -> Gates:
                 f"router/gates.safetensors: the gate of {path} is {tuple(gate.shape)} for {len(experts)} experts "
                 "or holds NaN; train the gates again"
             )
-    return Gates(tuple(experts), {path: gate.float() for path, gate in tensors.items()})
+    layers = {path: gate.float() for path, gate in tensors.items()}
+    return Gates(tuple(experts), layers, top_k=top_k, temperature=temperature)

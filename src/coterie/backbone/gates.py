@@ -1,0 +1,89 @@
+"""Gates: what weighs the experts inside every layer, at every token of the layer's input."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from coterie.errors import CoterieError, unknown_name
+from coterie.lora import StackedPair, apply_chosen, apply_weighted
+
+SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "linear": lambda x, gate: x @ gate.T,
+    "arrow": lambda x, gate: (x @ gate.T).abs(),
+    "spectr": lambda x, gate: (x @ gate.flatten(0, 1).T).unflatten(-1, gate.shape[:2]).norm(dim=-1),
+}
+"""How inputs (row, position, in) and a layer's gate give scores (row, position, expert)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gates:
+    """A gate for every adapted layer; its weights are the softmax of the experts' scores on the layer's input x.
+
+    An expert that does not change a layer takes part there all the same: it stands for leaving the layer as it is, so
+    what it weighs is taken from the others. The gates of Arrow and SpectR score it 0, the least there is.
+
+    Attributes:
+        experts: names, in the order of the rows of every gate.
+        layers: by module path: (expert, in) for linear and arrow, (expert, rank, in) for spectr.
+        score: linear (gate_e . x), arrow (|gate_e . x|) or spectr (the norm of gate_e x).
+        top_k: the softmax is over the k largest scores of each token, and only these experts are computed; None: all.
+        temperature: what scores are divided by.
+        floors: (expert) by module path: what a score gains for every unit of |x|, where an expert is to take over when
+            the others score low.
+
+    Raises:
+        CoterieError: for an unknown score, more experts asked for than there are, or a temperature that is not above 0.
+    """
+
+    experts: tuple[str, ...]
+    layers: Mapping[str, Tensor]
+    score: str = "linear"
+    top_k: int | None = None
+    temperature: float = 1.0
+    floors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the rules above."""
+        if self.score not in SCORES:
+            raise unknown_name("score of gates", self.score, SCORES)
+        if self.top_k is not None and not 1 <= self.top_k <= len(self.experts):
+            raise CoterieError(
+                f"top_k of gates must be between 1 and {len(self.experts)} (the number of experts), got {self.top_k}"
+            )
+        if not 0 < self.temperature < math.inf:
+            raise CoterieError(f"the temperature of gates must be a number above 0, got {self.temperature}")
+
+    def scores(self, path: str, x: Float[Tensor, "row position in"]) -> Float[Tensor, "row position expert"]:
+        """Return what a layer's softmax compares, before the temperature, in float32."""
+        x = x.float()
+        scores = SCORES[self.score](x, self.layers[path].to(x))
+        if path in self.floors:
+            scores = scores + x.norm(dim=-1, keepdim=True) * self.floors[path].to(x)
+        return scores
+
+    def weights(self, path: str, x: Float[Tensor, "row position in"]) -> Float[Tensor, "row position expert"]:
+        """Return a layer's weights, summing to 1 at every token, in float32; equal scores keep the earlier expert."""
+        scores = self.scores(path, x) / self.temperature
+        order = scores.argsort(dim=-1, descending=True, stable=True)
+        dropped = order[..., self._kept :]
+        return scores.scatter(-1, dropped, -math.inf).softmax(dim=-1)
+
+    def apply(
+        self, path: str, x: Float[Tensor, "row position in"], pair: StackedPair
+    ) -> Float[Tensor, "row position out"]:
+        """Apply the exact mixture of the experts' updates of a layer, weighed anew at every token."""
+        apply = apply_weighted if self._kept == len(self.experts) else apply_chosen
+        return apply(x, pair, self.weights(path, x))
+
+    def to(self, device: torch.device) -> "Gates":
+        """Return the same gates on a device."""
+        layers, floors = ({path: t.to(device) for path, t in side.items()} for side in (self.layers, self.floors))
+        return replace(self, layers=layers, floors=floors)
+
+    @property
+    def _kept(self) -> int:
+        return self.top_k or len(self.experts)
