@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from coterie.artifacts import environment_record
 from coterie.backbone.loading import Backbone, load_backbone
 from coterie.experts.training import save_adapter
+from coterie.lora import Adapter
 from coterie.settings import ModelSettings
 
 
@@ -85,3 +86,17 @@ def random_adapter(backbone: Backbone, seed: int = 0, rank: int = 8) -> Path:
     save_adapter(model, folder, backbone.identity.id)
     model.unload()
     return folder
+
+
+def floor(backbone: Backbone, adapter: Adapter, experts: int) -> float:
+    """Return the seconds that it takes to read the base weights and the experts' updates once from memory."""
+    weights = [p for p in backbone.model.parameters() if p.dim() == 2]
+    updates = sum(pair.down.numel() + pair.up.numel() for pair in adapter.values()) * experts
+    size = sum(weight.numel() * weight.element_size() for weight in weights) + 4 * updates
+    large = max(weights, key=torch.numel)
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        large.detach().sum()
+        times.append((time.perf_counter() - started) / (large.numel() * large.element_size()))
+    return size * statistics.median(times)

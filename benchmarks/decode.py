@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 
 import torch
-from _harness import arguments, interleaved, load, median_ratio, publish, random_adapter
+from _harness import arguments, floor, interleaved, load, median_ratio, publish, random_adapter
 from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -87,7 +87,7 @@ def main() -> None:
         raise SystemExit(f"the three ways wrote different tokens: {written}")
     kept = {name: values[1:] for name, values in per_token.items()}
     medians = {f"{name}_seconds_per_token": statistics.median(values) for name, values in kept.items()}
-    medians["floor_seconds_per_token"] = floor(backbone, adapter)
+    medians["floor_seconds_per_token"] = floor(backbone, adapter, EXPERTS)
     publish(
         "decode",
         {
@@ -104,20 +104,6 @@ def main() -> None:
             "peft_over_ensemble": median_ratio(kept["peft"], kept["ensemble"]),
         },
     )
-
-
-def floor(backbone: Backbone, adapter: Adapter) -> float:
-    """Return the seconds that it takes to read all weights of one step once."""
-    weights = [p for p in backbone.model.parameters() if p.dim() == 2]
-    updates = sum(pair.down.numel() + pair.up.numel() for pair in adapter.values()) * EXPERTS
-    size = sum(weight.numel() * weight.element_size() for weight in weights) + 4 * updates
-    large = max(weights, key=torch.numel)
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        large.detach().sum()
-        times.append((time.perf_counter() - started) / (large.numel() * large.element_size()))
-    return size * statistics.median(times)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ import pytest
 import tiny
 from coterie import methods
 from coterie.backbone.loading import Backbone, load_backbone
-from coterie.methods.table import Bench, load_bench, make_bench
+from coterie.methods import CLUSTER_METHODS
+from coterie.methods.bench import Bench
+from coterie.methods.table import load_bench, make_bench
 from coterie.mixture import Mixture
 from coterie.settings import GridSettings, ModelSettings
 
@@ -75,10 +77,10 @@ def grid_folder(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """A copy of the fitted run, in which everything that any method needs beyond it was trained."""
     folder = tmp_path_factory.mktemp("grid") / "run"
     shutil.copytree(run_folder, folder)
-    make_bench(Mixture.from_pretrained(folder, device="cpu"), list(methods.METHODS), GRID)
+    make_bench(Mixture.from_pretrained(folder, device="cpu"), list(CLUSTER_METHODS), GRID)
     return folder
 
 
 @pytest.fixture(scope="session")
 def bench(grid_folder: Path) -> Bench:
-    return load_bench(Mixture.from_pretrained(grid_folder, device="cpu"), list(methods.METHODS))
+    return load_bench(Mixture.from_pretrained(grid_folder, device="cpu"), list(CLUSTER_METHODS))

@@ -134,9 +134,10 @@ def test_another_combiner_and_another_method_are_flags(run, grid_folder, bench):
 def test_methods_are_listed_from_the_table(run):
     code, out, _ = run("methods", "--json")
     rows = [json.loads(line) for line in out.splitlines()]
-    assert code == 0 and [row["method"] for row in rows] == list(METHODS)
-    assert rows[list(METHODS).index("mole")]["trains"] == ["gates"]
-    assert len(run("methods")[1].splitlines()) == len(METHODS)
+    wanted = [(fitted, name) for fitted, table in METHODS.items() for name in table]
+    assert code == 0 and [(row["on"], row["method"]) for row in rows] == wanted
+    assert rows[wanted.index(("elrea", "mole"))]["trains"] == ["gates"]
+    assert len(run("methods")[1].splitlines()) == len(wanted)
 
 
 def test_the_evaluation_and_its_report(run, run_folder, tmp_path):
@@ -220,7 +221,10 @@ def test_an_output_that_exists_is_kept_unless_overwriting_is_asked_for(fit, run,
         (["route", "MIXTURE", "hi", "--top-k-experts", "9"], r"between 1 and 4"),
         (["route", "MIXTURE", "hi", "--router", "cluster-9"], r"no router or expert is called 'cluster-9'"),
         (["eval", "MIXTURE", "--data", "DATA", "--output", "OUT", "--methods", "base,elera"], r"Did you mean 'elrea'"),
-        (["eval", "MIXTURE", "--data", "DATA", "--output", "OUT", "--methods", "elrea"], r"no method to compare with"),
+        (
+            ["eval", "MIXTURE", "--data", "DATA", "--output", "OUT", "--methods", "elrea", "--control", "base"],
+            r"no method to compare with",
+        ),
         (["report", "/nowhere"], r"/nowhere"),
         (["run", "/nowhere.yaml"], r"run.yaml"),
         (["fit", "elrae"], r"elrea"),
@@ -265,3 +269,50 @@ def test_help_does_not_load_torch():
     script += "print([m for m in ('torch', 'transformers', 'peft', 'sklearn') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_domains_from_the_command_line(run, model_folder, tmp_path):
+    """Fit, build from the fitted adapters, ask with weights drawn: the same numbers as in Python."""
+    rows = tiny.make_rows(12, seed=4)
+    files = [write_rows(tmp_path / f"{name}.jsonl", rows[n::2]) for n, name in enumerate(("law", "maths"))]
+    named = [f"{name}={file}" for name, file in zip(("law", "maths"), files, strict=True)]
+    common = ["--encoder", "hidden", "--every", 2, "--device", "cpu", "--routing-temperature", 0.2]
+    data = [word for one in named for word in ("--data", one)]
+    fitted = tmp_path / "fitted"
+    words = ["--model", model_folder, *data, "--output", fitted, "--epochs", 1, "--learning-rate", 0.01, *common]
+    code, out, _ = run("fit", "token-level", *words)
+    assert code == 0 and out.strip() == f"{fitted}: 2 experts (law, maths)"
+    adapters = [word for name in ("law", "maths") for word in ("--adapter", f"{name}={fitted}/experts/{name}")]
+    texts = [word for one in named for word in ("--centroid-data", one)]
+    code, out, _ = run("bank", "build", *adapters, *texts, "--output", tmp_path / "built", *common)
+    assert code == 0 and out.strip() == f"{tmp_path / 'built'}: 2 experts (law, maths)"
+    mixture = Mixture.from_pretrained(tmp_path / "built", device="cpu")
+    code, out, _ = run("generate", tmp_path / "built", PROMPT, "--json", "--max-new-tokens", 5)
+    assert code == 0 and json.loads(out) == mixture.generate([PROMPT], max_new_tokens=5)[0].record()
+    wanted = mixture.renewed(1, cache="recompute", combiner="weights").generate([PROMPT], max_new_tokens=5)[0]
+    words = ["--every", 1, "--cache", "recompute", "--combiner", "weights"]
+    code, out, _ = run("generate", tmp_path / "built", PROMPT, "--json", "--max-new-tokens", 5, *words)
+    assert code == 0 and json.loads(out) == wanted.record()
+    code, out, _ = run("generate", tmp_path / "built", PROMPT, "--show-weights", "--max-new-tokens", 5)
+    lines = out.splitlines()
+    assert code == 0 and lines[-6].split() == ["l", "law", "m", "maths"]
+    for line, weights in zip(lines[-5:], mixture.generate([PROMPT], max_new_tokens=5)[0].trace.weights, strict=True):
+        bar = line[17:57]
+        assert bar.count("l") == pytest.approx(40 * weights[0], abs=1)
+        assert bar == "l" * bar.count("l") + "m" * bar.count("m")
+        assert line.endswith(f"{('law', 'maths')[weights[1] > weights[0]]} {max(weights):.2f}")
+    code, out, _ = run("run", tmp_path / "built" / "run.yaml")
+    refused((code, out, _), "exists; choose another --output")
+
+
+def test_renewal_flags_that_do_not_fit_are_refused(run, run_folder):
+    refused(run("generate", run_folder, PROMPT, "--cache", "keep"), "--cache says how weights are renewed; add --every")
+    refused(
+        run("generate", run_folder, PROMPT, "--every", 0), "--every: give a number of tokens from 1 upwards, or inf"
+    )
+    refused(run("generate", run_folder, PROMPT, "--every", 2), "use layers or weights")
+    code, out, _ = run("generate", run_folder, PROMPT, "--every", 2, "--combiner", "layers", "--max-new-tokens", 2)
+    assert code == 0 and out.strip()
+    refused(run("generate", run_folder, PROMPT, "--json", "--show-weights"), "use one of them")
+    code, out, _ = run("generate", run_folder, PROMPT, "--show-weights", "--max-new-tokens", 2)
+    assert code == 0 and out.splitlines()[-1].startswith("(every token)")

@@ -18,7 +18,7 @@ from coterie.evaluation import compare, routed
 from coterie.evaluation.answers import Task, answer
 from coterie.evaluation.clusters import cluster_records, feature_map
 from coterie.evaluation.routed import SharedRouting, score_methods
-from coterie.methods import METHODS
+from coterie.methods import CLUSTER_METHODS as METHODS
 from coterie.mixture import Mixture
 from coterie.mixture.scoring import score
 from coterie.routers.base import Routing

@@ -15,11 +15,13 @@ from coterie.engine.decoding import response_logprobs
 from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank
 from coterie.mixture import Mixture
-from coterie.mixture.loading import ROUTERS
+from coterie.mixture.loading import ROUTERS, describe_growing_text
 from coterie.routers.base import Routing
 from coterie.routers.derived import DerivedRouter
 from coterie.routers.fixed import uniform
+from coterie.routers.similarity import SimilarityRouter, Weighting
 from coterie.routers.spectral import spectral_router
+from coterie.routers.token import TokenLevel
 
 QUESTIONS = load_examples(tiny.make_rows(4, seed=11))
 TOKENS = 6
@@ -30,6 +32,10 @@ IN_LAYERS = ("gate", "arrow", "spectr")
 @pytest.fixture(scope="module")
 def routers(bench):
     """One router of every kind that mixture.json knows, on the common bank."""
+    description, encoder = describe_growing_text("hidden", None, bench.own.backbone)
+    generator = torch.Generator().manual_seed(0)
+    centroids = {name: torch.randn(1, encoder.dimensions, generator=generator) for name in bench.fitted}
+    similarity = SimilarityRouter(description, centroids, weighting=Weighting(0.2))
     made = [
         uniform(bench.fitted),
         bench.own.router,
@@ -39,6 +45,8 @@ def routers(bench):
         bench.router("gates"),
         bench.router("datasets"),
         DerivedRouter(bench.own.router, top_k=2, normalised=True),
+        similarity,
+        TokenLevel(similarity, every=2),
         spectral_router("arrow", bench.own.backbone, bench.own.bank, top_k=2),
         spectral_router("spectr", bench.own.backbone, bench.own.bank, temperature=2.0),
     ]
@@ -82,12 +90,20 @@ def uncached(cell: Mixture, question, answer) -> torch.Tensor:
     return response_logprobs(cell.backbone, cell.layers, plan, [plan.votes], [(text, list(positions))])[0][0]
 
 
-LEGAL = [cell for cell in CELLS if cell[0] not in IN_LAYERS or cell[1] == "layers"]
+LEGAL = [
+    (router, combiner)
+    for router, combiner in CELLS
+    if (router not in IN_LAYERS or combiner == "layers")
+    and (router != "token-level" or combiner not in ("logits", "texts"))
+]
 """That these are the cells which exist is what the test above and the documented table say."""
 
 
-@pytest.mark.parametrize(("router", "combiner"), [cell for cell in LEGAL if cell[1] != "texts"])
+@pytest.mark.parametrize(
+    ("router", "combiner"), [cell for cell in LEGAL if cell[1] != "texts" and cell[0] != "token-level"]
+)
 def test_step_by_step_with_the_cache_equals_the_whole_text_at_once(bench, routers, router, combiner):
+    """Weights that are renewed have slow loops of their own to equal, in tests/test_token_level.py."""
     cell = bench.mixture.replace(router=routers[router], combiner=combiner)
     for question in QUESTIONS[:2]:
         answer = cell.generate([question], max_new_tokens=TOKENS)[0]
@@ -160,7 +176,7 @@ def test_base_weights_are_bit_identical_afterwards_and_no_hook_stays(bench, rout
 @pytest.mark.parametrize("router", [kind for kind in ROUTERS if kind not in ("embedding-centroids", "source")])
 def test_a_saved_cell_answers_as_before(bench, routers, router, tmp_path):
     """Embedding centroids and data sets route to experts of their own, which are no part of the fitted bank."""
-    combiner = "layers" if router in IN_LAYERS else "logits"
+    combiner = "layers" if router in (*IN_LAYERS, "token-level") else "logits"
     cell = bench.own.replace(router=routers[router], combiner=combiner)
     cell.save_pretrained(tmp_path / "copy")
     again = Mixture.from_pretrained(tmp_path / "copy", device="cpu")

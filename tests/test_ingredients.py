@@ -18,10 +18,11 @@ from coterie.experts.gating import GatedModel, train_gates
 from coterie.experts.training import TrainingCollator, TrainingPlan
 from coterie.lora import LoraPair
 from coterie.methods import ingredients
+from coterie.methods.bench import method_named, needs_of
 from coterie.methods.ingredients import KINDS, load_ingredient, prepare, read_judgement
 from coterie.methods.judging import assign_folds, even_pairs
 from coterie.methods.recipe import open_recipe
-from coterie.methods.table import load_bench, make_bench, method_named, needs_of
+from coterie.methods.table import load_bench, make_bench
 from coterie.mixture import Mixture
 from coterie.mixture.scoring import score, score_votes
 from coterie.routers.base import Gates, Routing

@@ -20,8 +20,8 @@ from coterie.features.embedding import HiddenStateEncoder, with_answers
 from coterie.features.following import Averaged, Rewritten
 from coterie.mixture.loading import RouterParts, describe_growing_text, load_router
 from coterie.mixture.scoring import score
-from coterie.routers.described import Description
 from coterie.routers.derived import DerivedRouter
+from coterie.routers.described import Description
 from coterie.routers.fixed import uniform
 from coterie.routers.similarity import (
     NullExpert,
@@ -409,7 +409,12 @@ def test_saved_and_loaded_it_routes_alike(mixture, by_states, tmp_path):
     centre = torch.full((mixture.backbone.model.config.hidden_size,), 0.01)
     router = TokenLevel(
         SimilarityRouter(
-            by_states.description, by_states.centroids, weighting=Weighting(0.3), nearest=False, null=null, centre=centre
+            by_states.description,
+            by_states.centroids,
+            weighting=Weighting(0.3),
+            nearest=False,
+            null=null,
+            centre=centre,
         ),
         every=2,
         cache="recompute",

@@ -26,6 +26,7 @@ _HOMES = {
     "read_spread": "coterie.evaluation.seeds",
     "format_spread": "coterie.evaluation.seeds",
     "write_report": "coterie.report",
+    "print_weights": "coterie.report.terminal",
 }
 
 __all__ = [*_HOMES, "methods"]  # noqa: PLE0604 - names, every one

@@ -19,14 +19,17 @@ import coterie
 from coterie.artifacts import read_run_record
 from coterie.errors import CoterieError
 from coterie.settings import (
+    BankSettings,
     ElreaSettings,
     EvaluationSettings,
     GenerateSettings,
     RouteSettings,
     Settings,
+    TokenLevelSettings,
     checked,
     flat_fields,
     from_flat,
+    renewal_interval,
 )
 
 app = typer.Typer(
@@ -36,7 +39,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 fit = typer.Typer(help="Make a mixture by one of the published methods.", no_args_is_help=True)
+bank = typer.Typer(help="Work with adapters that exist already.", no_args_is_help=True)
 app.add_typer(fit, name="fit")
+app.add_typer(bank, name="bank")
 
 ARGUMENTS = ("mixture",)  # settings that are given by place instead of by a flag
 INTERRUPTED = 130  # what typer returns after Ctrl-C
@@ -80,17 +85,31 @@ def _parameters(kind: type[Settings]) -> list[inspect.Parameter]:
 @flags_from(ElreaSettings)
 def fit_elrea(settings: ElreaSettings) -> None:
     """Fit an ensemble of low-rank expert adapters: base adapter, gradient clusters, one expert each (2502.00089)."""
-    mixture = coterie.methods.fit_elrea(settings)
-    typer.echo(f"{settings.output}: {len(mixture.bank)} experts ({', '.join(mixture.bank.names)})")
+    typer.echo(_made(coterie.methods.fit_elrea(settings)))
+
+
+@fit.command("token-level")
+@flags_from(TokenLevelSettings)
+def fit_token_level(settings: TokenLevelSettings) -> None:
+    """Train an adapter for each domain and route by the text so far, at every n-th token (2311.10847)."""
+    typer.echo(_made(coterie.methods.fit_token_level(settings)))
+
+
+@bank.command("build")
+@flags_from(BankSettings)
+def build_bank(settings: BankSettings) -> None:
+    """Make a mixture of adapters that exist already, routed by similarity to the texts that each was made for."""
+    typer.echo(_made(coterie.methods.build_bank(settings)))
 
 
 @app.command("methods")
 def list_methods(as_json: AsJson = False) -> None:
     """List the methods: where their experts come from, how prompts find them, where they meet."""
-    for name, m in coterie.methods.METHODS.items():
-        row = {"method": name, "bank": m.bank, "router": m.router, "combiner": m.combiner, "paper": m.paper}
-        line = f"{name:22} {m.combiner:16} {m.router:51} {m.bank}"
-        typer.echo(json.dumps({**row, "trains": list(m.needs)}) if as_json else line)
+    for fitted, table in coterie.methods.METHODS.items():
+        for name, m in table.items():
+            row = {"method": name, "bank": m.bank, "router": m.router, "combiner": m.combiner, "paper": m.paper}
+            line = f"{fitted:12} {name:22} {m.combiner:24} {m.router:51} {m.bank}"
+            typer.echo(json.dumps({**row, "on": fitted, "trains": list(m.needs)}) if as_json else line)
 
 
 @app.command("route")
@@ -119,12 +138,13 @@ def generate(
     prompts: Prompts = None,
     as_json: AsJson = False,
     stream: Annotated[bool, typer.Option(help="print the text while it is written")] = False,
+    show_weights: Annotated[bool, typer.Option(help="draw the experts' weights at every token")] = False,
     input: Input = None,
 ) -> None:
     """Answer prompts with the mixture."""
     given = _prompts(prompts, input)
-    if stream and as_json:
-        raise CoterieError("--stream prints text as it comes and --json whole answers; use one of them")
+    if stream + as_json + show_weights > 1:
+        raise CoterieError("--stream, --json and --show-weights print an answer in different ways; use one of them")
     mixture = _mixture(settings)
     options = {"top_k_experts": settings.routing.top_k_experts, **settings.sampling.model_dump()}
     if stream:
@@ -135,6 +155,8 @@ def generate(
         return
     for answer in mixture.generate(given, batch_size=settings.batch_size, **options):
         typer.echo(json.dumps(answer.record(), ensure_ascii=False) if as_json else answer.text)
+        if show_weights:
+            coterie.print_weights(answer)
 
 
 @app.command("eval")
@@ -167,6 +189,8 @@ def repeat(record: Annotated[Path, typer.Argument(help="the run.yaml of a run fo
     found = read_run_record(record)
     commands: dict[str, tuple[type[Settings], Callable[[Any], object]]] = {
         "fit elrea": (ElreaSettings, lambda settings: coterie.methods.fit_elrea(settings).folder),
+        "fit token-level": (TokenLevelSettings, lambda settings: coterie.methods.fit_token_level(settings).folder),
+        "bank build": (BankSettings, lambda settings: coterie.methods.build_bank(settings).folder),
         "eval": (EvaluationSettings, coterie.run_evaluation),
     }
     if found["command"] not in commands:
@@ -198,7 +222,16 @@ def _mixture(settings: RouteSettings | GenerateSettings) -> Any:
     routing = settings.routing
     if routing.method:
         mixture = coterie.methods.load_bench(mixture, [routing.method]).cell(routing.method)
-    return mixture.replace(router=routing.router, combiner=routing.combiner)
+    if routing.cache and not routing.every:
+        raise CoterieError("--cache says how weights are renewed; add --every N")
+    if not routing.every:
+        return mixture.replace(router=routing.router, combiner=routing.combiner)
+    every = renewal_interval(routing.every)
+    return mixture.replace(router=routing.router).renewed(every, cache=routing.cache, combiner=routing.combiner)
+
+
+def _made(mixture: Any) -> str:
+    return f"{mixture.folder}: {len(mixture.bank)} experts ({', '.join(mixture.bank.names)})"
 
 
 def main() -> None:

@@ -6,9 +6,9 @@ groups of a command.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from coterie.errors import CoterieError, unknown_name
@@ -17,6 +17,22 @@ FeatureForm = Literal["adam", "adam-centred", "sgd"]
 Projection = Literal["sketch", "rademacher"]
 CacheUse = Literal["keep", "recompute"]
 ClusterMethod = Literal["birch", "spherical-kmeans", "birch-pca", "kmeans-pca"]
+
+
+def _check_every(written: str | None) -> str | None:
+    if written not in (None, NEVER) and not (written.isascii() and written.isdigit() and int(written)):
+        raise ValueError("give a number of tokens from 1 upwards, or inf")
+    return written
+
+
+NEVER = "inf"
+Every = Annotated[str, AfterValidator(_check_every)]
+"""After how many tokens weights are renewed, as it is written; see `renewal_interval`."""
+
+
+def renewal_interval(every: str) -> int | None:
+    """Return the number of tokens that share weights; None for all of them."""
+    return None if every == NEVER else int(every)
 
 
 class Settings(BaseModel):
@@ -52,12 +68,10 @@ class LoraSettings(Settings):
 
 
 class TrainingSettings(Settings):
-    """Training of the base adapter on all data."""
+    """Training of an adapter from a fresh start, such as the base adapter on all data."""
 
-    epochs: int = Field(2, ge=1, description="epochs of the base adapter")
-    learning_rate: float = Field(
-        5e-5, gt=0, description="peak learning rate of the base adapter, decaying linearly to 0"
-    )
+    epochs: int = Field(2, ge=1, description="epochs of an adapter that is trained from a fresh start")
+    learning_rate: float = Field(5e-5, gt=0, description="its peak learning rate, decaying linearly to 0")
     batch_size: int = Field(16, ge=1, description="examples per optimiser step")
     micro_batch_size: int = Field(8, ge=1, description="examples per forward pass")
     max_length: int = Field(2048, ge=8, description="longest example in tokens; longer ones are dropped and counted")
@@ -116,6 +130,75 @@ class ElreaSettings(Settings):
     clustering: ClusterSettings = ClusterSettings()
 
 
+class SimilaritySettings(Settings):
+    """How a text is compared with what every expert was made for."""
+
+    encoder: str = Field(
+        "minilm", description="text encoder: minilm, hidden (the base model's own states), or a folder"
+    )
+    window: int | None = Field(
+        None, ge=1, description="let only the last N tokens of a text count; default: all that the encoder can read"
+    )
+    routing_temperature: float | None = Field(
+        None, gt=0, description="temperature of a softmax over cosines; default: the published weighting"
+    )
+    centroids: int = Field(1, ge=1, description="centroids of every expert, by k-means of its texts")
+    centroids_by: Literal["origin", "performance"] = Field(
+        "origin", description="a text counts for the expert that it was given to, or for the one that predicts it best"
+    )
+    null_share: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="add an expert that changes nothing and takes over below the similarity that this share of the "
+        "experts' own texts has; default: none",
+    )
+
+
+class RenewalSettings(Settings):
+    """When the weights are renewed while an answer is written."""
+
+    every: Every = Field("1", description="renew the weights at every N-th token of an answer; inf: never")
+    cache: CacheUse = Field("keep", description="keep what earlier weights left in the KV cache, or recompute it")
+
+
+class TokenLevelSettings(Settings):
+    """`coterie fit token-level`: one adapter for each domain, and centroids to route by."""
+
+    model: ModelSettings
+    data: list[str] = Field(
+        min_length=1, description="NAME=SOURCE: an expert's training data, JSONL file or datasets source; repeated"
+    )
+    output: str = Field(description="folder to write the mixture to")
+    limit: int | None = Field(None, ge=1, description="use only the first N examples of every data source")
+    seed: int = Field(0, ge=0, description="seed of shuffling, initialisation, dropout and k-means")
+    overwrite: bool = Field(False, description="replace the output folder if it exists")
+    lora: LoraSettings = LoraSettings()
+    training: TrainingSettings = TrainingSettings()
+    similarity: SimilaritySettings = SimilaritySettings()
+    renewal: RenewalSettings = RenewalSettings()
+
+
+class BankSettings(Settings):
+    """`coterie bank build`: a mixture of adapters that exist already."""
+
+    adapter: list[str] = Field(min_length=1, description="NAME=FOLDER: an expert, a plain PEFT folder; repeated")
+    centroid_data: list[str] = Field(
+        min_length=1, description="NAME=SOURCE: texts that the expert was made for, as training data is given; repeated"
+    )
+    output: str = Field(description="folder to write the mixture to")
+    model: str | None = Field(None, description="base model; default: the one that the adapters name")
+    revision: str | None = Field(None, description="revision of a hub model (branch, tag or commit)")
+    limit: int | None = Field(None, ge=1, description="use only the first N examples of every data source")
+    max_length: int = Field(2048, ge=8, description="longest example in tokens; longer ones are dropped and counted")
+    system_prompt: str | None = Field(None, description="system prompt of every prompt; default: the template's own")
+    seed: int = Field(0, ge=0, description="seed of k-means")
+    overwrite: bool = Field(False, description="replace the output folder if it exists")
+    placement: PlacementSettings = PlacementSettings()
+    similarity: SimilaritySettings = SimilaritySettings()
+    renewal: RenewalSettings = RenewalSettings()
+
+
 class SamplingSettings(Settings):
     """How tokens are chosen from the combined distribution."""
 
@@ -139,6 +222,10 @@ class RoutingSettings(Settings):
     )
     method: str | None = Field(None, description="answer as another method of the table does; see `coterie methods`")
     top_k_experts: int | None = Field(None, ge=1, description="keep only the K experts with the largest weights")
+    every: Annotated[str | None, AfterValidator(_check_every)] = Field(
+        None, description="renew the weights at every N-th token of an answer, or never (inf); default: as fitted"
+    )
+    cache: CacheUse | None = Field(None, description="with --every: keep or recompute what earlier weights have left")
 
 
 class RouteSettings(Settings):
@@ -190,11 +277,17 @@ class EvaluationSettings(Settings):
     mixture: str = Field(description="folder of a mixture")
     data: list[str] = Field(min_length=1, description="test data: JSONL file or datasets source; may be repeated")
     output: str = Field(description="folder to write the records to")
-    methods: str = Field(
-        "backbone,base,elrea,uniform-weights",
-        description="methods to compare, separated by commas, or all; see `coterie methods`",
+    methods: str | None = Field(
+        None,
+        description="methods to compare, separated by commas, or all; see `coterie methods`; default: the run's own "
+        "method and its simplest rivals",
     )
-    control: str = Field("base", description="method that the others are compared with")
+    control: str | None = Field(
+        None, description="method that the others are compared with; default: base, or the first one where it is not"
+    )
+    every: str | None = Field(
+        None, description="compare token-level with its weights renewed at every N-th token; several: 1,2,inf"
+    )
     limit: int | None = Field(None, ge=1, description="use only the first N examples of every data source")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
     generate: bool = Field(True, description="let every method answer; without it only likelihoods are measured")
@@ -247,7 +340,8 @@ def checked(kind: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
         first = error.errors()[0]
         name = str(first["loc"][-1]).replace("_", "-") if first["loc"] else "settings"
         given = "" if first["type"] == "missing" else f", got {first['input']!r}"
-        raise CoterieError(f"--{name}: {first['msg'][:1].lower()}{first['msg'][1:]}{given}") from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise CoterieError(f"--{name}: {message[:1].lower()}{message[1:]}{given}") from error
 
 
 def _group(field: FieldInfo) -> type[Settings] | None:

@@ -13,7 +13,7 @@ from coterie.errors import CoterieError
 from coterie.evaluation.code import code_tests, grade_code
 from coterie.evaluation.grading import Grade, checkable, grade
 from coterie.evaluation.sandbox import protection
-from coterie.mixture import Completion, Mixture
+from coterie.mixture import Completion, Mixture, Trace
 from coterie.routers.base import Routing
 from coterie.settings import SamplingSettings
 
@@ -31,11 +31,14 @@ class Answers(NamedTuple):
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Answers":
         """Build from what `record` gave."""
-        tuples = ("token_ids", "logprobs")
-        given: list[dict[str, Any]] = [
-            {**row, **{name: tuple(row[name]) for name in tuples}} for row in record["completions"]
-        ]
-        return cls([Completion(**row) for row in given], record["seconds"])
+        return cls([_completion(row) for row in record["completions"]], record["seconds"])
+
+
+def _completion(record: Mapping[str, Any]) -> Completion:
+    tuples = {name: tuple(record[name]) for name in ("token_ids", "logprobs")}
+    trace = Trace.from_record(record["trace"]) if record.get("trace") else None
+    fields: dict[str, Any] = {**record, **tuples, "trace": trace}
+    return Completion(**fields)
 
 
 class Task(NamedTuple):

@@ -28,16 +28,17 @@ from coterie.evaluation.few_shot import with_shots
 from coterie.evaluation.records import hardware_record, mean_weights, memory_bytes, merge_errors, row_record
 from coterie.evaluation.routed import Remember, Scored, SharedRouting, afresh, score_methods
 from coterie.evaluation.table import format_table, summarise
-from coterie.methods.stages import hash_examples
-from coterie.methods.table import METHODS, Bench, make_bench, method_named
+from coterie.methods.bench import Bench, Table, method_named
+from coterie.methods.stages import BASE, DOMAINS_FILE, hash_examples
+from coterie.methods.table import make_bench, methods_on, usual_methods
 from coterie.mixture import Mixture
 from coterie.routers.base import Routing
 from coterie.settings import EvaluationSettings, GridSettings, SamplingSettings, ShotSettings, from_flat
 
 logger = logging.getLogger(__name__)
 
-ROUTED = "elrea"
 PER_DATASET = "per-dataset"
+TOKEN_LEVEL = "token-level"
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ class Protocol:
         shots: solved examples before every question.
     """
 
-    methods: Sequence[str] = ("backbone", "base", "elrea", "uniform-weights")
-    control: str = "base"
+    methods: Sequence[str]
+    control: str
     generate: bool = True
     run_code: bool | None = None
     batch_size: int = 8
@@ -83,7 +84,7 @@ def evaluate(
     mixture: Mixture,
     examples: Sequence[Example],
     *,
-    methods: Sequence[str] = ("backbone", "base", "elrea", "uniform-weights"),
+    methods: Sequence[str] | None = None,
     **settings: Any,
 ) -> Evaluation:
     """Compare methods on examples that no part of the mixture was trained on.
@@ -93,15 +94,19 @@ def evaluate(
     Args:
         mixture: a fitted mixture.
         examples: rows with a response, and an answer or tests where exact match can be graded.
-        methods: names of the table of methods, or variants such as `elrea:top_k=2`.
+        methods: names of the table of methods, or variants such as `elrea:top_k=2`; by default the mixture's own and
+            its simplest rivals.
         **settings: other fields of `EvaluationSettings` and its groups by their plain names, such as control="base",
             generate=False, resamples=1000, max_new_tokens=128, encoder="hidden".
 
     Raises:
         CoterieError: for an unknown method or setting, or a control that is not among the methods.
     """
-    flat = {"mixture": str(mixture.folder), "data": ["(given)"], "output": "(none)", "methods": ",".join(methods)}
-    return compare(mixture, examples, protocol_of(from_flat(EvaluationSettings, {**flat, **settings})))
+    flat = {"mixture": str(mixture.folder), "data": ["(given)"], "output": "(none)"}
+    named = {} if methods is None else {"methods": ",".join(methods)}
+    return compare(
+        mixture, examples, protocol_of(from_flat(EvaluationSettings, {**flat, **named, **settings}), mixture)
+    )
 
 
 def run_evaluation(settings: EvaluationSettings) -> Evaluation:
@@ -114,10 +119,10 @@ def run_evaluation(settings: EvaluationSettings) -> Evaluation:
     """
     output = Path(settings.output)
     check_output(output, overwrite=settings.overwrite)
-    protocol = protocol_of(settings)
     examples = load_all(settings.data, settings.limit)
-    check_code_execution(examples, protocol.run_code)
+    check_code_execution(examples, settings.allow_code_execution)
     mixture = Mixture.from_pretrained(settings.mixture, **settings.placement.model_dump())
+    protocol = protocol_of(settings, mixture)
     if settings.methods == "all" and strange_sources(mixture, examples):
         logger.info("per-dataset is left out: some rows come from data sets that the mixture was not fitted on")
         protocol = replace(protocol, methods=[name for name in protocol.methods if name != PER_DATASET])
@@ -140,16 +145,16 @@ def _inputs(mixture: Mixture, examples: Sequence[Example]) -> dict[str, str]:
     }
 
 
-def protocol_of(settings: EvaluationSettings) -> Protocol:
+def protocol_of(settings: EvaluationSettings, mixture: Mixture) -> Protocol:
     """Read how methods are compared from settings.
 
     Raises:
         CoterieError: for an unknown method, or a control that is not among them.
     """
-    written = list(METHODS) if settings.methods == "all" else settings.methods.split(",")
+    methods = _chosen_methods(settings, mixture)
     return Protocol(
-        methods=check_methods([name.strip() for name in written], settings.control),
-        control=settings.control,
+        methods=methods,
+        control=_checked_control(settings.control, methods),
         generate=settings.generate,
         run_code=settings.allow_code_execution,
         batch_size=settings.batch_size,
@@ -160,25 +165,54 @@ def protocol_of(settings: EvaluationSettings) -> Protocol:
     )
 
 
-def check_methods(methods: Sequence[str], control: str) -> list[str]:
+def _chosen_methods(settings: EvaluationSettings, mixture: Mixture) -> list[str]:
+    table = methods_on(mixture.method)
+    if settings.methods is None:
+        names = usual_methods(mixture)
+    else:
+        names = list(table) if settings.methods == "all" else [name.strip() for name in settings.methods.split(",")]
+    return check_methods(names if settings.every is None else _renewed(names, settings.every), table)
+
+
+def _renewed(names: Sequence[str], every: str) -> list[str]:
+    """Put a variant for every rhythm in the place of token-level.
+
+    Raises:
+        CoterieError: when it is not among the methods.
+    """
+    if TOKEN_LEVEL not in names:
+        raise CoterieError(f"--every {every} varies {TOKEN_LEVEL}, which is not among the methods {', '.join(names)}")
+    variants = [f"{TOKEN_LEVEL}:every={number.strip()}" for number in every.split(",")]
+    return [one for name in names for one in (variants if name == TOKEN_LEVEL else [name])]
+
+
+def check_methods(methods: Sequence[str], table: Table) -> list[str]:
     """Return the methods, each once, in the order given.
 
     Raises:
-        CoterieError: for an unknown method, or a control that is not among them.
+        CoterieError: for an unknown method.
     """
     names = list(dict.fromkeys(methods))
     for name in names:
-        method_named(name)
-    if control not in names:
-        raise unknown_name("method to compare with among those evaluated", control, names)
+        method_named(name, table)
     return names
+
+
+def _checked_control(control: str | None, methods: Sequence[str]) -> str:
+    if control is None:
+        return BASE if BASE in methods else methods[0]
+    if control not in methods:
+        raise unknown_name("method to compare with among those evaluated", control, methods)
+    return control
 
 
 def strange_sources(mixture: Mixture, examples: Sequence[Example]) -> list[str]:
     """Return the sources of examples that no training row of a fitted mixture has."""
-    if mixture.folder is None or not (mixture.folder / "clusters.jsonl").exists():
+    files = [mixture.folder / name for name in ("clusters.jsonl", DOMAINS_FILE)] if mixture.folder else []
+    rows = [row for file in files if file.exists() for row in read_jsonl(file)]
+    if not rows:
         return []
-    known = {row["source"] or "" for row in read_jsonl(mixture.folder / "clusters.jsonl")}
+    known = {row["source"] or "" for row in rows}
     return sorted({example.source or "" for example in examples} - (known - {""}))
 
 
@@ -263,8 +297,8 @@ def _answers(name: str, scored: Scored, tasks: Sequence[Task], protocol: Protoco
 
 def _routing_of_subject(bench: Bench, scored: Scored, rows: Sequence[TokenRow]) -> Routing:
     """Return the weights of the mixture's own method, also where that is not among those compared."""
-    if ROUTED in scored.routed:
-        return scored.routed[ROUTED].routing
+    if bench.own.method in scored.routed:
+        return scored.routed[bench.own.method].routing
     return SharedRouting([row.prompt() for row in rows])(bench.own.router).routing
 
 
@@ -280,7 +314,7 @@ def _facts(bench: Bench, rows: Sequence[Mapping[str, Any]], protocol: Protocol) 
         "mixture": str(folder),
         "base_model": mixture.backbone.identity.__dict__,
         "control": protocol.control,
-        "routed": ROUTED,
+        "routed": mixture.method,
         "methods": list(protocol.methods),
         "experts": list(mixture.bank.names),
         "rows": len(rows),

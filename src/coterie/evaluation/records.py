@@ -9,7 +9,7 @@ from coterie.artifacts import environment_record
 from coterie.combiners.weights import WeightCombiner
 from coterie.evaluation.answers import Answers, Task, graded
 from coterie.evaluation.routed import Scored
-from coterie.methods.table import Bench
+from coterie.methods.bench import Bench
 from coterie.mixture import Mixture
 from coterie.routers.base import Routing
 
@@ -49,6 +49,7 @@ def _method_record(
         "nll": nll,
         "tokens": 0 if nll is None else int(scored.tokens[number]),
         "finish_reason": given.finish_reason if given else None,
+        **({"trace": given.trace.record()} if given and given.trace else {}),
     }
 
 

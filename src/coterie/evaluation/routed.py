@@ -13,7 +13,7 @@ from torch import Tensor
 from coterie.combiners.logits import LogitCombiner
 from coterie.combiners.texts import TextCombiner
 from coterie.data.batching import TokenRow
-from coterie.methods.table import Bench
+from coterie.methods.bench import Bench
 from coterie.mixture import Mixture
 from coterie.mixture.scoring import score, score_votes
 from coterie.routers.base import Router, Routing

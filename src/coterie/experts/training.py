@@ -16,10 +16,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from coterie.artifacts import read_json, read_jsonl, read_tensors, write_json, write_jsonl, write_tensors
+from coterie.backbone.layers import linear_shapes
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import IGNORED, TokenRow, pad
 from coterie.errors import CoterieError
-from coterie.experts.bank import load_adapter
+from coterie.experts.bank import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, load_adapter
 from coterie.features.gradient import AdamState, Checkpoint, Moments
 from coterie.settings import LoraSettings
 
@@ -104,6 +105,23 @@ def save_adapter(model: PeftModel, folder: Path, base_id: str) -> None:
     config["base_model_name_or_path"] = base_id
     config["target_modules"] = sorted(config["target_modules"])  # a set, so its order is another in every process
     write_json(folder / "adapter_config.json", dict(sorted(config.items())))
+
+
+def write_null_adapter(backbone: Backbone, folder: Path) -> None:
+    """Write an adapter that changes nothing, in the form of any other: rank 1, zeros, on one layer."""
+    path, (width_in, width_out) = next(iter(linear_shapes(backbone.model).items()))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": backbone.identity.id,
+        "r": 1,
+        "lora_alpha": 1,
+        "target_modules": [path],
+    }
+    key = f"{KEY_PREFIX}{path}.lora_"
+    factors = {f"{key}A.weight": torch.zeros(1, width_in), f"{key}B.weight": torch.zeros(width_out, 1)}
+    write_json(folder / CONFIG_FILE, config)
+    write_tensors(folder / WEIGHTS_FILE, factors)
 
 
 @contextmanager

@@ -1,7 +1,25 @@
-"""The published methods: one table, the loop that fits ELREA's, and what is trained for the others."""
+"""The published methods: their table, the loops that fit them, and what is trained for the others."""
 
+from coterie.methods.bench import Bench
+from coterie.methods.domains import build_bank, fit_token_level, token_level
 from coterie.methods.fitting import elrea, fit_elrea
+from coterie.methods.of_clusters import CLUSTER_METHODS
+from coterie.methods.of_domains import DOMAIN_METHODS
 from coterie.methods.stages import BACKBONE, BASE
-from coterie.methods.table import METHODS, Bench, load_bench, make_bench, method_named
+from coterie.methods.table import METHODS, load_bench, make_bench
 
-__all__ = ["BACKBONE", "BASE", "METHODS", "Bench", "elrea", "fit_elrea", "load_bench", "make_bench", "method_named"]
+__all__ = [
+    "BACKBONE",
+    "BASE",
+    "CLUSTER_METHODS",
+    "DOMAIN_METHODS",
+    "METHODS",
+    "Bench",
+    "build_bank",
+    "elrea",
+    "fit_elrea",
+    "fit_token_level",
+    "load_bench",
+    "make_bench",
+    "token_level",
+]

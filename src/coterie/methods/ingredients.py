@@ -258,7 +258,7 @@ def _performance(recipe: Recipe, run: RunFolder) -> Made:
     """Place centroids by who is best on training rows (RouterRetriever)."""
     judgement = read_judgement(load_ingredient(recipe.mixture, "judged"))
     centre = recipe.features.mean(dim=0)
-    pilots = make_pilots(recipe.features - centre, judgement, recipe.sources)
+    pilots = make_pilots(recipe.features - centre, judgement.best_of_rows(), recipe.sources)
     return Made({}, PerformanceRouter(_gradients(recipe), pilots, centre))
 
 

@@ -12,17 +12,20 @@ from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow
 from coterie.data.examples import Example
 from coterie.experts.training import TrainingPlan, train_adapter
-from coterie.settings import ElreaSettings, LoraSettings
+from coterie.settings import ElreaSettings, LoraSettings, TokenLevelSettings
 
 BASE = "base"
 BACKBONE = "backbone"
+NULL = "null"
+DOMAINS_FILE = "domains.jsonl"
+"""The texts that every domain's expert was made for: id, source, category and expert of each."""
 LATER = ("answers", "tests")
 IN_MEMORY = "(in memory)"
 """Stands in a run's record for data that came from no file."""
 
 
 def base_plan(
-    settings: ElreaSettings, label: str, *, seed: int | None = None, keep_epochs: bool = True
+    settings: ElreaSettings | TokenLevelSettings, label: str, *, seed: int | None = None, keep_epochs: bool = True
 ) -> TrainingPlan:
     """Return how an adapter is trained from a fresh start: as the base adapter is, or with a seed of its own."""
     training = settings.training

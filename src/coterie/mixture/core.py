@@ -201,20 +201,23 @@ class Mixture:
         """Whether weights change while an answer is written."""
         return isinstance(self.router, TokenLevel) and self.router.every is not None
 
-    def renewed(self, every: int | None, cache: str | None = None) -> "Mixture":
+    def renewed(
+        self, every: int | None, *, cache: str | None = None, combiner: Combiner | str | None = None
+    ) -> "Mixture":
         """Return the same mixture with its weights renewed at every n-th token of an answer.
 
         Args:
             every: tokens that share weights; None for the prompt's weights all along.
             cache: `keep` what earlier weights left in the KV cache, or `recompute` it; as it is by default.
+            combiner: another one, where the mixture's own cannot change its weights meanwhile.
 
         Raises:
             CoterieError: for a combiner or a router that cannot change its weights meanwhile, or `every` below 1.
         """
         router = self.router
         if not isinstance(router, TokenLevel):
-            return self.replace(router=TokenLevel(router, every, cache or "keep"))
-        return self.replace(router=TokenLevel(router.router, every, cache or router.cache))
+            return self.replace(router=TokenLevel(router, every, cache or "keep"), combiner=combiner)
+        return self.replace(router=TokenLevel(router.router, every, cache or router.cache), combiner=combiner)
 
     def score_forced(self, prompts: Sequence[TokenRow], answers: Sequence[Sequence[int]]) -> list[ScoredTokens]:
         """Score the tokens of given answers where weights change along them (see `renews`)."""

@@ -35,6 +35,10 @@ class Judgement:
         gain = torch.einsum("ne,nef,nf->n", weights, gaps, weights) / 2  # each pair stands there twice
         return (weights * self.nll).sum(dim=1) - gain
 
+    def best_of_rows(self) -> list[str]:
+        """Return the expert with the smallest loss on each row."""
+        return [self.experts[place] for place in self.nll.argmin(dim=1).tolist()]
+
     def best_single(self) -> str:
         """Return the expert with the smallest loss per token over all rows."""
         totals = (self.nll * self.tokens[:, None]).sum(dim=0)

@@ -12,7 +12,6 @@ from coterie.errors import CoterieError
 from coterie.routers.base import Routing
 from coterie.routers.centroid import standardised
 from coterie.routers.described import Description, FeatureRouter
-from coterie.routers.judgement import Judgement
 
 Pilots = Mapping[str, Float[Tensor, "pilot dimension"]]
 """Every expert's centroids; an expert that was nowhere the best has none and is not here."""
@@ -61,13 +60,13 @@ def read_pilots(tensors: Mapping[str, Tensor], experts: Sequence[str]) -> Pilots
 
 
 def make_pilots(
-    features: Float[Tensor, "row dimension"], judgement: Judgement, sources: Sequence[str | None]
+    features: Float[Tensor, "row dimension"], best: Sequence[str], sources: Sequence[str | None]
 ) -> dict[str, Float[Tensor, "pilot dimension"]]:
     """Average the unit features of rows with one source and one best expert: up to a pilot per source and expert."""
     unit = torch.nn.functional.normalize(features, dim=-1)
     groups: dict[tuple[str, str], list[int]] = {}
-    for row, best in enumerate(judgement.nll.argmin(dim=1).tolist()):
-        groups.setdefault((judgement.experts[best], sources[row] or ""), []).append(row)
+    for row, expert in enumerate(best):
+        groups.setdefault((expert, sources[row] or ""), []).append(row)
     pilots: dict[str, list[Tensor]] = {}
     for (expert, _), rows in sorted(groups.items()):
         pilots.setdefault(expert, []).append(unit[rows].mean(dim=0))

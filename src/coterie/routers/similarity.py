@@ -3,7 +3,7 @@
 There is nothing to train: an expert is known by the mean embedding of its texts, or by several of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,7 +92,7 @@ class SimilarityRouter(FeatureRouter):
         if not centroids:
             raise CoterieError("routing by similarity needs at least one expert with a centroid")
         super().__init__(description, centre)
-        self.centroids = {name: torch.nn.functional.normalize(rows.float(), dim=-1) for name, rows in centroids.items()}
+        self.centroids = {name: rows.float() for name, rows in centroids.items()}
         self.weighting = weighting
         self.nearest = nearest
         self.null = null
@@ -100,7 +100,7 @@ class SimilarityRouter(FeatureRouter):
     def similarities(self, features: Float[Tensor, "row dimension"]) -> Float[Tensor, "row expert"]:
         """Return every expert's cosine to centred features; a text without any token is similar to nothing."""
         unit = torch.nn.functional.normalize(features, dim=-1)
-        cosines = (unit @ rows.T for rows in self.centroids.values())
+        cosines = (unit @ torch.nn.functional.normalize(rows, dim=-1).T for rows in self.centroids.values())
         return torch.stack([c.amax(dim=-1) if self.nearest else c.mean(dim=-1) for c in cosines], dim=-1)
 
     def _weigh(self, features: Float[Tensor, "row dimension"]) -> Routing:
@@ -121,7 +121,9 @@ class SimilarityRouter(FeatureRouter):
         )
 
 
-def read_similarity(record: Mapping[str, Any], tensors: Mapping[str, Tensor], description: Description) -> Any:
+def read_similarity(
+    record: Mapping[str, Any], tensors: Mapping[str, Tensor], description: Description
+) -> SimilarityRouter:
     """Build the router from its entry in mixture.json and its tensors.
 
     Raises:
@@ -165,8 +167,3 @@ def check_dimensions(encoder: str, dimensions: int, centroids: Centroids) -> Non
 def null_similarity(own: Float[Tensor, " row"], share: float) -> float:
     """Return the similarity below which this share of texts lies to their own expert's centroids."""
     return float(own.quantile(share))
-
-
-def mean_centroids(features: Sequence[Float[Tensor, "row dimension"]]) -> Float[Tensor, "expert dimension"]:
-    """Average each expert's embeddings, as published: not scaled to length 1 again, which a cosine does not see."""
-    return torch.stack([rows.mean(dim=0) for rows in features])

@@ -135,7 +135,7 @@ def _gates(kind: str, adapters: Sequence[Adapter]) -> dict[str, Tensor]:
 
 
 def _check_null(bank: ExpertBank, null: str, cosine: float) -> None:
-    if bank.adapters[bank.index(null)]:
+    if any(bool(pair.up.any()) for pair in bank.adapters[bank.index(null)].values()):
         raise CoterieError(f"the null expert must change nothing, but {null!r} changes layers; name an empty expert")
     if not 0 < cosine <= 1:
         raise CoterieError(f"the null expert's cosine must be above 0 and at most 1, got {cosine}")

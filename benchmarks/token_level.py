@@ -1,0 +1,123 @@
+"""Time per token of weights that are renewed while an answer is written, against fixed ones and the published way.
+
+Four random adapters stand for four domains; the cost does not depend on their values. The published way embeds the
+text, merges the adapters and runs the whole text without a cache, at every token; the text here is nearly as long as
+the 256 tokens that it stops at. `floor` is the time to read the base weights and the four updates once from memory.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Iterator
+
+import torch
+from _harness import arguments, floor, interleaved, load, median_ratio, publish, random_adapter
+from decode import plain_steps
+from peft import PeftModel
+
+from coterie.backbone.loading import Backbone
+from coterie.combiners.layers import LayerCombiner
+from coterie.data.batching import PromptFormat
+from coterie.experts.bank import ExpertBank, load_adapter
+from coterie.mixture import Mixture
+from coterie.mixture.loading import describe_growing_text
+from coterie.routers.similarity import SimilarityRouter
+from coterie.routers.token import TokenLevel
+
+NAMES = ("maths", "science", "reading", "code")
+PROMPT = "Explain in simple words why the sky is blue during the day and red in the evening. " * 9
+
+
+def mixture_with(backbone: Backbone, bank: ExpertBank, encoder: str, every: int | None) -> Mixture:
+    """Return a mixture whose experts have random centroids."""
+    description, dimensions = describe_growing_text(encoder, None, backbone)
+    generator = torch.Generator().manual_seed(0)
+    centroids = {name: torch.randn(1, dimensions.dimensions, generator=generator) for name in bank.names}
+    router = TokenLevel(SimilarityRouter(description, centroids), every)
+    return Mixture(backbone, bank, router, LayerCombiner(), PromptFormat(backbone.tokenizer), "token-level")
+
+
+def published_steps(model: PeftModel, mixture: Mixture) -> Iterator[int]:
+    """Embed, merge with PEFT, run the whole text, delete the merged adapter; for every token."""
+    row = mixture.tokens([PROMPT])[0]
+    while True:
+        weights = mixture.router.route([row]).weights[0].tolist()
+        model.add_weighted_adapter(list(NAMES), weights, "now", combination_type="linear")
+        model.set_adapter("now")
+        logits = model(input_ids=torch.tensor([row.ids]), use_cache=False, logits_to_keep=1).logits
+        model.delete_adapter("now")
+        token = int(logits[0, -1].argmax())
+        yield token
+        row = row.extended([token])
+
+
+def main() -> None:
+    """Run the ways in turn and print the result."""
+    flags = arguments("token_level")
+    rounds, steps = (2, 4) if flags.quick else (6, 16)
+    backbone = load(flags.model)
+    backbone.__dict__["stop_ids"] = frozenset()  # all ways write the same number of tokens
+    folder = random_adapter(backbone)
+    adapter = load_adapter(folder, backbone.model)
+    bank = ExpertBank(NAMES, (adapter,) * len(NAMES))
+    merged = PeftModel.from_pretrained(copy.deepcopy(backbone.model), folder).merge_and_unload().eval()
+    peft = PeftModel.from_pretrained(copy.deepcopy(backbone.model), folder, adapter_name=NAMES[0])
+    for name in NAMES[1:]:
+        peft.load_adapter(folder, adapter_name=name)
+    peft.eval()
+    ways = {
+        "fixed": mixture_with(backbone, bank, "hidden", None),
+        "every1": mixture_with(backbone, bank, "hidden", 1),
+        "every2": mixture_with(backbone, bank, "hidden", 2),
+        "every1_minilm": mixture_with(backbone, bank, "minilm", 1),
+        "every2_minilm": mixture_with(backbone, bank, "minilm", 2),
+    }
+    sentence = ways["every1_minilm"]
+    ids = list(sentence.tokens([PROMPT])[0].ids)
+    makers = {
+        "merged": lambda: plain_steps(merged, ids, 1),
+        **{
+            name: lambda mixture=mixture: (token.id for token in mixture.stream(PROMPT, max_new_tokens=steps + 1))
+            for name, mixture in ways.items()
+        },
+        "published": lambda: published_steps(peft, sentence),
+    }
+    per_token: dict[str, list[float]] = {name: [] for name in makers}
+
+    def timed(name: str) -> None:
+        source = makers[name]()
+        next(source)  # the prefill
+        started = time.perf_counter()
+        for _ in range(steps):
+            next(source)
+        per_token[name].append((time.perf_counter() - started) / steps)
+
+    with torch.inference_mode():
+        interleaved({name: lambda name=name: timed(name) for name in makers}, rounds)
+    kept = {name: values[1:] for name, values in per_token.items()}
+    medians = {f"{name}_seconds_per_token": statistics.median(values) for name, values in kept.items()}
+    medians["floor_seconds_per_token"] = floor(backbone, adapter, len(NAMES))
+    publish(
+        "token_level",
+        {
+            "model": flags.model,
+            "experts": len(NAMES),
+            "rank": 8,
+            "prompt_tokens": len(ids),
+            "steps": steps,
+            "rounds": rounds,
+        },
+        medians,
+        {
+            "every1_over_fixed": median_ratio(kept["every1"], kept["fixed"]),
+            "every1_over_merged": median_ratio(kept["every1"], kept["merged"]),
+            "every1_minilm_over_fixed": median_ratio(kept["every1_minilm"], kept["fixed"]),
+            "every2_minilm_over_fixed": median_ratio(kept["every2_minilm"], kept["fixed"]),
+            "published_over_every1": median_ratio(kept["published"], kept["every1"]),
+            "published_over_every1_minilm": median_ratio(kept["published"], kept["every1_minilm"]),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

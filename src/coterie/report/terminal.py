@@ -1,0 +1,74 @@
+"""Weights along an answer, drawn as lines of text: a bar for every token, a letter and a colour for every expert."""
+
+from collections.abc import Mapping, Sequence
+from math import floor
+from typing import Any, Protocol, runtime_checkable
+
+from rich.console import Console
+from rich.text import Text
+
+BAR = 40  # cells
+PIECE = 16  # columns of a token's text
+COLOURS = ("blue", "yellow", "green", "magenta", "cyan", "red", "white", "bright_black")
+
+
+@runtime_checkable
+class Recorded(Protocol):
+    """An answer that can be written as the object that `generate --json` prints."""
+
+    def record(self) -> Mapping[str, Any]:
+        """Return that object."""
+        ...
+
+
+def print_weights(answer: Recorded) -> None:
+    """Print the weights along an answer, in colour where the terminal has it."""
+    console = Console(soft_wrap=True, highlight=False)
+    for line in weight_lines(answer.record()):
+        console.print(line)
+
+
+def weight_lines(answer: Mapping[str, Any]) -> list[Text]:
+    """Draw the weights of an answer, given as the object that `generate --json` prints.
+
+    Where the weights do not change along the answer there is one line for all of it.
+    """
+    routing = answer["routing"]
+    trace = routing.get("trace")
+    experts = trace["experts"] if trace else list(routing["weights"])
+    pieces = trace["pieces"] if trace else ["(every token)"]
+    weights = trace["weights"] if trace else [list(routing["weights"].values())]
+    marks = expert_marks(experts)
+    legend = Text("  ").join([Text.assemble((f" {mark} ", style), f" {name}") for name, (mark, style) in marks.items()])
+    pairs = zip(pieces, weights, strict=True)
+    return [legend, *(_line(piece, dict(zip(experts, row, strict=True)), marks) for piece, row in pairs)]
+
+
+def expert_marks(experts: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Give every expert a letter of its own, from its name where that is possible, and a style."""
+    marks: dict[str, tuple[str, str]] = {}
+    for number, name in enumerate(experts):
+        taken = {letter for letter, _ in marks.values()}
+        letters = [letter for letter in f"{name}abcdefghijklmnopqrstuvwxyz" if letter.isalnum() and letter not in taken]
+        marks[name] = ((letters or ["?"])[0], f"black on {COLOURS[number % len(COLOURS)]}")
+    return marks
+
+
+def cells(weights: Sequence[float], count: int = BAR) -> list[int]:
+    """Share out `count` cells by weights: whole cells first, then the largest remainders."""
+    total = sum(weights) or 1.0
+    exact = [count * weight / total for weight in weights]
+    whole = [floor(value) for value in exact]
+    order = sorted(range(len(exact)), key=lambda place: whole[place] - exact[place])
+    for place in order[: count - sum(whole)]:
+        whole[place] += 1
+    return whole
+
+
+def _line(piece: str, weights: Mapping[str, float], marks: Mapping[str, tuple[str, str]]) -> Text:
+    shown = repr(piece)[1:-1]
+    line = Text(f"{shown if len(shown) <= PIECE else shown[: PIECE - 1] + '…':{PIECE}} ")
+    for (mark, style), count in zip(marks.values(), cells(list(weights.values())), strict=True):
+        line.append(mark * count, style=style)
+    leader = max(weights, key=lambda name: weights[name])
+    return line.append(f" {leader} {weights[leader]:.2f}")
