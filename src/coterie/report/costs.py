@@ -34,7 +34,7 @@ def cost_table(evaluation: Evaluation) -> list[dict[str, Any]]:
             "bar": split_bar(
                 [(stage, stages.get(stage, 0.0)) for stage in _ANSWERING],
                 longest,
-                f"{method}: {wording.seconds(total)} seconds",
+                f"{wording.method_name(method)}: {wording.seconds(total)} seconds",
             ),
         }
         for (method, stages), total in zip(spent.items(), totals.values(), strict=True)
@@ -96,7 +96,7 @@ def _gigabytes(evaluation: Evaluation) -> dict[str, float]:
 
 
 def _point(evaluation: Evaluation, place: tuple[float, float], method: str, number: int) -> Point:
-    words = f"{number} {method} {place[1]:.3g} at {place[0]:.3g}"
+    words = f"{number} {wording.method_name(method)} {place[1]:.3g} at {place[0]:.3g}"
     return Point(*place, _mark(evaluation, method), str(number), words)
 
 

@@ -58,7 +58,10 @@ def _picture(scores: Sequence[Score], measure: str, axis: Axis, control: str) ->
     name = "Accuracy, points" if measure == "accuracy" else "NLL, nats a token"
     sides = ("← worse", "points", "better →") if measure == "accuracy" else ("← better", "nats a token", "worse →")
     return interval_chart(
-        [_interval(score, measure) for score in scores], axis, sides, f"{name} above {control}, {where}"
+        [_interval(score, measure) for score in scores],
+        axis,
+        sides,
+        f"{name} above {wording.method_name(control)}, {where}",
     )
 
 
@@ -68,6 +71,5 @@ def _interval(score: Score, measure: str) -> Interval | None:
         return None
     write = wording.points if measure == "accuracy" else wording.nats
     ends = (scale * gap.interval[0], scale * gap.interval[1]) if gap.interval else None
-    return Interval(
-        scale * gap.value, ends, gap.clear, f"{score.method} {write(gap.value)} ({wording.span(gap, measure)})"
-    )
+    words = f"{wording.method_name(score.method)} {write(gap.value)} ({wording.span(gap, measure)})"
+    return Interval(scale * gap.value, ends, gap.clear, words)

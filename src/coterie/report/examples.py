@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from coterie.report.records import Answer, Row
+from coterie.report.wording import method_name
 
 MOST = 12
 
 
 def kinds(subject: str | None, control: str) -> tuple[str, ...]:
     """List the kinds of rows in the order they are shown, the telling ones first."""
-    told_apart = (f"{subject} right, {control} wrong", f"{subject} wrong, {control} right") if subject else ()
+    told_apart = _told_apart(subject, control) if subject else ()
     return (*told_apart, "methods differ", "all right", "all wrong", "not graded")
 
 
@@ -25,7 +26,12 @@ def kind_of(row: Row, subject: str | None, control: str) -> str:
     ours, theirs = verdicts.get(subject or ""), verdicts.get(control)
     if ours is None or theirs is None or ours == theirs:
         return "methods differ"
-    return f"{subject} right, {control} wrong" if ours else f"{subject} wrong, {control} right"
+    return _told_apart(subject or "", control)[not ours]
+
+
+def _told_apart(subject: str, control: str) -> tuple[str, str]:
+    ours, theirs = method_name(subject), method_name(control)
+    return f"{ours} right, {theirs} wrong", f"{ours} wrong, {theirs} right"
 
 
 def choose(rows: Sequence[Row], subject: str | None, control: str, most: int = MOST) -> list[tuple[str, Row]]:

@@ -31,6 +31,7 @@ _WAYS_TO_WRITE = (
     wording.counted,
     wording.fixed,
     wording.gigabytes,
+    wording.method_name,
     wording.nats,
     wording.p_value,
     wording.percent,
@@ -64,15 +65,20 @@ def render(evaluation: Evaluation) -> str:
 
 @cache
 def _template() -> "Template":
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    room = files("coterie.report")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=PackageLoader("coterie.report", ""),
+    )
     for write in _WAYS_TO_WRITE:
         environment.filters[write.__name__] = write
     environment.filters |= {"cut": _cut}
-    style = Markup(room.joinpath("style.css").read_text(encoding="utf-8"))
-    return environment.from_string(room.joinpath("template.html").read_text(encoding="utf-8"), {"style": style})
+    style = Markup(files("coterie.report").joinpath("style.css").read_text(encoding="utf-8"))
+    return environment.get_template("template.html", globals={"style": style})
 
 
 def view(evaluation: Evaluation) -> dict[str, Any]:
@@ -80,14 +86,13 @@ def view(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "evaluation": evaluation,
         "headline": wording.headline(evaluation),
+        "subject": wording.method_name(evaluation.subject or ""),
+        "control": wording.method_name(evaluation.control),
         "facts": _facts(evaluation),
         "examples": _examples(evaluation),
         "tally": _tally(evaluation),
         **_results(evaluation),
-        "clusters": cluster_map(evaluation),
-        "composition": composition(evaluation),
-        "category_counts": category_map(evaluation),
-        "map_panels": map_panels(evaluation),
+        **_clusters(evaluation),
         "routing": routing_map(evaluation.routing, evaluation.experts, "Source"),
         "category_routing": routing_map(evaluation.routing_by_category, evaluation.experts, "Source / category"),
         "costs": cost_table(evaluation),
@@ -97,6 +102,16 @@ def view(evaluation: Evaluation) -> dict[str, Any]:
         },
         "cost_pictures": cost_pictures(evaluation),
     }
+
+
+def _clusters(evaluation: Evaluation) -> dict[str, Any]:
+    shown = {
+        "clusters": cluster_map(evaluation),
+        "composition": composition(evaluation),
+        "category_counts": category_map(evaluation),
+        "map_panels": map_panels(evaluation),
+    }
+    return {**shown, "clustered": any(shown.values())}
 
 
 def _results(evaluation: Evaluation) -> dict[str, Any]:
@@ -129,7 +144,7 @@ def _facts(evaluation: Evaluation) -> list[tuple[str, str]]:
         ("Base model", evaluation.base_model.get("id", "")),
         ("Mixture", evaluation.mixture),
         ("Experts", f"{len(evaluation.experts)}"),
-        ("Control", evaluation.control),
+        ("Control", wording.method_name(evaluation.control)),
         ("Test data", evaluation.data),
         ("Rows", f"{len(evaluation.rows):,}, of which {graded:,} graded"),
         ("Sources", _listed([wording.source_name(source) for source in evaluation.sources])),

@@ -14,6 +14,9 @@ from coterie.report.scales import even_scale, scale_for
 
 _VARIANT = re.compile(r"([^:]+):([^:=,]+)=([^:=,]+)")  # method:parameter=value
 _ALL_EXPERTS = "top_k"  # the parameter whose plain method takes every expert
+_RENEWED = "every"  # the parameter whose plain method is 1, and which may be infinite
+_BEYOND = 2  # an infinite value is drawn at so many times the largest finite one
+_WORDS = {_RENEWED: "tokens between two routings"}
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ def variant_pictures(evaluation: Evaluation) -> list[VariantPictures]:
     for method in evaluation.methods:
         if found := _VARIANT.fullmatch(method):
             base, parameter, text = found.groups()
-            if (value := _number(text)) is not None:
-                groups.setdefault((base, parameter), []).append(_Stop(value, f"{value:,.10g}", method))
+            if (value := _number(parameter, text)) is not None:
+                groups.setdefault((base, parameter), []).append(_Stop(value, _label(value), method))
     drawn = [_draw(evaluation, base, parameter, stops) for (base, parameter), stops in groups.items()]
     return [variants for variants in drawn if variants.pictures]
 
@@ -50,8 +53,11 @@ def variant_pictures(evaluation: Evaluation) -> list[VariantPictures]:
 def _draw(evaluation: Evaluation, base: str, parameter: str, stops: list[_Stop]) -> VariantPictures:
     stops = [*stops, *_plain(evaluation, base, parameter, stops)]
     way = sorted({stop.value: stop for stop in stops}.values(), key=lambda stop: stop.value)
-    pictures = (_picture(evaluation, parameter, way, measure) for measure in MEASURES)
-    return VariantPictures(base, parameter, tuple(picture for picture in pictures if picture))
+    end = _BEYOND * max((stop.value for stop in way if stop.value < math.inf), default=1.0)
+    way = [replace(stop, value=end) if stop.value == math.inf else stop for stop in way]
+    words = _WORDS.get(parameter, parameter)
+    pictures = (_picture(evaluation, words, way, measure) for measure in MEASURES)
+    return VariantPictures(base, words, tuple(picture for picture in pictures if picture))
 
 
 def is_variant(method: str, methods: Sequence[str]) -> bool:
@@ -60,7 +66,13 @@ def is_variant(method: str, methods: Sequence[str]) -> bool:
     return found is not None and found[1] in methods
 
 
-def _number(text: str) -> float | None:
+def _label(value: float) -> str:
+    return "∞" if value == math.inf else f"{value:,.10g}"
+
+
+def _number(parameter: str, text: str) -> float | None:
+    if (parameter, text) == (_RENEWED, "inf"):
+        return math.inf
     try:
         value = float(text)
     except ValueError:
@@ -74,7 +86,9 @@ def _plain(evaluation: Evaluation, base: str, parameter: str, stops: list[_Stop]
         return []
     if parameter in evaluation.features:
         value = evaluation.features[parameter]
-        return [_Stop(value, f"{value:,.10g}", base, plain=True)]
+        return [_Stop(value, _label(value), base, plain=True)]
+    if parameter == _RENEWED:
+        return [_Stop(1.0, "1", base, plain=True)]
     if parameter == _ALL_EXPERTS:
         largest = max(stop.value for stop in stops)
         return [_Stop(max(largest + 1, float(len(evaluation.experts))), "all", base, plain=True)]
@@ -93,7 +107,11 @@ def _picture(evaluation: Evaluation, parameter: str, way: list[_Stop], measure: 
     frame = Frame(
         across, even_scale(heights if level is None else [*heights, level]), (parameter, words), turned=measure == "nll"
     )
-    control = "" if level is None else f", {evaluation.control} at {wording.fixed(level, wording.DECIMALS[measure])}"
+    control = (
+        ""
+        if level is None
+        else f", {wording.method_name(evaluation.control)} at {wording.fixed(level, wording.DECIMALS[measure])}"
+    )
     return measure, curve(points, frame, f"{words} over {parameter}{control}", level)
 
 
@@ -106,7 +124,7 @@ def _point(stop: _Stop, score: Score, measure: str) -> Point | None:
     if gap and gap.interval:
         low, high = (unit * (value - gap.value + end) for end in gap.interval)
         ends = low, high
-    told = f"{stop.method} {wording.fixed(unit * value, wording.DECIMALS[measure])}"
+    told = f"{wording.method_name(stop.method)} {wording.fixed(unit * value, wording.DECIMALS[measure])}"
     words = f"{told} (difference {wording.span(gap, measure)})" if ends else told
     return Point(stop.value, unit * value, marks.DIAMOND if stop.plain else marks.DISC, stop.label, words, ends)
 

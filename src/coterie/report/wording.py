@@ -1,6 +1,7 @@
 """Numbers and findings in words: one way to write each kind of number, and the sentence the page opens with."""
 
 import math
+import re
 from collections.abc import Sequence
 
 from coterie.report.records import Difference, Evaluation, Score
@@ -10,6 +11,11 @@ AXES = {"accuracy": "Accuracy in %", "nll": "NLL in nats a token"}
 UNITS = {"accuracy": 100.0, "nll": 1.0}  # accuracy is drawn in per cent and points
 DECIMALS = {"accuracy": 1, "nll": 3}
 _MINUS = "\N{MINUS SIGN}"
+_RENEWED = re.compile(r"(.+):every=([1-9][0-9]{0,5}|inf)", re.DOTALL)
+_EXPERT = "expert:"
+_SAID = {"token-level-published": "token-level, published"}
+_OFTEN = {"1": "every token", "inf": "prompt only"}
+_ENDINGS = {"1": "st", "2": "nd", "3": "rd"}
 
 
 def fixed(value: float | None, decimals: int) -> str:
@@ -85,9 +91,24 @@ def source_name(source: str) -> str:
     return source or "no source"
 
 
+def method_name(method: str) -> str:
+    """Say a method's name in words where the one that commands take is terse."""
+    base, renewed = found.groups() if (found := _RENEWED.fullmatch(method)) else (method, "")
+    said = f"{base.removeprefix(_EXPERT)} alone" if base.startswith(_EXPERT) else _SAID.get(base, base)
+    return f"{said}, {_how_often(renewed)}" if renewed else said
+
+
+def _how_often(every: str) -> str:
+    if every in _OFTEN:
+        return _OFTEN[every]
+    ending = "th" if int(every) % 100 in (11, 12, 13) else _ENDINGS.get(every[-1], "th")
+    return f"every {every}{ending} token"
+
+
 def listed(names: Sequence[str]) -> str:
-    """Join names with commas and an "and"."""
-    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+    """Join names with commas and an "and", or with semicolons where a name has a comma of its own."""
+    between, last = ("; ", "; and ") if any("," in name for name in names) else (", ", " and ")
+    return last.join(filter(None, (between.join(names[:-1]), *names[-1:])))
 
 
 def amount(value: float) -> str:
@@ -102,8 +123,11 @@ def counted(number: int, noun: str) -> str:
 
 def short(name: str, most: int = 26) -> str:
     """Shorten a long name in its middle: names that belong together often differ at their ends only."""
+    if len(name) <= most:
+        return name
     half = most // 2
-    return name if len(name) <= most else f"{name[:half]}…{name[1 - half :]}"
+    end = name[1 - half :]
+    return f"{name[:half]}…{end[end.find(' ', 0, half // 2) + 1 :]}"  # from a whole word on, if one begins soon
 
 
 def span(difference: Difference | None, measure: str) -> str:
@@ -131,15 +155,20 @@ def headline(evaluation: Evaluation) -> str:
 def _accuracy_sentence(score: Score, difference: Difference, control: str) -> str:
     more = f"{fixed(abs(100 * difference.value), 1)} points {'more' if difference.value > 0 else 'fewer'} than"
     than = more if difference.value else "as many as"
-    finding = f"{score.method} answers {percent(score.accuracy)} of {counted(score.graded, 'graded row')} right"
-    return f"{finding}, {than} {control}; {_certainty(difference, span(difference, 'accuracy') + ' points')}."
+    finding = (
+        f"{method_name(score.method)} answers {percent(score.accuracy)} of {counted(score.graded, 'graded row')} right"
+    )
+    return (
+        f"{finding}, {than} {method_name(control)}; {_certainty(difference, span(difference, 'accuracy') + ' points')}."
+    )
 
 
 def _nll_sentence(score: Score, difference: Difference, control: str) -> str:
     more = f"{fixed(abs(difference.value), 4)} {'higher (worse)' if difference.value > 0 else 'lower (better)'} than"
     than = more if difference.value else "the same as"
-    finding = f"{score.method} has a mean NLL of {fixed(score.nll, 3)} nats a token on {counted(score.rows, 'row')}"
-    return f"{finding}, {than} {control}; {_certainty(difference, span(difference, 'nll') + ' nats')}."
+    level = f"a mean NLL of {fixed(score.nll, 3)} nats a token on {counted(score.rows, 'row')}"
+    finding = f"{method_name(score.method)} has {level}"
+    return f"{finding}, {than} {method_name(control)}; {_certainty(difference, span(difference, 'nll') + ' nats')}."
 
 
 def _certainty(difference: Difference, interval: str) -> str:
@@ -169,17 +198,17 @@ def significant(evaluation: Evaluation) -> str:
 def _differ(methods: Sequence[str]) -> str:
     if not methods:
         return "differs significantly"
-    return f"{'differs' if len(methods) == 1 else 'differ'} significantly: {listed(methods)}"
+    return f"{'differs' if len(methods) == 1 else 'differ'} significantly: {listed([*map(method_name, methods)])}"
 
 
 def _neutral_sentence(evaluation: Evaluation) -> str:
     control, score = evaluation.control, evaluation.score(evaluation.control)
     others = len(evaluation.methods) - 1
     if others:
-        stand = f"{counted(others, 'method')} {'stands' if others == 1 else 'stand'} beside {control}"
+        stand = f"{counted(others, 'method')} {'stands' if others == 1 else 'stand'} beside {method_name(control)}"
         return f"{stand} on {counted(len(evaluation.rows), 'row')}; the table has the differences."
     graded = score.graded if score else 0
     right = f"answers {percent(score.accuracy)} of {counted(graded, 'graded row')} right" if score and graded else ""
     nll = f"has a mean NLL of {fixed(score.nll, 3)} nats a token" if score and score.nll is not None else ""
     found = " and ".join(filter(None, (right, nll))) or "was run"
-    return f"Only {control} was evaluated, so there is nothing to compare: it {found}."
+    return f"Only {method_name(control)} was evaluated, so there is nothing to compare: it {found}."
