@@ -112,6 +112,13 @@ class Record:
             raise self.wrong(key, "a list of numbers")
         return tuple(float(number) if _is_finite(number) else None for number in value)
 
+    def number_rows(self, key: str, width: int) -> tuple[tuple[float, ...], ...]:
+        """Read a list of rows of `width` numbers from 0 upwards."""
+        rows = self.fields.get(key)
+        if not isinstance(rows, list) or not all(_is_row(row, width) for row in rows):
+            raise self.wrong(key, f"a list of rows of {width} numbers from 0 upwards")
+        return tuple(tuple(map(float, row)) for row in rows)
+
     def mapping(self, key: str) -> dict[str, Any]:
         """Read an object; a missing one is empty."""
         value = self.fields.get(key)
@@ -163,6 +170,10 @@ class Record:
     def has(self, key: str) -> bool:
         """Tell whether the field is there and not null."""
         return self.fields.get(key) is not None
+
+
+def _is_row(value: object, width: int) -> bool:
+    return isinstance(value, list) and len(value) == width and all(_is_finite(n) and n >= 0 for n in value)
 
 
 def _is_number(value: object) -> bool:

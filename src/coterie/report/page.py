@@ -17,6 +17,7 @@ from coterie.report.differences import difference_panels
 from coterie.report.heatmaps import category_map, cluster_map, routing_map
 from coterie.report.reading import read_evaluation
 from coterie.report.records import OVERALL, Evaluation, Row
+from coterie.report.traces import trace_pictures
 from coterie.report.variants import variant_pictures
 
 if TYPE_CHECKING:
@@ -95,6 +96,8 @@ def view(evaluation: Evaluation) -> dict[str, Any]:
         **_clusters(evaluation),
         "routing": routing_map(evaluation.routing, evaluation.experts, "Source"),
         "category_routing": routing_map(evaluation.routing_by_category, evaluation.experts, "Source / category"),
+        "traces": trace_pictures(evaluation),
+        "subject_traced": _has_traces(evaluation, evaluation.subject),
         "costs": cost_table(evaluation),
         "cost_columns": {
             "train": any("train" in stages for stages in evaluation.seconds.values()),
@@ -112,6 +115,10 @@ def _clusters(evaluation: Evaluation) -> dict[str, Any]:
         "map_panels": map_panels(evaluation),
     }
     return {**shown, "clustered": any(shown.values())}
+
+
+def _has_traces(evaluation: Evaluation, method: str | None) -> bool:
+    return any(answer.trace for row in evaluation.rows for answer in row.answers if answer.method == method)
 
 
 def _results(evaluation: Evaluation) -> dict[str, Any]:

@@ -3,15 +3,18 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
+from math import fsum
 from pathlib import Path
 from typing import Any
 
 from coterie.errors import CoterieError
 from coterie.report.fields import COMMAND, Record, unusable
-from coterie.report.records import FORMAT, Answer, Evaluation, GradientMap, Place, Row, Score, Spread
+from coterie.report.records import FORMAT, Answer, Evaluation, GradientMap, Place, Row, Score, Spread, Trace
 
 # Control characters, text-direction overrides and halves of surrogate pairs: a page cannot show them, some disturb it.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+_ROUNDING = 0.02  # how far the recorded weights of a token may be from a sum of 1
 
 
 def read_evaluation(folder: Path) -> Evaluation:
@@ -159,7 +162,20 @@ def _read_answer(method: str, answers: Record) -> Answer:
         nll=record.number("nll"),
         cut=record.text_or_none("finish_reason") == "length",
         f1=record.number("f1"),
+        trace=_read_trace(record.inner("trace")) if record.has("trace") else None,
     )
+
+
+def _read_trace(record: Record) -> Trace:
+    experts, pieces = record.texts("experts"), record.texts("pieces")
+    if not experts or len({*experts}) < len(experts):
+        raise record.wrong("experts", "a list of names, each once")
+    weights = record.number_rows("weights", len(experts))
+    if len(weights) != len(pieces):
+        raise record.wrong("weights", f"a row for each of {len(pieces)} pieces")
+    if any(abs(fsum(row) - 1) > _ROUNDING for row in weights):
+        raise record.wrong("weights", "rows that sum to 1")
+    return Trace(experts, pieces, weights)
 
 
 def _read_map(record: Record) -> GradientMap:

@@ -1,6 +1,8 @@
 """The records of an evaluation as the page sees them; everything it shows comes from here."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 
 FORMAT = 1
 OVERALL = "all"  # the source name of a table row that averages over all sources
@@ -59,6 +61,25 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Trace:
+    """The routing of one answer, token by token: `pieces[t]` was written under `weights[t]`, one number per expert."""
+
+    experts: tuple[str, ...]
+    pieces: tuple[str, ...]
+    weights: tuple[tuple[float, ...], ...]
+
+    @cached_property
+    def leaders(self) -> tuple[str, ...]:
+        """The expert with the largest weight at every token; among equals the first."""
+        return tuple(self.experts[row.index(max(row))] for row in self.weights)
+
+    @property
+    def switches(self) -> int:
+        """How often the leading expert changes from one token to the next."""
+        return sum(one != other for one, other in pairwise(self.leaders))
+
+
+@dataclass(frozen=True)
 class Answer:
     """What one method wrote for one row, and how it was graded (`correct` is None where it was not)."""
 
@@ -69,6 +90,7 @@ class Answer:
     nll: float | None
     cut: bool
     f1: float | None = None
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True)
