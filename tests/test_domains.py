@@ -170,6 +170,10 @@ def test_a_null_expert_is_a_plain_adapter_that_changes_nothing(adapters, files, 
         own.append(plain.similarities(rows - plain.centre)[:, DOMAINS.index(name)])
     below = (torch.cat(own) < built.router.router.null.similarity).float().mean()
     assert float(below) == pytest.approx(0.25, abs=0.05)
+    for name in ("arrow", "spectr"):
+        routing = make_bench(built, [name], GridSettings()).cell(name).route(QUESTIONS)
+        assert routing.experts == (*DOMAINS, "null")
+        assert bool((routing.weights[:, 2] > 0).all())
     alone = built.replace(router="null", combiner="layers").generate(QUESTIONS[:2], max_new_tokens=4)
     model = load_backbone(ModelSettings(model=str(model_folder), device="cpu")).model
     wrapped = PeftModel.from_pretrained(model, tmp_path / "built" / "experts" / "null").eval()

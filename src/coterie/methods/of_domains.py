@@ -6,7 +6,7 @@ from coterie.combiners.logits import LogitCombiner
 from coterie.combiners.weights import WeightCombiner
 from coterie.errors import CoterieError
 from coterie.methods.bench import Bench, Cell, Method
-from coterie.methods.stages import BACKBONE, DOMAINS_FILE
+from coterie.methods.stages import BACKBONE, DOMAINS_FILE, NULL
 from coterie.mixture import Mixture
 from coterie.routers.fixed import FixedRouter, one_hot, uniform
 from coterie.routers.oracle import OracleRouter
@@ -47,7 +47,10 @@ def _published(bench: Bench) -> Cell:
 
 
 def _spectral(bench: Bench, kind: str) -> Cell:
-    return spectral_router(kind, bench.own.backbone, bench.own.bank, bench.fitted), LayerCombiner()
+    """Route by the adapters themselves; where the run has a null expert, it takes part."""
+    bank = bench.own.bank
+    null = NULL if NULL in bank.names else None
+    return spectral_router(kind, bench.own.backbone, bank, bench.fitted, null=null), LayerCombiner()
 
 
 DOMAIN_METHODS: dict[str, Method] = {
