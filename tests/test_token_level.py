@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
@@ -105,12 +105,13 @@ def test_boosting_never_pushes_the_most_similar_expert_down(cosines):
     assert int(found.argmax()) == 0
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.floats(-1, 1, width=32), min_size=2, max_size=6), st.floats(0.125, 2, width=32))
 def test_weights_are_a_distribution_that_keeps_the_order(cosines, temperature):
     for weighting in (Weighting(), Weighting(temperature)):
         found = weighting(torch.tensor([cosines]))[0]
         assert float(found.sum()) == pytest.approx(1, abs=1e-5)
-        assert cosines[int(found.argmax())] == max(cosines)
+        assert cosines[int(found.argmax())] >= max(cosines) - 1e-5  # nearer ones may get equal weights
 
 
 def test_the_temperature_is_that_of_a_softmax_over_cosines():

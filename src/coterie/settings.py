@@ -155,6 +155,12 @@ class SimilaritySettings(Settings):
     )
 
 
+class DomainTrainingSettings(TrainingSettings):
+    """Training of one adapter per domain: at the rate that is usual for LoRA, since nothing continues from it."""
+
+    learning_rate: float = Field(2e-4, gt=0, description="its peak learning rate, decaying linearly to 0")
+
+
 class RenewalSettings(Settings):
     """When the weights are renewed while an answer is written."""
 
@@ -174,7 +180,7 @@ class TokenLevelSettings(Settings):
     seed: int = Field(0, ge=0, description="seed of shuffling, initialisation, dropout and k-means")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
     lora: LoraSettings = LoraSettings()
-    training: TrainingSettings = TrainingSettings()
+    training: DomainTrainingSettings = DomainTrainingSettings()
     similarity: SimilaritySettings = SimilaritySettings()
     renewal: RenewalSettings = RenewalSettings()
 
