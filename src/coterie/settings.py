@@ -37,7 +37,9 @@ class PlacementSettings(Settings):
 class ModelSettings(PlacementSettings):
     """Which base model, and how it is held in memory."""
 
-    model: str = Field(description="base model: hub id, local folder, .gguf file, or the alias smollm2-135m")
+    model: str = Field(
+        description="base model: hub id, local folder, .gguf file, or an alias: smollm2-135m, gemma3-270m"
+    )
     revision: str | None = Field(None, description="revision of a hub model (branch, tag or commit)")
 
 
