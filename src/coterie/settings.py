@@ -210,6 +210,30 @@ class EvaluationSettings(Settings):
     few_shot: ShotSettings = ShotSettings()
 
 
+class WorkSettings(Settings):
+    """How several models and endpoints share one machine and one network."""
+
+    memory: float | None = Field(
+        None, gt=0, description="GiB that loaded models may take together; default: what is free at the start"
+    )
+    concurrency: int = Field(8, ge=1, description="requests that one endpoint gets at the same time")
+    requests_per_minute: int | None = Field(None, ge=1, description="most requests a minute to one endpoint")
+    retries: int = Field(4, ge=0, description="further tries of a request that an endpoint turned away or let wait")
+    timeout: float = Field(120.0, gt=0, description="seconds that an endpoint may take for one answer")
+
+
+class PoolSettings(Settings):
+    """`coterie pool init`: experts of any kind by name."""
+
+    folder: str = Field(description="folder of the pool")
+    expert: list[str] = Field(
+        min_length=1,
+        description="NAME=SOURCE, may be repeated: an adapter's folder, a base model, or an endpoint as URL#MODEL",
+    )
+    base: str | None = Field(None, description="base model of the adapters; default: the one that each adapter names")
+    overwrite: bool = Field(False, description="replace the pool's list of experts")
+
+
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
