@@ -25,6 +25,11 @@ _HOMES = {
     "spread": "coterie.evaluation.seeds",
     "read_spread": "coterie.evaluation.seeds",
     "format_spread": "coterie.evaluation.seeds",
+    "init_pool": "coterie.experts.pool",
+    "run_profile": "coterie.evaluation.recruited",
+    "fit_symbolic": "coterie.evaluation.recruited",
+    "generate_symbolic": "coterie.evaluation.recruited",
+    "is_symbolic": "coterie.methods.symbolic",
     "write_report": "coterie.report",
 }
 

@@ -16,14 +16,17 @@ from typing import Annotated, Any
 import typer
 
 import coterie
-from coterie.artifacts import read_run_record
+from coterie.artifacts import read_run_record, write_jsonl
 from coterie.errors import CoterieError
 from coterie.settings import (
     ElreaSettings,
     EvaluationSettings,
     GenerateSettings,
+    PoolSettings,
+    ProfileSettings,
     RouteSettings,
     Settings,
+    SymbolicSettings,
     checked,
     flat_fields,
     from_flat,
@@ -37,8 +40,10 @@ app = typer.Typer(
 )
 fit = typer.Typer(help="Make a mixture by one of the published methods.", no_args_is_help=True)
 app.add_typer(fit, name="fit")
+pool = typer.Typer(help="List experts of any kind by name: adapters, models, endpoints.", no_args_is_help=True)
+app.add_typer(pool, name="pool")
 
-ARGUMENTS = ("mixture",)  # settings that are given by place instead of by a flag
+ARGUMENTS = ("mixture", "folder")  # settings that are given by place instead of by a flag
 INTERRUPTED = 130  # what typer returns after Ctrl-C
 Prompts = Annotated[list[str] | None, typer.Argument(help="prompts; a conversation or many prompts: see --input")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, one object a line")]
@@ -84,6 +89,30 @@ def fit_elrea(settings: ElreaSettings) -> None:
     typer.echo(f"{settings.output}: {len(mixture.bank)} experts ({', '.join(mixture.bank.names)})")
 
 
+@fit.command("symbolic-moe")
+@flags_from(SymbolicSettings)
+def fit_symbolic(settings: SymbolicSettings) -> None:
+    """Recruit a profiled pool's experts by skills, and choose who makes one answer of several (Chen et al. 2025)."""
+    fitted = coterie.fit_symbolic(settings)
+    typer.echo(f"{settings.output}: {len(fitted.pool.names)} experts, {fitted.aggregator} makes one answer of theirs")
+
+
+@pool.command("init")
+@flags_from(PoolSettings)
+def init_pool(settings: PoolSettings) -> None:
+    """Check experts and list them in a folder."""
+    for expert in coterie.init_pool(settings).experts:
+        typer.echo(f"{expert.name:16} {expert.kind:9} {expert.source} {expert.model if expert.kind != 'model' else ''}")
+
+
+@app.command("profile")
+@flags_from(ProfileSettings)
+def profile(settings: ProfileSettings, as_json: AsJson = False) -> None:
+    """Find out what every expert of a pool is good at, skill by skill, on validation questions."""
+    found = coterie.run_profile(settings)
+    typer.echo(json.dumps(found.record()) if as_json else str(found))
+
+
 @app.command("methods")
 def list_methods(as_json: AsJson = False) -> None:
     """List the methods: where their experts come from, how prompts find them, where they meet."""
@@ -125,6 +154,10 @@ def generate(
     given = _prompts(prompts, input)
     if stream and as_json:
         raise CoterieError("--stream prints text as it comes and --json whole answers; use one of them")
+    if coterie.is_symbolic(settings.mixture):
+        if stream:
+            raise CoterieError("recruited experts finish their answers before one is made, so leave --stream out")
+        return _show(coterie.generate_symbolic(settings, given), settings, as_json=as_json)
     mixture = _mixture(settings)
     options = {"top_k_experts": settings.routing.top_k_experts, **settings.sampling.model_dump()}
     if stream:
@@ -132,9 +165,11 @@ def generate(
             for token in mixture.stream(prompt, **options):
                 typer.echo(token.text, nl=False)
             typer.echo()
-        return
-    for answer in mixture.generate(given, batch_size=settings.batch_size, **options):
-        typer.echo(json.dumps(answer.record(), ensure_ascii=False) if as_json else answer.text)
+        return None
+    records = [answer.record() for answer in mixture.generate(given, batch_size=settings.batch_size, **options)]
+    if settings.output:
+        write_jsonl(Path(settings.output), records)
+    _show(records, settings, as_json=as_json)
 
 
 @app.command("eval")
@@ -167,6 +202,8 @@ def repeat(record: Annotated[Path, typer.Argument(help="the run.yaml of a run fo
     found = read_run_record(record)
     commands: dict[str, tuple[type[Settings], Callable[[Any], object]]] = {
         "fit elrea": (ElreaSettings, lambda settings: coterie.methods.fit_elrea(settings).folder),
+        "fit symbolic-moe": (SymbolicSettings, lambda settings: coterie.fit_symbolic(settings).aggregator),
+        "profile": (ProfileSettings, coterie.run_profile),
         "eval": (EvaluationSettings, coterie.run_evaluation),
     }
     if found["command"] not in commands:
@@ -191,6 +228,15 @@ def _prompts(prompts: list[str] | None, file: str | None) -> list[Any]:
 
 def _text(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else prompt.instruction
+
+
+def _show(records: list[dict[str, Any]], settings: GenerateSettings, *, as_json: bool) -> None:
+    """Print answers, or tell where they were written."""
+    if settings.output:
+        typer.echo(f"{settings.output}: {len(records)} answers")
+        return
+    for record in records:
+        typer.echo(json.dumps(record, ensure_ascii=False) if as_json else record["text"])
 
 
 def _mixture(settings: RouteSettings | GenerateSettings) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,18 @@ class Ledger:
     Failed replies are not kept, so they are asked for again. A line that was cut off by a kill is skipped.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, *, read_only: bool = False) -> None:
         """Read the replies of an earlier run.
 
         Args:
             path: the file; without one, replies are only kept in memory.
+            read_only: keep new replies in memory, though there is a file.
         """
-        self.path = path
+        self.path = None if read_only else path
         self._lock = threading.Lock()
-        self._replies = _read(path) if path is not None and path.exists() else {}
-        self._torn = path is not None and path.exists() and not path.read_bytes().endswith(b"\n")
+        lines = path.read_bytes().splitlines(keepends=True) if path is not None and path.exists() else []
+        self._replies = _replies(lines)
+        self._torn = bool(lines) and not lines[-1].endswith(b"\n")
 
     def __len__(self) -> int:
         """Count the replies."""
@@ -58,14 +61,9 @@ class Ledger:
         self._torn = False
 
 
-def _read(path: Path) -> dict[str, Reply]:
-    replies = {}
-    with path.open("rb") as file:
-        for line in file:
-            record = _record(line)
-            if record is not None:
-                replies[record["key"]] = Reply(**{name: record[name] for name in FIELDS})
-    return replies
+def _replies(lines: Sequence[bytes]) -> dict[str, Reply]:
+    records = [record for line in lines if (record := _record(line)) is not None]
+    return {record["key"]: Reply(**{name: record[name] for name in FIELDS}) for record in records}
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -29,6 +29,7 @@ class Workshop:
 
     Attributes:
         loads: how often every group was loaded.
+        peak: most bytes that loaded groups took together, by their own estimates.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Workshop:
         """
         self.ledger = ledger
         self.loads: Counter[str] = Counter()
+        self.peak = 0
         self._groups = {expert: group for group in groups for expert in group.experts}
         self._identities = dict(identities)
         self._budget = budget
@@ -95,6 +97,7 @@ class Workshop:
             self._make_room(group)
             self.loads[group.name] += 1
             self._held[group.name] = (group.load(), self._need(group))
+            self.peak = max(self.peak, sum(size for _, size in self._held.values()))
         return self._held[group.name][0]
 
     def _work(self, missing: Mapping[str, Ask], last: Sequence[str]) -> dict[str, Reply]:
