@@ -1,10 +1,7 @@
 """Symbolic-MoE from pool to answers: endpoints that are good at one thing each, over real HTTP, and tiny models."""
 
 import json
-import re
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,93 +18,12 @@ from coterie.methods.asking import keyword_asks
 from coterie.methods.profiling import PROFILE, read_profile
 from coterie.methods.symbolic import load_symbolic
 from coterie.settings import PoolSettings, SamplingSettings
-from stub_server import Got, Sent, Stub, completion, serving
-from test_cli import refused, run  # noqa: F401 - a fixture
-
-SUBJECTS = ("algebra", "history")
-
-
-def question(subject: str, number: int) -> str:
-    return f"A question of {subject} with the number {number}?"
+from stub_server import Got, Sent, completion
+from symbolic_place import EXPERTS, lines, question, respond, rows
+from test_cli import refused
 
 
-def rows(count: int, first: int = 0) -> list[dict[str, str]]:
-    return [
-        {
-            "id": f"q{number}",
-            "category": SUBJECTS[number % 2],
-            "instruction": question(SUBJECTS[number % 2], number),
-            "response": f"The answer is {100 + number}.",
-            "answer": str(100 + number),
-        }
-        for number in range(first, first + count)
-    ]
-
-
-def right_answer(text: str) -> str:
-    return str(100 + int(re.search(r"the number (\d+)", text)[1]))
-
-
-def respond(got: Got) -> Sent:
-    """Three models: one knows algebra, one history, one nothing; `namer` names skills, `wise` makes good syntheses."""
-    text, model = got.question, got.body["model"]
-    if "Keywords:" in text:
-        asked = re.findall(r"Question: .*of (\w+)", text)[-1]
-        return completion(f"Keywords: {asked}, sample {got.body['seed']}")
-    if "Several experts" in text:
-        return completion(
-            "<think>hm, 7</think>The answer is " + (right_answer(text) if model == "wise" else "13") + "."
-        )
-    knows = {"mathematician": "algebra", "historian": "history", "wise": "neither"}.get(model, "nothing")
-    number = (
-        right_answer(text) if f"of {knows}" in text else {"mathematician": "1", "historian": "2", "wise": "3"}[model]
-    )
-    return completion(f"<think>The answer is 5.</think> The answer is {number}.")
-
-
-@dataclass
-class Place:
-    """A pool of three endpoints, its profile, and a run fitted on it."""
-
-    stub: Stub
-    folder: Path
-
-    @property
-    def pool(self) -> Path:
-        return self.folder / "pool"
-
-    def asked(self) -> Counter:
-        return Counter(got.body["model"] for got in self.stub.requests)
-
-
-EXPERTS = {"maths": "mathematician", "past": "historian", "judge": "wise"}
-
-
-@pytest.fixture
-def place(tmp_path):
-    with serving(respond) as stub:
-        init_pool(
-            PoolSettings(
-                folder=str(tmp_path / "pool"), expert=[f"{name}={stub.url}#{model}" for name, model in EXPERTS.items()]
-            )
-        )
-        yield Place(stub, tmp_path)
-
-
-@pytest.fixture
-def fitted(place, run):  # noqa: F811
-    """The pool profiled on ten questions, and fitted."""
-    data = write_rows(place.folder / "val.jsonl", rows(10))
-    assert run("profile", place.pool, "--data", data, "--encoder", "none", "--retries", 0)[0] == 0
-    assert run("fit", "symbolic-moe", "--pool", place.pool, "--output", place.folder / "run", "--retries", 0)[0] == 0
-    return place
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_a_profile_says_who_is_good_at_what(place, run):  # noqa: F811
+def test_a_profile_says_who_is_good_at_what(place, run):
     data = write_rows(place.folder / "val.jsonl", rows(10))
     code, out, _ = run("profile", place.pool, "--data", data, "--encoder", "none", "--json")
     record = json.loads(out)
@@ -124,14 +40,14 @@ def test_a_profile_says_who_is_good_at_what(place, run):  # noqa: F811
     assert out.splitlines()[1].split() == ["maths", "50%", "+5", "-5"]
 
 
-def test_skills_can_come_from_the_rows(place, run):  # noqa: F811
+def test_skills_can_come_from_the_rows(place, run):
     data = write_rows(place.folder / "val.jsonl", rows(4))
     code, out, _ = run("profile", place.pool, "--data", data, "--skills", "category", "--json")
     assert code == 0 and json.loads(out)["right"] == [[2, 0], [0, 2], [0, 0]]
     assert sum(place.asked().values()) == 3 * 4
 
 
-def test_a_failing_expert_is_reported_and_counts_as_untried(place, run):  # noqa: F811
+def test_a_failing_expert_is_reported_and_counts_as_untried(place, run):
     def faulty(got: Got) -> Sent:
         return Sent(500, {}) if got.body["model"] == "historian" else respond(got)
 
@@ -177,7 +93,7 @@ def test_made_up_tasks_hold_one_right_answer_and_wrong_ones_without_thinking(fit
     assert make_up(profiled, 100) == [], "questions that all answer rightly make no task"
 
 
-def test_every_question_reaches_the_expert_that_knows(fitted, run):  # noqa: F811
+def test_every_question_reaches_the_expert_that_knows(fitted, run):
     before = fitted.asked()
     file = write_rows(fitted.folder / "q.jsonl", [{"instruction": row["instruction"]} for row in rows(6, first=50)])
     output = fitted.folder / "answers.jsonl"
@@ -194,7 +110,7 @@ def test_every_question_reaches_the_expert_that_knows(fitted, run):  # noqa: F81
     assert not (fitted.folder / "answers.jsonl.replies.jsonl").exists()
 
 
-def test_a_model_makes_one_answer_of_several(fitted, run):  # noqa: F811
+def test_a_model_makes_one_answer_of_several(fitted, run):
     words = (
         "--pool",
         fitted.pool,
@@ -214,7 +130,7 @@ def test_a_model_makes_one_answer_of_several(fitted, run):  # noqa: F811
     assert "Answer 3:\nThe answer is" in sent and "<think>" not in sent and question("algebra", 7) in sent
 
 
-def test_a_vote_stands_in_for_an_aggregator_that_fails(fitted, run):  # noqa: F811
+def test_a_vote_stands_in_for_an_aggregator_that_fails(fitted, run):
     words = ("--pool", fitted.pool, "--output", fitted.folder / "other", "--aggregator", "judge", "--recruits", 1)
     assert run("fit", "symbolic-moe", *words)[0] == 0
     fitted.stub.respond = lambda got: Sent(500, {}) if got.body["model"] == "wise" else respond(got)
@@ -231,7 +147,7 @@ def test_a_vote_stands_in_for_an_aggregator_that_fails(fitted, run):  # noqa: F8
     assert len(fitted.stub.requests) == before + 1 and not kept.exists()
 
 
-def test_an_interrupted_run_asks_only_for_what_is_missing(fitted, run):  # noqa: F811
+def test_an_interrupted_run_asks_only_for_what_is_missing(fitted, run):
     file = write_rows(fitted.folder / "q.jsonl", [{"instruction": row["instruction"]} for row in rows(6, first=50)])
     output = fitted.folder / "answers.jsonl"
     command = ("generate", fitted.folder / "run", "--input", file, "--output", output, "--concurrency", 1)
@@ -257,7 +173,7 @@ def test_an_interrupted_run_asks_only_for_what_is_missing(fitted, run):  # noqa:
     assert [(row["text"], row["recruits"]) for row in again] == [(row["text"], row["recruits"]) for row in whole]
 
 
-def test_without_any_answer_there_is_a_record_that_says_why(fitted, run):  # noqa: F811
+def test_without_any_answer_there_is_a_record_that_says_why(fitted, run):
     fitted.stub.respond = lambda got: respond(got) if "Keywords" in got.question else Sent(400, {})
     code, out, _ = run("generate", fitted.folder / "run", question("algebra", 7), "--json")
     record = json.loads(out)
@@ -265,7 +181,7 @@ def test_without_any_answer_there_is_a_record_that_says_why(fitted, run):  # noq
     assert {"answered 400" in given["error"] for given in record["answers"]} == {True}
 
 
-def test_the_same_seed_gives_the_same_recruits(fitted, run):  # noqa: F811
+def test_the_same_seed_gives_the_same_recruits(fitted, run):
     words = (
         "--pool",
         fitted.pool,
@@ -286,7 +202,7 @@ def test_the_same_seed_gives_the_same_recruits(fitted, run):  # noqa: F811
     assert recruits(1) == recruits(1) != recruits(2)
 
 
-def test_another_line_up_answers_by_name(fitted, run):  # noqa: F811
+def test_another_line_up_answers_by_name(fitted, run):
     asked = ("generate", fitted.folder / "run", question("history", 7), "--json", "--method")
     assert json.loads(run(*asked, "best-single")[1])["recruits"] == {"maths": 1, "past": 0, "judge": 0}
     assert json.loads(run(*asked, "past")[1])["text"] == "The answer is 107."
@@ -299,7 +215,7 @@ def test_another_line_up_answers_by_name(fitted, run):  # noqa: F811
 KEY = "sk-very-secret-0123456789"
 
 
-def test_the_key_stands_in_no_file_and_no_log(place, run, monkeypatch, caplog):  # noqa: F811
+def test_the_key_stands_in_no_file_and_no_log(place, run, monkeypatch, caplog):
     def leaking(got: Got) -> Sent:
         if got.body["model"] == "wise":
             return Sent(400, {"error": {"message": f"bad key {got.key}"}})
@@ -352,7 +268,7 @@ def test_the_key_stands_in_no_file_and_no_log(place, run, monkeypatch, caplog): 
         (["route", "RUN", "hi"], r"coterie generate, plan and eval take it"),
     ],
 )
-def test_bad_calls_are_refused(fitted, run, words, pattern):  # noqa: F811
+def test_bad_calls_are_refused(fitted, run, words, pattern):
     bare = write_rows(fitted.folder / "bare.jsonl", [{"instruction": "hi", "response": "ho"}])
     places = {"POOL": fitted.pool, "RUN": fitted.folder / "run", "NEW": fitted.folder / "new", "BARE": bare}
     places["VAL"] = fitted.folder / "val.jsonl"
@@ -360,7 +276,7 @@ def test_bad_calls_are_refused(fitted, run, words, pattern):  # noqa: F811
     assert not (fitted.folder / "new").exists() and not list(fitted.folder.glob("**/*.partial"))
 
 
-def test_a_pool_without_a_profile_cannot_be_fitted(place, run):  # noqa: F811
+def test_a_pool_without_a_profile_cannot_be_fitted(place, run):
     refused(
         run("fit", "symbolic-moe", "--pool", place.pool, "--output", place.folder / "r"),
         "make it with: coterie profile",
@@ -429,7 +345,7 @@ def local_pool(tmp_path, run_folder, model_folder):
     return tmp_path / "pool"
 
 
-def test_models_too_small_to_answer_are_profiled_by_likelihood(local_pool, run, tmp_path):  # noqa: F811
+def test_models_too_small_to_answer_are_profiled_by_likelihood(local_pool, run, tmp_path):
     data = write_rows(
         tmp_path / "val.jsonl", [{**row, "category": row["source"]} for row in tiny.make_rows(12, seed=4)]
     )
@@ -449,7 +365,7 @@ def test_models_too_small_to_answer_are_profiled_by_likelihood(local_pool, run, 
     assert texts == [json.loads(first[1])["text"]] * 2
 
 
-def test_a_choice_finds_the_skills_and_fills_in_for_rows_without_a_category(local_pool, run, tmp_path):  # noqa: F811
+def test_a_choice_finds_the_skills_and_fills_in_for_rows_without_a_category(local_pool, run, tmp_path):
     kinds = [{**row, "category": row["source"]} for row in tiny.make_rows(6, seed=4)]
     data = write_rows(tmp_path / "val.jsonl", kinds)
     common = ("--score", "likelihood", "--device", "cpu", "--data", data, "--json")
@@ -464,7 +380,7 @@ def test_a_choice_finds_the_skills_and_fills_in_for_rows_without_a_category(loca
     assert code == 0 and set(json.loads(out)["skills"]) <= {"sum", "spell", "pick"} and json.loads(out)["skills"]
 
 
-def test_a_run_s_experts_are_held_to_what_they_were(local_pool, run, tmp_path, model_folder):  # noqa: F811
+def test_a_run_s_experts_are_held_to_what_they_were(local_pool, run, tmp_path, model_folder):
     record = json.loads((local_pool / "pool.json").read_text())
     record["experts"]["plain"]["sha256"] = "0" * 64
     (local_pool / "pool.json").write_text(json.dumps(record))
@@ -472,7 +388,7 @@ def test_a_run_s_experts_are_held_to_what_they_were(local_pool, run, tmp_path, m
     refused(run("profile", local_pool, "--data", data), "'plain' .* has other weights than when")
 
 
-def test_sampling_settings_are_those_of_the_command(fitted, run):  # noqa: F811
+def test_sampling_settings_are_those_of_the_command(fitted, run):
     run("generate", fitted.folder / "run", question("algebra", 7), "--max-new-tokens", 9, "--temperature", 0.5)
     sent = [got.body for got in fitted.stub.requests if "Keywords" not in got.question][-3:]
     assert {(body["max_tokens"], body["temperature"]) for body in sent} == {(9, 0.5)}

@@ -22,6 +22,7 @@ _HOMES = {
     "evaluate": "coterie.evaluation.compare",
     "HarnessModel": "coterie.evaluation.harness",
     "run_evaluation": "coterie.evaluation.compare",
+    "evaluate_folder": "coterie.evaluation.line_ups",
     "spread": "coterie.evaluation.seeds",
     "read_spread": "coterie.evaluation.seeds",
     "format_spread": "coterie.evaluation.seeds",

@@ -176,7 +176,7 @@ def generate(
 @flags_from(EvaluationSettings)
 def evaluate(settings: EvaluationSettings, as_json: AsJson = False) -> None:
     """Compare methods on held-out rows: exact match and likelihood, with intervals of the difference to a control."""
-    result = coterie.run_evaluation(settings)
+    result = coterie.evaluate_folder(settings)
     typer.echo(json.dumps(result.summary) if as_json else str(result))
 
 
@@ -204,7 +204,7 @@ def repeat(record: Annotated[Path, typer.Argument(help="the run.yaml of a run fo
         "fit elrea": (ElreaSettings, lambda settings: coterie.methods.fit_elrea(settings).folder),
         "fit symbolic-moe": (SymbolicSettings, lambda settings: coterie.fit_symbolic(settings).aggregator),
         "profile": (ProfileSettings, coterie.run_profile),
-        "eval": (EvaluationSettings, coterie.run_evaluation),
+        "eval": (EvaluationSettings, coterie.evaluate_folder),
     }
     if found["command"] not in commands:
         raise CoterieError(f"{record} records {found['command']!r}; these can be repeated: {', '.join(commands)}")
