@@ -104,7 +104,7 @@ def test_every_question_reaches_the_expert_that_knows(fitted, run):
     assert [row["skills"] for row in answers] == [["algebra"], ["history"]] * 3
     assert answers[0]["recruits"] == {"maths": 3, "past": 0, "judge": 0}
     assert [given["expert"] for given in answers[0]["answers"]] == ["maths"] * 3
-    assert answers[0]["cost"] == {"calls": 3, "prompt_tokens": 21, "tokens": 9, "seconds": pytest.approx(0, abs=5)}
+    assert answers[0]["cost"] == {"calls": 1, "prompt_tokens": 7, "tokens": 3, "seconds": pytest.approx(0, abs=5)}
     asked = fitted.asked() - before
     assert asked == {"mathematician": 5 * 6 + 3, "historian": 3}, "greedy repeats are asked once"
     assert not (fitted.folder / "answers.jsonl.replies.jsonl").exists()

@@ -30,6 +30,7 @@ _HOMES = {
     "run_profile": "coterie.evaluation.recruited",
     "fit_symbolic": "coterie.evaluation.recruited",
     "generate_symbolic": "coterie.evaluation.recruited",
+    "plan_symbolic": "coterie.evaluation.recruited",
     "is_symbolic": "coterie.methods.symbolic",
     "write_report": "coterie.report",
 }

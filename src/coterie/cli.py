@@ -172,6 +172,14 @@ def generate(
     _show(records, settings, as_json=as_json)
 
 
+@app.command("plan")
+@flags_from(GenerateSettings)
+def plan(settings: GenerateSettings, prompts: Prompts = None, as_json: AsJson = False, input: Input = None) -> None:
+    """Tell what recruited experts will take to answer: loads, calls, tokens and memory; nothing is loaded."""
+    found = coterie.plan_symbolic(settings, _prompts(prompts, input))
+    typer.echo(json.dumps(found.record()) if as_json else str(found))
+
+
 @app.command("eval")
 @flags_from(EvaluationSettings)
 def evaluate(settings: EvaluationSettings, as_json: AsJson = False) -> None:

@@ -14,6 +14,7 @@ from coterie.evaluation.grading import read_answer
 from coterie.methods import symbolic
 from coterie.methods.answering import answer_all
 from coterie.methods.asking import open_workshop
+from coterie.methods.planning import WorkPlan, plan_work
 from coterie.methods.profiling import Profiled, profile_pool
 from coterie.methods.symbolic import METHOD, Symbolic, load_symbolic
 from coterie.mixture import Prompt, as_example
@@ -73,6 +74,18 @@ def generate_symbolic(settings: GenerateSettings, prompts: Sequence[Prompt]) -> 
     ]
     _write(settings.output, records, any(reply.error for outcome in outcomes for reply in outcome.replies))
     return records
+
+
+def plan_symbolic(settings: GenerateSettings, prompts: Sequence[Prompt]) -> WorkPlan:
+    """Tell what answering prompts will take, with the settings of `generate_symbolic`; nothing is loaded or asked.
+
+    Raises:
+        CoterieError: as `generate_symbolic`.
+    """
+    fitted = load_symbolic(settings.mixture)
+    examples = [as_example(prompt, number) for number, prompt in enumerate(prompts)]
+    name = line_up_name(settings.routing)
+    return plan_work(fitted, settings, name, examples, replies_beside(settings.output), read_answer)
 
 
 def _write(output: str | None, records: list[dict[str, Any]], any_failed: bool) -> None:

@@ -76,8 +76,9 @@ class Outcome:
 
     @property
     def replies(self) -> list[Reply]:
-        """All replies that it cost."""
-        return [own.reply for own in self.given] + ([] if self.synthesis is None else [self.synthesis])
+        """All replies that it cost; an expert that was drawn again without chance replied once."""
+        own = [given.reply for given in self.given] + ([] if self.synthesis is None else [self.synthesis])
+        return list({id(reply): reply for reply in own}.values())
 
     @property
     def finish_reason(self) -> str:

@@ -229,14 +229,15 @@ def _likelihoods(workshop: Workshop, pool: Pool, examples: Sequence[Example]) ->
 
 def tell_failures(asks: Sequence[Ask], replies: Sequence[Reply]) -> None:
     """Log which experts failed, how often and why first, and how many answers were cut off."""
+    distinct = {id(reply): (ask.expert, reply) for ask, reply in zip(asks, replies, strict=True)}.values()
     failures: dict[str, list[str]] = {}
-    for ask, reply in zip(asks, replies, strict=True):
+    for name, reply in distinct:
         if reply.error is not None:
-            failures.setdefault(ask.expert, []).append(reply.error)
+            failures.setdefault(name, []).append(reply.error)
     for name, errors in failures.items():
         logger.warning("%s failed on %d questions: %s", name, len(errors), errors[0])
-    if cut := sum(reply.finish_reason == "length" for reply in replies):
-        logger.warning("%d of %d answers were cut off; --max-new-tokens allows longer ones", cut, len(replies))
+    if cut := sum(reply.finish_reason == "length" for _, reply in distinct):
+        logger.warning("%d of %d answers were cut off; --max-new-tokens allows longer ones", cut, len(distinct))
 
 
 def _row(

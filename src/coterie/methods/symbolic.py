@@ -78,18 +78,26 @@ class Symbolic:
     ) -> list[tuple[str, ...]]:
         """Let a local expert choose among the known categories for the questions that bring none."""
         lacking = [number for number, own in enumerate(found) if not own]
-        local = [expert.name for expert in self.pool.experts if expert.kind != "endpoint"]
-        known = self.profiled.profile.skills
         if not lacking:
             return list(found)
-        if not local or not 2 <= len(known) <= MOST_CHOICES:
+        if self.chooser is None:
             logger.warning("%d questions have no category: their experts are drawn from all alike", len(lacking))
             return list(found)
-        how = self.profiled.how.model_copy(update={"skills": "choice"})
-        how = how.model_copy(update={"skill_expert": how.skill_expert if how.skill_expert in local else local[0]})
-        chosen = find_skills(workshop, self.pool, how, [examples[number] for number in lacking], known)
-        filled = dict(zip(lacking, chosen, strict=True))
-        return [filled.get(number, own) for number, own in enumerate(found)]
+        how = self.profiled.how.model_copy(update={"skills": "choice", "skill_expert": self.chooser})
+        rows = [examples[number] for number in lacking]
+        chosen = dict(
+            zip(lacking, find_skills(workshop, self.pool, how, rows, self.profiled.profile.skills), strict=True)
+        )
+        return [chosen.get(number, own) for number, own in enumerate(found)]
+
+    @property
+    def chooser(self) -> str | None:
+        """The local expert that chooses among the known skills; None if there is none, or they are too many or few."""
+        local = [expert.name for expert in self.pool.experts if expert.kind != "endpoint"]
+        if not local or not 2 <= len(self.profiled.profile.skills) <= MOST_CHOICES:
+            return None
+        asked = self.profiled.how.skill_expert
+        return asked if asked in local else local[0]
 
     def line_up(
         self, name: str, examples: Sequence[Example], skills: Sequence[tuple[str, ...]], sampling: SamplingSettings

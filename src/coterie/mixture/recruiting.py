@@ -33,7 +33,13 @@ class Workshop:
     """
 
     def __init__(
-        self, groups: Sequence[Group], identities: Mapping[str, str], ledger: Ledger, budget: int | None = None
+        self,
+        groups: Sequence[Group],
+        identities: Mapping[str, str],
+        ledger: Ledger,
+        budget: int | None = None,
+        *,
+        quiet: bool = False,
     ) -> None:
         """Load nothing yet.
 
@@ -42,6 +48,7 @@ class Workshop:
             identities: what stands for every expert's weights in the ledger.
             ledger: replies that are there already, and where new ones go.
             budget: bytes that loaded groups may take together; without one, one group is loaded at a time.
+            quiet: show no progress.
         """
         self.ledger = ledger
         self.loads: Counter[str] = Counter()
@@ -49,6 +56,7 @@ class Workshop:
         self._groups = {expert: group for group in groups for expert in group.experts}
         self._identities = dict(identities)
         self._budget = budget
+        self._quiet = quiet
         self._held: dict[str, tuple[Answerer, int]] = {}
         self._remote: dict[str, Answerer] = {}
 
@@ -80,6 +88,10 @@ class Workshop:
         errors = self._work(missing, last)
         found = [self.ledger.get(key) or errors.get(key) for key in keys]
         return [reply or failed("no reply came") for reply in found]
+
+    def knows(self, asks: Sequence[Ask]) -> bool:
+        """Tell whether the replies to all questions are there already."""
+        return all(self.ledger.get(ask.key(self._identities[ask.expert])) is not None for ask in asks)
 
     def hold(self, expert: str) -> Answerer:
         """Return an expert's answerer, loaded.
@@ -134,7 +146,7 @@ class Workshop:
     def work_through(self, group: Group, share: Mapping[str, Ask], errors: dict[str, Reply]) -> None:
         """Let one group answer its share; whatever goes wrong there costs only what is not answered yet."""
         keys, asks = list(share), list(share.values())
-        bars = _bars(asks)
+        bars = _bars(asks, quiet=self._quiet)
 
         def done(number: int, reply: Reply) -> None:
             if reply.error is not None:
@@ -206,6 +218,9 @@ class _Helper:
             self._broken = error
 
 
-def _bars(asks: Sequence[Ask]) -> dict[str, tqdm]:
+def _bars(asks: Sequence[Ask], *, quiet: bool) -> dict[str, tqdm]:
     counts = Counter(ask.expert for ask in asks)
-    return {name: tqdm(total=count, desc=f"answers of {name}", unit="answer") for name, count in counts.items()}
+    return {
+        name: tqdm(total=count, desc=f"answers of {name}", unit="answer", disable=quiet)
+        for name, count in counts.items()
+    }
