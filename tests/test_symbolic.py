@@ -296,6 +296,24 @@ def test_a_broken_run_is_refused(fitted, change):
         load_symbolic(fitted.folder / "run")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scores": {}},
+        {"replies": {"nobody": {}}},
+        {"replies": {"maths": {"text": "x"}}},
+        {"skills": "x"},
+        {"scores": 3},
+    ],
+)
+def test_broken_validation_records_are_refused(fitted, change):
+    path = fitted.folder / "run" / "validation.jsonl"
+    first, *others = lines(path)
+    write_rows(path, [{**first, **change}, *others])
+    with pytest.raises(CoterieError, match="validation.jsonl does not fit"):
+        load_symbolic(fitted.folder / "run")
+
+
 # ------------------------------------------------------------------------------------------------ votes and synthesis
 
 

@@ -92,15 +92,7 @@ def control_of(control: str, names: Sequence[str]) -> str:
 def _evaluated(
     settings: EvaluationSettings, fitted: Symbolic, names: Sequence[str], examples: Sequence[Example], ledger: Path
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    workshop = open_workshop(
-        fitted.pool,
-        settings.placement,
-        settings.work,
-        ledger,
-        batch_size=settings.batch_size,
-        new_tokens=settings.sampling.max_new_tokens,
-    )
-    with workshop:
+    with open_workshop(fitted.pool, settings, ledger) as workshop:
         skills = fitted.skills(workshop, examples)
         line_ups = {name: fitted.line_up(name, examples, skills, settings.sampling) for name in names}
         outcomes = answer_all(workshop, examples, line_ups, read_answer)

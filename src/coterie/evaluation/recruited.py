@@ -55,15 +55,7 @@ def generate_symbolic(settings: GenerateSettings, prompts: Sequence[Prompt]) -> 
     fitted = load_symbolic(settings.mixture)
     name = line_up_name(settings.routing)
     examples = [as_example(prompt, number) for number, prompt in enumerate(prompts)]
-    workshop = open_workshop(
-        fitted.pool,
-        settings.placement,
-        settings.work,
-        replies_beside(settings.output),
-        batch_size=settings.batch_size,
-        new_tokens=settings.sampling.max_new_tokens,
-    )
-    with workshop:
+    with open_workshop(fitted.pool, settings, replies_beside(settings.output)) as workshop:
         skills = fitted.skills(workshop, examples)
         line_up = fitted.line_up(name, examples, skills, settings.sampling)
         outcomes = answer_all(workshop, examples, {name: line_up}, read_answer)[name]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from coterie.data.examples import Example, from_prompt, load_examples
 from coterie.errors import CoterieError
-from coterie.experts.answerers import Ask
+from coterie.experts.answerers import Ask, Group
 from coterie.experts.ledger import Ledger
 from coterie.experts.pool import Pool
 from coterie.features.skills import (
@@ -20,7 +20,14 @@ from coterie.features.skills import (
 from coterie.mixture.groups import budget_of, groups_of
 from coterie.mixture.local import LocalAnswerer
 from coterie.mixture.recruiting import Workshop
-from coterie.settings import PlacementSettings, SamplingSettings, SkillSettings, WorkSettings
+from coterie.settings import (
+    EvaluationSettings,
+    GenerateSettings,
+    ProfileSettings,
+    SamplingSettings,
+    SkillSettings,
+    SymbolicSettings,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -28,31 +35,35 @@ SAMPLES = 5
 KEYWORD_SAMPLING = SamplingSettings(max_new_tokens=48, temperature=0.7)
 
 
-def open_workshop(
-    pool: Pool,
-    placement: PlacementSettings,
-    work: WorkSettings,
-    ledger: Path | None,
-    *,
-    batch_size: int,
-    new_tokens: int,
-) -> Workshop:
+Working = ProfileSettings | SymbolicSettings | GenerateSettings | EvaluationSettings
+"""Settings of the commands that ask experts."""
+
+
+def open_workshop(pool: Pool, settings: Working, ledger: Path | None) -> Workshop:
     """Make a pool's experts ready to be asked; nothing is loaded yet.
 
     Args:
         pool: the experts.
-        placement: how base models are held in memory.
-        work: memory, and how endpoints are asked.
+        settings: memory, how base models are held in it, and how experts are asked.
         ledger: file of replies that are there already, and of new ones; None keeps them in memory only.
-        batch_size: questions decoded together.
-        new_tokens: longest answer.
 
     Raises:
         CoterieError: when a model does not exist.
     """
-    groups = groups_of(pool, placement, work, batch_size=batch_size, new_tokens=new_tokens)
     identities = {expert.name: expert.identity for expert in pool.experts}
-    return Workshop(groups, identities, Ledger(ledger), budget_of(work, placement))
+    return Workshop(
+        groups_for(pool, settings), identities, Ledger(ledger), budget_of(settings.work, settings.placement)
+    )
+
+
+def groups_for(pool: Pool, settings: Working) -> list[Group]:
+    """Put a pool's experts into the groups that they are loaded in.
+
+    Raises:
+        CoterieError: when a model does not exist.
+    """
+    new_tokens = settings.sampling.max_new_tokens
+    return groups_of(pool, settings.placement, settings.work, batch_size=settings.batch_size, new_tokens=new_tokens)
 
 
 def load_questions(sources: Sequence[str], limit: int | None = None) -> list[Example]:

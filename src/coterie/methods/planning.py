@@ -15,9 +15,9 @@ from coterie.experts.answerers import Ask, Done, Group, Reply
 from coterie.experts.ledger import Ledger
 from coterie.features.skills import BLANK, choice_request
 from coterie.methods.answering import Read, answer_all
-from coterie.methods.asking import ask_expert, keyword_asks
+from coterie.methods.asking import ask_expert, groups_for, keyword_asks
 from coterie.methods.symbolic import Symbolic
-from coterie.mixture.groups import budget_of, groups_of
+from coterie.mixture.groups import budget_of
 from coterie.mixture.recruiting import GIB, Workshop
 from coterie.settings import GenerateSettings
 
@@ -161,13 +161,7 @@ def plan_work(
     """
     tallies: dict[str, Tally] = {}
     counting = _Counting(tallies, _paces(fitted))
-    sizes = groups_of(
-        fitted.pool,
-        settings.placement,
-        settings.work,
-        batch_size=settings.batch_size,
-        new_tokens=settings.sampling.max_new_tokens,
-    )
+    sizes = groups_for(fitted.pool, settings)
     groups = [replace(group, load=lambda: counting) for group in sizes]
     budget = budget_of(settings.work, settings.placement)
     identities = {expert.name: expert.identity for expert in fitted.pool.experts}

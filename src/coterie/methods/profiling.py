@@ -6,7 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 PROFILE = "profile"
 REPLIES = "replies.jsonl"
 VALIDATION = "validation.jsonl"
+REPLY_FIELDS = {field.name for field in fields(Reply)}
 MOST_SHOWN = 6  # skills in the table
 
 Judge = Callable[[str, Example], bool | None]
@@ -118,15 +119,7 @@ def profile_pool(settings: ProfileSettings, judge: Judge) -> Profiled:
     embed = load_embed(settings.skill.encoder) if settings.skill.skills == "keywords" else None
     inputs = {"data": hash_examples(examples), "pool": _hash(pool)}
     with run_folder(output, "profile", settings.model_dump(), inputs) as run:
-        workshop = open_workshop(
-            pool,
-            settings.placement,
-            settings.work,
-            folder / REPLIES,
-            batch_size=settings.batch_size,
-            new_tokens=settings.sampling.max_new_tokens,
-        )
-        with workshop:
+        with open_workshop(pool, settings, folder / REPLIES) as workshop:
             skills = find_skills(workshop, pool, settings.skill, examples, options)
             replies, scores = _scored(workshop, pool, settings, examples, judge)
         names = merge_synonyms(Counter(s for own in skills for s in own), embed, settings.skill.synonyms)
@@ -156,9 +149,21 @@ def read_profile(folder: Path) -> Profiled:
     except (KeyError, TypeError, ValueError) as error:
         raise CoterieError(f"{path} is broken ({error}); type: coterie profile --overwrite") from error
     rows = read_jsonl(folder / VALIDATION)
-    if not all(isinstance(row, dict) and set(row.get("scores", ())) == set(profile.experts) for row in rows):
+    if not all(_is_row(row, profile.experts) for row in rows):
         raise CoterieError(f"{folder / VALIDATION} does not fit {path}; type: coterie profile --overwrite")
     return Profiled(profile, how, options, names, score, rows)
+
+
+def _is_row(row: object, experts: Sequence[str]) -> bool:
+    """Tell whether a validation question's record, which may come from a stranger, has all that is read of it."""
+    if not isinstance(row, dict) or not {"scores", "replies", "skills", "messages"} <= set(row):
+        return False
+    replies, scores, skills = row["replies"], row["scores"], row["skills"]
+    if not isinstance(replies, dict) or not isinstance(scores, dict) or not isinstance(skills, list):
+        return False
+    numbers = all(value is None or isinstance(value, int | float) for value in scores.values())
+    known = set(scores) == set(experts) >= set(replies) and all(isinstance(skill, str) for skill in skills)
+    return numbers and known and all(isinstance(r, dict) and REPLY_FIELDS <= set(r) for r in replies.values())
 
 
 def _usable(examples: Sequence[Example], settings: ProfileSettings, judge: Judge) -> list[Example]:

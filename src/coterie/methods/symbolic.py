@@ -208,15 +208,7 @@ def _judged(
     if not tasks:
         logger.warning("no validation question has a right and a wrong answer, so %s is the aggregator", WEIGHTED)
         return None
-    workshop = open_workshop(
-        pool,
-        settings.placement,
-        settings.work,
-        Path(settings.pool) / REPLIES,
-        batch_size=settings.batch_size,
-        new_tokens=settings.sampling.max_new_tokens,
-    )
-    with workshop:
+    with open_workshop(pool, settings, Path(settings.pool) / REPLIES) as workshop:
         return judge_aggregators(workshop, profiled, tasks, settings.recruiting, settings.sampling, judge, read)
 
 

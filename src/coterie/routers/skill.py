@@ -95,6 +95,8 @@ def profile_from(record: Mapping[str, Any], place: str) -> SkillProfile:
         overall = [torch.tensor(record[name], dtype=torch.float32) for name in ("overall_right", "overall_trials")]
         by_skill = [tensor.reshape(len(experts), len(skills)) for tensor in by_skill]
         overall = [tensor.reshape(len(experts)) for tensor in overall]
+        if not all(bool(tensor.isfinite().all()) for tensor in (*by_skill, *overall)):
+            raise ValueError("it holds no finite numbers")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CoterieError(
             f"{place} holds no profile of experts and skills; type: coterie profile --overwrite"
