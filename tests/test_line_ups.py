@@ -1,12 +1,13 @@
 """Line-ups compared on held-out rows: one batch for all, plain records of who said what, and the way back in."""
 
 import json
+import re
 
 import pytest
 
 from conftest import write_rows
 from coterie.methods.symbolic import LINE_UPS
-from stub_server import Got, Sent
+from stub_server import Got, Sent, completion
 from symbolic_place import lines, respond, rows
 from test_cli import refused
 
@@ -42,9 +43,10 @@ def test_the_records_tell_who_said_what_and_at_which_cost(fitted, evaluate):
     assert evaluate("--methods", "symbolic-moe,best-single,past")[0] == 0
     first, second, *_ = lines(fitted.folder / "eval" / "rows.jsonl")
     assert first["skills"] == ["algebra"] and first["weights"] == {"maths": 1, "past": 0, "judge": 0}
-    assert first["experts_right"] == {"maths": 1} and second["experts_right"] == {"past": 1}
+    assert [given["correct"] for given in first["recruited"]["answers"]] == [True] * 3
+    assert {given["expert"] for given in second["recruited"]["answers"]} == {"past"}
     assert first["methods"]["past"]["correct"] is False and first["methods"]["past"]["text"] == "The answer is 2."
-    outcome = first["outcomes"]["symbolic-moe"]
+    outcome = first["recruited"]
     assert [given["expert"] for given in outcome["answers"]] == ["maths"] * 3 and outcome["synthesis"] is None
     assert outcome["cost"]["tokens"] == 3, "greedy repeats are one reply"
     summary = json.loads((fitted.folder / "eval" / "evaluation.json").read_text())
@@ -53,11 +55,47 @@ def test_the_records_tell_who_said_what_and_at_which_cost(fitted, evaluate):
     assert summary["routing_by_category"]["history"] == {"maths": 0, "past": 1, "judge": 0}
 
 
-def test_the_report_of_an_evaluation_is_written(fitted, evaluate, run):
+def test_the_report_tells_who_was_recruited_and_who_was_right(fitted, evaluate, run):
+    fitted.stub.respond = lambda got: completion("<b>odd</b>") if "number 57" in got.question else respond(got)
     assert evaluate()[0] == 0
     code, out, _ = run("report", fitted.folder / "eval")
     page = (fitted.folder / "eval" / "report.html").read_text()
     assert code == 0 and "symbolic-moe" in page and "weighted-vote" in page
+    section = page.partition('<section id="recruiting">')[2].partition("</section>")[0]
+    assert section.count('<td class="cell s10">5/5</td>') == 2 and section.count('<td class="cell s0">0/5</td>') == 4
+    recruited = re.findall(r"<span>(\w+)</span></th><td class=.number.>(\d+)</td>.*?lead.>(.*?)<", section)
+    rows_ = lines(fitted.folder / "eval" / "rows.jsonl")
+    said = [given for row in rows_ for given in row["recruited"]["answers"]]
+    for name, answers, right in recruited:
+        own = [given["correct"] for given in said if given["expert"] == name]
+        assert int(answers) == len(own) and right == (f"{100 * sum(own) / len(own):.1f}%" if own else "–")
+    assert [name for name, _, _ in recruited] == ["maths", "past", "judge"]
+    assert section.count("<details") == 8 and "&lt;b&gt;odd" in section and "<b>odd" not in section
+    assert "The answer is 150." in section and "no skill known" in section
+
+
+def test_a_report_on_other_methods_has_no_such_section(fitted, evaluate, run):
+    assert evaluate("--methods", "best-single,past")[0] == 0
+    folder = fitted.folder / "eval"
+    rows_ = [{**row, "recruited": None} for row in lines(folder / "rows.jsonl")]
+    write_rows(folder / "rows.jsonl", rows_)
+    assert run("report", folder)[0] == 0 and 'id="recruiting"' not in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [
+        ({"right": [[1]]}, "'right' should be 3 lists of 2 numbers"),
+        ({"trials": [["x", 1]] * 3}, "should be a list of numbers"),
+        ({"skills": 3}, "'skills' should be a list of names"),
+    ],
+)
+def test_broken_records_are_refused_by_the_report(fitted, evaluate, run, change, pattern):
+    assert evaluate("--methods", "symbolic-moe")[0] == 0
+    path = fitted.folder / "eval" / "evaluation.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps({**summary, "profile": {**summary["profile"], **change}}))
+    refused(run("report", fitted.folder / "eval"), pattern)
 
 
 def test_an_interrupted_evaluation_goes_on_with_the_replies_it_had(fitted, evaluate):

@@ -102,7 +102,8 @@ def fit_symbolic(settings: SymbolicSettings) -> None:
 def init_pool(settings: PoolSettings) -> None:
     """Check experts and list them in a folder."""
     for expert in coterie.init_pool(settings).experts:
-        typer.echo(f"{expert.name:16} {expert.kind:9} {expert.source} {expert.model if expert.kind != 'model' else ''}")
+        where = expert.model if expert.kind == "model" else f"{expert.source} ({expert.model})"
+        typer.echo(f"{expert.name:16} {expert.kind:9} {where}")
 
 
 @app.command("profile")

@@ -135,9 +135,9 @@ def _row(
         "skills": list(skills[number]),
         "weights": {name: count / total for name, count in counts.items()},
         "expert_nll": {},
-        "experts_right": _right_shares(outcomes[first][number], example, run_code=run_code),
         "methods": {name: _method(own[number], example, run_code=run_code) for name, own in outcomes.items()},
-        "outcomes": {name: own[number].record() for name, own in outcomes.items()},
+        "recruited": _with_verdicts(outcomes[first][number], example, run_code=run_code),
+        "outcomes": {name: own[number].record() for name, own in outcomes.items() if name != first},
     }
 
 
@@ -154,14 +154,17 @@ def _method(outcome: Outcome, example: Example, *, run_code: bool) -> dict[str, 
     }
 
 
-def _right_shares(outcome: Outcome, example: Example, *, run_code: bool) -> dict[str, float]:
-    """Return the share of right answers of every expert that answered, where they can be graded."""
-    verdicts: dict[str, list[bool]] = {}
-    for given in outcome.given:
-        verdict = graded(after_thinking(given.reply.text), example, run_code=run_code)
-        if verdict is not None and given.reply.error is None:
-            verdicts.setdefault(given.expert, []).append(verdict.correct)
-    return {name: sum(own) / len(own) for name, own in verdicts.items()}
+def _with_verdicts(outcome: Outcome, example: Example, *, run_code: bool) -> dict[str, Any]:
+    """Return an outcome's record in which every expert's answer is graded, as far as it can be."""
+    record = outcome.record()
+    verdicts = {
+        text: graded(after_thinking(text), example, run_code=run_code)
+        for text in {given.reply.text for given in outcome.given if given.reply.error is None}
+    }
+    for answer in record["answers"]:
+        verdict = verdicts.get(answer["text"]) if answer["error"] is None else None
+        answer["correct"] = verdict.correct if verdict else None
+    return record
 
 
 def _facts(
