@@ -2,18 +2,22 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 import tiny
-from coterie import methods
+from coterie import cli, methods
 from coterie.backbone.loading import Backbone, load_backbone
+from coterie.experts.pool import init_pool
 from coterie.methods import CLUSTER_METHODS
 from coterie.methods.bench import Bench
 from coterie.methods.table import load_bench, make_bench
 from coterie.mixture import Mixture
-from coterie.settings import GridSettings, ModelSettings
+from coterie.settings import GridSettings, ModelSettings, PoolSettings
+from stub_server import serving
+from symbolic_place import EXPERTS, Place, respond, rows
 
 FIT = {
     "clusters": 3,
@@ -84,3 +88,37 @@ def grid_folder(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(scope="session")
 def bench(grid_folder: Path) -> Bench:
     return load_bench(Mixture.from_pretrained(grid_folder, device="cpu"), list(CLUSTER_METHODS))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command line in this process; return exit code, stdout and stderr."""
+
+    def command(*words: object):
+        monkeypatch.setattr(sys, "argv", ["coterie", *map(str, words)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        out, err = capsys.readouterr()
+        return exit.value.code, out, err
+
+    return command
+
+
+@pytest.fixture
+def place(tmp_path):
+    with serving(respond) as stub:
+        init_pool(
+            PoolSettings(
+                folder=str(tmp_path / "pool"), expert=[f"{name}={stub.url}#{model}" for name, model in EXPERTS.items()]
+            )
+        )
+        yield Place(stub, tmp_path)
+
+
+@pytest.fixture
+def fitted(place, run):
+    """The pool profiled on ten questions, and fitted."""
+    data = write_rows(place.folder / "val.jsonl", rows(10))
+    assert run("profile", place.pool, "--data", data, "--encoder", "none", "--retries", 0)[0] == 0
+    assert run("fit", "symbolic-moe", "--pool", place.pool, "--output", place.folder / "run", "--retries", 0)[0] == 0
+    return place

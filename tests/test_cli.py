@@ -9,25 +9,10 @@ import pytest
 
 import tiny
 from conftest import FIT, write_rows
-from coterie import cli
 from coterie.methods import METHODS
 from coterie.mixture import Mixture
 
 PROMPT = "add 3 4"
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command line in this process; return exit code, stdout and stderr."""
-
-    def command(*words: object):
-        monkeypatch.setattr(sys, "argv", ["coterie", *map(str, words)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        out, err = capsys.readouterr()
-        return exit.value.code, out, err
-
-    return command
 
 
 def refused(result, *patterns: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from coterie.errors import CoterieError
 from coterie.evaluation import maths
-from coterie.evaluation.grading import Grade, answer_kind, checkable, grade
+from coterie.evaluation.grading import Grade, answer_kind, checkable, grade, read_answer
 
 OPTIONS = "Which one?\nOptions:\n(A) a dog\n(B) a cat\n(C) a bird\n(D) a fish"
 
@@ -529,3 +529,31 @@ def test_what_was_taken_for_the_answer_among_several_is_told():
     assert grade("", "Rome", answers=["Rome", "Roma"]) == Grade(False, None, 0.0)
     assert grade("\\boxed{] ", "] }") == Grade(False, None)
     assert grade("so " * 300, "Rome", answers=["Rome"]).extracted == ("so " * 300)[:500]
+
+
+OPTIONS = "Which?\n(A) red\n(B) blue"
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt", "read"),
+    [
+        ("I think the answer is (B).", OPTIONS, "B"),
+        ("(A) or (B)? So (A)", OPTIONS, "A"),
+        ("no idea", OPTIONS, ""),
+        (r"Thus \boxed{1{,}000}.", "", "1000"),
+        ("So 3 + 4 = 7. The answer is 1,000 apples.", "", "1000"),
+        ("First 3, then 4.\nThat makes 12 of them.", "", "12"),
+        ("The answer is the Eiffel Tower.", "", "eiffel tower"),
+        ("**Paris**", "", "paris"),
+        ("First this.\nThen that, which is long enough", "", "then that which is long enough"),
+        ("", "", ""),
+        (r"\boxed{", "", ""),
+    ],
+)
+def test_an_answer_is_read_without_a_reference(text, prompt, read):
+    assert read_answer(text, prompt) == read
+
+
+def test_answers_that_are_graded_alike_are_read_alike():
+    for one, other in [("The answer is 72.", r"\boxed{72}"), ("Paris", "The answer is Paris!")]:
+        assert read_answer(one) == read_answer(other) != ""

@@ -33,7 +33,7 @@ RECORDED_PACKAGES = ("coterie", "torch", "transformers", "peft", "scikit-learn",
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Tell a full disk and a forbidden folder in one line, also where a library hid the cause in its own error."""
     try:
         yield
@@ -54,7 +54,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         CoterieError: when the disk is full or the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with _disk_errors(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -194,7 +194,7 @@ class RunFolder:
         done = self.path / name
         if not done.exists():
             working = self.path / "working" / name
-            with _disk_errors(working):
+            with disk_errors(working):
                 working.mkdir(parents=True, exist_ok=True)
                 make(working)
                 done.parent.mkdir(parents=True, exist_ok=True)
@@ -215,7 +215,7 @@ class RunFolder:
             CoterieError: when something that no run has made stands there by now; the partial folder stays.
         """
         shutil.rmtree(self.path / "working", ignore_errors=True)
-        with _disk_errors(self.output):
+        with disk_errors(self.output):
             check_output(self.output, overwrite=True)  # something else may have come there meanwhile
             if self.output.exists():  # the caller asked for overwriting, and the new run is complete
                 shutil.rmtree(self.output)
@@ -254,7 +254,7 @@ def run_folder(
     partial = output.with_name(output.name + ".partial")
     record = {"format": FORMAT, "command": command, "settings": dict(settings), "inputs": dict(inputs)}
     _check_same_run(partial, record)
-    with _disk_errors(partial):
+    with disk_errors(partial):
         partial.mkdir(parents=True, exist_ok=True)
     if not (partial / "run.yaml").exists():
         started = datetime.now(UTC).isoformat(timespec="seconds")

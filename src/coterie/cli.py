@@ -16,15 +16,18 @@ from typing import Annotated, Any
 import typer
 
 import coterie
-from coterie.artifacts import read_run_record
+from coterie.artifacts import read_run_record, write_jsonl
 from coterie.errors import CoterieError
 from coterie.settings import (
     BankSettings,
     ElreaSettings,
     EvaluationSettings,
     GenerateSettings,
+    PoolSettings,
+    ProfileSettings,
     RouteSettings,
     Settings,
+    SymbolicSettings,
     TokenLevelSettings,
     checked,
     flat_fields,
@@ -42,8 +45,10 @@ fit = typer.Typer(help="Make a mixture by one of the published methods.", no_arg
 bank = typer.Typer(help="Work with adapters that exist already.", no_args_is_help=True)
 app.add_typer(fit, name="fit")
 app.add_typer(bank, name="bank")
+pool = typer.Typer(help="List experts of any kind by name: adapters, models, endpoints.", no_args_is_help=True)
+app.add_typer(pool, name="pool")
 
-ARGUMENTS = ("mixture",)  # settings that are given by place instead of by a flag
+ARGUMENTS = ("mixture", "folder")  # settings that are given by place instead of by a flag
 INTERRUPTED = 130  # what typer returns after Ctrl-C
 Prompts = Annotated[list[str] | None, typer.Argument(help="prompts; a conversation or many prompts: see --input")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, one object a line")]
@@ -102,6 +107,31 @@ def build_bank(settings: BankSettings) -> None:
     typer.echo(_made(coterie.methods.build_bank(settings)))
 
 
+@fit.command("symbolic-moe")
+@flags_from(SymbolicSettings)
+def fit_symbolic(settings: SymbolicSettings) -> None:
+    """Recruit a profiled pool's experts by skills, and choose who makes one answer of several (Chen et al. 2025)."""
+    fitted = coterie.fit_symbolic(settings)
+    typer.echo(f"{settings.output}: {len(fitted.pool.names)} experts, {fitted.aggregator} makes one answer of theirs")
+
+
+@pool.command("init")
+@flags_from(PoolSettings)
+def init_pool(settings: PoolSettings) -> None:
+    """Check experts and list them in a folder."""
+    for expert in coterie.init_pool(settings).experts:
+        where = expert.model if expert.kind == "model" else f"{expert.source} ({expert.model})"
+        typer.echo(f"{expert.name:16} {expert.kind:9} {where}")
+
+
+@app.command("profile")
+@flags_from(ProfileSettings)
+def profile(settings: ProfileSettings, as_json: AsJson = False) -> None:
+    """Find out what every expert of a pool is good at, skill by skill, on validation questions."""
+    found = coterie.run_profile(settings)
+    typer.echo(json.dumps(found.record()) if as_json else str(found))
+
+
 @app.command("methods")
 def list_methods(as_json: AsJson = False) -> None:
     """List the methods: where their experts come from, how prompts find them, where they meet."""
@@ -145,6 +175,12 @@ def generate(
     given = _prompts(prompts, input)
     if stream + as_json + show_weights > 1:
         raise CoterieError("--stream, --json and --show-weights print an answer in different ways; use one of them")
+    if coterie.is_symbolic(settings.mixture):
+        if stream or show_weights:
+            raise CoterieError(
+                "recruited experts finish their answers before one is made; leave --stream and --show-weights out"
+            )
+        return _show(coterie.generate_symbolic(settings, given), settings, as_json=as_json)
     mixture = _mixture(settings)
     options = {"top_k_experts": settings.routing.top_k_experts, **settings.sampling.model_dump()}
     if stream:
@@ -152,18 +188,28 @@ def generate(
             for token in mixture.stream(prompt, **options):
                 typer.echo(token.text, nl=False)
             typer.echo()
-        return
-    for answer in mixture.generate(given, batch_size=settings.batch_size, **options):
-        typer.echo(json.dumps(answer.record(), ensure_ascii=False) if as_json else answer.text)
-        if show_weights:
-            coterie.print_weights(answer)
+        return None
+    answers = mixture.generate(given, batch_size=settings.batch_size, **options)
+    records = [answer.record() for answer in answers]
+    if settings.output:
+        write_jsonl(Path(settings.output), records)
+    _show(records, settings, as_json=as_json, show_weights=show_weights)
+    return None
+
+
+@app.command("plan")
+@flags_from(GenerateSettings)
+def plan(settings: GenerateSettings, prompts: Prompts = None, as_json: AsJson = False, input: Input = None) -> None:
+    """Tell what recruited experts will take to answer: loads, calls, tokens and memory; nothing is loaded."""
+    found = coterie.plan_symbolic(settings, _prompts(prompts, input))
+    typer.echo(json.dumps(found.record()) if as_json else str(found))
 
 
 @app.command("eval")
 @flags_from(EvaluationSettings)
 def evaluate(settings: EvaluationSettings, as_json: AsJson = False) -> None:
     """Compare methods on held-out rows: exact match and likelihood, with intervals of the difference to a control."""
-    result = coterie.run_evaluation(settings)
+    result = coterie.evaluate_folder(settings)
     typer.echo(json.dumps(result.summary) if as_json else str(result))
 
 
@@ -191,7 +237,9 @@ def repeat(record: Annotated[Path, typer.Argument(help="the run.yaml of a run fo
         "fit elrea": (ElreaSettings, lambda settings: coterie.methods.fit_elrea(settings).folder),
         "fit token-level": (TokenLevelSettings, lambda settings: coterie.methods.fit_token_level(settings).folder),
         "bank build": (BankSettings, lambda settings: coterie.methods.build_bank(settings).folder),
-        "eval": (EvaluationSettings, coterie.run_evaluation),
+        "fit symbolic-moe": (SymbolicSettings, lambda settings: coterie.fit_symbolic(settings).aggregator),
+        "profile": (ProfileSettings, coterie.run_profile),
+        "eval": (EvaluationSettings, coterie.evaluate_folder),
     }
     if found["command"] not in commands:
         raise CoterieError(f"{record} records {found['command']!r}; these can be repeated: {', '.join(commands)}")
@@ -215,6 +263,19 @@ def _prompts(prompts: list[str] | None, file: str | None) -> list[Any]:
 
 def _text(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else prompt.instruction
+
+
+def _show(
+    records: list[dict[str, Any]], settings: GenerateSettings, *, as_json: bool, show_weights: bool = False
+) -> None:
+    """Print answers, or tell where they were written."""
+    if settings.output:
+        typer.echo(f"{settings.output}: {len(records)} answers")
+        return
+    for record in records:
+        typer.echo(json.dumps(record, ensure_ascii=False) if as_json else record["text"])
+        if show_weights:
+            coterie.print_weights(record)
 
 
 def _mixture(settings: RouteSettings | GenerateSettings) -> Any:

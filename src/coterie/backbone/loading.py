@@ -222,6 +222,34 @@ def _check_head(backbone: Backbone) -> None:
         )
 
 
+def local_path(name: str) -> Path | None:
+    """Return where a model lies on this machine: its folder or GGUF file; None if the hub has still to be asked.
+
+    An alias is fetched and converted on first use.
+
+    Raises:
+        CoterieError: when there is no such model.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    location, _ = _locate(ModelSettings(model=name))
+    if isinstance(location, Path):
+        return location
+    config = try_to_load_from_cache(location, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def local_weights(name: str) -> str | None:
+    """Return the SHA-256 of a model's weight files, as its identity has it; None if they are not on this machine yet.
+
+    Raises:
+        CoterieError: when there is no such model.
+    """
+    path = local_path(name)
+    is_there = path is not None and (path.is_file() or any(path.glob("*.safetensors")))
+    return _hash_weights(path, None) if path is not None and is_there else None
+
+
 def identity_from(record: dict[str, Any]) -> BaseModelIdentity:
     """Read the identity that a mixture was made with.
 

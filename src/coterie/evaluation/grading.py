@@ -14,6 +14,7 @@ from coterie.evaluation.maths import LONGEST_EXPRESSION, is_expression, same_exp
 from coterie.evaluation.short_text import is_no_answer, normalised, span_score, span_words
 
 AnswerKind = Literal["maths", "choice", "text"]
+SHORT_TEXT = 80  # characters of a text that may be an answer as it stands
 
 
 class Grade(NamedTuple):
@@ -80,6 +81,35 @@ def grade(
     if answers or is_no_answer(answer):
         return _grade_spans(text, answers or (answer,))
     return _grade_text(text, answer)
+
+
+def read_answer(text: str, prompt: str = "") -> str:
+    """Find what a text answers where no reference tells what kind of answer is wanted, so that texts can vote.
+
+    A letter where the prompt lists options; else what a box or "the answer is ..." holds, else a short text itself,
+    else its last formula or number, else its last line; in a form in which equal answers are equal texts. Nothing read
+    is an empty text.
+    """
+    text = _without_bold(text)
+    if options := _options(prompt):
+        return _find_letter(unwrapped(text), options) or ""
+    found = _announced(text)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if found is None and lines:
+        is_short = len(lines) == 1 and len(lines[0]) <= SHORT_TEXT
+        found = lines[0] if is_short else next(reversed(_terms(text)), lines[-1])
+    return tidy(found) if found and is_expression(found) and re.search(r"\d", found) else normalised(found or "")
+
+
+def _announced(text: str) -> str | None:
+    """Return what stands in the last box or behind the last "the answer is"; None if there is neither."""
+    box = _last_box(text)
+    if box:
+        return box.content or ""
+    stated = next(iter(_stated(text)), None)
+    if stated is None:
+        return None
+    return _expression_in(stated) or _sentence(stated)
 
 
 # ------------------------------------------------------------------------------------- where an answer is announced

@@ -64,6 +64,11 @@ def read_mixture_record(folder: Path) -> dict[str, Any]:
         raise CoterieError(
             f"{folder / 'mixture.json'} has format {record.get('format')!r}, not {FORMAT}; upgrade coterie or fit again"
         )
+    if "pool" in record:
+        raise CoterieError(
+            f"{folder} holds a {record.get('method')} method, whose experts need not share a base model; "
+            "coterie generate, plan and eval take it"
+        )
     shapes = {"method": str, "base_model": dict, "experts": list, "router": dict, "combiner": dict}
     wrong = [name for name, kind in shapes.items() if not isinstance(record.get(name), kind)]
     if wrong or "kind" not in record["combiner"]:

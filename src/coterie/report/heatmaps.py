@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import fsum
 
 from coterie.report import wording
-from coterie.report.records import Evaluation
+from coterie.report.records import Evaluation, Profile
 
 SHADES = 10  # the style sheet has shades 0 to 10
 _WIDE = 10  # a map of more columns has upright column names
@@ -92,6 +92,21 @@ def routing_map(grid: Mapping[str, Mapping[str, float]], experts: Sequence[str],
         for source, weights in grid.items()
     ]
     return HeatMap(corner, columns, tuple(lines), ("0", f"{wording.fixed(largest, 2)}, the largest weight"))
+
+
+def profile_map(profile: Profile | None) -> HeatMap | None:
+    """Show how often each expert was right, by the skill that was needed; the most frequent skills only."""
+    if profile is None or not profile.skills:
+        return None
+    tried = [max(row[place] for row in profile.trials) for place in range(len(profile.skills))]
+    chosen = sorted(range(len(tried)), key=lambda place: -tried[place])[:_WIDEST]
+    lines = []
+    for name, right, trials in zip(profile.experts, profile.right, profile.trials, strict=True):
+        cells = [
+            (f"{wording.amount(right[n])}/{wording.amount(trials[n])}", _shade(right[n], trials[n])) for n in chosen
+        ]
+        lines.append((name, tuple(cells)))
+    return HeatMap("Expert", tuple(profile.skills[n] for n in chosen), tuple(lines), ("never right", "always right"))
 
 
 def _keys(known: Sequence[str], grid: Mapping[str, Mapping[str, float]]) -> tuple[str, ...]:

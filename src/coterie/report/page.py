@@ -14,9 +14,10 @@ from coterie.report import examples, wording
 from coterie.report.clusters import composition, map_panels
 from coterie.report.costs import cost_pictures, cost_table
 from coterie.report.differences import difference_panels
-from coterie.report.heatmaps import category_map, cluster_map, routing_map
+from coterie.report.heatmaps import category_map, cluster_map, profile_map, routing_map
 from coterie.report.reading import read_evaluation
 from coterie.report.records import OVERALL, Evaluation, Row
+from coterie.report.recruits import recruiting_view
 from coterie.report.traces import trace_pictures
 from coterie.report.variants import variant_pictures
 
@@ -104,6 +105,8 @@ def view(evaluation: Evaluation) -> dict[str, Any]:
             "memory": bool(evaluation.memory),
         },
         "cost_pictures": cost_pictures(evaluation),
+        "profile_map": profile_map(evaluation.profile),
+        **recruiting_view(evaluation),
     }
 
 

@@ -9,7 +9,20 @@ from typing import Any
 
 from coterie.errors import CoterieError
 from coterie.report.fields import COMMAND, Record, unusable
-from coterie.report.records import FORMAT, Answer, Evaluation, GradientMap, Place, Row, Score, Spread, Trace
+from coterie.report.records import (
+    FORMAT,
+    Answer,
+    Evaluation,
+    GradientMap,
+    Place,
+    Profile,
+    Recruiting,
+    Row,
+    Said,
+    Score,
+    Spread,
+    Trace,
+)
 
 # Control characters, text-direction overrides and halves of surrogate pairs: a page cannot show them, some disturb it.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -55,6 +68,8 @@ def read_evaluation(folder: Path) -> Evaluation:
         map=_read_map(record.inner("map")) if record.has("map") else None,
         spread=tuple(map(_read_spread, record.objects("spread"))) if record.has("spread") else (),
         notes=record.texts("notes") if record.has("notes") else (),
+        profile=_read_profile(record.inner("profile")) if record.has("profile") else None,
+        costs=record.grid("costs"),
     )
 
 
@@ -149,7 +164,41 @@ def _read_row(row: Record) -> Row:
         weights=row.numbers("weights"),
         answers=tuple(_read_answer(name, answers) for name in answers.fields),
         expert_nll=row.known_numbers("expert_nll"),
+        recruiting=_read_recruiting(row) if row.has("recruited") else None,
     )
+
+
+def _read_recruiting(row: Record) -> Recruiting:
+    outcome = row.inner("recruited")
+    synthesis = outcome.inner("synthesis")
+    return Recruiting(
+        skills=row.texts("skills"),
+        said=tuple(_read_said(answer) for answer in outcome.objects("answers")),
+        aggregator=outcome.text("aggregator"),
+        synthesis=(synthesis.text_or_none("error") or synthesis.text("text")) if synthesis.fields else None,
+        cost=outcome.numbers("cost"),
+    )
+
+
+def _read_said(answer: Record) -> Said:
+    return Said(answer.text("expert"), answer.text("text"), answer.verdict("correct"), answer.text_or_none("error"))
+
+
+def _read_profile(record: Record) -> Profile:
+    experts, skills = record.names("experts"), record.names("skills")
+    return Profile(
+        experts, skills, *(_read_matrix(record, key, len(experts), len(skills)) for key in ("right", "trials"))
+    )
+
+
+def _read_matrix(record: Record, key: str, height: int, width: int) -> tuple[tuple[float, ...], ...]:
+    rows = record.fields.get(key)
+    named = {str(number): row for number, row in enumerate(rows if isinstance(rows, list) else [])}
+    inner = Record(named, f"{record.place}, {key!r}", record.folder)
+    found = tuple(tuple(value or 0.0 for value in inner.numbers_or_none(name)) for name in named)
+    if len(found) != height or any(len(row) != width for row in found):
+        raise record.wrong(key, f"{height} lists of {width} numbers")
+    return found
 
 
 def _read_answer(method: str, answers: Record) -> Answer:

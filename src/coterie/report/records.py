@@ -94,6 +94,37 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Said:
+    """What one recruited expert answered, and whether it was right; `error` tells why it gave no answer."""
+
+    expert: str
+    text: str
+    correct: bool | None
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Recruiting:
+    """Who was recruited for one row, by which skills, and how their answers became one; `cost` of it all."""
+
+    skills: tuple[str, ...]
+    said: tuple[Said, ...]
+    aggregator: str
+    synthesis: str | None
+    cost: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What experts showed on validation questions: right answers and trials, by expert and skill."""
+
+    experts: tuple[str, ...]
+    skills: tuple[str, ...]
+    right: tuple[tuple[float, ...], ...]
+    trials: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
 class Row:
     """One test row with every method's answer."""
 
@@ -104,6 +135,7 @@ class Row:
     weights: dict[str, float]
     answers: tuple[Answer, ...]
     expert_nll: dict[str, float] = field(default_factory=dict)
+    recruiting: Recruiting | None = None
 
 
 @dataclass(frozen=True)
@@ -148,7 +180,8 @@ class Evaluation:
     """The whole evaluation; names keep the order of the records.
 
     The fields with a default are optional in the records: `seconds` a stage, `memory` in bytes, `merge_error` the
-    relative Frobenius error of a method's merge, `composition` rows of every cluster by "source / category".
+    relative Frobenius error of a method's merge, `composition` rows of every cluster by "source / category". `profile`
+    and `costs` (of a question, by method) are those of recruited experts.
     """
 
     mixture: str
@@ -175,6 +208,8 @@ class Evaluation:
     map: GradientMap | None = None
     spread: tuple[Spread, ...] = ()
     notes: tuple[str, ...] = ()
+    profile: Profile | None = None
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def score(self, method: str, source: str = OVERALL) -> Score | None:
         """Find a table row; None where the records have none."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from math import floor
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -12,19 +12,10 @@ PIECE = 16  # columns of a token's text
 COLOURS = ("blue", "yellow", "green", "magenta", "cyan", "red", "white", "bright_black")
 
 
-@runtime_checkable
-class Recorded(Protocol):
-    """An answer that can be written as the object that `generate --json` prints."""
-
-    def record(self) -> Mapping[str, Any]:
-        """Return that object."""
-        ...
-
-
-def print_weights(answer: Recorded) -> None:
-    """Print the weights along an answer, in colour where the terminal has it."""
+def print_weights(answer: Mapping[str, Any]) -> None:
+    """Print the weights along an answer, as `generate --json` has it, in colour where the terminal has it."""
     console = Console(soft_wrap=True, highlight=False)
-    for line in weight_lines(answer.record()):
+    for line in weight_lines(answer):
         console.print(line)
 
 

@@ -1,0 +1,112 @@
+"""Commands for pools and recruited experts: what grades and reads answers is put in here."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from coterie.artifacts import write_jsonl
+from coterie.combiners.aggregate import after_thinking
+from coterie.data.examples import Example
+from coterie.errors import CoterieError
+from coterie.evaluation.answers import graded
+from coterie.evaluation.grading import read_answer
+from coterie.methods import symbolic
+from coterie.methods.answering import answer_all
+from coterie.methods.asking import open_workshop
+from coterie.methods.planning import WorkPlan, plan_work
+from coterie.methods.profiling import Profiled, profile_pool
+from coterie.methods.symbolic import METHOD, Symbolic, load_symbolic
+from coterie.mixture import Prompt, as_example
+from coterie.settings import GenerateSettings, ProfileSettings, RoutingSettings, SymbolicSettings
+
+logger = logging.getLogger(__name__)
+
+
+def is_right(text: str, row: Example) -> bool | None:
+    """Tell whether an answer is right, its thinking left out; None where the row has nothing to tell it by."""
+    verdict = graded(after_thinking(text), row, run_code=False)
+    return None if verdict is None else verdict.correct
+
+
+def run_profile(settings: ProfileSettings) -> Profiled:
+    """Profile the experts of a pool; see `coterie.methods.profiling.profile_pool`."""
+    return profile_pool(settings, is_right)
+
+
+def fit_symbolic(settings: SymbolicSettings) -> Symbolic:
+    """Fit symbolic-moe; see `coterie.methods.symbolic.fit_symbolic`."""
+    return symbolic.fit_symbolic(settings, is_right, read_answer)
+
+
+def generate_symbolic(settings: GenerateSettings, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    """Answer prompts with recruited experts, and return a plain record of each.
+
+    With an output file, replies are kept beside it while the work goes on, so that the same command goes on where it
+    was stopped; the file itself is written when all answers are there.
+
+    Args:
+        settings: the fitted run, and how it answers.
+        prompts: questions.
+
+    Raises:
+        CoterieError: for settings that do not apply, bad prompts, or experts that have changed.
+    """
+    fitted = load_symbolic(settings.mixture)
+    name = line_up_name(settings.routing)
+    examples = [as_example(prompt, number) for number, prompt in enumerate(prompts)]
+    with open_workshop(fitted.pool, settings, replies_beside(settings.output)) as workshop:
+        skills = fitted.skills(workshop, examples)
+        line_up = fitted.line_up(name, examples, skills, settings.sampling)
+        outcomes = answer_all(workshop, examples, {name: line_up}, read_answer)[name]
+    recruits = [line_up.routing.row(number) for number in range(len(examples))]
+    records = [
+        {"id": example.id, "prompt": example.instruction, "skills": list(own), **outcome.record(), "recruits": chosen}
+        for example, own, outcome, chosen in zip(examples, skills, outcomes, recruits, strict=True)
+    ]
+    _write(settings.output, records, any(reply.error for outcome in outcomes for reply in outcome.replies))
+    return records
+
+
+def plan_symbolic(settings: GenerateSettings, prompts: Sequence[Prompt]) -> WorkPlan:
+    """Tell what answering prompts will take, with the settings of `generate_symbolic`; nothing is loaded or asked.
+
+    Raises:
+        CoterieError: as `generate_symbolic`.
+    """
+    fitted = load_symbolic(settings.mixture)
+    examples = [as_example(prompt, number) for number, prompt in enumerate(prompts)]
+    name = line_up_name(settings.routing)
+    return plan_work(fitted, settings, name, examples, replies_beside(settings.output), read_answer)
+
+
+def _write(output: str | None, records: list[dict[str, Any]], any_failed: bool) -> None:
+    """Write the answers, and drop the replies beside them unless some failed, which the same command asks for again."""
+    if output is None:
+        return
+    write_jsonl(Path(output), records)
+    kept = replies_beside(output)
+    if any_failed:
+        logger.warning("some replies failed; the same command asks for those again")
+    elif kept is not None:
+        kept.unlink(missing_ok=True)
+
+
+def line_up_name(routing: RoutingSettings) -> str:
+    """Return which method answers.
+
+    Raises:
+        CoterieError: for a flag that only a mixture on one base model can follow.
+    """
+    for flag in ("router", "combiner", "top_k_experts"):
+        if getattr(routing, flag) is not None:
+            written = flag.replace("_", "-")
+            raise CoterieError(
+                f"--{written} does not apply to {METHOD}; its experts are set by coterie fit symbolic-moe"
+            )
+    return routing.method or METHOD
+
+
+def replies_beside(output: str | None) -> Path | None:
+    """Return where replies are kept until the answers are written."""
+    return None if output is None else Path(output).with_name(Path(output).name + ".replies.jsonl")

@@ -1,0 +1,289 @@
+"""Experts behind an OpenAI-compatible server: many requests at a time, tried again when the server is busy.
+
+The key comes from the environment and goes nowhere but into the request's header: what a server sends back is
+searched for it before anything is kept, and redirections, which would carry it to another place, are not followed.
+"""
+
+import json
+import os
+import random
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from email.message import Message
+from http.client import HTTPException
+from typing import Any
+
+from coterie.errors import CoterieError
+from coterie.experts.answerers import Ask, Done, Reply, failed
+from coterie.settings import SamplingSettings, WorkSettings
+
+LARGEST_ANSWER = 16 * 2**20  # bytes
+LONGEST_PAUSE = 60.0  # seconds
+HOPELESS = 3  # questions in a row that failed in spite of all tries
+BUSY = frozenset({408, 409, 425, 429, *range(500, 600)})
+REFUSED = frozenset({401, 403, 404})
+CHARACTERS_PER_TOKEN = 4  # where a server does not count
+
+
+class Trouble(Exception):
+    """A request without an answer.
+
+    Attributes:
+        again: whether another try may help.
+        pause: seconds that the server asks to wait for.
+        for_all: whether no question to this expert can succeed.
+    """
+
+    def __init__(self, reason: str, *, again: bool = False, pause: float = 0.0, for_all: bool = False) -> None:
+        """Store the reason and what follows from it."""
+        super().__init__(reason)
+        self.again, self.pause, self.for_all = again, pause, for_all
+
+
+def key_variable(expert: str) -> str:
+    """Return the environment variable that holds an endpoint's key."""
+    return "COTERIE_KEY_" + re.sub(r"[^A-Za-z0-9]", "_", expert).upper()
+
+
+def key_of(expert: str) -> str | None:
+    """Read an endpoint's key from the environment; servers without one need none.
+
+    Raises:
+        CoterieError: when it holds what no header takes; the key itself is not shown.
+    """
+    key = os.environ.get(key_variable(expert), "").strip()
+    if not re.fullmatch(r"[!-~]*", key):
+        raise CoterieError(
+            f"the key in {key_variable(expert)} holds spaces or characters beyond ASCII; set it to the bare key"
+        )
+    return key or None
+
+
+class Pace:
+    """Spreads requests of all threads over time."""
+
+    def __init__(self, per_minute: int | None) -> None:
+        """Store the least time between two requests."""
+        self._gap = 60 / per_minute if per_minute else 0.0
+        self._next = 0.0
+        self._lock = threading.Lock()
+
+    def turn(self) -> float:
+        """Take the next free moment and return the seconds until then."""
+        with self._lock:
+            now = time.monotonic()
+            mine = max(now, self._next)
+            self._next = mine + self._gap
+        return mine - now
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        """Follow nothing: the header with the key would go along."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where an expert is asked: the server's address (ending in /v1 as a rule) and the model's name there."""
+
+    expert: str
+    url: str
+    model: str
+
+
+class EndpointAnswerer:
+    """Asks one model behind an OpenAI-compatible server."""
+
+    def __init__(self, endpoint: Endpoint, work: WorkSettings, *, first_pause: float = 1.0) -> None:
+        """Read the key; nothing is asked yet.
+
+        Args:
+            endpoint: the server and model.
+            work: how many requests at a time, how long, and how often again.
+            first_pause: seconds before the second try; each further pause is twice as long.
+
+        Raises:
+            CoterieError: as `key_of`.
+        """
+        self._endpoint = endpoint
+        self._work = work
+        self._first_pause = first_pause
+        self._key = key_of(endpoint.expert)
+        self._pace = Pace(work.requests_per_minute)
+        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._closed = threading.Event()
+        self._hopeless: str | None = None
+        self._failures = 0
+
+    def answer(self, asks: Sequence[Ask], done: Done) -> None:
+        """Ask all questions, several at a time."""
+        waiting = deque(enumerate(asks))
+        broken: list[BaseException] = []
+
+        def work() -> None:
+            while waiting and not self._closed.is_set() and not broken:
+                try:
+                    number, ask = waiting.popleft()
+                    done(number, self._reply(ask))
+                except IndexError:  # another thread took the last one
+                    return
+                except BaseException as error:  # handed to the caller below
+                    broken.append(error)
+
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(self._work.concurrency, len(asks)))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if broken:
+            raise broken[0]
+
+    def close(self) -> None:
+        """End all pauses, and ask nothing more."""
+        self._closed.set()
+
+    def _reply(self, ask: Ask) -> Reply:
+        started = time.monotonic()
+        try:
+            reply = self._tried(ask, started)
+        except Trouble as trouble:
+            self._count_failure(trouble)
+            return failed(self._redacted(str(trouble)), time.monotonic() - started)
+        self._failures = 0
+        return reply
+
+    def _count_failure(self, trouble: Trouble) -> None:
+        """Give an endpoint up that refuses everything, or that was tried in vain for several questions in a row."""
+        self._failures += trouble.again
+        if self._hopeless is None and (trouble.for_all or self._failures >= HOPELESS):
+            self._hopeless = str(trouble)
+
+    def _tried(self, ask: Ask, started: float) -> Reply:
+        for attempt in range(self._work.retries + 1):
+            if self._hopeless is not None:
+                raise Trouble(f"not asked any more after: {self._hopeless}")
+            if self._closed.wait(self._pace.turn()):
+                raise Trouble("stopped before an answer came")
+            try:
+                return self._request(ask, started)
+            except Trouble as trouble:
+                if not trouble.again or attempt == self._work.retries:
+                    raise
+                pause = max(trouble.pause, self._first_pause * 2**attempt * random.uniform(0.5, 1.0))
+                self._closed.wait(min(pause, LONGEST_PAUSE))
+        raise AssertionError("the last try returns or raises")
+
+    def _request(self, ask: Ask, started: float) -> Reply:
+        body = json.dumps(_body(self._endpoint.model, ask)).encode()
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "coterie"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        request = urllib.request.Request(f"{self._endpoint.url}/chat/completions", body, headers, method="POST")
+        try:
+            with self._opener.open(request, timeout=self._work.timeout) as response:
+                answer = _read(response, time.monotonic() + self._work.timeout)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise self._refusal(error) from error
+        except (OSError, HTTPException) as error:  # refused or broken connections, and waiting too long
+            reason = getattr(error, "reason", None) or error
+            where = f"{self._endpoint.url} does not answer"
+            raise Trouble(f"{where} ({str(reason) or type(reason).__name__})", again=True) from error
+        reply = _reply_from(self._redacted(answer), ask, time.monotonic() - started)
+        return replace(reply, text=self._redacted(reply.text))  # once more: JSON can write it in other ways
+
+    def _refusal(self, error: urllib.error.HTTPError) -> Trouble:
+        message = self._redacted(_message(error))[:200]
+        said = f"{self._endpoint.url} answered {error.code}" + (f" ({message})" if message else "")
+        if error.code in REFUSED:
+            hint = key_variable(self._endpoint.expert)
+            what = "the model's name and the address" if error.code == 404 else f"the key in {hint}"
+            return Trouble(f"{said}; check {what}", for_all=True)
+        return Trouble(said, again=error.code in BUSY, pause=_asked_pause(error.headers))
+
+    def _redacted(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
+
+
+def _body(model: str, ask: Ask) -> dict[str, Any]:
+    sampling = ask.sampling
+    messages = [{"role": message.role, "content": message.content} for message in ask.messages]
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": messages,
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+    }
+    return body | {name: value for name, value in _less_common(sampling).items() if value is not None}
+
+
+def _less_common(sampling: SamplingSettings) -> dict[str, Any]:
+    """Return the fields that are only sent when they say something: not every server knows them."""
+    return {
+        "seed": sampling.seed if sampling.temperature else None,
+        "top_p": sampling.top_p if sampling.top_p < 1 else None,
+        "top_k": sampling.top_k or None,
+        "repetition_penalty": sampling.repetition_penalty if sampling.repetition_penalty != 1 else None,
+        "stop": sampling.stop or None,
+    }
+
+
+def _read(response: Any, deadline: float) -> str:
+    """Read a whole answer; a server that dribbles is cut off at the deadline."""
+    parts, size = [], 0
+    while part := response.read1(65536):
+        size += len(part)
+        if size > LARGEST_ANSWER:
+            raise Trouble(f"the answer has more than {LARGEST_ANSWER:,} bytes")
+        if time.monotonic() > deadline:
+            raise TimeoutError("the answer took too long")
+        parts.append(part)
+    return b"".join(parts).decode("utf-8", errors="replace")
+
+
+def _reply_from(answer: str, ask: Ask, seconds: float) -> Reply:
+    try:
+        record = json.loads(answer)
+        choice = record["choices"][0]
+        text = choice["message"]["content"]
+        if not isinstance(text, str):
+            raise TypeError(f"its content is a {type(text).__name__}")
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise Trouble(f"the server's answer is no chat completion ({reason}): {answer[:80]!r}") from error
+    usage = record.get("usage") if isinstance(record.get("usage"), dict) else {}
+    asked = sum(len(message.content) for message in ask.messages)
+    reason = "length" if choice.get("finish_reason") == "length" else "stop"
+    text = text.encode("utf-8", errors="replace").decode()  # half characters, which JSON can write and no file can
+    return Reply(
+        text, _count(usage, "prompt_tokens", asked), _count(usage, "completion_tokens", len(text)), reason, seconds
+    )
+
+
+def _count(usage: Mapping[str, Any], field: str, characters: int) -> int:
+    value = usage.get(field)
+    return value if isinstance(value, int) and value > 0 else -(-characters // CHARACTERS_PER_TOKEN)
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    """Return what the server says about an error, on one line."""
+    try:
+        record = json.loads(error.read(4096))
+        said = record["error"]["message"]
+    except (ValueError, KeyError, TypeError, OSError, HTTPException):
+        said = error.reason
+    return " ".join(str(said or "").split())
+
+
+def _asked_pause(headers: Message) -> float:
+    """Return the seconds of a Retry-After header; 0 where there is none, or a date."""
+    try:
+        return max(0.0, float(headers.get("Retry-After", "")))
+    except ValueError:
+        return 0.0

@@ -1,0 +1,211 @@
+"""A pool: experts of any kind by name - adapters, whole models, endpoints - listed in pool.json."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
+
+from coterie.artifacts import FORMAT, read_json, sha256_of, write_json
+from coterie.backbone.loading import local_weights
+from coterie.errors import CoterieError, unknown_name
+from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE, check_names
+from coterie.settings import PoolSettings
+
+POOL_FILE = "pool.json"
+FORMS = "NAME=FOLDER of an adapter, NAME=MODEL, or NAME=http://HOST/v1#MODEL"
+Kind = Literal["adapter", "model", "endpoint"]
+
+
+@dataclass(frozen=True)
+class PoolExpert:
+    """One expert of a pool.
+
+    Attributes:
+        name: its name.
+        kind: adapter, model or endpoint.
+        source: the adapter's folder, the model (hub id, folder, file, alias), or the server's address.
+        model: the adapter's base model, the model itself, or its name at the server.
+        sha256: of the adapter's files and the weights under it; None where they do not lie on this machine.
+        system_prompt: what an adapter was trained with, if a mixture's folder around it says so.
+    """
+
+    name: str
+    kind: Kind
+    source: str
+    model: str
+    sha256: str | None = None
+    system_prompt: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """What stands for the expert's weights where replies are kept."""
+        weights = self.sha256 or f"{self.source}#{self.model}"
+        return f"{self.kind} {weights} {self.system_prompt or ''}"
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Experts by name, in a fixed order."""
+
+    experts: tuple[PoolExpert, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The experts' names."""
+        return tuple(expert.name for expert in self.experts)
+
+    def expert(self, name: str) -> PoolExpert:
+        """Return an expert by name.
+
+        Raises:
+            CoterieError: when there is none of this name.
+        """
+        if name not in self.names:
+            raise unknown_name("expert", name, self.names)
+        return self.experts[self.names.index(name)]
+
+    def record(self) -> dict[str, Any]:
+        """Return the pool as plain values."""
+        return {expert.name: {k: v for k, v in asdict(expert).items() if k != "name"} for expert in self.experts}
+
+
+def init_pool(settings: PoolSettings) -> Pool:
+    """Check experts and write them to the pool's folder.
+
+    Raises:
+        CoterieError: when an expert's source is not there, two have one name, or the folder holds a pool already.
+    """
+    file = Path(settings.folder) / POOL_FILE
+    if file.exists() and not settings.overwrite:
+        raise CoterieError(f"{file} exists; choose another folder, or add --overwrite to replace it")
+    pool = Pool(tuple(parse_expert(text, settings.base) for text in settings.expert))
+    _check_distinct(pool)
+    write_json(file, {"format": FORMAT, "experts": pool.record()})
+    return pool
+
+
+def parse_expert(text: str, base: str | None = None) -> PoolExpert:
+    """Read `NAME=SOURCE` and find out what the source is.
+
+    Raises:
+        CoterieError: when the form is another, or the source is not there.
+    """
+    name, equals, source = text.partition("=")
+    if not equals or not name or not source:
+        raise CoterieError(f"--expert {text!r} is not of the form {FORMS}")
+    check_names([name])
+    if re.match(r"[a-z]+://", source):
+        address, _, model = source.partition("#")
+        return _checked(PoolExpert(name, "endpoint", address.rstrip("/"), model))
+    folder = Path(source).expanduser()
+    if (folder / CONFIG_FILE).is_file():
+        return _adapter(name, folder.resolve(), base)
+    model = str(folder.resolve()) if folder.exists() else source
+    return PoolExpert(name, "model", model, model, local_weights(model))
+
+
+def _adapter(name: str, folder: Path, base: str | None) -> PoolExpert:
+    model = base or read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
+    if not isinstance(model, str) or not model:
+        raise CoterieError(f"{folder / CONFIG_FILE} names no base model; add --base MODEL")
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise CoterieError(f"{folder} holds no {WEIGHTS_FILE}; get or train the adapter again")
+    path = Path(model).expanduser()
+    model = str(path.resolve()) if path.exists() else model
+    return PoolExpert(name, "adapter", str(folder), model, _adapter_hash(folder, model), _system_prompt(folder))
+
+
+def _adapter_hash(folder: Path, model: str) -> str:
+    parts = [sha256_of(folder / CONFIG_FILE, folder / WEIGHTS_FILE), local_weights(model) or model]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _system_prompt(folder: Path) -> str | None:
+    """Read the system prompt of the mixture whose `experts` folder this adapter lies in."""
+    file = folder.parent.parent / "mixture.json"
+    prompt = read_json(file).get("system_prompt") if folder.parent.name == "experts" and file.is_file() else None
+    return prompt if isinstance(prompt, str) else None
+
+
+def read_pool(folder: str | Path) -> Pool:
+    """Read a pool's folder and make sure that its experts are still what they were.
+
+    Raises:
+        CoterieError: when the list is missing or broken, or an adapter or model has changed or is gone.
+    """
+    file = Path(folder) / POOL_FILE
+    if not file.exists():
+        raise CoterieError(f"{file} does not exist; make it with: coterie pool init {folder} --expert NAME=SOURCE ...")
+    record = read_json(file)
+    if record.get("format") != FORMAT:
+        raise CoterieError(f"{file} has format {record.get('format')!r}, not {FORMAT}; make the pool again")
+    return pool_from(record.get("experts"), str(file))
+
+
+def pool_from(experts: object, place: str) -> Pool:
+    """Build a pool from what `Pool.record` gave, and make sure that its experts are still what they were.
+
+    Raises:
+        CoterieError: as `read_pool`.
+    """
+    if not isinstance(experts, dict) or not experts:
+        raise CoterieError(f"{place} lists no experts; make it again with: coterie pool init")
+    check_names(list(experts))
+    pool = Pool(tuple(_from_record(name, entry, place) for name, entry in experts.items()))
+    _check_distinct(pool)
+    for expert in pool.experts:
+        _check_unchanged(expert, place)
+    return pool
+
+
+def _from_record(name: str, entry: object, place: str) -> PoolExpert:
+    try:
+        assert isinstance(entry, Mapping)
+        expert = PoolExpert(name, **entry)
+        assert expert.kind in get_args(Kind) and all(isinstance(text, str) for text in (expert.source, expert.model))
+        assert all(isinstance(text, str | None) for text in (expert.sha256, expert.system_prompt))
+    except (AssertionError, TypeError) as error:
+        raise CoterieError(f"{place}: the entry of the expert {name!r} is broken; make the pool again") from error
+    return _checked(expert)
+
+
+def _checked(expert: PoolExpert) -> PoolExpert:
+    """Refuse an endpoint's address that is none, or that has a secret in it."""
+    if expert.kind != "endpoint":
+        return expert
+    try:
+        parts = urlsplit(expert.source)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        has_secret = bool(parts.username or parts.password or parts.query)
+    except ValueError:
+        is_address = has_secret = False
+    if not is_address or not expert.model:
+        raise CoterieError(f"{expert.name}: an endpoint has the form http://HOST/v1#MODEL, with the model's name there")
+    if has_secret:
+        raise CoterieError(
+            f"{expert.name}: an address with a user, password or query is not written to a file; "
+            "leave it out and put the key into the environment"
+        )
+    return expert
+
+
+def _check_distinct(pool: Pool) -> None:
+    if len(set(pool.names)) != len(pool.names):
+        raise CoterieError(f"experts need a name of their own each, got {', '.join(pool.names)}")
+
+
+def _check_unchanged(expert: PoolExpert, place: str) -> None:
+    if expert.kind == "endpoint" or expert.sha256 is None:
+        return
+    folder = Path(expert.source)
+    if expert.kind == "adapter" and not (folder / WEIGHTS_FILE).is_file():
+        raise CoterieError(f"the adapter of {expert.name!r} is not in {folder} any more; make the pool again")
+    found = _adapter_hash(folder, expert.model) if expert.kind == "adapter" else local_weights(expert.model)
+    if found != expert.sha256:
+        raise CoterieError(
+            f"{expert.name!r} ({expert.source}) has other weights than when {place} was written; make the pool again "
+            "with --overwrite, and its profile too"
+        )

@@ -1,0 +1,228 @@
+"""Endpoints over real HTTP: what is sent, what is tried again, what a failure costs, and that the key stays unseen."""
+
+import json
+import time
+
+import pytest
+
+from coterie.data.examples import from_prompt
+from coterie.errors import CoterieError
+from coterie.experts.answerers import Ask, Reply
+from coterie.experts.endpoints import HOPELESS, Endpoint, EndpointAnswerer, Pace, key_variable
+from coterie.settings import SamplingSettings, WorkSettings
+from stub_server import Got, Sent, completion, serving
+
+KEY = "sk-very-secret-0123456789"
+
+
+def asks(*questions: str, **sampling: object) -> list[Ask]:
+    return [Ask("big", from_prompt(text).messages, SamplingSettings(**sampling)) for text in questions]
+
+
+def ask_all(stub, questions, **work: object) -> list[Reply]:
+    settings = WorkSettings(**{"retries": 2, "timeout": 5.0, "concurrency": 4, **work})
+    answerer = EndpointAnswerer(Endpoint("big", stub.url, "some-model"), settings, first_pause=0.01)
+    found: dict[int, Reply] = {}
+    answerer.answer(questions, found.__setitem__)
+    return [found[number] for number in range(len(questions))]
+
+
+def test_a_question_is_sent_as_the_protocol_wants_it():
+    with serving(lambda got: completion("four")) as stub:
+        (reply,) = ask_all(stub, asks("2+2?", max_new_tokens=9, temperature=0.5, seed=3, top_p=0.9, stop=["\n"]))
+    assert (reply.text, reply.prompt_tokens, reply.tokens, reply.finish_reason) == ("four", 7, 3, "stop")
+    assert reply.error is None and reply.seconds > 0
+    (got,) = stub.requests
+    assert got.path == "/v1/chat/completions" and got.key is None
+    assert got.body == {
+        "model": "some-model",
+        "messages": [{"role": "user", "content": "2+2?"}],
+        "max_tokens": 9,
+        "temperature": 0.5,
+        "seed": 3,
+        "top_p": 0.9,
+        "stop": ["\n"],
+    }
+
+
+def test_fields_that_say_nothing_are_not_sent():
+    with serving(lambda got: completion("x")) as stub:
+        ask_all(stub, asks("hi"))
+    assert set(stub.requests[0].body) == {"model", "messages", "max_tokens", "temperature"}
+
+
+def test_an_answer_cut_off_at_its_longest_says_so():
+    with serving(lambda got: completion("x", "length")) as stub:
+        assert ask_all(stub, asks("hi"))[0].finish_reason == "length"
+
+
+def test_tokens_are_estimated_where_the_server_does_not_count():
+    answer = {"choices": [{"message": {"content": "12345678"}}]}
+    with serving(lambda got: Sent(200, answer)) as stub:
+        (reply,) = ask_all(stub, asks("abcd"))
+    assert (reply.prompt_tokens, reply.tokens) == (1, 2)
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_busy_server_is_asked_again(status):
+    def respond(got: Got) -> Sent:
+        return completion("at last") if len(stub.requests) == 3 else Sent(status, {"error": {"message": "busy"}})
+
+    with serving(respond) as stub:
+        assert ask_all(stub, asks("hi"))[0].text == "at last"
+
+
+def test_the_pause_that_a_server_asks_for_is_kept():
+    def respond(got: Got) -> Sent:
+        return completion("ok") if len(stub.requests) == 2 else Sent(429, {}, (("Retry-After", "0.5"),))
+
+    with serving(respond) as stub:
+        assert ask_all(stub, asks("hi"))[0].text == "ok"
+    assert stub.requests[1].moment - stub.requests[0].moment >= 0.5
+
+
+def test_pauses_grow_from_try_to_try():
+    with serving(lambda got: Sent(500, {})) as stub:
+        settings = WorkSettings(retries=2, timeout=5.0)
+        answerer = EndpointAnswerer(Endpoint("big", stub.url, "m"), settings, first_pause=0.2)
+        found: dict[int, Reply] = {}
+        answerer.answer(asks("hi"), found.__setitem__)
+    first, second, third = (got.moment for got in stub.requests)
+    assert 0.1 <= second - first < 0.35 and 0.2 <= third - second < 0.55
+    assert found[0].error is not None and "answered 500" in found[0].error
+
+
+GARBAGE = {
+    "no json": b"<html>gateway</html>",
+    "no choices": {"id": 1},
+    "empty choices": {"choices": []},
+    "no text": {"choices": [{"message": {"content": None}}]},
+    "a list": [1, 2],
+    "not utf-8": b"\xff\xfe",
+}
+
+
+@pytest.mark.parametrize("kind", GARBAGE)
+def test_garbage_costs_one_answer_and_is_reported(kind):
+    def respond(got: Got) -> Sent:
+        return Sent(200, GARBAGE[kind]) if got.question == "b" else completion(f"re {got.question}")
+
+    with serving(respond) as stub:
+        replies = ask_all(stub, asks("a", "b", "c"))
+    assert [reply.text for reply in replies] == ["re a", "", "re c"]
+    assert "no chat completion" in replies[1].error and "\n" not in replies[1].error
+    assert len(stub.requests) == 3
+
+
+def test_a_slow_answer_is_given_up():
+    def respond(got: Got) -> Sent:
+        return completion("x")._replace(delay=1.0 if got.question == "slow" else 0.0)
+
+    with serving(respond) as stub:
+        replies = ask_all(stub, asks("slow", "fast"), timeout=0.2, retries=0)
+    assert replies[1].text == "x" and "does not answer (timed out)" in replies[0].error
+
+
+def test_a_refused_question_costs_only_itself():
+    def respond(got: Got) -> Sent:
+        return Sent(400, {"error": {"message": "too\nlong"}}) if got.question == "b" else completion("ok")
+
+    with serving(respond) as stub:
+        replies = ask_all(stub, asks("a", "b", "c"))
+    assert [reply.error is None for reply in replies] == [True, False, True]
+    assert replies[1].error.endswith("answered 400 (too long)") and len(stub.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "hint"), [(401, "check the key in COTERIE_KEY_BIG"), (404, "check the model's name")]
+)
+def test_a_server_that_refuses_everything_is_asked_once(status, hint):
+    with serving(lambda got: Sent(status, {})) as stub:
+        replies = ask_all(stub, asks(*"abcdefgh"), concurrency=1)
+    assert len(stub.requests) == 1 and all(hint in reply.error for reply in replies)
+
+
+def test_a_server_that_is_gone_is_given_up_after_some_questions():
+    with serving(lambda got: Sent(503, {})) as stub:
+        replies = ask_all(stub, asks(*"abcdefgh"), concurrency=1, retries=1)
+    assert len(stub.requests) == 2 * HOPELESS
+    assert all(reply.error for reply in replies) and "not asked any more" in replies[-1].error
+
+
+def test_an_address_where_nobody_listens_is_told():
+    with serving(lambda got: completion("x")) as stub:
+        pass
+    (reply,) = ask_all(stub, asks("hi"), retries=0)
+    assert "does not answer" in reply.error and "refused" in reply.error
+
+
+def test_no_more_requests_run_at_a_time_than_allowed():
+    with serving(lambda got: completion("x")._replace(delay=0.05)) as stub:
+        ask_all(stub, asks(*map(str, range(12))), concurrency=3)
+    assert stub.most_at_once == 3
+
+
+def test_requests_a_minute_are_limited():
+    with serving(lambda got: completion("x")) as stub:
+        ask_all(stub, asks(*"abcd"), requests_per_minute=600)
+    assert stub.requests[-1].moment - stub.requests[0].moment >= 0.28
+
+
+def test_a_turn_comes_after_the_one_before():
+    pace = Pace(60)
+    waits = [pace.turn() for _ in range(3)]
+    assert waits == pytest.approx([0, 1, 2], abs=0.05)
+
+
+def test_the_key_goes_into_the_header_and_nowhere_else(monkeypatch, caplog, capsys):
+    def respond(got: Got) -> Sent:
+        bad = Sent(400, {"error": {"message": f"key {KEY} is odd"}})
+        cut = Sent(400, {"error": {"message": "x" * 190 + KEY}})
+        spelt = completion("SPELT")._replace(
+            body=json.dumps(completion("SPELT").body).replace("SPELT", r"\u0073" + KEY[1:]).encode()
+        )
+        answers = {"a": completion(f"you said {KEY}"), "b": bad, "c": Sent(200, f"junk {KEY}".encode())}
+        return {**answers, "d": cut, "e": spelt}[got.question]
+
+    monkeypatch.setenv(key_variable("big"), KEY + "\n")
+    caplog.set_level("DEBUG")
+    with serving(respond) as stub:
+        replies = ask_all(stub, asks(*"abcde"))
+    assert {got.key for got in stub.requests} == {f"Bearer {KEY}"}
+    assert replies[0].text == "you said ***" and "key *** is odd" in replies[1].error
+    assert replies[4].text == "***"
+    assert KEY[:8] not in f"{replies} {caplog.text} {capsys.readouterr()}"
+
+
+def test_a_redirection_does_not_carry_the_key_away(monkeypatch):
+    monkeypatch.setenv(key_variable("big"), KEY)
+    with serving(lambda got: completion("stolen")) as thief:
+        with serving(lambda got: Sent(307, {}, (("Location", thief.url),))) as stub:
+            (reply,) = ask_all(stub, asks("hi"))
+    assert "answered 307" in reply.error and thief.requests == []
+
+
+def test_a_broken_key_is_told_without_showing_it(monkeypatch):
+    monkeypatch.setenv("COTERIE_KEY_MY_BIG_1", f"{KEY}\nX-Evil: 1")
+    with pytest.raises(CoterieError, match="the key in COTERIE_KEY_MY_BIG_1 holds spaces") as error:
+        EndpointAnswerer(Endpoint("my-big.1", "http://h/v1", "m"), WorkSettings())
+    assert KEY not in str(error.value)
+
+
+def test_closing_ends_a_pause_and_asks_nothing_more():
+    with serving(lambda got: Sent(429, {}, (("Retry-After", "30"),))) as stub:
+        answerer = EndpointAnswerer(Endpoint("big", stub.url, "m"), WorkSettings(concurrency=1), first_pause=30.0)
+        started = time.monotonic()
+        stub.respond = lambda got: (answerer.close(), Sent(429, {}, (("Retry-After", "30"),)))[1]
+        answerer.answer(asks("a", "b"), lambda number, reply: None)
+    assert time.monotonic() - started < 5 and len(stub.requests) == 1
+
+
+def test_what_the_caller_raises_comes_back_to_it():
+    def done(number: int, reply: Reply) -> None:
+        raise OSError("disk full")
+
+    with serving(lambda got: completion("x")) as stub:
+        answerer = EndpointAnswerer(Endpoint("big", stub.url, "m"), WorkSettings())
+        with pytest.raises(OSError, match="disk full"):
+            answerer.answer(asks("a", "b"), done)

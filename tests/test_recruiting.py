@@ -1,0 +1,405 @@
+"""The batch scheduler: loads are counted, memory is kept, failures cost their own answers, nothing finished is lost."""
+
+import json
+import os
+import threading
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from coterie.backbone.loading import Backbone
+from coterie.data.batching import PromptFormat
+from coterie.data.examples import Message, from_prompt, load_examples
+from coterie.errors import CoterieError
+from coterie.experts.answerers import Ask, Done, Group, Reply
+from coterie.experts.bank import ExpertBank
+from coterie.experts.ledger import Ledger
+from coterie.experts.pool import init_pool, read_pool
+from coterie.mixture import Mixture
+from coterie.mixture.groups import budget_of, groups_of, needed_bytes
+from coterie.mixture.local import LocalAnswerer, LocalExpert, load_local
+from coterie.mixture.recruiting import Workshop
+from coterie.settings import PlacementSettings, PoolSettings, SamplingSettings, WorkSettings
+from stub_server import completion, serving
+
+
+def ask(expert: str, text: str, **sampling: object) -> Ask:
+    return Ask(expert, from_prompt(text).messages, SamplingSettings(**sampling))
+
+
+class Machine:
+    """Fake models that tell what is loaded, and what was asked of them."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, int] = {}
+        self.most = 0
+        self.loaded: list[str] = []
+        self.asked: list[tuple[str, str]] = []
+
+    def group(self, name: str, size: int | None, *experts: str, fault: Callable[[Ask], None] | None = None) -> Group:
+        return Group(name, experts or (name,), lambda: self.load(name, size or 0, fault), size)
+
+    def load(self, name: str, size: int, fault: Callable[[Ask], None] | None) -> "Fake":
+        self.loaded.append(name)
+        self.held[name] = size
+        self.most = max(self.most, sum(self.held.values()))
+        return Fake(self, name, fault)
+
+
+class Fake:
+    def __init__(self, machine: Machine, name: str, fault: Callable[[Ask], None] | None) -> None:
+        self.machine, self.name, self.fault = machine, name, fault
+
+    def answer(self, asks: Sequence[Ask], done: Done) -> None:
+        for number, given in enumerate(asks):
+            self.machine.asked.append((given.expert, given.messages[-1].content))
+            if self.fault:
+                self.fault(given)
+            done(number, Reply(f"{given.expert}: {given.messages[-1].content}"))
+
+    def close(self) -> None:
+        del self.machine.held[self.name]
+
+
+def workshop(*groups: Group, budget: int | None = None, ledger: Ledger | None = None) -> Workshop:
+    names = {name: name for group in groups for name in group.experts}
+    return Workshop(groups, names, Ledger() if ledger is None else ledger, budget)
+
+
+def texts(replies: Sequence[Reply]) -> list[str]:
+    return [reply.text for reply in replies]
+
+
+def test_every_model_is_loaded_once_however_the_questions_are_mixed():
+    machine = Machine()
+    groups = [machine.group("small", 1, "a", "b"), machine.group("large", 5), machine.group("idle", 3)]
+    asks = [ask(name, f"q{number}") for number in range(4) for name in ("a", "large", "b")]
+    with workshop(*groups) as shop:
+        replies = shop.ask(asks)
+        assert texts(replies) == [f"{given.expert}: {given.messages[-1].content}" for given in asks]
+        assert shop.loads == {"small": 1, "large": 1}
+    assert machine.loaded == ["large", "small"], "the largest comes first, and what nobody asks is not loaded"
+    assert machine.held == {}
+
+
+def test_models_that_fit_together_stay_and_the_budget_is_kept():
+    machine = Machine()
+    groups = [machine.group(name, size) for name, size in (("a", 4), ("b", 3), ("c", 6), ("d", 2))]
+    with workshop(*groups, budget=10) as shop:
+        shop.ask([ask(name, "one") for name in "abcd"])
+        assert machine.loaded == ["c", "a", "b", "d"] and machine.most == 10
+        assert set(machine.held) == {"a", "b", "d"}, "only what was loaded longest went, when room was needed"
+        shop.ask([ask(name, "two") for name in "abd"])
+        assert machine.loaded == ["c", "a", "b", "d"], "they were still there"
+    assert machine.most <= 10
+
+
+def test_without_a_budget_one_model_is_loaded_at_a_time():
+    machine = Machine()
+    with workshop(machine.group("a", 4), machine.group("b", None), machine.group("c", 3)) as shop:
+        shop.ask([ask(name, "one") for name in "abc"])
+    assert machine.most == 4
+
+
+def test_a_model_of_unknown_size_is_loaded_alone():
+    machine = Machine()
+    with workshop(machine.group("a", 4), machine.group("b", None), budget=10) as shop:
+        shop.ask([ask("a", "one"), ask("b", "one")])
+        assert len(machine.held) == 1
+
+
+def test_what_is_needed_afterwards_is_asked_last_and_stays_loaded():
+    machine = Machine()
+    groups = [machine.group("judge", 9), machine.group("a", 5), machine.group("b", 6)]
+    with workshop(*groups, budget=10) as shop:
+        shop.ask([ask(name, "one") for name in ("judge", "a", "b")], last=["judge"])
+        shop.ask([ask("judge", "which?")])
+        assert shop.loads == {"judge": 1, "a": 1, "b": 1} and machine.loaded[-1] == "judge"
+
+
+def test_a_model_that_never_fits_is_refused_before_anything_is_asked():
+    machine = Machine()
+    groups = [machine.group("a", 1), machine.group("b", 5 * 2**30)]
+    with workshop(*groups, budget=2**30) as shop:
+        with pytest.raises(CoterieError, match=r"^b needs about 5 GiB, and there may be 1; raise --memory"):
+            shop.ask([ask("a", "one"), ask("b", "one")])
+    assert machine.asked == []
+
+
+def test_equal_questions_are_asked_once():
+    machine = Machine()
+    with workshop(machine.group("a", 1)) as shop:
+        again = [ask("a", "one"), ask("a", "one", seed=5), ask("a", "two")]
+        assert texts(shop.ask(again)) == ["a: one", "a: one", "a: two"]
+        assert len(machine.asked) == 2, "a seed does nothing to greedy decoding"
+        shop.ask([ask("a", "one", temperature=1.0, seed=seed) for seed in (1, 2)])
+        assert len(machine.asked) == 4
+        shop.ask([ask("a", "one", max_new_tokens=5)])
+        assert len(machine.asked) == 5
+
+
+def crash(given: Ask) -> None:
+    if given.messages[-1].content == "q2":
+        raise RuntimeError("CUDA error: out of memory\nmore")
+
+
+def test_an_expert_that_crashes_costs_only_its_own_answers():
+    machine = Machine()
+    groups = [machine.group("a", 3, fault=crash), machine.group("b", 2), machine.group("c", 1)]
+
+    def load() -> Fake:
+        raise OSError("no such file")
+
+    groups[2] = Group("c", ("c",), load, 1)
+    asks = [ask(name, f"q{number}") for number in range(4) for name in "abc"]
+    with workshop(*groups) as shop:
+        replies = shop.ask(asks)
+    found = {name: [r for r, a in zip(replies, asks, strict=True) if a.expert == name] for name in "abc"}
+    assert texts(found["a"]) == ["a: q0", "a: q1", "", ""]
+    assert [r.error for r in found["a"]] == [None, None, *["CUDA error: out of memory"] * 2]
+    assert texts(found["b"]) == ["b: q0", "b: q1", "b: q2", "b: q3"]
+    assert {r.error for r in found["c"]} == {"no such file"} and {r.finish_reason for r in found["c"]} == {"failed"}
+
+
+def test_a_reply_that_cannot_be_written_ends_the_work(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    machine = Machine()
+    with workshop(machine.group("a", 1), ledger=Ledger(tmp_path / "file" / "ledger.jsonl")) as shop:
+        with pytest.raises(CoterieError, match="cannot be written"):
+            shop.ask([ask("a", "one"), ask("a", "two")])
+    assert len(machine.asked) == 1
+
+
+def test_endpoints_answer_while_models_do():
+    machine = Machine()
+    met = threading.Barrier(2, timeout=10)
+    here = machine.group("a", 1, fault=lambda given: met.wait() and None)
+    away = machine.group("big", 0, fault=lambda given: met.wait() and None)
+    with workshop(here, Group("big", ("big",), away.load, 0, is_remote=True)) as shop:
+        assert texts(shop.ask([ask("a", "one"), ask("big", "one")])) == ["a: one", "big: one"]
+
+
+def test_an_endpoint_that_breaks_costs_only_its_own_answers():
+    machine = Machine()
+    away = machine.group("big", 0, fault=crash)
+    with workshop(machine.group("a", 1), Group("big", ("big",), away.load, 0, is_remote=True)) as shop:
+        replies = shop.ask([ask("a", "q2"), ask("big", "q2")])
+    assert texts(replies) == ["a: q2", ""] and replies[1].error == "CUDA error: out of memory"
+
+
+def test_a_run_that_was_killed_asks_only_for_what_is_missing(tmp_path):
+    def killed(given: Ask) -> None:
+        if given.messages[-1].content == "q2":
+            raise KeyboardInterrupt
+
+    first, second = Machine(), Machine()
+    asks = [ask("a", f"q{number}") for number in range(5)]
+    path = tmp_path / "ledger.jsonl"
+    with workshop(first.group("a", 1, fault=killed), ledger=Ledger(path)) as shop, pytest.raises(KeyboardInterrupt):
+        shop.ask(asks)
+    with path.open("a") as file:
+        file.write('{"key": "half a li')  # a kill in the middle of writing
+    with workshop(second.group("a", 1), ledger=Ledger(path)) as shop:
+        assert texts(shop.ask(asks)) == [f"a: q{number}" for number in range(5)]
+    assert [question for _, question in second.asked] == ["q2", "q3", "q4"]
+    assert len(Ledger(path)) == 5, "the torn line did not swallow the one after it"
+    with workshop(Machine().group("a", 1), ledger=Ledger(path)) as shop:
+        shop.ask(asks)
+        assert shop.loads == {}
+
+
+def test_failed_replies_are_asked_for_again(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    with workshop(Machine().group("a", 1, fault=crash), ledger=Ledger(path)) as shop:
+        assert shop.ask([ask("a", "q2")])[0].error
+    with workshop(Machine().group("a", 1), ledger=Ledger(path)) as shop:
+        assert texts(shop.ask([ask("a", "q2")])) == ["a: q2"]
+
+
+def test_replies_of_other_weights_are_not_taken(tmp_path):
+    ledger = Ledger()
+    for identity, asked in (("one", 1), ("one", 0), ("two", 1)):
+        machine = Machine()
+        Workshop([machine.group("a", 1)], {"a": identity}, ledger).ask([ask("a", "q")])
+        assert len(machine.asked) == asked
+
+
+# ------------------------------------------------------------------------------------------------------ real models
+
+
+@pytest.fixture
+def local(mixture: Mixture) -> LocalAnswerer:
+    """The fitted run's experts and the base model itself, as a pool's group."""
+    bank = mixture.bank.with_expert("plain", {})
+    return LocalAnswerer(mixture.backbone, bank, dict.fromkeys(bank.names, mixture.prompts), batch_size=4)
+
+
+QUESTIONS = ["add 3 4", "SPELL ABCD NOW", "?? (A) one (B) two ??"]
+
+
+def answers(answerer: LocalAnswerer, asks: Sequence[Ask]) -> list[Reply]:
+    found: dict[int, Reply] = {}
+    answerer.answer(asks, found.__setitem__)
+    assert sorted(found) == list(range(len(asks)))
+    return [found[number] for number in range(len(asks))]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_experts_in_one_batch_answer_as_each_does_alone(local, mixture, temperature):
+    asks = [
+        ask(name, text, max_new_tokens=5, temperature=temperature, seed=3)
+        for text in QUESTIONS
+        for name in ("cluster-0", "plain", "base")
+    ]
+    found = answers(local, asks)
+    for given, reply in zip(asks, found, strict=True):
+        bank = ExpertBank((given.expert,), (local.bank.adapters[local.bank.index(given.expert)],))
+        alone = LocalAnswerer(mixture.backbone, bank, {given.expert: mixture.prompts})
+        assert answers(alone, [given])[0].text == reply.text
+    single = mixture.replace(router="cluster-0").generate(QUESTIONS, max_new_tokens=5, temperature=temperature, seed=3)
+    own = [reply for reply, given in zip(found, asks, strict=True) if given.expert == "cluster-0"]
+    assert texts(own) == [completed.text for completed in single]
+    assert [reply.tokens for reply in own] == [len(completed.token_ids) for completed in single]
+    assert [reply.prompt_tokens for reply in own] == [len(row.ids) for row in mixture.tokens(QUESTIONS)]
+    assert len(set(texts(found))) > 3, "the experts differ, so mixing them up would show"
+
+
+def test_a_question_too_long_or_broken_fails_alone(local, mixture):
+    asks = [ask("base", "x" * 600), ask("base", "add 1 2", max_new_tokens=3)]
+    bad, good = answers(local, asks)
+    assert "tokens, the model reads 512" in bad.error and good.error is None
+
+
+def test_an_adapter_for_another_model_fails_alone(model_folder, run_folder, tmp_path):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"r": 1}')
+    experts = {"good": LocalExpert(run_folder / "experts" / "base"), "odd": LocalExpert(folder)}
+    placement = PlacementSettings(device="cpu")
+    answerer = load_local(str(model_folder), experts, placement, 8)
+    good, odd = answers(answerer, [ask("good", "add 1 2", max_new_tokens=3), ask("odd", "add 1 2")])
+    assert good.error is None and "adapter_model.safetensors does not exist" in odd.error
+    with pytest.raises(CoterieError, match="does not exist"):
+        load_local(str(model_folder), {"odd": LocalExpert(folder)}, placement, 8)
+
+
+def test_a_batch_that_breaks_is_tried_in_parts(local, monkeypatch):
+    original = LocalAnswerer._decoded
+    tried = []
+
+    def decoded(self, experts, rows, sampling):
+        tried.append(list(experts))
+        if "cluster-1" in experts:
+            raise RuntimeError("probability tensor contains nan")
+        yield from original(self, experts, rows, sampling)
+
+    monkeypatch.setattr(LocalAnswerer, "_decoded", decoded)
+    asks = [ask(name, text, max_new_tokens=3) for name in ("cluster-0", "cluster-1") for text in QUESTIONS[:2]]
+    found = answers(local, asks)
+    assert [reply.error is None for reply in found] == [True, True, False, False]
+    assert found[2].error == "probability tensor contains nan"
+    assert sorted(map(len, tried)) == [1, 1, 2, 2, 4]
+
+
+def test_options_have_the_probabilities_of_the_next_token(local, mixture):
+    found = local.option_logprobs("cluster-0", QUESTIONS, ["A", "B", "C"])
+    single = mixture.replace(router="cluster-0")
+    for question, row in zip(QUESTIONS, found, strict=True):
+        ids = torch.tensor([single.tokens([question])[0].ids])
+        with (
+            single.layers.attached(),
+            single.layers.choosing(single.combiner.plan(single.route([question]).aligned(single.bank.names)).choice),
+        ):
+            logprobs = mixture.backbone.head(mixture.backbone.hidden(ids))[0, -1].log_softmax(-1)
+        wanted = [float(logprobs[mixture.backbone.tokenizer(letter)["input_ids"][0]]) for letter in "ABC"]
+        assert row.tolist() == pytest.approx(wanted, abs=1e-4)
+    with pytest.raises(CoterieError, match="begin with the same token"):
+        local.option_logprobs("base", QUESTIONS, ["ab", "ac"])
+
+
+def test_the_likelihood_of_references_is_each_expert_s_own(local, mixture):
+    rows = load_examples([{"instruction": q, "response": f"answer {n}"} for n, q in enumerate(QUESTIONS)])
+    found = local.likelihoods(rows)
+    assert found.shape == (len(local.bank), len(rows))
+    other = LocalAnswerer(
+        local.backbone,
+        local.bank,
+        {
+            name: PromptFormat(mixture.backbone.tokenizer, "Be brief." if name == "base" else None)
+            for name in local.bank.names
+        },
+    ).likelihoods(rows)
+    same = [name != "base" for name in local.bank.names]
+    assert torch.allclose(found[same], other[same], atol=1e-5) and not torch.allclose(found, other, atol=1e-2)
+    ids = mixture.prompts.row(rows[0])
+    logprobs = local.backbone.model(input_ids=torch.tensor([ids.ids])).logits[0].log_softmax(-1)
+    wanted = [float(logprobs[p - 1, ids.ids[p]]) for p in range(len(ids.ids)) if ids.is_response[p]]
+    assert float(found[local.bank.index("plain"), 0]) == pytest.approx(sum(wanted) / len(wanted), abs=1e-4)
+
+
+def test_a_pool_of_every_kind_answers(tmp_path, model_folder, run_folder):
+    adapters = [f"{name}={run_folder / 'experts' / name}" for name in ("base", "cluster-0")]
+    with serving(lambda got: completion(f"re {got.question}")) as stub:
+        settings = PoolSettings(folder=str(tmp_path), expert=[*adapters, f"plain={model_folder}", f"big={stub.url}#m"])
+        init_pool(settings)
+        pool = read_pool(tmp_path)
+        groups = groups_of(pool, PlacementSettings(device="cpu"), WorkSettings())
+        assert [group.experts for group in groups] == [("base", "cluster-0", "plain"), ("big",)]
+        with Workshop(groups, {e.name: e.identity for e in pool.experts}, Ledger(tmp_path / "l.jsonl")) as shop:
+            replies = shop.ask([ask(name, "add 1 2", max_new_tokens=4) for name in pool.names])
+            assert shop.loads == {str(model_folder): 1}
+    assert [reply.error for reply in replies] == [None] * 4 and replies[-1].text == "re add 1 2"
+    assert (
+        Mixture.from_pretrained(run_folder, device="cpu")
+        .replace(router="cluster-0")
+        .generate(["add 1 2"], max_new_tokens=4)[0]
+        .text
+        == replies[1].text
+    )
+
+
+def test_memory_is_told_from_the_files_alone(model_folder, run_folder, backbone: Backbone):
+    parameters = sum(tensor.numel() for tensor in backbone.model.state_dict().values())
+    tied = backbone.model.lm_head.weight.numel()
+    here = PlacementSettings(device="cpu")
+    plain = needed_bytes(str(model_folder), {"a": LocalExpert()}, here, 0)
+    assert plain == 4 * (parameters - tied)
+    halved = PlacementSettings(device="cpu", dtype="bfloat16")
+    assert needed_bytes(str(model_folder), {"a": LocalExpert()}, halved, 0) == plain / 2
+    cached = needed_bytes(str(model_folder), {"a": LocalExpert()}, here, 10)
+    assert cached - plain == 10 * 4 * 2 * 2 * 2 * 8  # tokens, bytes, keys and values, layers, their heads, width
+    adapter = run_folder / "experts" / "base"
+    file = os.path.getsize(adapter / "adapter_model.safetensors")
+    with_adapter = needed_bytes(str(model_folder), {"a": LocalExpert(adapter)}, here, 0)
+    assert 0.8 * 2 * file < with_adapter - plain <= 2 * file
+    assert needed_bytes("some/model-at-the-hub", {"a": LocalExpert()}, here, 0) is None
+
+
+def test_the_budget_is_what_was_asked_for_or_a_part_of_what_is_free():
+    here = PlacementSettings(device="cpu")
+    assert budget_of(WorkSettings(memory=1.5), here) == 3 * 2**29
+    free = budget_of(WorkSettings(), here)
+    assert free is None or 2**20 < free < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_ledger_holds_what_it_was_given_and_no_failure(tmp_path):
+    path = tmp_path / "deep" / "ledger.jsonl"
+    ledger = Ledger(path)
+    ledger.add("one", Reply("ä\n\u2028", 1, 2, "length", 0.5))
+    ledger.add("two", Reply("", error="no", finish_reason="failed"))
+    assert ledger.get("one") == Ledger(path).get("one") == Reply("ä\n\u2028", 1, 2, "length", 0.5)
+    assert Ledger(path).get("two") is None and len(path.read_text().split("\n")) == 2
+    path.write_text(json.dumps({"key": "x"}) + "\n[]\n" + path.read_text())
+    assert len(Ledger(path)) == 1
+
+
+def test_the_hash_of_a_question_is_of_all_that_its_reply_depends_on():
+    given = ask("a", "q", temperature=1.0, seed=1)
+    others = [
+        ask("a", "r", temperature=1.0, seed=1),
+        ask("a", "q", temperature=1.0, seed=2),
+        Ask("a", (Message("system", "s"), *given.messages), given.sampling),
+    ]
+    keys = {given.key("w"), given.key("other weights"), *(other.key("w") for other in others)}
+    assert len(keys) == 5 and given.key("w") == ask("b", "q", temperature=1.0, seed=1).key("w")
