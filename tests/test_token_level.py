@@ -217,6 +217,19 @@ def test_requests_answer_alike_alone_and_together(mixture, router, every, cache,
         close(answer.trace.weights, alone.trace.weights)
 
 
+@pytest.mark.parametrize("cache", ["keep", "recompute"])
+def test_requests_that_finish_leave_and_the_others_keep_their_own_weights(mixture, router, cache):
+    cell = layers(mixture, router, every=1, cache=cache)
+    pieces = cell.generate(QUESTIONS[:1], max_new_tokens=TOKENS)[0].trace.pieces
+    stop = [next(piece for piece in pieces[1:] if piece.strip())]
+    together = cell.generate(QUESTIONS, max_new_tokens=TOKENS, stop=stop, batch_size=len(QUESTIONS))
+    assert len({len(answer.token_ids) for answer in together}) > 1
+    for answer, question in zip(together, QUESTIONS, strict=True):
+        alone = cell.generate([question], max_new_tokens=TOKENS, stop=stop)[0]
+        assert answer.token_ids == alone.token_ids
+        close(answer.trace.weights, alone.trace.weights)
+
+
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_cache_that_is_kept_or_recomputed_is_the_same_for_constant_weights(mixture, every):
     wanted = mixture.replace(router="uniform", combiner="layers").generate(QUESTIONS, max_new_tokens=TOKENS)
