@@ -1,17 +1,10 @@
-"""One typed object per command: it is the flag list, the YAML schema and the record in `run.yaml`.
+"""Groups of settings that commands share: their fields become plain flags."""
 
-Nothing here imports torch, so that the command line can show its help at once. A description stands in one place,
-beside its field. Groups are shared between commands; their fields become plain flags, so names are unique over all
-groups of a command.
-"""
+from typing import Annotated, Literal
 
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from pydantic import AfterValidator, Field
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from pydantic.fields import FieldInfo
-
-from coterie.errors import CoterieError, unknown_name
+from coterie.settings.reading import Settings
 
 FeatureForm = Literal["adam", "adam-centred", "sgd"]
 Projection = Literal["sketch", "rademacher"]
@@ -33,12 +26,6 @@ Every = Annotated[str, AfterValidator(_check_every)]
 def renewal_interval(every: str) -> int | None:
     """Return the number of tokens that share weights; None for all of them."""
     return None if every == NEVER else int(every)
-
-
-class Settings(BaseModel):
-    """A frozen group of settings that refuses unknown names."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class PlacementSettings(Settings):
@@ -116,22 +103,6 @@ class ClusterSettings(Settings):
     normalise_features: bool = Field(True, description="scale features to unit length before clustering")
 
 
-class ElreaSettings(Settings):
-    """`coterie fit elrea`: the whole loop, from one data set to a mixture."""
-
-    model: ModelSettings
-    data: list[str] = Field(min_length=1, description="training data: JSONL file or datasets source; may be repeated")
-    output: str = Field(description="folder to write the mixture to")
-    limit: int | None = Field(None, ge=1, description="use only the first N examples of every data source")
-    seed: int = Field(0, ge=0, description="seed of shuffling, initialisation, dropout, projection and clustering")
-    overwrite: bool = Field(False, description="replace the output folder if it exists")
-    lora: LoraSettings = LoraSettings()
-    training: TrainingSettings = TrainingSettings()
-    experts: ExpertSettings = ExpertSettings()
-    features: FeatureSettings = FeatureSettings()
-    clustering: ClusterSettings = ClusterSettings()
-
-
 class SimilaritySettings(Settings):
     """How a text is compared with what every expert was made for."""
 
@@ -168,43 +139,6 @@ class RenewalSettings(Settings):
 
     every: Every = Field("1", description="renew the weights at every N-th token of an answer; inf: never")
     cache: CacheUse = Field("keep", description="keep what earlier weights left in the KV cache, or recompute it")
-
-
-class TokenLevelSettings(Settings):
-    """`coterie fit token-level`: one adapter for each domain, and centroids to route by."""
-
-    model: ModelSettings
-    data: list[str] = Field(
-        min_length=1, description="NAME=SOURCE: an expert's training data, JSONL file or datasets source; repeated"
-    )
-    output: str = Field(description="folder to write the mixture to")
-    limit: int | None = Field(None, ge=1, description="use only the first N examples of every data source")
-    seed: int = Field(0, ge=0, description="seed of shuffling, initialisation, dropout and k-means")
-    overwrite: bool = Field(False, description="replace the output folder if it exists")
-    lora: LoraSettings = LoraSettings()
-    training: DomainTrainingSettings = DomainTrainingSettings()
-    similarity: SimilaritySettings = SimilaritySettings()
-    renewal: RenewalSettings = RenewalSettings()
-
-
-class BankSettings(Settings):
-    """`coterie bank build`: a mixture of adapters that exist already."""
-
-    adapter: list[str] = Field(min_length=1, description="NAME=FOLDER: an expert, a plain PEFT folder; repeated")
-    centroid_data: list[str] = Field(
-        min_length=1, description="NAME=SOURCE: texts that the expert was made for, as training data is given; repeated"
-    )
-    output: str = Field(description="folder to write the mixture to")
-    model: str | None = Field(None, description="base model; default: the one that the adapters name")
-    revision: str | None = Field(None, description="revision of a hub model (branch, tag or commit)")
-    limit: int | None = Field(None, ge=1, description="use only the first N examples of every data source")
-    max_length: int = Field(2048, ge=8, description="longest example in tokens; longer ones are dropped and counted")
-    system_prompt: str | None = Field(None, description="system prompt of every prompt; default: the template's own")
-    seed: int = Field(0, ge=0, description="seed of k-means")
-    overwrite: bool = Field(False, description="replace the output folder if it exists")
-    placement: PlacementSettings = PlacementSettings()
-    similarity: SimilaritySettings = SimilaritySettings()
-    renewal: RenewalSettings = RenewalSettings()
 
 
 class SamplingSettings(Settings):
@@ -248,26 +182,6 @@ class RoutingSettings(Settings):
     cache: CacheUse | None = Field(None, description="with --every: keep or recompute what earlier weights have left")
 
 
-class RouteSettings(Settings):
-    """`coterie route`: the weights a prompt gets."""
-
-    mixture: str = Field(description="folder of a mixture")
-    placement: PlacementSettings = PlacementSettings()
-    routing: RoutingSettings = RoutingSettings()
-
-
-class GenerateSettings(Settings):
-    """`coterie generate`: answers of the mixture."""
-
-    mixture: str = Field(description="folder of a mixture")
-    placement: PlacementSettings = PlacementSettings()
-    routing: RoutingSettings = RoutingSettings()
-    sampling: SamplingSettings = SamplingSettings()
-    batch_size: int = Field(8, ge=1, description="prompts decoded together")
-    output: str | None = Field(None, description="file to write the answers to, a JSON object a line")
-    work: WorkSettings = WorkSettings()
-
-
 class GridSettings(Settings):
     """How the experts, gates and routers are trained that methods need beyond a fitted run."""
 
@@ -291,38 +205,6 @@ class ShotSettings(Settings):
     longest_prompt: int = Field(
         1200, ge=8, description="tokens of a prompt; solved examples are left out until it fits"
     )
-
-
-class EvaluationSettings(Settings):
-    """`coterie eval`: methods of the table side by side on held-out rows."""
-
-    mixture: str = Field(description="folder of a mixture")
-    data: list[str] = Field(min_length=1, description="test data: JSONL file or datasets source; may be repeated")
-    output: str = Field(description="folder to write the records to")
-    methods: str | None = Field(
-        None,
-        description="methods to compare, separated by commas, or all; see `coterie methods`; default: the run's own "
-        "method and its simplest rivals",
-    )
-    control: str | None = Field(
-        None, description="method that the others are compared with; default: base, or the first one where it is not"
-    )
-    every: str | None = Field(
-        None, description="compare token-level with its weights renewed at every N-th token; several: 1,2,inf"
-    )
-    limit: int | None = Field(None, ge=1, description="use only the first N examples of every data source")
-    overwrite: bool = Field(False, description="replace the output folder if it exists")
-    generate: bool = Field(True, description="let every method answer; without it only likelihoods are measured")
-    allow_code_execution: bool | None = Field(
-        None, description="run the code that methods write, in a limited child process, where rows bring tests"
-    )
-    resamples: int = Field(2000, ge=100, description="bootstrap resamples behind every interval")
-    batch_size: int = Field(8, ge=1, description="prompts decoded together")
-    placement: PlacementSettings = PlacementSettings()
-    sampling: SamplingSettings = SamplingSettings()
-    grid: GridSettings = GridSettings()
-    few_shot: ShotSettings = ShotSettings()
-    work: WorkSettings = WorkSettings()
 
 
 class SkillSettings(Settings):
@@ -359,110 +241,3 @@ class RecruitSettings(Settings):
     min_share: float = Field(
         0.05, ge=0, le=1, description="experts recruited for a smaller share of the questions are replaced"
     )
-
-
-class PoolSettings(Settings):
-    """`coterie pool init`: experts of any kind by name."""
-
-    folder: str = Field(description="folder of the pool")
-    expert: list[str] = Field(
-        min_length=1,
-        description="NAME=SOURCE, may be repeated: an adapter's folder, a base model, or an endpoint as URL#MODEL",
-    )
-    base: str | None = Field(None, description="base model of the adapters; default: the one that each adapter names")
-    overwrite: bool = Field(False, description="replace the pool's list of experts")
-
-
-class ProfileSettings(Settings):
-    """`coterie profile`: what the experts of a pool are good at, skill by skill."""
-
-    folder: str = Field(description="folder of the pool")
-    data: list[str] = Field(min_length=1, description="validation data: JSONL file or datasets source; may be repeated")
-    limit: int | None = Field(None, ge=1, description="use only the first N examples of every data source")
-    overwrite: bool = Field(False, description="replace the profile; replies that still hold are not asked for again")
-    score: Literal["answers", "likelihood"] = Field(
-        "answers", description="answers: right or wrong; likelihood: of the reference, for models too small to answer"
-    )
-    batch_size: int = Field(8, ge=1, description="questions decoded together")
-    skill: SkillSettings = SkillSettings()
-    placement: PlacementSettings = PlacementSettings()
-    work: WorkSettings = WorkSettings()
-    sampling: SamplingSettings = SamplingSettings()
-
-
-class SymbolicSettings(Settings):
-    """`coterie fit symbolic-moe`: recruiting by skills, and who makes one answer of several (Chen et al. 2025)."""
-
-    pool: str = Field(description="folder of a pool that was profiled")
-    output: str = Field(description="folder to write the method to")
-    overwrite: bool = Field(False, description="replace the output folder if it exists")
-    aggregator: str = Field(
-        "auto", description="auto: the best on made-up tasks; or majority, weighted-vote, or an expert"
-    )
-    aggregator_for: Literal["task", "question"] = Field(
-        "task", description="one aggregator for all questions, or for each the best on its skills"
-    )
-    aggregator_tasks: int = Field(100, ge=1, description="most made-up tasks: one right answer among wrong ones")
-    batch_size: int = Field(8, ge=1, description="questions decoded together")
-    recruiting: RecruitSettings = RecruitSettings()
-    placement: PlacementSettings = PlacementSettings()
-    work: WorkSettings = WorkSettings()
-    sampling: SamplingSettings = SamplingSettings()
-
-
-AnySettings = TypeVar("AnySettings", bound=Settings)
-
-
-def flat_fields(kind: type[Settings]) -> Iterator[tuple[str, FieldInfo]]:
-    """Yield every field with its plain name, groups opened up."""
-    for name, field in kind.model_fields.items():
-        group = _group(field)
-        if group is None:
-            yield name, field
-        else:
-            yield from flat_fields(group)
-
-
-def from_flat(kind: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
-    """Build settings from plain names, putting each into its group.
-
-    Raises:
-        CoterieError: for an unknown name or a value that does not fit, naming the field, its value and the reason.
-    """
-    known = [name for name, _ in flat_fields(kind)]
-    for name in values:
-        if name not in known:
-            raise unknown_name("setting", name, known)
-    return checked(kind, _grouped(kind, values))
-
-
-def checked(kind: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
-    """Build settings from grouped values, as they stand in a YAML file.
-
-    Raises:
-        CoterieError: for an unknown name or a value that does not fit.
-    """
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][-1]).replace("_", "-") if first["loc"] else "settings"
-        given = "" if first["type"] == "missing" else f", got {first['input']!r}"
-        message = first["msg"].removeprefix("Value error, ")
-        raise CoterieError(f"--{name}: {message[:1].lower()}{message[1:]}{given}") from error
-
-
-def _group(field: FieldInfo) -> type[Settings] | None:
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, Settings) else None
-
-
-def _grouped(kind: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, field in kind.model_fields.items():
-        group = _group(field)
-        if group is not None:
-            result[name] = _grouped(group, values)
-        elif name in values:
-            result[name] = values[name]
-    return result
