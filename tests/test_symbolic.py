@@ -283,6 +283,18 @@ def test_a_pool_without_a_profile_cannot_be_fitted(place, run):
     )
 
 
+def test_a_profile_of_other_weights_is_not_fitted(fitted, run):
+    init_pool(
+        PoolSettings(
+            folder=str(fitted.pool),
+            expert=[f"{name}={fitted.stub.url}#{model}-2" for name, model in EXPERTS.items()],
+            overwrite=True,
+        )
+    )
+    words = ("--pool", fitted.pool, "--output", fitted.folder / "other")
+    refused(run("fit", "symbolic-moe", *words), "the profile in .* is of other experts; type: coterie profile")
+
+
 @pytest.mark.parametrize("change", ["combiner", "router", "pool", "aggregator"])
 def test_a_broken_run_is_refused(fitted, change):
     path = fitted.folder / "run" / "mixture.json"
