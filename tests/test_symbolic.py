@@ -61,6 +61,14 @@ def test_a_failing_expert_is_reported_and_counts_as_untried(place, run):
     assert code == 0 and json.loads(out)["trials"] == [[2, 2]] * 3, "what failed is asked for again"
 
 
+def test_a_pool_in_which_nobody_answers_has_no_profile(place, run):
+    place.stub.respond = lambda got: Sent(401, {})
+    data = write_rows(place.folder / "val.jsonl", rows(4))
+    result = run("profile", place.pool, "--data", data, "--skills", "category", "--retries", 0)
+    refused(result, "no expert answered any question; the first failed with: .* check the key in COTERIE_KEY_MATHS")
+    assert [path.name for path in place.pool.iterdir()] == ["pool.json"]
+
+
 def test_the_best_aggregator_is_found_on_made_up_tasks(fitted):
     record = json.loads((fitted.folder / "run" / "mixture.json").read_text())
     judged = record["combiner"]["judged"]

@@ -211,6 +211,8 @@ def _scored(
     asks = [Ask(name, example.prompt, settings.sampling) for example in examples for name in pool.names]
     replies = workshop.ask(asks)
     tell_failures(asks, replies)
+    if all(reply.error is not None for reply in replies):
+        raise CoterieError(f"no expert answered any question; the first failed with: {replies[0].error}")
     width = len(pool.names)
     rows = [dict(zip(pool.names, replies[n * width : (n + 1) * width], strict=True)) for n in range(len(examples))]
     scores = [
