@@ -45,6 +45,10 @@ def test_help_is_there_for_every_command(run):
     for words in (
         [],
         ["fit", "elrea"],
+        ["fit", "symbolic-moe"],
+        ["pool", "init"],
+        ["profile"],
+        ["plan"],
         ["route"],
         ["generate"],
         ["eval"],

@@ -118,6 +118,16 @@ def test_what_is_needed_afterwards_is_asked_last_and_stays_loaded():
         assert shop.loads == {"judge": 1, "a": 1, "b": 1} and machine.loaded[-1] == "judge"
 
 
+def test_what_is_needed_afterwards_stays_while_others_come_and_go():
+    machine = Machine()
+    groups = [machine.group("judge", 4), machine.group("a", 5), machine.group("b", 6)]
+    with workshop(*groups, budget=10) as shop:
+        shop.hold("judge")
+        shop.ask([ask(name, "one") for name in ("judge", "a", "b")], last=["judge"])
+        shop.ask([ask("judge", "which?")])
+        assert shop.loads == {"judge": 1, "a": 1, "b": 1} and machine.most == 10
+
+
 def test_a_model_that_never_fits_is_refused_before_anything_is_asked():
     machine = Machine()
     groups = [machine.group("a", 1), machine.group("b", 5 * 2**30)]

@@ -61,6 +61,14 @@ def test_a_failing_expert_is_reported_and_counts_as_untried(place, run):
     assert code == 0 and json.loads(out)["trials"] == [[2, 2]] * 3, "what failed is asked for again"
 
 
+def test_a_pool_in_which_nobody_answers_has_no_profile(place, run):
+    place.stub.respond = lambda got: Sent(401, {})
+    data = write_rows(place.folder / "val.jsonl", rows(4))
+    result = run("profile", place.pool, "--data", data, "--skills", "category", "--retries", 0)
+    refused(result, "no expert answered any question; the first failed with: .* check the key in COTERIE_KEY_MATHS")
+    assert [path.name for path in place.pool.iterdir()] == ["pool.json"]
+
+
 def test_the_best_aggregator_is_found_on_made_up_tasks(fitted):
     record = json.loads((fitted.folder / "run" / "mixture.json").read_text())
     judged = record["combiner"]["judged"]
@@ -281,6 +289,18 @@ def test_a_pool_without_a_profile_cannot_be_fitted(place, run):
         run("fit", "symbolic-moe", "--pool", place.pool, "--output", place.folder / "r"),
         "make it with: coterie profile",
     )
+
+
+def test_a_profile_of_other_weights_is_not_fitted(fitted, run):
+    init_pool(
+        PoolSettings(
+            folder=str(fitted.pool),
+            expert=[f"{name}={fitted.stub.url}#{model}-2" for name, model in EXPERTS.items()],
+            overwrite=True,
+        )
+    )
+    words = ("--pool", fitted.pool, "--output", fitted.folder / "other")
+    refused(run("fit", "symbolic-moe", *words), "the profile in .* is of other experts; type: coterie profile")
 
 
 @pytest.mark.parametrize("change", ["combiner", "router", "pool", "aggregator"])

@@ -49,6 +49,7 @@ class Profiled:
         options: skills that are chosen from, where they are.
         names: what a skill goes by, for skills that were merged into another.
         score: answers or likelihood.
+        identities: what stood for each expert's weights.
         rows: a plain record of every validation question, with its skills, replies and scores.
     """
 
@@ -57,6 +58,7 @@ class Profiled:
     options: tuple[str, ...]
     names: Mapping[str, str]
     score: str
+    identities: Mapping[str, str]
     rows: list[dict[str, Any]]
 
     def __str__(self) -> str:
@@ -84,6 +86,7 @@ class Profiled:
             "options": list(self.options),
             "names": dict(self.names),
             "score": self.score,
+            "identities": dict(self.identities),
         }
 
     def questions(self) -> list[Example]:
@@ -126,7 +129,8 @@ def profile_pool(settings: ProfileSettings, judge: Judge) -> Profiled:
         merged = [tuple(dict.fromkeys(names[skill] for skill in own)) for own in skills]
         profile = build_profile(pool.names, merged, scores)
         rows = [_row(number, example, merged, replies, scores, pool) for number, example in enumerate(examples)]
-        made = Profiled(profile, settings.skill, tuple(options), names, settings.score, rows)
+        identities = {expert.name: expert.identity for expert in pool.experts}
+        made = Profiled(profile, settings.skill, tuple(options), names, settings.score, identities, rows)
         write_jsonl(run.path / VALIDATION, rows)
         write_json(run.path / "profile.json", made.record())
     return made
@@ -146,12 +150,13 @@ def read_profile(folder: Path) -> Profiled:
     try:
         how = checked(SkillSettings, record["skills_by"])
         options, names, score = tuple(record["options"]), dict(record["names"]), str(record["score"])
+        identities = dict(record["identities"])
     except (KeyError, TypeError, ValueError) as error:
         raise CoterieError(f"{path} is broken ({error}); type: coterie profile --overwrite") from error
     rows = read_jsonl(folder / VALIDATION)
     if not all(_is_row(row, profile.experts) for row in rows):
         raise CoterieError(f"{folder / VALIDATION} does not fit {path}; type: coterie profile --overwrite")
-    return Profiled(profile, how, options, names, score, rows)
+    return Profiled(profile, how, options, names, score, identities, rows)
 
 
 def _is_row(row: object, experts: Sequence[str]) -> bool:
@@ -206,6 +211,8 @@ def _scored(
     asks = [Ask(name, example.prompt, settings.sampling) for example in examples for name in pool.names]
     replies = workshop.ask(asks)
     tell_failures(asks, replies)
+    if all(reply.error is not None for reply in replies):
+        raise CoterieError(f"no expert answered any question; the first failed with: {replies[0].error}")
     width = len(pool.names)
     rows = [dict(zip(pool.names, replies[n * width : (n + 1) * width], strict=True)) for n in range(len(examples))]
     scores = [

@@ -177,7 +177,7 @@ def fit_symbolic(settings: SymbolicSettings, judge: Judge, read: Read) -> Symbol
     folder = Path(settings.pool)
     pool = read_pool(folder)
     profiled = read_profile(folder / PROFILE)
-    if profiled.profile.experts != pool.names:
+    if profiled.profile.experts != pool.names or profiled.identities != {e.name: e.identity for e in pool.experts}:
         raise CoterieError(
             f"the profile in {folder} is of other experts; type: coterie profile {folder} --overwrite ..."
         )

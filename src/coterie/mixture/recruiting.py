@@ -59,6 +59,7 @@ class Workshop:
         self._quiet = quiet
         self._held: dict[str, tuple[Answerer, int]] = {}
         self._remote: dict[str, Answerer] = {}
+        self._later: set[str] = set()
 
     def __enter__(self) -> "Workshop":
         """Begin."""
@@ -83,9 +84,10 @@ class Workshop:
         Raises:
             CoterieError: when a model needs more memory than there may be, or replies cannot be written.
         """
+        self._later = {self._groups[expert].name for expert in last}
         keys = [ask.key(self._identities[ask.expert]) for ask in asks]
         missing = {key: ask for key, ask in zip(keys, asks, strict=True) if self.ledger.get(key) is None}
-        errors = self._work(missing, last)
+        errors = self._work(missing)
         found = [self.ledger.get(key) or errors.get(key) for key in keys]
         return [reply or failed("no reply came") for reply in found]
 
@@ -112,7 +114,7 @@ class Workshop:
             self.peak = max(self.peak, sum(size for _, size in self._held.values()))
         return self._held[group.name][0]
 
-    def _work(self, missing: Mapping[str, Ask], last: Sequence[str]) -> dict[str, Reply]:
+    def _work(self, missing: Mapping[str, Ask]) -> dict[str, Reply]:
         shares: dict[str, dict[str, Ask]] = {}
         for key, ask in missing.items():
             shares.setdefault(self._groups[ask.expert].name, {})[key] = ask
@@ -125,7 +127,7 @@ class Workshop:
         for helper in remote:
             helper.start()
         try:
-            for group in self._order(local, last):
+            for group in self._order(local):
                 self.work_through(group, shares[group.name], errors)
             for helper in remote:
                 helper.join()
@@ -134,12 +136,11 @@ class Workshop:
             raise error.__cause__ from None
         return errors
 
-    def _order(self, groups: Sequence[Group], last: Sequence[str]) -> list[Group]:
+    def _order(self, groups: Sequence[Group]) -> list[Group]:
         """What is loaded already, then the largest first, and what is needed afterwards at the end."""
 
         def place(group: Group) -> tuple[bool, bool, int]:
-            is_last = any(expert in last for expert in group.experts)
-            return is_last, group.name not in self._held, -self._need(group)
+            return group.name in self._later, group.name not in self._held, -self._need(group)
 
         return sorted(groups, key=place)
 
@@ -181,8 +182,8 @@ class Workshop:
             )
 
     def _make_room(self, group: Group) -> None:
-        """Free the groups that have been loaded longest until this one fits; without a budget, all of them."""
-        for name in list(self._held):
+        """Free groups until this one fits: the oldest first, what is needed afterwards last; all without a budget."""
+        for name in sorted(self._held, key=lambda name: name in self._later):
             taken = sum(size for _, size in self._held.values())
             if self._budget is None or taken + self._need(group) > self._budget:
                 self._free(name)
