@@ -53,6 +53,19 @@ def test_log_likelihoods_are_those_of_one_request_at_a_time(mixture, model):
         assert is_greedy == expected[1]
 
 
+def test_weights_that_follow_the_text_do_so_in_the_harness(mixture):
+    renewed = mixture.renewed(2, combiner="layers")
+    found = HarnessModel(renewed, batch_size=3).loglikelihood([request("loglikelihood", *pair) for pair in PAIRS])
+    fixed = HarnessModel(mixture.replace(combiner="layers")).loglikelihood(
+        [request("loglikelihood", *pair) for pair in PAIRS]
+    )
+    for (context, continuation), (total, is_greedy) in zip(PAIRS, found, strict=True):
+        expected = naive(renewed, tokens(mixture, context), tokens(mixture, continuation))
+        assert total == pytest.approx(expected[0], abs=1e-3)
+        assert is_greedy == expected[1]
+    assert found[3][0] != pytest.approx(fixed[3][0], abs=1e-4)
+
+
 def test_what_the_mixture_would_write_is_the_greedy_continuation(mixture, model):
     ids = tokens(mixture, "SPELL ABCD")
     row = TokenRow(tuple(ids), len(ids), (False,) * len(ids), (True,) * len(ids))

@@ -349,6 +349,8 @@ def test_any_router_of_texts_can_be_renewed(mixture):
         slow = torch.stack([weights / weights.sum() for weights in slow_weights(cell, QUESTIONS[0], answer)])
         close(answer.trace.weights, slow[:, [cell.bank.index(name) for name in answer.trace.experts]])
         assert answer.trace.weights[0] != answer.trace.weights[3]
+        scored = cell.score_forced(cell.tokens(QUESTIONS[:1]), [answer.token_ids])[0]
+        close(scored.logprobs, answer.logprobs)
 
 
 def test_streaming_gives_the_same_tokens_and_their_weights(mixture, router):

@@ -15,11 +15,11 @@ Text = tuple[Sequence[int], Sequence[int]]
 """A prompt and its answer, as token ids."""
 
 
-@torch.inference_mode()
 def score_forced(backbone: Backbone, rows: CachedRows, renewal: Renewal, texts: Sequence[Text]) -> list[ScoredTokens]:
     """Score answers as if the mixture had written them: the same weights at the same tokens as in decoding.
 
     Tokens that share their weights are read together, so this takes a forward pass for every renewal, not every token.
+    A follower may need gradients, so inference mode is on for the model's own passes only.
 
     Args:
         backbone: the base model.
@@ -37,7 +37,7 @@ def score_forced(backbone: Backbone, rows: CachedRows, renewal: Renewal, texts: 
     while True:
         for place, number in enumerate(active):
             targets = torch.tensor(texts[number][1][known : known + renewal.every], device=hidden.device)
-            found[number].append(scored_tokens(backbone.head(hidden[place, : len(targets)]), targets))
+            found[number].append(_scored(backbone, hidden[place, : len(targets)], targets))
         known += renewal.every
         staying = [place for place, number in enumerate(active) if len(texts[number][1]) > known]
         active = [active[place] for place in staying]
@@ -74,3 +74,8 @@ def _read_next(
     pieces = [[*answer[known - 1 :], *filler][:length] for _, answer in texts]
     whole = [[*prompt, *answer[: known - 1], *piece] for (prompt, answer), piece in zip(texts, pieces, strict=True)]
     return rows.by_request(renewal.read(rows, pieces, whole, known))
+
+
+@torch.inference_mode()
+def _scored(backbone: Backbone, states: Float[Tensor, "token width"], targets: Tensor) -> ScoredTokens:
+    return scored_tokens(backbone.head(states), targets)
