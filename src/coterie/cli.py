@@ -177,9 +177,8 @@ def generate(
         raise CoterieError("--stream, --json and --show-weights print an answer in different ways; use one of them")
     if coterie.is_symbolic(settings.mixture):
         if stream or show_weights:
-            raise CoterieError(
-                "recruited experts finish their answers before one is made; leave --stream and --show-weights out"
-            )
+            flag = "--stream" if stream else "--show-weights"
+            raise CoterieError(f"recruited experts finish their answers before one is made, so leave {flag} out")
         return _show(coterie.generate_symbolic(settings, given), settings, as_json=as_json)
     mixture = _mixture(settings)
     options = {"top_k_experts": settings.routing.top_k_experts, **settings.sampling.model_dump()}
