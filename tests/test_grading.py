@@ -544,6 +544,7 @@ OPTIONS = "Which?\n(A) red\n(B) blue"
         ("So 3 + 4 = 7. The answer is 1,000 apples.", "", "1000"),
         ("First 3, then 4.\nThat makes 12 of them.", "", "12"),
         ("The answer is the Eiffel Tower.", "", "eiffel tower"),
+        ("3 + 4 = 7.", "", "7"),
         ("**Paris**", "", "paris"),
         ("First this.\nThen that, which is long enough", "", "then that which is long enough"),
         ("", "", ""),

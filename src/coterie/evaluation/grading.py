@@ -98,7 +98,9 @@ def read_answer(text: str, prompt: str = "") -> str:
     if found is None and lines:
         is_short = len(lines) == 1 and len(lines[0]) <= SHORT_TEXT
         found = lines[0] if is_short else next(reversed(_terms(text)), lines[-1])
-    return tidy(found) if found and is_expression(found) and re.search(r"\d", found) else normalised(found or "")
+    if found and is_expression(found) and re.search(r"\d", found):
+        return tidy(found.rpartition("=")[2])
+    return normalised(found or "")
 
 
 def _announced(text: str) -> str | None:

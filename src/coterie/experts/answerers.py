@@ -90,7 +90,7 @@ class Group:
     """Experts that are loaded in one go: the adapters of one base model, or a single endpoint.
 
     Attributes:
-        name: the base model, or the endpoint's expert.
+        name: the base model, or a name for the endpoint; each group has another.
         experts: their names.
         load: makes them ready.
         size: bytes that they take when they are loaded; None if that cannot be told beforehand.

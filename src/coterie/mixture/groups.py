@@ -56,7 +56,8 @@ def _local_group(
 
 def _endpoint_group(expert: PoolExpert, work: WorkSettings) -> Group:
     endpoint = Endpoint(expert.name, expert.source, expert.model)
-    return Group(expert.name, (expert.name,), lambda: EndpointAnswerer(endpoint, work), size=0, is_remote=True)
+    name = f"endpoint {expert.name}"  # no model is called so
+    return Group(name, (expert.name,), lambda: EndpointAnswerer(endpoint, work), size=0, is_remote=True)
 
 
 def needed_bytes(
