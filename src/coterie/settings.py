@@ -17,6 +17,7 @@ FeatureForm = Literal["adam", "adam-centred", "sgd"]
 Projection = Literal["sketch", "rademacher"]
 CacheUse = Literal["keep", "recompute"]
 ClusterMethod = Literal["birch", "spherical-kmeans", "birch-pca", "kmeans-pca"]
+SimilarityRule = Literal["max-cosine", "convex-hull", "kde"]
 
 
 def _check_every(written: str | None) -> str | None:
@@ -300,6 +301,38 @@ class EvaluationSettings(Settings):
     sampling: SamplingSettings = SamplingSettings()
     grid: GridSettings = GridSettings()
     few_shot: ShotSettings = ShotSettings()
+
+
+class SelectionSettings(Settings):
+    """Which rows of a pool are chosen: similar to some examples, and diverse among themselves."""
+
+    budget: int = Field(1000, ge=1, description="rows to choose")
+    rule: SimilarityRule = Field("max-cosine", description="similar: to one example, to their hull, or where dense")
+    gamma: float = Field(2.0, gt=0, description="sharpness of kde")
+    keep: Literal["greedy", "published"] = Field(
+        "greedy", description="greedy: pass over near-duplicates until the budget is full; published: drop them from it"
+    )
+    tau: float = Field(0.9, gt=0, le=1, description="chosen rows have at most this cosine among themselves")
+    exclude_tau: float = Field(0.9, gt=0, le=1, description="largest cosine to an example or an excluded row")
+    block_rows: int = Field(8192, ge=1, description="pool rows held in memory at a time")
+
+
+class GatherSettings(Settings):
+    """`coterie gather`: rows of open data for a task of which a few examples are known."""
+
+    shots: list[str] = Field(min_length=1, description="the task's examples: JSONL file or datasets source; repeated")
+    pool: list[str] = Field(min_length=1, description="open data to choose from, as shots are given; may be repeated")
+    output: str = Field(description="folder to write the chosen rows to")
+    exclude: list[str] = Field([], description="rows that must not be found again, such as a test set; repeated")
+    encoder: str = Field("minilm", description="text encoder: minilm, a folder, or hidden (the states of --model)")
+    model: str | None = Field(None, description="base model, for --encoder hidden only")
+    embeddings: str | None = Field(
+        None, description="folder that keeps embeddings for later; default: the user's cache"
+    )
+    limit: int | None = Field(None, ge=1, description="use only the first N rows of every pool")
+    overwrite: bool = Field(False, description="replace the output folder if it exists")
+    selection: SelectionSettings = SelectionSettings()
+    placement: PlacementSettings = PlacementSettings()
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
