@@ -25,6 +25,8 @@ _HOMES = {
     "spread": "coterie.evaluation.seeds",
     "read_spread": "coterie.evaluation.seeds",
     "format_spread": "coterie.evaluation.seeds",
+    "gather": "coterie.methods.gathering",
+    "run_gathering": "coterie.methods.gathering",
     "write_report": "coterie.report",
     "print_weights": "coterie.report.terminal",
 }

@@ -22,6 +22,7 @@ from coterie.settings import (
     BankSettings,
     ElreaSettings,
     EvaluationSettings,
+    GatherSettings,
     GenerateSettings,
     RouteSettings,
     Settings,
@@ -100,6 +101,14 @@ def fit_token_level(settings: TokenLevelSettings) -> None:
 def build_bank(settings: BankSettings) -> None:
     """Make a mixture of adapters that exist already, routed by similarity to the texts that each was made for."""
     typer.echo(_made(coterie.methods.build_bank(settings)))
+
+
+@app.command("gather")
+@flags_from(GatherSettings)
+def gather(settings: GatherSettings, as_json: AsJson = False) -> None:
+    """Choose rows of open data that are similar to a task's examples and diverse among themselves (2408.15915)."""
+    gathered = coterie.run_gathering(settings)
+    typer.echo(json.dumps(gathered.summary) if as_json else str(gathered))
 
 
 @app.command("methods")
@@ -191,6 +200,7 @@ def repeat(record: Annotated[Path, typer.Argument(help="the run.yaml of a run fo
         "fit elrea": (ElreaSettings, lambda settings: coterie.methods.fit_elrea(settings).folder),
         "fit token-level": (TokenLevelSettings, lambda settings: coterie.methods.fit_token_level(settings).folder),
         "bank build": (BankSettings, lambda settings: coterie.methods.build_bank(settings).folder),
+        "gather": (GatherSettings, coterie.run_gathering),
         "eval": (EvaluationSettings, coterie.run_evaluation),
     }
     if found["command"] not in commands:
