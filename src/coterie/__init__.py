@@ -32,6 +32,8 @@ _HOMES = {
     "generate_symbolic": "coterie.evaluation.recruited",
     "plan_symbolic": "coterie.evaluation.recruited",
     "is_symbolic": "coterie.methods.symbolic",
+    "gather": "coterie.methods.gathering",
+    "run_gathering": "coterie.methods.gathering",
     "write_report": "coterie.report",
     "print_weights": "coterie.report.terminal",
 }

@@ -22,6 +22,7 @@ from coterie.settings import (
     BankSettings,
     ElreaSettings,
     EvaluationSettings,
+    GatherSettings,
     GenerateSettings,
     PoolSettings,
     ProfileSettings,
@@ -132,6 +133,14 @@ def profile(settings: ProfileSettings, as_json: AsJson = False) -> None:
     typer.echo(json.dumps(found.record()) if as_json else str(found))
 
 
+@app.command("gather")
+@flags_from(GatherSettings)
+def gather(settings: GatherSettings, as_json: AsJson = False) -> None:
+    """Choose rows of open data that are similar to a task's examples and diverse among themselves (2408.15915)."""
+    gathered = coterie.run_gathering(settings)
+    typer.echo(json.dumps(gathered.summary) if as_json else str(gathered))
+
+
 @app.command("methods")
 def list_methods(as_json: AsJson = False) -> None:
     """List the methods: where their experts come from, how prompts find them, where they meet."""
@@ -238,6 +247,7 @@ def repeat(record: Annotated[Path, typer.Argument(help="the run.yaml of a run fo
         "bank build": (BankSettings, lambda settings: coterie.methods.build_bank(settings).folder),
         "fit symbolic-moe": (SymbolicSettings, lambda settings: coterie.fit_symbolic(settings).aggregator),
         "profile": (ProfileSettings, coterie.run_profile),
+        "gather": (GatherSettings, coterie.run_gathering),
         "eval": (EvaluationSettings, coterie.evaluate_folder),
     }
     if found["command"] not in commands:

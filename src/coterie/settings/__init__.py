@@ -9,6 +9,7 @@ from coterie.settings.commands import (
     BankSettings,
     ElreaSettings,
     EvaluationSettings,
+    GatherSettings,
     GenerateSettings,
     PoolSettings,
     ProfileSettings,
@@ -35,7 +36,9 @@ from coterie.settings.groups import (
     RenewalSettings,
     RoutingSettings,
     SamplingSettings,
+    SelectionSettings,
     ShotSettings,
+    SimilarityRule,
     SimilaritySettings,
     SkillSettings,
     TrainingSettings,
@@ -45,6 +48,9 @@ from coterie.settings.groups import (
 from coterie.settings.reading import AnySettings, Settings, checked, flat_fields, from_flat
 
 __all__ = [
+    "GatherSettings",
+    "SelectionSettings",
+    "SimilarityRule",
     "AnySettings",
     "BankSettings",
     "CacheUse",

@@ -17,6 +17,7 @@ from coterie.settings.groups import (
     RenewalSettings,
     RoutingSettings,
     SamplingSettings,
+    SelectionSettings,
     ShotSettings,
     SimilaritySettings,
     SkillSettings,
@@ -178,3 +179,21 @@ class SymbolicSettings(Settings):
     placement: PlacementSettings = PlacementSettings()
     work: WorkSettings = WorkSettings()
     sampling: SamplingSettings = SamplingSettings()
+
+
+class GatherSettings(Settings):
+    """`coterie gather`: rows of open data for a task of which a few examples are known."""
+
+    shots: list[str] = Field(min_length=1, description="the task's examples: JSONL file or datasets source; repeated")
+    pool: list[str] = Field(min_length=1, description="open data to choose from, as shots are given; may be repeated")
+    output: str = Field(description="folder to write the chosen rows to")
+    exclude: list[str] = Field([], description="rows that must not be found again, such as a test set; repeated")
+    encoder: str = Field("minilm", description="text encoder: minilm, a folder, or hidden (the states of --model)")
+    model: str | None = Field(None, description="base model, for --encoder hidden only")
+    embeddings: str | None = Field(
+        None, description="folder that keeps embeddings for later; default: the user's cache"
+    )
+    limit: int | None = Field(None, ge=1, description="use only the first N rows of every pool")
+    overwrite: bool = Field(False, description="replace the output folder if it exists")
+    selection: SelectionSettings = SelectionSettings()
+    placement: PlacementSettings = PlacementSettings()

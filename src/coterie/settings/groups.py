@@ -9,6 +9,7 @@ from coterie.settings.reading import Settings
 FeatureForm = Literal["adam", "adam-centred", "sgd"]
 Projection = Literal["sketch", "rademacher"]
 CacheUse = Literal["keep", "recompute"]
+SimilarityRule = Literal["max-cosine", "convex-hull", "kde"]
 ClusterMethod = Literal["birch", "spherical-kmeans", "birch-pca", "kmeans-pca"]
 
 
@@ -241,3 +242,17 @@ class RecruitSettings(Settings):
     min_share: float = Field(
         0.05, ge=0, le=1, description="experts recruited for a smaller share of the questions are replaced"
     )
+
+
+class SelectionSettings(Settings):
+    """Which rows of a pool are chosen: similar to some examples, and diverse among themselves."""
+
+    budget: int = Field(1000, ge=1, description="rows to choose")
+    rule: SimilarityRule = Field("max-cosine", description="similar: to one example, to their hull, or where dense")
+    gamma: float = Field(2.0, gt=0, description="sharpness of kde")
+    keep: Literal["greedy", "published"] = Field(
+        "greedy", description="greedy: pass over near-duplicates until the budget is full; published: drop them from it"
+    )
+    tau: float = Field(0.9, gt=0, le=1, description="chosen rows have at most this cosine among themselves")
+    exclude_tau: float = Field(0.9, gt=0, le=1, description="largest cosine to an example or an excluded row")
+    block_rows: int = Field(8192, ge=1, description="pool rows held in memory at a time")

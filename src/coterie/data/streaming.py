@@ -1,0 +1,139 @@
+"""Pools of examples that are larger than memory: read row by row, told apart by hashes of their content."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, islice
+
+import numpy as np
+from jaxtyping import Int, Shaped
+
+from coterie.data.examples import Example, _example, _rows
+from coterie.errors import CoterieError
+
+Pool = str | Sequence[Example]
+"""A source as `load_examples` knows it, or examples in memory."""
+
+KEY_BYTES = 16
+
+FRESH, COPY, SHOT_QUESTION, EXCLUDED_QUESTION = range(4)
+"""What a pool row is found to be by its text alone."""
+
+
+def stream_examples(source: Pool, limit: int | None = None) -> Iterator[Example]:
+    """Yield the examples of a source one by one; as `load_examples`, which holds them all.
+
+    Raises:
+        CoterieError: naming the file and line of the first bad row, or telling that there are no rows.
+    """
+    if not isinstance(source, str):
+        yield from islice(source, limit)
+        return
+    number = -1
+    for number, (place, row) in enumerate(islice(_rows(source), limit)):
+        yield _example(row, place, str(number), need_response=True)
+    if number < 0:
+        raise CoterieError(f"{source} holds no examples; give a file with at least one")
+
+
+def text_of(example: Example) -> str:
+    """Return question and answer as one text, without system prompts."""
+    return "\n".join(message.content for message in example.messages if message.role != "system")
+
+
+def question_of(example: Example) -> str:
+    """Return the question in a form that letter case and white space do not change."""
+    words = (m.content.casefold().split() for m in example.prompt if m.role != "system")
+    return " ".join(chain.from_iterable(words))
+
+
+def key_of(text: str) -> bytes:
+    """Return the key by which a text is known: the first half of its SHA-256."""
+    return hashlib.sha256(text.encode()).digest()[:KEY_BYTES]
+
+
+def as_keys(joined: bytes | bytearray) -> Shaped[np.ndarray, " text"]:
+    """Cut joined keys into an array of them, of the dtype S16."""
+    return np.frombuffer(joined, dtype=f"S{KEY_BYTES}")
+
+
+@dataclass(frozen=True)
+class PoolIndex:
+    """What is held of every row of the pools, which are counted through one after the other.
+
+    Attributes:
+        pools: where the rows are, by name.
+        limit: use only so many rows of every pool.
+        texts: key of the row's text.
+        records: key of everything in the row but its id.
+        kinds: `FRESH`, `COPY` (another row with this text is fresh), `SHOT_QUESTION` or `EXCLUDED_QUESTION`.
+        starts: number of the first row of every pool, and the number of rows.
+    """
+
+    pools: Mapping[str, Pool]
+    limit: int | None
+    texts: Shaped[np.ndarray, " row"]
+    records: Shaped[np.ndarray, " row"]
+    kinds: Int[np.ndarray, " row"]
+    starts: Int[np.ndarray, " bound"]
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.kinds)
+
+    def read(self, numbers: Int[np.ndarray, " wanted"]) -> Iterator[tuple[int, Example]]:
+        """Read the pools again and yield the rows with these numbers, in rising order.
+
+        Raises:
+            CoterieError: when a pool has changed since it was indexed.
+        """
+        wanted = np.zeros(len(self), dtype=bool)
+        wanted[numbers] = True
+        rows = chain.from_iterable(stream_examples(pool, self.limit) for pool in self.pools.values())
+        count = 0
+        for count, example in enumerate(rows, start=1):
+            if count <= len(self) and wanted[count - 1]:
+                if as_keys(key_of(text_of(example)))[0] != self.texts[count - 1]:
+                    raise _changed(self.pools)
+                yield count - 1, example
+        if count != len(self):
+            raise _changed(self.pools)
+
+    def pool_of(self, numbers: Int[np.ndarray, " wanted"]) -> Int[np.ndarray, " wanted"]:
+        """Return which pool every one of these rows stands in."""
+        return np.searchsorted(self.starts, numbers, side="right") - 1
+
+
+def index_pools(
+    pools: Mapping[str, Pool], limit: int | None, shots: Sequence[Example], excluded: Sequence[Example]
+) -> PoolIndex:
+    """Read pools once: check every row, and find by text alone what cannot be chosen.
+
+    Of rows with the same text one stays: the one whose record has the smallest key, so that the order of rows does not
+    matter. Of rows that are alike in everything but their id, it is the first.
+
+    Raises:
+        CoterieError: for a bad row or an empty pool.
+    """
+    asked = dict.fromkeys(map(question_of, excluded), EXCLUDED_QUESTION)
+    asked |= dict.fromkeys(map(question_of, shots), SHOT_QUESTION)
+    texts, records, kinds, starts = bytearray(), bytearray(), bytearray(), [0]
+    for pool in pools.values():
+        for example in stream_examples(pool, limit):
+            texts += key_of(text_of(example))
+            records += key_of(json.dumps(asdict(replace(example, id="")), sort_keys=True))
+            kinds.append(asked.get(question_of(example), FRESH))
+        starts.append(len(kinds))
+    keys, found = as_keys(texts), np.frombuffer(kinds, np.int8).copy()
+    found[_copies(keys, as_keys(records))] = COPY
+    return PoolIndex(pools, limit, keys, as_keys(records), found, np.array(starts))
+
+
+def _copies(texts: Shaped[np.ndarray, " row"], records: Shaped[np.ndarray, " row"]) -> Int[np.ndarray, " copy"]:
+    order = np.lexsort((records, texts))
+    return order[1:][texts[order][1:] == texts[order][:-1]]
+
+
+def _changed(pools: Mapping[str, Pool]) -> CoterieError:
+    return CoterieError(f"the pool changed while it was read ({', '.join(pools)}); start again when it is complete")

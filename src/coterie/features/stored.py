@@ -1,0 +1,212 @@
+"""Embeddings of plain texts, kept by content: a text that was embedded once is never embedded again."""
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from coterie.artifacts import sha256_of, write_tensors
+from coterie.backbone.aliases import ENCODER_ALIASES, cache_folder, fetch_alias
+from coterie.backbone.loading import load_backbone
+from coterie.data.streaming import KEY_BYTES, as_keys, key_of
+from coterie.errors import CoterieError, unknown_name
+from coterie.features.embedding import HIDDEN, Encoder, HiddenStateEncoder, SentenceEncoder, _loading_errors
+from coterie.settings import ModelSettings, PlacementSettings
+
+ENCODER_FILES = (".json", ".safetensors", ".txt", ".model")
+
+Keys = Shaped[np.ndarray, " text"]
+"""One key of `KEY_BYTES` bytes a text, of the dtype S16."""
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """An encoder of plain texts.
+
+    Attributes:
+        encode: what embeds.
+        identity: hash of everything that its embeddings depend on.
+    """
+
+    encode: Encoder
+    identity: str
+
+
+def load_text_encoder(name: str, model: str | None, placement: PlacementSettings) -> TextEncoder:
+    """Load an encoder for texts that belong to no base model's prompts.
+
+    Args:
+        name: `minilm`, a local folder in the form of sentence-transformers, or `hidden`.
+        model: the base model whose hidden states `hidden` averages; None for the others, which need none.
+        placement: how the base model is held, and the device of any encoder.
+
+    Raises:
+        CoterieError: when there is no such encoder, it cannot be loaded, or a base model is lacking or too much.
+    """
+    if (name == HIDDEN) != (model is not None):
+        raise CoterieError("--encoder hidden and --model belong together: give both or neither")
+    if model is not None:
+        backbone = load_backbone(ModelSettings(model=model, **placement.model_dump()))
+        weights = backbone.model.get_input_embeddings().weight.dtype
+        return TextEncoder(HiddenStateEncoder(backbone), _hash(HIDDEN, backbone.identity.sha256, str(weights)))
+    folder = fetch_alias(name) if name in ENCODER_ALIASES else Path(name).expanduser()
+    if not folder.is_dir():
+        raise unknown_name("encoder or local folder", name, [HIDDEN, *ENCODER_ALIASES])
+    return _sentence_encoder(folder, name, placement.device)
+
+
+def _sentence_encoder(folder: Path, name: str, device: str) -> TextEncoder:
+    if device == "auto":
+        device = str((torch.accelerator.is_available() and torch.accelerator.current_accelerator()) or "cpu")
+    files = sorted(file for file in folder.rglob("*") if file.suffix in ENCODER_FILES)
+    with _loading_errors(folder):  # there are no prompts of a base model here: its own tokenizer does
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    encoder = SentenceEncoder(folder, tokenizer, name=name, device=device)
+    return TextEncoder(encoder, _hash(*(str(file.relative_to(folder)) for file in files), sha256_of(*files)))
+
+
+def keys_of(texts: Sequence[str]) -> Keys:
+    """Return the keys of texts."""
+    return as_keys(b"".join(map(key_of, texts)))
+
+
+class EmbeddingStore:
+    """Embeddings of one encoder on disk, in safetensors shards of keys and vectors."""
+
+    def __init__(self, encoder: TextEncoder, folder: Path | None = None) -> None:
+        """Open the encoder's own part of a folder.
+
+        Args:
+            encoder: what embeds texts that are not there yet.
+            folder: where embeddings are kept, by default in the user's cache.
+        """
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(encoder.encode.name).name)
+        self.folder = (folder or cache_folder() / "embeddings") / f"{name}-{encoder.identity[:KEY_BYTES]}"
+        self._encode = encoder.encode
+
+    def missing(self, keys: Keys) -> Bool[np.ndarray, " text"]:
+        """Tell which of these texts were never embedded."""
+        return self._shelves().find(keys) < 0
+
+    def add(self, texts: Sequence[str]) -> None:
+        """Embed texts and keep the embeddings as one shard.
+
+        Raises:
+            CoterieError: when an embedding is not finite.
+        """
+        keys, embeddings = keys_of(texts), self._encode(texts)
+        broken = (~embeddings.isfinite().all(dim=1)).nonzero()
+        if len(broken):
+            raise CoterieError(f"the encoder makes no numbers of the text {texts[int(broken[0])][:40]!r}; use another")
+        name = hashlib.sha256(keys.tobytes()).hexdigest()[: 2 * KEY_BYTES]
+        columns = torch.from_numpy(np.frombuffer(keys.tobytes(), np.uint8).reshape(-1, KEY_BYTES).copy())
+        path = self.folder / f"{name}.safetensors"
+        write_tensors(path, {"keys": columns, "embeddings": embeddings})
+
+    def embed(self, texts: Sequence[str]) -> Float[Tensor, "text dimension"]:
+        """Return the embeddings of a few texts, making those that are missing."""
+        by_key = {key_of(text): text for text in texts}
+        missing = self.missing(as_keys(b"".join(by_key)))
+        if missing.any():
+            self.add([text for text, new in zip(by_key.values(), missing, strict=True) if new])
+        return self.rows(keys_of(texts))[:]
+
+    def rows(self, keys: Keys) -> "StoredRows":
+        """Return the embeddings of texts that were all added before, as rows that are read when they are asked for.
+
+        Raises:
+            CoterieError: when one of them is not there.
+        """
+        shelves = self._shelves()
+        places = shelves.find(keys)
+        if (places < 0).any():
+            raise CoterieError(f"{self.folder} lost embeddings while they were needed; start again")
+        return StoredRows(shelves, places, self._encode.dimensions)
+
+    def _shelves(self) -> "_Shelves":
+        files = sorted(self.folder.glob("*.safetensors"))
+        found = [_read_keys(file, self._encode.dimensions) for file in files]
+        return _Shelves(files, found)
+
+
+class _Shelves:
+    """Where every key stands: places count through all shards, one after the other."""
+
+    def __init__(self, files: Sequence[Path], keys: Sequence[Shaped[np.ndarray, "..."]]) -> None:
+        self.files = files
+        self.starts = np.cumsum([0, *map(len, keys)])
+        joined = np.concatenate([as_keys(b""), *keys])
+        self._order = np.argsort(joined, kind="stable")
+        self._sorted = joined[self._order]
+
+    def find(self, keys: Keys) -> Int[np.ndarray, " text"]:
+        """Return the place of every key; -1 where it is nowhere."""
+        if not len(self._sorted):
+            return np.full(len(keys), -1)
+        spot = np.searchsorted(self._sorted, keys).clip(max=len(self._sorted) - 1)
+        return np.where(self._sorted[spot] == keys, self._order[spot], -1)
+
+
+class StoredRows:
+    """Embeddings that stay on disk; `rows[numbers]` and `rows[start:stop]` read them."""
+
+    def __init__(self, shelves: _Shelves, places: Int[np.ndarray, " row"], dimensions: int) -> None:
+        """Store where every row stands."""
+        self._shelves = shelves
+        self._places = places
+        self._dimensions = dimensions
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._places)
+
+    def __getitem__(self, rows: slice | Int[np.ndarray, " row"]) -> Float[Tensor, "row dimension"]:
+        """Read some rows: neighbours on disk together, every shard once."""
+        places = self._places[rows]
+        result = torch.empty(len(places), self._dimensions)
+        order = np.argsort(places, kind="stable")
+        shards = np.searchsorted(self._shelves.starts, places[order], side="right") - 1
+        for shard in np.unique(shards):
+            wanted = order[shards == shard]
+            with _shard_errors(self._shelves.files[shard]), safe_open(self._shelves.files[shard], "pt") as file:
+                vectors = file.get_slice("embeddings")
+                _copy_runs(vectors, places[wanted] - self._shelves.starts[shard], wanted, result)
+        return result
+
+
+def _copy_runs(vectors: Any, places: Int[np.ndarray, " row"], targets: Int[np.ndarray, " row"], result: Tensor) -> None:
+    """Copy vectors at rising places to rows of the result, each run of neighbours in one piece."""
+    cuts = np.flatnonzero(np.diff(places) != 1) + 1
+    for run, target in zip(np.split(places, cuts), np.split(targets, cuts), strict=True):
+        result[torch.from_numpy(target)] = vectors[int(run[0]) : int(run[-1]) + 1]
+
+
+def _read_keys(file: Path, dimensions: int) -> Keys:
+    with _shard_errors(file), safe_open(file, "pt") as shard:
+        keys = shard.get_tensor("keys")
+        shape = shard.get_slice("embeddings").get_shape()
+    if shape != [len(keys), dimensions] or keys.shape[1:] != (KEY_BYTES,):
+        raise CoterieError(f"{file} holds no embeddings of this encoder; delete the file, it is made again")
+    return as_keys(keys.numpy().tobytes())
+
+
+@contextmanager
+def _shard_errors(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CoterieError(f"{file} is broken ({error}); delete the file, it is made again") from error
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
