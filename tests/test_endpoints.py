@@ -170,9 +170,10 @@ def test_no_more_requests_run_at_a_time_than_allowed():
 
 
 def test_requests_a_minute_are_limited():
+    started = time.monotonic()
     with serving(lambda got: completion("x")) as stub:
         ask_all(stub, asks(*"abcd"), requests_per_minute=600)
-    assert stub.requests[-1].moment - stub.requests[0].moment >= 0.28
+    assert max(got.moment for got in stub.requests) - started >= 0.3
 
 
 def test_a_turn_comes_after_the_one_before():
