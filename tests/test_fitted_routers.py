@@ -145,7 +145,7 @@ def test_predictions_and_names_must_match():
 def test_pilots_are_the_mean_unit_features_of_one_source_and_one_best_expert():
     features = torch.tensor([[3.0, 0.0], [0.0, 2.0], [5.0, 0.0], [0.0, 1.0]])
     nll = torch.tensor([[2.0, 1.0, 3.0], [2.0, 1.0, 3.0], [0.5, 1.0, 3.0], [2.0, 1.0, 3.0]])
-    pilots = make_pilots(features, judgement(nll), ["a", "a", "a", "b"])
+    pilots = make_pilots(features, judgement(nll).best_of_rows(), ["a", "a", "a", "b"])
     assert set(pilots) == {"base", "law"}
     assert pilots["base"].tolist() == [[1.0, 0.0]]
     assert pilots["law"].tolist() == [[0.5, 0.5], [0.0, 1.0]]

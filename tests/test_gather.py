@@ -23,7 +23,7 @@ from coterie.features import stored
 from coterie.features.stored import EmbeddingStore, TextEncoder, load_text_encoder
 from coterie.methods import gathering
 from coterie.settings import PlacementSettings
-from test_cli import refused, run  # noqa: F401 - a fixture
+from test_cli import refused
 from test_embedding import make_bert, make_tokenizer
 from test_selection import unit
 

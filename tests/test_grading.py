@@ -531,15 +531,15 @@ def test_what_was_taken_for_the_answer_among_several_is_told():
     assert grade("so " * 300, "Rome", answers=["Rome"]).extracted == ("so " * 300)[:500]
 
 
-OPTIONS = "Which?\n(A) red\n(B) blue"
+LISTED = "Which?\n(A) red\n(B) blue"
 
 
 @pytest.mark.parametrize(
     ("text", "prompt", "read"),
     [
-        ("I think the answer is (B).", OPTIONS, "B"),
-        ("(A) or (B)? So (A)", OPTIONS, "A"),
-        ("no idea", OPTIONS, ""),
+        ("I think the answer is (B).", LISTED, "B"),
+        ("(A) or (B)? So (A)", LISTED, "A"),
+        ("no idea", LISTED, ""),
         (r"Thus \boxed{1{,}000}.", "", "1000"),
         ("So 3 + 4 = 7. The answer is 1,000 apples.", "", "1000"),
         ("First 3, then 4.\nThat makes 12 of them.", "", "12"),

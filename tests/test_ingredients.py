@@ -21,6 +21,7 @@ from coterie.methods import ingredients
 from coterie.methods.bench import method_named, needs_of
 from coterie.methods.ingredients import KINDS, load_ingredient, prepare, read_judgement
 from coterie.methods.judging import assign_folds, even_pairs
+from coterie.methods.of_clusters import CLUSTER_METHODS
 from coterie.methods.recipe import open_recipe
 from coterie.methods.table import load_bench, make_bench
 from coterie.mixture import Mixture
@@ -262,7 +263,7 @@ def test_another_setting_than_it_was_trained_with_is_told(grid_folder):
 
 
 def test_what_is_made_from_something_comes_after_it():
-    assert needs_of(["loss-routing", "performance-centroids", "base"]) == ["loss", "performance"]
+    assert needs_of(["loss-routing", "performance-centroids", "base"], CLUSTER_METHODS) == ["loss", "performance"]
     assert KINDS["loss"].needs == ("judged",)
 
 
@@ -314,7 +315,7 @@ def test_a_broken_ingredient_is_told(copy, grid_folder):
     ("name", "message"),
     [
         ("elrae", "no method is called 'elrae'. Did you mean 'elrea'"),
-        ("elrea:top=2", "'elrea:top=2' is no variant of elrea; write elrea:top_k=K or elrea:d_proj=D"),
+        ("elrea:top=2", "'elrea:top=2' is no variant of elrea; write elrea:top_k=K, elrea:d_proj=D or elrea:every=N"),
         ("elrea:top_k=0", "is no variant"),
         ("elrea:top_k=many", "is no variant"),
         ("elrea:", "is no variant"),
@@ -322,7 +323,7 @@ def test_a_broken_ingredient_is_told(copy, grid_folder):
 )
 def test_a_variant_that_does_not_exist_is_told(name, message):
     with pytest.raises(CoterieError, match=message):
-        method_named(name)
+        method_named(name, CLUSTER_METHODS)
 
 
 def test_variants_of_a_method_change_its_router_alone(bench):

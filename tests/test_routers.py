@@ -263,7 +263,10 @@ CENTROIDS = {"kind": "gradient-centroids", "experts": ["a"], "base": "base"}
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"kind": "fixd"}, "no router is called 'fixd'. Did you mean 'fixed'. There are: derived, embedding-centroids"),
+        (
+            {"kind": "fixd"},
+            "no router is called 'fixd'. There are: arrow, derived, embedding-centroids",
+        ),
         ({}, "no router is called 'None'"),
         ({"kind": "fixed"}, r"router: the entry of the router 'fixed' is broken \('weights'\); fit again"),
         ({"kind": "fixed", "weights": {"a": "much"}}, "the entry of the router 'fixed' is broken .*'much'"),
