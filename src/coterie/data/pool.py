@@ -5,7 +5,6 @@ pool is read in blocks, and beyond them only a few numbers a row are held. Embed
 float64 and count to six decimals, so neither the order of the pool nor the size of a block changes the result.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -19,7 +18,7 @@ from coterie.settings import SelectionSettings
 
 DECIMALS = 6
 TILE = 1024
-"""Rows compared at a time; the two copies that this makes in float64 stay within a processor's cache."""
+"""Rows that are compared with each other at a time."""
 
 LEFT, CHOSEN, LIKE_SHOT, LIKE_EXCLUDED, LIKE_CHOSEN = range(5)
 """What becomes of a pool row."""
@@ -115,11 +114,13 @@ def measure(
 ) -> Measured:
     """Compare every pool row with the examples and the excluded rows, to six decimals."""
     rule = nearness_by(settings.rule, shots, settings.gamma)
-    width = shots.double().T
+    directions = shots.double().T
     similarity, cosine, forbidden = (np.full(len(pool), -1.0) for _ in range(3))
     nearest = np.zeros(len(pool), dtype=np.int32)
-    for place, block in _tiles(pool, settings.block_rows):
-        cosines = block @ width
+    for start in range(0, len(pool), settings.block_rows):
+        place = slice(start, start + settings.block_rows)
+        block = pool[place].double()
+        cosines = block @ directions
         largest, number = cosines.max(dim=1)
         similarity[place], cosine[place], nearest[place] = _rounded(rule(cosines)), _rounded(largest), number.numpy()
         if excluded is not None:
@@ -196,15 +197,6 @@ def _keep_within(
             alive &= ~near[row]
     numbers = np.array(taken, dtype=np.int64)
     return numbers, np.setdiff1d(np.arange(seen), numbers)
-
-
-def _tiles(pool: Rows, block_rows: int) -> Iterator[tuple[slice, Float[Tensor, "row dimension"]]]:
-    """Read the pool in blocks and yield it in float64 tiles, with their places."""
-    for start in range(0, len(pool), block_rows):
-        block = pool[start : start + block_rows]
-        for offset in range(0, len(block), TILE):
-            tile = block[offset : offset + TILE]
-            yield slice(start + offset, start + offset + len(tile)), tile.double()
 
 
 def _rounded(values: Float[Tensor, " row"]) -> Float[np.ndarray, " row"]:

@@ -57,8 +57,8 @@ def load_text_encoder(name: str, model: str | None, placement: PlacementSettings
         raise CoterieError("--encoder hidden and --model belong together: give both or neither")
     if model is not None:
         backbone = load_backbone(ModelSettings(model=model, **placement.model_dump()))
-        weights = backbone.model.get_input_embeddings().weight.dtype
-        return TextEncoder(HiddenStateEncoder(backbone), _hash(HIDDEN, backbone.identity.sha256, str(weights)))
+        held = f"{backbone.model.get_input_embeddings().weight.dtype} {placement.load_in_4bit}"
+        return TextEncoder(HiddenStateEncoder(backbone), _hash(HIDDEN, backbone.identity.sha256, held))
     folder = fetch_alias(name) if name in ENCODER_ALIASES else Path(name).expanduser()
     if not folder.is_dir():
         raise unknown_name("encoder or local folder", name, [HIDDEN, *ENCODER_ALIASES])
