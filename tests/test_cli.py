@@ -45,6 +45,9 @@ def test_help_is_there_for_every_command(run):
     for words in (
         [],
         ["fit", "elrea"],
+        ["fit", "token-level"],
+        ["bank", "build"],
+        ["gather"],
         ["fit", "symbolic-moe"],
         ["pool", "init"],
         ["profile"],

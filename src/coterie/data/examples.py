@@ -89,10 +89,10 @@ def load_examples(
         CoterieError: naming the file and line of the first bad row, or telling that there are no rows.
     """
     examples = []
-    for place, row in _rows(source):
+    for place, row in raw_rows(source):
         if limit is not None and len(examples) == limit:
             break
-        examples.append(_example(row, place, str(len(examples)), need_response))
+        examples.append(to_example(row, place, str(len(examples)), need_response))
     if not examples:
         raise CoterieError(f"{_name(source)} holds no examples; rows have the form {FORMS}")
     return examples
@@ -125,8 +125,12 @@ def _name(source: object) -> str:
     return str(source) if isinstance(source, (str, Path)) else "the data"
 
 
-def _rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield rows with the place to name in an error."""
+def raw_rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield rows with the place to name in an error.
+
+    Raises:
+        CoterieError: for a source that cannot be read.
+    """
     if not isinstance(source, (str, Path)):
         for number, row in enumerate(source):
             yield f"row {number + 1} of the data", row
@@ -184,7 +188,18 @@ def _one_split(loaded: Any) -> Any:  # a Dataset, or a dict of them by split
     return loaded["train"]
 
 
-def _example(row: Mapping[str, Any], place: str, default_id: str, need_response: bool) -> Example:
+def to_example(row: Mapping[str, Any], place: str, default_id: str, need_response: bool) -> Example:
+    """Take one row in any of its forms.
+
+    Args:
+        row: as it stands in the data.
+        place: names it in an error.
+        default_id: for a row that brings none.
+        need_response: whether a row without an answer is refused.
+
+    Raises:
+        CoterieError: for a row in no known form, or with an empty part.
+    """
     messages = _messages(row, place)
     if messages[-1].role != "assistant" and need_response:
         raise CoterieError(f"{place} has no response; rows have the form {FORMS}")

@@ -9,7 +9,7 @@ from itertools import chain, islice
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from coterie.data.examples import Example, _example, _rows
+from coterie.data.examples import Example, raw_rows, to_example
 from coterie.errors import CoterieError
 
 Pool = str | Sequence[Example]
@@ -31,8 +31,8 @@ def stream_examples(source: Pool, limit: int | None = None) -> Iterator[Example]
         yield from islice(source, limit)
         return
     number = -1
-    for number, (place, row) in enumerate(islice(_rows(source), limit)):
-        yield _example(row, place, str(number), need_response=True)
+    for number, (place, row) in enumerate(islice(raw_rows(source), limit)):
+        yield to_example(row, place, str(number), need_response=True)
     if number < 0:
         raise CoterieError(f"{source} holds no examples; give a file with at least one")
 

@@ -83,7 +83,7 @@ class SentenceEncoder:
         """
         self.name = name or str(folder)
         self._prompt_tokenizer = tokenizer
-        with _loading_errors(folder):
+        with encoder_errors(folder):
             _check_modules(folder)
             self._pooling = _pooling(folder)
             self._model = _load_model(folder).to(device).eval()
@@ -230,7 +230,8 @@ def _in_batches(
 
 
 @contextmanager
-def _loading_errors(folder: Path) -> Iterator[None]:
+def encoder_errors(folder: Path) -> Iterator[None]:
+    """Tell in one line that an encoder's folder cannot be loaded."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

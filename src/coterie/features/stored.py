@@ -20,7 +20,7 @@ from coterie.backbone.aliases import ENCODER_ALIASES, cache_folder, fetch_alias
 from coterie.backbone.loading import load_backbone
 from coterie.data.streaming import KEY_BYTES, as_keys, key_of
 from coterie.errors import CoterieError, unknown_name
-from coterie.features.embedding import HIDDEN, Encoder, HiddenStateEncoder, SentenceEncoder, _loading_errors
+from coterie.features.embedding import HIDDEN, Encoder, HiddenStateEncoder, SentenceEncoder, encoder_errors
 from coterie.settings import ModelSettings, PlacementSettings
 
 ENCODER_FILES = (".json", ".safetensors", ".txt", ".model")
@@ -69,7 +69,7 @@ def _sentence_encoder(folder: Path, name: str, device: str) -> TextEncoder:
     if device == "auto":
         device = str((torch.accelerator.is_available() and torch.accelerator.current_accelerator()) or "cpu")
     files = sorted(file for file in folder.rglob("*") if file.suffix in ENCODER_FILES)
-    with _loading_errors(folder):  # there are no prompts of a base model here: its own tokenizer does
+    with encoder_errors(folder):  # there are no prompts of a base model here: its own tokenizer does
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     encoder = SentenceEncoder(folder, tokenizer, name=name, device=device)
     return TextEncoder(encoder, _hash(*(str(file.relative_to(folder)) for file in files), sha256_of(*files)))
