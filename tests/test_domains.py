@@ -19,6 +19,7 @@ from coterie.errors import CoterieError
 from coterie.evaluation.compare import evaluate, run_evaluation
 from coterie.features.embedding import with_answers
 from coterie.methods import domains, stages
+from coterie.methods.of_domains import domain_sources
 from coterie.methods.table import make_bench, usual_methods
 from coterie.mixture import Mixture
 from coterie.mixture.scoring import score
@@ -97,7 +98,9 @@ def test_a_fit_gives_a_folder_that_loads_and_answers(fitted):
     assert len({row["stage"] for row in read_jsonl(fitted / "metrics.jsonl")}) == 2
     saved = fitted.parent / "copy"
     mixture.save_pretrained(saved)
-    assert Mixture.from_pretrained(saved, device="cpu").generate(QUESTIONS[:1], max_new_tokens=5)[0] == answer
+    copy = Mixture.from_pretrained(saved, device="cpu")
+    assert copy.generate(QUESTIONS[:1], max_new_tokens=5)[0] == answer
+    assert domain_sources(copy) == domain_sources(mixture) == {"law-set": "law", "maths-set": "maths"}
 
 
 def test_every_expert_learns_from_its_own_data_alone(fitted, files, model_folder, tmp_path):
