@@ -12,7 +12,7 @@ from coterie.errors import CoterieError, unknown_name
 from coterie.evaluation.answers import check_code_execution, code_notes, graded
 from coterie.evaluation.compare import Evaluation, run_evaluation
 from coterie.evaluation.grading import read_answer
-from coterie.evaluation.records import hardware_record, mean_weights
+from coterie.evaluation.records import hardware_record, mean_weights, question_record
 from coterie.evaluation.table import summarise
 from coterie.methods.answering import LineUp, Outcome, answer_all
 from coterie.methods.asking import open_workshop
@@ -125,12 +125,7 @@ def _row(
     counts = line_ups[first].routing.row(number)
     total = sum(counts.values()) or 1.0
     return {
-        "id": example.id,
-        "source": example.source or "",
-        "category": example.category,
-        "prompt": example.instruction,
-        "reference": example.response,
-        "answer": example.answer,
+        **question_record(example),
         "skills": list(skills[number]),
         "weights": {name: count / total for name, count in counts.items()},
         "expert_nll": {},

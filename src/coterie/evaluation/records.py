@@ -7,6 +7,7 @@ import torch
 
 from coterie.artifacts import environment_record
 from coterie.combiners.weights import WeightCombiner
+from coterie.data.examples import Example
 from coterie.evaluation.answers import Answers, Task, graded
 from coterie.evaluation.routed import Scored
 from coterie.methods.bench import Bench
@@ -16,11 +17,8 @@ from coterie.routers.base import Routing
 MERGES_MEASURED = 16  # rows of weights that a merge's error is averaged over
 
 
-def row_record(
-    number: int, task: Task, scored: Scored, answers: Mapping[str, Answers], bench: Bench, *, run_code: bool
-) -> dict[str, Any]:
-    """Return the record of one row: every method's answer, grade and likelihood, and the experts' own likelihoods."""
-    example = task.row
+def question_record(example: Example) -> dict[str, Any]:
+    """Return what the record of a row keeps of the row itself."""
     return {
         "id": example.id,
         "source": example.source or "",
@@ -28,6 +26,16 @@ def row_record(
         "prompt": example.instruction,
         "reference": example.response,
         "answer": example.answer,
+    }
+
+
+def row_record(
+    number: int, task: Task, scored: Scored, answers: Mapping[str, Answers], bench: Bench, *, run_code: bool
+) -> dict[str, Any]:
+    """Return the record of one row: every method's answer, grade and likelihood, and the experts' own likelihoods."""
+    example = task.row
+    return {
+        **question_record(example),
         "expert_nll": dict(zip(bench.fitted, scored.expert_nll[number].tolist(), strict=True)),
         "methods": {
             name: _method_record(name, number, task, scored, answers, run_code=run_code) for name in scored.cells
