@@ -254,6 +254,11 @@ BAD_SCALINGS = {
         f"r = 8 and .* do not fit {LAYER}, whose rank is 4",
     ),
     "no alpha": ({"lora_alpha": None}, "lora_alpha = None do not fit"),
+    "an alpha beyond numbers": ({"lora_alpha": 10**400}, "lora_alpha = 10+ do not fit"),
+    "a repeat beyond numbers": (
+        {"rank_pattern": {"a{9999999999999}": 4}},
+        "rank_pattern or alpha_pattern is broken .*; get the adapter again",
+    ),
     "infinite alpha": ({"lora_alpha": float("inf")}, "lora_alpha = inf do not fit"),
     "a list as pattern": ({"alpha_pattern": ["q_proj"]}, "rank_pattern or alpha_pattern is broken"),
     "a broken pattern": (
@@ -269,6 +274,31 @@ def test_a_rank_or_scaling_that_does_not_fit_the_tensors_is_refused(backbone, pl
     with pytest.raises(CoterieError, match=message) as caught:
         load_adapter(plain, backbone.model)
     assert "adapter/adapter_config.json" in str(caught.value)
+
+
+SLOW_PATTERNS = {
+    "a repeated group": ["([a-z._0-9]+)+!"],
+    "three repeats": [".*.*.*!"],
+    "many alternatives": ["(la|la)" * 7],
+    "a long one": ["x" * 200 + "*"],
+    "many": [f".*layer{number}" for number in range(33)],
+}
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("patterns", SLOW_PATTERNS.values(), ids=SLOW_PATTERNS)
+def test_patterns_that_could_search_for_years_are_refused(backbone, plain, patterns, field):
+    said = f"adapter_config.json: {field} has {patterns[-1][:80]!r}, which may take too long; name the layers plainly"
+    for form in (patterns, dict.fromkeys(patterns, 4)):
+        rewrite_config(plain, **{field: form})
+        with pytest.raises(CoterieError, match=re.escape(said)):
+            load_adapter(plain, backbone.model)
+
+
+def test_patterns_as_people_write_them_are_taken(backbone, plain):
+    rewrite_config(plain, r=9, rank_pattern={r"model\.layers\.\d+\..*_proj": 4}, alpha_pattern={"(q|k|v)_proj": 8})
+    loaded = load_adapter(plain, backbone.model)
+    assert loaded[LAYER].scaling == 8 / 4 and loaded["model.layers.0.mlp.up_proj"].scaling == 16 / 4
 
 
 def without(tensors, name):
@@ -289,6 +319,11 @@ BAD_TENSORS = {
     "missing other half": (lambda t: without(t, key("A")), f"{LAYER} has only lora_B"),
     "NaN": (lambda t: with_nan(t, key("B")), f"tensor '{key('B')}' holds NaN or infinite values"),
     "infinity": (lambda t: t | {key("A"): t[key("A")] / 0}, f"tensor '{key('A')}' holds NaN or infinite values"),
+    "eight bits": (
+        lambda t: t | {key("A"): t[key("A")].to(torch.float8_e4m3fn)},
+        f"tensor '{key('A')}' is of torch.float8_e4m3fn, which no plain LoRA factor is",
+    ),
+    "whole numbers": (lambda t: t | {key("A"): t[key("A")].int()}, "is of torch.int32, which no plain LoRA factor is"),
     "another width": (
         lambda t: t | {key("A"): torch.ones(4, 33)},
         rf"{LAYER} has lora_A \(4, 33\) and lora_B \(32, 4\), but the base model's layer takes \(r, 32\) and \(32, r\)",

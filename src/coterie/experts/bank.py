@@ -1,7 +1,7 @@
 """The bank: experts by name on one base model, each a plain PEFT folder that was checked before it was used."""
 
-import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ from coterie.lora import Adapter, LoraPair
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
+FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_PATTERNS = 32
 PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "use_dora": (False, None),
@@ -92,6 +94,7 @@ def load_adapter(folder: Path, model: nn.Module) -> Adapter:
             raise CoterieError(
                 f"{folder / CONFIG_FILE}: {field} = {config[field]!r} is not supported; use a plain LoRA adapter"
             )
+    _check_patterns(config, folder / CONFIG_FILE)
     file = folder / WEIGHTS_FILE
     factors = _factors(read_tensors(file), file)
     shapes = linear_shapes(model)
@@ -110,6 +113,8 @@ def _factors(tensors: Mapping[str, Tensor], file: Path) -> dict[str, tuple[Tenso
         path, _, end = key.removeprefix(KEY_PREFIX).rpartition(".lora_")
         if not key.startswith(KEY_PREFIX) or end not in ("A.weight", "B.weight") or not path:
             raise CoterieError(f"{file}: tensor {key!r} is no LoRA factor; use a plain LoRA adapter")
+        if tensor.dtype not in FACTOR_DTYPES:
+            raise CoterieError(f"{file}: tensor {key!r} is of {tensor.dtype}, which no plain LoRA factor is")
         if not torch.isfinite(tensor).all():
             raise CoterieError(f"{file}: tensor {key!r} holds NaN or infinite values; get or train the adapter again")
         halves.setdefault(path, {})[end[0]] = tensor
@@ -135,16 +140,35 @@ def _check_shapes(path: str, down: Tensor, up: Tensor, shapes: Mapping[str, tupl
         )
 
 
+def _check_patterns(config: Mapping[str, Any], file: Path) -> None:
+    """Refuse regular expressions that could search for years: they come from a file and meet every layer's name."""
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(field)
+        keys = map(str, patterns) if isinstance(patterns, (dict, list)) else ()
+        searches = [key for key in keys if any(sign in key for sign in "*+?{|")]
+        slow = searches[MAX_PATTERNS:] or [key for key in searches if not _is_quick(key)]
+        if slow:
+            raise CoterieError(
+                f"{file}: {field} has {slow[0][:80]!r}, which may take too long; name the layers plainly"
+            )
+
+
+def _is_quick(pattern: str) -> bool:
+    repeats = sum(map(pattern.count, "*+?{"))
+    repeated_group = re.search(r"\)[*+?{]", pattern)
+    return len(pattern) <= 200 and repeats <= 2 and pattern.count("|") <= 6 and not repeated_group
+
+
 def _scaling(config: Mapping[str, Any], path: str, rank: int, file: Path) -> float:
     """Return alpha / r (or alpha / sqrt(r) for rsLoRA) as PEFT computes it, patterns included."""
     try:
         wanted = _by_pattern(config.get("rank_pattern"), path, config.get("r"))
         alpha = _by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha"))
-    except (AttributeError, TypeError, re.error) as error:
+    except (AttributeError, TypeError, OverflowError, re.error) as error:
         raise CoterieError(
             f"{file}: rank_pattern or alpha_pattern is broken ({error}); get the adapter again"
         ) from error
-    if wanted != rank or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    if wanted != rank or not isinstance(alpha, (int, float)) or not abs(alpha) <= sys.float_info.max:
         raise CoterieError(f"{file}: r = {wanted!r} and lora_alpha = {alpha!r} do not fit {path}, whose rank is {rank}")
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
 
