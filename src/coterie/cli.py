@@ -19,7 +19,9 @@ import coterie
 from coterie.artifacts import read_run_record, write_jsonl
 from coterie.errors import CoterieError
 from coterie.settings import (
+    BankAddSettings,
     BankSettings,
+    BankVerifySettings,
     ElreaSettings,
     EvaluationSettings,
     GatherSettings,
@@ -49,7 +51,8 @@ app.add_typer(bank, name="bank")
 pool = typer.Typer(help="List experts of any kind by name: adapters, models, endpoints.", no_args_is_help=True)
 app.add_typer(pool, name="pool")
 
-ARGUMENTS = ("mixture", "folder")  # settings that are given by place instead of by a flag
+ARGUMENTS = ("mixture", "folder", "adapters")  # settings that are given by place instead of by a flag
+TROUBLE = 2  # something that the user can fix
 INTERRUPTED = 130  # what typer returns after Ctrl-C
 Prompts = Annotated[list[str] | None, typer.Argument(help="prompts; a conversation or many prompts: see --input")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, one object a line")]
@@ -106,6 +109,39 @@ def fit_token_level(settings: TokenLevelSettings) -> None:
 def build_bank(settings: BankSettings) -> None:
     """Make a mixture of adapters that exist already, routed by similarity to the texts that each was made for."""
     typer.echo(_made(coterie.methods.build_bank(settings)))
+
+
+@bank.command("add")
+@flags_from(BankAddSettings)
+def add_to_bank(settings: BankAddSettings) -> None:
+    """Put adapters into a bank on disk: each is checked, then copied. To remove one, delete FOLDER/experts/NAME."""
+    refused = 0
+    for adapter in coterie.run_bank_add(settings):
+        typer.echo(str(adapter), err=bool(adapter.refusal))
+        refused += bool(adapter.refusal)
+    raise typer.Exit(TROUBLE if refused else 0)
+
+
+@bank.command("list")
+def list_bank(
+    folder: Annotated[Path, typer.Argument(help="folder of the bank")],
+    as_json: AsJson = False,
+) -> None:
+    """List the adapters of a bank."""
+    found = coterie.open_bank(folder)
+    for line in [json.dumps(card.record()) for card in found.cards] if as_json else [found]:
+        typer.echo(line)
+
+
+@bank.command("verify")
+@flags_from(BankVerifySettings)
+def verify_bank(settings: BankVerifySettings) -> None:
+    """Hash every adapter of a bank again, load it against the base model, and read its card."""
+    wrong = 0
+    for adapter in coterie.verify_bank(settings.folder, **settings.placement.model_dump()):
+        typer.echo(adapter)
+        wrong += adapter.trouble is not None
+    raise typer.Exit(TROUBLE if wrong else 0)
 
 
 @fit.command("symbolic-moe")
@@ -325,4 +361,4 @@ def main() -> None:
 
 def _complain(line: str) -> int:
     typer.echo(line, err=True)
-    return 2
+    return TROUBLE

@@ -6,7 +6,9 @@ groups of a command.
 """
 
 from coterie.settings.commands import (
+    BankAddSettings,
     BankSettings,
+    BankVerifySettings,
     ElreaSettings,
     EvaluationSettings,
     GatherSettings,
@@ -52,7 +54,9 @@ __all__ = [
     "SelectionSettings",
     "SimilarityRule",
     "AnySettings",
+    "BankAddSettings",
     "BankSettings",
+    "BankVerifySettings",
     "CacheUse",
     "ClusterMethod",
     "ClusterSettings",

@@ -80,6 +80,29 @@ class BankSettings(Settings):
     renewal: RenewalSettings = RenewalSettings()
 
 
+class BankAddSettings(Settings):
+    """`coterie bank add`: adapters into a bank on disk."""
+
+    folder: str = Field(description="folder of the bank; made where there is none")
+    adapters: list[str] = Field(
+        min_length=1, description="PEFT folders or hub ids, or NAME=FOLDER for another name than the folder's"
+    )
+    trained_on: list[str] = Field(
+        [], description="NAME=SOURCE: data that an adapter was trained on, so that leaks can be found; repeated"
+    )
+    model: str | None = Field(None, description="base model of a new bank; default: the bank's own")
+    revision: str | None = Field(None, description="revision of a hub model (branch, tag or commit)")
+    overwrite: bool = Field(False, description="replace adapters that have the same names")
+    placement: PlacementSettings = PlacementSettings()
+
+
+class BankVerifySettings(Settings):
+    """`coterie bank verify`: whether a bank's adapters are what they were."""
+
+    folder: str = Field(description="folder of the bank")
+    placement: PlacementSettings = PlacementSettings()
+
+
 class RouteSettings(Settings):
     """`coterie route`: the weights a prompt gets."""
 

@@ -1,0 +1,178 @@
+"""A bank on disk: adapters of one base model, each a plain PEFT folder with a card.
+
+`bank.json` names the base model, `experts/<name>` holds an adapter. To remove an adapter, delete its folder.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coterie.artifacts import FORMAT, write_json
+from coterie.backbone.loading import BaseModelIdentity, identity_from, identity_record
+from coterie.data.examples import Example
+from coterie.data.streaming import KEY_BYTES, key_of, question_of
+from coterie.errors import CoterieError, unknown_name
+from coterie.experts.cards import Card, printable, read_card, read_small_json, short
+
+BANK_FILE = "bank.json"
+EXPERTS = "experts"
+QUESTIONS_FILE = "questions.json"
+MAX_QUESTIONS_FILE = 2**30  # bytes; a key takes 37
+HEADS = ("name", "rank", "layers", "parameters", "licence", "data", "known rows")
+SIDES = "<>>><<>"
+
+
+@dataclass(frozen=True)
+class BankFolder:
+    """An opened bank.
+
+    Attributes:
+        path: its folder.
+        base_model: identity of the base model, as `mixture.json` keeps it.
+        cards: of all adapters, sorted by name.
+    """
+
+    path: Path
+    base_model: dict[str, Any]
+    cards: tuple[Card, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters' names, sorted."""
+        return tuple(card.name for card in self.cards)
+
+    def card(self, name: str) -> Card:
+        """Return an adapter's card.
+
+        Raises:
+            CoterieError: when no adapter has this name.
+        """
+        if name not in self.names:
+            raise unknown_name("adapter", name, self.names)
+        return self.cards[self.names.index(name)]
+
+    def folder_of(self, name: str) -> Path:
+        """Return an adapter's folder, a plain PEFT folder.
+
+        Raises:
+            CoterieError: when no adapter has this name.
+        """
+        return self.path / EXPERTS / self.card(name).name
+
+    def trained_on(self, name: str) -> frozenset[bytes] | None:
+        """Return the keys of an adapter's training questions (see `key_of`); None when they are unknown.
+
+        Raises:
+            CoterieError: when no adapter has this name, or the file of its questions is missing or broken.
+        """
+        card = self.card(name)
+        return None if card.rows is None else read_questions(self.folder_of(name))
+
+    def __str__(self) -> str:
+        """List the adapters, one a line."""
+        lines = [HEADS, *map(_cells, self.cards)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, SIDES, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+
+def _cells(card: Card) -> tuple[str, ...]:
+    data = ", ".join(card.datasets)
+    rows = "unknown" if card.rows is None else str(card.rows)
+    texts = (printable(text or "unknown", 32) for text in (card.licence, data))
+    return (printable(card.name, 32), str(card.rank), str(card.layers), short(card.parameters), *texts, rows)
+
+
+def open_bank(path: str | Path) -> BankFolder:
+    """Open a bank and read its cards; the adapters' own files are not read.
+
+    Raises:
+        CoterieError: when it is missing, no bank, or broken.
+    """
+    folder = Path(path)
+    base = identity_record(read_base(folder))
+    return BankFolder(folder, base, tuple(read_card(folder / EXPERTS / name) for name in list_names(folder)))
+
+
+def read_base(folder: Path) -> BaseModelIdentity:
+    """Read which base model a bank is for.
+
+    Raises:
+        CoterieError: when the folder is no bank, or its `bank.json` is broken.
+    """
+    file = folder / BANK_FILE
+    if not file.is_file():
+        raise CoterieError(
+            f"{folder} holds no {BANK_FILE}, so it is no bank; make one with: "
+            f"coterie bank add {folder} ADAPTER ... --model MODEL"
+        )
+    record = read_small_json(file)
+    if record.get("format") != FORMAT:
+        raise CoterieError(f"{file} has format {record.get('format')!r}, not {FORMAT}; upgrade coterie")
+    base = record.get("base_model")
+    kinds = {"id": str, "revision": str | None, "sha256": str}
+    if not isinstance(base, dict) or not all(name in base and isinstance(base[name], kinds[name]) for name in kinds):
+        raise CoterieError(f"{file} names no base model with id, revision and sha256; get the bank again")
+    return identity_from(base)
+
+
+def write_base(folder: Path, identity: BaseModelIdentity) -> None:
+    """Make a folder a bank."""
+    write_json(folder / BANK_FILE, {"format": FORMAT, "base_model": identity_record(identity)})
+
+
+def list_names(folder: Path) -> list[str]:
+    """Return the names of a bank's adapters, sorted; folders that are only being written are left out."""
+    experts = folder / EXPERTS
+    found = experts.iterdir() if experts.is_dir() else ()
+    return sorted(path.name for path in found if path.is_dir() and not path.name.startswith("."))
+
+
+def write_questions(folder: Path, keys: frozenset[bytes]) -> None:
+    """Write the keys of an adapter's training questions into its folder."""
+    write_json(folder / QUESTIONS_FILE, {"keys": sorted(key.hex() for key in keys)})
+
+
+def read_questions(folder: Path) -> frozenset[bytes]:
+    """Read the keys of an adapter's training questions from its folder.
+
+    Raises:
+        CoterieError: when the file is missing or broken.
+    """
+    file = folder / QUESTIONS_FILE
+    try:
+        keys = frozenset(map(bytes.fromhex, read_small_json(file, MAX_QUESTIONS_FILE)["keys"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CoterieError(f"{file} holds no keys of questions; add the adapter again with --overwrite") from error
+    if not keys or any(len(key) != KEY_BYTES for key in keys):
+        raise CoterieError(f"{file} holds no keys of questions; add the adapter again with --overwrite")
+    return keys
+
+
+def leaks(bank: BankFolder, examples: Sequence[Example]) -> dict[str, int]:
+    """Find the adapters that are known to have been trained on questions of these examples.
+
+    A question counts as the same whatever its letter case and white space. An adapter whose training questions are
+    unknown is never reported: that it is missing says nothing.
+
+    Args:
+        bank: the adapters.
+        examples: such as a task's shots or test set.
+
+    Returns:
+        How many of the examples each of these adapters knows, by name.
+
+    Raises:
+        CoterieError: when the file of an adapter's questions is missing or broken.
+    """
+    asked = [key_of(question_of(example)) for example in examples]
+    return {name: count for name, known in _known(bank) if (count := sum(key in known for key in asked))}
+
+
+def _known(bank: BankFolder) -> Iterator[tuple[str, frozenset[bytes]]]:
+    for name in bank.names:
+        if (keys := bank.trained_on(name)) is not None:
+            yield name, keys
