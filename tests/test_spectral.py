@@ -10,6 +10,7 @@ from peft import ArrowConfig, LoraConfig, create_arrow_model, get_peft_model
 
 from coterie.backbone.gates import Gates
 from coterie.backbone.layers import ExpertLayers, Gated, linear_layers, linear_shapes
+from coterie.backbone.prototypes import PROTOTYPES, prototypes
 from coterie.combiners.layers import LayerCombiner
 from coterie.data.batching import PromptFormat, TokenRow
 from coterie.errors import CoterieError
@@ -18,7 +19,7 @@ from coterie.lora import LoraPair, delta, stack
 from coterie.mixture import Mixture
 from coterie.mixture.loading import RouterParts, load_router
 from coterie.routers.gate import GateRouter
-from coterie.routers.spectral import PROTOTYPES, prototypes, spectral_router
+from coterie.routers.spectral import spectral_router
 
 IN, OUT, POSITIONS = 5, 4, 3
 RANKS = [[2, 2, 2], [1, 3, 2], [4, None, 1], [6, 1, 2]]

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from coterie.errors import CoterieError, unknown_name
@@ -17,6 +18,17 @@ SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "spectr": lambda x, gate: (x @ gate.flatten(0, 1).T).unflatten(-1, gate.shape[:2]).norm(dim=-1),
 }
 """How inputs (row, position, in) and a layer's gate give scores (row, position, expert)."""
+
+
+class Weighing(NamedTuple):
+    """What one layer's gate makes of every token."""
+
+    logits: Float[Tensor, "row position expert"]
+    """Scores over the temperature, in float32."""
+    chosen: Bool[Tensor, "row position expert"]
+    """The experts of the `top_k` largest scores."""
+    weights: Float[Tensor, "row position expert"]
+    """The softmax of the logits of the chosen experts, 0 for the others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,12 +77,16 @@ class Gates:
             scores = scores + x.norm(dim=-1, keepdim=True) * self.floors[path].to(x)
         return scores
 
+    def weigh(self, path: str, x: Float[Tensor, "row position in"]) -> Weighing:
+        """Choose and weigh a layer's experts at every token; of equal scores, the earlier expert's is chosen."""
+        logits = self.scores(path, x) / self.temperature
+        order = logits.argsort(dim=-1, descending=True, stable=True)
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order[..., : self._kept], True)
+        return Weighing(logits, chosen, logits.masked_fill(~chosen, -math.inf).softmax(dim=-1))
+
     def weights(self, path: str, x: Float[Tensor, "row position in"]) -> Float[Tensor, "row position expert"]:
-        """Return a layer's weights, summing to 1 at every token, in float32; equal scores keep the earlier expert."""
-        scores = self.scores(path, x) / self.temperature
-        order = scores.argsort(dim=-1, descending=True, stable=True)
-        dropped = order[..., self._kept :]
-        return scores.scatter(-1, dropped, -math.inf).softmax(dim=-1)
+        """Return a layer's weights alone, summing to 1 at every token."""
+        return self.weigh(path, x).weights
 
     def apply(
         self, path: str, x: Float[Tensor, "row position in"], pair: StackedPair

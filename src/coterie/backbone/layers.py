@@ -85,6 +85,33 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {path: (int(layer.in_features), int(layer.out_features)) for path, layer in layers.items()}
 
 
+@contextmanager
+def updating(modules: Mapping[str, nn.Module], update: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
+    """Add to the output of linear layers what `update` makes of their path and input, until the `with` ends.
+
+    Args:
+        modules: the layers by module path.
+        update: None leaves the output as it is.
+    """
+
+    def hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def add_update(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            change = update(path, inputs[0])
+            if change is None:
+                return output
+            change = change.to(output.dtype)
+            return output + change if torch.is_grad_enabled() else output.add_(change)
+
+        return add_update
+
+    handles = [module.register_forward_hook(hook(path)) for path, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class ExpertLayers:
     """The stacked updates of several experts, ready to be attached to one base model.
 
@@ -161,12 +188,8 @@ class ExpertLayers:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Attach the experts to the base model until the `with` ends."""
-        handles = [module.register_forward_hook(self._hook(path)) for path, module in self._modules.items()]
-        try:
+        with updating(self._modules, self._update):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def choosing(self, choice: Choice) -> Iterator[None]:
@@ -177,18 +200,9 @@ class ExpertLayers:
         finally:
             self._choice = before
 
-    def _hook(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def add_update(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            update = self._update(path, inputs[0].to(self._dtype))
-            if update is None:
-                return output
-            update = update.to(output.dtype)
-            return output + update if torch.is_grad_enabled() else output.add_(update)
-
-        return add_update
-
     def _update(self, path: str, x: Tensor) -> Tensor | None:
         """Return what the chosen experts add to a layer's output; None where they all leave the layer as it is."""
+        x = x.to(self._dtype)
         match self._choice:
             case ByExpert(experts, counts):
                 return apply_by_expert(x, self._subset(experts)[path], counts)

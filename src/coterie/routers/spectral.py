@@ -4,60 +4,25 @@ Arrow: Ostapenko et al. 2024, "Towards Modular LLMs by Building and Reusing a Li
 SpectR: Fleshman and Van Durme 2025, "Dynamically Composing LM Experts with Spectral Routing", arXiv 2504.03454.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import normalize
-from torch.nn.utils.rnn import pad_sequence
 
 from coterie.backbone.gates import Gates
 from coterie.backbone.loading import Backbone
-from coterie.errors import CoterieError, unknown_name
+from coterie.backbone.prototypes import prototypes
+from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank
-from coterie.lora import Adapter, LoraPair, svd
+from coterie.lora import Adapter
 from coterie.routers.gate import GateRouter
 
 NULL_COSINE = 0.1
 """How similar a token must be to some expert to be kept from the null expert. A random direction in 576 dimensions has
 a cosine of 0.03 on average, and the largest of ten such is 0.08."""
-
-PROTOTYPES: dict[str, Callable[[Tensor], Tensor]] = {
-    "arrow": lambda spectra: normalize(spectra[:, 0], dim=-1),
-    "spectr": lambda spectra: spectra,
-}
-"""What each way to route keeps of the experts' spectra (expert, rank, in): the strongest direction, or all of them."""
-
-
-def prototypes(kind: str, pairs: Sequence[LoraPair | None]) -> Tensor:
-    """Return one layer's gate from the updates of its experts; the dense updates are never formed.
-
-    Where U S V^T is the singular value decomposition of an update, its scaling included, the prototype is the first row
-    of V^T (`arrow`, either sign) or S V^T (`spectr`; its product with x is as long as the update's). An expert without
-    an update of the layer gets zeros, and so do the ranks that an expert has less than others.
-
-    Shapes: E pairs (R_e, I), (R_e, O) -> (E, I) for arrow, (E, max R, I) for spectr.
-
-    Raises:
-        CoterieError: for another kind.
-        ValueError: when no expert changes the layer.
-    """
-    if kind not in PROTOTYPES:
-        raise unknown_name("way to route by spectra", kind, PROTOTYPES)
-    width = next((pair.down.shape[1] for pair in pairs if pair is not None), None)
-    if width is None:
-        raise ValueError("no expert changes this layer")
-    spectra = [torch.zeros(1, width) if pair is None else _spectrum(pair) for pair in pairs]
-    return PROTOTYPES[kind](pad_sequence(spectra, batch_first=True))
-
-
-def _spectrum(pair: LoraPair) -> Float[Tensor, "rank in"]:
-    """Return S V^T, strongest direction first."""
-    _, values, directions = svd(pair)
-    return (values[:, None] * directions).float()
 
 
 def null_floor(gate: Tensor, place: int, cosine: float) -> Float[Tensor, " expert"]:
