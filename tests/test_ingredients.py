@@ -132,10 +132,7 @@ def two_kinds(mixture):
 
 
 def loss_of(mixture, experts, rows, gates):
-    model = GatedModel(mixture.backbone, experts)
-    with torch.no_grad():
-        for parameter, path in zip(model.gates, model.paths, strict=True):
-            parameter.copy_(gates[path])
+    model = GatedModel(mixture.backbone, experts, Gates(("0", "1"), gates))
     collate = TrainingCollator(mixture.backbone.tokenizer.pad_token_id)
     batch = collate([{"input_ids": list(row.ids), "labels": row.labels()} for row in rows])
     batch.pop("shift_labels")
@@ -173,7 +170,8 @@ def _widths(mixture, experts):
 
 def test_only_gates_are_trained(mixture, two_kinds, tmp_path):
     experts, rows = two_kinds
-    model = GatedModel(mixture.backbone, experts)
+    zeros = {path: torch.zeros(2, width) for path, (width, _) in _widths(mixture, experts).items()}
+    model = GatedModel(mixture.backbone, experts, Gates(("0", "1"), zeros))
     assert sum(p.numel() for p in model.parameters()) == sum(2 * w for w, _ in _widths(mixture, experts).values())
     before = {name: parameter.clone() for name, parameter in mixture.backbone.model.named_parameters()}
     factors = [{path: pair.down.clone() for path, pair in expert.items()} for expert in experts]

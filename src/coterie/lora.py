@@ -25,6 +25,14 @@ class LoraPair(NamedTuple):
     up: Float[Tensor, "rank out"]
     scaling: float = 1.0
 
+    @property
+    def bare_up(self) -> Float[Tensor, "rank out"]:
+        """Return PEFT's B, transposed: `up` without its scaling.
+
+        On the CPU, scaling it again gives `up` bit for bit where `up` was a scaled B, and else to its last bit.
+        """
+        return self.up / self.scaling if self.scaling else self.up
+
 
 Adapter = Mapping[str, LoraPair]
 """Module path in the base model -> that layer's update. A layer that is absent is not changed."""

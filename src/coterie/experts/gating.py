@@ -1,80 +1,162 @@
-"""Training of the gates inside layers, everything else frozen (MoLE as ELREA runs it: arXiv 2404.13628, 2502.00089)."""
+"""Training of mixtures whose experts are weighed inside the layers, by a gate at every layer and token.
 
+The experts and their gates together: Yang et al. 2024, "Leveraging Open Knowledge for Advancing Task Expertise in Large
+Language Models", arXiv 2408.15915. Its eq. 9 feeds gates with the experts' outputs, its published code with the layer's
+input, as is done here. The gates alone: MoLE as ELREA runs it, arXiv 2404.13628 and 2502.00089.
+"""
+
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from coterie.artifacts import write_jsonl
 from coterie.backbone.gates import Gates
-from coterie.backbone.layers import ExpertLayers, Gated, linear_shapes
+from coterie.backbone.layers import linear_shapes
 from coterie.backbone.loading import Backbone
-from coterie.data.batching import IGNORED, TokenRow
+from coterie.backbone.prototypes import prototypes
+from coterie.data.batching import TokenRow
+from coterie.errors import unknown_name
+from coterie.experts.gated import GATES_ALONE, GatedModel, GateTraining, changed_paths
 from coterie.experts.training import LOG_FILE, TrainingPlan, last_full_checkpoint, logged, make_trainer, progress_of
 from coterie.lora import Adapter
 
+STARTS = ("zeros", "random", "arrow")
+WATCHED = ("expert_load", "gate_entropy")
+"""What every logged step tells beyond the loss, on average over the layers."""
 
-class GatedModel(nn.Module):
-    """The base model with all experts mixed by gates; the gates are its only parameters."""
 
-    def __init__(self, backbone: Backbone, adapters: Sequence[Adapter]) -> None:
-        """Start with gates of zeros, which weigh all experts alike."""
-        super().__init__()
-        self._held = (
-            backbone,
-            ExpertLayers(backbone.model, adapters),
-        )  # a tuple hides it from `parameters`
-        shapes = linear_shapes(backbone.model)
-        self.paths = self._held[1].paths
-        self.gates = nn.ParameterList(torch.zeros(len(adapters), shapes[path][0]) for path in self.paths)
-        self.to(backbone.device)
+@dataclass(frozen=True)
+class TrainedMixture:
+    """What a training made, on the CPU.
 
-    def layers(self) -> dict[str, Tensor]:
-        """Return every layer's gate, (expert, in), by module path."""
-        return dict(zip(self.paths, self.gates, strict=True))
+    Attributes:
+        adapters: float32, every expert in its own ranks and with updates of its own layers only.
+        gates: one a layer.
+        load: by module path, (expert): its mean weight over all tokens of the last epoch, padding apart; it sums to 1.
+        entropy: by module path: the mean entropy of these weights in nats.
+    """
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        logits_to_keep: Tensor,
-        labels: Tensor,
-        num_items_in_batch: Tensor | int | None = None,
-        **_: Tensor,
-    ) -> dict[str, Tensor]:
-        """Return the mean loss over labelled tokens; shapes as `TrainingCollator` makes them."""
-        backbone, experts = self._held
-        every = range(experts.size)
-        choice = Gated(tuple(every), Gates(tuple(map(str, every)), self.layers()))
-        with experts.attached(), experts.choosing(choice):
-            hidden = backbone.hidden(input_ids, attention_mask, position_ids)
-        logits = backbone.head(hidden[:, logits_to_keep])
-        total = nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        return {"loss": total / count}
+    adapters: tuple[Adapter, ...]
+    gates: Gates
+    load: Mapping[str, Tensor]
+    entropy: Mapping[str, float]
+
+
+def start_gates(
+    kind: str, backbone: Backbone, adapters: Sequence[Adapter], names: Sequence[str], *, top_k: int | None, seed: int
+) -> Gates:
+    """Make the gates that a training starts from, one for every layer that some expert changes.
+
+    Args:
+        kind: `zeros` (equal scores: the even mixture, of the first experts where `top_k` leaves some out), `random` (as
+            `torch.nn.Linear` starts: what was published), or `arrow` (the prototypes of Arrow and its score |gate . x|;
+            an expert without an update in a layer keeps the score 0 there).
+        backbone: the base model.
+        adapters: one per expert.
+        names: of the experts.
+        top_k: experts that act at every token; None for all.
+        seed: of `random`.
+
+    Raises:
+        CoterieError: for another kind, a `top_k` out of its range, or experts that all change nothing.
+    """
+    if kind not in STARTS:
+        raise unknown_name("start of gates", kind, STARTS)
+    paths = changed_paths(adapters)
+    if kind == "arrow":
+        layers = {path: prototypes(kind, [adapter.get(path) for adapter in adapters]) for path in paths}
+        return Gates(tuple(names), layers, kind, top_k)
+    shapes = linear_shapes(backbone.model)
+    layers = {path: torch.zeros(len(adapters), shapes[path][0]) for path in paths}
+    if kind == "random":
+        generator = torch.Generator().manual_seed(seed)
+        for gate in layers.values():
+            nn.init.kaiming_uniform_(gate, a=math.sqrt(5), generator=generator)
+    return Gates(tuple(names), layers, top_k=top_k)
+
+
+class _Watch(TrainerCallback):
+    """Puts what gates did since the last entry beside its loss, and adds it up over the epoch."""
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kwargs["model"].epoch.clear()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if "loss" not in (kwargs.get("logs") or {}):
+            return
+        step, epoch = kwargs["model"].step, kwargs["model"].epoch
+        values = (step.load().nanmean(dim=0).tolist(), float(step.entropy().nanmean()))
+        state.log_history[-1].update(zip(WATCHED, values, strict=True))
+        epoch.add(step)
+        step.clear()
+
+
+def train_mixture(
+    backbone: Backbone,
+    adapters: Sequence[Adapter],
+    gates: Gates,
+    rows: Sequence[TokenRow],
+    plan: TrainingPlan,
+    folder: Path,
+    training: GateTraining,
+) -> TrainedMixture:
+    """Train gates, and if wished the experts they weigh, from where they stand.
+
+    An interrupted training goes on from its last full epoch in `folder`, and ends with the same numbers.
+
+    Args:
+        backbone: the base model, which stays as it is.
+        adapters: one per expert, of any ranks and layers.
+        gates: of the same experts, for example from `start_gates`.
+        rows: what is trained on.
+        plan: as for any adapter; `keep_epochs` does nothing here.
+        folder: where the log is left.
+        training: what is trained beyond the gates, and how.
+
+    Raises:
+        CoterieError: when the loss is not finite, or no expert changes any layer.
+    """
+    set_seed(plan.seed)
+    model = GatedModel(backbone, adapters, gates, training)
+    trainer = make_trainer(backbone, model, rows, plan, folder / "trainer")
+    trainer.add_callback(_Watch())
+    with progress_of(trainer, plan.label):
+        trainer.train(resume_from_checkpoint=last_full_checkpoint(folder / "trainer"))
+    write_jsonl(folder / LOG_FILE, logged(trainer, plan.label, WATCHED))
+    shutil.rmtree(folder / "trainer")
+    return _trained(model)
+
+
+def _trained(model: GatedModel) -> TrainedMixture:
+    loads, entropies = model.epoch.load().cpu(), model.epoch.entropy().tolist()
+    seen = {path: n for n, path in enumerate(model.paths) if bool(loads[n].isfinite().all())}
+    gates = model.gates()
+    layers = {path: gate.detach() for path, gate in gates.layers.items()}
+    return TrainedMixture(
+        model.adapters(),
+        replace(gates, layers=layers).to(torch.device("cpu")),
+        {path: loads[n] for path, n in seen.items()},
+        {path: entropies[n] for path, n in seen.items()},
+    )
 
 
 def train_gates(
     backbone: Backbone, adapters: Sequence[Adapter], rows: Sequence[TokenRow], plan: TrainingPlan, folder: Path
 ) -> dict[str, Tensor]:
-    """Train one gate per adapted layer, (expert, in) each, and return them by module path.
-
-    An interrupted training goes on from its last full epoch in `folder`.
+    """Train the gates of an even mixture of experts that stay as they are; return them by module path, (expert, in).
 
     Raises:
-        CoterieError: when the loss is not finite.
+        CoterieError: as `train_mixture`.
     """
-    set_seed(plan.seed)
-    model = GatedModel(backbone, adapters)
-    trainer = make_trainer(backbone, model, rows, plan, folder / "trainer")
-    with progress_of(trainer, plan.label):
-        trainer.train(resume_from_checkpoint=last_full_checkpoint(folder / "trainer"))
-    write_jsonl(folder / LOG_FILE, logged(trainer, plan.label))
-    shutil.rmtree(folder / "trainer")
-    return {path: gate.detach().cpu() for path, gate in model.layers().items()}
+    names = tuple(map(str, range(len(adapters))))
+    gates = start_gates("zeros", backbone, adapters, names, top_k=None, seed=plan.seed)
+    return dict(train_mixture(backbone, adapters, gates, rows, plan, folder, GATES_ALONE).gates.layers)

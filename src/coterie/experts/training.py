@@ -91,10 +91,10 @@ def progress_of(trainer: Trainer, label: str) -> Iterator[None]:
         bar.close()
 
 
-def logged(trainer: Trainer, label: str) -> list[dict[str, Any]]:
-    """Return the losses that a training logged, one entry a step."""
+def logged(trainer: Trainer, label: str, also: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Return the losses that a training logged, one entry a step, and what else stands in these entries by name."""
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return [{"stage": label, **{key: entry[key] for key in LOGGED}} for entry in history]
+    return [{"stage": label, **{key: entry[key] for key in (*LOGGED, *also)}} for entry in history]
 
 
 def save_adapter(model: PeftModel, folder: Path, base_id: str) -> None:

@@ -1,0 +1,168 @@
+"""The base model with experts weighed inside its layers, by a gate at every layer and token, as it is trained."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coterie.backbone.gates import Gates
+from coterie.backbone.layers import linear_layers, updating
+from coterie.backbone.loading import Backbone
+from coterie.data.batching import IGNORED
+from coterie.errors import CoterieError
+from coterie.experts.balance import Tally, balance_loss
+from coterie.lora import Adapter, LoraPair, StackedPair, apply_weighted, stack
+
+
+@dataclass(frozen=True)
+class GateTraining:
+    """What is trained beyond the gates, and how.
+
+    Attributes:
+        experts: whether the experts are trained too.
+        dropout: on the input of the experts, not of the gates.
+        balance: coefficient of `balance_loss`, on average over the layers, in the loss; 0: none.
+    """
+
+    experts: bool = True
+    dropout: float = 0.05
+    balance: float = 0.0
+
+
+GATES_ALONE = GateTraining(experts=False, dropout=0.0)
+
+
+def changed_paths(adapters: Sequence[Adapter]) -> list[str]:
+    """Return the module paths of the layers that some expert changes, in order.
+
+    Raises:
+        CoterieError: when there are none.
+    """
+    paths = sorted({path for adapter in adapters for path in adapter})
+    if not paths:
+        raise CoterieError("gates weigh what experts change, but none of these changes any layer; add another expert")
+    return paths
+
+
+class GatedLayer(nn.Module):
+    """The gate and the experts' updates of one layer.
+
+    Factors that are trained are the bare ones, PEFT's A and B: the steps of an optimiser depend on where the scaling
+    stands. Experts are padded with zeros to one rank. Nothing is learned there: the gradient of each half of zeros has
+    the other half as a factor.
+    """
+
+    down: Tensor
+    up: Tensor
+    scalings: Tensor
+
+    def __init__(self, pairs: Sequence[LoraPair | None], gate: Tensor, *, trained: bool) -> None:
+        """Copy the gate and the updates.
+
+        Args:
+            pairs: one per expert; None does not change the layer.
+            gate: of any score.
+            trained: whether the factors are parameters.
+        """
+        super().__init__()
+        self._start = tuple(pairs)
+        self.gate = nn.Parameter(gate.detach().float().clone())
+        scalings = [pair.scaling if pair is not None and trained else 1.0 for pair in pairs]
+        bare = [pair and LoraPair(pair.down, pair.bare_up if trained else pair.up) for pair in pairs]
+        self.register_buffer("scalings", torch.tensor(scalings)[:, None, None], persistent=False)
+        for name, factor in stack(bare)._asdict().items():
+            if trained:
+                self.register_parameter(name, nn.Parameter(factor))
+            else:
+                self.register_buffer(name, factor, persistent=False)
+
+    def stacked(self) -> StackedPair:
+        """Return all experts' updates, scaled."""
+        return StackedPair(self.down, self.up * self.scalings)
+
+    def pairs(self) -> list[LoraPair | None]:
+        """Return every expert's update in its own rank, on the CPU."""
+        down, up, scalings = (tensor.detach().cpu() for tensor in (self.down, self.up, self.scalings))
+        return [
+            pair and LoraPair(down[n, : len(pair.down)].clone(), up[n, : len(pair.up)] * scalings[n], pair.scaling)
+            for n, pair in enumerate(self._start)
+        ]
+
+
+class GatedModel(nn.Module):
+    """The base model with all experts mixed by gates; gates and, if wished, experts are its only parameters."""
+
+    def __init__(
+        self, backbone: Backbone, adapters: Sequence[Adapter], gates: Gates, training: GateTraining = GATES_ALONE
+    ) -> None:
+        """Copy the experts and the gates."""
+        super().__init__()
+        self.paths = changed_paths(adapters)
+        self.mixed = nn.ModuleList(
+            GatedLayer([adapter.get(path) for adapter in adapters], gates.layers[path], trained=training.experts)
+            for path in self.paths
+        )
+        self.dropout = nn.Dropout(training.dropout)
+        self.balance = training.balance
+        self.step, self.epoch = (Tally(len(self.paths), len(adapters)) for _ in range(2))
+        linear = linear_layers(backbone.model)
+        self._held = (backbone, {path: linear[path] for path in self.paths}, gates)  # hidden from `parameters`
+        self.to(backbone.device)
+
+    def gates(self) -> Gates:
+        """Return the gates as they are now."""
+        start = self._held[2]
+        layers: dict[str, Tensor] = {path: layer.gate for path, layer in self._layers()}
+        return replace(start, layers={**start.layers, **layers})
+
+    def adapters(self) -> tuple[Adapter, ...]:
+        """Return the experts as they are now, on the CPU."""
+        pairs = {path: layer.pairs() for path, layer in self._layers()}
+        every = range(len(self._held[2].experts))
+        return tuple({path: pair for path, own in pairs.items() if (pair := own[n]) is not None} for n in every)
+
+    def _layers(self) -> list[tuple[str, GatedLayer]]:
+        layers: Any = self.mixed
+        return list(zip(self.paths, layers, strict=True))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        logits_to_keep: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        **_: Tensor,
+    ) -> dict[str, Tensor]:
+        """Return the mean loss over labelled tokens, and what balance adds; shapes as `TrainingCollator` makes them."""
+        backbone, linear, _gates = self._held
+        penalties: list[Tensor] = []
+        with updating(linear, self._mixing(attention_mask.bool(), penalties)):
+            hidden = backbone.hidden(input_ids, attention_mask, position_ids)
+        logits = backbone.head(hidden[:, logits_to_keep])
+        total = nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        labelled = (labels != IGNORED).sum()
+        if penalties:  # weighed as the mean over tokens is, so that micro-batches add up to one batch
+            total = total + labelled * self.balance * torch.stack(penalties).mean()
+        return {"loss": total / (labelled if num_items_in_batch is None else num_items_in_batch)}
+
+    def _mixing(self, real: Tensor, penalties: list[Tensor]) -> Callable[[str, Tensor], Tensor]:
+        gates = self.gates()
+        layers = {path: (number, layer) for number, (path, layer) in enumerate(self._layers())}
+
+        def mix(path: str, x: Tensor) -> Tensor:
+            number, layer = layers[path]
+            with torch.autocast(x.device.type, enabled=False):  # a choice of experts must not hang on rounding
+                weighing = gates.weigh(path, x)
+            self.step.count(number, weighing.weights, real)
+            if self.balance:
+                penalties.append(balance_loss(weighing, real))
+            pair = layer.stacked()
+            return apply_weighted(self.dropout(x.to(pair.down.dtype)), pair, weighing.weights)
+
+        return mix
