@@ -1,13 +1,16 @@
 """Mixtures that are trained inside the layers: the same numbers as PEFT's and as loops over tokens and experts."""
 
+import copy
+import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 
 import tiny
-from coterie.artifacts import read_jsonl
+from coterie.artifacts import read_json, read_jsonl
 from coterie.backbone.gates import Gates, Weighing
 from coterie.backbone.layers import ExpertLayers, Gated, linear_layers, linear_shapes, updating
 from coterie.backbone.loading import load_backbone
@@ -16,11 +19,12 @@ from coterie.data.examples import load_examples
 from coterie.errors import CoterieError
 from coterie.experts import gating
 from coterie.experts.balance import Tally, balance_loss, collapsed
-from coterie.experts.bank import ExpertBank, load_adapter
+from coterie.experts.bank import ExpertBank, load_adapter, write_adapter
 from coterie.experts.gated import GATES_ALONE, GatedModel, GateTraining
 from coterie.experts.gating import start_gates, train_mixture
 from coterie.experts.training import TrainingCollator, TrainingPlan, read_log, train_adapter
 from coterie.lora import LoraPair
+from coterie.mixture.loading import RouterParts, load_router
 from coterie.routers.gate import GateRouter
 from coterie.routers.spectral import spectral_router
 from coterie.settings import LoraSettings, ModelSettings
@@ -524,6 +528,38 @@ def test_collapse_is_judged_on_the_mean_over_layers_and_needs_two_experts():
     assert collapsed({"x": torch.ones(1)}, ["a"]) is None
 
 
+# ---------------------------------------------------------------------------------------------- writing and reading
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r": 3, "lora_alpha": 7},
+        {"r": 3, "lora_alpha": 7, "use_rslora": True},
+        {"r": 3, "lora_alpha": 7, "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"layers.1.*.v_proj": 11}},
+    ],
+    ids=["plain", "rslora", "patterns"],
+)
+def test_an_adapter_that_is_written_loads_the_same_here_and_in_peft(backbone, tmp_path, options):
+    torch.manual_seed(5)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], **options)
+    model = get_peft_model(copy.deepcopy(backbone.model), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(str(tmp_path / "peft"), save_embedding_layers=False)
+    loaded = load_adapter(tmp_path / "peft", backbone.model)
+    write_adapter(tmp_path / "own", read_json(tmp_path / "peft" / "adapter_config.json"), loaded)
+    again = load_adapter(tmp_path / "own", backbone.model)
+    assert list(again) == list(loaded)
+    for path, pair in loaded.items():
+        assert torch.equal(again[path].down, pair.down) and torch.equal(again[path].up, pair.up)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    other = PeftModel.from_pretrained(copy.deepcopy(backbone.model), tmp_path / "own")
+    with torch.inference_mode():
+        torch.testing.assert_close(other(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
 def test_an_expert_whose_scaling_is_zero_changes_nothing_and_stays_finite(backbone, rows, tmp_path):
     shapes = linear_shapes(backbone.model)
     silent = {LAYER: LoraPair(normal(2, shapes[LAYER][0]), torch.zeros(2, shapes[LAYER][1]), 0.0)}
@@ -531,3 +567,22 @@ def test_an_expert_whose_scaling_is_zero_changes_nothing_and_stays_finite(backbo
     found = train_mixture(backbone, [silent, silent], gates, rows, plan(epochs=1), tmp_path, PLAIN)
     assert found.adapters[0][LAYER].up.count_nonzero() == 0
     assert torch.equal(found.adapters[0][LAYER].down, silent[LAYER].down)
+
+
+@pytest.mark.parametrize("score", ["linear", "arrow"])
+def test_trained_gates_are_saved_with_their_score(backbone, adapters, rows, tmp_path, score):
+    router = GateRouter(backbone, adapters, random_gates(backbone, adapters, score))
+    record = json.loads(json.dumps(router.save(tmp_path)))
+    assert record["score"] == score
+    again = load_router(record, RouterParts(tmp_path, tmp_path, backbone, ExpertBank(NAMES, adapters)))
+    assert again.kind == "gate" and torch.equal(again.route(rows).weights, router.route(rows).weights)
+
+
+def test_gates_without_a_score_are_linear_and_others_are_told(backbone, adapters, tmp_path):
+    parts = RouterParts(tmp_path, tmp_path, backbone, ExpertBank(NAMES, adapters))
+    record = GateRouter(backbone, adapters, random_gates(backbone, adapters)).save(tmp_path)
+    older = {key: value for key, value in record.items() if key != "score"}
+    assert load_router(older, parts).gates.score == "linear"
+    for score in ("spectr", "arow", 5):
+        with pytest.raises(CoterieError, match=f"no score of gates is called '{score}'.* There are: arrow, linear"):
+            load_router({**record, "score": score}, parts)

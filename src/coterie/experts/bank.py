@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coterie.artifacts import read_json, read_tensors
+from coterie.artifacts import read_json, read_tensors, write_json, write_tensors
 from coterie.backbone.layers import linear_shapes
 from coterie.errors import CoterieError, unknown_name
 from coterie.lora import Adapter, LoraPair
@@ -104,6 +104,22 @@ def load_adapter(folder: Path, model: nn.Module) -> Adapter:
         scaling = _scaling(config, path, down.shape[0], folder / CONFIG_FILE)
         pairs[path] = LoraPair(down.float(), (up.float() * scaling).T.contiguous(), scaling)
     return pairs
+
+
+def write_adapter(folder: Path, config: Mapping[str, Any], adapter: Adapter) -> None:
+    """Write an adapter as a plain PEFT folder; loading it gives the same values back (see `LoraPair.bare_up`).
+
+    Args:
+        folder: made where it does not exist.
+        config: the `adapter_config.json` that the adapter came with, whose ranks and scalings it still has.
+        adapter: the updates of every layer that the config names.
+    """
+    factors = {}
+    for path, pair in adapter.items():
+        factors[f"{KEY_PREFIX}{path}.lora_A.weight"] = pair.down
+        factors[f"{KEY_PREFIX}{path}.lora_B.weight"] = pair.bare_up.T
+    write_tensors(folder / WEIGHTS_FILE, factors)
+    write_json(folder / CONFIG_FILE, dict(config))
 
 
 def _factors(tensors: Mapping[str, Tensor], file: Path) -> dict[str, tuple[Tensor, Tensor]]:

@@ -195,7 +195,8 @@ def _token_level(record: Mapping[str, Any], parts: RouterParts) -> Router:
 def _gate(record: Mapping[str, Any], parts: RouterParts) -> Router:
     names = record["experts"]
     adapters = [parts.bank.adapters[parts.bank.index(name)] for name in names]
-    return GateRouter(parts.backbone, adapters, read_gates(parts.tensors("gates"), names, **_choosing(record)))
+    score = str(record.get("score", "linear"))
+    return GateRouter(parts.backbone, adapters, read_gates(parts.tensors("gates"), names, score, **_choosing(record)))
 
 
 def _spectral(record: Mapping[str, Any], parts: RouterParts) -> Router:

@@ -13,11 +13,13 @@ from coterie.artifacts import write_tensors
 from coterie.backbone.layers import ExpertLayers, Gated, linear_layers, linear_shapes
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow, by_length, pad
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, unknown_name
 from coterie.lora import Adapter
 from coterie.routers.base import AXES, Gates, Routing
 
 BATCH = 8
+LEARNED_SCORES = ("linear", "arrow")
+"""Scores of gates with one vector an expert, which is what is trained."""
 
 
 class GateRouter:
@@ -90,7 +92,7 @@ class GateRouter:
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the gates, rows in the order of the experts, and return the entry for mixture.json."""
         write_tensors(folder / "gates.safetensors", self.gates.layers)
-        return self._entry()
+        return {**self._entry(), "score": self.gates.score}
 
     def _entry(self) -> dict[str, Any]:
         gates = self.gates
@@ -103,13 +105,19 @@ class GateRouter:
 
 
 def read_gates(
-    tensors: Mapping[str, Tensor], experts: Sequence[str], top_k: int | None = None, temperature: float = 1.0
+    tensors: Mapping[str, Tensor],
+    experts: Sequence[str],
+    score: str = "linear",
+    top_k: int | None = None,
+    temperature: float = 1.0,
 ) -> Gates:
     """Check gates from a file.
 
     Raises:
-        CoterieError: when one is not (expert, in) with finite values.
+        CoterieError: when one is not (expert, in) with finite values, or the score is none that such gates have.
     """
+    if score not in LEARNED_SCORES:
+        raise unknown_name("score of gates", score, LEARNED_SCORES)
     for path, gate in tensors.items():
         if gate.dim() != 2 or len(gate) != len(experts) or not bool(torch.isfinite(gate).all()):
             raise CoterieError(
@@ -117,4 +125,4 @@ def read_gates(
                 "or holds NaN; train the gates again"
             )
     layers = {path: gate.float() for path, gate in tensors.items()}
-    return Gates(tuple(experts), layers, top_k=top_k, temperature=temperature)
+    return Gates(tuple(experts), layers, score, top_k, temperature)
