@@ -17,11 +17,13 @@ import coterie
 import tiny
 from conftest import write_rows
 from coterie.data.examples import load_examples
+from coterie.data.pool import CHOSEN, LEFT
 from coterie.data.streaming import stream_examples, text_of
 from coterie.errors import CoterieError
 from coterie.features import stored
 from coterie.features.stored import EmbeddingStore, TextEncoder, load_text_encoder
 from coterie.methods import gathering
+from coterie.methods.pool_map import drawn_rows, lay_out
 from coterie.settings import PlacementSettings
 from test_cli import refused
 from test_embedding import make_bert, make_tokenizer
@@ -197,6 +199,69 @@ def test_a_worked_example_counts_every_row_once(encoder, files, tmp_path):
     ]
 
 
+def test_the_map_has_every_example_and_compared_row_once_with_its_fate_and_the_start_of_its_text(
+    encoder, files, tmp_path
+):
+    found = coterie.gather(files.shots, files.pool, exclude=files.test, output=tmp_path / "out", **OPTIONS)
+    points = found.summary["map"]
+    fates = [point["fate"] for point in points]
+    assert fates[:4] == ["shot", "shot", "chosen", "chosen"]
+    assert sorted(fates[4:]) == sorted(set(gathering.BY_EMBEDDING.values()) - {"chosen"})
+    assert [point["label"] for point in points[:2]] == ["red apple tree yes", "green pear tree yes"]
+    assert [point["similarity"] for point in points[:2]] == [None, None]
+    chosen = {" ".join(text_of(row).split()): row for row in found.examples}
+    similarity = {row["id"]: row["similarity"] for row in read(found.folder)}
+    for point in points[2:4]:
+        assert point["similarity"] == similarity[chosen[point["label"]].id]
+
+
+def test_the_map_lies_along_the_two_directions_in_which_texts_vary_most(encoder, files, tmp_path):
+    found = coterie.gather(files.shots, files.pool, exclude=files.test, output=tmp_path / "out", **OPTIONS)
+    points = found.summary["map"]
+    texts = [" ".join(point["label"].split()[:-1]) for point in points]
+    features = WordEncoder()(
+        [f"{text}\n{point['label'].split()[-1]}" for text, point in zip(texts, points, strict=True)]
+    )
+    centred = (features - features.mean(dim=0)).double()
+    values, directions = torch.linalg.eigh(centred.T @ centred)
+    assert values[-1] > 1.1 * values[-2] > 1.2 * values[-3]
+    for axis, way in (("x", -1), ("y", -2)):
+        along = (centred @ directions[:, way]).numpy()
+        drawn = np.array([point[axis] for point in points])
+        assert np.abs(drawn).max() > 0.3
+        assert min(np.abs(drawn - along).max(), np.abs(drawn + along).max()) < 1e-4
+
+
+def test_a_long_text_has_a_short_label_and_texts_that_are_all_alike_share_a_place(encoder, monkeypatch, tmp_path):
+    monkeypatch.setattr(WordEncoder, "direction", lambda self, word: torch.eye(48)[0])  # equal to the last bit
+    alike = [" ".join(["word"] * count) for count in (90, 80)]
+    shots, pool = (load_examples([row(text, "word")]) for text in alike)
+    found = coterie.gather(shots, pool, output=tmp_path / "out", **{**OPTIONS, "exclude_tau": 1.0})
+    assert {(point["x"], point["y"]) for point in found.summary["map"]} == {(0.0, 0.0)}
+    assert [point["label"] for point in found.summary["map"]] == ["word " * 12] * 2
+
+
+def test_of_a_large_pool_the_map_draws_the_rows_with_the_smallest_keys_and_reads_no_others():
+    keys = np.random.default_rng(3).permutation(5000)
+    fates = np.where(np.arange(5000) % 3 == 0, CHOSEN, LEFT)
+    drawn = drawn_rows(fates, keys)
+    chosen, others = drawn[:400], drawn[400:]
+    assert len(others) == 600 and (fates[chosen] == CHOSEN).all() and (fates[others] == LEFT).all()
+    for rows, fate in ((chosen, CHOSEN), (others, LEFT)):
+        assert keys[rows].tolist() == sorted(keys[fates == fate])[: len(rows)]
+
+    class Pool:
+        def __len__(self):
+            return 5000
+
+        def __getitem__(self, rows):
+            assert rows.tolist() == drawn.tolist()
+            return unit(len(rows), 8, seed=1)
+
+    shots, rows = lay_out(unit(3, 8, seed=2), Pool(), drawn)
+    assert (len(shots), len(rows)) == (3, 1000)
+
+
 def comparable(folder: Path) -> list[dict]:
     """The chosen rows without where they stood."""
     return [{key: value for key, value in row.items() if key not in ("pool", "pool_id")} for row in read(folder)]
@@ -216,6 +281,7 @@ def test_neither_the_order_of_rows_nor_of_files_changes_what_is_gathered(order, 
         found = coterie.gather(shots, list(map(str, parts)), output=tmp_path / "mixed", block_rows=block, **common)
     assert comparable(found.folder) == comparable(plain.folder)
     assert found.summary["fates"] == plain.summary["fates"]
+    assert found.summary["map"] == plain.summary["map"]
 
 
 def test_a_second_run_embeds_only_what_is_new(encoder, files, tmp_path):

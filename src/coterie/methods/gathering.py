@@ -6,14 +6,15 @@ and never held: to check and index their rows, to embed what was never embedded,
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
 
 from coterie.artifacts import check_output, read_json, run_folder, write_json, write_jsonl
 from coterie.data import pool as choosing
@@ -31,7 +32,8 @@ from coterie.data.streaming import (
     text_of,
 )
 from coterie.errors import CoterieError
-from coterie.features.stored import EmbeddingStore, load_text_encoder
+from coterie.features.stored import EmbeddingStore, StoredRows, load_text_encoder
+from coterie.methods.pool_map import drawn_rows, lay_out
 from coterie.methods.stages import IN_MEMORY, hash_examples
 from coterie.settings import GatherSettings, SelectionSettings, from_flat
 
@@ -52,6 +54,9 @@ BY_EMBEDDING = {
     choosing.LEFT: "beyond the budget",
     choosing.CHOSEN: "chosen",
 }
+SHOT = "shot"
+"""The fate of an example on the map."""
+LABEL_LETTERS = 60
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,20 @@ class _Task:
     def fresh(self) -> Int[np.ndarray, " fresh"]:
         """Numbers of the pool rows that are compared by their embeddings."""
         return np.flatnonzero(self.index.kinds == FRESH)
+
+    @property
+    def keys(self) -> Shaped[np.ndarray, " fresh"]:
+        """Keys of the texts of those rows."""
+        return self.index.texts[self.fresh]
+
+
+@dataclass(frozen=True)
+class _Embedded:
+    """The embeddings of a task; those of the pool are of its fresh rows and stay on disk."""
+
+    shots: Float[Tensor, "shot dimension"]
+    excluded: Float[Tensor, "excluded dimension"] | None
+    pool: StoredRows
 
 
 def gather(
@@ -129,10 +148,13 @@ def run_gathering(settings: GatherSettings, given: dict[str, list[Any]] | None =
     store = EmbeddingStore(encoder, Path(settings.embeddings).expanduser() if settings.embeddings else None)
     inputs = {**_inputs(task), "encoder": encoder.identity}
     with run_folder(output, "gather", settings.model_dump(), inputs) as run:
-        _embed(task, store, settings.selection.block_rows)
-        selection = _select(task, store, settings.selection)
-        write_jsonl(run.path / GATHERED_FILE, _records(task, selection))
-        write_json(run.path / SUMMARY_FILE, _summary(task, selection, settings))
+        vectors = _embed(task, store, settings.selection.block_rows)
+        selection = _select(task, vectors, settings.selection)
+        drawn = drawn_rows(selection.fates, task.keys)
+        examples = dict(task.index.read(task.fresh[np.union1d(selection.rows, drawn)]))
+        write_jsonl(run.path / GATHERED_FILE, _records(task, selection, examples))
+        points = _map(task, vectors, selection, drawn, examples)
+        write_json(run.path / SUMMARY_FILE, {**_summary(task, selection, settings), "map": points})
     return Gathered(output, read_json(output / SUMMARY_FILE))
 
 
@@ -158,24 +180,26 @@ def _inputs(task: _Task) -> dict[str, str]:
     return {"shots": hash_examples(task.shots), "exclude": hash_examples(task.excluded), "pool": pool}
 
 
-def _embed(task: _Task, store: EmbeddingStore, block_rows: int) -> None:
-    """Embed the fresh rows that were never embedded, a block at a time."""
-    fresh = task.fresh
-    missing = fresh[store.missing(task.index.texts[fresh])]
+def _embed(task: _Task, store: EmbeddingStore, block_rows: int) -> _Embedded:
+    """Embed what was never embedded, the pool a block at a time."""
+    missing = task.fresh[store.missing(task.keys)]
     logger.info("%d of %d pool rows have to be embedded", len(missing), len(task.index))
-    if not len(missing):
-        return
+    if len(missing):
+        _embed_rows(task, store, missing, block_rows)
+    shots = store.embed([text_of(shot) for shot in task.shots])
+    excluded = store.embed([text_of(row) for row in task.excluded]) if task.excluded else None
+    return _Embedded(shots, excluded, store.rows(task.keys))
+
+
+def _embed_rows(task: _Task, store: EmbeddingStore, missing: Int[np.ndarray, " missing"], block_rows: int) -> None:
     texts = (text_of(row) for _, row in task.index.read(missing))
     for number, block in enumerate(iter(lambda: list(islice(texts, block_rows)), [])):
         store.add(block)
         logger.info("embedded %d of %d", number * block_rows + len(block), len(missing))
 
 
-def _select(task: _Task, store: EmbeddingStore, settings: SelectionSettings) -> Selection:
-    shots = store.embed([text_of(shot) for shot in task.shots])
-    excluded = store.embed([text_of(row) for row in task.excluded]) if task.excluded else None
-    keys = task.index.texts[task.fresh]
-    selection = select(store.rows(keys), shots, keys, settings, excluded)
+def _select(task: _Task, vectors: _Embedded, settings: SelectionSettings) -> Selection:
+    selection = select(vectors.pool, vectors.shots, task.keys, settings, vectors.excluded)
     found = len(selection.rows)
     if not found:
         raise CoterieError(
@@ -187,10 +211,9 @@ def _select(task: _Task, store: EmbeddingStore, settings: SelectionSettings) -> 
     return selection
 
 
-def _records(task: _Task, selection: Selection) -> list[dict[str, Any]]:
+def _records(task: _Task, selection: Selection, examples: Mapping[int, Example]) -> list[dict[str, Any]]:
     """Return the chosen rows in the common form; ids are keys of the text, since pools number their rows alike."""
     numbers = task.fresh[selection.rows]
-    examples = dict(task.index.read(numbers))
     pools = list(task.index.pools)
     return [
         {
@@ -203,6 +226,28 @@ def _records(task: _Task, selection: Selection) -> list[dict[str, Any]]:
         }
         for number, row, place in zip(numbers.tolist(), selection.rows, task.index.pool_of(numbers), strict=True)
     ]
+
+
+def _map(
+    task: _Task,
+    vectors: _Embedded,
+    selection: Selection,
+    drawn: Int[np.ndarray, " drawn"],
+    examples: Mapping[int, Example],
+) -> list[dict[str, Any]]:
+    """Return the points of the map: the examples, then the drawn rows."""
+    shots, rows = lay_out(vectors.shots, vectors.pool, drawn)
+    marks = [_mark(place, SHOT, None, shot) for place, shot in zip(shots, task.shots, strict=True)]
+    for place, row, number in zip(rows, drawn, task.fresh[drawn].tolist(), strict=True):
+        fate, similarity = BY_EMBEDDING[int(selection.fates[row])], float(selection.measured.similarity[row])
+        marks.append(_mark(place, fate, similarity, examples[number]))
+    return marks
+
+
+def _mark(place: tuple[float, float], fate: str, similarity: float | None, example: Example) -> dict[str, Any]:
+    """Make a point of the map; its label is how its text begins."""
+    label = " ".join(text_of(example).split())[:LABEL_LETTERS]
+    return {"x": place[0], "y": place[1], "fate": fate, "similarity": similarity, "label": label}
 
 
 def _summary(task: _Task, selection: Selection, settings: GatherSettings) -> dict[str, Any]:
