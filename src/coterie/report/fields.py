@@ -59,6 +59,10 @@ class Record:
             return float(value) if _is_finite(value) else None
         raise self.wrong(key, "a number or null")
 
+    def count_or_none(self, key: str) -> int | None:
+        """Read a whole number from 0 upwards that may be missing."""
+        return None if self.fields.get(key) is None else self.count(key)
+
     def position(self, key: str) -> float:
         """Read a number that has to be there."""
         if (value := self.number(key)) is None:
@@ -119,6 +123,13 @@ class Record:
             raise self.wrong(key, f"a list of rows of {width} numbers from 0 upwards")
         return tuple(tuple(map(float, row)) for row in rows)
 
+    def number_row(self, key: str, width: int) -> tuple[float, ...]:
+        """Read a list of `width` numbers from 0 upwards."""
+        row = self.fields.get(key)
+        if not isinstance(row, list) or not _is_row(row, width):
+            raise self.wrong(key, f"a list of {width} numbers from 0 upwards")
+        return tuple(map(float, row))
+
     def mapping(self, key: str) -> dict[str, Any]:
         """Read an object; a missing one is empty."""
         value = self.fields.get(key)
@@ -166,6 +177,10 @@ class Record:
         return [
             Record(item, f"{self.place}, {key} {number}", self.folder) for number, item in enumerate(value, start=1)
         ]
+
+    def objects_if_any(self, key: str) -> list["Record"]:
+        """Read a list of objects; a missing one is empty."""
+        return self.objects(key) if self.has(key) else []
 
     def has(self, key: str) -> bool:
         """Tell whether the field is there and not null."""

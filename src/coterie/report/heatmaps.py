@@ -17,7 +17,7 @@ class HeatMap:
     """A table of shaded numbers.
 
     Each line is a name and its cells, a cell (text, shade); `legend` says what the weakest and strongest shade mean,
-    and `totals`, where there are any, has a number for each line.
+    and `totals`, where there are any, has a number for each line, a count of rows if `total` names nothing else.
     """
 
     corner: str
@@ -25,6 +25,7 @@ class HeatMap:
     lines: tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
     legend: tuple[str, str]
     totals: tuple[str, ...] = ()
+    total: str = "Rows"
 
     @property
     def wide(self) -> bool:

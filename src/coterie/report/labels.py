@@ -23,12 +23,15 @@ def place_labels(points: Sequence[tuple[float, float]], texts: Sequence[str], si
     """Place a label beside every point, all in px within `size` (width, height).
 
     Each takes the nearest place that is free; where none is, the one that covers the least. A picture that is wider
-    than `size` only moves points apart, so what is free in a narrow picture stays free.
+    than `size` only moves points apart, so what is free in a narrow picture stays free. An empty text takes no place.
     """
     marks = [_box(x, y, 2 * _MARK, 2 * _MARK) for x, y in points]
     taken: list[tuple[float, float, float, float]] = []
     labels = []
     for (x, y), text in zip(points, texts, strict=True):
+        if not text:
+            labels.append(Label(0.0, 0.0, led=False))
+            continue
         width = _LETTER * len(text)
         best = min(
             _places(), key=lambda label: _cost(_box(x + label.dx, y + label.dy, width, _HEIGHT), marks, taken, size)
@@ -36,6 +39,21 @@ def place_labels(points: Sequence[tuple[float, float]], texts: Sequence[str], si
         taken.append(_box(x + best.dx, y + best.dy, width, _HEIGHT))
         labels.append(best)
     return labels
+
+
+def spread_out(places: Sequence[float], least: float) -> list[float]:
+    """Move places along a line apart until neighbours are `least` from each other; their order and middle stay."""
+    order = sorted(range(len(places)), key=lambda number: places[number])
+    groups: list[list[int]] = []
+    moved = list(places)
+    for number in order:
+        groups.append([number])
+        while len(groups) > 1 and moved[groups[-1][0]] - moved[groups[-2][-1]] < least:
+            groups[-2:] = [[*groups[-2], *groups[-1]]]
+            middle = sum(places[member] for member in groups[-1]) / len(groups[-1])
+            for place, member in enumerate(groups[-1]):
+                moved[member] = middle + least * (place - (len(groups[-1]) - 1) / 2)
+    return moved
 
 
 def _places() -> list[Label]:

@@ -20,7 +20,7 @@ DOT = "m-1.3 0a1.3 1.3 0 1 0 2.6 0a1.3 1.3 0 1 0-2.6 0z"
 
 SHARED = len(OUTLINES)  # the number of the mark that all groups beyond the shapes share
 
-DISC, SQUARE, DIAMOND, CIRCLE = 0, 2, 3, 8
+DISC, SQUARE, DIAMOND, PLUS, CROSS, STAR, CIRCLE = 0, 2, 3, 4, 5, 6, 8
 
 
 def kind(number: int) -> str:

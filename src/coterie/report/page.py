@@ -14,10 +14,13 @@ from coterie.report import examples, wording
 from coterie.report.clusters import composition, map_panels
 from coterie.report.costs import cost_pictures, cost_table
 from coterie.report.differences import difference_panels
+from coterie.report.gates import gates_view
+from coterie.report.gatherings import gathering_view
 from coterie.report.heatmaps import category_map, cluster_map, profile_map, routing_map
 from coterie.report.reading import read_evaluation
 from coterie.report.records import OVERALL, Evaluation, Row
 from coterie.report.recruits import recruiting_view
+from coterie.report.selections import selection_view
 from coterie.report.traces import trace_pictures
 from coterie.report.variants import variant_pictures
 
@@ -37,6 +40,7 @@ _WAYS_TO_WRITE = (
     wording.nats,
     wording.p_value,
     wording.percent,
+    wording.perplexity,
     wording.points,
     wording.seconds,
     wording.short,
@@ -107,6 +111,9 @@ def view(evaluation: Evaluation) -> dict[str, Any]:
         "cost_pictures": cost_pictures(evaluation),
         "profile_map": profile_map(evaluation.profile),
         **recruiting_view(evaluation),
+        "selection": selection_view(evaluation.selection),
+        "gathering": gathering_view(evaluation.gathering),
+        "gates": gates_view(evaluation.gates),
     }
 
 

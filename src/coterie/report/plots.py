@@ -1,4 +1,4 @@
-"""Pictures on two axes: numbered points and curves, drawn into the same frame."""
+"""Pictures on two axes: numbered points, curves and lines, drawn into the same frame."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 from markupsafe import Markup
 
 from coterie.report import marks, svg
-from coterie.report.labels import Label, place_labels
+from coterie.report.labels import Label, place_labels, spread_out
 from coterie.report.scales import Scale
 from coterie.report.wording import fixed
 
@@ -18,6 +18,7 @@ _TOP, _BOTTOM = 34.0, 262.0  # px, the y positions of a scale's ends
 _NARROW = 300.0  # px, the width on a small phone, for which labels are placed
 _CLOSE = 9.0  # per cent, numbers on an axis that are nearer than this would touch
 _SIZE = 1.6  # of a mark, beside its size on a map
+_LABEL_HEIGHT = 12.0  # px
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,10 @@ class Frame:
 
 @dataclass(frozen=True)
 class Point:
-    """One point: where it lies, its shape (`marks`), its label in the picture and the words for it."""
+    """One point: where it lies, its shape (`marks`), its label in the picture and the words for it.
+
+    An empty label is left out; `size` is relative to the usual one.
+    """
 
     x: float
     y: float
@@ -49,17 +53,19 @@ class Point:
     label: str
     words: str
     ends: tuple[float, float] | None = None
+    size: float = 1.0
 
 
 def scatter(points: Sequence[Point], frame: Frame, title: str) -> Markup:
     """Draw points, each with its label beside it, led by a line where there is no room."""
-    drawing = _framed("scatter", points, frame, title)
-    _add_numbers_across(drawing, frame, [(mark, f"{mark:,.10g}") for mark in frame.across.marks])
+    drawing = _framed("scatter", [point.words for point in points], frame, title)
+    _add_marks_across(drawing, frame)
     middles = [(frame.x(point.x) / 100 * _NARROW, frame.y(point.y)) for point in points]
     labels = place_labels(middles, [point.label for point in points], (_NARROW, _BOTTOM))
     for point, label in zip(points, labels, strict=True):
         place = _add_point(drawing, point, frame)
-        _add_label(place, point.label, label)
+        if point.label:
+            _add_label(place, point.label, label)
     return svg.markup(drawing)
 
 
@@ -68,7 +74,7 @@ def curve(points: Sequence[Point], frame: Frame, title: str, level: float | None
 
     `level` is a value that is drawn dashed across the whole picture.
     """
-    drawing = _framed("curve", points, frame, title)
+    drawing = _framed("curve", [point.words for point in points], frame, title)
     _add_numbers_across(drawing, frame, [(point.x, point.label) for point in points])
     if level is not None:
         _add_line(drawing, "level", (0.0, frame.y(level)), (100.0, frame.y(level)))
@@ -82,9 +88,43 @@ def curve(points: Sequence[Point], frame: Frame, title: str, level: float | None
     return svg.markup(drawing)
 
 
-def _framed(kind: str, points: Sequence[Point], frame: Frame, title: str) -> ElementTree.Element:
-    words = "; ".join(point.words for point in points)
-    drawing = svg.picture(f"plot {kind}", HEIGHT, f"{title}: {words}")
+@dataclass(frozen=True)
+class Line:
+    """One line: its CSS class, the label at its end, the words for it, and where it passes, from left to right."""
+
+    kind: str
+    label: str
+    words: str
+    places: tuple[tuple[float, float], ...]
+
+
+def lines(drawn: Sequence[Line], frame: Frame, title: str) -> Markup:
+    """Draw lines over the same steps, each with its label at its right end."""
+    drawing = _framed("lines", [line.words for line in drawn], frame, title)
+    _add_marks_across(drawing, frame)
+    box = {
+        "x": svg.percent(_LEFT),
+        "y": f"{_TOP:g}",
+        "width": svg.percent(_RIGHT - _LEFT),
+        "height": f"{_BOTTOM - _TOP:g}",
+    }
+    inside = svg.add(drawing, "svg", **box, viewBox="0 0 1000 1000", preserveAspectRatio="none")
+    for line in drawn:
+        way = " ".join(
+            f"{1000 * frame.across.share(x):.0f} {1000 * (1 - frame.up.share(y)):.0f}" for x, y in line.places
+        )
+        path = svg.add(
+            inside, "path", d=f"M{way}", **{"class": f"line {line.kind}", "vector-effect": "non-scaling-stroke"}
+        )
+        svg.add(path, "title").text = line.words
+    ends = [frame.y(line.places[-1][1]) for line in drawn]
+    for line, y in zip(drawn, spread_out(ends, _LABEL_HEIGHT), strict=True):
+        _add_text(drawing, f"end {line.kind}", _RIGHT + 1, y + 4, line.label)
+    return svg.markup(drawing)
+
+
+def _framed(kind: str, told: Sequence[str], frame: Frame, title: str) -> ElementTree.Element:
+    drawing = svg.picture(f"plot {kind}", HEIGHT, f"{title}: {'; '.join(told)}")
     across, up = frame.words
     _add_text(drawing, "left side", 0.0, 12.0, up)
     _add_text(drawing, "right side", 100.0, HEIGHT - 2.0, f"{across}{', log scale' if frame.across.log else ''} →")
@@ -93,6 +133,10 @@ def _framed(kind: str, points: Sequence[Point], frame: Frame, title: str) -> Ele
         _add_line(drawing, "grid", (0.0, y), (100.0, y))
         _add_text(drawing, "left", 0.0, y - 3, fixed(value, frame.up.decimals))
     return drawing
+
+
+def _add_marks_across(drawing: ElementTree.Element, frame: Frame) -> None:
+    _add_numbers_across(drawing, frame, [(mark, f"{mark:,.10g}") for mark in frame.across.marks])
 
 
 def _add_numbers_across(drawing: ElementTree.Element, frame: Frame, numbers: Sequence[tuple[float, str]]) -> None:
@@ -109,7 +153,7 @@ def _add_numbers_across(drawing: ElementTree.Element, frame: Frame, numbers: Seq
 def _add_point(drawing: ElementTree.Element, point: Point, frame: Frame) -> ElementTree.Element:
     place = svg.inset(drawing, frame.x(point.x), frame.y(point.y), "point")
     svg.add(place, "title").text = point.words
-    marks.add_marks(place, point.mark, [(0.0, 0.0)]).set("transform", f"scale({_SIZE})")
+    marks.add_marks(place, point.mark, [(0.0, 0.0)]).set("transform", f"scale({_SIZE * point.size:.3g})")
     return place
 
 

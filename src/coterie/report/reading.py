@@ -9,6 +9,7 @@ from typing import Any
 
 from coterie.errors import CoterieError
 from coterie.report.fields import COMMAND, Record, unusable
+from coterie.report.kshot_reading import read_gates, read_gathering, read_selection
 from coterie.report.records import (
     FORMAT,
     Answer,
@@ -66,10 +67,13 @@ def read_evaluation(folder: Path) -> Evaluation:
         routing_by_category=record.grid("routing_by_category"),
         features=record.numbers_among("features"),
         map=_read_map(record.inner("map")) if record.has("map") else None,
-        spread=tuple(map(_read_spread, record.objects("spread"))) if record.has("spread") else (),
+        spread=tuple(map(_read_spread, record.objects_if_any("spread"))),
         notes=record.texts("notes") if record.has("notes") else (),
         profile=_read_profile(record.inner("profile")) if record.has("profile") else None,
         costs=record.grid("costs"),
+        selection=read_selection(record.inner("selection")) if record.has("selection") else None,
+        gathering=read_gathering(record.inner("gathering")) if record.has("gathering") else None,
+        gates=read_gates(record.inner("gates")) if record.has("gates") else None,
     )
 
 

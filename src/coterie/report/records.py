@@ -176,12 +176,133 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """One adapter of a bank, as it did on a task's shots.
+
+    Numbers are None where it was left out before they were measured. `leak` counts the shots among its `known_rows` of
+    training data; `dropped` tells why it was left out.
+    """
+
+    name: str
+    accuracy: float | None
+    perplexity: float | None
+    rank_accuracy: float | None
+    rank_perplexity: float | None
+    rank_sum: float | None
+    candidate: bool
+    chosen: bool
+    similarity: float | None  # to the chosen group, on average
+    leak: int
+    known_rows: int | None
+    dropped: str | None
+
+
+@dataclass(frozen=True)
+class AdapterGroup:
+    """Candidates as a group: the best group has the smallest score, the sum of its two ranks."""
+
+    names: tuple[str, ...]
+    rank_sum: float | None
+    similarity: float | None
+    rank_diversity: float | None
+    score: float | None
+
+
+@dataclass(frozen=True)
+class Halving:
+    """One round of successive halving: adapters scored on so many shots, and how many were kept."""
+
+    shots: int
+    scored: int
+    kept: int
+    tau: float | None
+
+
+@dataclass(frozen=True)
+class AdapterSelection:
+    """How the experts were chosen from a bank; `groups` are the best ones, best first."""
+
+    shots: int
+    settings: dict[str, str]
+    adapters: tuple[Adapter, ...]
+    groups: tuple[AdapterGroup, ...]
+    chosen: tuple[str, ...]
+    halving: tuple[Halving, ...]
+
+
+@dataclass(frozen=True)
+class PoolPoint:
+    """A shot or a pool row on the map of a pool, and what became of it."""
+
+    x: float
+    y: float
+    fate: str
+    similarity: float | None
+    label: str
+
+
+@dataclass(frozen=True)
+class PoolPart:
+    """One source of a pool: its rows, and how many of them were chosen."""
+
+    name: str
+    rows: int
+    chosen: int
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """What was chosen from a pool of open data: how many rows met which fate, by source, and a map of some.
+
+    `shots` counts for every shot the chosen rows that are nearest to it. `median` is the similarity to the shots in the
+    middle of all compared rows and of the chosen ones.
+    """
+
+    rows: int
+    settings: dict[str, str]
+    fates: dict[str, float]
+    pools: tuple[PoolPart, ...]
+    shots: tuple[tuple[str, int], ...]
+    median: tuple[float | None, float | None]
+    points: tuple[PoolPoint, ...]
+
+
+@dataclass(frozen=True)
+class GateLoad:
+    """How gates share their load over the experts, as shares of 1, and their entropy in nats.
+
+    `name` is that of a layer, `step` one of training, where it is known.
+    """
+
+    load: tuple[float, ...]
+    entropy: float | None
+    name: str = ""
+    step: int = 0
+
+    @property
+    def largest(self) -> float:
+        """The largest share."""
+        return max(self.load)
+
+
+@dataclass(frozen=True)
+class GateLoads:
+    """The load of token-wise gates: over all, layer by layer, and over the steps of training."""
+
+    experts: tuple[str, ...]
+    overall: GateLoad
+    layers: tuple[GateLoad, ...]
+    steps: tuple[GateLoad, ...]
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The whole evaluation; names keep the order of the records.
 
     The fields with a default are optional in the records: `seconds` a stage, `memory` in bytes, `merge_error` the
     relative Frobenius error of a method's merge, `composition` rows of every cluster by "source / category". `profile`
-    and `costs` (of a question, by method) are those of recruited experts.
+    and `costs` (of a question, by method) are those of recruited experts; `selection`, `gathering` and `gates` tell how
+    a mixture was made from a few shots.
     """
 
     mixture: str
@@ -210,6 +331,9 @@ class Evaluation:
     notes: tuple[str, ...] = ()
     profile: Profile | None = None
     costs: dict[str, dict[str, float]] = field(default_factory=dict)
+    selection: AdapterSelection | None = None
+    gathering: Gathering | None = None
+    gates: GateLoads | None = None
 
     def score(self, method: str, source: str = OVERALL) -> Score | None:
         """Find a table row; None where the records have none."""

@@ -86,6 +86,13 @@ def gigabytes(count: float | None) -> str:
     return ABSENT if count is None else f"{count / 1e9:,.2f}"
 
 
+def perplexity(value: float | None) -> str:
+    """Write a perplexity: two decimals, none where it is large, a power of ten where it is beyond all reading."""
+    if value is None or value < 1000:
+        return fixed(value, 2)
+    return f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
+
+
 def source_name(source: str) -> str:
     """Name a source; the empty one is none."""
     return source or "no source"
