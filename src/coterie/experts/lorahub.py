@@ -97,8 +97,7 @@ def _strategy(count: int, plan: SearchPlan) -> Any:
         _FIRST_STEP * plan.bound,
         {
             "bounds": [-plan.bound, plan.bound],
-            "randn": np.random.RandomState(plan.seed).randn,
-            "seed": math.nan,  # leaves the global state alone; 0 would take the time
+            "randn": np.random.RandomState(plan.seed).randn,  # `seed` would set numpy's global state
             "verbose": -10,  # above that, options are read from a file in the working directory
             "verb_log": 0,
         },
