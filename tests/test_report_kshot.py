@@ -230,6 +230,16 @@ def test_groups_and_halving_are_told(page):
     assert f"Successive halving: {told}" in page.text()
 
 
+def test_the_chosen_adapters_and_their_group_are_set_off_wherever_they_stand(tmp_path):
+    evaluation, rows = full()
+    evaluation["selection"]["subsets"].reverse()
+    evaluation["selection"]["chosen"].reverse()
+    lines = [" ".join(e["text"].split()) for e in page_of(tmp_path, evaluation, rows).all("tr", "subject")]
+    lines = [line for line in lines if "elrea" not in line]
+    starts = ("1 sums chosen", "3 maps chosen", "sums, maps")
+    assert len(lines) == 3 and all(map(str.startswith, lines, starts))
+
+
 def test_a_selection_without_scores_or_similarities_or_rounds_is_a_table_alone(tmp_path):
     evaluation, rows = records()
     adapters = [adapter("a", None, None, None), adapter("b", 0.5, None, None)]
