@@ -1,13 +1,15 @@
-"""Time per question of recruited experts: all questions in one batch, against loading the base model for each question.
+"""Time per question of recruited experts: all questions in one batch, against loading models for each question.
 
-Every question goes to three of six adapters of one base model. `grouped` loads the base once and runs the rows of all
-adapters in stacked batches; `per_question` loads it anew for each question. With the model loaded, `stacked` is the
-batch of all adapters together, and `swapped` loads one adapter after the other and runs its questions alone. All ways
-must write the same answers.
+The pool has two base models and four adapters of the first one; every question goes to three of the six. `grouped`
+takes all questions together: each model is loaded once, and the rows of all adapters run in stacked batches.
+`per_question` does the same for one question after the other, and `per_call` loads an expert for each of its answers,
+as scripts do that start one engine per model. With the first model loaded, `stacked` is the batch of its adapters
+together, and `swapped` loads one adapter after the other and runs its questions alone. All ways must write the same
+answers.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from _harness import arguments, interleaved, load, median_ratio, publish, random_adapter
@@ -22,33 +24,43 @@ from coterie.mixture.local import LocalAnswerer, LocalExpert, load_local
 from coterie.mixture.recruiting import Workshop
 from coterie.settings import PlacementSettings, SamplingSettings
 
-EXPERTS = 6
+ADAPTERS = 4
 RECRUITS = 3
 BATCH = 12
+OTHER_MODEL = "gemma3-270m"
 QUESTION = "Question {number}: explain in simple words why the sky is blue during the day and red in the evening."
 
+Pool = Mapping[str, Mapping[str, LocalExpert]]
+"""The experts of every base model, by name."""
 
-def recruited(questions: int, steps: int) -> list[list[Ask]]:
-    """Send every question to three adapters in turn."""
+
+def recruited(names: Sequence[str], questions: int, steps: int) -> list[list[Ask]]:
+    """Send every question to three experts in turn."""
     sampling = SamplingSettings(max_new_tokens=steps)
     return [
         [
-            Ask(f"expert-{(number + place) % EXPERTS}", from_prompt(QUESTION.format(number=number)).messages, sampling)
+            Ask(names[(number + place) % len(names)], from_prompt(QUESTION.format(number=number)).messages, sampling)
             for place in range(RECRUITS)
         ]
         for number in range(questions)
     ]
 
 
-def in_workshop(model: str, folders: dict[str, Path], asks: Sequence[Ask]) -> list[str]:
+def in_workshop(pool: Pool, asks: Sequence[Ask]) -> list[str]:
     """Load what the questions need, answer them, and free it."""
-    experts = {name: LocalExpert(folder) for name, folder in folders.items()}
-    group = Group(model, tuple(experts), lambda: load_local(model, experts, PlacementSettings(), BATCH))
-    with Workshop([group], {name: name for name in experts}, Ledger(), quiet=True) as workshop:
+    wanted = {ask.expert for ask in asks}
+    groups = []
+    for model, experts in pool.items():
+        own = {name: expert for name, expert in experts.items() if name in wanted}
+        if own:
+            groups.append(
+                Group(model, tuple(own), lambda m=model, e=own: load_local(m, e, PlacementSettings(), BATCH), size=1)
+            )
+    with Workshop(groups, {name: name for name in wanted}, Ledger(), budget=len(groups), quiet=True) as workshop:
         return [reply.text for reply in workshop.ask(asks)]
 
 
-def in_answerer(backbone: Backbone, folders: dict[str, Path], asks: Sequence[Ask]) -> list[str]:
+def in_answerer(backbone: Backbone, folders: Mapping[str, Path], asks: Sequence[Ask]) -> list[str]:
     """Answer on a loaded base model, with these adapters read from disk and stacked."""
     adapters = tuple(load_adapter(folder, backbone.model) for folder in folders.values())
     prompts = dict.fromkeys(folders, PromptFormat(backbone.tokenizer))
@@ -58,43 +70,51 @@ def in_answerer(backbone: Backbone, folders: dict[str, Path], asks: Sequence[Ask
     return [replies[number].text for number in range(len(asks))]
 
 
+def one_by_one(backbone: Backbone, folders: Mapping[str, Path], asks: Sequence[Ask]) -> list[str]:
+    """Load one adapter after the other, and answer its questions alone."""
+    found: dict[int, str] = {}
+    for name, folder in folders.items():
+        places = [place for place, ask in enumerate(asks) if ask.expert == name]
+        answers = in_answerer(backbone, {name: folder}, [asks[place] for place in places])
+        found |= dict(zip(places, answers, strict=True))
+    return [found[place] for place in range(len(asks))]
+
+
 def main() -> None:
-    """Run the four ways in turn and print the result."""
+    """Run the ways in turn and print the result."""
     flags = arguments("recruit")
-    rounds, count, steps = (1, 4, 4) if flags.quick else (3, 12, 16)
+    rounds, count, steps = (1, 4, 4) if flags.quick else (2, 12, 32)
     backbone = load(flags.model)
-    folders = {f"expert-{number}": random_adapter(backbone, seed=number) for number in range(EXPERTS)}
-    questions = recruited(count, steps)
+    folders = {f"adapter-{number}": random_adapter(backbone, seed=number) for number in range(ADAPTERS)}
+    adapters = {name: LocalExpert(folder) for name, folder in folders.items()}
+    pool = {flags.model: {"base": LocalExpert(), **adapters}, OTHER_MODEL: {"other": LocalExpert()}}
+    questions = recruited([name for experts in pool.values() for name in experts], count, steps)
     asks = [ask for own in questions for ask in own]
+    of_adapters = [ask for ask in asks if ask.expert in folders]
     written: dict[str, list[str]] = {}
 
-    def grouped() -> None:
-        written["grouped"] = in_workshop(flags.model, folders, asks)
+    def keep(name: str, texts: list[str]) -> None:
+        written[name] = texts
 
-    def per_question() -> None:
-        written["per_question"] = [text for own in questions for text in in_workshop(flags.model, folders, own)]
-
-    def stacked() -> None:
-        written["stacked"] = in_answerer(backbone, folders, asks)
-
-    def swapped() -> None:
-        places = {name: [n for n, ask in enumerate(asks) if ask.expert == name] for name in folders}
-        found = {}
-        for name, own in places.items():
-            found |= dict(zip(own, in_answerer(backbone, {name: folders[name]}, [asks[n] for n in own]), strict=True))
-        written["swapped"] = [found[number] for number in range(len(asks))]
-
-    ways = {"grouped": grouped, "per_question": per_question, "stacked": stacked, "swapped": swapped}
-    seconds = interleaved(ways, rounds, warm_up=not flags.quick)
-    if len({tuple(texts) for texts in written.values()}) != 1:
-        raise SystemExit(f"the ways wrote different answers: {written}")
-    settings = {"model": flags.model, "experts": EXPERTS, "recruits": RECRUITS, "questions": count, "steps": steps}
+    ways = {
+        "grouped": lambda: keep("grouped", in_workshop(pool, asks)),
+        "per_question": lambda: keep("per_question", [t for own in questions for t in in_workshop(pool, own)]),
+        "per_call": lambda: keep("per_call", [t for ask in asks for t in in_workshop(pool, [ask])]),
+        "stacked": lambda: keep("stacked", in_answerer(backbone, folders, of_adapters)),
+        "swapped": lambda: keep("swapped", one_by_one(backbone, folders, of_adapters)),
+    }
+    seconds = interleaved(ways, rounds, warm_up=False)
+    for one, other in (("grouped", "per_question"), ("grouped", "per_call"), ("stacked", "swapped")):
+        if written[one] != written[other]:
+            raise SystemExit(f"{one} and {other} wrote different answers: {written[one]}, {written[other]}")
+    settings = {"model": flags.model, "other_model": OTHER_MODEL, "adapters": ADAPTERS, "recruits": RECRUITS}
     publish(
         "recruit",
-        {**settings, "rank": 8, "batch": BATCH, "rounds": rounds},
+        {**settings, "questions": count, "steps": steps, "rank": 8, "batch": BATCH, "rounds": rounds},
         {f"{name}_seconds_per_question": statistics.median(own) / count for name, own in seconds.items()},
         {
             "per_question_over_grouped": median_ratio(seconds["per_question"], seconds["grouped"]),
+            "per_call_over_grouped": median_ratio(seconds["per_call"], seconds["grouped"]),
             "swapped_over_stacked": median_ratio(seconds["swapped"], seconds["stacked"]),
         },
     )
