@@ -109,6 +109,28 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         raise CoterieError(f"{path} is not readable ({error}); get or make the file again") from error
 
 
+def hub_folder(source: str, patterns: list[str], advice: str) -> Path:
+    """Download a repository of the hub and return its folder: files that match the patterns, and no others.
+
+    Args:
+        source: hub id, OWNER/NAME.
+        patterns: of file names.
+        advice: told where the source can be no hub id.
+
+    Raises:
+        CoterieError: when it is no hub id, or cannot be had.
+    """
+    if source.count("/") != 1 or source.startswith((".", "/", "~")) or Path(source).parent.is_dir():
+        raise CoterieError(advice)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many kinds; all of them mean that it cannot be had
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CoterieError(f"{source} is no folder and cannot be had from the hub ({first}); check the name") from error
+
+
 def write_tensors(path: Path, tensors: Mapping[str, "torch.Tensor"], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors as safetensors, whole or not at all; metadata values are strings."""
     from safetensors.torch import save_file

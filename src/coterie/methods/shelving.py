@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from coterie.artifacts import disk_errors, write_json
+from coterie.artifacts import disk_errors, hub_folder, write_json
 from coterie.backbone.loading import Backbone, BaseModelIdentity, load_backbone
 from coterie.data.streaming import key_of, question_of, stream_examples
 from coterie.errors import CoterieError
@@ -257,15 +257,7 @@ def _local(source: str) -> Path:
     folder = Path(source).expanduser()
     if os.path.exists(folder):
         return folder
-    if source.count("/") != 1 or source.startswith((".", "/", "~")) or folder.parent.is_dir():
-        raise CoterieError(f"{source} does not exist; give an adapter's folder or a hub id")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=list(ADAPTER_FILES)))
-    except Exception as error:  # the hub client raises many kinds; all of them mean that it cannot be had
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CoterieError(f"{source} is no folder and cannot be had from the hub ({first}); check the name") from error
+    return hub_folder(source, list(ADAPTER_FILES), f"{source} does not exist; give an adapter's folder or a hub id")
 
 
 def _there(shelf: _Shelf, name: str, folder: Path) -> Card | None:

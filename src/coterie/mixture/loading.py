@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from coterie.artifacts import FORMAT, read_json, read_tensors
+from coterie.artifacts import FORMAT, hub_folder, read_json, read_tensors
 from coterie.backbone.loading import Backbone
 from coterie.errors import CoterieError, unknown_name
 from coterie.experts.bank import ExpertBank, check_names
@@ -40,17 +40,8 @@ def local_folder(source: str) -> Path:
     folder = Path(source)
     if folder.is_dir():
         return folder
-    if source.count("/") != 1 or source.startswith((".", "/", "~")) or folder.parent.is_dir():
-        raise CoterieError(
-            f"there is no mixture folder {source}; make one with: coterie fit elrea --output {source} ..."
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.jsonl", "*.safetensors", "*.yaml", "*.md"]))
-    except Exception as error:  # the hub client raises many kinds; all of them mean that it cannot be had
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CoterieError(f"{source} is no folder and cannot be had from the hub ({first}); check the name") from error
+    advice = f"there is no mixture folder {source}; make one with: coterie fit elrea --output {source} ..."
+    return hub_folder(source, ["*.json", "*.jsonl", "*.safetensors", "*.yaml", "*.md"], advice)
 
 
 def read_mixture_record(folder: Path) -> dict[str, Any]:
