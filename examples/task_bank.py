@@ -2,11 +2,11 @@
 
     python examples/task_bank.py FOLDER OUTPUT --train 160 --shots 50 --test 100 --longest 500
 
-`train/NAME.jsonl` holds the rows that the adapter NAME is trained on (sixteen sets; creak, qasc and sensemaking are parts of
-flan_cot). For every target, `TARGET/shots.jsonl` holds the first rows of that set's own training file, so that the
-target's own adapter is a leak that can be found, and `TARGET/test.jsonl` rows of the set's held-out split. `pool.jsonl` holds all
-rows of dolly and flan_cot that no adapter was trained on. Rows whose instruction and response together are longer than
-`--longest` characters are left out.
+`train/NAME.jsonl` holds the rows that the adapter NAME is trained on (sixteen sets; creak, qasc and sensemaking are
+parts of flan_cot). For every target, `TARGET/shots.jsonl` holds the first rows of that set's own training file, so that
+the target's own adapter is a leak that can be found, and `TARGET/test.jsonl` rows of the set's held-out split.
+`pool.jsonl` holds all rows of dolly and flan_cot that no adapter was trained on. Rows whose instruction and response
+together are longer than `--longest` characters are left out.
 """
 
 import argparse

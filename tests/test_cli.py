@@ -10,6 +10,7 @@ import pytest
 import tiny
 from conftest import FIT, write_rows
 from coterie.methods import METHODS
+from coterie.methods.symbolic import LINE_UPS
 from coterie.mixture import Mixture
 
 PROMPT = "add 3 4"
@@ -47,6 +48,11 @@ def test_help_is_there_for_every_command(run):
         ["fit", "elrea"],
         ["fit", "token-level"],
         ["bank", "build"],
+        ["bank", "add"],
+        ["bank", "list"],
+        ["bank", "verify"],
+        ["select"],
+        ["fit", "kshot-moe"],
         ["gather"],
         ["fit", "symbolic-moe"],
         ["pool", "init"],
@@ -127,6 +133,7 @@ def test_methods_are_listed_from_the_table(run):
     code, out, _ = run("methods", "--json")
     rows = [json.loads(line) for line in out.splitlines()]
     wanted = [(fitted, name) for fitted, table in METHODS.items() for name in table]
+    wanted += [("symbolic-moe", name) for name in LINE_UPS]
     assert code == 0 and [(row["on"], row["method"]) for row in rows] == wanted
     assert rows[wanted.index(("elrea", "mole"))]["trains"] == ["gates"]
     assert len(run("methods")[1].splitlines()) == len(wanted)

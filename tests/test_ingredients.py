@@ -19,7 +19,8 @@ from coterie.experts.training import TrainingCollator, TrainingPlan
 from coterie.lora import LoraPair
 from coterie.methods import ingredients
 from coterie.methods.bench import method_named, needs_of
-from coterie.methods.ingredients import KINDS, load_ingredient, prepare, read_judgement
+from coterie.methods.cluster_kinds import CLUSTER_KINDS
+from coterie.methods.ingredients import load_ingredient, prepare, read_judgement
 from coterie.methods.judging import assign_folds, even_pairs
 from coterie.methods.of_clusters import CLUSTER_METHODS
 from coterie.methods.recipe import open_recipe
@@ -225,8 +226,8 @@ def test_nothing_is_trained_twice(grid_folder, monkeypatch):
     monkeypatch.setattr(ingredients, "train_clusters", refuse)
     monkeypatch.setattr(ingredients, "train_gates", refuse)
     monkeypatch.setattr(ingredients, "judge", refuse)
-    found = prepare(opened(grid_folder), KINDS)
-    assert set(found) == set(KINDS)
+    found = prepare(opened(grid_folder), CLUSTER_KINDS, CLUSTER_KINDS)
+    assert set(found) == set(CLUSTER_KINDS)
 
 
 def test_an_ingredient_killed_between_two_experts_goes_on_and_ends_the_same(copy, grid_folder, monkeypatch):
@@ -245,9 +246,9 @@ def test_an_ingredient_killed_between_two_experts_goes_on_and_ends_the_same(copy
     with monkeypatch.context() as patch:
         patch.setattr(ingredients, "train_expert", counted)
         with pytest.raises(KilledError):
-            prepare(opened(copy), ["datasets"])
+            prepare(opened(copy), ["datasets"], CLUSTER_KINDS)
     assert not (copy / "methods" / "datasets").exists()
-    prepare(opened(copy), ["datasets"])
+    prepare(opened(copy), ["datasets"], CLUSTER_KINDS)
     for name in ("dataset-pick", "dataset-spell", "dataset-sum"):
         file = f"methods/datasets/experts/{name}/adapter_model.safetensors"
         assert (copy / file).read_bytes() == (grid_folder / file).read_bytes()
@@ -257,12 +258,12 @@ def test_an_ingredient_killed_between_two_experts_goes_on_and_ends_the_same(copy
 
 def test_another_setting_than_it_was_trained_with_is_told(grid_folder):
     with pytest.raises(CoterieError, match="seeds was trained with --ensemble-size 2, not 3; ask for that value, or"):
-        prepare(opened(grid_folder, GRID.model_copy(update={"ensemble_size": 3})), ["seeds"])
+        prepare(opened(grid_folder, GRID.model_copy(update={"ensemble_size": 3})), ["seeds"], CLUSTER_KINDS)
 
 
 def test_what_is_made_from_something_comes_after_it():
     assert needs_of(["loss-routing", "performance-centroids", "base"], CLUSTER_METHODS) == ["loss", "performance"]
-    assert KINDS["loss"].needs == ("judged",)
+    assert CLUSTER_KINDS["loss"].needs == ("judged",)
 
 
 # ----------------------------------------------------------------------------------------------------- what is wrong
@@ -274,7 +275,7 @@ def test_training_data_that_changed_is_told(copy, train_file, tmp_path):
     text = (copy / "run.yaml").read_text().replace(str(train_file), str(other))
     (copy / "run.yaml").write_text(text)
     with pytest.raises(CoterieError, match=r"other.jsonl is not what .*run was fitted on; restore the file"):
-        prepare(opened(copy), ["datasets"])
+        prepare(opened(copy), ["datasets"], CLUSTER_KINDS)
 
 
 def test_rows_in_memory_cannot_be_trained_on_again(model_folder, tmp_path):

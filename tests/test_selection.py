@@ -46,7 +46,7 @@ def test_the_budget_fills_up_beyond_near_rows_greedily_but_not_as_published():
     pool, shots = at(10, 11, 12, 60, 80), at(0)
     common = {"tau": 0.99, "exclude_tau": 1.0}
     greedy = select(pool, shots, names(5), SelectionSettings(budget=2, **common))
-    published = select(pool, shots, names(5), SelectionSettings(budget=2, keep="published", **common))
+    published = select(pool, shots, names(5), SelectionSettings(budget=2, dedup="published", **common))
     assert greedy.rows.tolist() == [0, 3] and published.rows.tolist() == [0]
     C, L, N = choosing.CHOSEN, choosing.LEFT, choosing.LIKE_CHOSEN
     assert greedy.fates.tolist() == [C, N, N, C, L]
@@ -80,7 +80,7 @@ def brute_force(pool, shots, excluded, keys, options: SelectionSettings) -> list
     forbidden = cosines[: len(pool), len(pool) :].max(axis=1) > options.exclude_tau
     order = sorted((-to_shots[row].max(), keys[row], row) for row in rows if not forbidden[row])
     order = [row for *_, row in order]
-    if options.keep == "published":
+    if options.dedup == "published":
         order = order[: options.budget]
         return [row for place, row in enumerate(order) if all(cosines[row, b] <= options.tau for b in order[:place])]
     kept: list[int] = []
@@ -102,7 +102,7 @@ def problems(draw):
     points = normalize(points + 0.01 * torch.randint(0, 2, points.shape, generator=generator), dim=1)
     options = SelectionSettings(
         budget=draw(st.integers(1, 45)),
-        keep=draw(st.sampled_from(["greedy", "published"])),
+        dedup=draw(st.sampled_from(["greedy", "published"])),
         tau=draw(st.sampled_from([0.5, 0.9, 0.99, 1.0])),
         exclude_tau=draw(st.sampled_from([0.9, 0.9999, 1.0])),
         block_rows=draw(st.integers(1, 50)),

@@ -26,9 +26,11 @@ from coterie.settings import (
     EvaluationSettings,
     GatherSettings,
     GenerateSettings,
+    KshotSettings,
     PoolSettings,
     ProfileSettings,
     RouteSettings,
+    SelectSettings,
     Settings,
     SymbolicSettings,
     TokenLevelSettings,
@@ -152,6 +154,13 @@ def fit_symbolic(settings: SymbolicSettings) -> None:
     typer.echo(f"{settings.output}: {len(fitted.pool.names)} experts, {fitted.aggregator} makes one answer of theirs")
 
 
+@fit.command("kshot-moe")
+@flags_from(KshotSettings)
+def fit_kshot(settings: KshotSettings) -> None:
+    """Make a task's mixture from a few examples, a bank of adapters and open data (2408.15915)."""
+    typer.echo(_made(coterie.fit_kshot(settings)))
+
+
 @pool.command("init")
 @flags_from(PoolSettings)
 def init_pool(settings: PoolSettings) -> None:
@@ -169,6 +178,14 @@ def profile(settings: ProfileSettings, as_json: AsJson = False) -> None:
     typer.echo(json.dumps(found.record()) if as_json else str(found))
 
 
+@app.command("select")
+@flags_from(SelectSettings)
+def select(settings: SelectSettings, as_json: AsJson = False) -> None:
+    """Choose adapters of a bank for a task of which a few examples are known (2408.15915)."""
+    selected = coterie.run_selection(settings)
+    typer.echo(json.dumps(selected.record) if as_json else str(selected))
+
+
 @app.command("gather")
 @flags_from(GatherSettings)
 def gather(settings: GatherSettings, as_json: AsJson = False) -> None:
@@ -180,11 +197,9 @@ def gather(settings: GatherSettings, as_json: AsJson = False) -> None:
 @app.command("methods")
 def list_methods(as_json: AsJson = False) -> None:
     """List the methods: where their experts come from, how prompts find them, where they meet."""
-    for fitted, table in coterie.methods.METHODS.items():
-        for name, m in table.items():
-            row = {"method": name, "bank": m.bank, "router": m.router, "combiner": m.combiner, "paper": m.paper}
-            line = f"{fitted:12} {name:22} {m.combiner:24} {m.router:51} {m.bank}"
-            typer.echo(json.dumps({**row, "on": fitted, "trains": list(m.needs)}) if as_json else line)
+    for row in coterie.methods.listed():
+        line = f"{row['on']:12} {row['method']:22} {row['combiner']:31} {row['router']:51} {row['bank']}"
+        typer.echo(json.dumps(row) if as_json else line)
 
 
 @app.command("route")
@@ -283,7 +298,9 @@ def repeat(record: Annotated[Path, typer.Argument(help="the run.yaml of a run fo
         "bank build": (BankSettings, lambda settings: coterie.methods.build_bank(settings).folder),
         "fit symbolic-moe": (SymbolicSettings, lambda settings: coterie.fit_symbolic(settings).aggregator),
         "profile": (ProfileSettings, coterie.run_profile),
+        "select": (SelectSettings, coterie.run_selection),
         "gather": (GatherSettings, coterie.run_gathering),
+        "fit kshot-moe": (KshotSettings, lambda settings: coterie.fit_kshot(settings).folder),
         "eval": (EvaluationSettings, coterie.evaluate_folder),
     }
     if found["command"] not in commands:

@@ -83,7 +83,7 @@ def select(
     """Choose rows of the pool; time grows linearly with it.
 
     Rows too near to an example or to an excluded row go first. The others are taken from the most similar on, as
-    `settings.keep` says.
+    `settings.dedup` says.
 
     Args:
         pool: embeddings of the pool.
@@ -99,7 +99,7 @@ def select(
     fates[measured.cosine > settings.exclude_tau] = LIKE_SHOT
     candidates = np.flatnonzero(fates == LEFT)
     order = candidates[np.lexsort((keys[candidates], -measured.similarity[candidates]))]
-    keep = keep_greedily if settings.keep == "greedy" else keep_as_published
+    keep = keep_greedily if settings.dedup == "greedy" else keep_as_published
     kept = keep(pool, order, settings.budget, settings.tau)
     fates[kept.rows] = CHOSEN
     fates[kept.refused] = LIKE_CHOSEN

@@ -28,6 +28,7 @@ from coterie.evaluation.few_shot import with_shots
 from coterie.evaluation.records import hardware_record, mean_weights, memory_bytes, merge_errors, row_record
 from coterie.evaluation.routed import Remember, Scored, SharedRouting, afresh, score_methods
 from coterie.evaluation.table import format_table, summarise
+from coterie.evaluation.tasks import task_records
 from coterie.methods.bench import Bench, Table, method_named
 from coterie.methods.stages import BASE, DOMAINS_FILE, hash_examples
 from coterie.methods.table import make_bench, methods_on, usual_methods
@@ -265,6 +266,7 @@ def compare(
         "merge_error": merge_errors(scored),
         "notes": [*notes, *code_notes(examples, run_code=run_code)],
         **cluster_records(mixture.folder),
+        **task_records(mixture.folder),
         "map": feature_map(mixture.folder),
     }
     return Evaluation(summary, rows)

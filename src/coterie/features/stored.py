@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from coterie.artifacts import sha256_of, write_tensors
 from coterie.backbone.aliases import ENCODER_ALIASES, cache_folder, fetch_alias
-from coterie.backbone.loading import load_backbone
+from coterie.backbone.loading import Backbone, load_backbone
 from coterie.data.streaming import KEY_BYTES, as_keys, key_of
 from coterie.errors import CoterieError, unknown_name
 from coterie.features.embedding import HIDDEN, Encoder, HiddenStateEncoder, SentenceEncoder, encoder_errors
@@ -56,13 +56,17 @@ def load_text_encoder(name: str, model: str | None, placement: PlacementSettings
     if (name == HIDDEN) != (model is not None):
         raise CoterieError("--encoder hidden and --model belong together: give both or neither")
     if model is not None:
-        backbone = load_backbone(ModelSettings(model=model, **placement.model_dump()))
-        held = f"{backbone.model.get_input_embeddings().weight.dtype} {placement.load_in_4bit}"
-        return TextEncoder(HiddenStateEncoder(backbone), _hash(HIDDEN, backbone.identity.sha256, held))
+        return hidden_encoder(load_backbone(ModelSettings(model=model, **placement.model_dump())), placement)
     folder = fetch_alias(name) if name in ENCODER_ALIASES else Path(name).expanduser()
     if not folder.is_dir():
         raise unknown_name("encoder or local folder", name, [HIDDEN, *ENCODER_ALIASES])
     return _sentence_encoder(folder, name, placement.device)
+
+
+def hidden_encoder(backbone: Backbone, placement: PlacementSettings) -> TextEncoder:
+    """Embed texts by the hidden states of a base model that is loaded already."""
+    held = f"{backbone.model.get_input_embeddings().weight.dtype} {placement.load_in_4bit}"
+    return TextEncoder(HiddenStateEncoder(backbone), _hash(HIDDEN, backbone.identity.sha256, held))
 
 
 def _sentence_encoder(folder: Path, name: str, device: str) -> TextEncoder:

@@ -5,8 +5,9 @@ from coterie.methods.domains import build_bank, fit_token_level, token_level
 from coterie.methods.fitting import elrea, fit_elrea
 from coterie.methods.of_clusters import CLUSTER_METHODS
 from coterie.methods.of_domains import DOMAIN_METHODS
+from coterie.methods.of_tasks import TASK_METHODS
 from coterie.methods.stages import BACKBONE, BASE
-from coterie.methods.table import METHODS, load_bench, make_bench
+from coterie.methods.table import METHODS, listed, load_bench, make_bench
 
 __all__ = [
     "BACKBONE",
@@ -14,11 +15,13 @@ __all__ = [
     "CLUSTER_METHODS",
     "DOMAIN_METHODS",
     "METHODS",
+    "TASK_METHODS",
     "Bench",
     "build_bank",
     "elrea",
     "fit_elrea",
     "fit_token_level",
+    "listed",
     "load_bench",
     "make_bench",
     "token_level",

@@ -10,7 +10,8 @@ from coterie.combiners.base import Combiner
 from coterie.combiners.logits import LogitCombiner
 from coterie.errors import CoterieError, unknown_name
 from coterie.experts.bank import ExpertBank
-from coterie.methods.ingredients import KINDS, Ingredient
+from coterie.methods.ingredients import Ingredient
+from coterie.methods.kinds import KINDS
 from coterie.methods.stages import BACKBONE, NULL
 from coterie.mixture import Mixture
 from coterie.routers.base import Router

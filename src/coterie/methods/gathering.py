@@ -32,7 +32,7 @@ from coterie.data.streaming import (
     text_of,
 )
 from coterie.errors import CoterieError
-from coterie.features.stored import EmbeddingStore, StoredRows, load_text_encoder
+from coterie.features.stored import EmbeddingStore, StoredRows, TextEncoder, load_text_encoder
 from coterie.methods.pool_map import drawn_rows, lay_out
 from coterie.methods.stages import IN_MEMORY, hash_examples
 from coterie.settings import GatherSettings, SelectionSettings, from_flat
@@ -145,17 +145,40 @@ def run_gathering(settings: GatherSettings, given: dict[str, list[Any]] | None =
     check_output(output, overwrite=settings.overwrite)
     task = _load(settings, given or {})
     encoder = load_text_encoder(settings.encoder, settings.model, settings.placement)
-    store = EmbeddingStore(encoder, Path(settings.embeddings).expanduser() if settings.embeddings else None)
     inputs = {**_inputs(task), "encoder": encoder.identity}
     with run_folder(output, "gather", settings.model_dump(), inputs) as run:
-        vectors = _embed(task, store, settings.selection.block_rows)
-        selection = _select(task, vectors, settings.selection)
-        drawn = drawn_rows(selection.fates, task.keys)
-        examples = dict(task.index.read(task.fresh[np.union1d(selection.rows, drawn)]))
-        write_jsonl(run.path / GATHERED_FILE, _records(task, selection, examples))
-        points = _map(task, vectors, selection, drawn, examples)
-        write_json(run.path / SUMMARY_FILE, {**_summary(task, selection, settings), "map": points})
+        _gather(run.path, task, encoder, settings)
     return Gathered(output, read_json(output / SUMMARY_FILE))
+
+
+def gather_into(
+    folder: Path, settings: GatherSettings, given: dict[str, list[Any]], encoder: TextEncoder | None = None
+) -> None:
+    """Choose rows as a part of a longer run, and write `gathered.jsonl` and `gather.json` into its folder.
+
+    Args:
+        folder: where to write.
+        settings: as for `run_gathering`; the output folder is not looked at.
+        given: shots and excluded rows.
+        encoder: where it is loaded already.
+
+    Raises:
+        CoterieError: for bad data or settings.
+    """
+    task = _load(settings, given)
+    encoder = encoder or load_text_encoder(settings.encoder, settings.model, settings.placement)
+    _gather(folder, task, encoder, settings)
+
+
+def _gather(folder: Path, task: _Task, encoder: TextEncoder, settings: GatherSettings) -> None:
+    store = EmbeddingStore(encoder, Path(settings.embeddings).expanduser() if settings.embeddings else None)
+    vectors = _embed(task, store, settings.selection.block_rows)
+    selection = _select(task, vectors, settings.selection)
+    drawn = drawn_rows(selection.fates, task.keys)
+    examples = dict(task.index.read(task.fresh[np.union1d(selection.rows, drawn)]))
+    write_jsonl(folder / GATHERED_FILE, _records(task, selection, examples))
+    points = _map(task, vectors, selection, drawn, examples)
+    write_json(folder / SUMMARY_FILE, {**_summary(task, selection, settings), "map": points})
 
 
 def _in_memory(part: Pool | Sequence[str]) -> bool:

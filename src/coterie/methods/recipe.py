@@ -89,11 +89,6 @@ class Recipe:
         """
         return read_tensors(self.folder / "features" / "features.safetensors")["features"]
 
-    @cached_property
-    def ingredients(self) -> Path:
-        """Where what is trained further lies."""
-        return self.folder / "methods"
-
 
 def open_recipe(mixture: Mixture, grid: GridSettings) -> Recipe:
     """Read how a mixture was fitted.

@@ -29,8 +29,15 @@ METHOD = "symbolic-moe"
 BEST_SINGLE = "best-single"
 RANDOM = "random-experts"
 SELF_CONSISTENCY = "self-consistency"
-LINE_UPS = (METHOD, *VOTES, BEST_SINGLE, RANDOM, SELF_CONSISTENCY)
-"""What a fitted run can answer as; the name of an expert stands for that expert alone."""
+LINE_UPS = {
+    METHOD: ("skills, k recruited per question", "texts: the chosen aggregator"),
+    MAJORITY: ("the same", "texts: majority"),
+    WEIGHTED: ("the same", "texts: vote weighted by profile"),
+    BEST_SINGLE: ("the best on the validation questions", "-"),
+    RANDOM: ("random, k per question", "texts: the chosen aggregator"),
+    SELF_CONSISTENCY: ("the best on the validation questions", "texts: majority of its samples"),
+}
+"""What a fitted run can answer as: who answers, and how one answer is made; an expert's name stands for it alone."""
 
 SAMPLES = 5  # of self-consistency
 TEMPERATURE = 1.0

@@ -33,7 +33,17 @@ from coterie.settings import ModelSettings, PlacementSettings, SamplingSettings
 Prompt = str | Example | Sequence[Mapping[str, str]]
 """A question, an example (its answer is not looked at), or a conversation as a list of {role, content}."""
 
-CARRIED = ("experts", "checkpoints", "clusters.jsonl", "domains.jsonl", "run.yaml", "metrics.jsonl")
+CARRIED = (
+    "experts",
+    "checkpoints",
+    "selection",
+    "gathered",
+    "clusters.jsonl",
+    "domains.jsonl",
+    "gates.json",
+    "run.yaml",
+    "metrics.jsonl",
+)
 """What a saved copy takes along from the folder that a mixture was loaded from; the router writes itself."""
 
 

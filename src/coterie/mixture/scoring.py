@@ -28,7 +28,7 @@ class Scores(NamedTuple):
 
 
 def score(mixture: Mixture, rows: Sequence[TokenRow], routing: Routing, label: str) -> Scores:
-    """Score references under the mixture's own combiner; one vote.
+    """Score references under the mixture's own combiner; one vote. Without a label no progress is shown.
 
     Where weights change while an answer is written, they do so along the reference.
     """
@@ -72,7 +72,7 @@ def score_votes(
 
 def _score(mixture: Mixture, rows: Sequence[TokenRow], plan: Planner, *, votes: int, label: str) -> Scores:
     nll, tokens = torch.zeros(votes, len(rows)), torch.zeros(len(rows))
-    with tqdm(total=len(rows), desc=f"likelihood of {label}", unit="row") as bar:
+    with tqdm(total=len(rows), desc=f"likelihood of {label}", unit="row", disable=not label) as bar:
         for numbers in by_length(rows, BATCH):
             made, own_votes = plan(numbers)
             texts = [(rows[i].ids, answer_positions(rows[i])) for i in numbers]

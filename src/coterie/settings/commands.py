@@ -5,14 +5,17 @@ from typing import Literal
 from pydantic import Field
 
 from coterie.settings.groups import (
+    ChoiceSettings,
     ClusterSettings,
     DomainTrainingSettings,
     ExpertSettings,
     FeatureSettings,
+    GateSettings,
     GridSettings,
     LoraSettings,
     ModelSettings,
     PlacementSettings,
+    RationaleSettings,
     RecruitSettings,
     RenewalSettings,
     RoutingSettings,
@@ -21,6 +24,7 @@ from coterie.settings.groups import (
     ShotSettings,
     SimilaritySettings,
     SkillSettings,
+    TaskTrainingSettings,
     TrainingSettings,
     WorkSettings,
 )
@@ -219,4 +223,44 @@ class GatherSettings(Settings):
     limit: int | None = Field(None, ge=1, description="use only the first N rows of every pool")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
     selection: SelectionSettings = SelectionSettings()
+    placement: PlacementSettings = PlacementSettings()
+
+
+class SelectSettings(Settings):
+    """`coterie select`: adapters of a bank for a task of which a few examples are known (arXiv 2408.15915)."""
+
+    folder: str = Field(description="folder of a bank, made by coterie bank add")
+    shots: list[str] = Field(min_length=1, description="the task's examples: JSONL file or datasets source; repeated")
+    output: str = Field(description="folder to write the choice to")
+    limit: int | None = Field(None, ge=1, description="use only the first N shots of every source (the paper's K)")
+    system_prompt: str | None = Field(None, description="system prompt of every prompt; default: the template's own")
+    overwrite: bool = Field(False, description="replace the output folder if it exists")
+    choice: ChoiceSettings = ChoiceSettings()
+    rationale: RationaleSettings = RationaleSettings()
+    placement: PlacementSettings = PlacementSettings()
+
+
+class KshotSettings(Settings):
+    """`coterie fit kshot-moe`: from a few examples, a bank and open data to a task's mixture (arXiv 2408.15915)."""
+
+    bank: str = Field(description="folder of a bank, made by coterie bank add")
+    shots: list[str] = Field(min_length=1, description="the task's examples: JSONL file or datasets source; repeated")
+    output: str = Field(description="folder to write the mixture to")
+    pool: list[str] = Field([], description="open data to add rows from; without it, the shots alone are trained on")
+    limit: int | None = Field(None, ge=1, description="use only the first N shots of every source (the paper's K)")
+    encoder: str = Field(
+        "minilm",
+        description="text encoder that compares the pool with the shots: minilm, hidden (the base model's own states), "
+        "or a folder",
+    )
+    embeddings: str | None = Field(
+        None, description="folder that keeps embeddings for later; default: the user's cache"
+    )
+    seed: int = Field(0, ge=0, description="seed of gates, shuffling and dropout")
+    overwrite: bool = Field(False, description="replace the output folder if it exists")
+    choice: ChoiceSettings = ChoiceSettings()
+    rationale: RationaleSettings = RationaleSettings()
+    selection: SelectionSettings = SelectionSettings()
+    gates: GateSettings = GateSettings()
+    training: TaskTrainingSettings = TaskTrainingSettings()
     placement: PlacementSettings = PlacementSettings()

@@ -193,6 +193,7 @@ class GridSettings(Settings):
     ensemble_size: int = Field(4, ge=2, description="adapters of lora-ensembles, the base adapter among them")
     gate_epochs: int = Field(1, ge=1, description="epochs of mole's gates")
     gate_learning_rate: float = Field(2e-5, gt=0, description="peak learning rate of mole's gates")
+    lorahub_steps: int = Field(40, ge=1, description="weightings of adapters that lorahub tries on the shots")
     judge_folds: int = Field(
         2, ge=2, description="parts of the training rows: experts are judged on each by copies trained on the others"
     )
@@ -250,9 +251,66 @@ class SelectionSettings(Settings):
     budget: int = Field(1000, ge=1, description="rows to choose")
     rule: SimilarityRule = Field("max-cosine", description="similar: to one example, to their hull, or where dense")
     gamma: float = Field(2.0, gt=0, description="sharpness of kde")
-    keep: Literal["greedy", "published"] = Field(
+    dedup: Literal["greedy", "published"] = Field(
         "greedy", description="greedy: pass over near-duplicates until the budget is full; published: drop them from it"
     )
     tau: float = Field(0.9, gt=0, le=1, description="chosen rows have at most this cosine among themselves")
     exclude_tau: float = Field(0.9, gt=0, le=1, description="largest cosine to an example or an excluded row")
     block_rows: int = Field(8192, ge=1, description="pool rows held in memory at a time")
+
+
+class RationaleSettings(Settings):
+    """The reasoning behind the shots' answers, whose perplexity tells how well an adapter follows it."""
+
+    rationales: str = Field(
+        "data",
+        description="data: the shots' own responses; or who writes them, shown the answer: a base model, an adapter's "
+        "folder, or an endpoint as URL#MODEL; what was written once is kept in the user's cache",
+    )
+    rationale_order: Literal["answer-first", "rationale-first"] = Field(
+        "answer-first", description="which comes first in a written rationale"
+    )
+    rationale_tokens: int = Field(96, ge=8, description="longest written rationale in tokens")
+
+
+class ChoiceSettings(Settings):
+    """Which adapters of a bank are chosen for a task, by its shots (arXiv 2408.15915, algorithm 1)."""
+
+    keep: int = Field(4, ge=1, description="adapters to choose (the paper's N)")
+    candidates: int = Field(8, ge=1, description="best adapters from which the most diverse group is taken (M)")
+    rank_by: Literal["both", "accuracy", "perplexity"] = Field(
+        "both", description="what adapters are ranked by on the shots; both adds the two ranks"
+    )
+    perplexity_of: Literal["mean", "sum"] = Field(
+        "mean", description="a shot's NLL: mean over its tokens, or their sum, as the paper writes it"
+    )
+    diversity: Literal["updates", "factors", "none"] = Field(
+        "updates", description="compare adapters by their updates B A, by A and B as published, or not at all"
+    )
+    halving: int | None = Field(
+        None, ge=1, description="score all adapters on so many shots only, then the better half on twice as many, ..."
+    )
+    exclude_leaks: bool = Field(False, description="leave out adapters that were trained on a shot or an excluded row")
+    exclude: list[str] = Field([], description="rows that must not be known, such as a test set; may be repeated")
+    max_new_tokens: int = Field(64, ge=1, description="longest answer to a shot in tokens")
+    group_size: int = Field(4, ge=1, description="adapters that are held in memory and scored together")
+    scoring_batch_size: int = Field(16, ge=1, description="answers that are decoded together")
+
+
+class GateSettings(Settings):
+    """How the gates of a token-gated mixture begin, and what is trained."""
+
+    top_k: int = Field(2, ge=1, description="experts that take part at every token of every layer")
+    gate_start: Literal["random", "arrow"] = Field(
+        "random", description="gates at the start: random, as published, or the experts' strongest directions (Arrow)"
+    )
+    train: Literal["all", "gates"] = Field("all", description="train experts and gates together, or gates only")
+    balance: float = Field(0.0, ge=0, description="weight of a loss that spreads tokens evenly over the experts")
+    expert_dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the experts' input while training")
+
+
+class TaskTrainingSettings(TrainingSettings):
+    """Training of a task's mixture, as published."""
+
+    epochs: int = Field(5, ge=1, description="epochs over shots and gathered rows")
+    batch_size: int = Field(32, ge=1, description="examples per optimiser step")
