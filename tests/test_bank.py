@@ -238,6 +238,14 @@ def test_a_saved_dora_adapter_is_refused(backbone, tmp_path):
         load_adapter(tmp_path / "dora", backbone.model)
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_an_adapter_of_the_output_layer_is_refused(backbone, tmp_path):
+    """The output layer runs apart from the layers that experts are attached to, so its update would be lost."""
+    make_adapter(backbone, tmp_path, {"r": 2, "target_modules": ["v_proj", "lm_head"]})
+    with pytest.raises(CoterieError, match="lm_head is the output layer, which experts cannot change"):
+        load_adapter(tmp_path, backbone.model)
+
+
 def test_an_old_config_without_the_newer_fields_is_taken(backbone, plain):
     config = json.loads((plain / bank.CONFIG_FILE).read_text())
     (plain / bank.CONFIG_FILE).write_text(json.dumps({name: config[name] for name in ("peft_type", "r", "lora_alpha")}))

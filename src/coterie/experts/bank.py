@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from coterie.artifacts import read_json, read_tensors, write_json, write_tensors
 from coterie.backbone.layers import linear_shapes
@@ -98,9 +99,12 @@ def load_adapter(folder: Path, model: nn.Module) -> Adapter:
     file = folder / WEIGHTS_FILE
     factors = _factors(read_tensors(file), file)
     shapes = linear_shapes(model)
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     pairs: dict[str, LoraPair] = {}
     for path, (down, up) in sorted(factors.items()):
         _check_shapes(path, down, up, shapes, file)
+        if output is not None and model.get_submodule(path) is output:  # runs apart from all others, once a prompt
+            raise CoterieError(f"{file}: {path} is the output layer, which experts cannot change; train without it")
         scaling = _scaling(config, path, down.shape[0], folder / CONFIG_FILE)
         pairs[path] = LoraPair(down.float(), (up.float() * scaling).T.contiguous(), scaling)
     return pairs
