@@ -234,7 +234,7 @@ class RecruitSettings(Settings):
 
     recruits: int = Field(3, ge=1, description="experts drawn for every question")
     profile: Literal["counts", "shrunk"] = Field(
-        "counts", description="counts: +1 and -1 for right and wrong (the paper's); shrunk: towards each expert's mean"
+        "shrunk", description="counts: +1 and -1 for right and wrong (the paper's); shrunk: towards each expert's mean"
     )
     sampler: Literal["power", "softmax", "top"] = Field(
         "power", description="power (the published code's), softmax (the paper's), or top: the best, without chance"
