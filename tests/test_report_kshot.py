@@ -326,7 +326,17 @@ def test_the_mean_load_is_a_bar_and_every_expert_has_a_number(page):
     assert bar["attrs"]["aria-label"] == "Mean load: sums 50.0%, maps 37.5%, knots 12.5%"
     (key, *_) = [" ".join(e["text"].split()) for e in page.all("ul", "parts")]
     assert key == "1 sums 50.0% 2 maps 37.5% 3 knots 12.5%"
-    assert "The mean entropy of the gates is 0.97 nats; it would be 1.10 where 3 experts share evenly." in page.text()
+    assert (
+        "The mean entropy of the gates is 0.97 nats; it would be 1.10 where all share every token evenly."
+        in page.text()
+    )
+
+
+def test_entropy_is_held_to_the_experts_that_take_part(tmp_path):
+    evaluation, rows = full()
+    evaluation["gates"]["top_k"] = 2
+    told = page_of(tmp_path, evaluation, rows).text()
+    assert "it would be 0.69 where the 2 that take part share every token evenly." in told
 
 
 def test_layers_stand_by_block_and_kind_with_blocks_in_the_order_of_their_numbers(text):

@@ -120,6 +120,7 @@ def _gate_record(trained: TrainedMixture, folder: Path) -> dict[str, Any]:
     ]
     return {
         "experts": list(trained.gates.experts),
+        "top_k": trained.gates.top_k,
         "load": _plain(loads.mean(dim=0)),
         "entropy": sum(trained.entropy.values()) / len(trained.entropy),
         "layers": [

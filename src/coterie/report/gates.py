@@ -77,9 +77,10 @@ def _finding(gates: GateLoads) -> str:
     over = sum(layer.largest > OVERLOAD for layer in gates.layers)
     sentences = []
     if gates.overall.entropy is not None:
-        most = f"{wording.fixed(log(len(gates.experts)), 2)} where {wording.counted(len(gates.experts), 'expert')}"
+        whose = "all" if gates.active == len(gates.experts) else f"the {gates.active} that take part"
+        most = f"{wording.fixed(log(gates.active), 2)} where {whose} share every token evenly"
         entropy = wording.fixed(gates.overall.entropy, 2)
-        sentences.append(f"The mean entropy of the gates is {entropy} nats; it would be {most} share evenly.")
+        sentences.append(f"The mean entropy of the gates is {entropy} nats; it would be {most}.")
     if over:
         layers = f"{over:,} of {wording.counted(len(gates.layers), 'layer')}"
         sentences.append(f"In {layers} one expert carries more than {wording.share(OVERLOAD)}.")

@@ -108,6 +108,7 @@ def read_gates(record: Record) -> GateLoads:
         raise record.wrong("experts", "a list of names")
     return GateLoads(
         experts=experts,
+        active=min(record.count_or_none("top_k") or len(experts), len(experts)),
         overall=_read_load(record, len(experts)),
         layers=tuple(
             _read_load(layer, len(experts), name=layer.text("path")) for layer in record.objects_if_any("layers")

@@ -287,9 +287,13 @@ class GateLoad:
 
 @dataclass(frozen=True)
 class GateLoads:
-    """The load of token-wise gates: over all, layer by layer, and over the steps of training."""
+    """The load of token-wise gates: over all, layer by layer, and over the steps of training.
+
+    `active` experts take part at every token.
+    """
 
     experts: tuple[str, ...]
+    active: int
     overall: GateLoad
     layers: tuple[GateLoad, ...]
     steps: tuple[GateLoad, ...]
