@@ -32,6 +32,10 @@ MAX_TENSOR_FILE = 8 * 2**30  # bytes; an adapter of rank 256 on a 70B model is a
 RECORDED_PACKAGES = ("coterie", "torch", "transformers", "peft", "scikit-learn", "numpy")
 
 
+Remember = Callable[[str, Callable[[], Any]], Any]
+"""Gives a JSON value by name, computing it where it is not known yet; see `RunFolder.remembered`."""
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Tell a full disk and a forbidden folder in one line, also where a library hid the cause in its own error."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from coterie.artifacts import (
     FORMAT,
+    Remember,
     check_output,
     read_json,
     read_jsonl,
@@ -26,7 +27,7 @@ from coterie.evaluation.answers import Answers, Task, answer, check_code_executi
 from coterie.evaluation.clusters import cluster_records, feature_map, kind_of
 from coterie.evaluation.few_shot import with_shots
 from coterie.evaluation.records import hardware_record, mean_weights, memory_bytes, merge_errors, row_record
-from coterie.evaluation.routed import Remember, Scored, SharedRouting, afresh, score_methods
+from coterie.evaluation.routed import Scored, SharedRouting, afresh, score_methods
 from coterie.evaluation.table import format_table, summarise
 from coterie.evaluation.tasks import task_records
 from coterie.methods.bench import Bench, Table, method_named

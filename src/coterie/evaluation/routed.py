@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from coterie.artifacts import Remember
 from coterie.combiners.logits import LogitCombiner
 from coterie.combiners.texts import TextCombiner
 from coterie.data.batching import TokenRow
@@ -80,10 +81,6 @@ class Scored:
     expert_nll: Float[Tensor, "row expert"]
     tokens: Float[Tensor, " row"]
     seconds: Mapping[str, float]
-
-
-Remember = Callable[[str, Callable[[], Any]], Any]
-"""Gives a JSON value by name, computing it where it is not known yet."""
 
 
 def afresh(name: str, make: Callable[[], Any]) -> Any:

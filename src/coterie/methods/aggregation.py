@@ -16,8 +16,9 @@ from torch import Tensor
 
 from coterie.combiners.aggregate import VOTES, after_thinking, elect
 from coterie.data.examples import Example
+from coterie.experts.answerers import Judge
 from coterie.methods.answering import Read, synthesis_ask
-from coterie.methods.profiling import Judge, Profiled, tell_failures
+from coterie.methods.profiling import Profiled, tell_failures
 from coterie.mixture.recruiting import Workshop
 from coterie.routers.skill import SkillProfile, build_profile, competency, relevance, suitability
 from coterie.settings import RecruitSettings, SamplingSettings

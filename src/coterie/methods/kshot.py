@@ -9,13 +9,14 @@ from coterie.artifacts import RunFolder, check_output, read_tensors, run_folder,
 from coterie.combiners.layers import LayerCombiner
 from coterie.data.batching import TokenRow
 from coterie.data.examples import Example, load_examples
+from coterie.experts.answerers import Judge
 from coterie.experts.bank import load_bank
 from coterie.experts.training import read_log
 from coterie.features.embedding import HIDDEN
 from coterie.features.stored import hidden_encoder
 from coterie.methods.gathering import GATHERED_FILE, gather_into
 from coterie.methods.rationales import with_rationales
-from coterie.methods.selecting import Judge, Scoring, choose, read_selection, write_selection
+from coterie.methods.selecting import Scoring, choose, read_selection, write_selection
 from coterie.methods.stages import adapter_copier
 from coterie.methods.task import Task, load_shots, open_task
 from coterie.methods.tuning import GATES_FILE, gate_options, tune

@@ -5,7 +5,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from coterie.artifacts import FORMAT, check_output, read_json, read_jsonl, run_folder, write_json, write_jsonl
 from coterie.data.examples import Example, load_examples
 from coterie.errors import CoterieError
-from coterie.experts.answerers import Ask, Reply
+from coterie.experts.answerers import Ask, Judge, Reply
 from coterie.experts.pool import Pool, read_pool
 from coterie.features.skills import load_embed, merge_synonyms
 from coterie.methods.asking import ask_expert, find_skills, load_questions, open_workshop, skill_list
@@ -34,9 +34,6 @@ REPLIES = "replies.jsonl"
 VALIDATION = "validation.jsonl"
 REPLY_FIELDS = {field.name for field in fields(Reply)}
 MOST_SHOWN = 6  # skills in the table
-
-Judge = Callable[[str, Example], bool | None]
-"""Tells whether an answer is right; None where the row has nothing to tell it by."""
 
 
 @dataclass(frozen=True)

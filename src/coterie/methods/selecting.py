@@ -6,17 +6,17 @@ as LORAUTER (arXiv 2601.21795) does for banks of hundreds, most of them see a fe
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from coterie.artifacts import check_output, read_json, run_folder, write_json, write_jsonl
+from coterie.artifacts import Remember, check_output, read_json, run_folder, write_json, write_jsonl
 from coterie.data.examples import Example
 from coterie.errors import CoterieError
-from coterie.experts.answerers import Ask, Reply
+from coterie.experts.answerers import Ask, Judge, Reply
 from coterie.experts.bank import load_bank
 from coterie.experts.bank_folder import BankFolder, leaks
 from coterie.experts.selection import (
@@ -40,12 +40,6 @@ logger = logging.getLogger(__name__)
 SELECTION_FILE = "selection.json"
 SCORES_FILE = "scores.jsonl"
 GROUPS_KEPT = 20
-
-Judge = Callable[[str, Example], bool | None]
-"""Tells whether an answer to an example is right; None where the example has nothing to tell it by."""
-
-Remember = Callable[[str, Callable[[], Any]], Any]
-"""Computes a JSON value once, by name."""
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ from coterie.artifacts import FORMAT, check_output, read_json, run_folder, sha25
 from coterie.combiners.aggregate import MAJORITY, VOTES, WEIGHTED
 from coterie.data.examples import Example
 from coterie.errors import CoterieError, unknown_name
+from coterie.experts.answerers import Judge
 from coterie.experts.pool import POOL_FILE, Pool, pool_from, read_pool
 from coterie.features.skills import load_embed, nearest_skills
 from coterie.methods.aggregation import best_aggregators, judge_aggregators, make_up
 from coterie.methods.answering import LineUp, Read
 from coterie.methods.asking import find_skills, open_workshop
-from coterie.methods.profiling import PROFILE, REPLIES, VALIDATION, Judge, Profiled, read_profile
+from coterie.methods.profiling import PROFILE, REPLIES, VALIDATION, Profiled, read_profile
 from coterie.mixture.recruiting import Workshop
 from coterie.routers.base import Routing
 from coterie.routers.skill import SkillProfile, profile_from, random_recruits, recruit
