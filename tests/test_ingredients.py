@@ -17,7 +17,7 @@ from coterie.experts import gating
 from coterie.experts.gating import GatedModel, train_gates
 from coterie.experts.training import TrainingCollator, TrainingPlan
 from coterie.lora import LoraPair
-from coterie.methods import ingredients
+from coterie.methods import cluster_kinds
 from coterie.methods.bench import method_named, needs_of
 from coterie.methods.cluster_kinds import CLUSTER_KINDS
 from coterie.methods.ingredients import load_ingredient, prepare, read_judgement
@@ -222,10 +222,10 @@ def test_nothing_is_trained_twice(grid_folder, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(ingredients, "train_expert", refuse)
-    monkeypatch.setattr(ingredients, "train_clusters", refuse)
-    monkeypatch.setattr(ingredients, "train_gates", refuse)
-    monkeypatch.setattr(ingredients, "judge", refuse)
+    monkeypatch.setattr(cluster_kinds, "train_expert", refuse)
+    monkeypatch.setattr(cluster_kinds, "train_clusters", refuse)
+    monkeypatch.setattr(cluster_kinds, "train_gates", refuse)
+    monkeypatch.setattr(cluster_kinds, "judge", refuse)
     found = prepare(opened(grid_folder), CLUSTER_KINDS, CLUSTER_KINDS)
     assert set(found) == set(CLUSTER_KINDS)
 
@@ -234,7 +234,7 @@ def test_an_ingredient_killed_between_two_experts_goes_on_and_ends_the_same(copy
     class KilledError(BaseException):
         pass
 
-    original = ingredients.train_expert
+    original = cluster_kinds.train_expert
     calls = []
 
     def counted(*args, **kwargs):
@@ -244,7 +244,7 @@ def test_an_ingredient_killed_between_two_experts_goes_on_and_ends_the_same(copy
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ingredients, "train_expert", counted)
+        patch.setattr(cluster_kinds, "train_expert", counted)
         with pytest.raises(KilledError):
             prepare(opened(copy), ["datasets"], CLUSTER_KINDS)
     assert not (copy / "methods" / "datasets").exists()
