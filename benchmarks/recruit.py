@@ -83,7 +83,7 @@ def one_by_one(backbone: Backbone, folders: Mapping[str, Path], asks: Sequence[A
 def main() -> None:
     """Run the ways in turn and print the result."""
     flags = arguments("recruit")
-    rounds, count, steps = (1, 4, 4) if flags.quick else (2, 12, 32)
+    rounds, count, steps = (1, 4, 4) if flags.quick else (2, 8, 32)
     backbone = load(flags.model)
     folders = {f"adapter-{number}": random_adapter(backbone, seed=number) for number in range(ADAPTERS)}
     adapters = {name: LocalExpert(folder) for name, folder in folders.items()}
