@@ -229,7 +229,7 @@ def three():
 
 
 def test_draws_follow_the_weights(three):
-    settings = RecruitSettings(min_share=0)
+    settings = RecruitSettings(profile="counts", min_share=0)
     found = recruit(three, *many(4000), settings)
     assert found.routing.weights.sum(dim=1).tolist() == [3.0] * 4000
     assert found.relevance[0].tolist() == pytest.approx([216 / 244, 27 / 244, 1 / 244])
@@ -238,7 +238,7 @@ def test_draws_follow_the_weights(three):
 
 
 def test_without_replacement_nobody_answers_twice(three):
-    settings = RecruitSettings(min_share=0, replacement=False, recruits=2)
+    settings = RecruitSettings(profile="counts", min_share=0, replacement=False, recruits=2)
     weights = recruit(three, *many(4000), settings).routing.weights
     assert weights.max() == 1 and weights.sum(dim=1).tolist() == [2.0] * 4000
     # P(a among two) = p_a + p_b p_a/(1-p_b) + p_c p_a/(1-p_c)
