@@ -97,7 +97,7 @@ def _losses(model: PeftModel, backbone: Backbone, rows: Sequence[TokenRow]) -> T
 
 def main() -> None:
     """Run both ways in turn and print the result."""
-    flags = arguments("select")
+    flags = arguments("select_experts")
     rounds, adapters, count, steps = (1, 4, 4, 4) if flags.quick else (2, 4, 10, 12)
     backbone = load(flags.model)
     folders = [random_adapter(backbone, seed=number) for number in range(adapters)]
@@ -127,7 +127,7 @@ def main() -> None:
         raise SystemExit(f"the ways wrote different answers: {texts}")
     measured = inside[-len(seconds["select"]) :]
     publish(
-        "select",
+        "select_experts",
         {"model": flags.model, "adapters": adapters, "group": GROUP, "shots": count, "steps": steps, "rounds": rounds},
         {f"{name}_seconds_per_adapter": statistics.median(own) / adapters for name, own in seconds.items()},
         {
