@@ -15,8 +15,7 @@ from coterie.experts.training import read_log
 from coterie.features.embedding import HIDDEN
 from coterie.features.stored import hidden_encoder
 from coterie.methods.gathering import GATHERED_FILE, gather_into
-from coterie.methods.rationales import with_rationales
-from coterie.methods.selecting import Scoring, choose, read_selection, write_selection
+from coterie.methods.selecting import read_selection, select_into
 from coterie.methods.stages import adapter_copier
 from coterie.methods.task import Task, load_shots, open_task
 from coterie.methods.tuning import GATES_FILE, gate_options, tune
@@ -59,9 +58,7 @@ def _selected(run: RunFolder, task: Task, settings: KshotSettings, judge: Judge)
     """Choose the experts, once."""
 
     def make(folder: Path) -> None:
-        batch = settings.choice.scoring_batch_size
-        rationales = with_rationales(task.shots, settings.rationale, settings.placement, batch)
-        write_selection(folder, choose(Scoring(task, rationales, judge, settings.choice, run.remembered)))
+        select_into(folder, task, settings, judge, run.remembered)
 
     return list(read_selection(run.stage(SELECTION, make))["chosen"])
 

@@ -1,11 +1,12 @@
 """Methods on what `coterie fit kshot-moe` has made for one task: the mixture, its rivals and its ablations."""
 
+from typing import Any
+
 from coterie.combiners.layers import LayerCombiner
 from coterie.combiners.logits import LogitCombiner
-from coterie.experts.bank import ExpertBank
 from coterie.methods.bench import Bench, Cell, Method
 from coterie.methods.kshot import METHOD, SELECTION
-from coterie.methods.selecting import read_selection
+from coterie.methods.selecting import best_by_shots, read_selection
 from coterie.methods.stages import BACKBONE
 from coterie.methods.task_kinds import BEST_TUNED, LORAHUB, UNTUNED
 from coterie.routers.fixed import one_hot, uniform
@@ -16,9 +17,13 @@ CHOSEN = "chosen by shots, fine-tuned"
 UNTRAINED = "chosen by shots, as they are"
 
 
-def _chosen(bench: Bench) -> list[str]:
+def _selection(bench: Bench) -> dict[str, Any]:
     assert bench.own.folder is not None  # it was loaded from one
-    return list(read_selection(bench.own.folder / SELECTION)["chosen"])
+    return read_selection(bench.own.folder / SELECTION)
+
+
+def _untuned(bench: Bench) -> list[str]:
+    return [f"{UNTUNED}{name}" for name in _selection(bench)["chosen"]]
 
 
 def _alone(expert: str) -> Method:
@@ -32,19 +37,16 @@ def _alone(expert: str) -> Method:
 
 
 def _best_by_shots(bench: Bench) -> Cell:
-    assert bench.own.folder is not None
-    best = read_selection(bench.own.folder / SELECTION)["adapters"][0]["name"]
-    return one_hot(f"{UNTUNED}{best}", bench.mixture.bank.names), LogitCombiner()
+    return one_hot(f"{UNTUNED}{best_by_shots(_selection(bench))}", bench.mixture.bank.names), LogitCombiner()
 
 
 def _uniform(bench: Bench) -> Cell:
-    return uniform([f"{UNTUNED}{name}" for name in _chosen(bench)]), LayerCombiner()
+    return uniform(_untuned(bench)), LayerCombiner()
 
 
 def _arrow(bench: Bench) -> Cell:
-    names = [f"{UNTUNED}{name}" for name in _chosen(bench)]
-    bank: ExpertBank = bench.ingredients["untuned"].bank
-    return spectral_router("arrow", bench.own.backbone, bank, names), LayerCombiner()
+    bank = bench.ingredients["untuned"].bank
+    return spectral_router("arrow", bench.own.backbone, bank, _untuned(bench)), LayerCombiner()
 
 
 def _gated(ingredient: str, experts: str) -> Method:

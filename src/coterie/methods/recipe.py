@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -96,15 +97,24 @@ def open_recipe(mixture: Mixture, grid: GridSettings) -> Recipe:
     Raises:
         CoterieError: when it lies in no folder, or was not made by `coterie fit elrea`.
     """
+    folder, settings, inputs = fitted_record(mixture, "fit elrea")
+    return Recipe(mixture, checked(ElreaSettings, settings), grid, folder, inputs)
+
+
+def fitted_record(mixture: Mixture, command: str) -> tuple[Path, dict[str, Any], dict[str, str]]:
+    """Return the folder of a fitted mixture, the settings it was fitted with, and the hash of every input, by name.
+
+    Raises:
+        CoterieError: when it lies in no folder, or was made by another command than this one.
+    """
     if mixture.folder is None or not (mixture.folder / "run.yaml").exists():
         raise CoterieError(
             "this mixture has no run.yaml beside it, so nothing more can be trained for it; fit it again"
         )
     record = read_run_record(mixture.folder / "run.yaml")
-    if record["command"] != "fit elrea":
+    if record["command"] != command:
         raise CoterieError(
-            f"{mixture.folder} was made by {record['command']!r}; give a folder made by coterie fit elrea"
+            f"{mixture.folder} was made by {record['command']!r}; give a folder made by coterie {command}"
         )
-    settings = checked(ElreaSettings, record["settings"])
     inputs = {str(name): str(value) for name, value in (record.get("inputs") or {}).items()}
-    return Recipe(mixture, settings, grid, mixture.folder, inputs)
+    return mixture.folder, record["settings"], inputs

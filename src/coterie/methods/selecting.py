@@ -33,7 +33,7 @@ from coterie.methods.rationales import with_rationales
 from coterie.methods.task import Task, load_shots, open_task
 from coterie.mixture.local import LocalAnswerer
 from coterie.mixture.scoring import answer_positions
-from coterie.settings import ChoiceSettings, SamplingSettings, SelectSettings
+from coterie.settings import ChoiceSettings, KshotSettings, SamplingSettings, SelectSettings
 
 logger = logging.getLogger(__name__)
 
@@ -109,17 +109,23 @@ def run_selection(settings: SelectSettings, judge: Judge) -> Selected:
     data = load_shots(settings.shots, settings.choice.exclude, settings.limit)
     task = open_task(settings.folder, data, settings.placement, settings.system_prompt)
     with run_folder(output, "select", settings.model_dump(), task.inputs()) as run:
-        batch = settings.choice.scoring_batch_size
-        rationales = with_rationales(task.shots, settings.rationale, settings.placement, batch)
-        selected = choose(Scoring(task, rationales, judge, settings.choice, run.remembered))
-        write_selection(run.path, selected)
-    return selected
+        return select_into(run.path, task, settings, judge, run.remembered)
 
 
-def write_selection(folder: Path, selected: Selected) -> None:
-    """Write the choice's two files."""
+def select_into(
+    folder: Path, task: Task, settings: SelectSettings | KshotSettings, judge: Judge, remember: Remember
+) -> Selected:
+    """Choose adapters, also as a part of a longer run, and write `selection.json` and `scores.jsonl` into its folder.
+
+    Raises:
+        CoterieError: as `run_selection`.
+    """
+    batch = settings.choice.scoring_batch_size
+    rationales = with_rationales(task.shots, settings.rationale, settings.placement, batch)
+    selected = choose(Scoring(task, rationales, judge, settings.choice, remember))
     write_jsonl(folder / SCORES_FILE, selected.scores)
     write_json(folder / SELECTION_FILE, selected.record)
+    return selected
 
 
 def choose(scoring: Scoring) -> Selected:
@@ -353,3 +359,8 @@ def read_selection(folder: Path) -> dict[str, Any]:
     if not isinstance(record.get("chosen"), list) or not isinstance(record.get("adapters"), list):
         raise CoterieError(f"{folder / SELECTION_FILE} names no chosen adapters; make it again with coterie select")
     return record
+
+
+def best_by_shots(record: dict[str, Any]) -> str:
+    """Return the adapter that ranks first in a choice's record."""
+    return str(record["adapters"][0]["name"])

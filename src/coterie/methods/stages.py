@@ -12,7 +12,7 @@ from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow
 from coterie.data.examples import Example
 from coterie.experts.training import TrainingPlan, train_adapter
-from coterie.settings import ElreaSettings, LoraSettings, TokenLevelSettings
+from coterie.settings import ElreaSettings, KshotSettings, LoraSettings, TokenLevelSettings
 
 BASE = "base"
 BACKBONE = "backbone"
@@ -25,9 +25,13 @@ IN_MEMORY = "(in memory)"
 
 
 def base_plan(
-    settings: ElreaSettings | TokenLevelSettings, label: str, *, seed: int | None = None, keep_epochs: bool = True
+    settings: ElreaSettings | TokenLevelSettings | KshotSettings,
+    label: str,
+    *,
+    seed: int | None = None,
+    keep_epochs: bool = True,
 ) -> TrainingPlan:
-    """Return how an adapter is trained from a fresh start: as the base adapter is, or with a seed of its own."""
+    """Return how an adapter is trained by a run's own training settings, with the run's seed or one of its own."""
     training = settings.training
     return TrainingPlan(
         epochs=training.epochs,

@@ -17,9 +17,10 @@ from coterie.experts.lorahub import SearchPlan, compose, search_weights
 from coterie.experts.training import train_adapter
 from coterie.lora import Adapter
 from coterie.methods.ingredients import Kind, Made
-from coterie.methods.stages import adapter_copier
+from coterie.methods.selecting import best_by_shots
+from coterie.methods.stages import adapter_copier, base_plan
 from coterie.methods.task_recipe import TaskRecipe
-from coterie.methods.tuning import task_plan, tune
+from coterie.methods.tuning import tune
 from coterie.mixture import Mixture
 from coterie.mixture.scoring import score
 from coterie.routers.fixed import one_hot
@@ -30,14 +31,9 @@ BEST_TUNED = "best-tuned"
 LORAHUB = "lorahub"
 
 
-def best_by_shots(recipe: TaskRecipe) -> str:
-    """Return the adapter that ranks first on the shots."""
-    return str(recipe.ranking[0]["name"])
-
-
 def _untuned(recipe: TaskRecipe, run: RunFolder) -> Made:
     """Take the chosen adapters, and the best single one, as the bank has them."""
-    names = dict.fromkeys([*recipe.selection["chosen"], best_by_shots(recipe)])
+    names = dict.fromkeys([*recipe.selection["chosen"], best_by_shots(recipe.selection)])
     bank = recipe.task.bank
     folders = {
         f"{UNTUNED}{name}": run.stage(f"experts/{UNTUNED}{name}", adapter_copier(bank.folder_of(name)))
@@ -48,7 +44,8 @@ def _untuned(recipe: TaskRecipe, run: RunFolder) -> Made:
 
 def _best_tuned(recipe: TaskRecipe, run: RunFolder) -> Made:
     """Fine-tune the single best adapter on the mixture's own rows."""
-    plan, start = task_plan(recipe.settings, BEST_TUNED), recipe.task.bank.folder_of(best_by_shots(recipe))
+    plan = base_plan(recipe.settings, BEST_TUNED, keep_epochs=False)
+    start = recipe.task.bank.folder_of(best_by_shots(recipe.selection))
     backbone = recipe.task.backbone
     trained = run.stage("training/best", lambda folder: train_adapter(backbone, recipe.rows, plan, folder, start))
     return Made({BEST_TUNED: run.stage(f"experts/{BEST_TUNED}", adapter_copier(trained))})

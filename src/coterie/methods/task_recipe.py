@@ -5,12 +5,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from coterie.artifacts import read_run_record
 from coterie.data.batching import TokenRow
 from coterie.data.examples import Example, load_examples
 from coterie.errors import CoterieError
 from coterie.methods.gathering import GATHERED_FILE
 from coterie.methods.kshot import GATHERED, METHOD, SELECTION
+from coterie.methods.recipe import fitted_record
 from coterie.methods.selecting import read_selection
 from coterie.methods.task import Task, load_shots, open_task
 from coterie.mixture import Mixture
@@ -86,12 +86,5 @@ def open_task_recipe(mixture: Mixture, grid: GridSettings) -> TaskRecipe:
     Raises:
         CoterieError: when it lies in no folder, or was not made by `coterie fit kshot-moe`.
     """
-    if mixture.folder is None or not (mixture.folder / "run.yaml").exists():
-        raise CoterieError(
-            "this mixture has no run.yaml beside it, so nothing more can be trained for it; fit it again"
-        )
-    record = read_run_record(mixture.folder / "run.yaml")
-    if record["command"] != f"fit {METHOD}":
-        raise CoterieError(f"{mixture.folder} was made by {record['command']!r}; give a folder of coterie fit {METHOD}")
-    inputs = {str(name): str(value) for name, value in (record.get("inputs") or {}).items()}
-    return TaskRecipe(mixture, checked(KshotSettings, record["settings"]), grid, mixture.folder, inputs)
+    folder, settings, inputs = fitted_record(mixture, f"fit {METHOD}")
+    return TaskRecipe(mixture, checked(KshotSettings, settings), grid, folder, inputs)

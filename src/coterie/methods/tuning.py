@@ -15,7 +15,8 @@ from coterie.experts.balance import collapsed
 from coterie.experts.bank import CONFIG_FILE, load_bank, write_adapter
 from coterie.experts.gated import GateTraining
 from coterie.experts.gating import TrainedMixture, start_gates, train_mixture
-from coterie.experts.training import TrainingPlan, read_log
+from coterie.experts.training import read_log
+from coterie.methods.stages import base_plan
 from coterie.methods.task import Task
 from coterie.routers.gate import GateRouter
 from coterie.settings import KshotSettings
@@ -38,20 +39,6 @@ class Tuned:
     experts: Mapping[str, Path]
     router: GateRouter
     record: dict[str, Any]
-
-
-def task_plan(settings: KshotSettings, label: str) -> TrainingPlan:
-    """Return how a task's mixture, or an adapter in its place, is trained."""
-    training = settings.training
-    return TrainingPlan(
-        epochs=training.epochs,
-        learning_rate=training.learning_rate,
-        batch_size=training.batch_size,
-        micro_batch_size=training.micro_batch_size,
-        seed=settings.seed,
-        report_to=training.report_to,
-        label=label,
-    )
 
 
 def tune(
@@ -81,7 +68,7 @@ def tune(
     top_k = gate_options(settings, len(adapters))["top_k"]
     gates = start_gates(how.gate_start, backbone, adapters.adapters, adapters.names, top_k=top_k, seed=settings.seed)
     training = GateTraining(experts=how.train == "all", dropout=how.expert_dropout, balance=how.balance)
-    plan = task_plan(settings, f"mixture of {', '.join(adapters.names)}")
+    plan = base_plan(settings, f"mixture of {', '.join(adapters.names)}", keep_epochs=False)
     trained = train_mixture(backbone, adapters.adapters, gates, rows, plan, folder, training)
     folders = {}
     for (name, origin), adapter in zip(experts.items(), trained.adapters, strict=True):
@@ -90,8 +77,7 @@ def tune(
     record = _gate_record(trained, folder)
     write_json(folder / GATES_FILE, record)
     _tell_collapse(trained)
-    reloaded = load_bank(folders, backbone.model)
-    return Tuned(folders, GateRouter(backbone, reloaded.adapters, trained.gates), record)
+    return Tuned(folders, GateRouter(backbone, trained.adapters, trained.gates), record)
 
 
 def gate_options(settings: KshotSettings, experts: int) -> dict[str, Any]:
