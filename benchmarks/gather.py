@@ -24,7 +24,7 @@ from _harness import arguments, interleaved, median_ratio, publish
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coterie.data.pool import Selection, select
+from coterie.data.row_selection import Selection, select
 from coterie.settings import SelectionSettings
 
 SHOTS, WIDTH, TOPICS, COPIES = 50, 384, 200, 0.1

@@ -17,11 +17,11 @@ from _harness import arguments, interleaved, load, median_ratio, publish, random
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import PromptFormat
 from coterie.data.examples import from_prompt
-from coterie.experts.answerers import Ask, Group, Reply
+from coterie.experts.answering import Ask, Group, Reply
 from coterie.experts.bank import ExpertBank, load_adapter
-from coterie.experts.ledger import Ledger
-from coterie.mixture.local import LocalAnswerer, LocalExpert, load_local
-from coterie.mixture.recruiting import Workshop
+from coterie.experts.reply_cache import Ledger
+from coterie.mixture.local_answers import LocalAnswerer, LocalExpert, load_local
+from coterie.mixture.scheduler import Workshop
 from coterie.settings import PlacementSettings, SamplingSettings
 
 ADAPTERS = 4

@@ -23,9 +23,9 @@ from coterie.backbone.loading import Backbone
 from coterie.data.batching import IGNORED, PromptFormat, TokenRow, pad
 from coterie.data.examples import Example, load_examples
 from coterie.experts.bank_folder import open_bank
-from coterie.methods.selecting import Scoring, score_adapters
-from coterie.methods.shelving import bank_add
-from coterie.methods.task import Task
+from coterie.methods.add_adapters import bank_add
+from coterie.methods.kshot.choose_adapters import Scoring, score_adapters
+from coterie.methods.kshot.task import Task
 from coterie.settings import ChoiceSettings
 
 QUESTION = "Question {number}: is the sky blue because of the sea, or is the sea blue because of the sky?"

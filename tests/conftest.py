@@ -10,10 +10,10 @@ import pytest
 import tiny
 from coterie import cli, methods
 from coterie.backbone.loading import Backbone, load_backbone
-from coterie.experts.pool import init_pool
+from coterie.experts.expert_pool import init_pool
 from coterie.methods import CLUSTER_METHODS
-from coterie.methods.bench import Bench
-from coterie.methods.table import load_bench, make_bench
+from coterie.methods.family import Bench
+from coterie.methods.registry import load_bench, make_bench
 from coterie.mixture import Mixture
 from coterie.settings import GridSettings, ModelSettings, PoolSettings
 from stub_server import serving

@@ -23,8 +23,8 @@ from coterie.errors import CoterieError
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from coterie.experts.bank_folder import leaks, open_bank
 from coterie.experts.cards import MAX_TEXT_FILE, Card, printable, read_card, short
-from coterie.methods import shelving
-from coterie.methods.shelving import bank_add, verify_bank
+from coterie.methods import add_adapters as shelving
+from coterie.methods.add_adapters import bank_add, verify_bank
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 README = """---

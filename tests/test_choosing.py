@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coterie.errors import CoterieError
-from coterie.experts.selection import (
+from coterie.experts.adapter_selection import (
     Ranked,
     ShotScores,
     accuracies,

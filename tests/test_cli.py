@@ -10,7 +10,7 @@ import pytest
 import tiny
 from conftest import FIT, write_rows
 from coterie.methods import METHODS
-from coterie.methods.symbolic import LINE_UPS
+from coterie.methods.symbolic.fit import LINE_UPS
 from coterie.mixture import Mixture
 
 PROMPT = "add 3 4"

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coterie.errors import CoterieError
-from coterie.evaluation import code as code_grading
-from coterie.evaluation.code import CodeTests, code_tests, find_code, grade_code
-from coterie.evaluation.grading import Grade
-from coterie.evaluation.sandbox import Limits
+from coterie.grading import code as code_grading
+from coterie.grading.answers import Grade
+from coterie.grading.code import CodeTests, code_tests, find_code, grade_code
+from coterie.grading.sandbox import Limits
 
 DOUBLE = "def double(n):\n    return 2 * n"
 IDENTITY = "def double(n):\n    return n"
@@ -238,7 +238,7 @@ def test_a_wrong_solution_fails_and_is_shown(code):
 
 
 def test_a_text_without_code_is_wrong_and_nothing_is_run(monkeypatch):
-    monkeypatch.setattr("coterie.evaluation.code.run_limited", None)
+    monkeypatch.setattr("coterie.grading.code.run_limited", None)
     assert grade_code("I'm sorry.", TESTS) == Grade(False, None)
 
 

@@ -18,9 +18,10 @@ from coterie.data.examples import load_all, load_examples
 from coterie.errors import CoterieError
 from coterie.evaluation.compare import evaluate, run_evaluation
 from coterie.features.embedding import with_answers
-from coterie.methods import domains, stages
-from coterie.methods.of_domains import domain_sources
-from coterie.methods.table import make_bench, usual_methods
+from coterie.methods import common as stages
+from coterie.methods.registry import make_bench, usual_methods
+from coterie.methods.token_level import fit as domains
+from coterie.methods.token_level.methods import domain_sources
 from coterie.mixture import Mixture
 from coterie.mixture.scoring import score
 from coterie.settings import (

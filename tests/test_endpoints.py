@@ -7,7 +7,7 @@ import pytest
 
 from coterie.data.examples import from_prompt
 from coterie.errors import CoterieError
-from coterie.experts.answerers import Ask, Reply
+from coterie.experts.answering import Ask, Reply
 from coterie.experts.endpoints import HOPELESS, Endpoint, EndpointAnswerer, Pace, key_variable
 from coterie.settings import SamplingSettings, WorkSettings
 from stub_server import Got, Sent, completion, serving

@@ -14,10 +14,11 @@ from coterie.combiners.weights import WeightCombiner
 from coterie.data.examples import load_examples
 from coterie.engine.text import TextStream
 from coterie.errors import CoterieError
-from coterie.evaluation import compare, routed
+from coterie.evaluation import compare
+from coterie.evaluation import shared_scores as routed
 from coterie.evaluation.answers import Task, answer
 from coterie.evaluation.clusters import cluster_records, feature_map
-from coterie.evaluation.routed import SharedRouting, score_methods
+from coterie.evaluation.shared_scores import SharedRouting, score_methods
 from coterie.methods import CLUSTER_METHODS as METHODS
 from coterie.mixture import Mixture
 from coterie.mixture.scoring import score

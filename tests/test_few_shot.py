@@ -11,7 +11,7 @@ from coterie.data.batching import PromptFormat
 from coterie.data.examples import Example, Message
 from coterie.errors import CoterieError
 from coterie.evaluation.few_shot import FewShot, with_shots
-from coterie.evaluation.grading import grade
+from coterie.grading.answers import grade
 
 ENDLESS = 10**9
 ANIMALS = "Which one?\nOptions:\n(A) a dog\n(B) a cat"

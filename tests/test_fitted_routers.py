@@ -9,7 +9,7 @@ from coterie.mixture.loading import RouterParts, load_router
 from coterie.routers import loss
 from coterie.routers.centroid import CentroidRouter, fold
 from coterie.routers.derived import DerivedRouter
-from coterie.routers.described import Description
+from coterie.routers.feature import Description
 from coterie.routers.fixed import FixedRouter
 from coterie.routers.gate import read_gates
 from coterie.routers.judgement import Judgement

@@ -17,13 +17,13 @@ import coterie
 import tiny
 from conftest import write_rows
 from coterie.data.examples import load_examples
-from coterie.data.pool import CHOSEN, LEFT
+from coterie.data.row_selection import CHOSEN, LEFT
 from coterie.data.streaming import stream_examples, text_of
 from coterie.errors import CoterieError
-from coterie.features import stored
-from coterie.features.stored import EmbeddingStore, TextEncoder, load_text_encoder
-from coterie.methods import gathering
-from coterie.methods.pool_map import drawn_rows, lay_out
+from coterie.features import embedding_store as stored
+from coterie.features.embedding_store import EmbeddingStore, TextEncoder, load_text_encoder
+from coterie.methods.kshot import gather_rows as gathering
+from coterie.methods.kshot.pool_map import drawn_rows, lay_out
 from coterie.settings import PlacementSettings
 from test_cli import refused
 from test_embedding import make_bert, make_tokenizer

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from coterie.errors import CoterieError
-from coterie.evaluation import maths
-from coterie.evaluation.grading import Grade, answer_kind, checkable, grade, read_answer
+from coterie.grading import maths
+from coterie.grading.answers import Grade, answer_kind, checkable, grade, read_answer
 
 OPTIONS = "Which one?\nOptions:\n(A) a dog\n(B) a cat\n(C) a bird\n(D) a fish"
 
@@ -126,7 +126,7 @@ def test_an_empty_reference_and_a_choice_without_a_letter_are_told_to_the_user()
     ),
 )
 def test_the_mathematical_answer_is_found(no_worker, monkeypatch, text, extracted):
-    monkeypatch.setattr("coterie.evaluation.grading.same_expression", lambda answer, candidate: False)
+    monkeypatch.setattr("coterie.grading.answers.same_expression", lambda answer, candidate: False)
     assert grade(text, "0", kind="maths").extracted == extracted
 
 
@@ -247,7 +247,7 @@ def test_a_script_without_a_main_guard_grades_and_ends_and_its_worker_does_not_l
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\n"
-        "from coterie.evaluation.grading import grade\n"
+        "from coterie.grading.answers import grade\n"
         "print(grade('\\\\boxed{1+x}', 'x+1').correct, 'torch' in sys.modules)\n"
     )
     path = os.pathsep.join(filter(None, sys.path))

@@ -17,14 +17,14 @@ from coterie.experts import gating
 from coterie.experts.gating import GatedModel, train_gates
 from coterie.experts.training import TrainingCollator, TrainingPlan
 from coterie.lora import LoraPair
-from coterie.methods import cluster_kinds
-from coterie.methods.bench import method_named, needs_of
-from coterie.methods.cluster_kinds import CLUSTER_KINDS
-from coterie.methods.ingredients import load_ingredient, prepare, read_judgement
-from coterie.methods.judging import assign_folds, even_pairs
-from coterie.methods.of_clusters import CLUSTER_METHODS
-from coterie.methods.recipe import open_recipe
-from coterie.methods.table import load_bench, make_bench
+from coterie.methods.elrea import extras as cluster_kinds
+from coterie.methods.elrea.cross_fit import assign_folds, even_pairs
+from coterie.methods.elrea.extras import CLUSTER_KINDS
+from coterie.methods.elrea.methods import CLUSTER_METHODS
+from coterie.methods.elrea.run import open_recipe
+from coterie.methods.extras import load_ingredient, prepare, read_judgement
+from coterie.methods.family import method_named, needs_of
+from coterie.methods.registry import load_bench, make_bench
 from coterie.mixture import Mixture
 from coterie.mixture.scoring import score, score_votes
 from coterie.routers.base import Gates, Routing

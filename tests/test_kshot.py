@@ -22,9 +22,12 @@ from coterie.errors import CoterieError
 from coterie.evaluation.compare import evaluate
 from coterie.evaluation.recruited import is_right
 from coterie.experts.bank import load_adapter
-from coterie.methods import TASK_METHODS, kshot, load_bench, make_bench, selecting, tuning
-from coterie.methods.shelving import bank_add
-from coterie.methods.task_recipe import open_task_recipe
+from coterie.methods import TASK_METHODS, load_bench, make_bench
+from coterie.methods.add_adapters import bank_add
+from coterie.methods.kshot import choose_adapters as selecting
+from coterie.methods.kshot import fit as kshot
+from coterie.methods.kshot import train as tuning
+from coterie.methods.kshot.run import open_task_recipe
 from coterie.mixture import Mixture
 from coterie.settings import GridSettings, KshotSettings, ModelSettings, from_flat
 from stub_server import completion, serving

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from conftest import write_rows
-from coterie.methods.symbolic import LINE_UPS
+from coterie.methods.symbolic.fit import LINE_UPS
 from stub_server import Got, Sent, completion
 from symbolic_place import lines, respond, rows
 from test_cli import refused
@@ -110,7 +110,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_replies_it_had(fitted, evalu
     fitted.stub.respond = broken
     words = ("--methods", "symbolic-moe,best-single", "--concurrency", 1, "--retries", 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("coterie.evaluation.line_ups.answer_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("coterie.evaluation.symbolic.answer_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         code, _, err = evaluate(*words)
     assert code == 2 and "goes on where it stopped" in err
     kept = len(lines(fitted.folder / "eval.partial" / "working" / "replies.jsonl"))

@@ -6,8 +6,8 @@ import pytest
 
 import tiny
 from conftest import write_rows
-from coterie.experts.pool import init_pool
-from coterie.mixture.recruiting import Workshop
+from coterie.experts.expert_pool import init_pool
+from coterie.mixture.scheduler import Workshop
 from coterie.settings import PoolSettings
 from symbolic_place import lines, question, rows
 
@@ -95,6 +95,6 @@ def test_nothing_is_loaded_for_a_plan(local_run, run, tmp_path, monkeypatch):
     def load(*_: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("coterie.mixture.groups.load_local", load)
+    monkeypatch.setattr("coterie.mixture.memory.load_local", load)
     code, out, err = run("plan", local_run, "add 1 2", "--device", "cpu")
     assert code == 0 and "loads" in out and "answers of" not in err, "and no progress is shown"

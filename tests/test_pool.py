@@ -7,7 +7,7 @@ import pytest
 
 import tiny
 from coterie.errors import CoterieError
-from coterie.experts.pool import init_pool, read_pool
+from coterie.experts.expert_pool import init_pool, read_pool
 from coterie.settings import PoolSettings
 
 

@@ -12,14 +12,14 @@ from coterie.backbone.loading import Backbone
 from coterie.data.batching import PromptFormat
 from coterie.data.examples import Message, from_prompt, load_examples
 from coterie.errors import CoterieError
-from coterie.experts.answerers import Ask, Done, Group, Reply
+from coterie.experts.answering import Ask, Done, Group, Reply
 from coterie.experts.bank import ExpertBank
-from coterie.experts.ledger import Ledger
-from coterie.experts.pool import init_pool, read_pool
+from coterie.experts.expert_pool import init_pool, read_pool
+from coterie.experts.reply_cache import Ledger
 from coterie.mixture import Mixture
-from coterie.mixture.groups import budget_of, groups_of, needed_bytes
-from coterie.mixture.local import LocalAnswerer, LocalExpert, load_local
-from coterie.mixture.recruiting import Workshop
+from coterie.mixture.local_answers import LocalAnswerer, LocalExpert, load_local
+from coterie.mixture.memory import budget_of, groups_of, needed_bytes
+from coterie.mixture.scheduler import Workshop
 from coterie.settings import PlacementSettings, PoolSettings, SamplingSettings, WorkSettings
 from stub_server import completion, serving
 

@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 import pytest
 
 from coterie.errors import CoterieError
-from coterie.methods.gathering import BY_EMBEDDING, BY_TEXT
-from coterie.methods.gathering import SHOT as GATHERED_SHOT
+from coterie.methods.kshot.gather_rows import BY_EMBEDDING, BY_TEXT
+from coterie.methods.kshot.gather_rows import SHOT as GATHERED_SHOT
 from coterie.report import gatherings, marks, write_report
 from coterie.report.labels import place_labels, spread_out
 from report_pages import HOSTILE, SHOWN, Page, number, page_of, records, save, unnamed_pictures

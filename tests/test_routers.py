@@ -15,7 +15,7 @@ from coterie.errors import CoterieError
 from coterie.mixture import RouterParts, load_router
 from coterie.routers.base import Router, Routing
 from coterie.routers.centroid import CentroidRouter, centroid_weights, centroids_of, read_centroids
-from coterie.routers.described import Description
+from coterie.routers.feature import Description
 from coterie.routers.fixed import FixedRouter, one_hot, uniform
 
 few = settings(deadline=None, max_examples=40)

@@ -18,7 +18,8 @@ from coterie.artifacts import RunFolder, read_json, read_tensors
 from coterie.errors import CoterieError
 from coterie.experts import training
 from coterie.features import gradient
-from coterie.methods import fitting, stages
+from coterie.methods import common as stages
+from coterie.methods.elrea import fit as fitting
 
 SMALL = {"clusters": 2, "cluster_rounds": 1, "d_proj": 64, "learning_rate": 1e-2, "batch_size": 4, "expert_epochs": 1}
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from coterie.errors import CoterieError
-from coterie.evaluation import jail, sandbox
-from coterie.evaluation.sandbox import Limits, Outcome, Protection, protection, run_limited
+from coterie.grading import jail, sandbox
+from coterie.grading.sandbox import Limits, Outcome, Protection, protection, run_limited
 
 SHORT = Limits(seconds=20.0, cpu_seconds=1, memory_bytes=2**29)
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -348,9 +348,7 @@ def test_a_childs_children_die_with_it_where_it_can_have_any(tmp_path, ending):
 
 @linux_only
 def test_a_child_dies_with_its_parent(filtered, tmp_path):
-    code = (
-        "from coterie.evaluation.sandbox import *; run_limited('import time; time.sleep(300)', Limits(seconds=300.0))"
-    )
+    code = "from coterie.grading.sandbox import *; run_limited('import time; time.sleep(300)', Limits(seconds=300.0))"
     environment = {"TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with subprocess.Popen([sys.executable, "-c", code], env=environment) as parent:
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch.nn.functional import normalize
 
-from coterie.data import pool as choosing
-from coterie.data.nearness import density_similarity, hull_similarity, nearness_by
-from coterie.data.pool import keep_as_published, keep_greedily, select
+from coterie.data import row_selection as choosing
+from coterie.data.row_selection import keep_as_published, keep_greedily, select
+from coterie.data.row_similarity import density_similarity, hull_similarity, nearness_by
 from coterie.settings import SelectionSettings
 
 RULES = ("max-cosine", "convex-hull", "kde")

@@ -12,11 +12,11 @@ from coterie.combiners.aggregate import after_thinking, elect, synthesis_request
 from coterie.data.examples import load_examples
 from coterie.errors import CoterieError
 from coterie.evaluation.recruited import is_right
-from coterie.experts.pool import init_pool
-from coterie.methods.aggregation import make_up
-from coterie.methods.asking import keyword_asks
-from coterie.methods.profiling import PROFILE, read_profile
-from coterie.methods.symbolic import load_symbolic
+from coterie.experts.expert_pool import init_pool
+from coterie.methods.symbolic.aggregator import make_up
+from coterie.methods.symbolic.fit import load_symbolic
+from coterie.methods.symbolic.profile import PROFILE, read_profile
+from coterie.methods.symbolic.skills import keyword_asks
 from coterie.settings import PoolSettings, SamplingSettings
 from stub_server import Got, Sent, completion
 from symbolic_place import EXPERTS, lines, question, respond, rows

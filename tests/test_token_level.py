@@ -17,11 +17,11 @@ from coterie.engine.decoding import response_logprobs
 from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank
 from coterie.features.embedding import HiddenStateEncoder, with_answers
-from coterie.features.following import Averaged, Rewritten
+from coterie.features.growing_text import Averaged, Rewritten
 from coterie.mixture.loading import RouterParts, describe_growing_text, load_router
 from coterie.mixture.scoring import score
 from coterie.routers.derived import DerivedRouter
-from coterie.routers.described import Description
+from coterie.routers.feature import Description
 from coterie.routers.fixed import uniform
 from coterie.routers.similarity import (
     NullExpert,

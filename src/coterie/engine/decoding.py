@@ -13,7 +13,7 @@ from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone
 from coterie.combiners.base import Combiner, RowPlan, kept_rows
 from coterie.data.batching import pad
-from coterie.engine.renewal import Renewal
+from coterie.engine.rerouting import Renewal
 from coterie.engine.rows import CachedRows
 from coterie.engine.sampling import Sampler
 from coterie.engine.text import TextStream

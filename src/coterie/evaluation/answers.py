@@ -10,9 +10,9 @@ from tqdm.auto import tqdm
 from coterie.combiners.texts import TextCombiner, majority
 from coterie.data.examples import Example
 from coterie.errors import CoterieError
-from coterie.evaluation.code import code_tests, grade_code
-from coterie.evaluation.grading import Grade, checkable, grade
-from coterie.evaluation.sandbox import protection
+from coterie.grading.answers import Grade, checkable, grade
+from coterie.grading.code import code_tests, grade_code
+from coterie.grading.sandbox import protection
 from coterie.mixture import Completion, Mixture, Trace
 from coterie.routers.base import Routing
 from coterie.settings import SamplingSettings

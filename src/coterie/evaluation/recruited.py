@@ -10,13 +10,13 @@ from coterie.combiners.aggregate import after_thinking
 from coterie.data.examples import Example
 from coterie.errors import CoterieError
 from coterie.evaluation.answers import graded
-from coterie.evaluation.grading import read_answer
-from coterie.methods import symbolic
-from coterie.methods.answering import answer_all
-from coterie.methods.asking import open_workshop
-from coterie.methods.planning import WorkPlan, plan_work
-from coterie.methods.profiling import Profiled, profile_pool
-from coterie.methods.symbolic import METHOD, Symbolic, load_symbolic
+from coterie.grading.answers import read_answer
+from coterie.methods.symbolic import fit as symbolic
+from coterie.methods.symbolic.answer import answer_all
+from coterie.methods.symbolic.fit import METHOD, Symbolic, load_symbolic
+from coterie.methods.symbolic.plan import WorkPlan, plan_work
+from coterie.methods.symbolic.profile import Profiled, profile_pool
+from coterie.methods.symbolic.skills import open_workshop
 from coterie.mixture import Prompt, as_example
 from coterie.settings import GenerateSettings, ProfileSettings, RoutingSettings, SymbolicSettings
 

@@ -5,11 +5,12 @@ from typing import Any
 
 from coterie.artifacts import read_json
 from coterie.evaluation.recruited import is_right
-from coterie.methods import kshot, selecting
-from coterie.methods.gathering import SUMMARY_FILE
-from coterie.methods.kshot import GATHERED, SELECTION
-from coterie.methods.selecting import SELECTION_FILE, Selected
-from coterie.methods.tuning import GATES_FILE
+from coterie.methods.kshot import choose_adapters as selecting
+from coterie.methods.kshot import fit as kshot
+from coterie.methods.kshot.choose_adapters import SELECTION_FILE, Selected
+from coterie.methods.kshot.fit import GATHERED, SELECTION
+from coterie.methods.kshot.gather_rows import SUMMARY_FILE
+from coterie.methods.kshot.train import GATES_FILE
 from coterie.mixture import Mixture
 from coterie.settings import KshotSettings, SelectSettings, from_flat
 

@@ -20,7 +20,7 @@ from http.client import HTTPException
 from typing import Any
 
 from coterie.errors import CoterieError
-from coterie.experts.answerers import Ask, Done, Reply, failed
+from coterie.experts.answering import Ask, Done, Reply, failed
 from coterie.settings import SamplingSettings, WorkSettings
 
 LARGEST_ANSWER = 16 * 2**20  # bytes

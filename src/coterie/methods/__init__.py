@@ -1,13 +1,13 @@
 """The published methods: their table, the loops that fit them, and what is trained for the others."""
 
-from coterie.methods.bench import Bench
-from coterie.methods.domains import build_bank, fit_token_level, token_level
-from coterie.methods.fitting import elrea, fit_elrea
-from coterie.methods.of_clusters import CLUSTER_METHODS
-from coterie.methods.of_domains import DOMAIN_METHODS
-from coterie.methods.of_tasks import TASK_METHODS
-from coterie.methods.stages import BACKBONE, BASE
-from coterie.methods.table import METHODS, listed, load_bench, make_bench
+from coterie.methods.common import BACKBONE, BASE
+from coterie.methods.elrea.fit import elrea, fit_elrea
+from coterie.methods.elrea.methods import CLUSTER_METHODS
+from coterie.methods.family import Bench
+from coterie.methods.kshot.methods import TASK_METHODS
+from coterie.methods.registry import METHODS, listed, load_bench, make_bench
+from coterie.methods.token_level.fit import build_bank, fit_token_level, token_level
+from coterie.methods.token_level.methods import DOMAIN_METHODS
 
 __all__ = [
     "BACKBONE",

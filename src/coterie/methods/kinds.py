@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from coterie.methods.cluster_kinds import CLUSTER_KINDS
-from coterie.methods.ingredients import Kind
-from coterie.methods.task_kinds import TASK_KINDS
+from coterie.methods.elrea.extras import CLUSTER_KINDS
+from coterie.methods.extras import Kind
+from coterie.methods.kshot.extras import TASK_KINDS
 
 KINDS: Mapping[str, Kind] = {**CLUSTER_KINDS, **TASK_KINDS}

@@ -16,9 +16,9 @@ from coterie.combiners.texts import TextCombiner, majority
 from coterie.data.batching import PromptFormat, TokenRow
 from coterie.data.examples import Example, from_prompt, load_examples
 from coterie.engine.decoding import DecodingBatch, ScoredTokens, Token
-from coterie.engine.forced import score_forced
-from coterie.engine.renewal import Renewal
+from coterie.engine.rerouting import Renewal
 from coterie.engine.rows import CachedRows
+from coterie.engine.teacher_forcing import score_forced
 from coterie.errors import CoterieError, unknown_name
 from coterie.experts.bank import ExpertBank, load_bank
 from coterie.mixture.card import model_card

@@ -14,12 +14,12 @@ from coterie.errors import CoterieError, unknown_name
 from coterie.experts.bank import ExpertBank, check_names
 from coterie.experts.training import load_checkpoint
 from coterie.features.embedding import Encoder, load_encoder
-from coterie.features.following import follow
 from coterie.features.gradient import GradientFeatures
+from coterie.features.growing_text import follow
 from coterie.routers.base import Router
 from coterie.routers.centroid import CentroidRouter, read_centroids
 from coterie.routers.derived import DerivedRouter
-from coterie.routers.described import Description
+from coterie.routers.feature import Description
 from coterie.routers.fixed import FixedRouter
 from coterie.routers.gate import GateRouter, read_gates
 from coterie.routers.loss import LossRouter, Ridge

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coterie.errors import CoterieError
 from coterie.routers.base import Routing
-from coterie.routers.described import Description, FeatureRouter
+from coterie.routers.feature import Description, FeatureRouter
 
 
 class CentroidWeights(NamedTuple):

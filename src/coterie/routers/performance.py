@@ -11,7 +11,7 @@ from torch import Tensor
 from coterie.errors import CoterieError
 from coterie.routers.base import Routing
 from coterie.routers.centroid import standardised
-from coterie.routers.described import Description, FeatureRouter
+from coterie.routers.feature import Description, FeatureRouter
 
 Pilots = Mapping[str, Float[Tensor, "pilot dimension"]]
 """Every expert's centroids; an expert that was nowhere the best has none and is not here."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coterie.errors import CoterieError
 from coterie.routers.base import Routing
-from coterie.routers.described import Description, FeatureRouter
+from coterie.routers.feature import Description, FeatureRouter
 
 BOOST = 4.0
 """What the published weighting multiplies the largest cosine by; its author calls it a temperature."""

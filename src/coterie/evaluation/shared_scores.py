@@ -1,0 +1,134 @@
+"""Routing and scoring of every method on the same rows, with the work shared where methods share it."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from coterie.artifacts import Remember
+from coterie.combiners.logits import LogitCombiner
+from coterie.combiners.texts import TextCombiner
+from coterie.data.batching import TokenRow
+from coterie.methods.family import Bench
+from coterie.mixture import Mixture
+from coterie.mixture.scoring import score, score_votes
+from coterie.routers.base import Router, Routing
+from coterie.routers.derived import DerivedRouter
+from coterie.routers.feature import FeatureRouter
+from coterie.routers.oracle import OracleRouter
+
+
+class Routed(NamedTuple):
+    """Weights for all rows, and the seconds they took."""
+
+    routing: Routing
+    seconds: float
+
+
+@dataclass
+class SharedRouting:
+    """Routes one set of prompts by many routers; prompts are described once for all routers of one description."""
+
+    prompts: Sequence[TokenRow]
+    _features: dict[int, tuple[Tensor, float]] = field(default_factory=dict)
+    _known: dict[int, Routed] = field(default_factory=dict)
+
+    def __call__(self, router: Router) -> Routed:
+        """Route all prompts; the seconds are what this router would take alone."""
+        if isinstance(router, DerivedRouter):
+            inner = self(router.router)
+            return Routed(router.change(inner.routing), inner.seconds)
+        if id(router) not in self._known:
+            self._known[id(router)] = self._route(router)
+        return self._known[id(router)]
+
+    def _route(self, router: Router) -> Routed:
+        if isinstance(router, FeatureRouter):
+            features, seconds = self._described(router)
+            return Routed(router.route_features(features), seconds)
+        started = time.perf_counter()
+        return Routed(router.route(self.prompts), time.perf_counter() - started)
+
+    def _described(self, router: FeatureRouter) -> tuple[Tensor, float]:
+        key = hash((router.description.name, repr(sorted(router.description.record.items()))))
+        if key not in self._features:
+            started = time.perf_counter()
+            self._features[key] = (router.description(self.prompts), time.perf_counter() - started)
+        return self._features[key]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What all methods' likelihoods on the references are.
+
+    Attributes:
+        cells: every method's mixture, on the common bank.
+        routed: every method's weights; the oracle's come from the scores.
+        nll: every method's mean NLL per token of every row; methods that only answer have none.
+        expert_nll: (row, expert): the fitted experts alone.
+        tokens: (row,): tokens that each mean is over.
+        seconds: every method's seconds of scoring; methods scored together have the time of the whole pass.
+    """
+
+    cells: Mapping[str, Mixture]
+    routed: Mapping[str, Routed]
+    nll: Mapping[str, Float[Tensor, " row"]]
+    expert_nll: Float[Tensor, "row expert"]
+    tokens: Float[Tensor, " row"]
+    seconds: Mapping[str, float]
+
+
+def afresh(name: str, make: Callable[[], Any]) -> Any:
+    """Remember nothing."""
+    return make()
+
+
+def score_methods(bench: Bench, rows: Sequence[TokenRow], names: Sequence[str], remember: Remember = afresh) -> Scored:
+    """Route and score all methods on rows with answers; `remember` keeps what takes long for another try."""
+    cells = {name: bench.cell(name) for name in names}
+    shared = SharedRouting([row.prompt() for row in rows])
+    routed = {name: shared(cell.router) for name, cell in cells.items() if not isinstance(cell.router, OracleRouter)}
+    scorable = [name for name in routed if not isinstance(cells[name].combiner, TextCombiner)]
+    in_logits = [name for name in scorable if isinstance(cells[name].combiner, LogitCombiner)]
+    together = remember("likelihoods", lambda: _score_logits(bench, rows, {name: routed[name] for name in in_logits}))
+    nll = {name: torch.tensor(values) for name, values in together["nll"].items()}
+    expert_nll, tokens = torch.tensor(together["expert_nll"]), torch.tensor(together["tokens"])
+    seconds = dict.fromkeys(in_logits, together["seconds"])
+    for name in scorable:
+        if name not in in_logits:
+            make = partial(_score_alone, cells[name], rows, routed[name], name)
+            alone = remember(f"likelihood-{name}", make)
+            nll[name], seconds[name] = torch.tensor(alone["nll"]), alone["seconds"]
+    for name, cell in cells.items():
+        if isinstance(cell.router, OracleRouter):
+            routed[name] = Routed(cell.router.choose(expert_nll), 0.0)
+            nll[name] = expert_nll.min(dim=1).values
+            seconds[name] = max(seconds.values(), default=0.0)
+    return Scored(cells, routed, nll, expert_nll, tokens, seconds)
+
+
+def _score_alone(cell: Mixture, rows: Sequence[TokenRow], routed: Routed, name: str) -> dict[str, Any]:
+    started = time.perf_counter()
+    found = score(cell, rows, routed.routing, name).nll[0]
+    return {"nll": found.tolist(), "seconds": time.perf_counter() - started}
+
+
+def _score_logits(bench: Bench, rows: Sequence[TokenRow], routed: Mapping[str, Routed]) -> dict[str, Any]:
+    """Score all methods that meet in the logits, and each fitted expert alone, in one pass."""
+    bank = bench.mixture.bank
+    alone = torch.eye(len(bank))[[bank.index(name) for name in bench.fitted]]  # [fitted, E]
+    own = [routed[name].routing.for_experts(bank.names) for name in routed]
+    votes = torch.stack([*own, *(row.expand(len(rows), -1) for row in alone)])
+    started = time.perf_counter()
+    found = score_votes(bench.mixture, rows, votes, f"{len(routed)} methods and {len(alone)} experts")
+    return {
+        "nll": dict(zip(routed, found.nll.tolist(), strict=False)),
+        "expert_nll": found.nll[len(routed) :].T.tolist(),
+        "tokens": found.tokens.tolist(),
+        "seconds": time.perf_counter() - started,
+    }

@@ -1,0 +1,75 @@
+"""Replies that are there already, by the hash of what was asked: in a file that grows line by line."""
+
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from coterie.artifacts import disk_errors
+from coterie.experts.answering import Reply
+
+FIELDS = {field.name for field in fields(Reply)}
+
+
+class Ledger:
+    """Keeps replies; those of a run that was killed are there again when the file is opened anew.
+
+    Failed replies are not kept, so they are asked for again. A line that was cut off by a kill is skipped.
+    """
+
+    def __init__(self, path: Path | None = None, *, read_only: bool = False) -> None:
+        """Read the replies of an earlier run.
+
+        Args:
+            path: the file; without one, replies are only kept in memory.
+            read_only: keep new replies in memory, though there is a file.
+        """
+        self.path = None if read_only else path
+        self._lock = threading.Lock()
+        lines = path.read_bytes().splitlines(keepends=True) if path is not None and path.exists() else []
+        self._replies = _replies(lines)
+        self._torn = bool(lines) and not lines[-1].endswith(b"\n")
+
+    def __len__(self) -> int:
+        """Count the replies."""
+        return len(self._replies)
+
+    def get(self, key: str) -> Reply | None:
+        """Return the reply to what has this hash, if it is there."""
+        return self._replies.get(key)
+
+    def add(self, key: str, reply: Reply) -> None:
+        """Keep a reply, on disk before this returns.
+
+        Raises:
+            CoterieError: when it cannot be written.
+        """
+        if reply.error is not None:
+            return
+        with self._lock:
+            self._replies[key] = reply
+            if self.path is not None:
+                self._append(self.path, json.dumps({"key": key, **reply.record()}, ensure_ascii=False) + "\n")
+
+    def _append(self, path: Path, line: str) -> None:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n" + line if self._torn else line)
+        self._torn = False
+
+
+def _replies(lines: Sequence[bytes]) -> dict[str, Reply]:
+    records = [record for line in lines if (record := _record(line)) is not None]
+    return {record["key"]: Reply(**{name: record[name] for name in FIELDS}) for record in records}
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """Return a line's object; None where it was cut off."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and {"key", *FIELDS} <= set(record) else None

@@ -1,0 +1,298 @@
+r"""Exact match of a generated text with a reference answer.
+
+Three kinds of answer are told apart: mathematics, one of several lettered options, and short text. Each has its own
+way to find the answer in a text and its own idea of "the same". A box wins over a sentence "the answer is ...", and
+that over anything else; where there are several of one sort, the last one counts.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from coterie.errors import CoterieError
+from coterie.grading.maths import LONGEST_EXPRESSION, is_expression, same_expression, tidy, unwrapped
+from coterie.grading.short_text import is_no_answer, normalised, span_score, span_words
+
+AnswerKind = Literal["maths", "choice", "text"]
+SHORT_TEXT = 80  # characters of a text that may be an answer as it stands
+
+
+class Grade(NamedTuple):
+    """Whether a text answers correctly, and how that was seen.
+
+    Attributes:
+        correct: The answer matches the reference, or one of several.
+        extracted: The part of the text that was taken for the answer; None if none was found.
+        f1: F1 of the words that short text shares with the nearest reference, 0 to 1, as SQuAD counts it. Order does
+            not matter to it. None for mathematics, options, and references without a word.
+    """
+
+    correct: bool
+    extracted: str | None
+    f1: float | None = None
+
+
+def checkable(answer: str | None, answers: Sequence[str] = ()) -> bool:
+    """Tell whether `grade` can judge an answer at all: it is there, and it is not a list of unit tests."""
+    if answers:
+        return True
+    return answer is not None and bool(answer.strip()) and not answer.lstrip().startswith("assert ")
+
+
+def answer_kind(answer: str, prompt: str = "") -> AnswerKind:
+    r"""Infer what kind of answer a reference is.
+
+    An option letter, with or without brackets, is a choice if the prompt lists that letter among at least two
+    options. A number, fraction, LaTeX expression or single variable is maths. All else is text: `yes`,
+    `\text{Monday}`, `the 1990s`.
+    """
+    if _lone_letter(answer) in _options(prompt):
+        return "choice"
+    expression = tidy(answer)
+    if not is_expression(answer) or re.fullmatch(r"[^\W\d_]{2,}", expression):
+        return "text"
+    return "maths" if re.search(r"\d|\\[a-zA-Z]|^\(?-?[^\W\d_]\)?$", expression) else "text"
+
+
+def grade(
+    text: str, answer: str, *, prompt: str = "", kind: AnswerKind | None = None, answers: Sequence[str] = ()
+) -> Grade:
+    r"""Find the answer in a generated text and compare it with the reference.
+
+    Args:
+        text: What the model wrote; any length, any content.
+        answer: The reference, such as `72`, `\frac{1}{2}`, `B`, `(B)`, `yes` or `Paris`.
+        prompt: What was asked. Its list of options tells choices apart, and limits which letters count.
+        kind: How to compare; where None, text if there are several references, else inferred by `answer_kind`.
+        answers: All accepted short texts, the nearest of which counts instead of `answer`; they are compared as SQuAD
+            2.0 does. Only empty ones, or `unanswerable`, mean that the text must say that there is no answer.
+
+    Raises:
+        CoterieError: The reference is empty, or is asked to be a choice and is no letter.
+    """
+    kind = kind or ("text" if answers else answer_kind(answer, prompt))
+    if not answer.strip() and not (answers and kind == "text"):
+        raise CoterieError(f"the reference answer {answer!r} is empty; give null where a row has no answer to check")
+    text = _without_bold(text)
+    if kind == "choice":
+        return _grade_choice(text, answer, _options(prompt))
+    if kind == "maths":
+        return _grade_maths(text, answer)
+    if answers or is_no_answer(answer):
+        return _grade_spans(text, answers or (answer,))
+    return _grade_text(text, answer)
+
+
+def read_answer(text: str, prompt: str = "") -> str:
+    """Find what a text answers where no reference tells what kind of answer is wanted, so that texts can vote.
+
+    A letter where the prompt lists options; else what a box or "the answer is ..." holds, else a short text itself,
+    else its last formula or number, else its last line; in a form in which equal answers are equal texts. Nothing read
+    is an empty text.
+    """
+    text = _without_bold(text)
+    if options := _options(prompt):
+        return _find_letter(unwrapped(text), options) or ""
+    found = _announced(text)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if found is None and lines:
+        is_short = len(lines) == 1 and len(lines[0]) <= SHORT_TEXT
+        found = lines[0] if is_short else next(reversed(_terms(text)), lines[-1])
+    if found and is_expression(found) and re.search(r"\d", found):
+        return tidy(found.rpartition("=")[2])
+    return normalised(found or "")
+
+
+def _announced(text: str) -> str | None:
+    """Return what stands in the last box or behind the last "the answer is"; None if there is neither."""
+    box = _last_box(text)
+    if box:
+        return box.content or ""
+    stated = next(iter(_stated(text)), None)
+    if stated is None:
+        return None
+    return _expression_in(stated) or _sentence(stated)
+
+
+# ------------------------------------------------------------------------------------- where an answer is announced
+
+_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_STATED = re.compile(
+    r"\banswer(?:\s+to\s[^.\n]{0,80}?)?\s*(?:(?:is|was|would be|should be|must be)\b\s*:?|:|=)\s*|^[ \t]*####\s*",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
+def _without_bold(text: str) -> str:
+    """Drop Markdown's double stars, but not those between two operands (`2**3`)."""
+    return re.sub(r"(?<![\w)}])\*\*|\*\*(?![\w({-])", "", text)
+
+
+class _Box(NamedTuple):
+    """What stands in a box; `content` is None where the text breaks off inside it."""
+
+    content: str | None
+
+
+def _last_box(text: str) -> _Box | None:
+    r"""Return the last `\boxed{...}`, braces balanced, None if there is none; one pass over the text."""
+    opened: list[tuple[bool, int]] = []
+    last, span = -1, (-1, -1)
+    for match in _BRACE.finditer(text):
+        token = match.group()
+        if token == "}" and opened:
+            is_box, start = opened.pop()
+            span = (start, match.start()) if is_box and start > span[0] else span
+        elif token == "{":
+            opened.append((False, match.end()))
+        elif token.startswith(("\\boxed", "\\fbox")):
+            last = match.end()
+            opened.append((True, last))
+    if last < 0:
+        return None
+    return _Box(text[slice(*span)].strip() if span[0] == last else None)
+
+
+def _stated(text: str) -> list[str]:
+    """Return what follows "the answer is" on its line, the last one first; no more than eight."""
+    starts = [match.end() for match in _STATED.finditer(text)][-8:]
+    lines = (text[start : start + 2 * LONGEST_EXPRESSION].partition("\n")[0].strip() for start in reversed(starts))
+    return [line for line in lines if line]
+
+
+def _sentence(line: str) -> str:
+    """Return the first sentence of a line, without its full stop."""
+    return re.split(r"(?<=\S)[.!?](?=\s|$)", line, maxsplit=1)[0].strip()
+
+
+# ------------------------------------------------------------------------------------------------------------ maths
+
+_INLINE = (  # what may stand between single dollars: no word, or two prices would enclose a formula
+    r"(?:\\(?:begin|end)\{[a-z]+\}|\\[a-zA-Z]+|\\[^a-zA-Z\n]|[^$\n\\a-zA-Z]|(?<![a-zA-Z])[a-zA-Z]{1,2}(?![a-zA-Z])){1,300}"
+)
+_TERM = re.compile(  # a formula between delimiters, a bare LaTeX fraction or root, or a number
+    rf"\$\$([^$]{{1,500}})\$\$|(?<![\\$])\$(?=\S)(?=[^$\n]*[\d\\])({_INLINE})(?<=\S)\$(?!\d)"
+    r"|\\\((.{1,500}?)\\\)|\\\[(.{1,500}?)\\\]"
+    r"|-?\d{0,20}\\[dtc]?frac\s*\{[^{}]{1,60}\}\s*\{[^{}]{1,60}\}|-?\d{0,20}\\sqrt\s*\{[^{}]{1,60}\}"
+    r"|(?<![\w.)}\]])-?\\?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[/:]\d+| [/:] \d+| ?\\pi| ?π)?"
+    r"|(?<![\w.)}\]])-?\.\d+",
+    re.DOTALL,
+)
+
+
+def _terms(text: str) -> list[str]:
+    """Return the formulas and numbers of a text in order, without the delimiters of formulas."""
+    return [next(filter(None, match.groups()), match.group()) for match in _TERM.finditer(text)]
+
+
+def _expression_in(line: str) -> str | None:
+    """Return the whole sentence if it is an expression, else the first formula or number in the line."""
+    sentence = _sentence(line)
+    if re.search(r"[\d\\]|^\W*\w\W*$", sentence) and is_expression(sentence):
+        return sentence
+    return next(iter(_terms(line)), None)
+
+
+def _find_expression(text: str) -> str | None:
+    box = _last_box(text)
+    if box:
+        return box.content
+    for line in _stated(text):
+        if expression := _expression_in(line):
+            return expression
+    line = text.strip()
+    if "\n" not in line and len(line) <= LONGEST_EXPRESSION and is_expression(line):
+        return _sentence(line) or None
+    return next(reversed(_terms(text)), None)
+
+
+def _grade_maths(text: str, answer: str) -> Grade:
+    found = _find_expression(text)
+    if not found:
+        return Grade(False, None)
+    return Grade(same_expression(answer, found), found[:LONGEST_EXPRESSION])
+
+
+# ----------------------------------------------------------------------------------------------------------- choice
+
+_OPTION = re.compile(r"\(([A-Z])\)|^[ \t]*([A-Z])[.):][ \t]", re.MULTILINE)
+_BRACKETED = re.compile(r"(?<!\w)\(\s*([A-Za-z])\s*\)")
+_NAMED = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s+)?(?:\(\s*([A-Za-z])\s*\)|([A-Z])(?![\w'’-]))")
+_LEADING = re.compile(r"\W*(?:[Oo]ption\s+|[Cc]hoice\s+)?([A-Z])\s*(?:[).:]|$)", re.MULTILINE)
+
+
+def _options(prompt: str) -> frozenset[str]:
+    """Return the letters of the options that a prompt lists as `(A)`, `A)` or `A.`; fewer than two are no list."""
+    letters = frozenset(bracketed or bare for bracketed, bare in _OPTION.findall(prompt))
+    return letters if len(letters) > 1 else frozenset()
+
+
+def _lone_letter(answer: str) -> str | None:
+    match = re.fullmatch(r"\(?\s*([A-Za-z])\s*[).:]?\.?", tidy(answer))
+    return match[1].upper() if match else None
+
+
+def _find_letter(text: str, options: frozenset[str]) -> str | None:
+    """Return the letter of a box, a stated answer, the last `(X)`, or a bare letter at the start, in this order."""
+    box = _last_box(text)
+    if box:
+        return _find_letter(box.content, options) if box.content else None
+    named = [match for match in map(_NAMED.match, _stated(text)) if match]
+    candidates = [match[1] or match[2] for match in named]
+    candidates += [match[1] for match in reversed(list(_BRACKETED.finditer(text)))]
+    candidates += [match[1] for match in [_LEADING.match(text)] if match]
+    candidates += filter(None, [_lone_letter(text)])
+    # A stated (F) is the answer, and wrong, also where the options end at (E); a stated (x) is a variable.
+    known = options | {match[1] for match in named if match[1]}
+    return next((letter.upper() for letter in candidates if not options or letter.upper() in known), None)
+
+
+def _grade_choice(text: str, answer: str, options: frozenset[str]) -> Grade:
+    wanted = _lone_letter(answer)
+    if wanted is None:
+        raise CoterieError(f"the reference answer of a choice must be one letter; got {answer!r}")
+    found = _find_letter(unwrapped(text), options)
+    return Grade(found == wanted, found)
+
+
+# ------------------------------------------------------------------------------------------------------------- text
+
+_VERDICTS = frozenset({"yes", "no", "true", "false"})
+
+
+def _text_candidates(text: str) -> list[str]:
+    """Return what may be meant as the answer, most likely first."""
+    box = _last_box(text)
+    if box:
+        return [box.content] if box.content else []
+    stated = _stated(text)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    candidates = [_sentence(stated[0]), stated[0]] if stated else [*lines[:1], text.strip()]
+    return list(dict.fromkeys(candidate for candidate in candidates if candidate))
+
+
+def _symbol_candidates(text: str) -> list[str]:
+    """Return what may be meant where the answer is closing brackets, which end a box at the last brace of its line."""
+    _, box, rest = text.rpartition("\\boxed{")
+    content, brace, _ = rest.partition("\n")[0].rpartition("}")
+    return [content] if box and brace else _text_candidates(text)
+
+
+def _grade_text(text: str, answer: str) -> Grade:
+    wanted = normalised(answer)
+    candidates = _text_candidates(text) if re.search(r"\w", wanted) else _symbol_candidates(text)
+    if wanted in _VERDICTS:
+        candidates = [word[0] for word in (re.findall(r"\w+", candidate) for candidate in candidates) if word]
+    found = next((candidate for candidate in candidates if normalised(candidate) == wanted), None)
+    best = found or next(iter(candidates), None)
+    f1 = span_score((answer,), best or "").f1 if span_words(answer) else None
+    return Grade(found is not None, best and best[:LONGEST_EXPRESSION], f1)
+
+
+def _grade_spans(text: str, answers: Sequence[str]) -> Grade:
+    candidates = _text_candidates(text)
+    if not candidates:
+        return Grade(False, None, 0.0)
+    scored = [(candidate, span_score(answers, candidate)) for candidate in candidates]
+    best, score = max(scored, key=lambda pair: pair[1].exact)
+    return Grade(score.exact, best[:LONGEST_EXPRESSION], score.f1)

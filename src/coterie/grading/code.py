@@ -1,0 +1,173 @@
+"""Grading of generated Python code by unit tests, in the manner of MBPP (Austin et al. 2021, arXiv:2108.07732).
+
+A text is right if the code found in it, then the tests' set-up, then all tests run to the end. This runs code that a
+model wrote: `sandbox` says what it is kept from and what not, and whoever calls this has to ask the user first.
+"""
+
+import ast
+import itertools
+import re
+import textwrap
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from coterie.errors import CoterieError
+from coterie.grading.answers import Grade
+from coterie.grading.sandbox import Limits, run_limited
+
+# Tested functions are far shorter than these bounds; parsers are slow on long nonsense.
+LONGEST_CODE = 20_000  # characters
+MOST_PARSED = 60_000  # characters, all attempts at one candidate together
+MOST_CUTS = 30
+MOST_BLOCKS = 10
+MOST_BEGINNINGS = 5
+
+# -------------------------------------------------------------------------------------------------------------- tests
+
+
+@dataclass(frozen=True)
+class CodeTests:
+    """Unit tests of one function.
+
+    Attributes:
+        entry_point: name of the function (or class) that the tests call.
+        tests: statements that raise an error where the function is wrong.
+        setup: statements to run before the tests and *after* the solution, which they may use.
+    """
+
+    entry_point: str
+    tests: tuple[str, ...]
+    setup: str = ""
+
+
+def code_tests(value: object) -> CodeTests | None:
+    """Read the field `tests` of a data row; None where the row has none.
+
+    Args:
+        value: None, or a mapping with `entry_point`, `test_list` and perhaps `test_setup_code`. Other keys, such as
+            MBPP's `challenge_test_list`, are no part of the grade.
+
+    Raises:
+        CoterieError: a field is missing or has the wrong form; the message names it.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise CoterieError(f"the field 'tests' must be an object with entry_point and test_list; got {_shown(value)}")
+    entry_point, tests, setup = (value.get(key) for key in ("entry_point", "test_list", "test_setup_code"))
+    if not (isinstance(entry_point, str) and entry_point.isidentifier()):
+        raise CoterieError(f"tests.entry_point must be the name of a function; got {_shown(entry_point)}")
+    if not (isinstance(tests, list) and tests and all(isinstance(test, str) and test.strip() for test in tests)):
+        raise CoterieError(f"tests.test_list must be a list of one or more assert statements; got {_shown(tests)}")
+    if not isinstance(setup, str | None):
+        raise CoterieError(f"tests.test_setup_code must be Python code or left out; got {_shown(setup)}")
+    return CodeTests(entry_point, tuple(tests), setup or "")
+
+
+def _shown(value: Any) -> str:
+    return textwrap.shorten(repr(value), 80, placeholder=" ...")
+
+
+# --------------------------------------------------------------------------------------------------- code in a text
+
+_FENCED = re.compile(r"^[ \t]*(`{3,}|~{3,})[^\n`]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
+_BEGINNING = re.compile(r"^(?:async def|def|class|import|from|@)\b|^@", re.MULTILINE)
+
+
+def find_code(text: str, entry_point: str) -> str | None:
+    """Find the Python code in a generated text; None if there is none that parses.
+
+    The last fenced block that defines the entry point is taken, a block that the text breaks off in included. Without
+    one it is the text itself, from its beginning or from the first line that looks like code, as far as it parses. If
+    the entry point is defined nowhere, whatever code there is comes back, which tests will find wrong.
+    """
+    first = None
+    for candidate in _candidates(text.replace("\r\n", "\n")):
+        code = _longest_code(candidate[:LONGEST_CODE])
+        if code and _defines(code, entry_point):
+            return code
+        first = first or code
+    return first
+
+
+def _candidates(text: str) -> Iterator[str]:
+    """Yield what may be code, most likely first."""
+    blocks = [match[2] for match in _FENCED.finditer(text)]
+    yield from map(textwrap.dedent, reversed(blocks[-MOST_BLOCKS:]))
+    yield text
+    yield from (text[match.start() :] for match in itertools.islice(_BEGINNING.finditer(text), MOST_BEGINNINGS))
+
+
+def _parsed(code: str) -> ast.Module | SyntaxError | None:
+    """Return the syntax tree, the error where it has none, or None where the parser itself gives up."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the escapes and comparisons of a stranger
+            return ast.parse(code)
+    except SyntaxError as error:
+        return error
+    except (ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _longest_code(text: str) -> str | None:
+    """Return the longest run of lines from the first that parses, without the names and constants at its end.
+
+    The line of the error is where to cut: no longer run can parse. A cut may uncover an error further up.
+    """
+    lines = text.split("\n")
+    for _ in range(min(MOST_CUTS, MOST_PARSED // max(1, len(text)))):
+        code = "\n".join(lines)
+        tree = _parsed(code)
+        if isinstance(tree, ast.Module):
+            return _without_idle_end(code, tree)
+        if tree is None or not tree.lineno:
+            return None
+        del lines[min(tree.lineno, len(lines)) - 1 :]
+    return None
+
+
+def _without_idle_end(code: str, tree: ast.Module) -> str | None:
+    """Drop statements at the end that only name things, such as `[DONE]` or a word of prose; None if nothing stays."""
+    body = tree.body
+    while body and isinstance(body[-1], ast.Expr) and not any(isinstance(n, ast.Call) for n in ast.walk(body[-1])):
+        body.pop()
+    return "\n".join(code.split("\n")[: body[-1].end_lineno]) if body else None
+
+
+def _defines(code: str, name: str) -> bool:
+    """Tell whether code defines a name at its top level, by def, class or assignment."""
+    tree = _parsed(code)
+    assert isinstance(tree, ast.Module), "only code that parses is asked about"
+    return any(name in _names(statement) for statement in tree.body)
+
+
+def _names(statement: ast.stmt) -> set[str]:
+    match statement:
+        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+            return {name}
+        case ast.Assign(targets=targets):
+            return {target.id for target in targets if isinstance(target, ast.Name)}
+        case _:
+            return set()
+
+
+# -------------------------------------------------------------------------------------------------------------- grade
+
+
+def grade_code(text: str, tests: CodeTests, limits: Limits | None = None) -> Grade:
+    """Run the code found in a generated text against unit tests, in a limited process.
+
+    Returns:
+        Whether all tests passed, and the code that was run (None: no code was found and nothing was run).
+
+    Raises:
+        CoterieError: this system cannot limit a process, or the process does not start.
+    """
+    code = find_code(text, tests.entry_point)
+    if code is None:
+        return Grade(False, None)
+    program = "\n".join([code, tests.setup, *tests.tests, ""])
+    return Grade(run_limited(program, limits).status == "passed", code)

@@ -1,0 +1,326 @@
+"""Putting strangers' adapters into a bank on disk, each checked before it gets there, and checking what is there."""
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from coterie.artifacts import disk_errors, hub_folder, write_json
+from coterie.backbone.loading import Backbone, BaseModelIdentity, load_backbone
+from coterie.data.streaming import key_of, question_of, stream_examples
+from coterie.errors import CoterieError
+from coterie.experts.bank_folder import (
+    BANK_FILE,
+    EXPERTS,
+    list_names,
+    read_base,
+    read_questions,
+    write_base,
+    write_questions,
+)
+from coterie.experts.cards import (
+    ADAPTER_FILES,
+    CARD_FILE,
+    Card,
+    check_files,
+    describe_adapter,
+    hash_adapter,
+    printable,
+    read_card,
+)
+from coterie.methods.token_level.fit import check_domain_names, named_values
+from coterie.settings import BankAddSettings, ModelSettings, PlacementSettings, from_flat
+
+logger = logging.getLogger(__name__)
+
+LONGEST_NAME = 100
+LONGEST_REASON = 500
+
+
+@dataclass(frozen=True)
+class Shelved:
+    """What became of one adapter.
+
+    Attributes:
+        name: its name in the bank.
+        card: where it is in the bank now.
+        is_new: whether it was not there before.
+        refusal: why it was refused.
+    """
+
+    name: str
+    card: Card | None = None
+    is_new: bool = False
+    refusal: str | None = None
+
+    def __str__(self) -> str:
+        """Tell it in one line."""
+        name = printable(self.name, LONGEST_NAME)
+        if self.refusal:
+            return f"refused {name}: {self.refusal}"
+        return f"added {name}: {self.card}" if self.is_new else f"{name} is there already, with the same files"
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was found about one adapter of a bank: `trouble` is None where everything is as it was added."""
+
+    name: str
+    trouble: str | None
+
+    def __str__(self) -> str:
+        """Tell it in one line."""
+        return f"{printable(self.name, LONGEST_NAME)}: {self.trouble or 'ok'}"
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The questions of an adapter's training rows: their number and their keys."""
+
+    rows: int
+    keys: frozenset[bytes]
+
+
+@dataclass(frozen=True)
+class _Shelf:
+    """A bank that is being added to; `added` collects the names that came into it."""
+
+    folder: Path
+    backbone: Backbone
+    questions: Mapping[str, Questions]
+    overwrite: bool
+    added: set[str] = field(default_factory=set)
+
+
+def bank_add(folder: str | Path, adapters: Sequence[str | Path], **settings: Any) -> list[Shelved]:  # noqa: ANN401
+    """Put adapters into a bank on disk; each is added or refused on its own.
+
+    Args:
+        folder: of the bank; made where there is none.
+        adapters: PEFT folders or hub ids, or NAME=FOLDER for another name than the folder's.
+        **settings: fields of `BankAddSettings` by their plain names, such as model="smollm2-135m".
+
+    Raises:
+        CoterieError: for bad settings, and as `run_bank_add`.
+    """
+    flat = {"folder": str(folder), "adapters": list(map(str, adapters)), **settings}
+    return list(run_bank_add(from_flat(BankAddSettings, flat)))
+
+
+def run_bank_add(settings: BankAddSettings) -> Iterator[Shelved]:
+    """Put adapters into a bank one after the other, telling of each what became of it.
+
+    Raises:
+        CoterieError: for bad training data, another base model than the bank's, or a folder that is no bank.
+    """
+    folder = Path(settings.folder)
+    base = _base_of(folder)
+    adapters = [_named(text) for text in settings.adapters]
+    questions = _read_questions(settings.trained_on, [name for name, _ in adapters])
+    shelf = _Shelf(folder, _load_base(settings, base), questions, settings.overwrite)
+    try:
+        for name, source in adapters:
+            yield _shelve(shelf, name, source)
+    finally:
+        with suppress(OSError):  # a new bank into which nothing came; others are not empty and stay
+            (folder / EXPERTS).rmdir()
+            folder.rmdir()
+
+
+def verify_bank(folder: str | Path, **placement: Any) -> Iterator[Verified]:  # noqa: ANN401
+    """Hash every adapter of a bank again, load it against the base model, and hold its card to what is found.
+
+    Args:
+        folder: of the bank.
+        **placement: fields of `PlacementSettings`: dtype, device, load_in_4bit.
+
+    Raises:
+        CoterieError: for a folder that is no bank, or a base model that is not the bank's any more.
+    """
+    bank = Path(folder)
+    base = read_base(bank)
+    settings = PlacementSettings(**placement)
+    backbone = load_backbone(ModelSettings(model=base.id, revision=base.revision, **settings.model_dump()))
+    _check_base(base, backbone.identity, bank)
+    for name in list_names(bank):
+        yield Verified(name, _trouble(bank / EXPERTS / name, backbone.model))
+
+
+def _trouble(folder: Path, model: nn.Module) -> str | None:
+    try:
+        card = read_card(folder)
+        check_files(folder)
+        if hash_adapter(folder) != card.sha256:
+            return "its files are not the ones that were added; add it again with --overwrite, or delete its folder"
+        found = describe_adapter(folder, model, name=card.name, source=card.source, rows=card.rows)
+        if card.rows is not None and len(read_questions(folder)) > card.rows:
+            return f"it has more questions than the {card.rows} training rows on its card; add it again"
+    except (CoterieError, OSError) as error:
+        return printable(str(error), LONGEST_REASON)
+    wrong = [fact for fact, value in found.record().items() if value != card.record()[fact]]
+    return f"its card has another {', '.join(wrong)} than its files; add it again with --overwrite" if wrong else None
+
+
+# ------------------------------------------------------------------------------------------- before anything is added
+
+
+def _base_of(folder: Path) -> BaseModelIdentity | None:
+    """Return the base model of a bank; None where a new bank can be made."""
+    if (folder / BANK_FILE).exists():
+        return read_base(folder)
+    found = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    foreign = [name for name in found if name != EXPERTS and not name.startswith(".")]
+    if folder.is_file() or foreign or list_names(folder):
+        raise CoterieError(f"{folder} is there already and is no bank; choose another folder")
+    return None
+
+
+def _load_base(settings: BankAddSettings, base: BaseModelIdentity | None) -> Backbone:
+    model = settings.model or (base.id if base else None)
+    if model is None:
+        raise CoterieError(f"{settings.folder} is a new bank; say which base model it is for with --model")
+    revision = settings.revision if settings.model or not base else base.revision
+    backbone = load_backbone(ModelSettings(model=model, revision=revision, **settings.placement.model_dump()))
+    if base:
+        _check_base(base, backbone.identity, Path(settings.folder))
+    return backbone
+
+
+def _check_base(wanted: BaseModelIdentity, found: BaseModelIdentity, folder: Path) -> None:
+    if wanted.sha256 != found.sha256:
+        raise CoterieError(
+            f"{folder} is a bank for {wanted.id} (sha256 {wanted.sha256[:12]}), but the base model loaded is "
+            f"{found.id} (sha256 {found.sha256[:12]}); load that model, or make another bank"
+        )
+
+
+def _named(text: str) -> tuple[str, str]:
+    """Read `SOURCE` or `NAME=SOURCE`; a folder may have an equals sign in its name."""
+    name, equals, source = text.partition("=")
+    path = Path(text).expanduser()
+    if os.path.exists(path):  # unlike the path's own method, it takes names of any length
+        return path.resolve().name, text
+    return (name, source) if equals else (path.name, text)
+
+
+def _read_questions(values: Sequence[str], names: Sequence[str]) -> dict[str, Questions]:
+    found = named_values(values, "trained-on")
+    strange = [name for name in found if name not in names]
+    if strange:
+        raise CoterieError(f"--trained-on names {strange[0]!r}, but the adapters to add are {', '.join(names)}")
+    return {name: _questions_of(sources) for name, sources in found.items()}
+
+
+def _questions_of(sources: Sequence[str]) -> Questions:
+    rows, keys = 0, set()
+    for source in sources:
+        for example in stream_examples(source):
+            rows += 1
+            keys.add(key_of(question_of(example)))
+    return Questions(rows, frozenset(keys))
+
+
+# -------------------------------------------------------------------------------------------------------- one adapter
+
+
+def _shelve(shelf: _Shelf, name: str, source: str) -> Shelved:
+    try:
+        _check_name(name)
+        folder = _local(source)
+        check_files(folder)
+        if (there := _there(shelf, name, folder)) is not None:
+            return Shelved(name, there)
+        with _draft(shelf.folder, name) as draft:
+            card = _fill(draft, folder, name, source, shelf)
+            _keep(draft, shelf, name)
+    except (CoterieError, OSError) as error:
+        return Shelved(name, refusal=printable(str(error), LONGEST_REASON))
+    shelf.added.add(name)
+    _tell_other_base(card, shelf.backbone.identity)
+    return Shelved(name, card, is_new=True)
+
+
+def _check_name(name: str) -> None:
+    check_domain_names([name])
+    if not name.isprintable() or len(name) > LONGEST_NAME or "=" in name:
+        raise CoterieError(f"{name!r} cannot be an adapter's name; give another one with NAME=FOLDER")
+
+
+def _local(source: str) -> Path:
+    """Return an adapter's folder, from the hub if it is no local one: its known files and no others."""
+    folder = Path(source).expanduser()
+    if os.path.exists(folder):
+        return folder
+    return hub_folder(source, list(ADAPTER_FILES), f"{source} does not exist; give an adapter's folder or a hub id")
+
+
+def _there(shelf: _Shelf, name: str, folder: Path) -> Card | None:
+    """Return the card of the same adapter if the bank has it; refuse another one of that name."""
+    target = shelf.folder / EXPERTS / name
+    if not target.exists() or (shelf.overwrite and name not in shelf.added):
+        return None
+    card = read_card(target)
+    if card.sha256 != hash_adapter(folder):
+        advice = "" if shelf.overwrite else ", or add --overwrite to replace it"
+        raise CoterieError(f"another adapter of this name is there already; rename one with NAME=FOLDER{advice}")
+    if name in shelf.questions and name not in shelf.added:
+        raise CoterieError("it is there already; add --overwrite to note what it was trained on")
+    return card
+
+
+@contextmanager
+def _draft(bank: Path, name: str) -> Iterator[Path]:
+    """Give a folder to put an adapter together in; what is still there afterwards is deleted."""
+    draft = bank / EXPERTS / f".{name}.partial"
+    shutil.rmtree(draft, ignore_errors=True)  # of an addition that was cut off
+    with disk_errors(draft):
+        try:
+            draft.mkdir(parents=True)
+            yield draft
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _fill(draft: Path, folder: Path, name: str, source: str, shelf: _Shelf) -> Card:
+    """Copy an adapter's files, then check the copies, so that what was checked is what is kept."""
+    for file in ADAPTER_FILES:
+        if (folder / file).exists():
+            shutil.copyfile(folder / file, draft / file)
+    questions = shelf.questions.get(name)
+    rows = questions.rows if questions else None
+    try:
+        card = describe_adapter(draft, shelf.backbone.model, name=name, source=source, rows=rows)
+    except CoterieError as error:
+        raise CoterieError(str(error).replace(str(draft), str(folder))) from error
+    write_json(draft / CARD_FILE, card.record())
+    if questions:
+        write_questions(draft, questions.keys)
+    return card
+
+
+def _keep(draft: Path, shelf: _Shelf, name: str) -> None:
+    """Give a finished folder its name, in place of the one that has it."""
+    target, old = draft.with_name(name), draft.with_name(f".{name}.old")
+    if not (shelf.folder / BANK_FILE).exists():
+        write_base(shelf.folder, shelf.backbone.identity)
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(draft, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _tell_other_base(card: Card, identity: BaseModelIdentity) -> None:
+    """Note that an adapter names another base model; only its name, since folders differ between machines."""
+    if card.base is not None and _last_part(card.base) != _last_part(identity.id):
+        logger.info(f"note: {card.name} names {card.base} as its base model, and this bank is for {identity.id}")
+
+
+def _last_part(model: str) -> str:
+    return Path(model).name.casefold()

@@ -1,0 +1,99 @@
+"""Judging a run's experts on its own training rows without judging anyone on what it has learned by heart.
+
+The rows are cut into folds, evenly within every cluster. For each fold the base adapter and every cluster's expert are
+trained once more on the other folds, and these copies are judged on the fold (cross-fitting). So every row is judged
+under every expert, and none of them has seen it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from coterie.artifacts import RunFolder, read_tensors, write_tensors
+from coterie.data.batching import TokenRow
+from coterie.errors import CoterieError
+from coterie.experts.bank import load_bank
+from coterie.methods.common import BASE, base_plan, cluster_rows, train_clusters, train_expert
+from coterie.methods.elrea.run import Recipe
+from coterie.mixture import Mixture
+from coterie.mixture.scoring import score_votes
+from coterie.routers.fixed import uniform
+from coterie.routers.judgement import Judgement
+
+SCORES = "scores.safetensors"
+
+
+def judge(recipe: Recipe, run: RunFolder) -> Judgement:
+    """Judge all experts on all training rows.
+
+    Raises:
+        CoterieError: when there are fewer rows than folds.
+    """
+    folds = assign_folds(recipe.labels, recipe.grid.judge_folds, recipe.settings.seed)
+    names = recipe.mixture.bank.names
+    parts = [_judge_fold(recipe, run, folds, fold) for fold in range(recipe.grid.judge_folds)]
+    rows = torch.cat([torch.nonzero(folds == fold).flatten() for fold in range(recipe.grid.judge_folds)])
+    order = rows.argsort()
+    return Judgement(names, *(torch.cat([part[key] for part in parts])[order] for key in ("nll", "pairs", "tokens")))
+
+
+def assign_folds(labels: Sequence[int], count: int, seed: int) -> Tensor:
+    """Return the fold of every row, as even as can be within every cluster and over all.
+
+    Raises:
+        CoterieError: when there are fewer rows than folds.
+    """
+    if len(labels) < count:
+        raise CoterieError(f"{len(labels)} training rows cannot be cut into {count} folds; lower --judge-folds")
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(labels), generator=generator)
+    by_cluster = shuffled[torch.tensor(labels)[shuffled].argsort(stable=True)]
+    folds = torch.empty(len(labels), dtype=torch.long)
+    folds[by_cluster] = torch.arange(len(labels)) % count
+    return folds
+
+
+def _judge_fold(recipe: Recipe, run: RunFolder, folds: Tensor, fold: int) -> dict[str, Tensor]:
+    def make(folder: Path) -> None:
+        held = [recipe.kept.rows[i] for i in torch.nonzero(folds == fold).flatten().tolist()]
+        mixture = _fold_mixture(recipe, RunFolder(output=folder, path=folder), folds != fold, fold)
+        write_tensors(folder / SCORES, _scores(mixture, held, f"fold {fold + 1}"))
+
+    return read_tensors(run.stage(f"folds/{fold}", make) / SCORES)
+
+
+def _fold_mixture(recipe: Recipe, run: RunFolder, seen: Tensor, fold: int) -> Mixture:
+    """Train the base adapter and every expert on the rows that are seen."""
+    of_folds = f"fold {fold + 1} of {recipe.grid.judge_folds}"
+    numbers = torch.nonzero(seen).flatten().tolist()
+    rows = [recipe.kept.rows[i] for i in numbers]
+    plan = base_plan(recipe.settings, f"base, {of_folds}", keep_epochs=False)
+    base = train_expert(run, BASE, rows, recipe.backbone, plan, recipe.settings.lora)
+    labels = [recipe.labels[i] for i in numbers]
+    groups = cluster_rows(rows, labels)
+    groups += [[] for _ in range(max(recipe.labels) + 1 - len(groups))]
+    experts = train_clusters(run, "cluster", groups, recipe.backbone, recipe.settings, base)
+    bank = load_bank({BASE: base, **experts}, recipe.backbone.model)
+    return replace(recipe.mixture, bank=bank, router=uniform(bank.names))
+
+
+def _scores(mixture: Mixture, rows: Sequence[TokenRow], label: str) -> dict[str, Tensor]:
+    """Score every expert and every even pair, in one pass over the rows."""
+    count = len(mixture.bank)
+    first, second = torch.triu_indices(count, count)
+    found = score_votes(mixture, rows, even_pairs(count)[:, None, :].expand(-1, len(rows), -1), label)
+    pairs: Float[Tensor, "row expert expert"] = torch.zeros(len(rows), count, count)
+    pairs[:, first, second] = found.nll.T
+    pairs[:, second, first] = found.nll.T
+    return {"nll": pairs.diagonal(dim1=1, dim2=2).contiguous(), "pairs": pairs, "tokens": found.tokens}
+
+
+def even_pairs(count: int) -> Float[Tensor, "pair expert"]:
+    """Return the weights of every even pair of experts, an expert with itself among them, in `triu_indices`' order."""
+    first, second = torch.triu_indices(count, count)
+    eye = torch.eye(count)
+    return (eye[first] + eye[second]) / 2

@@ -1,0 +1,129 @@
+"""ELREA's whole loop (arXiv 2502.00089): base adapter, gradient features, clusters, one expert each, centroids."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from coterie.artifacts import RunFolder, check_output, read_tensors, run_folder, write_jsonl
+from coterie.backbone.loading import Backbone, load_backbone
+from coterie.combiners.logits import LogitCombiner
+from coterie.data.batching import Kept, PromptFormat, tokenise
+from coterie.data.examples import Example, load_all
+from coterie.errors import CoterieError
+from coterie.experts.bank import load_bank
+from coterie.experts.clustering import Clustering, cluster
+from coterie.experts.training import load_checkpoint, read_log, train_adapter
+from coterie.features.gradient import GradientFeatures, counted_blocks, write_features
+from coterie.methods.common import (
+    BASE,
+    IN_MEMORY,
+    adapter_copier,
+    base_plan,
+    cluster_record,
+    cluster_rows,
+    copier,
+    hash_examples,
+    train_clusters,
+)
+from coterie.mixture import Mixture
+from coterie.routers.centroid import CentroidRouter, centroids_of
+from coterie.routers.feature import Description
+from coterie.settings import ElreaSettings, from_flat
+
+
+def elrea(model: str, data: str | Sequence[str] | Sequence[Example], *, output: str | Path, **settings: Any) -> Mixture:  # noqa: ANN401
+    """Fit an ensemble of low-rank expert adapters (ELREA, arXiv 2502.00089) and return the mixture.
+
+    Args:
+        model: base model: hub id, local folder, .gguf file, or an alias.
+        data: training data: a JSONL file or `datasets` source, several of them, or examples.
+        output: folder to write the mixture to.
+        **settings: fields of `ElreaSettings` and its groups by their plain names, such as rank=16 or clusters=8.
+
+    Raises:
+        CoterieError: for bad data, settings, or an output folder that exists.
+    """
+    in_memory = not isinstance(data, str) and bool(data) and isinstance(data[0], Example)
+    names = [IN_MEMORY] if in_memory else [data] if isinstance(data, str) else list(data)
+    flat = {"model": model, "data": names, "output": str(output), **settings}
+    return fit_elrea(from_flat(ElreaSettings, flat), list(data) if in_memory else None)  # pyrefly: ignore
+
+
+def fit_elrea(settings: ElreaSettings, examples: list[Example] | None = None) -> Mixture:
+    """Run the whole loop; an interrupted run goes on where it stopped and ends with the same files.
+
+    Raises:
+        CoterieError: for bad data, settings, or an output folder that exists.
+    """
+    output = Path(settings.output)
+    check_output(output, overwrite=settings.overwrite)
+    examples = load_all(settings.data, settings.limit) if examples is None else examples
+    _check_enough(len(examples), settings)
+    backbone = load_backbone(settings.model)
+    counted_blocks(settings.features.blocks, len(backbone.blocks))
+    prompts = PromptFormat(backbone.tokenizer, settings.training.system_prompt)
+    kept = tokenise(prompts, examples, settings.training.max_length)
+    _check_enough(len(kept.rows), settings)
+    inputs = {"data": hash_examples(examples), "base_model": backbone.identity.sha256}
+    with run_folder(output, "fit elrea", settings.model_dump(), inputs) as run:
+        mixture = _fit(run, settings, backbone, prompts, kept)
+    return replace(mixture, folder=output)
+
+
+def _check_enough(count: int, settings: ElreaSettings) -> None:
+    if count < settings.clustering.clusters:
+        raise CoterieError(
+            f"{count} examples cannot make {settings.clustering.clusters} clusters; give more data or fewer --clusters"
+        )
+
+
+def _fit(run: RunFolder, settings: ElreaSettings, backbone: Backbone, prompts: PromptFormat, kept: Kept) -> Mixture:
+    base = _train_base(run, settings, backbone, kept)
+    names = [f"epoch-{epoch}" for epoch in range(settings.training.epochs)]
+    checkpoints = [load_checkpoint(run.path / "checkpoints" / name, backbone.model) for name in names]
+    describe = GradientFeatures(backbone, checkpoints, settings.features, settings.seed)
+    features = _features(run, describe, kept)
+    centre = features.mean(dim=0) if settings.features.form == "adam-centred" else None
+    shifted = features if centre is None else features - centre
+    sources = [example.source for example in kept.examples]
+    clustering = cluster(shifted.numpy(), settings.clustering, sources=sources, seed=settings.seed)
+    experts = train_clusters(run, "cluster", cluster_rows(kept.rows, clustering.labels), backbone, settings)
+    record = {"checkpoints": names, "features": settings.features.model_dump(), "seed": settings.seed}
+    centroids = centroids_of(shifted, clustering.labels, clustering.count)
+    description = Description("gradient", describe, record)
+    router = CentroidRouter(description, centroids, list(experts), base=BASE, centre=centre)
+    bank = load_bank({BASE: base, **experts}, backbone.model)
+    mixture = Mixture(backbone, bank, router, LogitCombiner(), prompts, "elrea", run.path)
+    _write_records(run, mixture, kept, clustering)
+    return mixture
+
+
+def _train_base(run: RunFolder, settings: ElreaSettings, backbone: Backbone, kept: Kept) -> Path:
+    """Train the base adapter; its epochs go to `checkpoints`, its last state is the expert `base`."""
+
+    def train(folder: Path) -> None:
+        train_adapter(backbone, kept.rows, base_plan(settings, BASE), folder, settings.lora)
+
+    trained = run.stage("training/base", train)
+    for epoch in range(settings.training.epochs):
+        run.stage(f"checkpoints/epoch-{epoch}", copier(trained / f"epoch-{epoch}"))
+    return run.stage(f"experts/{BASE}", adapter_copier(trained))
+
+
+def _features(run: RunFolder, describe: GradientFeatures, kept: Kept) -> Tensor:
+    prompts = [row.prompt() for row in kept.rows]
+    folder = run.stage("features", lambda folder: write_features(describe, prompts, folder))
+    return read_tensors(folder / "features.safetensors")["features"]
+
+
+def _write_records(run: RunFolder, mixture: Mixture, kept: Kept, clustering: Clustering) -> None:
+    labels = zip(kept.examples, clustering.labels, strict=True)
+    write_jsonl(run.path / "clusters.jsonl", [cluster_record(example, f"cluster-{label}") for example, label in labels])
+    logs = [entry for name in mixture.bank.names for entry in read_log(run.path / "training" / name)]
+    write_jsonl(run.path / "metrics.jsonl", logs)
+    mixture.write_description(run.path, {"clustering": clustering.record()})
+    shutil.rmtree(run.path / "training")

@@ -1,0 +1,120 @@
+"""What a fitted run was made from, so that more can be trained on the same rows in the same way."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from coterie.artifacts import read_jsonl, read_run_record, read_tensors
+from coterie.backbone.loading import Backbone
+from coterie.data.batching import Kept, TokenRow, tokenise
+from coterie.data.examples import load_all
+from coterie.errors import CoterieError
+from coterie.methods.common import IN_MEMORY, hash_examples
+from coterie.mixture import Mixture
+from coterie.settings import ElreaSettings, GridSettings, checked
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run of `coterie fit elrea`, opened for further training.
+
+    Attributes:
+        mixture: what the run made.
+        settings: how it made it.
+        grid: how what is trained further is made.
+        folder: the run's folder.
+        inputs: content hash of every input, by name.
+    """
+
+    mixture: Mixture
+    settings: ElreaSettings
+    grid: GridSettings
+    folder: Path
+    inputs: dict[str, str]
+
+    @property
+    def backbone(self) -> Backbone:
+        """The base model."""
+        return self.mixture.backbone
+
+    @cached_property
+    def kept(self) -> Kept:
+        """The training rows, as they were tokenised for the run.
+
+        Raises:
+            CoterieError: when the data is not there any more, or is another one.
+        """
+        if IN_MEMORY in self.settings.data:
+            raise CoterieError(
+                f"{self.folder} was fitted on rows in memory, so nothing more can be trained on them; "
+                "write them to a JSONL file and fit from that"
+            )
+        examples = load_all(self.settings.data, self.settings.limit)
+        if hash_examples(examples) != self.inputs.get("data"):
+            raise CoterieError(
+                f"{', '.join(self.settings.data)} is not what {self.folder} was fitted on; "
+                "restore the file, or fit again"
+            )
+        return tokenise(self.mixture.prompts, examples, self.settings.training.max_length)
+
+    @cached_property
+    def labels(self) -> list[int]:
+        """The cluster of every training row."""
+        numbers = [str(row["cluster"]).rpartition("-")[2] for row in read_jsonl(self.folder / "clusters.jsonl")]
+        if len(numbers) != len(self.kept.rows) or not all(number.isdigit() for number in numbers):
+            raise CoterieError(
+                f"{self.folder / 'clusters.jsonl'} does not name a cluster for each of the {len(self.kept.rows)} "
+                "training rows; get the folder again, or fit again"
+            )
+        return [int(number) for number in numbers]
+
+    @cached_property
+    def prompts(self) -> list[TokenRow]:
+        """The training rows without their answers."""
+        return [row.prompt() for row in self.kept.rows]
+
+    @cached_property
+    def sources(self) -> list[str | None]:
+        """The data set that every training row comes from."""
+        return [example.source for example in self.kept.examples]
+
+    @cached_property
+    def features(self) -> Tensor:
+        """The training rows' un-normalised gradient features, (row, d_proj).
+
+        Raises:
+            CoterieError: when the run's folder lacks them.
+        """
+        return read_tensors(self.folder / "features" / "features.safetensors")["features"]
+
+
+def open_recipe(mixture: Mixture, grid: GridSettings) -> Recipe:
+    """Read how a mixture was fitted.
+
+    Raises:
+        CoterieError: when it lies in no folder, or was not made by `coterie fit elrea`.
+    """
+    folder, settings, inputs = fitted_record(mixture, "fit elrea")
+    return Recipe(mixture, checked(ElreaSettings, settings), grid, folder, inputs)
+
+
+def fitted_record(mixture: Mixture, command: str) -> tuple[Path, dict[str, Any], dict[str, str]]:
+    """Return the folder of a fitted mixture, the settings it was fitted with, and the hash of every input, by name.
+
+    Raises:
+        CoterieError: when it lies in no folder, or was made by another command than this one.
+    """
+    if mixture.folder is None or not (mixture.folder / "run.yaml").exists():
+        raise CoterieError(
+            "this mixture has no run.yaml beside it, so nothing more can be trained for it; fit it again"
+        )
+    record = read_run_record(mixture.folder / "run.yaml")
+    if record["command"] != command:
+        raise CoterieError(
+            f"{mixture.folder} was made by {record['command']!r}; give a folder made by coterie {command}"
+        )
+    inputs = {str(name): str(value) for name, value in (record.get("inputs") or {}).items()}
+    return mixture.folder, record["settings"], inputs

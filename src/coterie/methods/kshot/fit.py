@@ -1,0 +1,108 @@
+"""A task expert from a handful of verified examples: select, gather, train a token-gated mixture (arXiv 2408.15915)."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from coterie.artifacts import RunFolder, check_output, read_tensors, run_folder, sha256_of, write_jsonl
+from coterie.combiners.layers import LayerCombiner
+from coterie.data.batching import TokenRow
+from coterie.data.examples import Example, load_examples
+from coterie.experts.answering import Judge
+from coterie.experts.bank import load_bank
+from coterie.experts.training import read_log
+from coterie.features.embedding import HIDDEN
+from coterie.features.embedding_store import hidden_encoder
+from coterie.methods.common import adapter_copier
+from coterie.methods.kshot.choose_adapters import read_selection, select_into
+from coterie.methods.kshot.gather_rows import GATHERED_FILE, gather_into
+from coterie.methods.kshot.task import Task, load_shots, open_task
+from coterie.methods.kshot.train import GATES_FILE, gate_options, tune
+from coterie.mixture import Mixture
+from coterie.routers.gate import GateRouter, read_gates
+from coterie.settings import GatherSettings, KshotSettings
+
+METHOD = "kshot-moe"
+SELECTION = "selection"
+GATHERED = "gathered"
+TUNED = "tuned"
+
+
+def fit_kshot(settings: KshotSettings, judge: Judge) -> Mixture:
+    """Choose experts by the shots, gather open data near them, and train gates and experts on both.
+
+    An interrupted run goes on where it stopped.
+
+    Args:
+        settings: the bank, the task and how all is done.
+        judge: grades answers to the shots.
+
+    Raises:
+        CoterieError: for bad data, a bank without enough adapters, or an output folder that exists.
+    """
+    output = Path(settings.output)
+    check_output(output, overwrite=settings.overwrite)
+    data = load_shots(settings.shots, settings.choice.exclude, settings.limit)
+    task = open_task(settings.bank, data, settings.placement, settings.training.system_prompt)
+    inputs = {**task.inputs(), **_pool_hashes(settings.pool)}
+    with run_folder(output, f"fit {METHOD}", settings.model_dump(), inputs) as run:
+        chosen = _selected(run, task, settings, judge)
+        gathered = _gathered(run, task, settings)
+        rows = task.rows([*task.shots, *gathered], settings.training.max_length)
+        mixture = _tuned(run, task, chosen, rows, settings)
+    return replace(mixture, folder=output)
+
+
+def _selected(run: RunFolder, task: Task, settings: KshotSettings, judge: Judge) -> list[str]:
+    """Choose the experts, once."""
+
+    def make(folder: Path) -> None:
+        select_into(folder, task, settings, judge, run.remembered)
+
+    return list(read_selection(run.stage(SELECTION, make))["chosen"])
+
+
+def _gathered(run: RunFolder, task: Task, settings: KshotSettings) -> list[Example]:
+    """Gather rows of open data, once; none where no pool is given."""
+    if not settings.pool:
+        return []
+    wanted = GatherSettings(
+        shots=settings.shots,
+        pool=settings.pool,
+        output=settings.output,
+        exclude=settings.choice.exclude,
+        encoder=settings.encoder,
+        embeddings=settings.embeddings,
+        selection=settings.selection,
+        placement=settings.placement,
+    )
+    given = {"shots": task.shots, "exclude": task.excluded}
+    encoder = hidden_encoder(task.backbone, settings.placement) if settings.encoder == HIDDEN else None
+    folder = run.stage(GATHERED, lambda folder: gather_into(folder, wanted, given, encoder))
+    return load_examples(folder / GATHERED_FILE)
+
+
+def _tuned(
+    run: RunFolder, task: Task, chosen: Sequence[str], rows: Sequence[TokenRow], settings: KshotSettings
+) -> Mixture:
+    """Train the mixture, once, and put it together."""
+
+    def make(folder: Path) -> None:
+        tune(folder, task, dict(zip(chosen, chosen, strict=True)), rows, settings).router.save(folder)
+
+    tuned = run.stage(TUNED, make)
+    folders = {name: run.stage(f"experts/{name}", adapter_copier(tuned / "experts" / name)) for name in chosen}
+    experts = load_bank(folders, task.backbone.model)
+    gates = read_gates(read_tensors(tuned / "gates.safetensors"), experts.names, **gate_options(settings, len(experts)))
+    router = GateRouter(task.backbone, experts.adapters, gates)
+    mixture = Mixture(task.backbone, experts, router, LayerCombiner(), task.prompts, METHOD, run.path)
+    write_jsonl(run.path / "metrics.jsonl", read_log(tuned))
+    shutil.copy(tuned / GATES_FILE, run.path / GATES_FILE)
+    mixture.write_description(run.path)
+    shutil.rmtree(tuned)
+    return mixture
+
+
+def _pool_hashes(pools: Sequence[str]) -> dict[str, str]:
+    return {f"pool {name}": sha256_of(Path(name)) for name in pools if Path(name).is_file()}

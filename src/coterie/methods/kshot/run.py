@@ -1,0 +1,90 @@
+"""What a run of `coterie fit kshot-moe` was made from, so that its rivals can be made of the same."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from coterie.data.batching import TokenRow
+from coterie.data.examples import Example, load_examples
+from coterie.errors import CoterieError
+from coterie.methods.elrea.run import fitted_record
+from coterie.methods.kshot.choose_adapters import read_selection
+from coterie.methods.kshot.fit import GATHERED, METHOD, SELECTION
+from coterie.methods.kshot.gather_rows import GATHERED_FILE
+from coterie.methods.kshot.task import Task, load_shots, open_task
+from coterie.mixture import Mixture
+from coterie.settings import GridSettings, KshotSettings, checked
+
+
+@dataclass(frozen=True)
+class TaskRecipe:
+    """A run of `coterie fit kshot-moe`, opened for further training.
+
+    Attributes:
+        mixture: what the run made.
+        settings: how it made it.
+        grid: how what is trained further is made.
+        folder: the run's folder.
+        inputs: content hash of every input, by name.
+    """
+
+    mixture: Mixture
+    settings: KshotSettings
+    grid: GridSettings
+    folder: Path
+    inputs: dict[str, str]
+
+    @cached_property
+    def task(self) -> Task:
+        """The task and its bank, as they were.
+
+        Raises:
+            CoterieError: when one of them is gone, or has changed.
+        """
+        settings = self.settings
+        data = load_shots(settings.shots, settings.choice.exclude, settings.limit)
+        task = open_task(
+            settings.bank, data, settings.placement, settings.training.system_prompt, self.mixture.backbone
+        )
+        changed = [name for name, value in task.inputs().items() if self.inputs.get(name) != value]
+        if changed:
+            raise CoterieError(
+                f"{changed[0]} is not what {self.folder} was fitted on any more; restore it, or fit again"
+            )
+        return task
+
+    @cached_property
+    def gathered(self) -> list[Example]:
+        """The open data that the run was trained on beside the shots."""
+        file = self.folder / GATHERED / GATHERED_FILE
+        return load_examples(file) if file.exists() else []
+
+    @cached_property
+    def rows(self) -> list[TokenRow]:
+        """The run's training rows."""
+        return self.tokenised(self.gathered)
+
+    def tokenised(self, added: list[Example]) -> list[TokenRow]:
+        """Tokenise the shots and other rows beside them, in the run's order."""
+        return self.task.rows([*self.task.shots, *added], self.settings.training.max_length)
+
+    @cached_property
+    def selection(self) -> dict[str, Any]:
+        """Which experts were chosen, and why."""
+        return read_selection(self.folder / SELECTION)
+
+    @property
+    def ranking(self) -> list[dict[str, Any]]:
+        """Every adapter that saw all shots, best first."""
+        return [row for row in self.selection["adapters"] if row["rank_sum"] is not None]
+
+
+def open_task_recipe(mixture: Mixture, grid: GridSettings) -> TaskRecipe:
+    """Read how a task's mixture was fitted.
+
+    Raises:
+        CoterieError: when it lies in no folder, or was not made by `coterie fit kshot-moe`.
+    """
+    folder, settings, inputs = fitted_record(mixture, f"fit {METHOD}")
+    return TaskRecipe(mixture, checked(KshotSettings, settings), grid, folder, inputs)

@@ -1,0 +1,121 @@
+"""Training of a token-gated mixture on a task's rows: what `coterie fit kshot-moe` and its ablations share."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coterie.artifacts import read_json, write_json
+from coterie.data.batching import TokenRow
+from coterie.experts.balance import collapsed
+from coterie.experts.bank import CONFIG_FILE, load_bank, write_adapter
+from coterie.experts.gated import GateTraining
+from coterie.experts.gating import TrainedMixture, start_gates, train_mixture
+from coterie.experts.training import read_log
+from coterie.methods.common import base_plan
+from coterie.methods.kshot.task import Task
+from coterie.routers.gate import GateRouter
+from coterie.settings import KshotSettings
+
+logger = logging.getLogger(__name__)
+
+GATES_FILE = "gates.json"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A mixture that was trained on a task.
+
+    Attributes:
+        experts: folders of the trained experts, by name.
+        router: their gates.
+        record: what `gates.json` holds: how the gates spread the tokens.
+    """
+
+    experts: Mapping[str, Path]
+    router: GateRouter
+    record: dict[str, Any]
+
+
+def tune(
+    folder: Path,
+    task: Task,
+    experts: Mapping[str, str],
+    rows: Sequence[TokenRow],
+    settings: KshotSettings,
+) -> Tuned:
+    """Train gates, and the experts with them, from adapters of a bank (arXiv 2408.15915, eq. 9).
+
+    What an interrupted training left in the folder is used to go on.
+
+    Args:
+        folder: where the trained experts, `experts/<name>`, and the training's log are written.
+        task: its bank holds the adapters.
+        experts: the adapter in the bank that every expert starts from, by the expert's name.
+        rows: what they are trained on.
+        settings: of gates and training.
+
+    Raises:
+        CoterieError: when an adapter does not fit, or the loss is not finite.
+    """
+    bank, backbone = task.bank, task.backbone
+    adapters = load_bank({name: bank.folder_of(origin) for name, origin in experts.items()}, backbone.model)
+    how = settings.gates
+    top_k = gate_options(settings, len(adapters))["top_k"]
+    gates = start_gates(how.gate_start, backbone, adapters.adapters, adapters.names, top_k=top_k, seed=settings.seed)
+    training = GateTraining(experts=how.train == "all", dropout=how.expert_dropout, balance=how.balance)
+    plan = base_plan(settings, f"mixture of {', '.join(adapters.names)}", keep_epochs=False)
+    trained = train_mixture(backbone, adapters.adapters, gates, rows, plan, folder, training)
+    folders = {}
+    for (name, origin), adapter in zip(experts.items(), trained.adapters, strict=True):
+        folders[name] = folder / "experts" / name
+        write_adapter(folders[name], read_json(bank.folder_of(origin) / CONFIG_FILE), adapter)
+    record = _gate_record(trained, folder)
+    write_json(folder / GATES_FILE, record)
+    _tell_collapse(trained)
+    return Tuned(folders, GateRouter(backbone, trained.adapters, trained.gates), record)
+
+
+def gate_options(settings: KshotSettings, experts: int) -> dict[str, Any]:
+    """Return how a mixture's gates turn scores into weights."""
+    score = "arrow" if settings.gates.gate_start == "arrow" else "linear"
+    return {"top_k": min(settings.gates.top_k, experts), "score": score}
+
+
+def _tell_collapse(trained: TrainedMixture) -> None:
+    taken = collapsed(trained.load, trained.gates.experts)
+    if taken is not None:
+        logger.warning(
+            "the gates give more than 90%% of all weight to %s; the others are hardly used: add --balance 0.01, or "
+            "start with --gate-start arrow",
+            taken,
+        )
+
+
+def _gate_record(trained: TrainedMixture, folder: Path) -> dict[str, Any]:
+    """Return how tokens were spread over the experts: in all, by layer, and along the training."""
+    loads = torch.stack(list(trained.load.values()))
+    steps = [
+        {"step": entry["step"], "load": entry["expert_load"], "entropy": entry["gate_entropy"]}
+        for entry in read_log(folder)
+        if "expert_load" in entry
+    ]
+    return {
+        "experts": list(trained.gates.experts),
+        "top_k": trained.gates.top_k,
+        "load": _plain(loads.mean(dim=0)),
+        "entropy": sum(trained.entropy.values()) / len(trained.entropy),
+        "layers": [
+            {"path": path, "load": _plain(load), "entropy": trained.entropy[path]}
+            for path, load in trained.load.items()
+        ],
+        "steps": steps,
+    }
+
+
+def _plain(values: Tensor) -> list[float]:
+    return [round(value, 6) for value in values.tolist()]

@@ -1,0 +1,148 @@
+"""Choosing the aggregator on made-up tasks: one right answer among wrong ones, drawn from the profile's replies.
+
+Symbolic-MoE (Chen et al. 2025) chooses one model for each task. Here votes compete too, only questions that have both a
+right and a wrong answer make a task, and votes weigh each question by the profile of all others.
+"""
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from coterie.combiners.aggregate import VOTES, after_thinking, elect
+from coterie.data.examples import Example
+from coterie.experts.answering import Judge
+from coterie.methods.symbolic.answer import Read, synthesis_ask
+from coterie.methods.symbolic.profile import Profiled, tell_failures
+from coterie.mixture.scheduler import Workshop
+from coterie.routers.skill import SkillProfile, build_profile, competency, relevance, suitability
+from coterie.settings import RecruitSettings, SamplingSettings
+
+logger = logging.getLogger(__name__)
+
+WRONG = 2  # wrong answers in a task, where there are as many
+
+
+@dataclass(frozen=True)
+class MadeUp:
+    """A made-up task.
+
+    Attributes:
+        number: of its validation question.
+        experts: whose answers it holds, in the order in which they are shown.
+        texts: the answers, without their thinking.
+        right: the place of the right one.
+    """
+
+    number: int
+    experts: tuple[str, ...]
+    texts: tuple[str, ...]
+    right: int
+
+
+def make_up(profiled: Profiled, most: int, seed: int = 0) -> list[MadeUp]:
+    """Draw one right and up to two wrong answers for every question that has both, shuffled.
+
+    Args:
+        profiled: the profile's replies and scores.
+        most: most tasks; a seeded sample of the questions is taken where there are more.
+        seed: of all draws.
+    """
+    generator = random.Random(seed)
+    tasks = [task for number, row in enumerate(profiled.rows) if (task := _made_up(number, row, generator))]
+    return sorted(generator.sample(tasks, most), key=lambda task: task.number) if len(tasks) > most else tasks
+
+
+def _made_up(number: int, row: dict[str, Any], generator: random.Random) -> MadeUp | None:
+    texts = {name: after_thinking(reply["text"]) for name, reply in row["replies"].items()}
+    right = [name for name, text in texts.items() if text and row["scores"][name] == 1]
+    wrong = [name for name, text in texts.items() if text and row["scores"][name] == -1]
+    if not right or not wrong:
+        return None
+    chosen = generator.choice(right)
+    shown = [chosen, *generator.sample(wrong, min(WRONG, len(wrong)))]
+    generator.shuffle(shown)
+    return MadeUp(number, tuple(shown), tuple(texts[name] for name in shown), shown.index(chosen))
+
+
+def judge_aggregators(
+    workshop: Workshop,
+    profiled: Profiled,
+    tasks: Sequence[MadeUp],
+    settings: RecruitSettings,
+    sampling: SamplingSettings,
+    judge: Judge,
+    read: Read,
+) -> SkillProfile:
+    """Return how every aggregator did on the made-up tasks, skill by skill; votes come first, being free.
+
+    Args:
+        workshop: asks the models.
+        profiled: the profile that the tasks come from.
+        tasks: made up from it.
+        settings: how experts are weighed in a weighted vote.
+        sampling: how syntheses are drawn.
+        judge: tells whether an answer is right.
+        read: reads answers, so that they can vote.
+
+    Raises:
+        CoterieError: when a model does not fit into memory, or replies cannot be written.
+    """
+    questions = profiled.questions()
+    experts = profiled.profile.experts
+    asks = [synthesis_ask(name, questions[t.number], t.texts, sampling) for name in experts for t in tasks]
+    replies = workshop.ask(asks)
+    tell_failures(asks, replies)
+    judged = [
+        bool(reply.error is None and judge(reply.text, questions[task.number]))
+        for reply, task in zip(replies, [task for _ in experts for task in tasks], strict=True)
+    ]
+    written = torch.tensor(judged).reshape(len(experts), len(tasks))
+    voted = torch.tensor(
+        [[_is_right(vote, profiled, task, settings, questions[task.number], read) for task in tasks] for vote in VOTES]
+    )
+    skills = [tuple(profiled.rows[task.number]["skills"]) for task in tasks]
+    scores = 2.0 * torch.cat([voted, written]).float() - 1
+    return build_profile([*VOTES, *experts], skills, scores)
+
+
+def _is_right(
+    vote: str, profiled: Profiled, task: MadeUp, settings: RecruitSettings, question: Example, read: Read
+) -> bool:
+    readings = [read(text, question.instruction) for text in task.texts]
+    weights = _weights_without(profiled, task.number, settings)
+    own = [float(weights[profiled.profile.experts.index(name)]) for name in task.experts]
+    return elect(vote, readings, own, question.instruction) == task.right
+
+
+def _weights_without(profiled: Profiled, number: int, settings: RecruitSettings) -> Float[Tensor, " expert"]:
+    """Return the experts' relevance for a question, by the profile of all other questions."""
+    skills = tuple(profiled.rows[number]["skills"])
+    others = profiled.profile.without(skills, profiled.scores()[:, number])
+    values = others.values(settings.profile)
+    return relevance(suitability(values, others.skills, [skills]), competency(values), settings.sampler)[0]
+
+
+def best_aggregators(judged: SkillProfile, questions: Sequence[Sequence[str]], per: str) -> list[str]:
+    """Return the aggregator of every question: the best of all, or the best on the question's own skills.
+
+    Args:
+        judged: how they did; the first of equals is taken.
+        questions: the skills of every question.
+        per: task or question.
+    """
+    overall = judged.experts[int(judged.accuracy.argmax())]
+    if per == "task":
+        return [overall] * len(questions)
+    values = judged.values("shrunk")
+    return [
+        judged.experts[int(suitability(values, judged.skills, [own])[0].argmax())]
+        if any(skill in judged.skills for skill in own)
+        else overall
+        for own in questions
+    ]

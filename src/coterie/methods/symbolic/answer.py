@@ -1,0 +1,196 @@
+"""Questions to recruited experts, and their answers to one: several line-ups in one batch, each expert loaded once."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from coterie.combiners.aggregate import VOTES, WEIGHTED, after_thinking, elect, synthesis_request
+from coterie.data.examples import Example, from_prompt
+from coterie.experts.answering import Ask, Reply
+from coterie.methods.symbolic.profile import tell_failures
+from coterie.mixture.scheduler import Workshop
+from coterie.routers.base import Routing
+from coterie.settings import SamplingSettings
+
+Read = Callable[[str, str], str]
+"""Reads the answer in a text, given the question, so that answers can vote: read(text, question)."""
+
+
+@dataclass(frozen=True)
+class LineUp:
+    """Who answers every question, and how their answers become one.
+
+    Attributes:
+        routing: (request, expert): how many answers each expert gives.
+        relevance: (request, expert): what their answers weigh in a weighted vote.
+        aggregators: for every question: majority, weighted-vote, or an expert that writes the synthesis.
+        sampling: how answers are drawn; the n-th answer of one expert has the n-th seed after this one.
+    """
+
+    routing: Routing
+    relevance: Float[Tensor, "request expert"]
+    aggregators: Sequence[str]
+    sampling: SamplingSettings
+
+    def asks(self, number: int, example: Example) -> list[Ask]:
+        """Return the questions to the experts that were recruited for one request."""
+        return [
+            Ask(name, example.prompt, self.sampling.model_copy(update={"seed": self.sampling.seed + again}))
+            for name, count in self.routing.row(number).items()
+            for again in range(int(count))
+        ]
+
+
+@dataclass(frozen=True)
+class Given:
+    """One expert's answer: its reply, what was read in it, and what it weighs."""
+
+    expert: str
+    reply: Reply
+    reading: str
+    weight: float
+
+    def record(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return {"expert": self.expert, "reading": self.reading, "weight": self.weight, **self.reply.record()}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The one answer to a question.
+
+    Attributes:
+        text: the answer; empty where no expert gave one.
+        given: the experts' answers, failed ones too.
+        aggregator: what made one of them: the one that was wanted, or weighted-vote in place of one that failed.
+        synthesis: the aggregator's reply, if it is a model.
+    """
+
+    text: str
+    given: tuple[Given, ...]
+    aggregator: str
+    synthesis: Reply | None = None
+
+    @property
+    def replies(self) -> list[Reply]:
+        """All replies that it cost; an expert that was drawn again without chance replied once."""
+        own = [given.reply for given in self.given] + ([] if self.synthesis is None else [self.synthesis])
+        return list({id(reply): reply for reply in own}.values())
+
+    @property
+    def finish_reason(self) -> str:
+        """`failed` without an answer, `length` if the answer was cut off, else `stop`."""
+        if not self.text:
+            return "failed"
+        made = self.synthesis if self.synthesis is not None and self.synthesis.error is None else None
+        texts = [made] if made else [own.reply for own in self.given if after_thinking(own.reply.text) == self.text]
+        return "length" if texts and all(reply.finish_reason == "length" for reply in texts) else "stop"
+
+    def record(self) -> dict[str, Any]:
+        """Return the answer, every expert's, the synthesis and what they cost, as plain values."""
+        replies = self.replies
+        return {
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "aggregator": self.aggregator,
+            "answers": [own.record() for own in self.given],
+            "synthesis": None if self.synthesis is None else self.synthesis.record(),
+            "cost": {
+                "calls": len(replies),
+                "prompt_tokens": sum(reply.prompt_tokens for reply in replies),
+                "tokens": sum(reply.tokens for reply in replies),
+                "seconds": sum(reply.seconds for reply in replies),
+            },
+        }
+
+
+def answer_all(
+    workshop: Workshop, examples: Sequence[Example], line_ups: Mapping[str, LineUp], read: Read
+) -> dict[str, list[Outcome]]:
+    """Answer all questions with all line-ups; what they share is asked once, and every group is loaded once.
+
+    Args:
+        workshop: asks the experts.
+        examples: the questions.
+        line_ups: by name.
+        read: reads answers, so that they can vote.
+
+    Raises:
+        CoterieError: when a model does not fit into memory, or replies cannot be written.
+    """
+    judges = [name for line_up in line_ups.values() for name in line_up.aggregators if name not in VOTES]
+    asked = {
+        (name, number): line_up.asks(number, example)
+        for name, line_up in line_ups.items()
+        for number, example in enumerate(examples)
+    }
+    flat = [ask for asks in asked.values() for ask in asks]
+    replies = workshop.ask(flat, last=list(dict.fromkeys(judges)))
+    tell_failures(flat, replies)
+    queue = iter(replies)
+    given = {
+        (name, number): tuple(_given(ask, next(queue), line_ups[name], number, examples[number], read) for ask in asks)
+        for (name, number), asks in asked.items()
+    }
+    return _aggregated(workshop, examples, line_ups, given, read)
+
+
+def _given(ask: Ask, reply: Reply, line_up: LineUp, number: int, example: Example, read: Read) -> Given:
+    place = line_up.routing.experts.index(ask.expert)
+    weight = float(line_up.relevance[number, place])
+    text = after_thinking(reply.text)
+    return Given(ask.expert, reply, read(text, example.instruction) if text else "", weight)
+
+
+def _aggregated(
+    workshop: Workshop,
+    examples: Sequence[Example],
+    line_ups: Mapping[str, LineUp],
+    given: Mapping[tuple[str, int], tuple[Given, ...]],
+    read: Read,
+) -> dict[str, list[Outcome]]:
+    """Let votes be counted, and aggregators write."""
+    wanted = {
+        (name, number): synthesis_ask(
+            line_ups[name].aggregators[number], examples[number], texts_of(own), line_ups[name].sampling
+        )
+        for (name, number), own in given.items()
+        if line_ups[name].aggregators[number] not in VOTES and texts_of(own)
+    }
+    replies = dict(zip(wanted, workshop.ask(list(wanted.values())), strict=True))
+    tell_failures(list(wanted.values()), list(replies.values()))
+    return {
+        name: [
+            _outcome(line_up, number, given[name, number], replies.get((name, number)), example)
+            for number, example in enumerate(examples)
+        ]
+        for name, line_up in line_ups.items()
+    }
+
+
+def texts_of(given: Sequence[Given]) -> list[str]:
+    """Return the answers that there are, without their thinking."""
+    return [text for own in given if (text := after_thinking(own.reply.text))]
+
+
+def synthesis_ask(aggregator: str, example: Example, texts: Sequence[str], sampling: SamplingSettings) -> Ask:
+    """Return what an aggregator is asked: the answers, then the question."""
+    return Ask(aggregator, from_prompt(synthesis_request(example.instruction, texts)).messages, sampling)
+
+
+def _outcome(
+    line_up: LineUp, number: int, given: tuple[Given, ...], synthesis: Reply | None, example: Example
+) -> Outcome:
+    aggregator = line_up.aggregators[number]
+    if synthesis is not None and (text := after_thinking(synthesis.text)):
+        return Outcome(text, given, aggregator, synthesis)
+    answered = [own for own in given if after_thinking(own.reply.text)]
+    voting = aggregator if aggregator in VOTES else WEIGHTED  # a vote stands in for an aggregator that failed
+    if not answered:
+        return Outcome("", given, voting, synthesis)
+    readings, weights = [own.reading for own in answered], [own.weight for own in answered]
+    elected = answered[elect(voting, readings, weights, f"{line_up.sampling.seed} {example.instruction}")]
+    return Outcome(after_thinking(elected.reply.text), given, voting, synthesis)

@@ -1,0 +1,252 @@
+"""Symbolic-MoE (Chen et al. 2025): experts of any kind, recruited for every question by the skills it needs."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coterie.artifacts import FORMAT, check_output, read_json, run_folder, sha256_of, write_json, write_jsonl
+from coterie.combiners.aggregate import MAJORITY, VOTES, WEIGHTED
+from coterie.data.examples import Example
+from coterie.errors import CoterieError, unknown_name
+from coterie.experts.answering import Judge
+from coterie.experts.expert_pool import POOL_FILE, Pool, pool_from, read_pool
+from coterie.features.skills import load_embed, nearest_skills
+from coterie.methods.symbolic.aggregator import best_aggregators, judge_aggregators, make_up
+from coterie.methods.symbolic.answer import LineUp, Read
+from coterie.methods.symbolic.profile import PROFILE, REPLIES, VALIDATION, Profiled, read_profile
+from coterie.methods.symbolic.skills import find_skills, open_workshop
+from coterie.mixture.scheduler import Workshop
+from coterie.routers.base import Routing
+from coterie.routers.skill import SkillProfile, profile_from, random_recruits, recruit
+from coterie.settings import RecruitSettings, SamplingSettings, SymbolicSettings, checked
+
+logger = logging.getLogger(__name__)
+
+METHOD = "symbolic-moe"
+BEST_SINGLE = "best-single"
+RANDOM = "random-experts"
+SELF_CONSISTENCY = "self-consistency"
+LINE_UPS = {
+    METHOD: ("skills, k recruited per question", "texts: the chosen aggregator"),
+    MAJORITY: ("the same", "texts: majority"),
+    WEIGHTED: ("the same", "texts: vote weighted by profile"),
+    BEST_SINGLE: ("the best on the validation questions", "-"),
+    RANDOM: ("random, k per question", "texts: the chosen aggregator"),
+    SELF_CONSISTENCY: ("the best on the validation questions", "texts: majority of its samples"),
+}
+"""What a fitted run can answer as: who answers, and how one answer is made; an expert's name stands for it alone."""
+
+SAMPLES = 5  # of self-consistency
+TEMPERATURE = 1.0
+MOST_CHOICES = 26
+
+
+@dataclass(frozen=True)
+class Symbolic:
+    """A fitted run.
+
+    Attributes:
+        pool: the experts.
+        profiled: what they showed on the validation questions.
+        recruiting: how experts are drawn.
+        aggregators: how every aggregator did on made-up tasks; nothing where one was given, or there was no task.
+        aggregator: the one that was given, or the best of them.
+        per: whether the aggregator is chosen for the whole task, or for each question.
+    """
+
+    pool: Pool
+    profiled: Profiled
+    recruiting: RecruitSettings
+    aggregators: SkillProfile | None
+    aggregator: str
+    per: str
+
+    def skills(self, workshop: Workshop, examples: Sequence[Example]) -> list[tuple[str, ...]]:
+        """Return the skills that questions need, as the profile calls them; a repeated one counts again.
+
+        Raises:
+            CoterieError: when an expert cannot be asked, or the encoder cannot be loaded.
+        """
+        how, known = self.profiled.how, self.profiled.profile.skills
+        found = find_skills(workshop, self.pool, how, examples, self.profiled.options)
+        if how.skills == "category":
+            found = self._with_chosen(workshop, examples, found)
+        renamed = [[self.profiled.names.get(skill, skill) for skill in own] for own in found]
+        strange = {skill for own in renamed for skill in own} - set(known)
+        embed = load_embed(how.encoder) if strange else None
+        nearest = nearest_skills([skill for own in renamed for skill in own], known, embed)
+        return [tuple(nearest[skill] for skill in own if skill in nearest) for own in renamed]
+
+    def _with_chosen(
+        self, workshop: Workshop, examples: Sequence[Example], found: Sequence[tuple[str, ...]]
+    ) -> list[tuple[str, ...]]:
+        """Let a local expert choose among the known categories for the questions that bring none."""
+        lacking = [number for number, own in enumerate(found) if not own]
+        if not lacking:
+            return list(found)
+        if self.chooser is None:
+            logger.warning("%d questions have no category: their experts are drawn from all alike", len(lacking))
+            return list(found)
+        how = self.profiled.how.model_copy(update={"skills": "choice", "skill_expert": self.chooser})
+        rows = [examples[number] for number in lacking]
+        chosen = dict(
+            zip(lacking, find_skills(workshop, self.pool, how, rows, self.profiled.profile.skills), strict=True)
+        )
+        return [chosen.get(number, own) for number, own in enumerate(found)]
+
+    @property
+    def chooser(self) -> str | None:
+        """The local expert that chooses among the known skills; None if there is none, or they are too many or few."""
+        local = [expert.name for expert in self.pool.experts if expert.kind != "endpoint"]
+        if not local or not 2 <= len(self.profiled.profile.skills) <= MOST_CHOICES:
+            return None
+        asked = self.profiled.how.skill_expert
+        return asked if asked in local else local[0]
+
+    def line_up(
+        self, name: str, examples: Sequence[Example], skills: Sequence[tuple[str, ...]], sampling: SamplingSettings
+    ) -> LineUp:
+        """Return who answers the questions under one of the methods that are compared.
+
+        Args:
+            name: symbolic-moe; majority or weighted-vote of the same experts; best-single; random-experts; the best
+                expert's self-consistency; or the name of one expert.
+            examples: the questions.
+            skills: of every question.
+            sampling: how answers are drawn.
+
+        Raises:
+            CoterieError: for another name.
+        """
+        texts = [example.instruction for example in examples]
+        own = (
+            best_aggregators(self.aggregators, skills, self.per) if self.aggregators else [self.aggregator] * len(texts)
+        )
+        if name in (METHOD, *VOTES):
+            recruits = recruit(self.profiled.profile, skills, texts, self.recruiting, sampling.seed)
+            aggregators = own if name == METHOD else [name] * len(texts)
+            return LineUp(recruits.routing, recruits.relevance, aggregators, sampling)
+        if name == RANDOM:
+            routing = random_recruits(self.pool.names, texts, self.recruiting, sampling.seed)
+            return LineUp(routing, torch.ones(routing.weights.shape), own, sampling)
+        if name == SELF_CONSISTENCY:
+            warm = sampling.model_copy(update={"temperature": sampling.temperature or TEMPERATURE})
+            return self._single(self.best_single, len(texts), SAMPLES, warm)
+        expert = self.best_single if name == BEST_SINGLE else name
+        if expert not in self.pool.names:
+            raise unknown_name("method or expert", name, [*LINE_UPS, *self.pool.names])
+        return self._single(expert, len(texts), 1, sampling)
+
+    def _single(self, expert: str, count: int, answers: int, sampling: SamplingSettings) -> LineUp:
+        weights = torch.zeros(count, len(self.pool.names))
+        weights[:, self.pool.names.index(expert)] = answers
+        routing = Routing(self.pool.names, ("request", "expert"), weights)
+        return LineUp(routing, torch.ones(weights.shape), [MAJORITY] * count, sampling)
+
+    @property
+    def best_single(self) -> str:
+        """The expert with the best score on the validation questions."""
+        return self.pool.names[int(self.profiled.profile.accuracy.argmax())]
+
+    def record(self) -> dict[str, Any]:
+        """Return mixture.json."""
+        return {
+            "format": FORMAT,
+            "method": METHOD,
+            "experts": list(self.pool.names),
+            "pool": self.pool.record(),
+            "router": {"kind": "skills", **self.recruiting.model_dump()},
+            "combiner": {
+                "kind": "texts",
+                "aggregator": self.aggregator,
+                "for": self.per,
+                "judged": None if self.aggregators is None else self.aggregators.record(),
+            },
+        }
+
+
+def fit_symbolic(settings: SymbolicSettings, judge: Judge, read: Read) -> Symbolic:
+    """Choose the aggregator for a profiled pool, and write what answering needs into one folder.
+
+    Args:
+        settings: which pool, and how experts are recruited.
+        judge: tells whether an answer is right.
+        read: reads answers, so that they can vote.
+
+    Raises:
+        CoterieError: for a pool without a profile, an unknown aggregator, or an output folder that exists.
+    """
+    output = Path(settings.output)
+    check_output(output, overwrite=settings.overwrite)
+    folder = Path(settings.pool)
+    pool = read_pool(folder)
+    profiled = read_profile(folder / PROFILE)
+    if profiled.profile.experts != pool.names or profiled.identities != {e.name: e.identity for e in pool.experts}:
+        raise CoterieError(
+            f"the profile in {folder} is of other experts; type: coterie profile {folder} --overwrite ..."
+        )
+    _check_aggregator(settings.aggregator, pool)
+    inputs = {"pool": sha256_of(folder / POOL_FILE), "profile": sha256_of(folder / PROFILE / "profile.json")}
+    with run_folder(output, "fit symbolic-moe", settings.model_dump(), inputs) as run:
+        judged = _judged(settings, pool, profiled, judge, read) if settings.aggregator == "auto" else None
+        chosen = settings.aggregator if settings.aggregator != "auto" else WEIGHTED
+        if judged is not None:
+            chosen = best_aggregators(judged, [()], "task")[0]
+        fitted = Symbolic(pool, profiled, settings.recruiting, judged, chosen, settings.aggregator_for)
+        write_json(run.path / "profile.json", profiled.record())
+        write_jsonl(run.path / VALIDATION, profiled.rows)
+        write_json(run.path / "mixture.json", fitted.record())
+    return fitted
+
+
+def _check_aggregator(name: str, pool: Pool) -> None:
+    known = ["auto", *VOTES, *pool.names]
+    if name not in known:
+        raise unknown_name("aggregator", name, known)
+
+
+def _judged(
+    settings: SymbolicSettings, pool: Pool, profiled: Profiled, judge: Judge, read: Read
+) -> SkillProfile | None:
+    tasks = make_up(profiled, settings.aggregator_tasks, settings.sampling.seed)
+    if not tasks:
+        logger.warning("no validation question has a right and a wrong answer, so %s is the aggregator", WEIGHTED)
+        return None
+    with open_workshop(pool, settings, Path(settings.pool) / REPLIES) as workshop:
+        return judge_aggregators(workshop, profiled, tasks, settings.recruiting, settings.sampling, judge, read)
+
+
+def is_symbolic(folder: str | Path) -> bool:
+    """Tell whether a folder was made by `coterie fit symbolic-moe`."""
+    path = Path(folder) / "mixture.json"
+    return path.is_file() and read_json(path).get("method") == METHOD
+
+
+def load_symbolic(folder: str | Path) -> Symbolic:
+    """Load a fitted run, and make sure that its experts are still what they were.
+
+    Raises:
+        CoterieError: when something is missing or broken, or an expert has changed or is gone.
+    """
+    path = Path(folder) / "mixture.json"
+    record = read_json(path)
+    if record.get("format") != FORMAT or record.get("method") != METHOD:
+        raise CoterieError(f"{folder} is no run of symbolic-moe; make one with: coterie fit symbolic-moe")
+    pool = pool_from(record.get("pool"), str(path))
+    profiled = read_profile(Path(folder))
+    try:
+        combiner = record["combiner"]
+        router = {name: value for name, value in record["router"].items() if name != "kind"}
+        judged = None if combiner["judged"] is None else profile_from(combiner["judged"], str(path))
+        aggregator, per = str(combiner["aggregator"]), str(combiner["for"])
+        recruiting = checked(RecruitSettings, router)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CoterieError(f"{path} is broken ({error}); fit again") from error
+    named = {aggregator, *(() if judged is None else judged.experts)} - {*VOTES, *pool.names}
+    if named or profiled.profile.experts != pool.names:
+        raise CoterieError(f"{path} names experts that are not in its pool; fit again")
+    return Symbolic(pool, profiled, recruiting, judged, aggregator, per)

@@ -1,0 +1,227 @@
+"""What answering will take, before anything is loaded: the same scheduler on experts that only count.
+
+Loads and memory are exactly what the scheduler will do. Tokens are what the profile's replies took on average, and at
+most. Where the skills of questions are not known without asking a model, those of validation questions stand in.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from coterie.data.examples import Example
+from coterie.experts.answering import Ask, Done, Group, Reply
+from coterie.experts.reply_cache import Ledger
+from coterie.features.skills import BLANK, choice_request
+from coterie.methods.symbolic.answer import Read, answer_all
+from coterie.methods.symbolic.fit import Symbolic
+from coterie.methods.symbolic.skills import ask_expert, groups_for, keyword_asks
+from coterie.mixture.memory import budget_of
+from coterie.mixture.scheduler import GIB, Workshop
+from coterie.settings import GenerateSettings
+
+CHARACTERS_PER_TOKEN = 4.0  # where the profile's replies do not tell
+
+
+@dataclass
+class Tally:
+    """What one expert is asked for."""
+
+    calls: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    most_tokens: int = 0
+
+    def add(self, prompt_tokens: int, tokens: int, most: int) -> None:
+        """Count one call."""
+        self.calls += 1
+        self.prompt_tokens += prompt_tokens
+        self.tokens += tokens
+        self.most_tokens += most
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What an expert's replies took in the profile: characters a token of its prompts, tokens a reply if known."""
+
+    characters: float = CHARACTERS_PER_TOKEN
+    tokens: float | None = None
+
+
+@dataclass(frozen=True)
+class WorkPlan:
+    """What answering will take.
+
+    Attributes:
+        questions: how many there are.
+        is_exact: whether the questions' skills are known; else validation questions stand in for them.
+        experts: what each is asked for, by name; those that are not asked are left out.
+        groups: of every group that is loaded: its experts, loads and bytes (None if unknown before it is downloaded).
+        peak: most bytes that models take together.
+        budget: bytes that they may take; None if one is loaded at a time.
+        kinds: of the experts.
+    """
+
+    questions: int
+    is_exact: bool
+    experts: dict[str, Tally]
+    groups: dict[str, dict[str, Any]]
+    peak: int
+    budget: int | None
+    kinds: Mapping[str, str]
+
+    def record(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        experts = {name: {"kind": self.kinds[name], **vars(tally)} for name, tally in self.experts.items()}
+        return {
+            "questions": self.questions,
+            "is_exact": self.is_exact,
+            "experts": experts,
+            "groups": self.groups,
+            "peak_bytes": self.peak,
+            "budget_bytes": self.budget,
+        }
+
+    def __str__(self) -> str:
+        """Return a table of experts, one of loads, and the memory."""
+        heads = ["expert", "kind", "calls", "prompt tokens", "tokens", "at most"]
+        lines = [
+            [name, self.kinds[name], *(f"{n:,}" for n in (t.calls, t.prompt_tokens, t.tokens, t.most_tokens))]
+            for name, t in self.experts.items()
+        ]
+        loads = [
+            [name, ", ".join(group["experts"]), str(group["loads"]), _gib(group["bytes"])]
+            for name, group in self.groups.items()
+        ]
+        limit = "one at a time" if self.budget is None else f"of {_gib(self.budget)} that there may be"
+        sure = "" if self.is_exact else " (skills are not known yet: recruits as on the validation questions)"
+        parts = [f"{self.questions} questions{sure}", _columns([heads, *lines])]
+        if loads:
+            parts += [_columns([["loaded", "for", "loads", "memory"], *loads]), f"memory: {_gib(self.peak)} {limit}"]
+        return "\n\n".join(parts)
+
+
+def _gib(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / GIB:.2f} GiB"
+
+
+def _columns(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+class _Counting:
+    """Stands in for loaded experts: it replies at once, with a text of the expected length, and counts."""
+
+    def __init__(self, tallies: dict[str, Tally], paces: dict[str, Pace]) -> None:
+        self._tallies = tallies
+        self._paces = paces
+
+    def answer(self, asks: Sequence[Ask], done: Done) -> None:
+        for number, ask in enumerate(asks):
+            pace, most = self._paces[ask.expert], ask.sampling.max_new_tokens
+            tokens = most if pace.tokens is None else min(most, round(pace.tokens))
+            prompt = round(sum(len(message.content) for message in ask.messages) / pace.characters)
+            self._tallies.setdefault(ask.expert, Tally()).add(prompt, tokens, most)
+            done(number, Reply("x" * max(1, round(tokens * pace.characters)), prompt, tokens))
+
+    def close(self) -> None:
+        pass
+
+    def prefill(self, expert: str, texts: Sequence[str]) -> None:
+        """Count questions to which a model writes no answer."""
+        for text in texts:
+            prompt = round(len(text) / self._paces[expert].characters)
+            self._tallies.setdefault(expert, Tally()).add(prompt, 0, 0)
+
+
+def plan_work(
+    fitted: Symbolic,
+    settings: GenerateSettings,
+    name: str,
+    examples: Sequence[Example],
+    replies: Path | None,
+    read: Read,
+) -> WorkPlan:
+    """Count what answering will take; nothing is loaded, and nobody is asked.
+
+    Args:
+        fitted: the run.
+        settings: how it will answer.
+        name: of the line-up.
+        examples: the questions.
+        replies: replies that are there already, which cost nothing.
+        read: reads answers, as for answering.
+
+    Raises:
+        CoterieError: when a model does not exist, or does not fit into memory.
+    """
+    tallies: dict[str, Tally] = {}
+    counting = _Counting(tallies, _paces(fitted))
+    sizes = groups_for(fitted.pool, settings)
+    groups = [replace(group, load=lambda: counting) for group in sizes]
+    budget = budget_of(settings.work, settings.placement)
+    identities = {expert.name: expert.identity for expert in fitted.pool.experts}
+    ledger = Ledger(replies, read_only=True)
+    with Workshop(groups, identities, ledger, budget, quiet=True) as shop:
+        skills, is_exact = _skills(fitted, shop, counting, examples)
+        line_up = fitted.line_up(name, examples, skills, settings.sampling)
+        answer_all(shop, examples, {name: line_up}, read)
+        held = _held(sizes, shop.loads)
+    kinds = {expert.name: expert.kind for expert in fitted.pool.experts}
+    ordered = {expert: tallies[expert] for expert in fitted.pool.names if expert in tallies}
+    return WorkPlan(len(examples), is_exact, ordered, held, shop.peak, budget, kinds)
+
+
+def _held(groups: Sequence[Group], loads: Counter[str]) -> dict[str, dict[str, Any]]:
+    return {
+        group.name: {"experts": list(group.experts), "loads": loads[group.name], "bytes": group.size}
+        for group in groups
+        if loads[group.name] and not group.is_remote
+    }
+
+
+def _paces(fitted: Symbolic) -> dict[str, Pace]:
+    """Measure every expert's tokens on the profile's replies."""
+    paces = {}
+    rows = fitted.profiled.rows
+    for name in fitted.pool.names:
+        replies = [
+            (row, row["replies"][name]) for row in rows if name in row["replies"] and not row["replies"][name]["error"]
+        ]
+        asked = sum(len(message["content"]) for row, _ in replies for message in row["messages"])
+        read = sum(reply["prompt_tokens"] for _, reply in replies)
+        written = sum(reply["tokens"] for _, reply in replies)
+        paces[name] = Pace(asked / read, written / len(replies)) if read else Pace()
+    return paces
+
+
+def _skills(
+    fitted: Symbolic, shop: Workshop, counting: _Counting, examples: Sequence[Example]
+) -> tuple[list[tuple[str, ...]], bool]:
+    """Return the questions' skills without asking for them, and whether they are the questions' own."""
+    how, questions = fitted.profiled.how, [example.instruction for example in examples]
+    if how.skills == "category" and (fitted.chooser is None or all(example.category for example in examples)):
+        return fitted.skills(shop, examples), True
+    if how.skills == "keywords":
+        asks = keyword_asks(ask_expert(how, fitted.pool), questions)
+        if shop.knows(asks):
+            return fitted.skills(shop, examples), True
+        shop.ask(asks)
+    else:
+        _choose(fitted, shop, counting, [q for q, e in zip(questions, examples, strict=True) if not e.category])
+    rows = fitted.profiled.rows
+    return [tuple(rows[number % len(rows)]["skills"]) for number in range(len(examples))], False
+
+
+def _choose(fitted: Symbolic, shop: Workshop, counting: _Counting, questions: Sequence[str]) -> None:
+    """Count the choices that are read off one prefill each, and the one for what letters mean to the model."""
+    how = fitted.profiled.how
+    expert = fitted.chooser if how.skills == "category" else ask_expert(how, fitted.pool)
+    options = fitted.profiled.profile.skills if how.skills == "category" else fitted.profiled.options
+    assert expert is not None  # without one nothing is chosen
+    shop.hold(expert)
+    counting.prefill(expert, [choice_request(question, options) for question in [*questions, BLANK]])

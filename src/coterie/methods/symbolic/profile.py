@@ -1,0 +1,271 @@
+"""One pass over validation questions: the skills they need, and who answers them rightly."""
+
+import hashlib
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from coterie.artifacts import FORMAT, check_output, read_json, read_jsonl, run_folder, write_json, write_jsonl
+from coterie.data.examples import Example, load_examples
+from coterie.errors import CoterieError
+from coterie.experts.answering import Ask, Judge, Reply
+from coterie.experts.expert_pool import Pool, read_pool
+from coterie.features.skills import load_embed, merge_synonyms
+from coterie.methods.common import hash_examples
+from coterie.methods.symbolic.skills import ask_expert, find_skills, load_questions, open_workshop, skill_list
+from coterie.mixture.local_answers import LocalAnswerer
+from coterie.mixture.scheduler import Workshop
+from coterie.routers.skill import SkillProfile, build_profile, credit_from_likelihood, profile_from
+from coterie.settings import ProfileSettings, SkillSettings, checked
+
+logger = logging.getLogger(__name__)
+
+PROFILE = "profile"
+REPLIES = "replies.jsonl"
+VALIDATION = "validation.jsonl"
+REPLY_FIELDS = {field.name for field in fields(Reply)}
+MOST_SHOWN = 6  # skills in the table
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """A pool's profile with all that it was made of.
+
+    Attributes:
+        profile: what the experts showed.
+        how: how the skills of questions are found.
+        options: skills that are chosen from, where they are.
+        names: what a skill goes by, for skills that were merged into another.
+        score: answers or likelihood.
+        identities: what stood for each expert's weights.
+        rows: a plain record of every validation question, with its skills, replies and scores.
+    """
+
+    profile: SkillProfile
+    how: SkillSettings
+    options: tuple[str, ...]
+    names: Mapping[str, str]
+    score: str
+    identities: Mapping[str, str]
+    rows: list[dict[str, Any]]
+
+    def __str__(self) -> str:
+        """Return a table: every expert's accuracy, and its value on the most frequent skills."""
+        profile = self.profile
+        order = profile.trials.sum(dim=0).argsort(descending=True, stable=True)[:MOST_SHOWN].tolist()
+        heads = ["expert", "right", *(profile.skills[place] for place in order)]
+        values = profile.values("counts")
+        lines = [
+            [name, f"{share:.0%}", *(f"{values[number, place]:+.3g}" for place in order)]
+            for number, (name, share) in enumerate(zip(profile.experts, profile.accuracy.tolist(), strict=True))
+        ]
+        widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
+        return "\n".join(
+            "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in [heads, *lines]
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Return all but the rows as plain values."""
+        return {
+            "format": FORMAT,
+            **self.profile.record(),
+            "skills_by": self.how.model_dump(),
+            "options": list(self.options),
+            "names": dict(self.names),
+            "score": self.score,
+            "identities": dict(self.identities),
+        }
+
+    def questions(self) -> list[Example]:
+        """Return the validation questions."""
+        return load_examples(self.rows, need_response=False)
+
+    def scores(self) -> Float[Tensor, "expert question"]:
+        """Return every expert's scores; NaN where it gave no answer."""
+        values = [[row["scores"][name] for row in self.rows] for name in self.profile.experts]
+        return torch.tensor([[math.nan if value is None else value for value in own] for own in values])
+
+
+def profile_pool(settings: ProfileSettings, judge: Judge) -> Profiled:
+    """Profile a pool's experts and write the profile into its folder.
+
+    Replies are kept in the pool's folder by the hash of what was asked, so that an interrupted profile goes on, and a
+    new one asks only for what is new.
+
+    Args:
+        settings: which pool, which data, how.
+        judge: tells whether an answer is right.
+
+    Raises:
+        CoterieError: for bad data or settings, or a profile that exists.
+    """
+    folder = Path(settings.folder)
+    pool = read_pool(folder)
+    output = folder / PROFILE
+    check_output(output, overwrite=settings.overwrite)
+    examples = _usable(load_questions(settings.data, settings.limit), settings, judge)
+    _check_experts(settings, pool)
+    options = skill_list(settings.skill, examples) if settings.skill.skills == "choice" else []
+    embed = load_embed(settings.skill.encoder) if settings.skill.skills == "keywords" else None
+    inputs = {"data": hash_examples(examples), "pool": _hash(pool)}
+    with run_folder(output, "profile", settings.model_dump(), inputs) as run:
+        with open_workshop(pool, settings, folder / REPLIES) as workshop:
+            skills = find_skills(workshop, pool, settings.skill, examples, options)
+            replies, scores = _scored(workshop, pool, settings, examples, judge)
+        names = merge_synonyms(Counter(s for own in skills for s in own), embed, settings.skill.synonyms)
+        merged = [tuple(dict.fromkeys(names[skill] for skill in own)) for own in skills]
+        profile = build_profile(pool.names, merged, scores)
+        rows = [_row(number, example, merged, replies, scores, pool) for number, example in enumerate(examples)]
+        identities = {expert.name: expert.identity for expert in pool.experts}
+        made = Profiled(profile, settings.skill, tuple(options), names, settings.score, identities, rows)
+        write_jsonl(run.path / VALIDATION, rows)
+        write_json(run.path / "profile.json", made.record())
+    return made
+
+
+def read_profile(folder: Path) -> Profiled:
+    """Read a profile's folder, or that of a run that carries one.
+
+    Raises:
+        CoterieError: when a file is missing or broken.
+    """
+    path = folder / "profile.json"
+    if not path.exists():
+        raise CoterieError(f"{path} does not exist; make it with: coterie profile {folder.parent} --data val.jsonl")
+    record = read_json(path)
+    profile = profile_from(record, str(path))
+    try:
+        how = checked(SkillSettings, record["skills_by"])
+        options, names, score = tuple(record["options"]), dict(record["names"]), str(record["score"])
+        identities = dict(record["identities"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CoterieError(f"{path} is broken ({error}); type: coterie profile --overwrite") from error
+    rows = read_jsonl(folder / VALIDATION)
+    if not all(_is_row(row, profile.experts) for row in rows):
+        raise CoterieError(f"{folder / VALIDATION} does not fit {path}; type: coterie profile --overwrite")
+    return Profiled(profile, how, options, names, score, identities, rows)
+
+
+def _is_row(row: object, experts: Sequence[str]) -> bool:
+    """Tell whether a validation question's record, which may come from a stranger, has all that is read of it."""
+    if not isinstance(row, dict) or not {"scores", "replies", "skills", "messages"} <= set(row):
+        return False
+    replies, scores, skills = row["replies"], row["scores"], row["skills"]
+    if not isinstance(replies, dict) or not isinstance(scores, dict) or not isinstance(skills, list):
+        return False
+    numbers = all(value is None or isinstance(value, int | float) for value in scores.values())
+    known = set(scores) == set(experts) >= set(replies) and all(isinstance(skill, str) for skill in skills)
+    return numbers and known and all(isinstance(r, dict) and REPLY_FIELDS <= set(r) for r in replies.values())
+
+
+def _usable(examples: Sequence[Example], settings: ProfileSettings, judge: Judge) -> list[Example]:
+    """Keep the rows that experts can be scored on."""
+    if settings.score == "likelihood":
+        kept = [example for example in examples if example.response is not None]
+        lack = "a response"
+    else:
+        kept = [example for example in examples if judge("", example) is not None]
+        lack = "an answer that can be checked"
+    if not kept:
+        hint = "" if settings.score == "likelihood" else ", or take --score likelihood"
+        raise CoterieError(f"no row of {', '.join(settings.data)} has {lack}; add the field{hint}")
+    if len(kept) < len(examples):
+        logger.warning("%d of %d rows have not %s and are left out", len(examples) - len(kept), len(examples), lack)
+    return kept
+
+
+def _check_experts(settings: ProfileSettings, pool: Pool) -> None:
+    if settings.skill.skills != "category":
+        ask_expert(settings.skill, pool)
+    remote = [expert.name for expert in pool.experts if expert.kind == "endpoint"]
+    if settings.score == "likelihood" and remote:
+        raise CoterieError(f"--score likelihood cannot be had from the endpoint {remote[0]!r}; take --score answers")
+
+
+def _hash(pool: Pool) -> str:
+    return hashlib.sha256(json.dumps(pool.record(), sort_keys=True).encode()).hexdigest()
+
+
+Replies = list[dict[str, Reply]]
+
+
+def _scored(
+    workshop: Workshop, pool: Pool, settings: ProfileSettings, examples: Sequence[Example], judge: Judge
+) -> tuple[Replies, Float[Tensor, "expert question"]]:
+    """Return every question's replies by expert, and their scores."""
+    if settings.score == "likelihood":
+        return [{} for _ in examples], credit_from_likelihood(_likelihoods(workshop, pool, examples))
+    asks = [Ask(name, example.prompt, settings.sampling) for example in examples for name in pool.names]
+    replies = workshop.ask(asks)
+    tell_failures(asks, replies)
+    if all(reply.error is not None for reply in replies):
+        raise CoterieError(f"no expert answered any question; the first failed with: {replies[0].error}")
+    width = len(pool.names)
+    rows = [dict(zip(pool.names, replies[n * width : (n + 1) * width], strict=True)) for n in range(len(examples))]
+    scores = [
+        [_score(row[name], example, judge) for name in pool.names] for row, example in zip(rows, examples, strict=True)
+    ]
+    return rows, torch.tensor(scores).T
+
+
+def _score(reply: Reply, example: Example, judge: Judge) -> float:
+    if reply.error is not None:
+        return math.nan
+    return 1.0 if judge(reply.text, example) else -1.0
+
+
+def _likelihoods(workshop: Workshop, pool: Pool, examples: Sequence[Example]) -> Float[Tensor, "expert question"]:
+    found: dict[str, Tensor] = {}
+    for name in pool.names:
+        if name not in found:
+            answerer = workshop.hold(name)
+            assert isinstance(answerer, LocalAnswerer)  # endpoints were refused before
+            found |= dict(zip(answerer.bank.names, answerer.likelihoods(examples), strict=True))
+        if name not in found:
+            raise CoterieError(f"{name!r} could not be loaded, so it cannot be profiled; see above, and mend the pool")
+    return torch.stack([found[name] for name in pool.names])
+
+
+def tell_failures(asks: Sequence[Ask], replies: Sequence[Reply]) -> None:
+    """Log which experts failed, how often and why first, and how many answers were cut off."""
+    distinct = {id(reply): (ask.expert, reply) for ask, reply in zip(asks, replies, strict=True)}.values()
+    failures: dict[str, list[str]] = {}
+    for name, reply in distinct:
+        if reply.error is not None:
+            failures.setdefault(name, []).append(reply.error)
+    for name, errors in failures.items():
+        logger.warning("%s failed on %d questions: %s", name, len(errors), errors[0])
+    if cut := sum(reply.finish_reason == "length" for _, reply in distinct):
+        logger.warning("%d of %d answers were cut off; --max-new-tokens allows longer ones", cut, len(distinct))
+
+
+def _row(
+    number: int,
+    example: Example,
+    skills: Sequence[tuple[str, ...]],
+    replies: Replies,
+    scores: Float[Tensor, "expert question"],
+    pool: Pool,
+) -> dict[str, Any]:
+    own = {name: float(score) for name, score in zip(pool.names, scores[:, number], strict=True)}
+    return {
+        "id": example.id,
+        "source": example.source,
+        "category": example.category,
+        "messages": [{"role": message.role, "content": message.content} for message in example.prompt],
+        "answer": example.answer,
+        "answers": list(example.answers) or None,
+        "skills": list(skills[number]),
+        "scores": {name: None if math.isnan(score) else score for name, score in own.items()},
+        "replies": {name: reply.record() for name, reply in replies[number].items()},
+    }

@@ -1,0 +1,159 @@
+"""Opening a pool for work, and finding the skills that questions need."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from coterie.data.examples import Example, from_prompt, load_examples
+from coterie.errors import CoterieError
+from coterie.experts.answering import Ask, Group
+from coterie.experts.expert_pool import Pool
+from coterie.experts.reply_cache import Ledger
+from coterie.features.skills import (
+    BLANK,
+    choice_request,
+    chosen_skills,
+    kept_keywords,
+    keyword_request,
+    letters,
+)
+from coterie.mixture.local_answers import LocalAnswerer
+from coterie.mixture.memory import budget_of, groups_of
+from coterie.mixture.scheduler import Workshop
+from coterie.settings import (
+    EvaluationSettings,
+    GenerateSettings,
+    ProfileSettings,
+    SamplingSettings,
+    SkillSettings,
+    SymbolicSettings,
+)
+
+logger = logging.getLogger(__name__)
+
+SAMPLES = 5
+KEYWORD_SAMPLING = SamplingSettings(max_new_tokens=48, temperature=0.7)
+
+
+Working = ProfileSettings | SymbolicSettings | GenerateSettings | EvaluationSettings
+"""Settings of the commands that ask experts."""
+
+
+def open_workshop(pool: Pool, settings: Working, ledger: Path | None) -> Workshop:
+    """Make a pool's experts ready to be asked; nothing is loaded yet.
+
+    Args:
+        pool: the experts.
+        settings: memory, how base models are held in it, and how experts are asked.
+        ledger: file of replies that are there already, and of new ones; None keeps them in memory only.
+
+    Raises:
+        CoterieError: when a model does not exist.
+    """
+    identities = {expert.name: expert.identity for expert in pool.experts}
+    return Workshop(
+        groups_for(pool, settings), identities, Ledger(ledger), budget_of(settings.work, settings.placement)
+    )
+
+
+def groups_for(pool: Pool, settings: Working) -> list[Group]:
+    """Put a pool's experts into the groups that they are loaded in.
+
+    Raises:
+        CoterieError: when a model does not exist.
+    """
+    new_tokens = settings.sampling.max_new_tokens
+    return groups_of(pool, settings.placement, settings.work, batch_size=settings.batch_size, new_tokens=new_tokens)
+
+
+def load_questions(sources: Sequence[str], limit: int | None = None) -> list[Example]:
+    """Load rows that need not have a response.
+
+    Raises:
+        CoterieError: as `load_examples`.
+    """
+    return [example for source in sources for example in load_examples(source, limit, need_response=False)]
+
+
+def ask_expert(settings: SkillSettings, pool: Pool) -> str:
+    """Return the expert that is asked for skills.
+
+    Raises:
+        CoterieError: when the pool has none of this name, or it is an endpoint that shall choose from a list.
+    """
+    expert = pool.experts[0] if settings.skill_expert is None else pool.expert(settings.skill_expert)
+    if settings.skills == "choice" and expert.kind == "endpoint":
+        local = next((other.name for other in pool.experts if other.kind != "endpoint"), "(none in this pool)")
+        raise CoterieError(
+            f"--skills choice reads probabilities, which the endpoint {expert.name!r} does not give; "
+            f"add --skill-expert {local}, or take --skills keywords"
+        )
+    return expert.name
+
+
+def skill_list(settings: SkillSettings, examples: Sequence[Example]) -> list[str]:
+    """Return the skills that are chosen from: those given, or the rows' categories.
+
+    Raises:
+        CoterieError: when there are not 2 to 26 of them.
+    """
+    given = settings.skill_list.split(",") if settings.skill_list else [own.category or "" for own in examples]
+    skills = list(dict.fromkeys(cleaned for skill in given if (cleaned := skill.strip().lower())))
+    letters(skills)
+    return skills
+
+
+def find_skills(
+    workshop: Workshop, pool: Pool, settings: SkillSettings, examples: Sequence[Example], options: Sequence[str] = ()
+) -> list[tuple[str, ...]]:
+    """Return the skills that every question needs, as the model or the data call them.
+
+    Args:
+        workshop: asks the expert.
+        pool: the experts.
+        settings: how skills are found.
+        examples: the questions.
+        options: skills to choose from, where they are chosen.
+
+    Raises:
+        CoterieError: when an expert cannot be asked in this way.
+    """
+    if settings.skills == "category":
+        return [(example.category.strip().lower(),) if example.category else () for example in examples]
+    expert = ask_expert(settings, pool)
+    questions = [example.instruction for example in examples]
+    if settings.skills == "choice":
+        return _chosen(workshop, expert, questions, options)
+    return _named(workshop, expert, questions)
+
+
+def keyword_asks(expert: str, questions: Sequence[str]) -> list[Ask]:
+    """Return the five samples of every question's keywords, question by question."""
+    seeds = [KEYWORD_SAMPLING.model_copy(update={"seed": seed}) for seed in range(SAMPLES)]
+    messages = [from_prompt(keyword_request(question)).messages for question in questions]
+    return [Ask(expert, own, sampling) for own in messages for sampling in seeds]
+
+
+def _named(workshop: Workshop, expert: str, questions: Sequence[str]) -> list[tuple[str, ...]]:
+    replies = workshop.ask(keyword_asks(expert, questions))
+    texts = [reply.text for reply in replies]
+    errors = [reply.error for reply in replies if reply.error]
+    if errors:
+        logger.warning("%s named no skills %d times of %d: %s", expert, len(errors), len(replies), errors[0])
+    skills = [kept_keywords(texts[start : start + SAMPLES]) for start in range(0, len(texts), SAMPLES)]
+    if (lacking := skills.count(())) > len(skills) / 2:
+        logger.warning(
+            "%s named no skill twice for %d of %d questions; --skills choice suits small models",
+            expert,
+            lacking,
+            len(skills),
+        )
+    return skills
+
+
+def _chosen(workshop: Workshop, expert: str, questions: Sequence[str], options: Sequence[str]) -> list[tuple[str, ...]]:
+    answerer = workshop.hold(expert)
+    assert isinstance(answerer, LocalAnswerer)  # endpoints were refused before
+    requests = [choice_request(question, options) for question in [*questions, BLANK]]
+    found = answerer.option_logprobs(expert, requests, letters(options))
+    return chosen_skills(found[:-1], found[-1], options)

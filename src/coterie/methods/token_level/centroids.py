@@ -1,0 +1,95 @@
+"""Placing the centroids that a domain's expert is known by."""
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from coterie.data.batching import Kept
+from coterie.errors import CoterieError
+from coterie.features.embedding import HIDDEN, with_answers
+from coterie.methods.common import NULL
+from coterie.mixture import Mixture
+from coterie.mixture.loading import describe_growing_text
+from coterie.mixture.scoring import score_votes
+from coterie.routers.performance import make_pilots
+from coterie.routers.similarity import NullExpert, SimilarityRouter, Weighting, null_similarity
+from coterie.settings import SimilaritySettings
+
+logger = logging.getLogger(__name__)
+
+Features = Mapping[str, Float[Tensor, "row dimension"]]
+"""The embeddings of every expert's texts."""
+
+
+def similarity_router(
+    mixture: Mixture, texts: Mapping[str, Kept], settings: SimilaritySettings, seed: int
+) -> SimilarityRouter:
+    """Embed every expert's texts, question and answer, and place its centroids.
+
+    Hidden states of a language model all point into nearly one direction, so from those of `hidden` the mean over the
+    experts is subtracted; sentence embeddings are taken as they are, as published.
+
+    Raises:
+        CoterieError: when an expert has fewer texts than centroids, or the encoder cannot be had.
+    """
+    description, encoder = describe_growing_text(settings.encoder, settings.window, mixture.backbone)
+    tokenizer = mixture.backbone.tokenizer
+    raw = {name: encoder.rows([with_answers(row, tokenizer) for row in kept.rows]) for name, kept in texts.items()}
+    centre = torch.stack([rows.mean(dim=0) for rows in raw.values()]).mean(dim=0) if encoder.name == HIDDEN else None
+    features = raw if centre is None else {name: rows - centre for name, rows in raw.items()}
+    by_performance = settings.centroids_by == "performance"
+    centroids = _pilots(mixture, texts, features) if by_performance else _centroids(features, settings.centroids, seed)
+    weighting = Weighting(settings.routing_temperature)
+    plain = SimilarityRouter(description, centroids, weighting=weighting, nearest=not by_performance, centre=centre)
+    if settings.null_share is None:
+        return plain
+    null = NullExpert(NULL, null_similarity(_own_similarities(plain, features), settings.null_share))
+    return SimilarityRouter(
+        description, centroids, weighting=weighting, nearest=plain.nearest, null=null, centre=centre
+    )
+
+
+def _centroids(features: Features, count: int, seed: int) -> dict[str, Tensor]:
+    """Average each expert's embeddings, as published; with several centroids, those of its k-means clusters."""
+    from sklearn.cluster import KMeans
+
+    few = [name for name, rows in features.items() if len(rows) < count]
+    if few:
+        raise CoterieError(
+            f"the expert {few[0]!r} has {len(features[few[0]])} texts, too few for {count} centroids; "
+            "give more data or fewer --centroids"
+        )
+    if count == 1:
+        return {name: rows.mean(dim=0, keepdim=True) for name, rows in features.items()}
+    return {
+        name: torch.from_numpy(KMeans(count, n_init=10, random_state=seed).fit(rows.numpy()).cluster_centers_).float()
+        for name, rows in features.items()
+    }
+
+
+def _pilots(mixture: Mixture, texts: Mapping[str, Kept], features: Features) -> dict[str, Tensor]:
+    """Let every text count for the expert that predicts its answer best (RouterRetriever, AAAI 2025).
+
+    The experts have seen the texts that they were made for, and are judged on them nevertheless, as published.
+    """
+    names = list(texts)
+    rows = [row for kept in texts.values() for row in kept.rows]
+    sources = [example.source or name for name, kept in texts.items() for example in kept.examples]
+    alone = torch.eye(len(mixture.bank))[[mixture.bank.index(name) for name in names]]
+    nll = score_votes(mixture, rows, alone[:, None].expand(-1, len(rows), -1), f"{len(names)} experts").nll
+    best = [names[place] for place in nll.argmin(dim=0).tolist()]
+    pilots = make_pilots(torch.cat(list(features.values())), best, sources)
+    for name in names:
+        if name not in pilots:
+            logger.warning("the expert %s is the best on none of the texts, so it is never routed to", name)
+    return pilots
+
+
+def _own_similarities(router: SimilarityRouter, features: Features) -> Tensor:
+    """Return how similar every text is to its own expert, those of experts without centroids left out."""
+    experts = list(router.centroids)
+    own = (router.similarities(rows)[:, experts.index(name)] for name, rows in features.items() if name in experts)
+    return torch.cat(list(own))

@@ -1,0 +1,225 @@
+"""Token-level adaptation (Belofsky 2023, arXiv 2311.10847): one adapter per domain, and centroids to route by.
+
+The adapters are trained here, or exist already; nothing else is trained.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from coterie.artifacts import RunFolder, check_output, read_json, run_folder, sha256_of, write_jsonl
+from coterie.backbone.loading import Backbone, load_backbone
+from coterie.combiners.layers import LayerCombiner
+from coterie.data.batching import Kept, PromptFormat, tokenise
+from coterie.data.examples import Example, load_all
+from coterie.errors import CoterieError
+from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE, check_names, load_bank
+from coterie.experts.training import read_log, write_null_adapter
+from coterie.methods.common import (
+    BACKBONE,
+    DOMAINS_FILE,
+    IN_MEMORY,
+    NULL,
+    adapter_copier,
+    base_plan,
+    hash_examples,
+    train_expert,
+)
+from coterie.methods.family import ALONE
+from coterie.methods.token_level.centroids import similarity_router
+from coterie.mixture import Mixture
+from coterie.routers.fixed import uniform
+from coterie.routers.token import TokenLevel
+from coterie.settings import (
+    BankSettings,
+    ModelSettings,
+    RenewalSettings,
+    SimilaritySettings,
+    TokenLevelSettings,
+    from_flat,
+    renewal_interval,
+)
+
+METHOD = "token-level"
+TAKEN = (BACKBONE, NULL, ALONE, "uniform")
+
+DomainData = Mapping[str, str | Sequence[str] | Sequence[Example]]
+"""Every expert's training data: a source, several of them, or examples."""
+
+
+def token_level(model: str, data: DomainData, *, output: str | Path, **settings: Any) -> Mixture:  # noqa: ANN401
+    """Train an adapter per domain and route by the text so far, at every n-th token (Belofsky 2023).
+
+    Args:
+        model: base model: hub id, local folder, .gguf file, or an alias.
+        data: training data of every expert, by name.
+        output: folder to write the mixture to.
+        **settings: fields of `TokenLevelSettings` and its groups by their plain names, such as every="2" or rank=16.
+
+    Raises:
+        CoterieError: for bad data, settings, or an output folder that exists.
+    """
+    given: dict[str, list[Example]] = {}
+    named: list[str] = []
+    for name, source in data.items():
+        sources = [source] if isinstance(source, str) else list(source)
+        if sources and isinstance(sources[0], Example):
+            given[name] = sources  # pyrefly: ignore
+            sources = [IN_MEMORY]
+        named += [f"{name}={one}" for one in sources]
+    flat = {"model": model, "data": named, "output": str(output), **settings}
+    return fit_token_level(from_flat(TokenLevelSettings, flat), given)
+
+
+def fit_token_level(settings: TokenLevelSettings, given: Mapping[str, list[Example]] | None = None) -> Mixture:
+    """Train every domain's adapter, then place centroids; an interrupted run goes on where it stopped.
+
+    Raises:
+        CoterieError: for bad data, settings, or an output folder that exists.
+    """
+    output = Path(settings.output)
+    check_output(output, overwrite=settings.overwrite)
+    examples = _load_domains(named_values(settings.data, "data"), settings.limit, given or {})
+    backbone = load_backbone(settings.model)
+    prompts = PromptFormat(backbone.tokenizer, settings.training.system_prompt)
+    kept = {name: tokenise(prompts, own, settings.training.max_length) for name, own in examples.items()}
+    with run_folder(output, "fit token-level", settings.model_dump(), _inputs(examples, backbone)) as run:
+        folders = {}
+        for number, (name, rows) in enumerate(kept.items(), start=1):
+            plan = base_plan(settings, f"{name} ({number} of {len(kept)})", keep_epochs=False)
+            folders[name] = train_expert(run, name, rows.rows, backbone, plan, settings.lora)
+        logs = [entry for name in kept for entry in read_log(run.path / "training" / name)]
+        write_jsonl(run.path / "metrics.jsonl", logs)
+        parts = _Parts(backbone, prompts, kept, folders, settings.seed)
+        mixture = _assemble(run, parts, settings.similarity, settings.renewal)
+        shutil.rmtree(run.path / "training")
+    return replace(mixture, folder=output)
+
+
+def build_bank(settings: BankSettings) -> Mixture:
+    """Make a mixture of adapters that exist already: check them, copy them, place centroids.
+
+    Raises:
+        CoterieError: for an adapter that does not fit, an expert without texts, or an output folder that exists.
+    """
+    output = Path(settings.output)
+    check_output(output, overwrite=settings.overwrite)
+    adapters = _adapter_folders(settings.adapter)
+    sources = named_values(settings.centroid_data, "centroid-data")
+    _check_same_names(adapters, sources)
+    model = settings.model or _base_of(adapters)
+    placement = settings.placement.model_dump()
+    backbone = load_backbone(ModelSettings(model=model, revision=settings.revision, **placement))
+    load_bank(adapters, backbone.model)  # checks them before anything is written
+    examples = _load_domains(sources, settings.limit, {})
+    prompts = PromptFormat(backbone.tokenizer, settings.system_prompt)
+    kept = {name: tokenise(prompts, examples[name], settings.max_length) for name in adapters}
+    hashes = {f"adapter {name}": sha256_of(folder / WEIGHTS_FILE) for name, folder in adapters.items()}
+    inputs = {**_inputs(examples, backbone), **hashes}
+    with run_folder(output, "bank build", settings.model_dump(), inputs) as run:
+        folders = {name: run.stage(f"experts/{name}", adapter_copier(folder)) for name, folder in adapters.items()}
+        parts = _Parts(backbone, prompts, kept, folders, settings.seed)
+        mixture = _assemble(run, parts, settings.similarity, settings.renewal)
+    return replace(mixture, folder=output)
+
+
+def _adapter_folders(values: Sequence[str]) -> dict[str, Path]:
+    found = named_values(values, "adapter")
+    check_domain_names(found)
+    for name, folders in found.items():
+        if len(folders) > 1:
+            raise CoterieError(f"--adapter {name} is given {len(folders)} times; give every adapter a name of its own")
+    return {name: Path(folders[0]) for name, folders in found.items()}
+
+
+def _check_same_names(adapters: Mapping[str, Path], sources: Mapping[str, Sequence[str]]) -> None:
+    lacking = [name for name in adapters if name not in sources]
+    if lacking:
+        raise CoterieError(
+            f"the expert {lacking[0]!r} has no texts to place its centroid by; add --centroid-data {lacking[0]}=FILE"
+        )
+    strange = [name for name in sources if name not in adapters]
+    if strange:
+        raise CoterieError(
+            f"--centroid-data names the expert {strange[0]!r}, but there are adapters for {', '.join(adapters)} only"
+        )
+
+
+def _base_of(adapters: Mapping[str, Path]) -> str:
+    """Return the base model that the adapters name, where they agree."""
+    named = {name: read_json(folder / CONFIG_FILE).get("base_model_name_or_path") for name, folder in adapters.items()}
+    bases = sorted({str(base) for base in named.values() if base})
+    if len(bases) != 1:
+        raise CoterieError(f"the adapters name {' and '.join(bases) or 'no'} base model; choose one with --model")
+    return bases[0]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a mixture is put together from: experts' folders and the texts that they were made for, by name."""
+
+    backbone: Backbone
+    prompts: PromptFormat
+    kept: Mapping[str, Kept]
+    folders: Mapping[str, Path]
+    seed: int
+
+
+def _assemble(run: RunFolder, parts: _Parts, similarity: SimilaritySettings, renewal: RenewalSettings) -> Mixture:
+    """Place the centroids and write what makes a folder of experts a mixture."""
+    folders = dict(parts.folders)
+    if similarity.null_share is not None:
+        folders[NULL] = run.stage(f"experts/{NULL}", lambda folder: write_null_adapter(parts.backbone, folder))
+    bank = load_bank(folders, parts.backbone.model)
+    start = Mixture(parts.backbone, bank, uniform(bank.names), LayerCombiner(), parts.prompts, METHOD, run.path)
+    router = similarity_router(start, parts.kept, similarity, parts.seed)
+    mixture = start.replace(router=TokenLevel(router, renewal_interval(renewal.every), renewal.cache))
+    records = [_record(example, name) for name, kept in parts.kept.items() for example in kept.examples]
+    write_jsonl(run.path / DOMAINS_FILE, records)
+    mixture.write_description(run.path)
+    return mixture
+
+
+def _record(example: Example, expert: str) -> dict[str, str | None]:
+    return {"id": example.id, "source": example.source, "category": example.category, "expert": expert}
+
+
+def _load_domains(
+    sources: Mapping[str, Sequence[str]], limit: int | None, given: Mapping[str, list[Example]]
+) -> dict[str, list[Example]]:
+    check_domain_names(sources)
+    return {name: given[name] if name in given else load_all(list(own), limit) for name, own in sources.items()}
+
+
+def check_domain_names(names: Sequence[str] | Mapping[str, Any]) -> None:
+    """Refuse experts' names that are no folder names, or stand for something else.
+
+    Raises:
+        CoterieError: naming the first of them.
+    """
+    check_names(list(names))
+    taken = [name for name in names if name in TAKEN]
+    if taken:
+        raise CoterieError(f"an expert cannot be called {taken[0]!r}, which has a meaning here; give it another name")
+
+
+def named_values(values: Sequence[str], flag: str) -> dict[str, list[str]]:
+    """Read NAME=VALUE; a name may stand several times.
+
+    Raises:
+        CoterieError: for a value without a name, or nothing behind it.
+    """
+    found: dict[str, list[str]] = {}
+    for value in values:
+        name, equals, given = value.partition("=")
+        if not (name and equals and given):
+            raise CoterieError(f"--{flag} takes NAME=VALUE, such as maths=gsm8k.jsonl, got {value!r}")
+        found.setdefault(name, []).append(given)
+    return found
+
+
+def _inputs(examples: Mapping[str, list[Example]], backbone: Backbone) -> dict[str, str]:
+    hashes = {f"data {name}": hash_examples(own) for name, own in examples.items()}
+    return {"base_model": backbone.identity.sha256, **hashes}

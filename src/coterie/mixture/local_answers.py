@@ -1,0 +1,237 @@
+"""Experts on this machine: one base model, the adapters of all its experts stacked, several of them in one batch."""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from coterie.backbone.layers import ExpertLayers
+from coterie.backbone.loading import Backbone, load_backbone
+from coterie.combiners.logits import LogitCombiner
+from coterie.data.batching import PromptFormat, TokenRow, by_length, pad
+from coterie.data.examples import Example, from_prompt
+from coterie.engine.decoding import DecodingBatch
+from coterie.errors import CoterieError
+from coterie.experts.answering import Ask, Done, Reply, failed
+from coterie.experts.bank import ExpertBank, load_adapter
+from coterie.lora import Adapter
+from coterie.mixture.core import Mixture
+from coterie.mixture.scoring import score_votes
+from coterie.routers.base import Routing
+from coterie.routers.fixed import uniform
+from coterie.settings import ModelSettings, PlacementSettings, SamplingSettings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LocalExpert:
+    """An expert on a base model: an adapter's folder, or None for the base model itself."""
+
+    adapter: Path | None = None
+    system_prompt: str | None = None
+
+
+def load_local(
+    model: str, experts: Mapping[str, LocalExpert], placement: PlacementSettings, batch_size: int
+) -> "LocalAnswerer":
+    """Load a base model and the adapters of its experts; one that cannot be loaded fails alone.
+
+    Raises:
+        CoterieError: when the base model cannot be loaded, or no adapter fits it.
+    """
+    backbone = load_backbone(ModelSettings(model=model, **placement.model_dump()))
+    adapters: dict[str, Adapter] = {}
+    broken: dict[str, str] = {}
+    for name, expert in experts.items():
+        try:
+            adapters[name] = {} if expert.adapter is None else load_adapter(expert.adapter, backbone.model)
+        except CoterieError as error:
+            broken[name] = str(error)
+            logger.warning("%s cannot answer: %s", name, error)
+    if not adapters:
+        raise CoterieError(next(iter(broken.values())))
+    prompts = {name: PromptFormat(backbone.tokenizer, experts[name].system_prompt) for name in adapters}
+    return LocalAnswerer(backbone, ExpertBank(tuple(adapters), tuple(adapters.values())), prompts, broken, batch_size)
+
+
+class LocalAnswerer:
+    """Answers for all experts of one base model; rows of different experts run in one forward pass."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        bank: ExpertBank,
+        prompts: Mapping[str, PromptFormat],
+        broken: Mapping[str, str] | None = None,
+        batch_size: int = 8,
+    ) -> None:
+        """Stack the experts.
+
+        Args:
+            backbone: the base model.
+            bank: its experts; an empty adapter stands for the base model itself.
+            prompts: how each expert's questions are rendered.
+            broken: experts that could not be loaded, and why.
+            batch_size: questions that are decoded together.
+        """
+        self.backbone = backbone
+        self.bank = bank
+        self.layers = ExpertLayers(backbone.model, bank.adapters)
+        self._prompts = dict(prompts)
+        self._broken = dict(broken or {})
+        self._batch_size = batch_size
+
+    def answer(self, asks: Sequence[Ask], done: Done) -> None:
+        """Answer all questions, those of similar length together, whichever experts they go to."""
+        rows = self._rows(asks, done)
+        settings = {asks[number].sampling.model_dump_json(): asks[number].sampling for number in rows}
+        for key, sampling in settings.items():
+            numbers = [number for number in rows if asks[number].sampling.model_dump_json() == key]
+            for places in by_length([rows[number] for number in numbers], self._batch_size):
+                batch = [numbers[place] for place in places]
+                self._run(batch, [asks[n].expert for n in batch], [rows[n] for n in batch], sampling, done)
+
+    def close(self) -> None:
+        """Nothing runs on its own; memory is free when nobody holds this any more."""
+
+    def _rows(self, asks: Sequence[Ask], done: Done) -> dict[int, TokenRow]:
+        """Tokenise questions; those that cannot be asked fail here."""
+        rows = {}
+        window = getattr(self.backbone.model.config.get_text_config(), "max_position_embeddings", None)
+        for number, ask in enumerate(asks):
+            try:
+                row = self._row(ask)
+            except CoterieError as error:
+                done(number, failed(error))
+                continue
+            if window is not None and len(row.ids) >= window:
+                done(number, failed(f"the question has {len(row.ids)} tokens, the model reads {window}"))
+                continue
+            rows[number] = row
+        return rows
+
+    def _row(self, ask: Ask) -> TokenRow:
+        if ask.expert in self._broken:
+            raise CoterieError(self._broken[ask.expert])
+        return self._prompts[ask.expert].row(Example("", ask.messages)).prompt()
+
+    def _run(
+        self,
+        numbers: Sequence[int],
+        experts: Sequence[str],
+        rows: Sequence[TokenRow],
+        sampling: SamplingSettings,
+        done: Done,
+    ) -> None:
+        """Decode a batch; if it breaks, its experts one by one, then its questions one by one."""
+        finished: set[int] = set()
+        replies = self._decoded(experts, rows, sampling)
+        while True:
+            try:
+                place, reply = next(replies)
+            except StopIteration:
+                return
+            except Exception as error:  # whatever a model's code raises, also for want of memory
+                broken = error
+                break
+            finished.add(place)
+            done(numbers[place], reply)
+        left = [place for place in range(len(numbers)) if place not in finished]
+        for part in _parts(left, experts):
+            own = [numbers[place] for place in part]
+            if len(part) == len(numbers):
+                done(own[0], failed(broken))
+            else:
+                self._run(own, [experts[p] for p in part], [rows[p] for p in part], sampling, done)
+
+    def _decoded(
+        self, experts: Sequence[str], rows: Sequence[TokenRow], sampling: SamplingSettings
+    ) -> Iterator[tuple[int, Reply]]:
+        """Yield every row's place and reply as soon as it is complete."""
+        started = time.perf_counter()
+        batch = DecodingBatch(
+            self.backbone, self.layers, LogitCombiner(), [row.ids for row in rows], self._one_hot(experts), sampling
+        )
+        texts, counts = [""] * len(rows), [0] * len(rows)
+        for token in batch.run():
+            texts[token.request] += token.text
+            counts[token.request] += 1
+            if token.finish_reason:
+                seconds = (time.perf_counter() - started) / len(rows)
+                prompt = len(rows[token.request].ids)
+                reply = Reply(texts[token.request], prompt, counts[token.request], token.finish_reason, seconds)
+                yield token.request, reply
+
+    def _one_hot(self, experts: Sequence[str]) -> Routing:
+        weights = torch.zeros(len(experts), len(self.bank))
+        weights[range(len(experts)), [self.bank.index(name) for name in experts]] = 1.0
+        return Routing(self.bank.names, ("request", "expert"), weights)
+
+    @torch.inference_mode()
+    def option_logprobs(
+        self, expert: str, questions: Sequence[str], options: Sequence[str]
+    ) -> Float[Tensor, "question option"]:
+        """Return the log-probability of each option (its first token) right after every question, from one prefill.
+
+        An option counts with and without a space before it, whichever the tokenizer and template lead to.
+
+        Raises:
+            CoterieError: when the expert could not be loaded, or two options begin with the same token.
+        """
+        tokens = [_first_tokens(self.backbone, option) for option in options]
+        if len({own[0] for own in tokens}) != len(options):
+            raise CoterieError("two options begin with the same token, so they cannot be told apart; use letters")
+        rows = [self._row(Ask(expert, from_prompt(text).messages, SamplingSettings())) for text in questions]
+        found = torch.zeros(len(questions), len(options))
+        for numbers in by_length(rows, self._batch_size):
+            logprobs = self._next_logprobs(expert, [rows[number] for number in numbers])
+            found[numbers] = torch.stack([logprobs[:, own].logsumexp(dim=1) for own in tokens], dim=1)
+        return found
+
+    def _next_logprobs(self, expert: str, rows: Sequence[TokenRow]) -> Float[Tensor, "row vocabulary"]:
+        plan = LogitCombiner().plan(self._one_hot([expert] * len(rows)))
+        batch = pad(
+            [row.ids for row in rows], self.backbone.tokenizer.pad_token_id, side="left", device=self.backbone.device
+        )
+        with self.layers.attached(), self.layers.choosing(plan.choice):
+            hidden = self.backbone.hidden(*batch)[:, -1]
+        return self.backbone.head(hidden).log_softmax(dim=-1).cpu()
+
+    def likelihoods(self, examples: Sequence[Example]) -> Float[Tensor, "expert row"]:
+        """Return every expert's mean log-likelihood per token of the reference answers, in nats.
+
+        Experts with the same system prompt share a forward pass.
+
+        Raises:
+            CoterieError: when a row cannot be tokenised.
+        """
+        found = torch.zeros(len(self.bank), len(examples))
+        for prompt in dict.fromkeys(own.system_prompt for own in self._prompts.values()):
+            experts = [n for n, name in enumerate(self.bank.names) if self._prompts[name].system_prompt == prompt]
+            format_ = PromptFormat(self.backbone.tokenizer, prompt)
+            mixture = Mixture(self.backbone, self.bank, uniform(self.bank.names), LogitCombiner(), format_, "pool")
+            mixture.__dict__["layers"] = self.layers
+            votes = torch.eye(len(self.bank))[experts][:, None].expand(-1, len(examples), -1)
+            label = ", ".join(self.bank.names[expert] for expert in experts)
+            found[experts] = -score_votes(mixture, [format_.row(example) for example in examples], votes, label).nll
+        return found
+
+
+def _parts(places: Sequence[int], experts: Sequence[str]) -> list[list[int]]:
+    """Split places by expert; those of a single expert one by one."""
+    names = dict.fromkeys(experts[place] for place in places)
+    if len(names) > 1:
+        return [[place for place in places if experts[place] == name] for name in names]
+    return [[place] for place in places]
+
+
+def _first_tokens(backbone: Backbone, option: str) -> list[int]:
+    """Return the option's first token, and the one that stands for it after a space if that is a single other one."""
+    plain, spaced = (backbone.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (option, f" {option}"))
+    return [plain[0]] if len(spaced) > 1 or spaced[0] == plain[0] else [plain[0], spaced[0]]

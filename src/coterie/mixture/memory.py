@@ -1,0 +1,153 @@
+"""A pool's experts in the groups that they are loaded in, and how much memory each group takes."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from coterie.backbone.loading import local_path
+from coterie.experts.answering import Group
+from coterie.experts.bank import WEIGHTS_FILE
+from coterie.experts.endpoints import Endpoint, EndpointAnswerer
+from coterie.experts.expert_pool import Pool, PoolExpert
+from coterie.mixture.local_answers import LocalExpert, load_local
+from coterie.settings import PlacementSettings, WorkSettings
+
+PROMPT_TOKENS = 1024  # of a question, where memory is estimated before any was seen
+FOUR_BITS = 0.6  # bytes a parameter: NF4, its scales, and the layers that stay as they are
+DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
+SHARE_OF_FREE = 0.8  # of free memory that models may take by default
+
+
+def groups_of(
+    pool: Pool, placement: PlacementSettings, work: WorkSettings, *, batch_size: int = 8, new_tokens: int = 64
+) -> list[Group]:
+    """Put the experts of one base model into one group, and every endpoint into its own.
+
+    Args:
+        pool: the experts.
+        placement: how base models are held in memory.
+        work: how endpoints are asked.
+        batch_size: questions that are decoded together.
+        new_tokens: longest answer, which memory is estimated for.
+
+    Raises:
+        CoterieError: when a model does not exist.
+    """
+    local: dict[str, dict[str, LocalExpert]] = {}
+    for expert in pool.experts:
+        if expert.kind != "endpoint":
+            adapter = Path(expert.source) if expert.kind == "adapter" else None
+            local.setdefault(expert.model, {})[expert.name] = LocalExpert(adapter, expert.system_prompt)
+    rows = batch_size * (PROMPT_TOKENS + new_tokens)
+    here = [_local_group(model, experts, placement, batch_size, rows) for model, experts in local.items()]
+    return [*here, *(_endpoint_group(expert, work) for expert in pool.experts if expert.kind == "endpoint")]
+
+
+def _local_group(
+    model: str, experts: Mapping[str, LocalExpert], placement: PlacementSettings, batch_size: int, rows: int
+) -> Group:
+    size = needed_bytes(model, experts, placement, rows)
+    return Group(model, tuple(experts), lambda: load_local(model, experts, placement, batch_size), size)
+
+
+def _endpoint_group(expert: PoolExpert, work: WorkSettings) -> Group:
+    endpoint = Endpoint(expert.name, expert.source, expert.model)
+    name = f"endpoint {expert.name}"  # no model is called so
+    return Group(name, (expert.name,), lambda: EndpointAnswerer(endpoint, work), size=0, is_remote=True)
+
+
+def needed_bytes(
+    model: str, experts: Mapping[str, LocalExpert], placement: PlacementSettings, cached_tokens: int
+) -> int | None:
+    """Estimate what a base model takes with its experts and a full cache, from the heads of its files.
+
+    Args:
+        model: the base model.
+        experts: on it.
+        placement: how it is held in memory.
+        cached_tokens: tokens in the cache, over all rows of a batch.
+
+    Returns:
+        bytes, or None for a model that is not on this machine yet.
+
+    Raises:
+        CoterieError: when there is no such model.
+    """
+    path = local_path(model)
+    counts = {} if path is None else _parameters(path)
+    if path is None or not counts:
+        return None
+    size = _bytes_per_number(placement, counts)
+    weights = sum(counts.values())
+    adapters = [_parameters(expert.adapter) for expert in experts.values() if expert.adapter is not None]
+    updates = sum(sum(own.values()) for own in adapters)
+    base = weights * (FOUR_BITS if placement.load_in_4bit else size)
+    return round(base + updates * (4 + size) + cached_tokens * _cache_numbers(path) * size)  # read in float32, stacked
+
+
+def _bytes_per_number(placement: PlacementSettings, counts: Mapping[str, int]) -> int:
+    if placement.dtype != "auto":
+        return 4 if placement.dtype == "float32" else 2
+    on_cpu = placement.device == "cpu" or (placement.device == "auto" and not _accelerator())
+    return 4 if on_cpu else DTYPES.get(max(counts, key=lambda dtype: counts[dtype]), 4)
+
+
+def _accelerator() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def _parameters(path: Path) -> dict[str, int]:
+    """Count the numbers of every dtype in a model's or adapter's files, from their heads alone."""
+    if path.is_file():
+        from gguf import GGUFReader
+
+        return {"F32": sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)}
+    adapter = path / WEIGHTS_FILE
+    counts: dict[str, int] = {}
+    for file in [adapter] if adapter.is_file() else sorted(path.glob("*.safetensors")):
+        for dtype, count in _tensors(file):
+            counts[dtype] = counts.get(dtype, 0) + count
+    return counts
+
+
+def _tensors(file: Path) -> list[tuple[str, int]]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        slices = [opened.get_slice(name) for name in opened.keys()]  # noqa: SIM118 - no mapping
+        return [(str(part.get_dtype()), int(torch.Size(part.get_shape()).numel())) for part in slices]
+
+
+def _cache_numbers(path: Path) -> int:
+    """Return the numbers that one token takes in the cache."""
+    if path.is_file():
+        return 0  # its head is not read twice; the weights outweigh the cache by far
+    config: Any = AutoConfig.from_pretrained(path).get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width
+
+
+def budget_of(work: WorkSettings, placement: PlacementSettings) -> int | None:
+    """Return the bytes that models may take together: as asked, or most of what is free; None where nobody knows."""
+    if work.memory is not None:
+        return round(work.memory * 2**30)
+    device = placement.device
+    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        return round(SHARE_OF_FREE * torch.cuda.mem_get_info(None if device in ("auto", "cuda") else device)[0])
+    if device in ("auto", "cpu") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return round(SHARE_OF_FREE * _free_bytes())
+    return None
+
+
+def _free_bytes() -> int:
+    """Return what Linux could give, with the part of its file cache that it would drop for it."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,227 @@
+"""The batch scheduler: all questions first, then expert by expert, each loaded at most once.
+
+Symbolic-MoE (Chen et al. 2025) recruits experts for every question and then inverts the plan: each expert is loaded
+once and answers all of its questions. Here the adapters of one base model count as one load, models stay in memory as
+long as they fit, and endpoints answer meanwhile.
+"""
+
+import gc
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from tqdm.auto import tqdm
+
+from coterie.errors import CoterieError
+from coterie.experts.answering import Answerer, Ask, Group, Reply, failed
+from coterie.experts.reply_cache import Ledger
+
+GIB = 2**30
+
+
+class _Unwritable(Exception):
+    """A reply that could not be kept: no fault of the expert's."""
+
+
+class Workshop:
+    """Groups of experts, and the memory that they share.
+
+    Attributes:
+        loads: how often every group was loaded.
+        peak: most bytes that loaded groups took together, by their own estimates.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        identities: Mapping[str, str],
+        ledger: Ledger,
+        budget: int | None = None,
+        *,
+        quiet: bool = False,
+    ) -> None:
+        """Load nothing yet.
+
+        Args:
+            groups: who answers; every expert stands in one of them.
+            identities: what stands for every expert's weights in the ledger.
+            ledger: replies that are there already, and where new ones go.
+            budget: bytes that loaded groups may take together; without one, one group is loaded at a time.
+            quiet: show no progress.
+        """
+        self.ledger = ledger
+        self.loads: Counter[str] = Counter()
+        self.peak = 0
+        self._groups = {expert: group for group in groups for expert in group.experts}
+        self._identities = dict(identities)
+        self._budget = budget
+        self._quiet = quiet
+        self._held: dict[str, tuple[Answerer, int]] = {}
+        self._remote: dict[str, Answerer] = {}
+        self._later: set[str] = set()
+
+    def __enter__(self) -> "Workshop":
+        """Begin."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Free everything."""
+        for answerer in self._remote.values():
+            answerer.close()
+        for name in list(self._held):
+            self._free(name)
+
+    def ask(self, asks: Sequence[Ask], last: Sequence[str] = ()) -> list[Reply]:
+        """Get the replies to all questions, in their order; equal questions are asked once.
+
+        An expert that fails costs its own replies: these have an `error`.
+
+        Args:
+            asks: the questions.
+            last: experts whose group comes last, so that it is still loaded for what follows.
+
+        Raises:
+            CoterieError: when a model needs more memory than there may be, or replies cannot be written.
+        """
+        self._later = {self._groups[expert].name for expert in last}
+        keys = [ask.key(self._identities[ask.expert]) for ask in asks]
+        missing = {key: ask for key, ask in zip(keys, asks, strict=True) if self.ledger.get(key) is None}
+        errors = self._work(missing)
+        found = [self.ledger.get(key) or errors.get(key) for key in keys]
+        return [reply or failed("no reply came") for reply in found]
+
+    def knows(self, asks: Sequence[Ask]) -> bool:
+        """Tell whether the replies to all questions are there already."""
+        return all(self.ledger.get(ask.key(self._identities[ask.expert])) is not None for ask in asks)
+
+    def hold(self, expert: str) -> Answerer:
+        """Return an expert's answerer, loaded.
+
+        Raises:
+            CoterieError: when it cannot be loaded, or not within the memory.
+        """
+        group = self._groups[expert]
+        if group.is_remote:  # takes no memory, and is held by the one thread that works for it
+            if group.name not in self._remote:
+                self._remote[group.name] = group.load()
+            return self._remote[group.name]
+        if group.name not in self._held:
+            self._check_size(group)
+            self._make_room(group)
+            self.loads[group.name] += 1
+            self._held[group.name] = (group.load(), self._need(group))
+            self.peak = max(self.peak, sum(size for _, size in self._held.values()))
+        return self._held[group.name][0]
+
+    def _work(self, missing: Mapping[str, Ask]) -> dict[str, Reply]:
+        shares: dict[str, dict[str, Ask]] = {}
+        for key, ask in missing.items():
+            shares.setdefault(self._groups[ask.expert].name, {})[key] = ask
+        errors: dict[str, Reply] = {}
+        groups = {group.name: group for group in self._groups.values() if group.name in shares}
+        local = [group for group in groups.values() if not group.is_remote]
+        for group in local:
+            self._check_size(group)
+        remote = [_Helper(self, group, shares[group.name], errors) for group in groups.values() if group.is_remote]
+        for helper in remote:
+            helper.start()
+        try:
+            for group in self._order(local):
+                self.work_through(group, shares[group.name], errors)
+            for helper in remote:
+                helper.join()
+        except _Unwritable as error:
+            assert error.__cause__ is not None
+            raise error.__cause__ from None
+        return errors
+
+    def _order(self, groups: Sequence[Group]) -> list[Group]:
+        """What is loaded already, then the largest first, and what is needed afterwards at the end."""
+
+        def place(group: Group) -> tuple[bool, bool, int]:
+            return group.name in self._later, group.name not in self._held, -self._need(group)
+
+        return sorted(groups, key=place)
+
+    def work_through(self, group: Group, share: Mapping[str, Ask], errors: dict[str, Reply]) -> None:
+        """Let one group answer its share; whatever goes wrong there costs only what is not answered yet."""
+        keys, asks = list(share), list(share.values())
+        bars = _bars(asks, quiet=self._quiet)
+
+        def done(number: int, reply: Reply) -> None:
+            if reply.error is not None:
+                errors[keys[number]] = reply
+            try:
+                self.ledger.add(keys[number], reply)
+            except Exception as error:
+                raise _Unwritable from error
+            bars[asks[number].expert].update()
+
+        try:
+            self.hold(asks[0].expert).answer(asks, done)
+        except _Unwritable:
+            raise
+        except Exception as error:  # a model, a server or a library may raise anything; the others go on
+            for key in keys:
+                if self.ledger.get(key) is None and key not in errors:
+                    errors[key] = failed(error)
+        finally:
+            for bar in bars.values():
+                bar.close()
+
+    def _need(self, group: Group) -> int:
+        return group.size if group.size is not None else self._budget or 0
+
+    def _check_size(self, group: Group) -> None:
+        need = self._need(group)
+        if self._budget is not None and need > self._budget:
+            raise CoterieError(
+                f"{group.name} needs about {need / GIB:.2g} GiB, and there may be {self._budget / GIB:.2g}; "
+                "raise --memory, or take a smaller --dtype or --batch-size"
+            )
+
+    def _make_room(self, group: Group) -> None:
+        """Free groups until this one fits: the oldest first, what is needed afterwards last; all without a budget."""
+        for name in sorted(self._held, key=lambda name: name in self._later):
+            taken = sum(size for _, size in self._held.values())
+            if self._budget is None or taken + self._need(group) > self._budget:
+                self._free(name)
+
+    def _free(self, name: str) -> None:
+        answerer, _ = self._held.pop(name)
+        answerer.close()
+        del answerer
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class _Helper:
+    """An endpoint at work in a thread of its own; it ends with the program if that is stopped."""
+
+    def __init__(self, workshop: Workshop, group: Group, share: Mapping[str, Ask], errors: dict[str, Reply]) -> None:
+        self._broken: Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(workshop, group, share, errors), daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def join(self) -> None:
+        self._thread.join()
+        if self._broken is not None:
+            raise self._broken
+
+    def _run(self, workshop: Workshop, group: Group, share: Mapping[str, Ask], errors: dict[str, Reply]) -> None:
+        try:
+            workshop.work_through(group, share, errors)
+        except Exception as error:  # told to the thread that waits
+            self._broken = error
+
+
+def _bars(asks: Sequence[Ask], *, quiet: bool) -> dict[str, tqdm]:
+    counts = Counter(ask.expert for ask in asks)
+    return {
+        name: tqdm(total=count, desc=f"answers of {name}", unit="answer", disable=quiet)
+        for name, count in counts.items()
+    }
