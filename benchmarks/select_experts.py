@@ -109,8 +109,8 @@ def main() -> None:
         bank = open_bank(Path(place) / "bank")
         task = Task(bank, backbone, PromptFormat(backbone.tokenizer), shots, [])
         settings = ChoiceSettings(max_new_tokens=steps, group_size=GROUP, scoring_batch_size=GROUP * count)
-        remember: Callable = lambda name, make: make()  # noqa: E731
-        scoring = Scoring(task, shots, lambda text, shot: "neither" in text, settings, remember)
+        cached: Callable = lambda name, make: make()  # noqa: E731
+        scoring = Scoring(task, shots, lambda text, shot: "neither" in text, settings, cached)
 
         def select() -> None:
             clock.seconds = 0.0

@@ -32,8 +32,8 @@ MAX_TENSOR_FILE = 8 * 2**30  # bytes; an adapter of rank 256 on a 70B model is a
 RECORDED_PACKAGES = ("coterie", "torch", "transformers", "peft", "scikit-learn", "numpy")
 
 
-Remember = Callable[[str, Callable[[], Any]], Any]
-"""Gives a JSON value by name, computing it where it is not known yet; see `RunFolder.remembered`."""
+JsonCache = Callable[[str, Callable[[], Any]], Any]
+"""Gives a JSON value by name, computing it where it is not known yet; see `RunFolder.cached`."""
 
 
 @contextmanager
@@ -182,18 +182,11 @@ def environment_record() -> dict[str, Any]:
     for package in RECORDED_PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    return {
-        "versions": versions,
-        "python": platform.python_version(),
-        "machine": hardware_name(),
-        "git": _git_commit(),
-    }
-
-
-def _git_commit() -> str | None:
+    commit = None
     with suppress(OSError, subprocess.CalledProcessError):  # no git, no repository, or no commit yet
-        return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    return None
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        commit = git.stdout.strip()
+    return {"versions": versions, "python": platform.python_version(), "machine": hardware_name(), "git": commit}
 
 
 def hardware_name() -> str:
@@ -227,7 +220,7 @@ class RunFolder:
                 working.rename(done)
         return done
 
-    def remembered(self, name: str, make: Callable[[], Any]) -> Any:  # whatever JSON holds
+    def cached(self, name: str, make: Callable[[], Any]) -> Any:  # whatever JSON holds
         """Compute a JSON value once: a run that was interrupted later reads it. It is gone when the run is finished."""
         file = self.path / "working" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}.json"
         if not file.exists():
@@ -291,13 +284,9 @@ def run_folder(
         yield run
         run.finish()
     except (CoterieError, KeyboardInterrupt):
-        if not _anything_to_resume(partial):
+        if not any(path.is_file() and path.name != "run.yaml" for path in partial.rglob("*")):  # nothing to resume
             shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def _anything_to_resume(partial: Path) -> bool:
-    return any(path.is_file() and path.name != "run.yaml" for path in partial.rglob("*"))
 
 
 def _check_same_run(partial: Path, record: Mapping[str, Any]) -> None:

@@ -191,7 +191,7 @@ def _four_bits(dtype: str) -> Any:  # noqa: ANN401 - BitsAndBytesConfig exists o
 
 
 def _hash_weights(location: str | Path, commit: str | None) -> str:
-    """Hash the weight files; large ones only once, since the result is remembered with their size and time."""
+    """Hash the weight files; large ones only once, since the result is cached with their size and time."""
     if isinstance(location, str):
         from transformers.utils import cached_file
 

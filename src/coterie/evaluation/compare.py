@@ -11,7 +11,7 @@ from typing import Any
 
 from coterie.artifacts import (
     FORMAT,
-    Remember,
+    JsonCache,
     check_output,
     read_json,
     read_jsonl,
@@ -27,7 +27,7 @@ from coterie.evaluation.answers import Answers, Task, answer, check_code_executi
 from coterie.evaluation.clusters import cluster_records, feature_map, kind_of
 from coterie.evaluation.few_shot import with_shots
 from coterie.evaluation.rows import hardware_record, mean_weights, memory_bytes, merge_errors, row_record
-from coterie.evaluation.shared_scores import Scored, SharedRouting, afresh, score_methods
+from coterie.evaluation.shared_scores import Scored, SharedRouting, no_cache, score_methods
 from coterie.evaluation.table import format_table, summarise
 from coterie.evaluation.tasks import task_records
 from coterie.methods.common import BASE, DOMAINS_FILE, hash_examples
@@ -129,7 +129,7 @@ def run_evaluation(settings: EvaluationSettings) -> Evaluation:
         logger.info("per-dataset is left out: some rows come from data sets that the mixture was not fitted on")
         protocol = replace(protocol, methods=[name for name in protocol.methods if name != PER_DATASET])
     with run_folder(output, "eval", settings.model_dump(), _inputs(mixture, examples)) as run:
-        result = compare(mixture, examples, protocol, run.remembered)
+        result = compare(mixture, examples, protocol, run.cached)
         result.summary["data"] = ", ".join(settings.data)
         write_jsonl(run.path / "rows.jsonl", result.rows)
         write_json(run.path / "evaluation.json", result.summary)
@@ -233,9 +233,9 @@ def check_sources(mixture: Mixture, examples: Sequence[Example], methods: Sequen
 
 
 def compare(
-    mixture: Mixture, examples: Sequence[Example], protocol: Protocol, remember: Remember = afresh
+    mixture: Mixture, examples: Sequence[Example], protocol: Protocol, cached: JsonCache = no_cache
 ) -> Evaluation:
-    """Compare methods on examples, as `evaluate` does; `remember` keeps what takes long for another try.
+    """Compare methods on examples, as `evaluate` does; `cached` keeps what takes long for another try.
 
     Raises:
         CoterieError: when something that a method needs cannot be trained, or code would have to be run unasked.
@@ -245,10 +245,10 @@ def compare(
     tasks, notes = _tasks(mixture, examples, protocol.shots)
     bench = make_bench(mixture, protocol.methods, protocol.grid)
     token_rows = [mixture.prompts.row(task.asked) for task in tasks]
-    scored = score_methods(bench, token_rows, protocol.methods, remember)
+    scored = score_methods(bench, token_rows, protocol.methods, cached)
     answers = {
         name: Answers.from_record(
-            remember(f"answers-{name}", lambda name=name: _answers(name, scored, tasks, protocol).record())
+            cached(f"answers-{name}", lambda name=name: _answers(name, scored, tasks, protocol).record())
         )
         for name in protocol.methods
         if protocol.generate

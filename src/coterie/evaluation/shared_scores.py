@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from coterie.artifacts import Remember
+from coterie.artifacts import JsonCache
 from coterie.combiners.logits import LogitCombiner
 from coterie.combiners.texts import TextCombiner
 from coterie.data.batching import TokenRow
@@ -83,26 +83,26 @@ class Scored:
     seconds: Mapping[str, float]
 
 
-def afresh(name: str, make: Callable[[], Any]) -> Any:
-    """Remember nothing."""
+def no_cache(name: str, make: Callable[[], Any]) -> Any:
+    """Compute the value: a cache that stores nothing."""
     return make()
 
 
-def score_methods(bench: Bench, rows: Sequence[TokenRow], names: Sequence[str], remember: Remember = afresh) -> Scored:
-    """Route and score all methods on rows with answers; `remember` keeps what takes long for another try."""
+def score_methods(bench: Bench, rows: Sequence[TokenRow], names: Sequence[str], cached: JsonCache = no_cache) -> Scored:
+    """Route and score all methods on rows with answers; `cached` keeps what takes long for another try."""
     cells = {name: bench.cell(name) for name in names}
     shared = SharedRouting([row.prompt() for row in rows])
     routed = {name: shared(cell.router) for name, cell in cells.items() if not isinstance(cell.router, OracleRouter)}
     scorable = [name for name in routed if not isinstance(cells[name].combiner, TextCombiner)]
     in_logits = [name for name in scorable if isinstance(cells[name].combiner, LogitCombiner)]
-    together = remember("likelihoods", lambda: _score_logits(bench, rows, {name: routed[name] for name in in_logits}))
+    together = cached("likelihoods", lambda: _score_logits(bench, rows, {name: routed[name] for name in in_logits}))
     nll = {name: torch.tensor(values) for name, values in together["nll"].items()}
     expert_nll, tokens = torch.tensor(together["expert_nll"]), torch.tensor(together["tokens"])
     seconds = dict.fromkeys(in_logits, together["seconds"])
     for name in scorable:
         if name not in in_logits:
             make = partial(_score_alone, cells[name], rows, routed[name], name)
-            alone = remember(f"likelihood-{name}", make)
+            alone = cached(f"likelihood-{name}", make)
             nll[name], seconds[name] = torch.tensor(alone["nll"]), alone["seconds"]
     for name, cell in cells.items():
         if isinstance(cell.router, OracleRouter):

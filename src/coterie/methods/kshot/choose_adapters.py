@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from coterie.artifacts import Remember, check_output, read_json, run_folder, write_json, write_jsonl
+from coterie.artifacts import JsonCache, check_output, read_json, run_folder, write_json, write_jsonl
 from coterie.data.examples import Example
 from coterie.errors import CoterieError
 from coterie.experts.adapter_selection import (
@@ -84,14 +84,14 @@ class Scoring:
         rationales: the shots with the responses whose perplexity counts.
         judge: grades answers.
         settings: how adapters are chosen.
-        remember: keeps what was scored for another try.
+        cached: keeps what was scored for another try.
     """
 
     task: Task
     rationales: Sequence[Example]
     judge: Judge
     settings: ChoiceSettings
-    remember: Remember
+    cached: JsonCache
 
 
 def run_selection(settings: SelectSettings, judge: Judge) -> Selected:
@@ -109,11 +109,11 @@ def run_selection(settings: SelectSettings, judge: Judge) -> Selected:
     data = load_shots(settings.shots, settings.choice.exclude, settings.limit)
     task = open_task(settings.folder, data, settings.placement, settings.system_prompt)
     with run_folder(output, "select", settings.model_dump(), task.inputs()) as run:
-        return select_into(run.path, task, settings, judge, run.remembered)
+        return select_into(run.path, task, settings, judge, run.cached)
 
 
 def select_into(
-    folder: Path, task: Task, settings: SelectSettings | KshotSettings, judge: Judge, remember: Remember
+    folder: Path, task: Task, settings: SelectSettings | KshotSettings, judge: Judge, cached: JsonCache
 ) -> Selected:
     """Choose adapters, also as a part of a longer run, and write `selection.json` and `scores.jsonl` into its folder.
 
@@ -122,7 +122,7 @@ def select_into(
     """
     batch = settings.choice.scoring_batch_size
     rationales = with_rationales(task.shots, settings.rationale, settings.placement, batch)
-    selected = choose(Scoring(task, rationales, judge, settings.choice, remember))
+    selected = choose(Scoring(task, rationales, judge, settings.choice, cached))
     write_jsonl(folder / SCORES_FILE, selected.scores)
     write_json(folder / SELECTION_FILE, selected.record)
     return selected
@@ -252,7 +252,7 @@ def _score_further(scoring: Scoring, names: Sequence[str], table: dict[str, list
             "adapters %d to %d of %d: shots %d to %d", place + 1, place + len(own), len(order), start + 1, shots
         )
         key = f"scores-{start}-{shots}-{'-'.join(own)}"
-        found = scoring.remember(key, lambda own=own: _score(scoring, own, range(start, shots)))
+        found = scoring.cached(key, lambda own=own: _score(scoring, own, range(start, shots)))
         for name in own:
             table[name] += found[name]
 

@@ -58,7 +58,7 @@ def _selected(run: RunFolder, task: Task, settings: KshotSettings, judge: Judge)
     """Choose the experts, once."""
 
     def make(folder: Path) -> None:
-        select_into(folder, task, settings, judge, run.remembered)
+        select_into(folder, task, settings, judge, run.cached)
 
     return list(read_selection(run.stage(SELECTION, make))["chosen"])
 
