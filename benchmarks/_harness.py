@@ -16,7 +16,7 @@ from coterie.artifacts import environment_record
 from coterie.backbone.loading import Backbone, load_backbone
 from coterie.experts.training import save_adapter
 from coterie.lora import Adapter
-from coterie.settings import ModelSettings
+from coterie.settings.groups import ModelSettings
 
 
 def arguments(description: str) -> argparse.Namespace:

@@ -22,7 +22,7 @@ from coterie.engine.decoding import DecodingBatch
 from coterie.experts.bank import load_adapter
 from coterie.lora import Adapter
 from coterie.routers.base import Routing
-from coterie.settings import SamplingSettings
+from coterie.settings.groups import SamplingSettings
 
 EXPERTS = 9
 PROMPT = "Explain in simple words why the sky is blue during the day and red in the evening. " * 3

@@ -20,7 +20,7 @@ from coterie.data.batching import TokenRow, pad
 from coterie.experts.bank import load_adapter
 from coterie.features.gradient import AdamState, Checkpoint, GradientFeatures, Moments, adam_step, loss_weights
 from coterie.features.projection import RademacherProjection, SketchProjection
-from coterie.settings import FeatureSettings
+from coterie.settings.groups import FeatureSettings
 
 DENSE_SLICE = 256  # the dense projection is timed on one element in this many
 LENGTH = 96

@@ -17,7 +17,7 @@ from coterie.backbone.loading import load_backbone
 from coterie.data.batching import PromptFormat, tokenise
 from coterie.data.examples import load_examples
 from coterie.experts.training import TrainingPlan, train_adapter
-from coterie.settings import LoraSettings, ModelSettings
+from coterie.settings.groups import LoraSettings, ModelSettings
 
 WORDS = {
     "sea": "wave boat fish tide sand shore sail port crew deep",

@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coterie.data.row_selection import Selection, select
-from coterie.settings import SelectionSettings
+from coterie.settings.groups import GatherRowsSettings
 
 SHOTS, WIDTH, TOPICS, COPIES = 50, 384, 200, 0.1
-SETTINGS = SelectionSettings(budget=1000, tau=0.9, exclude_tau=0.99)
+SETTINGS = GatherRowsSettings(budget=1000, tau=0.9, exclude_tau=0.99)
 SEMHASH = """
 import json, sys, time
 import numpy as np

@@ -22,7 +22,7 @@ from coterie.experts.bank import ExpertBank, load_adapter
 from coterie.experts.reply_cache import Ledger
 from coterie.mixture.local_answers import LocalAnswerer, LocalExpert, load_local
 from coterie.mixture.scheduler import Workshop
-from coterie.settings import PlacementSettings, SamplingSettings
+from coterie.settings.groups import PlacementSettings, SamplingSettings
 
 ADAPTERS = 4
 RECRUITS = 3

@@ -26,7 +26,7 @@ from coterie.experts.bank_folder import open_bank
 from coterie.methods.add_adapters import bank_add
 from coterie.methods.kshot.choose_adapters import Scoring, score_adapters
 from coterie.methods.kshot.task import Task
-from coterie.settings import ChoiceSettings
+from coterie.settings.groups import SelectAdaptersSettings
 
 QUESTION = "Question {number}: is the sky blue because of the sea, or is the sea blue because of the sky?"
 ANSWER = "The answer is neither. Both scatter and absorb light in ways of their own, and blue light most of all."
@@ -108,7 +108,7 @@ def main() -> None:
         assert all(one.card for one in bank_add(Path(place) / "bank", named, model=flags.model))
         bank = open_bank(Path(place) / "bank")
         task = Task(bank, backbone, PromptFormat(backbone.tokenizer), shots, [])
-        settings = ChoiceSettings(max_new_tokens=steps, group_size=GROUP, scoring_batch_size=GROUP * count)
+        settings = SelectAdaptersSettings(max_new_tokens=steps, group_size=GROUP, scoring_batch_size=GROUP * count)
         cached: Callable = lambda name, make: make()  # noqa: E731
         scoring = Scoring(task, shots, lambda text, shot: "neither" in text, settings, cached)
 

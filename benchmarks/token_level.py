@@ -25,7 +25,7 @@ from coterie.mixture import Mixture
 from coterie.mixture.loading import describe_growing_text
 from coterie.routers.similarity import SimilarityRouter
 from coterie.routers.token import TokenLevel
-from coterie.settings import SamplingSettings
+from coterie.settings.groups import SamplingSettings
 
 NAMES = ("maths", "science", "reading", "code")
 BATCH = 8

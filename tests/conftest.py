@@ -15,7 +15,8 @@ from coterie.methods import CLUSTER_METHODS
 from coterie.methods.family import Bench
 from coterie.methods.registry import load_bench, make_bench
 from coterie.mixture import Mixture
-from coterie.settings import GridSettings, ModelSettings, PoolSettings
+from coterie.settings.commands import PoolSettings
+from coterie.settings.groups import ExtrasSettings, ModelSettings
 from stub_server import serving
 from symbolic_place import EXPERTS, Place, respond, rows
 
@@ -32,7 +33,7 @@ FIT = {
 """Settings of the tiny mixture: learning rates at which a random model moves in a few steps."""
 
 
-GRID = GridSettings(encoder="hidden", ensemble_size=2, gate_learning_rate=1e-2)
+GRID = ExtrasSettings(encoder="hidden", ensemble_size=2, gate_learning_rate=1e-2)
 """Settings of what is trained beyond it."""
 
 

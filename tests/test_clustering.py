@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from coterie.errors import CoterieError
 from coterie.experts import clustering
 from coterie.experts.clustering import Clustering, cluster, describe, leaf_radius, spherical_centres
-from coterie.settings import ClusterMethod, ClusterSettings
+from coterie.settings.groups import ClusterMethod, ClusterSettings
 
 METHODS = get_args(ClusterMethod)
 SIZES = (30, 20, 12, 9, 7)

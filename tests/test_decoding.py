@@ -19,7 +19,7 @@ from coterie.experts.bank import ExpertBank
 from coterie.mixture import Mixture
 from coterie.routers.base import Routing
 from coterie.routers.fixed import FixedRouter
-from coterie.settings import SamplingSettings
+from coterie.settings.groups import SamplingSettings
 
 EXACT = [name for name in COMBINERS if ":" not in name and name != "texts"]
 """Combiners that mix without any approximation and without chance: the laws below hold for them to the last digit."""

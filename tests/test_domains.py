@@ -24,14 +24,9 @@ from coterie.methods.token_level import fit as domains
 from coterie.methods.token_level.methods import domain_sources
 from coterie.mixture import Mixture
 from coterie.mixture.scoring import score
-from coterie.settings import (
-    BankSettings,
-    EvaluationSettings,
-    GridSettings,
-    ModelSettings,
-    TokenLevelSettings,
-    from_flat,
-)
+from coterie.settings.commands import BankSettings, EvaluationSettings, TokenLevelSettings
+from coterie.settings.groups import ExtrasSettings, ModelSettings
+from coterie.settings.reading import from_flat
 
 DOMAINS = ("law", "maths")
 QUESTIONS = load_examples(tiny.make_rows(6, seed=21))
@@ -175,7 +170,7 @@ def test_a_null_expert_is_a_plain_adapter_that_changes_nothing(adapters, files, 
     below = (torch.cat(own) < built.router.router.null.similarity).float().mean()
     assert float(below) == pytest.approx(0.25, abs=0.05)
     for name in ("arrow", "spectr"):
-        routing = make_bench(built, [name], GridSettings()).cell(name).route(QUESTIONS)
+        routing = make_bench(built, [name], ExtrasSettings()).cell(name).route(QUESTIONS)
         assert routing.experts == (*DOMAINS, "null")
         assert bool((routing.weights[:, 2] > 0).all())
     alone = built.replace(router="null", combiner="layers").generate(QUESTIONS[:2], max_new_tokens=4)
@@ -230,7 +225,7 @@ def test_all_usual_methods_are_compared(fitted, tmp_path):
 
 def test_prompt_routing_is_the_variant_that_is_never_renewed(fitted):
     mixture = Mixture.from_pretrained(fitted, device="cpu")
-    bench = make_bench(mixture, ["token-level"], GridSettings())
+    bench = make_bench(mixture, ["token-level"], ExtrasSettings())
     never = bench.cell("token-level:every=inf").generate(QUESTIONS, max_new_tokens=4)
     plain = mixture.replace(router=mixture.router.router, combiner="layers").generate(QUESTIONS, max_new_tokens=4)
     assert never == plain
@@ -241,14 +236,14 @@ def test_prompt_routing_is_the_variant_that_is_never_renewed(fitted):
 
 
 def test_unit_weights_add_every_update_up(fitted):
-    bench = make_bench(Mixture.from_pretrained(fitted, device="cpu"), ["unit-weights"], GridSettings())
+    bench = make_bench(Mixture.from_pretrained(fitted, device="cpu"), ["unit-weights"], ExtrasSettings())
     routing = bench.cell("unit-weights").route(QUESTIONS[:1])
     assert routing.row(0) == dict.fromkeys(DOMAINS, 1.0)
     assert bench.cell("uniform-weights").route(QUESTIONS[:1]).row(0) == dict.fromkeys(DOMAINS, 0.5)
 
 
 def test_the_published_way_is_to_the_letter(fitted):
-    bench = make_bench(Mixture.from_pretrained(fitted, device="cpu"), ["token-level-published"], GridSettings())
+    bench = make_bench(Mixture.from_pretrained(fitted, device="cpu"), ["token-level-published"], ExtrasSettings())
     cell = bench.cell("token-level-published")
     assert (cell.router.every, cell.router.cache, cell.combiner.kind) == (1, "recompute", "weights:peft-0.4-linear")
     assert cell.router.router.weighting.temperature is None

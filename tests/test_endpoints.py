@@ -9,7 +9,7 @@ from coterie.data.examples import from_prompt
 from coterie.errors import CoterieError
 from coterie.experts.answering import Ask, Reply
 from coterie.experts.endpoints import HOPELESS, Endpoint, EndpointAnswerer, Pace, key_variable
-from coterie.settings import SamplingSettings, WorkSettings
+from coterie.settings.groups import ExpertServingSettings, SamplingSettings
 from stub_server import Got, Sent, completion, serving
 
 KEY = "sk-very-secret-0123456789"
@@ -20,7 +20,7 @@ def asks(*questions: str, **sampling: object) -> list[Ask]:
 
 
 def ask_all(stub, questions, **work: object) -> list[Reply]:
-    settings = WorkSettings(**{"retries": 2, "timeout": 5.0, "concurrency": 4, **work})
+    settings = ExpertServingSettings(**{"retries": 2, "timeout": 5.0, "concurrency": 4, **work})
     answerer = EndpointAnswerer(Endpoint("big", stub.url, "some-model"), settings, first_pause=0.01)
     found: dict[int, Reply] = {}
     answerer.answer(questions, found.__setitem__)
@@ -83,7 +83,7 @@ def test_the_pause_that_a_server_asks_for_is_kept():
 
 def test_pauses_grow_from_try_to_try():
     with serving(lambda got: Sent(500, {})) as stub:
-        settings = WorkSettings(retries=2, timeout=5.0)
+        settings = ExpertServingSettings(retries=2, timeout=5.0)
         answerer = EndpointAnswerer(Endpoint("big", stub.url, "m"), settings, first_pause=0.2)
         found: dict[int, Reply] = {}
         answerer.answer(asks("hi"), found.__setitem__)
@@ -213,13 +213,14 @@ def test_a_redirection_does_not_carry_the_key_away(monkeypatch):
 def test_a_broken_key_is_told_without_showing_it(monkeypatch):
     monkeypatch.setenv("COTERIE_KEY_MY_BIG_1", f"{KEY}\nX-Evil: 1")
     with pytest.raises(CoterieError, match="the key in COTERIE_KEY_MY_BIG_1 holds spaces") as error:
-        EndpointAnswerer(Endpoint("my-big.1", "http://h/v1", "m"), WorkSettings())
+        EndpointAnswerer(Endpoint("my-big.1", "http://h/v1", "m"), ExpertServingSettings())
     assert KEY not in str(error.value)
 
 
 def test_closing_ends_a_pause_and_asks_nothing_more():
     with serving(lambda got: Sent(429, {}, (("Retry-After", "30"),))) as stub:
-        answerer = EndpointAnswerer(Endpoint("big", stub.url, "m"), WorkSettings(concurrency=1), first_pause=30.0)
+        one_at_a_time = ExpertServingSettings(concurrency=1)
+        answerer = EndpointAnswerer(Endpoint("big", stub.url, "m"), one_at_a_time, first_pause=30.0)
         started = time.monotonic()
         stub.respond = lambda got: (answerer.close(), Sent(429, {}, (("Retry-After", "30"),)))[1]
         answerer.answer(asks("a", "b"), lambda number, reply: None)
@@ -231,6 +232,6 @@ def test_what_the_caller_raises_comes_back_to_it():
         raise OSError("disk full")
 
     with serving(lambda got: completion("x")) as stub:
-        answerer = EndpointAnswerer(Endpoint("big", stub.url, "m"), WorkSettings())
+        answerer = EndpointAnswerer(Endpoint("big", stub.url, "m"), ExpertServingSettings())
         with pytest.raises(OSError, match="disk full"):
             answerer.answer(asks("a", "b"), done)

@@ -23,7 +23,9 @@ from coterie.methods import CLUSTER_METHODS as METHODS
 from coterie.mixture import Mixture
 from coterie.mixture.scoring import score
 from coterie.routers.base import Routing
-from coterie.settings import EvaluationSettings, SamplingSettings, from_flat
+from coterie.settings.commands import EvaluationSettings
+from coterie.settings.groups import SamplingSettings
+from coterie.settings.reading import from_flat
 
 EXAMPLES = load_examples(tiny.make_rows(9, seed=21))
 NAMES = [*METHODS, "elrea:top_k=1", "elrea:d_proj=64"]

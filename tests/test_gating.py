@@ -27,7 +27,7 @@ from coterie.lora import LoraPair
 from coterie.mixture.loading import RouterParts, load_router
 from coterie.routers.gate import GateRouter
 from coterie.routers.spectral import spectral_router
-from coterie.settings import LoraSettings, ModelSettings
+from coterie.settings.groups import LoraSettings, ModelSettings
 
 NAMES = ("law", "maths", "single")
 LAYER = "model.layers.0.self_attn.q_proj"

@@ -14,7 +14,7 @@ from coterie.errors import CoterieError
 from coterie.experts.training import load_checkpoint
 from coterie.features import gradient
 from coterie.features.gradient import GradientFeatures, adam_step
-from coterie.settings import FeatureSettings
+from coterie.settings.groups import FeatureSettings
 
 TEXTS = [
     "add 1 2",

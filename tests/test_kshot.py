@@ -29,7 +29,9 @@ from coterie.methods.kshot import fit as kshot
 from coterie.methods.kshot import train as tuning
 from coterie.methods.kshot.run import open_task_recipe
 from coterie.mixture import Mixture
-from coterie.settings import GridSettings, KshotSettings, ModelSettings, from_flat
+from coterie.settings.commands import KshotSettings
+from coterie.settings.groups import ExtrasSettings, ModelSettings
+from coterie.settings.reading import from_flat
 from stub_server import completion, serving
 
 SOURCES = ("sum", "spell", "pick")
@@ -306,7 +308,7 @@ def test_open_data_is_gathered_and_trained_on(bank, task_shots, pool_file, tmp_p
     mixture = fit(bank, task_shots, tmp_path / "run", **settings)
     gathered = load_examples(tmp_path / "run" / "gathered" / "gathered.jsonl")
     assert len(gathered) == 4
-    recipe = open_task_recipe(mixture, GridSettings())
+    recipe = open_task_recipe(mixture, ExtrasSettings())
     assert len(recipe.rows) == 4 + 5
     alone = fit(bank, task_shots, tmp_path / "alone")
     weights = [m.bank.adapters[0]["model.layers.0.self_attn.q_proj"].down for m in (mixture, alone)]
@@ -442,8 +444,8 @@ def test_what_has_changed_since_is_not_trained_on(rivals, bank, tmp_path):
     shots = write_rows(tmp_path / "other.jsonl", rows_of("pick", 5, seed=1))
     (copy / "run.yaml").write_text(record.replace("shots.jsonl", "gone.jsonl"))
     with pytest.raises(CoterieError, match="does not exist"):
-        make_bench(Mixture.from_pretrained(copy, device="cpu"), ["best-tuned"], GridSettings())
+        make_bench(Mixture.from_pretrained(copy, device="cpu"), ["best-tuned"], ExtrasSettings())
     old = next(line.split("- ")[1] for line in record.splitlines() if line.endswith("shots.jsonl"))
     (copy / "run.yaml").write_text(record.replace(old, str(shots)))
     with pytest.raises(CoterieError, match="shots is not what .* was fitted on any more"):
-        make_bench(Mixture.from_pretrained(copy, device="cpu"), ["best-tuned"], GridSettings())
+        make_bench(Mixture.from_pretrained(copy, device="cpu"), ["best-tuned"], ExtrasSettings())

@@ -8,7 +8,7 @@ import tiny
 from conftest import write_rows
 from coterie.experts.expert_pool import init_pool
 from coterie.mixture.scheduler import Workshop
-from coterie.settings import PoolSettings
+from coterie.settings.commands import PoolSettings
 from symbolic_place import lines, question, rows
 
 

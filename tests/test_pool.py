@@ -8,7 +8,7 @@ import pytest
 import tiny
 from coterie.errors import CoterieError
 from coterie.experts.expert_pool import init_pool, read_pool
-from coterie.settings import PoolSettings
+from coterie.settings.commands import PoolSettings
 
 
 @pytest.fixture

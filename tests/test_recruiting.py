@@ -20,7 +20,8 @@ from coterie.mixture import Mixture
 from coterie.mixture.local_answers import LocalAnswerer, LocalExpert, load_local
 from coterie.mixture.memory import budget_of, groups_of, needed_bytes
 from coterie.mixture.scheduler import Workshop
-from coterie.settings import PlacementSettings, PoolSettings, SamplingSettings, WorkSettings
+from coterie.settings.commands import PoolSettings
+from coterie.settings.groups import ExpertServingSettings, PlacementSettings, SamplingSettings
 from stub_server import completion, serving
 
 
@@ -354,7 +355,7 @@ def test_a_pool_of_every_kind_answers(tmp_path, model_folder, run_folder):
         settings = PoolSettings(folder=str(tmp_path), expert=[*adapters, f"plain={model_folder}", f"big={stub.url}#m"])
         init_pool(settings)
         pool = read_pool(tmp_path)
-        groups = groups_of(pool, PlacementSettings(device="cpu"), WorkSettings())
+        groups = groups_of(pool, PlacementSettings(device="cpu"), ExpertServingSettings())
         assert [group.experts for group in groups] == [("base", "cluster-0", "plain"), ("big",)]
         with Workshop(groups, {e.name: e.identity for e in pool.experts}, Ledger(tmp_path / "l.jsonl")) as shop:
             replies = shop.ask([ask(name, "add 1 2", max_new_tokens=4) for name in pool.names])
@@ -388,8 +389,8 @@ def test_memory_is_told_from_the_files_alone(model_folder, run_folder, backbone:
 
 def test_the_budget_is_what_was_asked_for_or_a_part_of_what_is_free():
     here = PlacementSettings(device="cpu")
-    assert budget_of(WorkSettings(memory=1.5), here) == 3 * 2**29
-    free = budget_of(WorkSettings(), here)
+    assert budget_of(ExpertServingSettings(memory=1.5), here) == 3 * 2**29
+    free = budget_of(ExpertServingSettings(), here)
     assert free is None or 2**20 < free < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from coterie.data import row_selection as choosing
 from coterie.data.row_selection import keep_as_published, keep_greedily, select
 from coterie.data.row_similarity import density_similarity, hull_similarity, nearness_by
-from coterie.settings import SelectionSettings
+from coterie.settings.groups import GatherRowsSettings
 
 RULES = ("max-cosine", "convex-hull", "kde")
 
@@ -45,8 +45,8 @@ def test_a_chain_of_near_rows_keeps_both_ends_greedily_and_one_end_as_published(
 def test_the_budget_fills_up_beyond_near_rows_greedily_but_not_as_published():
     pool, shots = at(10, 11, 12, 60, 80), at(0)
     common = {"tau": 0.99, "exclude_tau": 1.0}
-    greedy = select(pool, shots, names(5), SelectionSettings(budget=2, **common))
-    published = select(pool, shots, names(5), SelectionSettings(budget=2, dedup="published", **common))
+    greedy = select(pool, shots, names(5), GatherRowsSettings(budget=2, **common))
+    published = select(pool, shots, names(5), GatherRowsSettings(budget=2, dedup="published", **common))
     assert greedy.rows.tolist() == [0, 3] and published.rows.tolist() == [0]
     C, L, N = choosing.CHOSEN, choosing.LEFT, choosing.LIKE_CHOSEN
     assert greedy.fates.tolist() == [C, N, N, C, L]
@@ -66,13 +66,13 @@ def test_rows_at_the_threshold_stay(tile, monkeypatch):
 
 def test_equal_rows_go_by_their_keys():
     chosen = [
-        select(at(30, 30), at(0), np.array(keys, dtype="S1"), SelectionSettings(budget=1)).rows.tolist()
+        select(at(30, 30), at(0), np.array(keys, dtype="S1"), GatherRowsSettings(budget=1)).rows.tolist()
         for keys in (["a", "b"], ["b", "a"])
     ]
     assert chosen == [[0], [1]]
 
 
-def brute_force(pool, shots, excluded, keys, options: SelectionSettings) -> list[int]:
+def brute_force(pool, shots, excluded, keys, options: GatherRowsSettings) -> list[int]:
     """One full matrix of everything with everything, and loops over pairs."""
     whole = torch.cat([pool, shots, excluded]).double()
     cosines = (whole @ whole.T).numpy().round(6)
@@ -100,7 +100,7 @@ def problems(draw):
     grid[grid.abs().sum(dim=1) == 0, 0] = 1
     points = normalize(grid, dim=1)
     points = normalize(points + 0.01 * torch.randint(0, 2, points.shape, generator=generator), dim=1)
-    options = SelectionSettings(
+    options = GatherRowsSettings(
         budget=draw(st.integers(1, 45)),
         dedup=draw(st.sampled_from(["greedy", "published"])),
         tau=draw(st.sampled_from([0.5, 0.9, 0.99, 1.0])),
@@ -135,11 +135,11 @@ def test_every_planted_leak_is_found_among_thousands_of_rows():
     planted = normalize(torch.cat([shots, excluded]) + 0.25 * unit(37, 64, 3), dim=1)
     places = torch.randperm(5000, generator=torch.Generator().manual_seed(4))[:37]
     pool[places] = planted
-    found = select(pool, shots, names(5000), SelectionSettings(budget=5000, block_rows=300), excluded)
+    found = select(pool, shots, names(5000), GatherRowsSettings(budget=5000, block_rows=300), excluded)
     assert sorted(np.flatnonzero(found.fates == choosing.LIKE_SHOT)) == sorted(places[:7].tolist())
     assert sorted(np.flatnonzero(found.fates == choosing.LIKE_EXCLUDED)) == sorted(places[7:].tolist())
     assert set(found.rows) & set(places.tolist()) == set()
-    none = select(pool, shots, names(5000), SelectionSettings(budget=5000))
+    none = select(pool, shots, names(5000), GatherRowsSettings(budget=5000))
     assert (none.fates == choosing.LIKE_EXCLUDED).sum() == 0 and (none.measured.excluded == -1).all()
 
 
@@ -162,7 +162,7 @@ def test_no_more_than_a_block_is_read_at_once_and_rows_beyond_the_budget_are_rea
     pool = CountedRows(unit(3000, 16, 0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choosing, "TILE", 40)
-        select(pool, unit(5, 16, 1), names(3000), SelectionSettings(budget=30, tau=1.0, block_rows=100))
+        select(pool, unit(5, 16, 1), names(3000), GatherRowsSettings(budget=30, tau=1.0, block_rows=100))
     assert pool.most == 100 and pool.total == 3000 + 40
 
 
@@ -226,7 +226,7 @@ def test_every_rule_is_the_cosine_where_there_is_one_shot(rule):
 @pytest.mark.parametrize("rule", RULES)
 def test_the_rule_that_is_asked_for_orders_the_rows(rule):
     pool, shots = unit(200, 4, 1), unit(6, 4, 2)
-    options = SelectionSettings(budget=200, tau=1.0, exclude_tau=1.0, rule=rule, gamma=3.0)
+    options = GatherRowsSettings(budget=200, tau=1.0, exclude_tau=1.0, rule=rule, gamma=3.0)
     found = select(pool, shots, names(200), options)
     cosines = pool.double() @ shots.double().T
     squares = 2 - 2 * cosines.numpy()

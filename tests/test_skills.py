@@ -30,7 +30,7 @@ from coterie.routers.skill import (
     replace_rare,
     suitability,
 )
-from coterie.settings import RecruitSettings
+from coterie.settings.groups import RecruitSettings
 
 NAN = math.nan
 

@@ -17,7 +17,8 @@ from coterie.methods.symbolic.aggregator import make_up
 from coterie.methods.symbolic.fit import load_symbolic
 from coterie.methods.symbolic.profile import PROFILE, read_profile
 from coterie.methods.symbolic.skills import keyword_asks
-from coterie.settings import PoolSettings, SamplingSettings
+from coterie.settings.commands import PoolSettings
+from coterie.settings.groups import SamplingSettings
 from stub_server import Got, Sent, completion
 from symbolic_place import EXPERTS, lines, question, respond, rows
 from test_cli import refused

@@ -18,7 +18,7 @@ import typer
 import coterie
 from coterie.artifacts import read_run_record, write_jsonl
 from coterie.errors import CoterieError
-from coterie.settings import (
+from coterie.settings.commands import (
     BankAddSettings,
     BankSettings,
     BankVerifySettings,
@@ -31,14 +31,11 @@ from coterie.settings import (
     ProfileSettings,
     RouteSettings,
     SelectSettings,
-    Settings,
     SymbolicSettings,
     TokenLevelSettings,
-    checked,
-    flat_fields,
-    from_flat,
-    renewal_interval,
 )
+from coterie.settings.groups import rerouting_interval
+from coterie.settings.reading import Settings, checked, flat_fields, from_flat
 
 app = typer.Typer(
     help="Train, select, route, combine and serve LoRA experts for language models.",
@@ -349,7 +346,7 @@ def _mixture(settings: RouteSettings | GenerateSettings) -> Any:
         raise CoterieError("--cache says how weights are renewed; add --every N")
     if not routing.every:
         return mixture.replace(router=routing.router, combiner=routing.combiner)
-    every = renewal_interval(routing.every)
+    every = rerouting_interval(routing.every)
     return mixture.replace(router=routing.router).renewed(every, cache=routing.cache, combiner=routing.combiner)
 
 

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from coterie.artifacts import read_json, sha256_of, write_json
 from coterie.backbone.aliases import ALIASES, cache_folder, densify, fetch_alias
 from coterie.errors import CoterieError, missing_extra, unknown_name
-from coterie.settings import ModelSettings
+from coterie.settings.groups import ModelSettings
 
 logger = logging.getLogger(__name__)
 

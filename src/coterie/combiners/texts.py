@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from coterie.combiners.base import RowPlan
 from coterie.combiners.logits import LogitCombiner
 from coterie.routers.base import Routing
-from coterie.settings import SamplingSettings
+from coterie.settings.groups import SamplingSettings
 
 SAMPLES = 5
 TEMPERATURE = 1.0

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from coterie.data.row_similarity import nearness_by
-from coterie.settings import SelectionSettings
+from coterie.settings.groups import GatherRowsSettings
 
 DECIMALS = 6
 TILE = 1024
@@ -77,7 +77,7 @@ def select(
     pool: Rows,
     shots: Float[Tensor, "shot dimension"],
     keys: Shaped[np.ndarray, " row"],
-    settings: SelectionSettings,
+    settings: GatherRowsSettings,
     excluded: Float[Tensor, "excluded dimension"] | None = None,
 ) -> Selection:
     """Choose rows of the pool; time grows linearly with it.
@@ -109,7 +109,7 @@ def select(
 def measure(
     pool: Rows,
     shots: Float[Tensor, "shot dimension"],
-    settings: SelectionSettings,
+    settings: GatherRowsSettings,
     excluded: Float[Tensor, "excluded dimension"] | None = None,
 ) -> Measured:
     """Compare every pool row with the examples and the excluded rows, to six decimals."""

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from coterie.settings import SimilarityRule
+from coterie.settings.groups import SimilarityRule
 
 HULL_TOLERANCE = 1e-8
 SMALLEST_CURVATURE = 1e-12

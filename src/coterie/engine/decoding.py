@@ -18,7 +18,7 @@ from coterie.engine.rows import CachedRows
 from coterie.engine.sampling import Sampler
 from coterie.engine.text import TextStream
 from coterie.routers.base import Routing
-from coterie.settings import SamplingSettings
+from coterie.settings.groups import SamplingSettings
 
 FinishReason = Literal["stop", "length"]
 

@@ -11,7 +11,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from coterie.settings import SamplingSettings
+from coterie.settings.groups import SamplingSettings
 
 
 class Sampler:

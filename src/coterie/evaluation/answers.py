@@ -15,7 +15,7 @@ from coterie.grading.code import code_tests, grade_code
 from coterie.grading.sandbox import protection
 from coterie.mixture import Completion, Mixture, Trace
 from coterie.routers.base import Routing
-from coterie.settings import SamplingSettings
+from coterie.settings.groups import SamplingSettings
 
 
 class Answers(NamedTuple):

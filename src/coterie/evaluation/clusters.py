@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from coterie.artifacts import read_json, read_jsonl, read_run_record, read_tensors
 from coterie.errors import CoterieError
 from coterie.experts.clustering import cluster
-from coterie.settings import ClusterSettings, ElreaSettings, checked
+from coterie.settings.commands import ElreaSettings
+from coterie.settings.groups import ClusterSettings
+from coterie.settings.reading import checked
 
 MOST_POINTS = 2000
 SEEDS = (0, 1, 2)

@@ -35,7 +35,9 @@ from coterie.methods.family import Bench, Table, method_named
 from coterie.methods.registry import make_bench, methods_on, usual_methods
 from coterie.mixture import Mixture
 from coterie.routers.base import Routing
-from coterie.settings import EvaluationSettings, GridSettings, SamplingSettings, ShotSettings, from_flat
+from coterie.settings.commands import EvaluationSettings
+from coterie.settings.groups import ExtrasSettings, FewShotSettings, SamplingSettings
+from coterie.settings.reading import from_flat
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +80,8 @@ class Protocol:
     batch_size: int = 8
     resamples: int = 2000
     sampling: SamplingSettings = SamplingSettings()
-    grid: GridSettings = GridSettings()
-    shots: ShotSettings = ShotSettings()
+    grid: ExtrasSettings = ExtrasSettings()
+    shots: FewShotSettings = FewShotSettings()
 
 
 def evaluate(
@@ -273,7 +275,7 @@ def compare(
     return Evaluation(summary, rows)
 
 
-def _tasks(mixture: Mixture, examples: Sequence[Example], shots: ShotSettings) -> tuple[list[Task], list[str]]:
+def _tasks(mixture: Mixture, examples: Sequence[Example], shots: FewShotSettings) -> tuple[list[Task], list[str]]:
     """Put solved examples before every question, where there are any."""
     if not shots.shots:
         return [Task(example, example) for example in examples], []

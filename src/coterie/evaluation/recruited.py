@@ -18,7 +18,8 @@ from coterie.methods.symbolic.plan import WorkPlan, plan_work
 from coterie.methods.symbolic.profile import Profiled, profile_pool
 from coterie.methods.symbolic.skills import open_workshop
 from coterie.mixture import Prompt, as_example
-from coterie.settings import GenerateSettings, ProfileSettings, RoutingSettings, SymbolicSettings
+from coterie.settings.commands import GenerateSettings, ProfileSettings, SymbolicSettings
+from coterie.settings.groups import RoutingSettings
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from coterie.methods.symbolic.answer import LineUp, Outcome, answer_all
 from coterie.methods.symbolic.fit import BEST_SINGLE, LINE_UPS, METHOD, Symbolic, is_symbolic, load_symbolic
 from coterie.methods.symbolic.profile import REPLIES
 from coterie.methods.symbolic.skills import open_workshop
-from coterie.settings import EvaluationSettings
+from coterie.settings.commands import EvaluationSettings
 
 
 def evaluate_folder(settings: EvaluationSettings) -> Evaluation:

@@ -12,7 +12,8 @@ from coterie.methods.kshot.fit import GATHERED, SELECTION
 from coterie.methods.kshot.gather_rows import SUMMARY_FILE
 from coterie.methods.kshot.train import GATES_FILE
 from coterie.mixture import Mixture
-from coterie.settings import KshotSettings, SelectSettings, from_flat
+from coterie.settings.commands import KshotSettings, SelectSettings
+from coterie.settings.reading import from_flat
 
 
 def select(folder: str | Path, shots: str | list[str], *, output: str | Path, **settings: Any) -> Selected:  # noqa: ANN401

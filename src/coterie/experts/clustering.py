@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 from coterie.errors import CoterieError
-from coterie.settings import ClusterSettings
+from coterie.settings.groups import ClusterSettings
 
 logger = logging.getLogger(__name__)
 

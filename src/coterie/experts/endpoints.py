@@ -21,7 +21,7 @@ from typing import Any
 
 from coterie.errors import CoterieError
 from coterie.experts.answering import Ask, Done, Reply, failed
-from coterie.settings import SamplingSettings, WorkSettings
+from coterie.settings.groups import ExpertServingSettings, SamplingSettings
 
 LARGEST_ANSWER = 16 * 2**20  # bytes
 LONGEST_PAUSE = 60.0  # seconds
@@ -100,7 +100,7 @@ class Endpoint:
 class EndpointAnswerer:
     """Asks one model behind an OpenAI-compatible server."""
 
-    def __init__(self, endpoint: Endpoint, work: WorkSettings, *, first_pause: float = 1.0) -> None:
+    def __init__(self, endpoint: Endpoint, work: ExpertServingSettings, *, first_pause: float = 1.0) -> None:
         """Read the key; nothing is asked yet.
 
         Args:

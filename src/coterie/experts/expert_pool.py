@@ -12,7 +12,7 @@ from coterie.artifacts import FORMAT, read_json, sha256_of, write_json
 from coterie.backbone.loading import local_weights
 from coterie.errors import CoterieError, unknown_name
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE, check_names
-from coterie.settings import PoolSettings
+from coterie.settings.commands import PoolSettings
 
 POOL_FILE = "pool.json"
 FORMS = "NAME=FOLDER of an adapter, NAME=MODEL, or NAME=http://HOST/v1#MODEL"

@@ -22,7 +22,7 @@ from coterie.data.batching import IGNORED, TokenRow, pad
 from coterie.errors import CoterieError
 from coterie.experts.bank import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, load_adapter
 from coterie.features.gradient import AdamState, Checkpoint, Moments
-from coterie.settings import LoraSettings
+from coterie.settings.groups import LoraSettings
 
 logger = logging.getLogger(__name__)
 

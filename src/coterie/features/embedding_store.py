@@ -21,7 +21,7 @@ from coterie.backbone.loading import Backbone, load_backbone
 from coterie.data.streaming import KEY_BYTES, as_keys, key_of
 from coterie.errors import CoterieError, unknown_name
 from coterie.features.embedding import HIDDEN, Encoder, HiddenStateEncoder, SentenceEncoder, encoder_errors
-from coterie.settings import ModelSettings, PlacementSettings
+from coterie.settings.groups import ModelSettings, PlacementSettings
 
 ENCODER_FILES = (".json", ".safetensors", ".txt", ".model")
 

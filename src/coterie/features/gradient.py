@@ -24,7 +24,7 @@ from coterie.data.batching import Batch, TokenRow, by_length, pad
 from coterie.errors import CoterieError
 from coterie.features.projection import Projection, make_projection
 from coterie.lora import Adapter
-from coterie.settings import FeatureSettings
+from coterie.settings.groups import FeatureSettings
 
 SHARD_ROWS = 64  # rows between two writes: what an interruption costs at most
 LOGIT_ELEMENTS = 1 << 26  # logits that exist at once (256 MiB in float32)

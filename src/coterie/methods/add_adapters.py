@@ -35,7 +35,9 @@ from coterie.experts.cards import (
     read_card,
 )
 from coterie.methods.token_level.fit import check_domain_names, named_values
-from coterie.settings import BankAddSettings, ModelSettings, PlacementSettings, from_flat
+from coterie.settings.commands import BankAddSettings
+from coterie.settings.groups import ModelSettings, PlacementSettings
+from coterie.settings.reading import from_flat
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow
 from coterie.data.examples import Example
 from coterie.experts.training import TrainingPlan, train_adapter
-from coterie.settings import ElreaSettings, KshotSettings, LoraSettings, TokenLevelSettings
+from coterie.settings.commands import ElreaSettings, KshotSettings, TokenLevelSettings
+from coterie.settings.groups import LoraSettings
 
 BASE = "base"
 BACKBONE = "backbone"

@@ -19,7 +19,7 @@ from coterie.experts.bank import ExpertBank, check_names, load_bank
 from coterie.mixture import Mixture, RouterParts, load_router
 from coterie.routers.base import Router
 from coterie.routers.judgement import Judgement
-from coterie.settings import GridSettings
+from coterie.settings.groups import ExtrasSettings
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Recipe(Protocol):
         ...
 
     @property
-    def grid(self) -> GridSettings:
+    def grid(self) -> ExtrasSettings:
         """How what is trained further is made."""
         ...
 
@@ -62,7 +62,7 @@ class Kind:
 
     Attributes:
         make: makes it from a fitted run's recipe, in a folder that may hold what an interrupted making left.
-        settings: the fields of `GridSettings` that it depends on.
+        settings: the fields of `ExtrasSettings` that it depends on.
         needs: ingredients that it is made from.
     """
 

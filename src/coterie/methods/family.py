@@ -19,7 +19,7 @@ from coterie.routers.centroid import CentroidRouter
 from coterie.routers.derived import keep_top
 from coterie.routers.fixed import one_hot
 from coterie.routers.token import TokenLevel
-from coterie.settings import NEVER, renewal_interval
+from coterie.settings.groups import NEVER, rerouting_interval
 
 ELREA = "arXiv 2502.00089"
 
@@ -152,7 +152,7 @@ def _varied(router: Router, options: Mapping[str, str], name: str) -> Router:
     if "every" in options:
         if not isinstance(router, TokenLevel):
             raise CoterieError(f"{name!r}: only token-level renews its weights")
-        router = TokenLevel(router.router, renewal_interval(options["every"]), router.cache)
+        router = TokenLevel(router.router, rerouting_interval(options["every"]), router.cache)
     return keep_top(router, int(options["top_k"])) if "top_k" in options else router
 
 

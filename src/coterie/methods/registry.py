@@ -15,12 +15,12 @@ from coterie.methods.symbolic.fit import LINE_UPS
 from coterie.methods.symbolic.fit import METHOD as SYMBOLIC
 from coterie.methods.token_level.methods import DOMAIN_METHODS
 from coterie.mixture import Mixture
-from coterie.settings import GridSettings
+from coterie.settings.groups import ExtrasSettings
 
 METHODS: dict[str, Table] = {"elrea": CLUSTER_METHODS, "token-level": DOMAIN_METHODS, "kshot-moe": TASK_METHODS}
 """The methods that work on what each of these has fitted."""
 
-RECIPES: dict[str, Callable[[Mixture, GridSettings], Recipe]] = {"elrea": open_recipe, "kshot-moe": open_task_recipe}
+RECIPES: dict[str, Callable[[Mixture, ExtrasSettings], Recipe]] = {"elrea": open_recipe, "kshot-moe": open_task_recipe}
 """How more is trained for what each of these has fitted; the methods on the others need nothing."""
 
 
@@ -45,7 +45,7 @@ def usual_methods(mixture: Mixture) -> list[str]:
     return ["backbone", *alone, "per-dataset", "uniform-weights", "token-level", "arrow", "spectr", "oracle"]
 
 
-def make_bench(mixture: Mixture, names: Sequence[str], grid: GridSettings) -> Bench:
+def make_bench(mixture: Mixture, names: Sequence[str], grid: ExtrasSettings) -> Bench:
     """Train what these methods still lack, once, into the mixture's folder, and load it.
 
     Raises:

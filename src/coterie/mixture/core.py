@@ -28,7 +28,7 @@ from coterie.routers.base import Router, Routing
 from coterie.routers.derived import keep_top
 from coterie.routers.fixed import FixedRouter, one_hot, uniform
 from coterie.routers.token import TokenLevel
-from coterie.settings import ModelSettings, PlacementSettings, SamplingSettings
+from coterie.settings.groups import ModelSettings, PlacementSettings, SamplingSettings
 
 Prompt = str | Example | Sequence[Mapping[str, str]]
 """A question, an example (its answer is not looked at), or a conversation as a list of {role, content}."""

@@ -28,7 +28,7 @@ from coterie.routers.similarity import check_dimensions, read_similarity
 from coterie.routers.source import SourceRouter
 from coterie.routers.spectral import spectral_router
 from coterie.routers.token import TokenLevel
-from coterie.settings import FeatureSettings
+from coterie.settings.groups import FeatureSettings
 
 
 def local_folder(source: str) -> Path:

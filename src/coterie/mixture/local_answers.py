@@ -24,7 +24,7 @@ from coterie.mixture.core import Mixture
 from coterie.mixture.scoring import score_votes
 from coterie.routers.base import Routing
 from coterie.routers.fixed import uniform
-from coterie.settings import ModelSettings, PlacementSettings, SamplingSettings
+from coterie.settings.groups import ModelSettings, PlacementSettings, SamplingSettings
 
 logger = logging.getLogger(__name__)
 

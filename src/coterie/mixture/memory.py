@@ -14,7 +14,7 @@ from coterie.experts.bank import WEIGHTS_FILE
 from coterie.experts.endpoints import Endpoint, EndpointAnswerer
 from coterie.experts.expert_pool import Pool, PoolExpert
 from coterie.mixture.local_answers import LocalExpert, load_local
-from coterie.settings import PlacementSettings, WorkSettings
+from coterie.settings.groups import ExpertServingSettings, PlacementSettings
 
 PROMPT_TOKENS = 1024  # of a question, where memory is estimated before any was seen
 FOUR_BITS = 0.6  # bytes a parameter: NF4, its scales, and the layers that stay as they are
@@ -23,7 +23,7 @@ SHARE_OF_FREE = 0.8  # of free memory that models may take by default
 
 
 def groups_of(
-    pool: Pool, placement: PlacementSettings, work: WorkSettings, *, batch_size: int = 8, new_tokens: int = 64
+    pool: Pool, placement: PlacementSettings, work: ExpertServingSettings, *, batch_size: int = 8, new_tokens: int = 64
 ) -> list[Group]:
     """Put the experts of one base model into one group, and every endpoint into its own.
 
@@ -54,7 +54,7 @@ def _local_group(
     return Group(model, tuple(experts), lambda: load_local(model, experts, placement, batch_size), size)
 
 
-def _endpoint_group(expert: PoolExpert, work: WorkSettings) -> Group:
+def _endpoint_group(expert: PoolExpert, work: ExpertServingSettings) -> Group:
     endpoint = Endpoint(expert.name, expert.source, expert.model)
     name = f"endpoint {expert.name}"  # no model is called so
     return Group(name, (expert.name,), lambda: EndpointAnswerer(endpoint, work), size=0, is_remote=True)
@@ -132,7 +132,7 @@ def _cache_numbers(path: Path) -> int:
     return 2 * config.num_hidden_layers * heads * width
 
 
-def budget_of(work: WorkSettings, placement: PlacementSettings) -> int | None:
+def budget_of(work: ExpertServingSettings, placement: PlacementSettings) -> int | None:
     """Return the bytes that models may take together: as asked, or most of what is free; None where nobody knows."""
     if work.memory is not None:
         return round(work.memory * 2**30)

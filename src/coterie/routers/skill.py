@@ -17,7 +17,7 @@ from torch import Tensor
 
 from coterie.errors import CoterieError
 from coterie.routers.base import Routing
-from coterie.settings import RecruitSettings
+from coterie.settings.groups import RecruitSettings
 
 TEMPERATURE = 0.5
 STRENGTH = 4.0  # questions that an expert's general accuracy counts for, where values are shrunk

@@ -10,7 +10,7 @@ from torch import Tensor
 from coterie.data.batching import TokenRow
 from coterie.errors import CoterieError
 from coterie.routers.base import PER_REQUEST, Router, Routing
-from coterie.settings import CacheUse
+from coterie.settings.groups import CacheUse
 
 
 @runtime_checkable

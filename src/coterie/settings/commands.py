@@ -5,28 +5,28 @@ from typing import Literal
 from pydantic import Field
 
 from coterie.settings.groups import (
-    ChoiceSettings,
     ClusterSettings,
     DomainTrainingSettings,
+    ExpertServingSettings,
     ExpertSettings,
+    ExtrasSettings,
     FeatureSettings,
+    FewShotSettings,
     GateSettings,
-    GridSettings,
+    GatherRowsSettings,
     LoraSettings,
     ModelSettings,
     PlacementSettings,
     RationaleSettings,
     RecruitSettings,
-    RenewalSettings,
+    ReroutingSettings,
     RoutingSettings,
     SamplingSettings,
-    SelectionSettings,
-    ShotSettings,
+    SelectAdaptersSettings,
     SimilaritySettings,
     SkillSettings,
     TaskTrainingSettings,
     TrainingSettings,
-    WorkSettings,
 )
 from coterie.settings.reading import Settings
 
@@ -61,7 +61,7 @@ class TokenLevelSettings(Settings):
     lora: LoraSettings = LoraSettings()
     training: DomainTrainingSettings = DomainTrainingSettings()
     similarity: SimilaritySettings = SimilaritySettings()
-    renewal: RenewalSettings = RenewalSettings()
+    renewal: ReroutingSettings = ReroutingSettings()
 
 
 class BankSettings(Settings):
@@ -81,7 +81,7 @@ class BankSettings(Settings):
     overwrite: bool = Field(False, description="replace the output folder if it exists")
     placement: PlacementSettings = PlacementSettings()
     similarity: SimilaritySettings = SimilaritySettings()
-    renewal: RenewalSettings = RenewalSettings()
+    renewal: ReroutingSettings = ReroutingSettings()
 
 
 class BankAddSettings(Settings):
@@ -124,7 +124,7 @@ class GenerateSettings(Settings):
     sampling: SamplingSettings = SamplingSettings()
     batch_size: int = Field(8, ge=1, description="prompts decoded together")
     output: str | None = Field(None, description="file to write the answers to, a JSON object a line")
-    work: WorkSettings = WorkSettings()
+    work: ExpertServingSettings = ExpertServingSettings()
 
 
 class EvaluationSettings(Settings):
@@ -154,9 +154,9 @@ class EvaluationSettings(Settings):
     batch_size: int = Field(8, ge=1, description="prompts decoded together")
     placement: PlacementSettings = PlacementSettings()
     sampling: SamplingSettings = SamplingSettings()
-    grid: GridSettings = GridSettings()
-    few_shot: ShotSettings = ShotSettings()
-    work: WorkSettings = WorkSettings()
+    grid: ExtrasSettings = ExtrasSettings()
+    few_shot: FewShotSettings = FewShotSettings()
+    work: ExpertServingSettings = ExpertServingSettings()
 
 
 class PoolSettings(Settings):
@@ -184,7 +184,7 @@ class ProfileSettings(Settings):
     batch_size: int = Field(8, ge=1, description="questions decoded together")
     skill: SkillSettings = SkillSettings()
     placement: PlacementSettings = PlacementSettings()
-    work: WorkSettings = WorkSettings()
+    work: ExpertServingSettings = ExpertServingSettings()
     sampling: SamplingSettings = SamplingSettings()
 
 
@@ -204,7 +204,7 @@ class SymbolicSettings(Settings):
     batch_size: int = Field(8, ge=1, description="questions decoded together")
     recruiting: RecruitSettings = RecruitSettings()
     placement: PlacementSettings = PlacementSettings()
-    work: WorkSettings = WorkSettings()
+    work: ExpertServingSettings = ExpertServingSettings()
     sampling: SamplingSettings = SamplingSettings()
 
 
@@ -222,7 +222,7 @@ class GatherSettings(Settings):
     )
     limit: int | None = Field(None, ge=1, description="use only the first N rows of every pool")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
-    selection: SelectionSettings = SelectionSettings()
+    selection: GatherRowsSettings = GatherRowsSettings()
     placement: PlacementSettings = PlacementSettings()
 
 
@@ -235,7 +235,7 @@ class SelectSettings(Settings):
     limit: int | None = Field(None, ge=1, description="use only the first N shots of every source (the paper's K)")
     system_prompt: str | None = Field(None, description="system prompt of every prompt; default: the template's own")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
-    choice: ChoiceSettings = ChoiceSettings()
+    choice: SelectAdaptersSettings = SelectAdaptersSettings()
     rationale: RationaleSettings = RationaleSettings()
     placement: PlacementSettings = PlacementSettings()
 
@@ -258,9 +258,9 @@ class KshotSettings(Settings):
     )
     seed: int = Field(0, ge=0, description="seed of gates, shuffling and dropout")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
-    choice: ChoiceSettings = ChoiceSettings()
+    choice: SelectAdaptersSettings = SelectAdaptersSettings()
     rationale: RationaleSettings = RationaleSettings()
-    selection: SelectionSettings = SelectionSettings()
+    selection: GatherRowsSettings = GatherRowsSettings()
     gates: GateSettings = GateSettings()
     training: TaskTrainingSettings = TaskTrainingSettings()
     placement: PlacementSettings = PlacementSettings()

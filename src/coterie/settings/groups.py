@@ -21,10 +21,10 @@ def _check_every(written: str | None) -> str | None:
 
 NEVER = "inf"
 Every = Annotated[str, AfterValidator(_check_every)]
-"""After how many tokens weights are renewed, as it is written; see `renewal_interval`."""
+"""After how many tokens weights are renewed, as it is written; see `rerouting_interval`."""
 
 
-def renewal_interval(every: str) -> int | None:
+def rerouting_interval(every: str) -> int | None:
     """Return the number of tokens that share weights; None for all of them."""
     return None if every == NEVER else int(every)
 
@@ -135,7 +135,7 @@ class DomainTrainingSettings(TrainingSettings):
     learning_rate: float = Field(2e-4, gt=0, description="its peak learning rate, decaying linearly to 0")
 
 
-class RenewalSettings(Settings):
+class ReroutingSettings(Settings):
     """When the weights are renewed while an answer is written."""
 
     every: Every = Field("1", description="renew the weights at every N-th token of an answer; inf: never")
@@ -156,7 +156,7 @@ class SamplingSettings(Settings):
     seed: int = Field(0, ge=0, description="seed of sampling, for every prompt on its own")
 
 
-class WorkSettings(Settings):
+class ExpertServingSettings(Settings):
     """How several models and endpoints share one machine and one network."""
 
     memory: float | None = Field(
@@ -183,7 +183,7 @@ class RoutingSettings(Settings):
     cache: CacheUse | None = Field(None, description="with --every: keep or recompute what earlier weights have left")
 
 
-class GridSettings(Settings):
+class ExtrasSettings(Settings):
     """How the experts, gates and routers are trained that methods need beyond a fitted run."""
 
     encoder: str = Field(
@@ -199,7 +199,7 @@ class GridSettings(Settings):
     )
 
 
-class ShotSettings(Settings):
+class FewShotSettings(Settings):
     """Few-shot prompting: solved examples of the same task before every question."""
 
     shots: list[str] = Field([], description="data to take solved examples from; may be repeated")
@@ -245,7 +245,7 @@ class RecruitSettings(Settings):
     )
 
 
-class SelectionSettings(Settings):
+class GatherRowsSettings(Settings):
     """Which rows of a pool are chosen: similar to some examples, and diverse among themselves."""
 
     budget: int = Field(1000, ge=1, description="rows to choose")
@@ -273,7 +273,7 @@ class RationaleSettings(Settings):
     rationale_tokens: int = Field(96, ge=8, description="longest written rationale in tokens")
 
 
-class ChoiceSettings(Settings):
+class SelectAdaptersSettings(Settings):
     """Which adapters of a bank are chosen for a task, by its shots (arXiv 2408.15915, algorithm 1)."""
 
     keep: int = Field(4, ge=1, description="adapters to choose (the paper's N)")

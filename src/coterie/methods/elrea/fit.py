@@ -32,7 +32,8 @@ from coterie.methods.common import (
 from coterie.mixture import Mixture
 from coterie.routers.centroid import CentroidRouter, centroids_of
 from coterie.routers.feature import Description
-from coterie.settings import ElreaSettings, from_flat
+from coterie.settings.commands import ElreaSettings
+from coterie.settings.reading import from_flat
 
 
 def elrea(model: str, data: str | Sequence[str] | Sequence[Example], *, output: str | Path, **settings: Any) -> Mixture:  # noqa: ANN401

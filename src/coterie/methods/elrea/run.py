@@ -14,7 +14,9 @@ from coterie.data.examples import load_all
 from coterie.errors import CoterieError
 from coterie.methods.common import IN_MEMORY, hash_examples
 from coterie.mixture import Mixture
-from coterie.settings import ElreaSettings, GridSettings, checked
+from coterie.settings.commands import ElreaSettings
+from coterie.settings.groups import ExtrasSettings
+from coterie.settings.reading import checked
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Recipe:
 
     mixture: Mixture
     settings: ElreaSettings
-    grid: GridSettings
+    grid: ExtrasSettings
     folder: Path
     inputs: dict[str, str]
 
@@ -91,7 +93,7 @@ class Recipe:
         return read_tensors(self.folder / "features" / "features.safetensors")["features"]
 
 
-def open_recipe(mixture: Mixture, grid: GridSettings) -> Recipe:
+def open_recipe(mixture: Mixture, grid: ExtrasSettings) -> Recipe:
     """Read how a mixture was fitted.
 
     Raises:

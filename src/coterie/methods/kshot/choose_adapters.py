@@ -33,7 +33,8 @@ from coterie.methods.kshot.rationales import with_rationales
 from coterie.methods.kshot.task import Task, load_shots, open_task
 from coterie.mixture.local_answers import LocalAnswerer
 from coterie.mixture.scoring import answer_positions
-from coterie.settings import ChoiceSettings, KshotSettings, SamplingSettings, SelectSettings
+from coterie.settings.commands import KshotSettings, SelectSettings
+from coterie.settings.groups import SamplingSettings, SelectAdaptersSettings
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class Scoring:
     task: Task
     rationales: Sequence[Example]
     judge: Judge
-    settings: ChoiceSettings
+    settings: SelectAdaptersSettings
     cached: JsonCache
 
 

@@ -21,7 +21,7 @@ from coterie.methods.kshot.task import Task, load_shots, open_task
 from coterie.methods.kshot.train import GATES_FILE, gate_options, tune
 from coterie.mixture import Mixture
 from coterie.routers.gate import GateRouter, read_gates
-from coterie.settings import GatherSettings, KshotSettings
+from coterie.settings.commands import GatherSettings, KshotSettings
 
 METHOD = "kshot-moe"
 SELECTION = "selection"

@@ -35,7 +35,9 @@ from coterie.errors import CoterieError
 from coterie.features.embedding_store import EmbeddingStore, StoredRows, TextEncoder, load_text_encoder
 from coterie.methods.common import IN_MEMORY, hash_examples
 from coterie.methods.kshot.pool_map import drawn_rows, lay_out
-from coterie.settings import GatherSettings, SelectionSettings, from_flat
+from coterie.settings.commands import GatherSettings
+from coterie.settings.groups import GatherRowsSettings
+from coterie.settings.reading import from_flat
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +223,7 @@ def _embed_rows(task: _Task, store: EmbeddingStore, missing: Int[np.ndarray, " m
         logger.info("embedded %d of %d", number * block_rows + len(block), len(missing))
 
 
-def _select(task: _Task, vectors: _Embedded, settings: SelectionSettings) -> Selection:
+def _select(task: _Task, vectors: _Embedded, settings: GatherRowsSettings) -> Selection:
     selection = select(vectors.pool, vectors.shots, task.keys, settings, vectors.excluded)
     found = len(selection.rows)
     if not found:

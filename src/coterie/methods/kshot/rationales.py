@@ -15,7 +15,7 @@ from coterie.experts.expert_pool import Pool, parse_expert
 from coterie.experts.reply_cache import Ledger
 from coterie.mixture.memory import budget_of, groups_of
 from coterie.mixture.scheduler import Workshop
-from coterie.settings import PlacementSettings, RationaleSettings, SamplingSettings, WorkSettings
+from coterie.settings.groups import ExpertServingSettings, PlacementSettings, RationaleSettings, SamplingSettings
 
 FROM_DATA = "data"
 WRITER = "rationales"
@@ -60,7 +60,7 @@ def _written(
     requests: Sequence[str], writer: str, sampling: SamplingSettings, placement: PlacementSettings, batch_size: int
 ) -> list[str]:
     pool = Pool((parse_expert(f"{WRITER}={writer}"),))
-    work = WorkSettings()
+    work = ExpertServingSettings()
     groups = groups_of(pool, placement, work, batch_size=batch_size, new_tokens=sampling.max_new_tokens)
     ledger = Ledger(cache_folder() / CACHE_FILE)
     identities = {WRITER: pool.experts[0].identity}

@@ -14,7 +14,9 @@ from coterie.methods.kshot.fit import GATHERED, METHOD, SELECTION
 from coterie.methods.kshot.gather_rows import GATHERED_FILE
 from coterie.methods.kshot.task import Task, load_shots, open_task
 from coterie.mixture import Mixture
-from coterie.settings import GridSettings, KshotSettings, checked
+from coterie.settings.commands import KshotSettings
+from coterie.settings.groups import ExtrasSettings
+from coterie.settings.reading import checked
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class TaskRecipe:
 
     mixture: Mixture
     settings: KshotSettings
-    grid: GridSettings
+    grid: ExtrasSettings
     folder: Path
     inputs: dict[str, str]
 
@@ -80,7 +82,7 @@ class TaskRecipe:
         return [row for row in self.selection["adapters"] if row["rank_sum"] is not None]
 
 
-def open_task_recipe(mixture: Mixture, grid: GridSettings) -> TaskRecipe:
+def open_task_recipe(mixture: Mixture, grid: ExtrasSettings) -> TaskRecipe:
     """Read how a task's mixture was fitted.
 
     Raises:

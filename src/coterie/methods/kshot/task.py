@@ -9,7 +9,7 @@ from coterie.data.batching import PromptFormat, TokenRow, tokenise
 from coterie.data.examples import Example, load_all, load_examples
 from coterie.experts.bank_folder import BankFolder, open_bank
 from coterie.methods.common import hash_examples
-from coterie.settings import ModelSettings, PlacementSettings
+from coterie.settings.groups import ModelSettings, PlacementSettings
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from coterie.experts.training import read_log
 from coterie.methods.common import base_plan
 from coterie.methods.kshot.task import Task
 from coterie.routers.gate import GateRouter
-from coterie.settings import KshotSettings
+from coterie.settings.commands import KshotSettings
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from coterie.methods.symbolic.answer import Read, synthesis_ask
 from coterie.methods.symbolic.profile import Profiled, tell_failures
 from coterie.mixture.scheduler import Workshop
 from coterie.routers.skill import SkillProfile, build_profile, competency, relevance, suitability
-from coterie.settings import RecruitSettings, SamplingSettings
+from coterie.settings.groups import RecruitSettings, SamplingSettings
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from coterie.experts.answering import Ask, Reply
 from coterie.methods.symbolic.profile import tell_failures
 from coterie.mixture.scheduler import Workshop
 from coterie.routers.base import Routing
-from coterie.settings import SamplingSettings
+from coterie.settings.groups import SamplingSettings
 
 Read = Callable[[str, str], str]
 """Reads the answer in a text, given the question, so that answers can vote: read(text, question)."""

@@ -22,7 +22,9 @@ from coterie.methods.symbolic.skills import find_skills, open_workshop
 from coterie.mixture.scheduler import Workshop
 from coterie.routers.base import Routing
 from coterie.routers.skill import SkillProfile, profile_from, random_recruits, recruit
-from coterie.settings import RecruitSettings, SamplingSettings, SymbolicSettings, checked
+from coterie.settings.commands import SymbolicSettings
+from coterie.settings.groups import RecruitSettings, SamplingSettings
+from coterie.settings.reading import checked
 
 logger = logging.getLogger(__name__)
 

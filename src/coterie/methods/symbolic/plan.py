@@ -19,7 +19,7 @@ from coterie.methods.symbolic.fit import Symbolic
 from coterie.methods.symbolic.skills import ask_expert, groups_for, keyword_asks
 from coterie.mixture.memory import budget_of
 from coterie.mixture.scheduler import GIB, Workshop
-from coterie.settings import GenerateSettings
+from coterie.settings.commands import GenerateSettings
 
 CHARACTERS_PER_TOKEN = 4.0  # where the profile's replies do not tell
 

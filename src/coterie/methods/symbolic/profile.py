@@ -25,7 +25,9 @@ from coterie.methods.symbolic.skills import ask_expert, find_skills, load_questi
 from coterie.mixture.local_answers import LocalAnswerer
 from coterie.mixture.scheduler import Workshop
 from coterie.routers.skill import SkillProfile, build_profile, credit_from_likelihood, profile_from
-from coterie.settings import ProfileSettings, SkillSettings, checked
+from coterie.settings.commands import ProfileSettings
+from coterie.settings.groups import SkillSettings
+from coterie.settings.reading import checked
 
 logger = logging.getLogger(__name__)
 

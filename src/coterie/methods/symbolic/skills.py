@@ -20,14 +20,8 @@ from coterie.features.skills import (
 from coterie.mixture.local_answers import LocalAnswerer
 from coterie.mixture.memory import budget_of, groups_of
 from coterie.mixture.scheduler import Workshop
-from coterie.settings import (
-    EvaluationSettings,
-    GenerateSettings,
-    ProfileSettings,
-    SamplingSettings,
-    SkillSettings,
-    SymbolicSettings,
-)
+from coterie.settings.commands import EvaluationSettings, GenerateSettings, ProfileSettings, SymbolicSettings
+from coterie.settings.groups import SamplingSettings, SkillSettings
 
 logger = logging.getLogger(__name__)
 

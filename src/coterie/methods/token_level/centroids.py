@@ -16,7 +16,7 @@ from coterie.mixture.loading import describe_growing_text
 from coterie.mixture.scoring import score_votes
 from coterie.routers.performance import make_pilots
 from coterie.routers.similarity import NullExpert, SimilarityRouter, Weighting, null_similarity
-from coterie.settings import SimilaritySettings
+from coterie.settings.groups import SimilaritySettings
 
 logger = logging.getLogger(__name__)
 

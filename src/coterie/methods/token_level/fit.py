@@ -32,15 +32,9 @@ from coterie.methods.token_level.centroids import similarity_router
 from coterie.mixture import Mixture
 from coterie.routers.fixed import uniform
 from coterie.routers.token import TokenLevel
-from coterie.settings import (
-    BankSettings,
-    ModelSettings,
-    RenewalSettings,
-    SimilaritySettings,
-    TokenLevelSettings,
-    from_flat,
-    renewal_interval,
-)
+from coterie.settings.commands import BankSettings, TokenLevelSettings
+from coterie.settings.groups import ModelSettings, ReroutingSettings, SimilaritySettings, rerouting_interval
+from coterie.settings.reading import from_flat
 
 METHOD = "token-level"
 TAKEN = (BACKBONE, NULL, ALONE, "uniform")
@@ -167,7 +161,7 @@ class _Parts:
     seed: int
 
 
-def _assemble(run: RunFolder, parts: _Parts, similarity: SimilaritySettings, renewal: RenewalSettings) -> Mixture:
+def _assemble(run: RunFolder, parts: _Parts, similarity: SimilaritySettings, renewal: ReroutingSettings) -> Mixture:
     """Place the centroids and write what makes a folder of experts a mixture."""
     folders = dict(parts.folders)
     if similarity.null_share is not None:
@@ -175,7 +169,7 @@ def _assemble(run: RunFolder, parts: _Parts, similarity: SimilaritySettings, ren
     bank = load_bank(folders, parts.backbone.model)
     start = Mixture(parts.backbone, bank, uniform(bank.names), LayerCombiner(), parts.prompts, METHOD, run.path)
     router = similarity_router(start, parts.kept, similarity, parts.seed)
-    mixture = start.replace(router=TokenLevel(router, renewal_interval(renewal.every), renewal.cache))
+    mixture = start.replace(router=TokenLevel(router, rerouting_interval(renewal.every), renewal.cache))
     records = [_record(example, name) for name, kept in parts.kept.items() for example in kept.examples]
     write_jsonl(run.path / DOMAINS_FILE, records)
     mixture.write_description(run.path)
