@@ -17,9 +17,9 @@ from _harness import arguments, interleaved, load, median_ratio, publish, random
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import PromptFormat
 from coterie.data.examples import from_prompt
-from coterie.experts.answering import Ask, Group, Reply
+from coterie.experts.answering import ExpertGroup, Question, Reply
 from coterie.experts.bank import ExpertBank, load_adapter
-from coterie.experts.reply_cache import Ledger
+from coterie.experts.reply_cache import ReplyCache
 from coterie.mixture.local_answers import LocalAnswerer, LocalExpert, load_local
 from coterie.mixture.scheduler import Workshop
 from coterie.settings.groups import PlacementSettings, SamplingSettings
@@ -34,19 +34,21 @@ Pool = Mapping[str, Mapping[str, LocalExpert]]
 """The experts of every base model, by name."""
 
 
-def recruited(names: Sequence[str], questions: int, steps: int) -> list[list[Ask]]:
+def recruited(names: Sequence[str], questions: int, steps: int) -> list[list[Question]]:
     """Send every question to three experts in turn."""
     sampling = SamplingSettings(max_new_tokens=steps)
     return [
         [
-            Ask(names[(number + place) % len(names)], from_prompt(QUESTION.format(number=number)).messages, sampling)
+            Question(
+                names[(number + place) % len(names)], from_prompt(QUESTION.format(number=number)).messages, sampling
+            )
             for place in range(RECRUITS)
         ]
         for number in range(questions)
     ]
 
 
-def in_workshop(pool: Pool, asks: Sequence[Ask]) -> list[str]:
+def in_workshop(pool: Pool, asks: Sequence[Question]) -> list[str]:
     """Load what the questions need, answer them, and free it."""
     wanted = {ask.expert for ask in asks}
     groups = []
@@ -54,13 +56,15 @@ def in_workshop(pool: Pool, asks: Sequence[Ask]) -> list[str]:
         own = {name: expert for name, expert in experts.items() if name in wanted}
         if own:
             groups.append(
-                Group(model, tuple(own), lambda m=model, e=own: load_local(m, e, PlacementSettings(), BATCH), size=1)
+                ExpertGroup(
+                    model, tuple(own), lambda m=model, e=own: load_local(m, e, PlacementSettings(), BATCH), size=1
+                )
             )
-    with Workshop(groups, {name: name for name in wanted}, Ledger(), budget=len(groups), quiet=True) as workshop:
+    with Workshop(groups, {name: name for name in wanted}, ReplyCache(), budget=len(groups), quiet=True) as workshop:
         return [reply.text for reply in workshop.ask(asks)]
 
 
-def in_answerer(backbone: Backbone, folders: Mapping[str, Path], asks: Sequence[Ask]) -> list[str]:
+def in_answerer(backbone: Backbone, folders: Mapping[str, Path], asks: Sequence[Question]) -> list[str]:
     """Answer on a loaded base model, with these adapters read from disk and stacked."""
     adapters = tuple(load_adapter(folder, backbone.model) for folder in folders.values())
     prompts = dict.fromkeys(folders, PromptFormat(backbone.tokenizer))
@@ -70,7 +74,7 @@ def in_answerer(backbone: Backbone, folders: Mapping[str, Path], asks: Sequence[
     return [replies[number].text for number in range(len(asks))]
 
 
-def one_by_one(backbone: Backbone, folders: Mapping[str, Path], asks: Sequence[Ask]) -> list[str]:
+def one_by_one(backbone: Backbone, folders: Mapping[str, Path], asks: Sequence[Question]) -> list[str]:
     """Load one adapter after the other, and answer its questions alone."""
     found: dict[int, str] = {}
     for name, folder in folders.items():

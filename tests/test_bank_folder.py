@@ -18,7 +18,7 @@ import tiny
 from conftest import write_rows
 from coterie.artifacts import MAX_TENSOR_FILE, sha256_of
 from coterie.data.examples import load_examples
-from coterie.data.streaming import key_of, question_of
+from coterie.data.streaming import question_of, text_key
 from coterie.errors import CoterieError
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from coterie.experts.bank_folder import leaks, open_bank
@@ -460,7 +460,7 @@ def test_planted_leaks_are_found_with_their_count(add, bank, shelf, rows):
     found = open_bank(bank)
     trained = load_examples(rows)
     assert (found.card("known").rows, found.card("unknown").rows) == (13, None)
-    assert found.trained_on("known") == {key_of(question_of(example)) for example in trained}
+    assert found.trained_on("known") == {text_key(question_of(example)) for example in trained}
     assert found.trained_on("unknown") is None
     fresh = load_examples([{"instruction": f"never seen {n}", "response": "x"} for n in range(5)])
     louder = [{"instruction": row["instruction"].upper() + "  ", "response": "else"} for row in tiny.make_rows(12)[3:6]]

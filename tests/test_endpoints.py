@@ -7,7 +7,7 @@ import pytest
 
 from coterie.data.examples import from_prompt
 from coterie.errors import CoterieError
-from coterie.experts.answering import Ask, Reply
+from coterie.experts.answering import Question, Reply
 from coterie.experts.endpoints import HOPELESS, Endpoint, EndpointAnswerer, Pace, key_variable
 from coterie.settings.groups import ExpertServingSettings, SamplingSettings
 from stub_server import Got, Sent, completion, serving
@@ -15,8 +15,8 @@ from stub_server import Got, Sent, completion, serving
 KEY = "sk-very-secret-0123456789"
 
 
-def asks(*questions: str, **sampling: object) -> list[Ask]:
-    return [Ask("big", from_prompt(text).messages, SamplingSettings(**sampling)) for text in questions]
+def asks(*questions: str, **sampling: object) -> list[Question]:
+    return [Question("big", from_prompt(text).messages, SamplingSettings(**sampling)) for text in questions]
 
 
 def ask_all(stub, questions, **work: object) -> list[Reply]:

@@ -70,7 +70,7 @@ def test_stored_rows_are_the_embeddings_in_any_order_and_any_slice(store):
         store.add(texts[start : start + 13])
     wanted = WordEncoder()(texts)
     mixed = np.random.default_rng(0).permutation(50)
-    rows = store.rows(stored.keys_of([texts[number] for number in mixed]))
+    rows = store.rows(stored.text_keys([texts[number] for number in mixed]))
     assert len(rows) == 50
     assert torch.equal(rows[:], wanted[mixed]) and torch.equal(rows[7:20], wanted[mixed[7:20]])
     some = np.array([40, 3, 3, 12])
@@ -78,13 +78,13 @@ def test_stored_rows_are_the_embeddings_in_any_order_and_any_slice(store):
 
 
 def test_only_texts_that_are_not_there_are_missing(store):
-    assert store.missing(stored.keys_of(["a", "b"])).tolist() == [True, True]
+    assert store.missing(stored.text_keys(["a", "b"])).tolist() == [True, True]
     store.add(["b", "c"])
-    assert store.missing(stored.keys_of(["a", "b", "c", "d"])).tolist() == [True, False, False, True]
+    assert store.missing(stored.text_keys(["a", "b", "c", "d"])).tolist() == [True, False, False, True]
     store.embed(["a", "b", "a"])
     assert store._encode.seen == ["b", "c", "a"]
     with pytest.raises(CoterieError, match="lost embeddings"):
-        store.rows(stored.keys_of(["never"]))
+        store.rows(stored.text_keys(["never"]))
 
 
 def test_an_embedding_that_is_no_number_is_told_and_not_kept(store, monkeypatch):
@@ -100,10 +100,10 @@ def test_a_shard_that_is_broken_or_of_another_encoder_is_told(store):
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-3])
     with pytest.raises(CoterieError, match=rf"{shard.name} is broken .*; delete the file"):
-        store.missing(stored.keys_of(["a"]))
+        store.missing(stored.text_keys(["a"]))
     stored.write_tensors(shard, {"keys": torch.zeros(2, 16, dtype=torch.uint8), "embeddings": torch.zeros(2, 5)})
     with pytest.raises(CoterieError, match="holds no embeddings of this encoder"):
-        store.missing(stored.keys_of(["a"]))
+        store.missing(stored.text_keys(["a"]))
 
 
 @pytest.fixture

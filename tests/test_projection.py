@@ -14,8 +14,8 @@ from coterie.features.projection import (
     Projection,
     RademacherProjection,
     SketchProjection,
-    key_of,
     make_projection,
+    projection_key,
     splitmix64,
 )
 
@@ -64,16 +64,16 @@ def test_the_hash_equals_unsigned_integer_arithmetic(key, counters):
 
 
 def test_every_bit_of_the_hash_is_a_fair_coin_and_no_two_counters_collide():
-    values = splitmix64(torch.arange(20_000), key_of(0, "w"))
+    values = splitmix64(torch.arange(20_000), projection_key(0, "w"))
     assert len(values.unique()) == 20_000
     ones = torch.stack([(values >> bit) & 1 for bit in range(64)]).double().mean(dim=1)
     assert (ones - 0.5).abs().max().item() < 5 * 0.5 / math.sqrt(20_000)
 
 
 def test_keys_differ_between_seeds_and_names_and_never_change():
-    keys = {key_of(seed, name) for seed in range(3) for name in ("a", "b", "1:a", "")}
+    keys = {projection_key(seed, name) for seed in range(3) for name in ("a", "b", "1:a", "")}
     assert len(keys) == 12
-    assert key_of(0, "w") == 4934497159915746195
+    assert projection_key(0, "w") == 4934497159915746195
 
 
 # ------------------------------------------------------------------------------------------------------- inner products
@@ -208,7 +208,7 @@ def test_the_sketch_equals_a_loop_over_the_published_hash():
     """In a run, the element with the smallest hash goes to the first place, and so on; the lowest bit is its sign."""
     size, d_proj, seed, name = 23, 8, 4, "w"
     expected = torch.zeros(size, d_proj, dtype=torch.float64)
-    hashes = [plain_splitmix64(n * 0x9E3779B97F4A7C15 + key_of(seed, name)) for n in range(24)]
+    hashes = [plain_splitmix64(n * 0x9E3779B97F4A7C15 + projection_key(seed, name)) for n in range(24)]
     for start in range(0, 24, d_proj):
         order = sorted(range(start, start + d_proj), key=lambda n: hashes[n] >> 1)
         for place, element in enumerate(order):
@@ -233,7 +233,7 @@ def test_the_dense_projection_equals_a_loop_over_the_published_hash():
     for element in range(5):
         for place in range(d_proj):
             counter = element * words + place // 32
-            bits = plain_splitmix64(counter * 0x9E3779B97F4A7C15 + key_of(4, "w"))
+            bits = plain_splitmix64(counter * 0x9E3779B97F4A7C15 + projection_key(4, "w"))
             expected[element, place] = (1 if bits >> (place % 32) & 1 else -1) / math.sqrt(d_proj)
     torch.testing.assert_close(matrix("rademacher", 5, d_proj, seed=4), expected)
 

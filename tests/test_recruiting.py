@@ -12,10 +12,10 @@ from coterie.backbone.loading import Backbone
 from coterie.data.batching import PromptFormat
 from coterie.data.examples import Message, from_prompt, load_examples
 from coterie.errors import CoterieError
-from coterie.experts.answering import Ask, Done, Group, Reply
+from coterie.experts.answering import Done, ExpertGroup, Question, Reply
 from coterie.experts.bank import ExpertBank
 from coterie.experts.expert_pool import init_pool, read_pool
-from coterie.experts.reply_cache import Ledger
+from coterie.experts.reply_cache import ReplyCache
 from coterie.mixture import Mixture
 from coterie.mixture.local_answers import LocalAnswerer, LocalExpert, load_local
 from coterie.mixture.memory import budget_of, groups_of, needed_bytes
@@ -25,8 +25,8 @@ from coterie.settings.groups import ExpertServingSettings, PlacementSettings, Sa
 from stub_server import completion, serving
 
 
-def ask(expert: str, text: str, **sampling: object) -> Ask:
-    return Ask(expert, from_prompt(text).messages, SamplingSettings(**sampling))
+def ask(expert: str, text: str, **sampling: object) -> Question:
+    return Question(expert, from_prompt(text).messages, SamplingSettings(**sampling))
 
 
 class Machine:
@@ -38,10 +38,12 @@ class Machine:
         self.loaded: list[str] = []
         self.asked: list[tuple[str, str]] = []
 
-    def group(self, name: str, size: int | None, *experts: str, fault: Callable[[Ask], None] | None = None) -> Group:
-        return Group(name, experts or (name,), lambda: self.load(name, size or 0, fault), size)
+    def group(
+        self, name: str, size: int | None, *experts: str, fault: Callable[[Question], None] | None = None
+    ) -> ExpertGroup:
+        return ExpertGroup(name, experts or (name,), lambda: self.load(name, size or 0, fault), size)
 
-    def load(self, name: str, size: int, fault: Callable[[Ask], None] | None) -> "Fake":
+    def load(self, name: str, size: int, fault: Callable[[Question], None] | None) -> "Fake":
         self.loaded.append(name)
         self.held[name] = size
         self.most = max(self.most, sum(self.held.values()))
@@ -49,11 +51,11 @@ class Machine:
 
 
 class Fake:
-    def __init__(self, machine: Machine, name: str, fault: Callable[[Ask], None] | None) -> None:
+    def __init__(self, machine: Machine, name: str, fault: Callable[[Question], None] | None) -> None:
         self.machine, self.name, self.fault = machine, name, fault
 
-    def answer(self, asks: Sequence[Ask], done: Done) -> None:
-        for number, given in enumerate(asks):
+    def answer(self, questions: Sequence[Question], done: Done) -> None:
+        for number, given in enumerate(questions):
             self.machine.asked.append((given.expert, given.messages[-1].content))
             if self.fault:
                 self.fault(given)
@@ -63,9 +65,9 @@ class Fake:
         del self.machine.held[self.name]
 
 
-def workshop(*groups: Group, budget: int | None = None, ledger: Ledger | None = None) -> Workshop:
+def workshop(*groups: ExpertGroup, budget: int | None = None, cache: ReplyCache | None = None) -> Workshop:
     names = {name: name for group in groups for name in group.experts}
-    return Workshop(groups, names, Ledger() if ledger is None else ledger, budget)
+    return Workshop(groups, names, ReplyCache() if cache is None else cache, budget)
 
 
 def texts(replies: Sequence[Reply]) -> list[str]:
@@ -150,7 +152,7 @@ def test_equal_questions_are_asked_once():
         assert len(machine.asked) == 5
 
 
-def crash(given: Ask) -> None:
+def crash(given: Question) -> None:
     if given.messages[-1].content == "q2":
         raise RuntimeError("CUDA error: out of memory\nmore")
 
@@ -162,7 +164,7 @@ def test_an_expert_that_crashes_costs_only_its_own_answers():
     def load() -> Fake:
         raise OSError("no such file")
 
-    groups[2] = Group("c", ("c",), load, 1)
+    groups[2] = ExpertGroup("c", ("c",), load, 1)
     asks = [ask(name, f"q{number}") for number in range(4) for name in "abc"]
     with workshop(*groups) as shop:
         replies = shop.ask(asks)
@@ -176,7 +178,7 @@ def test_an_expert_that_crashes_costs_only_its_own_answers():
 def test_a_reply_that_cannot_be_written_ends_the_work(tmp_path):
     (tmp_path / "file").write_text("in the way")
     machine = Machine()
-    with workshop(machine.group("a", 1), ledger=Ledger(tmp_path / "file" / "ledger.jsonl")) as shop:
+    with workshop(machine.group("a", 1), cache=ReplyCache(tmp_path / "file" / "replies.jsonl")) as shop:
         with pytest.raises(CoterieError, match="cannot be written"):
             shop.ask([ask("a", "one"), ask("a", "two")])
     assert len(machine.asked) == 1
@@ -187,52 +189,52 @@ def test_endpoints_answer_while_models_do():
     met = threading.Barrier(2, timeout=10)
     here = machine.group("a", 1, fault=lambda given: met.wait() and None)
     away = machine.group("big", 0, fault=lambda given: met.wait() and None)
-    with workshop(here, Group("big", ("big",), away.load, 0, is_remote=True)) as shop:
+    with workshop(here, ExpertGroup("big", ("big",), away.load, 0, is_remote=True)) as shop:
         assert texts(shop.ask([ask("a", "one"), ask("big", "one")])) == ["a: one", "big: one"]
 
 
 def test_an_endpoint_that_breaks_costs_only_its_own_answers():
     machine = Machine()
     away = machine.group("big", 0, fault=crash)
-    with workshop(machine.group("a", 1), Group("big", ("big",), away.load, 0, is_remote=True)) as shop:
+    with workshop(machine.group("a", 1), ExpertGroup("big", ("big",), away.load, 0, is_remote=True)) as shop:
         replies = shop.ask([ask("a", "q2"), ask("big", "q2")])
     assert texts(replies) == ["a: q2", ""] and replies[1].error == "CUDA error: out of memory"
 
 
 def test_a_run_that_was_killed_asks_only_for_what_is_missing(tmp_path):
-    def killed(given: Ask) -> None:
+    def killed(given: Question) -> None:
         if given.messages[-1].content == "q2":
             raise KeyboardInterrupt
 
     first, second = Machine(), Machine()
     asks = [ask("a", f"q{number}") for number in range(5)]
-    path = tmp_path / "ledger.jsonl"
-    with workshop(first.group("a", 1, fault=killed), ledger=Ledger(path)) as shop, pytest.raises(KeyboardInterrupt):
+    path = tmp_path / "replies.jsonl"
+    with workshop(first.group("a", 1, fault=killed), cache=ReplyCache(path)) as shop, pytest.raises(KeyboardInterrupt):
         shop.ask(asks)
     with path.open("a") as file:
         file.write('{"key": "half a li')  # a kill in the middle of writing
-    with workshop(second.group("a", 1), ledger=Ledger(path)) as shop:
+    with workshop(second.group("a", 1), cache=ReplyCache(path)) as shop:
         assert texts(shop.ask(asks)) == [f"a: q{number}" for number in range(5)]
     assert [question for _, question in second.asked] == ["q2", "q3", "q4"]
-    assert len(Ledger(path)) == 5, "the torn line did not swallow the one after it"
-    with workshop(Machine().group("a", 1), ledger=Ledger(path)) as shop:
+    assert len(ReplyCache(path)) == 5, "the torn line did not swallow the one after it"
+    with workshop(Machine().group("a", 1), cache=ReplyCache(path)) as shop:
         shop.ask(asks)
         assert shop.loads == {}
 
 
 def test_failed_replies_are_asked_for_again(tmp_path):
-    path = tmp_path / "ledger.jsonl"
-    with workshop(Machine().group("a", 1, fault=crash), ledger=Ledger(path)) as shop:
+    path = tmp_path / "replies.jsonl"
+    with workshop(Machine().group("a", 1, fault=crash), cache=ReplyCache(path)) as shop:
         assert shop.ask([ask("a", "q2")])[0].error
-    with workshop(Machine().group("a", 1), ledger=Ledger(path)) as shop:
+    with workshop(Machine().group("a", 1), cache=ReplyCache(path)) as shop:
         assert texts(shop.ask([ask("a", "q2")])) == ["a: q2"]
 
 
 def test_replies_of_other_weights_are_not_taken(tmp_path):
-    ledger = Ledger()
+    cache = ReplyCache()
     for identity, asked in (("one", 1), ("one", 0), ("two", 1)):
         machine = Machine()
-        Workshop([machine.group("a", 1)], {"a": identity}, ledger).ask([ask("a", "q")])
+        Workshop([machine.group("a", 1)], {"a": identity}, cache).ask([ask("a", "q")])
         assert len(machine.asked) == asked
 
 
@@ -249,7 +251,7 @@ def local(mixture: Mixture) -> LocalAnswerer:
 QUESTIONS = ["add 3 4", "SPELL ABCD NOW", "?? (A) one (B) two ??"]
 
 
-def answers(answerer: LocalAnswerer, asks: Sequence[Ask]) -> list[Reply]:
+def answers(answerer: LocalAnswerer, asks: Sequence[Question]) -> list[Reply]:
     found: dict[int, Reply] = {}
     answerer.answer(asks, found.__setitem__)
     assert sorted(found) == list(range(len(asks)))
@@ -357,7 +359,7 @@ def test_a_pool_of_every_kind_answers(tmp_path, model_folder, run_folder):
         pool = read_pool(tmp_path)
         groups = groups_of(pool, PlacementSettings(device="cpu"), ExpertServingSettings())
         assert [group.experts for group in groups] == [("base", "cluster-0", "plain"), ("big",)]
-        with Workshop(groups, {e.name: e.identity for e in pool.experts}, Ledger(tmp_path / "l.jsonl")) as shop:
+        with Workshop(groups, {e.name: e.identity for e in pool.experts}, ReplyCache(tmp_path / "l.jsonl")) as shop:
             replies = shop.ask([ask(name, "add 1 2", max_new_tokens=4) for name in pool.names])
             assert shop.loads == {str(model_folder): 1}
     assert [reply.error for reply in replies] == [None] * 4 and replies[-1].text == "re add 1 2"
@@ -394,15 +396,15 @@ def test_the_budget_is_what_was_asked_for_or_a_part_of_what_is_free():
     assert free is None or 2**20 < free < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_a_ledger_holds_what_it_was_given_and_no_failure(tmp_path):
-    path = tmp_path / "deep" / "ledger.jsonl"
-    ledger = Ledger(path)
-    ledger.add("one", Reply("ä\n\u2028", 1, 2, "length", 0.5))
-    ledger.add("two", Reply("", error="no", finish_reason="failed"))
-    assert ledger.get("one") == Ledger(path).get("one") == Reply("ä\n\u2028", 1, 2, "length", 0.5)
-    assert Ledger(path).get("two") is None and len(path.read_text().split("\n")) == 2
+def test_a_reply_cache_holds_what_it_was_given_and_no_failure(tmp_path):
+    path = tmp_path / "deep" / "replies.jsonl"
+    cache = ReplyCache(path)
+    cache.add("one", Reply("ä\n\u2028", 1, 2, "length", 0.5))
+    cache.add("two", Reply("", error="no", finish_reason="failed"))
+    assert cache.get("one") == ReplyCache(path).get("one") == Reply("ä\n\u2028", 1, 2, "length", 0.5)
+    assert ReplyCache(path).get("two") is None and len(path.read_text().split("\n")) == 2
     path.write_text(json.dumps({"key": "x"}) + "\n[]\n" + path.read_text())
-    assert len(Ledger(path)) == 1
+    assert len(ReplyCache(path)) == 1
 
 
 def test_the_hash_of_a_question_is_of_all_that_its_reply_depends_on():
@@ -410,7 +412,7 @@ def test_the_hash_of_a_question_is_of_all_that_its_reply_depends_on():
     others = [
         ask("a", "r", temperature=1.0, seed=1),
         ask("a", "q", temperature=1.0, seed=2),
-        Ask("a", (Message("system", "s"), *given.messages), given.sampling),
+        Question("a", (Message("system", "s"), *given.messages), given.sampling),
     ]
     keys = {given.key("w"), given.key("other weights"), *(other.key("w") for other in others)}
     assert len(keys) == 5 and given.key("w") == ask("b", "q", temperature=1.0, seed=1).key("w")

@@ -48,7 +48,7 @@ def question_of(example: Example) -> str:
     return " ".join(chain.from_iterable(words))
 
 
-def key_of(text: str) -> bytes:
+def text_key(text: str) -> bytes:
     """Return the key by which a text is known: the first half of its SHA-256."""
     return hashlib.sha256(text.encode()).digest()[:KEY_BYTES]
 
@@ -94,7 +94,7 @@ class PoolIndex:
         count = 0
         for count, example in enumerate(rows, start=1):
             if count <= len(self) and wanted[count - 1]:
-                if as_keys(key_of(text_of(example)))[0] != self.texts[count - 1]:
+                if as_keys(text_key(text_of(example)))[0] != self.texts[count - 1]:
                     raise _changed(self.pools)
                 yield count - 1, example
         if count != len(self):
@@ -121,8 +121,8 @@ def index_pools(
     texts, records, kinds, starts = bytearray(), bytearray(), bytearray(), [0]
     for pool in pools.values():
         for example in stream_examples(pool, limit):
-            texts += key_of(text_of(example))
-            records += key_of(json.dumps(asdict(replace(example, id="")), sort_keys=True))
+            texts += text_key(text_of(example))
+            records += text_key(json.dumps(asdict(replace(example, id="")), sort_keys=True))
             kinds.append(asked.get(question_of(example), FRESH))
         starts.append(len(kinds))
     keys, found = as_keys(texts), np.frombuffer(kinds, np.int8).copy()

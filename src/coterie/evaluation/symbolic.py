@@ -89,9 +89,9 @@ def control_of(control: str | None, names: Sequence[str]) -> str:
 
 
 def _evaluated(
-    settings: EvaluationSettings, fitted: Symbolic, names: Sequence[str], examples: Sequence[Example], ledger: Path
+    settings: EvaluationSettings, fitted: Symbolic, names: Sequence[str], examples: Sequence[Example], cache: Path
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    with open_workshop(fitted.pool, settings, ledger) as workshop:
+    with open_workshop(fitted.pool, settings, cache) as workshop:
         skills = fitted.skills(workshop, examples)
         line_ups = {name: fitted.line_up(name, examples, skills, settings.sampling) for name in names}
         outcomes = answer_all(workshop, examples, line_ups, read_answer)

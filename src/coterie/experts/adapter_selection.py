@@ -156,7 +156,7 @@ COSINES: dict[str, Callable[[StackedPair], Tensor]] = {"updates": _cosines_of_up
 
 
 @dataclass(frozen=True)
-class Group:
+class AdapterGroup:
     """Some of the candidates, as a group.
 
     Attributes:
@@ -179,7 +179,7 @@ class Group:
 
 def groups(
     candidates: Sequence[Ranked], similarity: Float[Tensor, "candidate candidate"], size: int, *, diverse: bool = True
-) -> list[Group]:
+) -> list[AdapterGroup]:
     """Compare all groups of one size, best first.
 
     The paper ranks groups by the inverse of their mean similarity, which means nothing where that is negative; the
@@ -209,7 +209,7 @@ def groups(
     found = []
     for places, mean, rank in zip(members.tolist(), means, ranks, strict=True):
         own = [candidates[place] for place in places]
-        found.append(Group(tuple(one.name for one in own), sum(one.rank_sum for one in own), mean, rank))
+        found.append(AdapterGroup(tuple(one.name for one in own), sum(one.rank_sum for one in own), mean, rank))
     return sorted(found, key=lambda group: (group.score, group.rank_sum, group.similarity, group.names))
 
 

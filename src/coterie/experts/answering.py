@@ -14,7 +14,7 @@ Judge = Callable[[str, Example], bool | None]
 
 
 @dataclass(frozen=True)
-class Ask:
+class Question:
     """One question to one expert.
 
     Attributes:
@@ -79,7 +79,7 @@ Done = Callable[[int, Reply], None]
 class Answerer(Protocol):
     """One or several experts, ready to answer."""
 
-    def answer(self, asks: Sequence[Ask], done: Done) -> None:
+    def answer(self, questions: Sequence[Question], done: Done) -> None:
         """Answer all questions and give every reply to `done`, a failed one too, in whatever order they come."""
         ...
 
@@ -89,7 +89,7 @@ class Answerer(Protocol):
 
 
 @dataclass(frozen=True)
-class Group:
+class ExpertGroup:
     """Experts that are loaded in one go: the adapters of one base model, or a single endpoint.
 
     Attributes:

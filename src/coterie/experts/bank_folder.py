@@ -11,7 +11,7 @@ from typing import Any
 from coterie.artifacts import FORMAT, write_json
 from coterie.backbone.loading import BaseModelIdentity, identity_from, identity_record
 from coterie.data.examples import Example
-from coterie.data.streaming import KEY_BYTES, key_of, question_of
+from coterie.data.streaming import KEY_BYTES, question_of, text_key
 from coterie.errors import CoterieError, unknown_name
 from coterie.experts.cards import Card, printable, read_card, read_small_json, short
 
@@ -61,7 +61,7 @@ class BankFolder:
         return self.path / EXPERTS / self.card(name).name
 
     def trained_on(self, name: str) -> frozenset[bytes] | None:
-        """Return the keys of an adapter's training questions (see `key_of`); None when they are unknown.
+        """Return the keys of an adapter's training questions (see `text_key`); None when they are unknown.
 
         Raises:
             CoterieError: when no adapter has this name, or the file of its questions is missing or broken.
@@ -168,7 +168,7 @@ def leaks(bank: BankFolder, examples: Sequence[Example]) -> dict[str, int]:
     Raises:
         CoterieError: when the file of an adapter's questions is missing or broken.
     """
-    asked = [key_of(question_of(example)) for example in examples]
+    asked = [text_key(question_of(example)) for example in examples]
     return {name: count for name, known in _known(bank) if (count := sum(key in known for key in asked))}
 
 

@@ -20,7 +20,7 @@ from http.client import HTTPException
 from typing import Any
 
 from coterie.errors import CoterieError
-from coterie.experts.answering import Ask, Done, Reply, failed
+from coterie.experts.answering import Done, Question, Reply, failed
 from coterie.settings.groups import ExpertServingSettings, SamplingSettings
 
 LARGEST_ANSWER = 16 * 2**20  # bytes
@@ -36,7 +36,7 @@ class Trouble(Exception):
 
     Attributes:
         again: whether another try may help.
-        pause: seconds that the server asks to wait for.
+        pause: seconds that the server questions to wait for.
         for_all: whether no question to this expert can succeed.
     """
 
@@ -51,7 +51,7 @@ def key_variable(expert: str) -> str:
     return "COTERIE_KEY_" + re.sub(r"[^A-Za-z0-9]", "_", expert).upper()
 
 
-def key_of(expert: str) -> str | None:
+def api_key(expert: str) -> str | None:
     """Read an endpoint's key from the environment; servers without one need none.
 
     Raises:
@@ -109,34 +109,36 @@ class EndpointAnswerer:
             first_pause: seconds before the second try; each further pause is twice as long.
 
         Raises:
-            CoterieError: as `key_of`.
+            CoterieError: as `api_key`.
         """
         self._endpoint = endpoint
         self._work = work
         self._first_pause = first_pause
-        self._key = key_of(endpoint.expert)
+        self._key = api_key(endpoint.expert)
         self._pace = Pace(work.requests_per_minute)
         self._opener = urllib.request.build_opener(_NoRedirect)
         self._closed = threading.Event()
         self._hopeless: str | None = None
         self._failures = 0
 
-    def answer(self, asks: Sequence[Ask], done: Done) -> None:
+    def answer(self, questions: Sequence[Question], done: Done) -> None:
         """Ask all questions, several at a time."""
-        waiting = deque(enumerate(asks))
+        waiting = deque(enumerate(questions))
         broken: list[BaseException] = []
 
         def work() -> None:
             while waiting and not self._closed.is_set() and not broken:
                 try:
-                    number, ask = waiting.popleft()
-                    done(number, self._reply(ask))
+                    number, question = waiting.popleft()
+                    done(number, self._reply(question))
                 except IndexError:  # another thread took the last one
                     return
                 except BaseException as error:  # handed to the caller below
                     broken.append(error)
 
-        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(self._work.concurrency, len(asks)))]
+        threads = [
+            threading.Thread(target=work, daemon=True) for _ in range(min(self._work.concurrency, len(questions)))
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -148,10 +150,10 @@ class EndpointAnswerer:
         """End all pauses, and ask nothing more."""
         self._closed.set()
 
-    def _reply(self, ask: Ask) -> Reply:
+    def _reply(self, question: Question) -> Reply:
         started = time.monotonic()
         try:
-            reply = self._tried(ask, started)
+            reply = self._tried(question, started)
         except Trouble as trouble:
             self._count_failure(trouble)
             return failed(self._redacted(str(trouble)), time.monotonic() - started)
@@ -164,14 +166,14 @@ class EndpointAnswerer:
         if self._hopeless is None and (trouble.for_all or self._failures >= HOPELESS):
             self._hopeless = str(trouble)
 
-    def _tried(self, ask: Ask, started: float) -> Reply:
+    def _tried(self, question: Question, started: float) -> Reply:
         for attempt in range(self._work.retries + 1):
             if self._hopeless is not None:
                 raise Trouble(f"not asked any more after: {self._hopeless}")
             if self._closed.wait(self._pace.turn()):
                 raise Trouble("stopped before an answer came")
             try:
-                return self._request(ask, started)
+                return self._request(question, started)
             except Trouble as trouble:
                 if not trouble.again or attempt == self._work.retries:
                     raise
@@ -179,8 +181,8 @@ class EndpointAnswerer:
                 self._closed.wait(min(pause, LONGEST_PAUSE))
         raise AssertionError("the last try returns or raises")
 
-    def _request(self, ask: Ask, started: float) -> Reply:
-        body = json.dumps(_body(self._endpoint.model, ask)).encode()
+    def _request(self, question: Question, started: float) -> Reply:
+        body = json.dumps(_body(self._endpoint.model, question)).encode()
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "coterie"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -195,7 +197,7 @@ class EndpointAnswerer:
             reason = getattr(error, "reason", None) or error
             where = f"{self._endpoint.url} does not answer"
             raise Trouble(f"{where} ({str(reason) or type(reason).__name__})", again=True) from error
-        reply = _reply_from(self._redacted(answer), ask, time.monotonic() - started)
+        reply = _reply_from(self._redacted(answer), question, time.monotonic() - started)
         return replace(reply, text=self._redacted(reply.text))  # once more: JSON can write it in other ways
 
     def _refusal(self, error: urllib.error.HTTPError) -> Trouble:
@@ -211,9 +213,9 @@ class EndpointAnswerer:
         return text.replace(self._key, "***") if self._key else text
 
 
-def _body(model: str, ask: Ask) -> dict[str, Any]:
-    sampling = ask.sampling
-    messages = [{"role": message.role, "content": message.content} for message in ask.messages]
+def _body(model: str, question: Question) -> dict[str, Any]:
+    sampling = question.sampling
+    messages = [{"role": message.role, "content": message.content} for message in question.messages]
     body: dict[str, Any] = {
         "model": model,
         "messages": messages,
@@ -247,7 +249,7 @@ def _read(response: Any, deadline: float) -> str:
     return b"".join(parts).decode("utf-8", errors="replace")
 
 
-def _reply_from(answer: str, ask: Ask, seconds: float) -> Reply:
+def _reply_from(answer: str, question: Question, seconds: float) -> Reply:
     try:
         record = json.loads(answer)
         choice = record["choices"][0]
@@ -258,7 +260,7 @@ def _reply_from(answer: str, ask: Ask, seconds: float) -> Reply:
         reason = f"{type(error).__name__}: {error}"
         raise Trouble(f"the server's answer is no chat completion ({reason}): {answer[:80]!r}") from error
     usage = record.get("usage") if isinstance(record.get("usage"), dict) else {}
-    asked = sum(len(message.content) for message in ask.messages)
+    asked = sum(len(message.content) for message in question.messages)
     reason = "length" if choice.get("finish_reason") == "length" else "stop"
     text = text.encode("utf-8", errors="replace").decode()  # half characters, which JSON can write and no file can
     return Reply(

@@ -13,7 +13,7 @@ from coterie.experts.answering import Reply
 FIELDS = {field.name for field in fields(Reply)}
 
 
-class Ledger:
+class ReplyCache:
     """Keeps replies; those of a run that was killed are there again when the file is opened anew.
 
     Failed replies are not kept, so they are asked for again. A line that was cut off by a kill is skipped.

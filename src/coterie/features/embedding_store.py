@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from coterie.artifacts import sha256_of, write_tensors
 from coterie.backbone.aliases import ENCODER_ALIASES, cache_folder, fetch_alias
 from coterie.backbone.loading import Backbone, load_backbone
-from coterie.data.streaming import KEY_BYTES, as_keys, key_of
+from coterie.data.streaming import KEY_BYTES, as_keys, text_key
 from coterie.errors import CoterieError, unknown_name
 from coterie.features.embedding import HIDDEN, Encoder, HiddenStateEncoder, SentenceEncoder, encoder_errors
 from coterie.settings.groups import ModelSettings, PlacementSettings
@@ -79,9 +79,9 @@ def _sentence_encoder(folder: Path, name: str, device: str) -> TextEncoder:
     return TextEncoder(encoder, _hash(*(str(file.relative_to(folder)) for file in files), sha256_of(*files)))
 
 
-def keys_of(texts: Sequence[str]) -> Keys:
+def text_keys(texts: Sequence[str]) -> Keys:
     """Return the keys of texts."""
-    return as_keys(b"".join(map(key_of, texts)))
+    return as_keys(b"".join(map(text_key, texts)))
 
 
 class EmbeddingStore:
@@ -108,7 +108,7 @@ class EmbeddingStore:
         Raises:
             CoterieError: when an embedding is not finite.
         """
-        keys, embeddings = keys_of(texts), self._encode(texts)
+        keys, embeddings = text_keys(texts), self._encode(texts)
         broken = (~embeddings.isfinite().all(dim=1)).nonzero()
         if len(broken):
             raise CoterieError(f"the encoder makes no numbers of the text {texts[int(broken[0])][:40]!r}; use another")
@@ -119,11 +119,11 @@ class EmbeddingStore:
 
     def embed(self, texts: Sequence[str]) -> Float[Tensor, "text dimension"]:
         """Return the embeddings of a few texts, making those that are missing."""
-        by_key = {key_of(text): text for text in texts}
+        by_key = {text_key(text): text for text in texts}
         missing = self.missing(as_keys(b"".join(by_key)))
         if missing.any():
             self.add([text for text, new in zip(by_key.values(), missing, strict=True) if new])
-        return self.rows(keys_of(texts))[:]
+        return self.rows(text_keys(texts))[:]
 
     def rows(self, keys: Keys) -> "StoredRows":
         """Return the embeddings of texts that were all added before, as rows that are read when they are asked for.

@@ -55,7 +55,7 @@ def splitmix64(counter: Tensor, key: int) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def key_of(seed: int, name: str) -> int:
+def projection_key(seed: int, name: str) -> int:
     """Derive the 64-bit key of a named tensor."""
     digest = hashlib.sha256(f"{PROJECTION_FORMAT}:{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little")
@@ -74,7 +74,7 @@ class RademacherProjection:
 
     def __call__(self, name: str, values: Float[Tensor, "row size"]) -> Float[Tensor, "row d_proj"]:
         """Project rows of the tensor called `name`, flattened."""
-        key = key_of(self.seed, name)
+        key = projection_key(self.seed, name)
         width = max(1, BLOCK_ELEMENTS // self.d_proj)
         result = values.new_zeros(len(values), self.d_proj)
         for start in range(0, values.shape[1], width):
@@ -115,7 +115,7 @@ class SketchProjection:
         """Return, for every slot of every run, the element that goes there and its sign; slots past the end are 0."""
         runs = -(-size // self.d_proj)
         elements = torch.arange(runs * self.d_proj, device=device)
-        bits = splitmix64(elements, key_of(self.seed, name))
+        bits = splitmix64(elements, projection_key(self.seed, name))
         order = _shift_right(bits, 1).unflatten(0, (runs, self.d_proj)).argsort(dim=1, stable=True)
         source = (order + torch.arange(runs, device=device)[:, None] * self.d_proj).flatten()
         signs = (bits[source] & 1).float().mul_(2).sub_(1)

@@ -13,7 +13,7 @@ from torch import nn
 
 from coterie.artifacts import disk_errors, hub_folder, write_json
 from coterie.backbone.loading import Backbone, BaseModelIdentity, load_backbone
-from coterie.data.streaming import key_of, question_of, stream_examples
+from coterie.data.streaming import question_of, stream_examples, text_key
 from coterie.errors import CoterieError
 from coterie.experts.bank_folder import (
     BANK_FILE,
@@ -224,7 +224,7 @@ def _questions_of(sources: Sequence[str]) -> Questions:
     for source in sources:
         for example in stream_examples(source):
             rows += 1
-            keys.add(key_of(question_of(example)))
+            keys.add(text_key(question_of(example)))
     return Questions(rows, frozenset(keys))
 
 

@@ -17,7 +17,7 @@ from coterie.data.batching import PromptFormat, TokenRow, by_length, pad
 from coterie.data.examples import Example, from_prompt
 from coterie.engine.decoding import DecodingBatch
 from coterie.errors import CoterieError
-from coterie.experts.answering import Ask, Done, Reply, failed
+from coterie.experts.answering import Done, Question, Reply, failed
 from coterie.experts.bank import ExpertBank, load_adapter
 from coterie.lora import Adapter
 from coterie.mixture.core import Mixture
@@ -87,26 +87,26 @@ class LocalAnswerer:
         self._broken = dict(broken or {})
         self._batch_size = batch_size
 
-    def answer(self, asks: Sequence[Ask], done: Done) -> None:
+    def answer(self, questions: Sequence[Question], done: Done) -> None:
         """Answer all questions, those of similar length together, whichever experts they go to."""
-        rows = self._rows(asks, done)
-        settings = {asks[number].sampling.model_dump_json(): asks[number].sampling for number in rows}
+        rows = self._rows(questions, done)
+        settings = {questions[number].sampling.model_dump_json(): questions[number].sampling for number in rows}
         for key, sampling in settings.items():
-            numbers = [number for number in rows if asks[number].sampling.model_dump_json() == key]
+            numbers = [number for number in rows if questions[number].sampling.model_dump_json() == key]
             for places in by_length([rows[number] for number in numbers], self._batch_size):
                 batch = [numbers[place] for place in places]
-                self._run(batch, [asks[n].expert for n in batch], [rows[n] for n in batch], sampling, done)
+                self._run(batch, [questions[n].expert for n in batch], [rows[n] for n in batch], sampling, done)
 
     def close(self) -> None:
         """Nothing runs on its own; memory is free when nobody holds this any more."""
 
-    def _rows(self, asks: Sequence[Ask], done: Done) -> dict[int, TokenRow]:
+    def _rows(self, questions: Sequence[Question], done: Done) -> dict[int, TokenRow]:
         """Tokenise questions; those that cannot be asked fail here."""
         rows = {}
         window = getattr(self.backbone.model.config.get_text_config(), "max_position_embeddings", None)
-        for number, ask in enumerate(asks):
+        for number, question in enumerate(questions):
             try:
-                row = self._row(ask)
+                row = self._row(question)
             except CoterieError as error:
                 done(number, failed(error))
                 continue
@@ -116,10 +116,10 @@ class LocalAnswerer:
             rows[number] = row
         return rows
 
-    def _row(self, ask: Ask) -> TokenRow:
-        if ask.expert in self._broken:
-            raise CoterieError(self._broken[ask.expert])
-        return self._prompts[ask.expert].row(Example("", ask.messages)).prompt()
+    def _row(self, question: Question) -> TokenRow:
+        if question.expert in self._broken:
+            raise CoterieError(self._broken[question.expert])
+        return self._prompts[question.expert].row(Example("", question.messages)).prompt()
 
     def _run(
         self,
@@ -187,7 +187,7 @@ class LocalAnswerer:
         tokens = [_first_tokens(self.backbone, option) for option in options]
         if len({own[0] for own in tokens}) != len(options):
             raise CoterieError("two options begin with the same token, so they cannot be told apart; use letters")
-        rows = [self._row(Ask(expert, from_prompt(text).messages, SamplingSettings())) for text in questions]
+        rows = [self._row(Question(expert, from_prompt(text).messages, SamplingSettings())) for text in questions]
         found = torch.zeros(len(questions), len(options))
         for numbers in by_length(rows, self._batch_size):
             logprobs = self._next_logprobs(expert, [rows[number] for number in numbers])

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from coterie.backbone.loading import local_path
-from coterie.experts.answering import Group
+from coterie.experts.answering import ExpertGroup
 from coterie.experts.bank import WEIGHTS_FILE
 from coterie.experts.endpoints import Endpoint, EndpointAnswerer
 from coterie.experts.expert_pool import Pool, PoolExpert
@@ -24,7 +24,7 @@ SHARE_OF_FREE = 0.8  # of free memory that models may take by default
 
 def groups_of(
     pool: Pool, placement: PlacementSettings, work: ExpertServingSettings, *, batch_size: int = 8, new_tokens: int = 64
-) -> list[Group]:
+) -> list[ExpertGroup]:
     """Put the experts of one base model into one group, and every endpoint into its own.
 
     Args:
@@ -49,15 +49,15 @@ def groups_of(
 
 def _local_group(
     model: str, experts: Mapping[str, LocalExpert], placement: PlacementSettings, batch_size: int, rows: int
-) -> Group:
+) -> ExpertGroup:
     size = needed_bytes(model, experts, placement, rows)
-    return Group(model, tuple(experts), lambda: load_local(model, experts, placement, batch_size), size)
+    return ExpertGroup(model, tuple(experts), lambda: load_local(model, experts, placement, batch_size), size)
 
 
-def _endpoint_group(expert: PoolExpert, work: ExpertServingSettings) -> Group:
+def _endpoint_group(expert: PoolExpert, work: ExpertServingSettings) -> ExpertGroup:
     endpoint = Endpoint(expert.name, expert.source, expert.model)
     name = f"endpoint {expert.name}"  # no model is called so
-    return Group(name, (expert.name,), lambda: EndpointAnswerer(endpoint, work), size=0, is_remote=True)
+    return ExpertGroup(name, (expert.name,), lambda: EndpointAnswerer(endpoint, work), size=0, is_remote=True)
 
 
 def needed_bytes(

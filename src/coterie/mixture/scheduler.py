@@ -14,8 +14,8 @@ import torch
 from tqdm.auto import tqdm
 
 from coterie.errors import CoterieError
-from coterie.experts.answering import Answerer, Ask, Group, Reply, failed
-from coterie.experts.reply_cache import Ledger
+from coterie.experts.answering import Answerer, ExpertGroup, Question, Reply, failed
+from coterie.experts.reply_cache import ReplyCache
 
 GIB = 2**30
 
@@ -34,9 +34,9 @@ class Workshop:
 
     def __init__(
         self,
-        groups: Sequence[Group],
+        groups: Sequence[ExpertGroup],
         identities: Mapping[str, str],
-        ledger: Ledger,
+        cache: ReplyCache,
         budget: int | None = None,
         *,
         quiet: bool = False,
@@ -45,12 +45,12 @@ class Workshop:
 
         Args:
             groups: who answers; every expert stands in one of them.
-            identities: what stands for every expert's weights in the ledger.
-            ledger: replies that are there already, and where new ones go.
+            identities: what stands for every expert's weights in the cache.
+            cache: replies that are there already, and where new ones go.
             budget: bytes that loaded groups may take together; without one, one group is loaded at a time.
             quiet: show no progress.
         """
-        self.ledger = ledger
+        self.cache = cache
         self.loads: Counter[str] = Counter()
         self.peak = 0
         self._groups = {expert: group for group in groups for expert in group.experts}
@@ -72,28 +72,30 @@ class Workshop:
         for name in list(self._held):
             self._free(name)
 
-    def ask(self, asks: Sequence[Ask], last: Sequence[str] = ()) -> list[Reply]:
+    def ask(self, questions: Sequence[Question], last: Sequence[str] = ()) -> list[Reply]:
         """Get the replies to all questions, in their order; equal questions are asked once.
 
         An expert that fails costs its own replies: these have an `error`.
 
         Args:
-            asks: the questions.
+            questions: all of them, whichever expert each goes to.
             last: experts whose group comes last, so that it is still loaded for what follows.
 
         Raises:
             CoterieError: when a model needs more memory than there may be, or replies cannot be written.
         """
         self._later = {self._groups[expert].name for expert in last}
-        keys = [ask.key(self._identities[ask.expert]) for ask in asks]
-        missing = {key: ask for key, ask in zip(keys, asks, strict=True) if self.ledger.get(key) is None}
+        keys = [question.key(self._identities[question.expert]) for question in questions]
+        missing = {key: question for key, question in zip(keys, questions, strict=True) if self.cache.get(key) is None}
         errors = self._work(missing)
-        found = [self.ledger.get(key) or errors.get(key) for key in keys]
+        found = [self.cache.get(key) or errors.get(key) for key in keys]
         return [reply or failed("no reply came") for reply in found]
 
-    def knows(self, asks: Sequence[Ask]) -> bool:
+    def knows(self, questions: Sequence[Question]) -> bool:
         """Tell whether the replies to all questions are there already."""
-        return all(self.ledger.get(ask.key(self._identities[ask.expert])) is not None for ask in asks)
+        return all(
+            self.cache.get(question.key(self._identities[question.expert])) is not None for question in questions
+        )
 
     def hold(self, expert: str) -> Answerer:
         """Return an expert's answerer, loaded.
@@ -114,10 +116,10 @@ class Workshop:
             self.peak = max(self.peak, sum(size for _, size in self._held.values()))
         return self._held[group.name][0]
 
-    def _work(self, missing: Mapping[str, Ask]) -> dict[str, Reply]:
-        shares: dict[str, dict[str, Ask]] = {}
-        for key, ask in missing.items():
-            shares.setdefault(self._groups[ask.expert].name, {})[key] = ask
+    def _work(self, missing: Mapping[str, Question]) -> dict[str, Reply]:
+        shares: dict[str, dict[str, Question]] = {}
+        for key, question in missing.items():
+            shares.setdefault(self._groups[question.expert].name, {})[key] = question
         errors: dict[str, Reply] = {}
         groups = {group.name: group for group in self._groups.values() if group.name in shares}
         local = [group for group in groups.values() if not group.is_remote]
@@ -136,44 +138,44 @@ class Workshop:
             raise error.__cause__ from None
         return errors
 
-    def _order(self, groups: Sequence[Group]) -> list[Group]:
+    def _order(self, groups: Sequence[ExpertGroup]) -> list[ExpertGroup]:
         """What is loaded already, then the largest first, and what is needed afterwards at the end."""
 
-        def place(group: Group) -> tuple[bool, bool, int]:
+        def place(group: ExpertGroup) -> tuple[bool, bool, int]:
             return group.name in self._later, group.name not in self._held, -self._need(group)
 
         return sorted(groups, key=place)
 
-    def work_through(self, group: Group, share: Mapping[str, Ask], errors: dict[str, Reply]) -> None:
+    def work_through(self, group: ExpertGroup, share: Mapping[str, Question], errors: dict[str, Reply]) -> None:
         """Let one group answer its share; whatever goes wrong there costs only what is not answered yet."""
-        keys, asks = list(share), list(share.values())
-        bars = _bars(asks, quiet=self._quiet)
+        keys, questions = list(share), list(share.values())
+        bars = _bars(questions, quiet=self._quiet)
 
         def done(number: int, reply: Reply) -> None:
             if reply.error is not None:
                 errors[keys[number]] = reply
             try:
-                self.ledger.add(keys[number], reply)
+                self.cache.add(keys[number], reply)
             except Exception as error:
                 raise _Unwritable from error
-            bars[asks[number].expert].update()
+            bars[questions[number].expert].update()
 
         try:
-            self.hold(asks[0].expert).answer(asks, done)
+            self.hold(questions[0].expert).answer(questions, done)
         except _Unwritable:
             raise
         except Exception as error:  # a model, a server or a library may raise anything; the others go on
             for key in keys:
-                if self.ledger.get(key) is None and key not in errors:
+                if self.cache.get(key) is None and key not in errors:
                     errors[key] = failed(error)
         finally:
             for bar in bars.values():
                 bar.close()
 
-    def _need(self, group: Group) -> int:
+    def _need(self, group: ExpertGroup) -> int:
         return group.size if group.size is not None else self._budget or 0
 
-    def _check_size(self, group: Group) -> None:
+    def _check_size(self, group: ExpertGroup) -> None:
         need = self._need(group)
         if self._budget is not None and need > self._budget:
             raise CoterieError(
@@ -181,7 +183,7 @@ class Workshop:
                 "raise --memory, or take a smaller --dtype or --batch-size"
             )
 
-    def _make_room(self, group: Group) -> None:
+    def _make_room(self, group: ExpertGroup) -> None:
         """Free groups until this one fits: the oldest first, what is needed afterwards last; all without a budget."""
         for name in sorted(self._held, key=lambda name: name in self._later):
             taken = sum(size for _, size in self._held.values())
@@ -200,7 +202,9 @@ class Workshop:
 class _Helper:
     """An endpoint at work in a thread of its own; it ends with the program if that is stopped."""
 
-    def __init__(self, workshop: Workshop, group: Group, share: Mapping[str, Ask], errors: dict[str, Reply]) -> None:
+    def __init__(
+        self, workshop: Workshop, group: ExpertGroup, share: Mapping[str, Question], errors: dict[str, Reply]
+    ) -> None:
         self._broken: Exception | None = None
         self._thread = threading.Thread(target=self._run, args=(workshop, group, share, errors), daemon=True)
 
@@ -212,15 +216,17 @@ class _Helper:
         if self._broken is not None:
             raise self._broken
 
-    def _run(self, workshop: Workshop, group: Group, share: Mapping[str, Ask], errors: dict[str, Reply]) -> None:
+    def _run(
+        self, workshop: Workshop, group: ExpertGroup, share: Mapping[str, Question], errors: dict[str, Reply]
+    ) -> None:
         try:
             workshop.work_through(group, share, errors)
         except Exception as error:  # told to the thread that waits
             self._broken = error
 
 
-def _bars(asks: Sequence[Ask], *, quiet: bool) -> dict[str, tqdm]:
-    counts = Counter(ask.expert for ask in asks)
+def _bars(questions: Sequence[Question], *, quiet: bool) -> dict[str, tqdm]:
+    counts = Counter(question.expert for question in questions)
     return {
         name: tqdm(total=count, desc=f"answers of {name}", unit="answer", disable=quiet)
         for name, count in counts.items()

@@ -17,7 +17,7 @@ from coterie.artifacts import JsonCache, check_output, read_json, run_folder, wr
 from coterie.data.examples import Example
 from coterie.errors import CoterieError
 from coterie.experts.adapter_selection import (
-    Group,
+    AdapterGroup,
     Ranked,
     ShotScores,
     agreement,
@@ -26,7 +26,7 @@ from coterie.experts.adapter_selection import (
     ranked,
     similarities,
 )
-from coterie.experts.answering import Ask, Judge, Reply
+from coterie.experts.answering import Judge, Question, Reply
 from coterie.experts.bank import load_bank
 from coterie.experts.bank_folder import BankFolder, leaks
 from coterie.methods.kshot.rationales import with_rationales
@@ -265,7 +265,7 @@ def _score(scoring: Scoring, names: Sequence[str], places: range) -> dict[str, l
     answerer = LocalAnswerer(task.backbone, bank, dict.fromkeys(names, task.prompts), batch_size=batch)
     shots, rationales = ([rows[place] for place in places] for rows in (task.shots, scoring.rationales))
     sampling = SamplingSettings(max_new_tokens=scoring.settings.max_new_tokens)
-    asks = [Ask(name, shot.prompt, sampling) for name in names for shot in shots]
+    asks = [Question(name, shot.prompt, sampling) for name in names for shot in shots]
     replies: dict[int, Reply] = {}
     if scoring.settings.rank_by != "perplexity":
         answerer.answer(asks, replies.__setitem__)
@@ -297,7 +297,7 @@ def _judged(reply: Reply | None, shot: Example, judge: Judge) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------- records
 
 
-def _similarity_to(group: Group, likeness: torch.Tensor, places: dict[str, int]) -> dict[str, float]:
+def _similarity_to(group: AdapterGroup, likeness: torch.Tensor, places: dict[str, int]) -> dict[str, float]:
     """Return every candidate's mean similarity to the other members of a group."""
     near = {}
     for name, place in places.items():
@@ -307,7 +307,7 @@ def _similarity_to(group: Group, likeness: torch.Tensor, places: dict[str, int])
 
 
 def _scored_row(
-    one: Ranked, near: dict[str, float], best: Group, bank: BankFolder, known: dict[str, int], found: _Found
+    one: Ranked, near: dict[str, float], best: AdapterGroup, bank: BankFolder, known: dict[str, int], found: _Found
 ) -> dict[str, Any]:
     perplexity = math.exp(one.log_perplexity) if one.log_perplexity < math.log(1e300) else None
     return {
@@ -340,7 +340,7 @@ def _dropped_row(
     }
 
 
-def _group_row(group: Group) -> dict[str, Any]:
+def _group_row(group: AdapterGroup) -> dict[str, Any]:
     return {
         "names": list(group.names),
         "rank_sum": group.rank_sum,

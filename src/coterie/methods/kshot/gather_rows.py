@@ -28,7 +28,7 @@ from coterie.data.streaming import (
     Pool,
     PoolIndex,
     index_pools,
-    key_of,
+    text_key,
     text_of,
 )
 from coterie.errors import CoterieError
@@ -243,7 +243,7 @@ def _records(task: _Task, selection: Selection, examples: Mapping[int, Example])
     return [
         {
             **{name: value for name, value in asdict(examples[number]).items() if value},
-            "id": key_of(text_of(examples[number])).hex(),
+            "id": text_key(text_of(examples[number])).hex(),
             "pool": pools[place],
             "pool_id": examples[number].id,
             "similarity": float(selection.measured.similarity[row]),

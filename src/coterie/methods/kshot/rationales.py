@@ -10,9 +10,9 @@ from dataclasses import replace
 from coterie.backbone.aliases import cache_folder
 from coterie.data.examples import Example, Message, from_prompt
 from coterie.errors import CoterieError
-from coterie.experts.answering import Ask
+from coterie.experts.answering import Question
 from coterie.experts.expert_pool import Pool, parse_expert
-from coterie.experts.reply_cache import Ledger
+from coterie.experts.reply_cache import ReplyCache
 from coterie.mixture.memory import budget_of, groups_of
 from coterie.mixture.scheduler import Workshop
 from coterie.settings.groups import ExpertServingSettings, PlacementSettings, RationaleSettings, SamplingSettings
@@ -62,10 +62,10 @@ def _written(
     pool = Pool((parse_expert(f"{WRITER}={writer}"),))
     work = ExpertServingSettings()
     groups = groups_of(pool, placement, work, batch_size=batch_size, new_tokens=sampling.max_new_tokens)
-    ledger = Ledger(cache_folder() / CACHE_FILE)
+    cache = ReplyCache(cache_folder() / CACHE_FILE)
     identities = {WRITER: pool.experts[0].identity}
-    with Workshop(groups, identities, ledger, budget_of(work, placement)) as workshop:
-        replies = workshop.ask([Ask(WRITER, from_prompt(text).messages, sampling) for text in requests])
+    with Workshop(groups, identities, cache, budget_of(work, placement)) as workshop:
+        replies = workshop.ask([Question(WRITER, from_prompt(text).messages, sampling) for text in requests])
     errors = [reply.error for reply in replies if reply.error]
     if errors:
         raise CoterieError(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from coterie.combiners.aggregate import VOTES, WEIGHTED, after_thinking, elect, synthesis_request
 from coterie.data.examples import Example, from_prompt
-from coterie.experts.answering import Ask, Reply
+from coterie.experts.answering import Question, Reply
 from coterie.methods.symbolic.profile import tell_failures
 from coterie.mixture.scheduler import Workshop
 from coterie.routers.base import Routing
@@ -35,10 +35,10 @@ class LineUp:
     aggregators: Sequence[str]
     sampling: SamplingSettings
 
-    def asks(self, number: int, example: Example) -> list[Ask]:
+    def asks(self, number: int, example: Example) -> list[Question]:
         """Return the questions to the experts that were recruited for one request."""
         return [
-            Ask(name, example.prompt, self.sampling.model_copy(update={"seed": self.sampling.seed + again}))
+            Question(name, example.prompt, self.sampling.model_copy(update={"seed": self.sampling.seed + again}))
             for name, count in self.routing.row(number).items()
             for again in range(int(count))
         ]
@@ -138,7 +138,7 @@ def answer_all(
     return _aggregated(workshop, examples, line_ups, given, read)
 
 
-def _given(ask: Ask, reply: Reply, line_up: LineUp, number: int, example: Example, read: Read) -> Given:
+def _given(ask: Question, reply: Reply, line_up: LineUp, number: int, example: Example, read: Read) -> Given:
     place = line_up.routing.experts.index(ask.expert)
     weight = float(line_up.relevance[number, place])
     text = after_thinking(reply.text)
@@ -176,9 +176,9 @@ def texts_of(given: Sequence[Given]) -> list[str]:
     return [text for own in given if (text := after_thinking(own.reply.text))]
 
 
-def synthesis_ask(aggregator: str, example: Example, texts: Sequence[str], sampling: SamplingSettings) -> Ask:
+def synthesis_ask(aggregator: str, example: Example, texts: Sequence[str], sampling: SamplingSettings) -> Question:
     """Return what an aggregator is asked: the answers, then the question."""
-    return Ask(aggregator, from_prompt(synthesis_request(example.instruction, texts)).messages, sampling)
+    return Question(aggregator, from_prompt(synthesis_request(example.instruction, texts)).messages, sampling)
 
 
 def _outcome(

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from coterie.data.examples import Example
-from coterie.experts.answering import Ask, Done, Group, Reply
-from coterie.experts.reply_cache import Ledger
+from coterie.experts.answering import Done, ExpertGroup, Question, Reply
+from coterie.experts.reply_cache import ReplyCache
 from coterie.features.skills import BLANK, choice_request
 from coterie.methods.symbolic.answer import Read, answer_all
 from coterie.methods.symbolic.fit import Symbolic
@@ -120,12 +120,12 @@ class _Counting:
         self._tallies = tallies
         self._paces = paces
 
-    def answer(self, asks: Sequence[Ask], done: Done) -> None:
-        for number, ask in enumerate(asks):
-            pace, most = self._paces[ask.expert], ask.sampling.max_new_tokens
+    def answer(self, questions: Sequence[Question], done: Done) -> None:
+        for number, question in enumerate(questions):
+            pace, most = self._paces[question.expert], question.sampling.max_new_tokens
             tokens = most if pace.tokens is None else min(most, round(pace.tokens))
-            prompt = round(sum(len(message.content) for message in ask.messages) / pace.characters)
-            self._tallies.setdefault(ask.expert, Tally()).add(prompt, tokens, most)
+            prompt = round(sum(len(message.content) for message in question.messages) / pace.characters)
+            self._tallies.setdefault(question.expert, Tally()).add(prompt, tokens, most)
             done(number, Reply("x" * max(1, round(tokens * pace.characters)), prompt, tokens))
 
     def close(self) -> None:
@@ -165,8 +165,8 @@ def plan_work(
     groups = [replace(group, load=lambda: counting) for group in sizes]
     budget = budget_of(settings.work, settings.placement)
     identities = {expert.name: expert.identity for expert in fitted.pool.experts}
-    ledger = Ledger(replies, read_only=True)
-    with Workshop(groups, identities, ledger, budget, quiet=True) as shop:
+    cache = ReplyCache(replies, read_only=True)
+    with Workshop(groups, identities, cache, budget, quiet=True) as shop:
         skills, is_exact = _skills(fitted, shop, counting, examples)
         line_up = fitted.line_up(name, examples, skills, settings.sampling)
         answer_all(shop, examples, {name: line_up}, read)
@@ -176,7 +176,7 @@ def plan_work(
     return WorkPlan(len(examples), is_exact, ordered, held, shop.peak, budget, kinds)
 
 
-def _held(groups: Sequence[Group], loads: Counter[str]) -> dict[str, dict[str, Any]]:
+def _held(groups: Sequence[ExpertGroup], loads: Counter[str]) -> dict[str, dict[str, Any]]:
     return {
         group.name: {"experts": list(group.experts), "loads": loads[group.name], "bytes": group.size}
         for group in groups

@@ -17,7 +17,7 @@ from torch import Tensor
 from coterie.artifacts import FORMAT, check_output, read_json, read_jsonl, run_folder, write_json, write_jsonl
 from coterie.data.examples import Example, load_examples
 from coterie.errors import CoterieError
-from coterie.experts.answering import Ask, Judge, Reply
+from coterie.experts.answering import Judge, Question, Reply
 from coterie.experts.expert_pool import Pool, read_pool
 from coterie.features.skills import load_embed, merge_synonyms
 from coterie.methods.common import hash_examples
@@ -207,7 +207,7 @@ def _scored(
     """Return every question's replies by expert, and their scores."""
     if settings.score == "likelihood":
         return [{} for _ in examples], credit_from_likelihood(_likelihoods(workshop, pool, examples))
-    asks = [Ask(name, example.prompt, settings.sampling) for example in examples for name in pool.names]
+    asks = [Question(name, example.prompt, settings.sampling) for example in examples for name in pool.names]
     replies = workshop.ask(asks)
     tell_failures(asks, replies)
     if all(reply.error is not None for reply in replies):
@@ -238,7 +238,7 @@ def _likelihoods(workshop: Workshop, pool: Pool, examples: Sequence[Example]) ->
     return torch.stack([found[name] for name in pool.names])
 
 
-def tell_failures(asks: Sequence[Ask], replies: Sequence[Reply]) -> None:
+def tell_failures(asks: Sequence[Question], replies: Sequence[Reply]) -> None:
     """Log which experts failed, how often and why first, and how many answers were cut off."""
     distinct = {id(reply): (ask.expert, reply) for ask, reply in zip(asks, replies, strict=True)}.values()
     failures: dict[str, list[str]] = {}

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from coterie.data.examples import Example, from_prompt, load_examples
 from coterie.errors import CoterieError
-from coterie.experts.answering import Ask, Group
+from coterie.experts.answering import ExpertGroup, Question
 from coterie.experts.expert_pool import Pool
-from coterie.experts.reply_cache import Ledger
+from coterie.experts.reply_cache import ReplyCache
 from coterie.features.skills import (
     BLANK,
     choice_request,
@@ -33,24 +33,24 @@ Working = ProfileSettings | SymbolicSettings | GenerateSettings | EvaluationSett
 """Settings of the commands that ask experts."""
 
 
-def open_workshop(pool: Pool, settings: Working, ledger: Path | None) -> Workshop:
+def open_workshop(pool: Pool, settings: Working, cache: Path | None) -> Workshop:
     """Make a pool's experts ready to be asked; nothing is loaded yet.
 
     Args:
         pool: the experts.
         settings: memory, how base models are held in it, and how experts are asked.
-        ledger: file of replies that are there already, and of new ones; None keeps them in memory only.
+        cache: file of replies that are there already, and of new ones; None keeps them in memory only.
 
     Raises:
         CoterieError: when a model does not exist.
     """
     identities = {expert.name: expert.identity for expert in pool.experts}
     return Workshop(
-        groups_for(pool, settings), identities, Ledger(ledger), budget_of(settings.work, settings.placement)
+        groups_for(pool, settings), identities, ReplyCache(cache), budget_of(settings.work, settings.placement)
     )
 
 
-def groups_for(pool: Pool, settings: Working) -> list[Group]:
+def groups_for(pool: Pool, settings: Working) -> list[ExpertGroup]:
     """Put a pool's experts into the groups that they are loaded in.
 
     Raises:
@@ -121,11 +121,11 @@ def find_skills(
     return _named(workshop, expert, questions)
 
 
-def keyword_asks(expert: str, questions: Sequence[str]) -> list[Ask]:
+def keyword_asks(expert: str, questions: Sequence[str]) -> list[Question]:
     """Return the five samples of every question's keywords, question by question."""
     seeds = [KEYWORD_SAMPLING.model_copy(update={"seed": seed}) for seed in range(SAMPLES)]
     messages = [from_prompt(keyword_request(question)).messages for question in questions]
-    return [Ask(expert, own, sampling) for own in messages for sampling in seeds]
+    return [Question(expert, own, sampling) for own in messages for sampling in seeds]
 
 
 def _named(workshop: Workshop, expert: str, questions: Sequence[str]) -> list[tuple[str, ...]]:
