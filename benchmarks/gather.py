@@ -24,7 +24,7 @@ from _harness import arguments, interleaved, median_ratio, publish
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coterie.data.row_selection import Selection, select
+from coterie.data.row_selection import RowSelection, select_rows
 from coterie.settings.groups import GatherRowsSettings
 
 SHOTS, WIDTH, TOPICS, COPIES = 50, 384, 200, 0.1
@@ -61,9 +61,9 @@ def problem(rows: int) -> tuple[Tensor, Tensor]:
     return pool, shots / shots.norm(dim=1, keepdim=True)
 
 
-def gather(pool: Tensor, shots: Tensor) -> Selection:
+def gather(pool: Tensor, shots: Tensor) -> RowSelection:
     """Choose as `coterie gather` does."""
-    return select(pool, shots, np.arange(len(pool)), SETTINGS)
+    return select_rows(pool, shots, np.arange(len(pool)), SETTINGS)
 
 
 def full(pool: Tensor, shots: Tensor, candidates: int = 3000) -> list[int]:

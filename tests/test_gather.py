@@ -27,7 +27,7 @@ from coterie.methods.kshot.pool_map import drawn_rows, lay_out
 from coterie.settings.groups import PlacementSettings
 from test_cli import refused
 from test_embedding import make_bert, make_tokenizer
-from test_selection import unit
+from test_row_selection import unit
 
 
 class WordEncoder:

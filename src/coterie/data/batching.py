@@ -67,7 +67,7 @@ class Batch(NamedTuple):
     position_ids: Int[Tensor, "row position"]
 
 
-class Kept(NamedTuple):
+class Tokenised(NamedTuple):
     """Rows that fit, with the examples they came from, and how many were too long."""
 
     examples: list[Example]
@@ -206,7 +206,7 @@ def _places(around: Sequence[str], contents: Sequence[str]) -> list[tuple[int, i
     return places
 
 
-def tokenise(prompts: PromptFormat, examples: Sequence[Example], max_length: int) -> Kept:
+def tokenise(prompts: PromptFormat, examples: Sequence[Example], max_length: int) -> Tokenised:
     """Tokenise examples and drop, never cut, those longer than `max_length` tokens; the count is logged.
 
     Raises:
@@ -214,7 +214,7 @@ def tokenise(prompts: PromptFormat, examples: Sequence[Example], max_length: int
     """
     rows = [prompts.row(example) for example in examples]
     fits = [len(row.ids) <= max_length for row in rows]
-    kept = Kept(
+    kept = Tokenised(
         [example for example, fit in zip(examples, fits, strict=True) if fit],
         [row for row, fit in zip(rows, fits, strict=True) if fit],
         fits.count(False),

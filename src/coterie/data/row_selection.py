@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from coterie.data.row_similarity import nearness_by
+from coterie.data.row_similarity import similarity_by
 from coterie.settings.groups import GatherRowsSettings
 
 DECIMALS = 6
@@ -25,7 +25,7 @@ LEFT, CHOSEN, LIKE_SHOT, LIKE_EXCLUDED, LIKE_CHOSEN = range(5)
 
 
 @runtime_checkable
-class Rows(Protocol):
+class EmbeddedRows(Protocol):
     """Embeddings by row number: a tensor, or a file that is read in parts."""
 
     def __len__(self) -> int:
@@ -37,7 +37,7 @@ class Rows(Protocol):
         ...
 
 
-class Measured(NamedTuple):
+class RowSimilarities(NamedTuple):
     """How pool rows lie to the examples and to the excluded rows."""
 
     similarity: Float[np.ndarray, " row"]
@@ -51,35 +51,35 @@ class Measured(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Selection:
+class RowSelection:
     """The result of a selection.
 
     Attributes:
         rows: numbers of the chosen rows, most similar first.
-        fates: what became of every row: `LEFT` (beyond the budget), `CHOSEN`, `LIKE_SHOT`, `LIKE_EXCLUDED` or
+        outcomes: what became of every row: `LEFT` (beyond the budget), `CHOSEN`, `LIKE_SHOT`, `LIKE_EXCLUDED` or
             `LIKE_CHOSEN` (too near to a chosen row).
         measured: similarities of all rows.
     """
 
     rows: Int[np.ndarray, " chosen"]
-    fates: Int[np.ndarray, " row"]
-    measured: Measured
+    outcomes: Int[np.ndarray, " row"]
+    measured: RowSimilarities
 
 
-class Kept(NamedTuple):
-    """Rows that were kept, in order, and those that were refused on the way."""
+class Deduplicated(NamedTuple):
+    """Rows that were kept, in order, and those that were rejected on the way."""
 
     rows: Int[np.ndarray, " kept"]
-    refused: Int[np.ndarray, " refused"]
+    rejected: Int[np.ndarray, " rejected"]
 
 
-def select(
-    pool: Rows,
+def select_rows(
+    pool: EmbeddedRows,
     shots: Float[Tensor, "shot dimension"],
     keys: Shaped[np.ndarray, " row"],
     settings: GatherRowsSettings,
     excluded: Float[Tensor, "excluded dimension"] | None = None,
-) -> Selection:
+) -> RowSelection:
     """Choose rows of the pool; time grows linearly with it.
 
     Rows too near to an example or to an excluded row go first. The others are taken from the most similar on, as
@@ -93,27 +93,27 @@ def select(
         settings: budget, thresholds and rules.
         excluded: embeddings of rows that must not be found again, such as a test set's.
     """
-    measured = measure(pool, shots, settings, excluded)
-    fates = np.full(len(pool), LEFT, dtype=np.int8)
-    fates[measured.excluded > settings.exclude_tau] = LIKE_EXCLUDED
-    fates[measured.cosine > settings.exclude_tau] = LIKE_SHOT
-    candidates = np.flatnonzero(fates == LEFT)
+    measured = measure_rows(pool, shots, settings, excluded)
+    outcomes = np.full(len(pool), LEFT, dtype=np.int8)
+    outcomes[measured.excluded > settings.exclude_tau] = LIKE_EXCLUDED
+    outcomes[measured.cosine > settings.exclude_tau] = LIKE_SHOT
+    candidates = np.flatnonzero(outcomes == LEFT)
     order = candidates[np.lexsort((keys[candidates], -measured.similarity[candidates]))]
     keep = keep_greedily if settings.dedup == "greedy" else keep_as_published
     kept = keep(pool, order, settings.budget, settings.tau)
-    fates[kept.rows] = CHOSEN
-    fates[kept.refused] = LIKE_CHOSEN
-    return Selection(kept.rows, fates, measured)
+    outcomes[kept.rows] = CHOSEN
+    outcomes[kept.rejected] = LIKE_CHOSEN
+    return RowSelection(kept.rows, outcomes, measured)
 
 
-def measure(
-    pool: Rows,
+def measure_rows(
+    pool: EmbeddedRows,
     shots: Float[Tensor, "shot dimension"],
     settings: GatherRowsSettings,
     excluded: Float[Tensor, "excluded dimension"] | None = None,
-) -> Measured:
+) -> RowSimilarities:
     """Compare every pool row with the examples and the excluded rows, to six decimals."""
-    rule = nearness_by(settings.rule, shots, settings.gamma)
+    rule = similarity_by(settings.rule, shots, settings.gamma)
     directions = shots.double().T
     similarity, cosine, forbidden = (np.full(len(pool), -1.0) for _ in range(3))
     nearest = np.zeros(len(pool), dtype=np.int32)
@@ -125,30 +125,30 @@ def measure(
         similarity[place], cosine[place], nearest[place] = _rounded(rule(cosines)), _rounded(largest), number.numpy()
         if excluded is not None:
             forbidden[place] = _rounded(largest_cosine(block, excluded))
-    return Measured(similarity, nearest, cosine, forbidden)
+    return RowSimilarities(similarity, nearest, cosine, forbidden)
 
 
-def keep_greedily(pool: Rows, order: Int[np.ndarray, " row"], budget: int, tau: float) -> Kept:
+def keep_greedily(pool: EmbeddedRows, order: Int[np.ndarray, " row"], budget: int, tau: float) -> Deduplicated:
     """Go through rows in order and keep each whose cosine to all kept before is at most tau, until the budget is full.
 
     Only rows that can still enter are looked at: the work is (rows looked at) x (rows kept).
     """
     kept: list[np.ndarray] = []
-    refused: list[np.ndarray] = []
+    rejected: list[np.ndarray] = []
     chosen = torch.empty(0, pool[:0].shape[1])
     for start in range(0, len(order), TILE):
         rows = order[start : start + TILE]
         block = pool[rows]
         taken, left_out = _keep_within(block, largest_cosine(block, chosen) > tau + _HALF, tau, budget - len(chosen))
         kept.append(rows[taken])
-        refused.append(rows[left_out])
+        rejected.append(rows[left_out])
         chosen = torch.cat([chosen, block[torch.from_numpy(taken)]])
         if len(chosen) == budget:
             break
-    return Kept(np.concatenate([order[:0], *kept]), np.concatenate([order[:0], *refused]))
+    return Deduplicated(np.concatenate([order[:0], *kept]), np.concatenate([order[:0], *rejected]))
 
 
-def keep_as_published(pool: Rows, order: Int[np.ndarray, " row"], budget: int, tau: float) -> Kept:
+def keep_as_published(pool: EmbeddedRows, order: Int[np.ndarray, " row"], budget: int, tau: float) -> Deduplicated:
     """Take the first rows up to the budget, and of every pair of them nearer than tau drop the later one.
 
     So a dropped row still drops others, and fewer rows than the budget remain (arXiv 2408.15915, algorithm 2).
@@ -161,7 +161,7 @@ def keep_as_published(pool: Rows, order: Int[np.ndarray, " row"], budget: int, t
         near = largest_cosine(block, embeddings[:start]) > tau + _HALF
         within = torch.tril(block.double() @ block.double().T > tau + _HALF, diagonal=-1).any(dim=1)
         dropped[start : start + TILE] = (near | within).numpy()
-    return Kept(top[~dropped], top[dropped])
+    return Deduplicated(top[~dropped], top[dropped])
 
 
 def largest_cosine(
@@ -182,8 +182,8 @@ _HALF = 0.5 * 10**-DECIMALS
 
 def _keep_within(
     block: Float[Tensor, "row dimension"], gone: Bool[Tensor, " row"], tau: float, budget: int
-) -> tuple[Int[np.ndarray, " taken"], Int[np.ndarray, " refused"]]:
-    """Keep greedily within a block; `gone` are rows that are refused already. Rows after a full budget are neither."""
+) -> tuple[Int[np.ndarray, " taken"], Int[np.ndarray, " rejected"]]:
+    """Keep greedily within a block; `gone` are rows that are rejected already. Rows after a full budget are neither."""
     near = (block.double() @ block.double().T > tau + _HALF).numpy()
     alive = ~gone.numpy()
     taken = []

@@ -20,11 +20,11 @@ HULL_TOLERANCE = 1e-8
 SMALLEST_CURVATURE = 1e-12
 """Takes the place of 0, the curvature between two equal examples."""
 
-Nearness = Callable[[Float[Tensor, "row shot"]], Float[Tensor, " row"]]
+Similarity = Callable[[Float[Tensor, "row shot"]], Float[Tensor, " row"]]
 """Turns the cosines of rows to all examples into one similarity a row."""
 
 
-def nearness_by(rule: SimilarityRule, shots: Float[Tensor, "shot dimension"], gamma: float) -> Nearness:
+def similarity_by(rule: SimilarityRule, shots: Float[Tensor, "shot dimension"], gamma: float) -> Similarity:
     """Return a rule for these examples; `gamma` is the sharpness of `kde`."""
     if rule == "kde":
         return partial(density_similarity, gamma=gamma)

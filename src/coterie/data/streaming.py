@@ -12,7 +12,7 @@ from jaxtyping import Int, Shaped
 from coterie.data.examples import Example, raw_rows, to_example
 from coterie.errors import CoterieError
 
-Pool = str | Sequence[Example]
+ExampleSource = str | Sequence[Example]
 """A source as `load_examples` knows it, or examples in memory."""
 
 KEY_BYTES = 16
@@ -21,7 +21,7 @@ FRESH, COPY, SHOT_QUESTION, EXCLUDED_QUESTION = range(4)
 """What a pool row is found to be by its text alone."""
 
 
-def stream_examples(source: Pool, limit: int | None = None) -> Iterator[Example]:
+def stream_examples(source: ExampleSource, limit: int | None = None) -> Iterator[Example]:
     """Yield the examples of a source one by one; as `load_examples`, which holds them all.
 
     Raises:
@@ -71,7 +71,7 @@ class PoolIndex:
         starts: number of the first row of every pool, and the number of rows.
     """
 
-    pools: Mapping[str, Pool]
+    pools: Mapping[str, ExampleSource]
     limit: int | None
     texts: Shaped[np.ndarray, " row"]
     records: Shaped[np.ndarray, " row"]
@@ -106,7 +106,7 @@ class PoolIndex:
 
 
 def index_pools(
-    pools: Mapping[str, Pool], limit: int | None, shots: Sequence[Example], excluded: Sequence[Example]
+    pools: Mapping[str, ExampleSource], limit: int | None, shots: Sequence[Example], excluded: Sequence[Example]
 ) -> PoolIndex:
     """Read pools once: check every row, and find by text alone what cannot be chosen.
 
@@ -135,5 +135,5 @@ def _copies(texts: Shaped[np.ndarray, " row"], records: Shaped[np.ndarray, " row
     return order[1:][texts[order][1:] == texts[order][:-1]]
 
 
-def _changed(pools: Mapping[str, Pool]) -> CoterieError:
+def _changed(pools: Mapping[str, ExampleSource]) -> CoterieError:
     return CoterieError(f"the pool changed while it was read ({', '.join(pools)}); start again when it is complete")

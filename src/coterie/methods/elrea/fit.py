@@ -11,7 +11,7 @@ from torch import Tensor
 from coterie.artifacts import RunFolder, check_output, read_tensors, run_folder, write_jsonl
 from coterie.backbone.loading import Backbone, load_backbone
 from coterie.combiners.logits import LogitCombiner
-from coterie.data.batching import Kept, PromptFormat, tokenise
+from coterie.data.batching import PromptFormat, Tokenised, tokenise
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError
 from coterie.experts.bank import load_bank
@@ -82,7 +82,9 @@ def _check_enough(count: int, settings: ElreaSettings) -> None:
         )
 
 
-def _fit(run: RunFolder, settings: ElreaSettings, backbone: Backbone, prompts: PromptFormat, kept: Kept) -> Mixture:
+def _fit(
+    run: RunFolder, settings: ElreaSettings, backbone: Backbone, prompts: PromptFormat, kept: Tokenised
+) -> Mixture:
     base = _train_base(run, settings, backbone, kept)
     names = [f"epoch-{epoch}" for epoch in range(settings.training.epochs)]
     checkpoints = [load_checkpoint(run.path / "checkpoints" / name, backbone.model) for name in names]
@@ -103,7 +105,7 @@ def _fit(run: RunFolder, settings: ElreaSettings, backbone: Backbone, prompts: P
     return mixture
 
 
-def _train_base(run: RunFolder, settings: ElreaSettings, backbone: Backbone, kept: Kept) -> Path:
+def _train_base(run: RunFolder, settings: ElreaSettings, backbone: Backbone, kept: Tokenised) -> Path:
     """Train the base adapter; its epochs go to `checkpoints`, its last state is the expert `base`."""
 
     def train(folder: Path) -> None:
@@ -115,13 +117,13 @@ def _train_base(run: RunFolder, settings: ElreaSettings, backbone: Backbone, kep
     return run.stage(f"experts/{BASE}", adapter_copier(trained))
 
 
-def _features(run: RunFolder, describe: GradientFeatures, kept: Kept) -> Tensor:
+def _features(run: RunFolder, describe: GradientFeatures, kept: Tokenised) -> Tensor:
     prompts = [row.prompt() for row in kept.rows]
     folder = run.stage("features", lambda folder: write_features(describe, prompts, folder))
     return read_tensors(folder / "features.safetensors")["features"]
 
 
-def _write_records(run: RunFolder, mixture: Mixture, kept: Kept, clustering: Clustering) -> None:
+def _write_records(run: RunFolder, mixture: Mixture, kept: Tokenised, clustering: Clustering) -> None:
     labels = zip(kept.examples, clustering.labels, strict=True)
     write_jsonl(run.path / "clusters.jsonl", [cluster_record(example, f"cluster-{label}") for example, label in labels])
     logs = [entry for name in mixture.bank.names for entry in read_log(run.path / "training" / name)]

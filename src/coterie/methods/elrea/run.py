@@ -9,7 +9,7 @@ from torch import Tensor
 
 from coterie.artifacts import read_jsonl, read_run_record, read_tensors
 from coterie.backbone.loading import Backbone
-from coterie.data.batching import Kept, TokenRow, tokenise
+from coterie.data.batching import Tokenised, TokenRow, tokenise
 from coterie.data.examples import load_all
 from coterie.errors import CoterieError
 from coterie.methods.common import IN_MEMORY, hash_examples
@@ -43,7 +43,7 @@ class Recipe:
         return self.mixture.backbone
 
     @cached_property
-    def kept(self) -> Kept:
+    def kept(self) -> Tokenised:
         """The training rows, as they were tokenised for the run.
 
         Raises:

@@ -17,15 +17,15 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from coterie.artifacts import check_output, read_json, run_folder, write_json, write_jsonl
-from coterie.data import row_selection as choosing
+from coterie.data import row_selection
 from coterie.data.examples import Example, load_examples
-from coterie.data.row_selection import Selection, select
+from coterie.data.row_selection import RowSelection, select_rows
 from coterie.data.streaming import (
     COPY,
     EXCLUDED_QUESTION,
     FRESH,
     SHOT_QUESTION,
-    Pool,
+    ExampleSource,
     PoolIndex,
     index_pools,
     text_key,
@@ -50,11 +50,11 @@ BY_TEXT = {
     EXCLUDED_QUESTION: "question of an excluded row",
 }
 BY_EMBEDDING = {
-    choosing.LIKE_SHOT: "too near to an example",
-    choosing.LIKE_EXCLUDED: "too near to an excluded row",
-    choosing.LIKE_CHOSEN: "too near to a chosen row",
-    choosing.LEFT: "beyond the budget",
-    choosing.CHOSEN: "chosen",
+    row_selection.LIKE_SHOT: "too near to an example",
+    row_selection.LIKE_EXCLUDED: "too near to an excluded row",
+    row_selection.LIKE_CHOSEN: "too near to a chosen row",
+    row_selection.LEFT: "beyond the budget",
+    row_selection.CHOSEN: "chosen",
 }
 SHOT = "shot"
 """The fate of an example on the map."""
@@ -112,11 +112,11 @@ class _Embedded:
 
 
 def gather(
-    shots: Pool | Sequence[str],
-    pool: Pool | Sequence[str],
+    shots: ExampleSource | Sequence[str],
+    pool: ExampleSource | Sequence[str],
     *,
     output: str | Path,
-    exclude: Pool | Sequence[str] = (),
+    exclude: ExampleSource | Sequence[str] = (),
     **settings: Any,
 ) -> Gathered:
     """Choose rows of open data that are similar to a task's examples and diverse among themselves (arXiv 2408.15915).
@@ -176,14 +176,14 @@ def _gather(folder: Path, task: _Task, encoder: TextEncoder, settings: GatherSet
     store = EmbeddingStore(encoder, Path(settings.embeddings).expanduser() if settings.embeddings else None)
     vectors = _embed(task, store, settings.selection.block_rows)
     selection = _select(task, vectors, settings.selection)
-    drawn = drawn_rows(selection.fates, task.keys)
+    drawn = drawn_rows(selection.outcomes, task.keys)
     examples = dict(task.index.read(task.fresh[np.union1d(selection.rows, drawn)]))
     write_jsonl(folder / GATHERED_FILE, _records(task, selection, examples))
     points = _map(task, vectors, selection, drawn, examples)
     write_json(folder / SUMMARY_FILE, {**_summary(task, selection, settings), "map": points})
 
 
-def _in_memory(part: Pool | Sequence[str]) -> bool:
+def _in_memory(part: ExampleSource | Sequence[str]) -> bool:
     return not isinstance(part, str) and bool(part) and isinstance(part[0], Example)
 
 
@@ -223,8 +223,8 @@ def _embed_rows(task: _Task, store: EmbeddingStore, missing: Int[np.ndarray, " m
         logger.info("embedded %d of %d", number * block_rows + len(block), len(missing))
 
 
-def _select(task: _Task, vectors: _Embedded, settings: GatherRowsSettings) -> Selection:
-    selection = select(vectors.pool, vectors.shots, task.keys, settings, vectors.excluded)
+def _select(task: _Task, vectors: _Embedded, settings: GatherRowsSettings) -> RowSelection:
+    selection = select_rows(vectors.pool, vectors.shots, task.keys, settings, vectors.excluded)
     found = len(selection.rows)
     if not found:
         raise CoterieError(
@@ -236,7 +236,7 @@ def _select(task: _Task, vectors: _Embedded, settings: GatherRowsSettings) -> Se
     return selection
 
 
-def _records(task: _Task, selection: Selection, examples: Mapping[int, Example]) -> list[dict[str, Any]]:
+def _records(task: _Task, selection: RowSelection, examples: Mapping[int, Example]) -> list[dict[str, Any]]:
     """Return the chosen rows in the common form; ids are keys of the text, since pools number their rows alike."""
     numbers = task.fresh[selection.rows]
     pools = list(task.index.pools)
@@ -256,7 +256,7 @@ def _records(task: _Task, selection: Selection, examples: Mapping[int, Example])
 def _map(
     task: _Task,
     vectors: _Embedded,
-    selection: Selection,
+    selection: RowSelection,
     drawn: Int[np.ndarray, " drawn"],
     examples: Mapping[int, Example],
 ) -> list[dict[str, Any]]:
@@ -264,7 +264,7 @@ def _map(
     shots, rows = lay_out(vectors.shots, vectors.pool, drawn)
     marks = [_mark(place, SHOT, None, shot) for place, shot in zip(shots, task.shots, strict=True)]
     for place, row, number in zip(rows, drawn, task.fresh[drawn].tolist(), strict=True):
-        fate, similarity = BY_EMBEDDING[int(selection.fates[row])], float(selection.measured.similarity[row])
+        fate, similarity = BY_EMBEDDING[int(selection.outcomes[row])], float(selection.measured.similarity[row])
         marks.append(_mark(place, fate, similarity, examples[number]))
     return marks
 
@@ -275,7 +275,7 @@ def _mark(place: tuple[float, float], fate: str, similarity: float | None, examp
     return {"x": place[0], "y": place[1], "fate": fate, "similarity": similarity, "label": label}
 
 
-def _summary(task: _Task, selection: Selection, settings: GatherSettings) -> dict[str, Any]:
+def _summary(task: _Task, selection: RowSelection, settings: GatherSettings) -> dict[str, Any]:
     """Return what `gather.json` holds; the fates of the rows add up to their number."""
     index, fresh, measured = task.index, task.fresh, selection.measured
     pools = np.bincount(index.pool_of(fresh[selection.rows]), minlength=len(index.pools)).tolist()
@@ -299,11 +299,11 @@ def _summary(task: _Task, selection: Selection, settings: GatherSettings) -> dic
     }
 
 
-def _fates(index: PoolIndex, selection: Selection) -> dict[str, int]:
+def _fates(index: PoolIndex, selection: RowSelection) -> dict[str, int]:
     """Count what became of the pool rows; every row counts once."""
     texts = {name: int((index.kinds == kind).sum()) for kind, name in BY_TEXT.items()}
-    return texts | {name: int((selection.fates == fate).sum()) for fate, name in BY_EMBEDDING.items()}
+    return texts | {name: int((selection.outcomes == fate).sum()) for fate, name in BY_EMBEDDING.items()}
 
 
 def _quantiles(values: Float[np.ndarray, " row"]) -> list[float]:
-    return np.quantile(values, QUANTILES).round(choosing.DECIMALS).tolist()
+    return np.quantile(values, QUANTILES).round(row_selection.DECIMALS).tolist()

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from coterie.data.row_selection import CHOSEN, Rows
+from coterie.data.row_selection import CHOSEN, EmbeddedRows
 
 MOST_CHOSEN = 400
 MOST_OTHERS = 600
@@ -35,7 +35,7 @@ def _smallest(rows: Int[np.ndarray, " row"], keys: Shaped[np.ndarray, "..."], mo
 
 
 def lay_out(
-    shots: Float[Tensor, "shot dimension"], pool: Rows, drawn: Int[np.ndarray, " drawn"]
+    shots: Float[Tensor, "shot dimension"], pool: EmbeddedRows, drawn: Int[np.ndarray, " drawn"]
 ) -> tuple[Places, Places]:
     """Return the places of the examples and of the drawn rows: their two principal components, each signed by rule.
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from coterie.data.batching import Kept
+from coterie.data.batching import Tokenised
 from coterie.errors import CoterieError
 from coterie.features.embedding import HIDDEN, with_answers
 from coterie.methods.common import NULL
@@ -25,7 +25,7 @@ Features = Mapping[str, Float[Tensor, "row dimension"]]
 
 
 def similarity_router(
-    mixture: Mixture, texts: Mapping[str, Kept], settings: SimilaritySettings, seed: int
+    mixture: Mixture, texts: Mapping[str, Tokenised], settings: SimilaritySettings, seed: int
 ) -> SimilarityRouter:
     """Embed every expert's texts, question and answer, and place its centroids.
 
@@ -70,7 +70,7 @@ def _centroids(features: Features, count: int, seed: int) -> dict[str, Tensor]:
     }
 
 
-def _pilots(mixture: Mixture, texts: Mapping[str, Kept], features: Features) -> dict[str, Tensor]:
+def _pilots(mixture: Mixture, texts: Mapping[str, Tokenised], features: Features) -> dict[str, Tensor]:
     """Let every text count for the expert that predicts its answer best (RouterRetriever, AAAI 2025).
 
     The experts have seen the texts that they were made for, and are judged on them nevertheless, as published.

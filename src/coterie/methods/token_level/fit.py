@@ -12,7 +12,7 @@ from typing import Any
 from coterie.artifacts import RunFolder, check_output, read_json, run_folder, sha256_of, write_jsonl
 from coterie.backbone.loading import Backbone, load_backbone
 from coterie.combiners.layers import LayerCombiner
-from coterie.data.batching import Kept, PromptFormat, tokenise
+from coterie.data.batching import PromptFormat, Tokenised, tokenise
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE, check_names, load_bank
@@ -156,7 +156,7 @@ class _Parts:
 
     backbone: Backbone
     prompts: PromptFormat
-    kept: Mapping[str, Kept]
+    kept: Mapping[str, Tokenised]
     folders: Mapping[str, Path]
     seed: int
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch.nn.functional import normalize
 
-from coterie.data import row_selection as choosing
-from coterie.data.row_selection import keep_as_published, keep_greedily, select
-from coterie.data.row_similarity import density_similarity, hull_similarity, nearness_by
+from coterie.data import row_selection
+from coterie.data.row_selection import keep_as_published, keep_greedily, select_rows
+from coterie.data.row_similarity import density_similarity, hull_similarity, similarity_by
 from coterie.settings.groups import GatherRowsSettings
 
 RULES = ("max-cosine", "convex-hull", "kde")
@@ -45,18 +45,18 @@ def test_a_chain_of_near_rows_keeps_both_ends_greedily_and_one_end_as_published(
 def test_the_budget_fills_up_beyond_near_rows_greedily_but_not_as_published():
     pool, shots = at(10, 11, 12, 60, 80), at(0)
     common = {"tau": 0.99, "exclude_tau": 1.0}
-    greedy = select(pool, shots, names(5), GatherRowsSettings(budget=2, **common))
-    published = select(pool, shots, names(5), GatherRowsSettings(budget=2, dedup="published", **common))
+    greedy = select_rows(pool, shots, names(5), GatherRowsSettings(budget=2, **common))
+    published = select_rows(pool, shots, names(5), GatherRowsSettings(budget=2, dedup="published", **common))
     assert greedy.rows.tolist() == [0, 3] and published.rows.tolist() == [0]
-    C, L, N = choosing.CHOSEN, choosing.LEFT, choosing.LIKE_CHOSEN
-    assert greedy.fates.tolist() == [C, N, N, C, L]
-    assert published.fates.tolist() == [C, N, L, L, L]
+    C, L, N = row_selection.CHOSEN, row_selection.LEFT, row_selection.LIKE_CHOSEN
+    assert greedy.outcomes.tolist() == [C, N, N, C, L]
+    assert published.outcomes.tolist() == [C, N, L, L, L]
 
 
 @pytest.mark.parametrize("tile", [1, 1024])
 def test_rows_at_the_threshold_stay(tile, monkeypatch):
     """The cosine of 60 degrees is 0.5; that of a row with itself is 1, whatever float32 makes of it."""
-    monkeypatch.setattr(choosing, "TILE", tile)
+    monkeypatch.setattr(row_selection, "TILE", tile)
     assert keep_greedily(at(0, 60), np.arange(2), 2, 0.5).rows.tolist() == [0, 1]
     assert keep_greedily(at(0, 59.9), np.arange(2), 2, 0.5).rows.tolist() == [0]
     same = unit(1, 384, seed=0).repeat(5, 1)
@@ -66,7 +66,7 @@ def test_rows_at_the_threshold_stay(tile, monkeypatch):
 
 def test_equal_rows_go_by_their_keys():
     chosen = [
-        select(at(30, 30), at(0), np.array(keys, dtype="S1"), GatherRowsSettings(budget=1)).rows.tolist()
+        select_rows(at(30, 30), at(0), np.array(keys, dtype="S1"), GatherRowsSettings(budget=1)).rows.tolist()
         for keys in (["a", "b"], ["b", "a"])
     ]
     assert chosen == [[0], [1]]
@@ -119,14 +119,14 @@ def test_the_choice_is_that_of_a_full_matrix_in_any_blocks_and_any_order(problem
     shuffled = list(range(len(pool)))
     order.shuffle(shuffled)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choosing, "TILE", tile)
-        plain = select(pool, shots, keys, options, excluded)
-        mixed = select(pool[shuffled], shots, keys[shuffled], options, excluded)
+        patch.setattr(row_selection, "TILE", tile)
+        plain = select_rows(pool, shots, keys, options, excluded)
+        mixed = select_rows(pool[shuffled], shots, keys[shuffled], options, excluded)
     assert plain.rows.tolist() == wanted
     assert [shuffled[row] for row in mixed.rows] == wanted
-    assert mixed.fates.tolist() == plain.fates[shuffled].tolist()
+    assert mixed.outcomes.tolist() == plain.outcomes[shuffled].tolist()
     assert len(wanted) <= options.budget
-    assert np.flatnonzero(plain.fates == choosing.CHOSEN).tolist() == sorted(wanted)
+    assert np.flatnonzero(plain.outcomes == row_selection.CHOSEN).tolist() == sorted(wanted)
 
 
 def test_every_planted_leak_is_found_among_thousands_of_rows():
@@ -135,12 +135,12 @@ def test_every_planted_leak_is_found_among_thousands_of_rows():
     planted = normalize(torch.cat([shots, excluded]) + 0.25 * unit(37, 64, 3), dim=1)
     places = torch.randperm(5000, generator=torch.Generator().manual_seed(4))[:37]
     pool[places] = planted
-    found = select(pool, shots, names(5000), GatherRowsSettings(budget=5000, block_rows=300), excluded)
-    assert sorted(np.flatnonzero(found.fates == choosing.LIKE_SHOT)) == sorted(places[:7].tolist())
-    assert sorted(np.flatnonzero(found.fates == choosing.LIKE_EXCLUDED)) == sorted(places[7:].tolist())
+    found = select_rows(pool, shots, names(5000), GatherRowsSettings(budget=5000, block_rows=300), excluded)
+    assert sorted(np.flatnonzero(found.outcomes == row_selection.LIKE_SHOT)) == sorted(places[:7].tolist())
+    assert sorted(np.flatnonzero(found.outcomes == row_selection.LIKE_EXCLUDED)) == sorted(places[7:].tolist())
     assert set(found.rows) & set(places.tolist()) == set()
-    none = select(pool, shots, names(5000), GatherRowsSettings(budget=5000))
-    assert (none.fates == choosing.LIKE_EXCLUDED).sum() == 0 and (none.measured.excluded == -1).all()
+    none = select_rows(pool, shots, names(5000), GatherRowsSettings(budget=5000))
+    assert (none.outcomes == row_selection.LIKE_EXCLUDED).sum() == 0 and (none.measured.excluded == -1).all()
 
 
 class CountedRows:
@@ -161,8 +161,8 @@ class CountedRows:
 def test_no_more_than_a_block_is_read_at_once_and_rows_beyond_the_budget_are_read_once():
     pool = CountedRows(unit(3000, 16, 0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choosing, "TILE", 40)
-        select(pool, unit(5, 16, 1), names(3000), GatherRowsSettings(budget=30, tau=1.0, block_rows=100))
+        patch.setattr(row_selection, "TILE", 40)
+        select_rows(pool, unit(5, 16, 1), names(3000), GatherRowsSettings(budget=30, tau=1.0, block_rows=100))
     assert pool.most == 100 and pool.total == 3000 + 40
 
 
@@ -220,14 +220,14 @@ def test_a_sharp_density_is_the_largest_cosine():
 def test_every_rule_is_the_cosine_where_there_is_one_shot(rule):
     shot, rows = unit(1, 7, 1), unit(20, 7, 2).double()
     cosines = rows @ shot.double().T
-    assert nearness_by(rule, shot, 2.0)(cosines).numpy() == pytest.approx(cosines[:, 0].numpy(), abs=1e-7)
+    assert similarity_by(rule, shot, 2.0)(cosines).numpy() == pytest.approx(cosines[:, 0].numpy(), abs=1e-7)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_rule_that_is_asked_for_orders_the_rows(rule):
     pool, shots = unit(200, 4, 1), unit(6, 4, 2)
     options = GatherRowsSettings(budget=200, tau=1.0, exclude_tau=1.0, rule=rule, gamma=3.0)
-    found = select(pool, shots, names(200), options)
+    found = select_rows(pool, shots, names(200), options)
     cosines = pool.double() @ shots.double().T
     squares = 2 - 2 * cosines.numpy()
     values = {
@@ -236,5 +236,7 @@ def test_the_rule_that_is_asked_for_orders_the_rows(rule):
         "convex-hull": np.array([hull_by_scipy(row, shots.double().numpy()) for row in pool.double().numpy()]),
     }[rule]
     assert (np.diff(values[found.rows]) <= 1e-5).all()
-    orders = {name: select(pool, shots, names(200), options.model_copy(update={"rule": name})).rows for name in RULES}
+    orders = {
+        name: select_rows(pool, shots, names(200), options.model_copy(update={"rule": name})).rows for name in RULES
+    }
     assert sum((orders[name] != found.rows).any() for name in RULES) == 2
