@@ -66,7 +66,7 @@ def build(output: Path, adapters, files, **options) -> Mixture:
         "device": "cpu",
         **options,
     }
-    return methods.build_bank(from_flat(BankSettings, flat))
+    return methods.fit_from_adapters(from_flat(BankSettings, flat))
 
 
 @pytest.fixture(scope="module")

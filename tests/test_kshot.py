@@ -20,8 +20,8 @@ from coterie.data.batching import IGNORED, PromptFormat
 from coterie.data.examples import load_examples
 from coterie.errors import CoterieError
 from coterie.evaluation.compare import evaluate
-from coterie.evaluation.recruited import is_right
 from coterie.experts.bank import load_adapter
+from coterie.grading.grade import is_right
 from coterie.methods import TASK_METHODS, load_bench, make_bench
 from coterie.methods.add_adapters import bank_add
 from coterie.methods.kshot import choose_adapters as selecting
@@ -262,7 +262,7 @@ def task_shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fit(bank: Path, shots: Path, output: Path, **settings) -> Mixture:
     flat = {**FIT, "bank": str(bank), "shots": [str(shots)], "output": str(output), **settings}
-    return coterie.fit_kshot(from_flat(KshotSettings, flat))
+    return coterie.methods.fit_kshot(from_flat(KshotSettings, flat))
 
 
 @pytest.fixture(scope="session")

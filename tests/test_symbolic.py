@@ -8,11 +8,11 @@ import torch
 
 import tiny
 from conftest import write_rows
-from coterie.combiners.aggregate import after_thinking, elect, synthesis_request
+from coterie.combiners.aggregate import elect, synthesis_request
 from coterie.data.examples import load_examples
 from coterie.errors import CoterieError
-from coterie.evaluation.recruited import is_right
 from coterie.experts.expert_pool import init_pool
+from coterie.grading.grade import after_thinking, is_right
 from coterie.methods.symbolic.aggregator import make_up
 from coterie.methods.symbolic.fit import load_symbolic
 from coterie.methods.symbolic.profile import PROFILE, read_profile

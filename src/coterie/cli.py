@@ -107,7 +107,7 @@ def fit_token_level(settings: TokenLevelSettings) -> None:
 @flags_from(BankSettings)
 def build_bank(settings: BankSettings) -> None:
     """Make a mixture of adapters that exist already, routed by similarity to the texts that each was made for."""
-    typer.echo(_made(coterie.methods.build_bank(settings)))
+    typer.echo(_made(coterie.methods.fit_from_adapters(settings)))
 
 
 @bank.command("add")
@@ -147,7 +147,7 @@ def verify_bank(settings: BankVerifySettings) -> None:
 @flags_from(SymbolicSettings)
 def fit_symbolic(settings: SymbolicSettings) -> None:
     """Recruit a profiled pool's experts by skills, and choose who makes one answer of several (Chen et al. 2025)."""
-    fitted = coterie.fit_symbolic(settings)
+    fitted = coterie.methods.fit_symbolic(settings)
     typer.echo(f"{settings.output}: {len(fitted.pool.names)} experts, {fitted.aggregator} makes one answer of theirs")
 
 
@@ -155,7 +155,7 @@ def fit_symbolic(settings: SymbolicSettings) -> None:
 @flags_from(KshotSettings)
 def fit_kshot(settings: KshotSettings) -> None:
     """Make a task's mixture from a few examples, a bank of adapters and open data (2408.15915)."""
-    typer.echo(_made(coterie.fit_kshot(settings)))
+    typer.echo(_made(coterie.methods.fit_kshot(settings)))
 
 
 @pool.command("init")
@@ -171,7 +171,7 @@ def init_pool(settings: PoolSettings) -> None:
 @flags_from(ProfileSettings)
 def profile(settings: ProfileSettings, as_json: AsJson = False) -> None:
     """Find out what every expert of a pool is good at, skill by skill, on validation questions."""
-    found = coterie.run_profile(settings)
+    found = coterie.methods.profile_pool(settings)
     typer.echo(json.dumps(found.record()) if as_json else str(found))
 
 
@@ -179,7 +179,7 @@ def profile(settings: ProfileSettings, as_json: AsJson = False) -> None:
 @flags_from(SelectSettings)
 def select(settings: SelectSettings, as_json: AsJson = False) -> None:
     """Choose adapters of a bank for a task of which a few examples are known (2408.15915)."""
-    selected = coterie.run_selection(settings)
+    selected = coterie.methods.select_adapters(settings)
     typer.echo(json.dumps(selected.record) if as_json else str(selected))
 
 
@@ -187,7 +187,7 @@ def select(settings: SelectSettings, as_json: AsJson = False) -> None:
 @flags_from(GatherSettings)
 def gather(settings: GatherSettings, as_json: AsJson = False) -> None:
     """Choose rows of open data that are similar to a task's examples and diverse among themselves (2408.15915)."""
-    gathered = coterie.run_gathering(settings)
+    gathered = coterie.methods.gather_rows(settings)
     typer.echo(json.dumps(gathered.summary) if as_json else str(gathered))
 
 
@@ -232,11 +232,11 @@ def generate(
     given = _prompts(prompts, input)
     if stream + as_json + show_weights > 1:
         raise CoterieError("--stream, --json and --show-weights print an answer in different ways; use one of them")
-    if coterie.is_symbolic(settings.mixture):
+    if coterie.methods.is_symbolic(settings.mixture):
         if stream or show_weights:
             flag = "--stream" if stream else "--show-weights"
             raise CoterieError(f"recruited experts finish their answers before one is made, so leave {flag} out")
-        return _show(coterie.generate_symbolic(settings, given), settings, as_json=as_json)
+        return _show(coterie.methods.generate_symbolic(settings, given), settings, as_json=as_json)
     mixture = _mixture(settings)
     options = {"top_k_experts": settings.routing.top_k_experts, **settings.sampling.model_dump()}
     if stream:
@@ -257,7 +257,7 @@ def generate(
 @flags_from(GenerateSettings)
 def plan(settings: GenerateSettings, prompts: Prompts = None, as_json: AsJson = False, input: Input = None) -> None:
     """Tell what recruited experts will take to answer: loads, calls, tokens and memory; nothing is loaded."""
-    found = coterie.plan_symbolic(settings, _prompts(prompts, input))
+    found = coterie.methods.plan_symbolic(settings, _prompts(prompts, input))
     typer.echo(json.dumps(found.record()) if as_json else str(found))
 
 
@@ -292,12 +292,12 @@ def repeat(record: Annotated[Path, typer.Argument(help="the run.yaml of a run fo
     commands: dict[str, tuple[type[Settings], Callable[[Any], object]]] = {
         "fit elrea": (ElreaSettings, lambda settings: coterie.methods.fit_elrea(settings).folder),
         "fit token-level": (TokenLevelSettings, lambda settings: coterie.methods.fit_token_level(settings).folder),
-        "bank build": (BankSettings, lambda settings: coterie.methods.build_bank(settings).folder),
-        "fit symbolic-moe": (SymbolicSettings, lambda settings: coterie.fit_symbolic(settings).aggregator),
-        "profile": (ProfileSettings, coterie.run_profile),
-        "select": (SelectSettings, coterie.run_selection),
-        "gather": (GatherSettings, coterie.run_gathering),
-        "fit kshot-moe": (KshotSettings, lambda settings: coterie.fit_kshot(settings).folder),
+        "bank build": (BankSettings, lambda settings: coterie.methods.fit_from_adapters(settings).folder),
+        "fit symbolic-moe": (SymbolicSettings, lambda settings: coterie.methods.fit_symbolic(settings).aggregator),
+        "profile": (ProfileSettings, coterie.methods.profile_pool),
+        "select": (SelectSettings, coterie.methods.select_adapters),
+        "gather": (GatherSettings, coterie.methods.gather_rows),
+        "fit kshot-moe": (KshotSettings, lambda settings: coterie.methods.fit_kshot(settings).folder),
         "eval": (EvaluationSettings, coterie.evaluate_folder),
     }
     if found["command"] not in commands:

@@ -1,11 +1,10 @@
 """Finished answers of several experts become one: by a vote, by a weighted vote, or by a model that writes a synthesis.
 
 The aggregator's task is that of Symbolic-MoE (Chen et al. 2025): the numbered answers, then the question; some answers
-may be wrong. What a model thinks aloud in <think> tags is no part of its answer.
+may be wrong.
 """
 
 import random
-import re
 from collections.abc import Mapping, Sequence
 
 from coterie.combiners.texts import majority
@@ -24,12 +23,6 @@ Question:
 {question}
 
 End with the final answer in the form that the question asks for, as "The answer is ..."."""
-
-
-def after_thinking(text: str) -> str:
-    """Return the text after the last closing think tag; nothing if the thinking was never closed."""
-    _, closed, rest = text.rpartition("</think>")
-    return re.sub(r"<think>.*", "", rest if closed else text, flags=re.DOTALL).strip()
 
 
 def synthesis_request(question: str, answers: Sequence[str]) -> str:

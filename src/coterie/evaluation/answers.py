@@ -9,10 +9,8 @@ from tqdm.auto import tqdm
 
 from coterie.combiners.texts import TextCombiner, majority
 from coterie.data.examples import Example
-from coterie.errors import CoterieError
-from coterie.grading.answers import Grade, checkable, grade
-from coterie.grading.code import code_tests, grade_code
-from coterie.grading.sandbox import protection
+from coterie.grading.answers import checkable
+from coterie.grading.grade import graded_text
 from coterie.mixture import Completion, Mixture, Trace
 from coterie.routers.base import Routing
 from coterie.settings.groups import SamplingSettings
@@ -76,43 +74,6 @@ def _batch(
 def _elected(row: Example, answers: Sequence[Completion], seed: int) -> Completion:
     """Let answers vote by what the grader reads in them; one in which it reads nothing votes by its whole text."""
     readable = row.tests is None and checkable(row.answer, row.answers)
-    readings = [_graded_text(answer.text, row).extracted if readable else None for answer in answers]
+    readings = [graded_text(answer.text, row).extracted if readable else None for answer in answers]
     votes = [reading or answer.text.strip() for reading, answer in zip(readings, answers, strict=True)]
     return answers[majority(votes, seed)]
-
-
-def _graded_text(text: str, row: Example) -> Grade:
-    return grade(text, row.answer or "", prompt=row.instruction, answers=row.answers)
-
-
-def graded(text: str, row: Example, *, run_code: bool) -> Grade | None:
-    """Grade an answer; None where the row has nothing to grade it by."""
-    if (tests := code_tests(row.tests)) is not None:
-        return grade_code(text, tests) if run_code else None
-    return _graded_text(text, row) if checkable(row.answer, row.answers) else None
-
-
-def code_notes(rows: Sequence[Example], *, run_code: bool) -> list[str]:
-    """Say how code was graded, and what this machine could not keep it from."""
-    count = sum(row.tests is not None for row in rows)
-    if not count:
-        return []
-    if not run_code:
-        return [f"{count} rows bring tests of code, which was not run: they are not graded."]
-    open_ways = [name for name, is_closed in protection()._asdict().items() if not is_closed]
-    lacking = f"; this machine cannot keep it from {', '.join(open_ways)}" if open_ways else ""
-    return [f"Code that answers {count} rows was run in a limited child process{lacking}."]
-
-
-def check_code_execution(rows: Sequence[Example], allowed: bool | None) -> None:
-    """Refuse to go on while it is not said whether code that a model writes may be run.
-
-    Raises:
-        CoterieError: when rows bring tests and `allowed` is None, or tests are not in the form that can be run.
-    """
-    count = sum(code_tests(row.tests) is not None for row in rows)
-    if count and allowed is None:
-        raise CoterieError(
-            f"{count} rows are graded by running the code that the methods write; add --allow-code-execution to run it "
-            "in a limited child process, or --no-allow-code-execution to leave them ungraded"
-        )

@@ -23,15 +23,16 @@ from coterie.artifacts import (
 from coterie.data.batching import TokenRow
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError, unknown_name
-from coterie.evaluation.answers import Answers, Task, answer, check_code_execution, code_notes
+from coterie.evaluation.answers import Answers, Task, answer
 from coterie.evaluation.clusters import cluster_records, feature_map, kind_of
 from coterie.evaluation.few_shot import with_shots
 from coterie.evaluation.rows import hardware_record, mean_weights, memory_bytes, merge_errors, row_record
 from coterie.evaluation.shared_scores import Scored, SharedRouting, no_cache, score_methods
 from coterie.evaluation.table import format_table, summarise
-from coterie.evaluation.tasks import task_records
+from coterie.grading.grade import check_code_execution, code_notes
 from coterie.methods.common import BASE, DOMAINS_FILE, hash_examples
 from coterie.methods.family import Bench, Table, method_named
+from coterie.methods.kshot.run import task_records
 from coterie.methods.registry import make_bench, methods_on, usual_methods
 from coterie.mixture import Mixture
 from coterie.routers.base import Routing

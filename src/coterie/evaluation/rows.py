@@ -8,8 +8,9 @@ import torch
 from coterie.artifacts import environment_record
 from coterie.combiners.weights import WeightCombiner
 from coterie.data.examples import Example
-from coterie.evaluation.answers import Answers, Task, graded
+from coterie.evaluation.answers import Answers, Task
 from coterie.evaluation.shared_scores import Scored
+from coterie.grading.grade import graded
 from coterie.methods.family import Bench
 from coterie.mixture import Mixture
 from coterie.routers.base import Routing

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from coterie.artifacts import FORMAT, check_output, run_folder, sha256_of, write_json, write_jsonl
-from coterie.combiners.aggregate import after_thinking
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError, unknown_name
-from coterie.evaluation.answers import check_code_execution, code_notes, graded
 from coterie.evaluation.compare import Evaluation, run_evaluation
 from coterie.evaluation.rows import hardware_record, mean_weights, question_record
 from coterie.evaluation.table import summarise
-from coterie.grading.answers import read_answer
+from coterie.grading.grade import after_thinking, check_code_execution, code_notes, graded
 from coterie.methods.common import hash_examples
 from coterie.methods.symbolic.answer import LineUp, Outcome, answer_all
 from coterie.methods.symbolic.fit import BEST_SINGLE, LINE_UPS, METHOD, Symbolic, is_symbolic, load_symbolic
@@ -94,7 +92,7 @@ def _evaluated(
     with open_workshop(fitted.pool, settings, cache) as workshop:
         skills = fitted.skills(workshop, examples)
         line_ups = {name: fitted.line_up(name, examples, skills, settings.sampling) for name in names}
-        outcomes = answer_all(workshop, examples, line_ups, read_answer)
+        outcomes = answer_all(workshop, examples, line_ups)
         loads, peak = dict(workshop.loads), workshop.peak
     run_code = bool(settings.allow_code_execution)
     rows = [

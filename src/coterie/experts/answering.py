@@ -6,11 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from coterie.data.examples import Example, Message
+from coterie.data.examples import Message
 from coterie.settings.groups import SamplingSettings
-
-Judge = Callable[[str, Example], bool | None]
-"""Tells whether an answer to a row is right; None where the row has nothing to tell it by."""
 
 
 @dataclass(frozen=True)

@@ -26,15 +26,17 @@ from coterie.experts.adapter_selection import (
     ranked,
     similarities,
 )
-from coterie.experts.answering import Judge, Question, Reply
+from coterie.experts.answering import Question, Reply
 from coterie.experts.bank import load_bank
 from coterie.experts.bank_folder import BankFolder, leaks
+from coterie.grading.grade import is_right
 from coterie.methods.kshot.rationales import with_rationales
 from coterie.methods.kshot.task import Task, load_shots, open_task
 from coterie.mixture.local_answers import LocalAnswerer
 from coterie.mixture.scoring import answer_positions
 from coterie.settings.commands import KshotSettings, SelectSettings
 from coterie.settings.groups import SamplingSettings, SelectAdaptersSettings
+from coterie.settings.reading import from_flat
 
 logger = logging.getLogger(__name__)
 
@@ -83,24 +85,35 @@ class Scoring:
     Attributes:
         task: the bank and the shots.
         rationales: the shots with the responses whose perplexity counts.
-        judge: grades answers.
         settings: how adapters are chosen.
         cached: keeps what was scored for another try.
     """
 
     task: Task
     rationales: Sequence[Example]
-    judge: Judge
     settings: SelectAdaptersSettings
     cached: JsonCache
 
 
-def run_selection(settings: SelectSettings, judge: Judge) -> Selected:
-    """Choose adapters of a bank, and write the choice into the output folder; an interrupted run goes on.
+def select(folder: str | Path, shots: str | list[str], *, output: str | Path, **settings: Any) -> Selected:  # noqa: ANN401
+    """Choose adapters of a bank for a task of which a few examples are known (arXiv 2408.15915, algorithm 1).
 
     Args:
-        settings: the bank, the task, and how to choose.
-        judge: grades answers.
+        folder: the bank.
+        shots: the task's examples: a JSONL file or `datasets` source, or several.
+        output: folder to write `selection.json` and `scores.jsonl` to.
+        **settings: fields of `SelectSettings` and its groups by their plain names, such as keep=4 or halving=5.
+
+    Raises:
+        CoterieError: for bad data or settings, a bank without enough adapters, or an output folder that exists.
+    """
+    sources = [shots] if isinstance(shots, str) else list(shots)
+    flat = {"folder": str(folder), "shots": sources, "output": str(output), **settings}
+    return select_adapters(from_flat(SelectSettings, flat))
+
+
+def select_adapters(settings: SelectSettings) -> Selected:
+    """Choose adapters of a bank, and write the choice into the output folder; an interrupted run goes on.
 
     Raises:
         CoterieError: for bad data, a bank without enough adapters, or an output folder that exists.
@@ -110,20 +123,18 @@ def run_selection(settings: SelectSettings, judge: Judge) -> Selected:
     data = load_shots(settings.shots, settings.choice.exclude, settings.limit)
     task = open_task(settings.folder, data, settings.placement, settings.system_prompt)
     with run_folder(output, "select", settings.model_dump(), task.inputs()) as run:
-        return select_into(run.path, task, settings, judge, run.cached)
+        return select_into(run.path, task, settings, run.cached)
 
 
-def select_into(
-    folder: Path, task: Task, settings: SelectSettings | KshotSettings, judge: Judge, cached: JsonCache
-) -> Selected:
+def select_into(folder: Path, task: Task, settings: SelectSettings | KshotSettings, cached: JsonCache) -> Selected:
     """Choose adapters, also as a part of a longer run, and write `selection.json` and `scores.jsonl` into its folder.
 
     Raises:
-        CoterieError: as `run_selection`.
+        CoterieError: as `select_adapters`.
     """
     batch = settings.choice.scoring_batch_size
     rationales = with_rationales(task.shots, settings.rationale, settings.placement, batch)
-    selected = choose(Scoring(task, rationales, judge, settings.choice, cached))
+    selected = choose(Scoring(task, rationales, settings.choice, cached))
     write_jsonl(folder / SCORES_FILE, selected.scores)
     write_json(folder / SELECTION_FILE, selected.record)
     return selected
@@ -276,7 +287,7 @@ def _score(scoring: Scoring, names: Sequence[str], places: range) -> dict[str, l
             {
                 "adapter": name,
                 "shot": shot.id,
-                **_judged(replies.get(number * len(shots) + k), shot, scoring.judge),
+                **_judged(replies.get(number * len(shots) + k), shot),
                 "nll": float(nll[number, k]),
                 "tokens": tokens[k],
             }
@@ -286,12 +297,12 @@ def _score(scoring: Scoring, names: Sequence[str], places: range) -> dict[str, l
     }
 
 
-def _judged(reply: Reply | None, shot: Example, judge: Judge) -> dict[str, Any]:
+def _judged(reply: Reply | None, shot: Example) -> dict[str, Any]:
     if reply is None:
         return {"text": None, "correct": None}
     if reply.error:
         raise CoterieError(f"shot {shot.id} could not be answered ({reply.error}); leave it out or mend it")
-    return {"text": reply.text, "correct": judge(reply.text, shot)}
+    return {"text": reply.text, "correct": is_right(reply.text, shot)}
 
 
 # ---------------------------------------------------------------------------------------------------------- records

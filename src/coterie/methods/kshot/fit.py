@@ -4,12 +4,12 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from coterie.artifacts import RunFolder, check_output, read_tensors, run_folder, sha256_of, write_jsonl
 from coterie.combiners.layers import LayerCombiner
 from coterie.data.batching import TokenRow
 from coterie.data.examples import Example, load_examples
-from coterie.experts.answering import Judge
 from coterie.experts.bank import load_bank
 from coterie.experts.training import read_log
 from coterie.features.embedding import HIDDEN
@@ -22,6 +22,7 @@ from coterie.methods.kshot.train import GATES_FILE, gate_options, tune
 from coterie.mixture import Mixture
 from coterie.routers.gate import GateRouter, read_gates
 from coterie.settings.commands import GatherSettings, KshotSettings
+from coterie.settings.reading import from_flat
 
 METHOD = "kshot-moe"
 SELECTION = "selection"
@@ -29,14 +30,27 @@ GATHERED = "gathered"
 TUNED = "tuned"
 
 
-def fit_kshot(settings: KshotSettings, judge: Judge) -> Mixture:
+def kshot(bank: str | Path, shots: str | Sequence[str], *, output: str | Path, **settings: Any) -> Mixture:  # noqa: ANN401
+    """Make a task's mixture from a few examples, a bank of adapters and open data (arXiv 2408.15915).
+
+    Args:
+        bank: folder of a bank, as `bank_add` makes it.
+        shots: the task's examples: a JSONL file or `datasets` source, or several.
+        output: folder to write the mixture to.
+        **settings: fields of `KshotSettings` and its groups by their plain names, such as pool or keep=4.
+
+    Raises:
+        CoterieError: for bad data or settings, a bank without enough adapters, or an output folder that exists.
+    """
+    sources = [shots] if isinstance(shots, str) else list(shots)
+    flat = {"bank": str(bank), "shots": sources, "output": str(output), **settings}
+    return fit_kshot(from_flat(KshotSettings, flat))
+
+
+def fit_kshot(settings: KshotSettings) -> Mixture:
     """Choose experts by the shots, gather open data near them, and train gates and experts on both.
 
     An interrupted run goes on where it stopped.
-
-    Args:
-        settings: the bank, the task and how all is done.
-        judge: grades answers to the shots.
 
     Raises:
         CoterieError: for bad data, a bank without enough adapters, or an output folder that exists.
@@ -47,18 +61,18 @@ def fit_kshot(settings: KshotSettings, judge: Judge) -> Mixture:
     task = open_task(settings.bank, data, settings.placement, settings.training.system_prompt)
     inputs = {**task.inputs(), **_pool_hashes(settings.pool)}
     with run_folder(output, f"fit {METHOD}", settings.model_dump(), inputs) as run:
-        chosen = _selected(run, task, settings, judge)
+        chosen = _selected(run, task, settings)
         gathered = _gathered(run, task, settings)
         rows = task.rows([*task.shots, *gathered], settings.training.max_length)
         mixture = _tuned(run, task, chosen, rows, settings)
     return replace(mixture, folder=output)
 
 
-def _selected(run: RunFolder, task: Task, settings: KshotSettings, judge: Judge) -> list[str]:
+def _selected(run: RunFolder, task: Task, settings: KshotSettings) -> list[str]:
     """Choose the experts, once."""
 
     def make(folder: Path) -> None:
-        select_into(folder, task, settings, judge, run.cached)
+        select_into(folder, task, settings, run.cached)
 
     return list(read_selection(run.stage(SELECTION, make))["chosen"])
 

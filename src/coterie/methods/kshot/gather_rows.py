@@ -134,10 +134,10 @@ def gather(
     parts = {"shots": shots, "pool": pool, "exclude": exclude}
     given = {name: list(part) for name, part in parts.items() if _in_memory(part)}
     named = {name: [IN_MEMORY] if name in given else _sources(part) for name, part in parts.items()}
-    return run_gathering(from_flat(GatherSettings, {**named, "output": str(output), **settings}), given)
+    return gather_rows(from_flat(GatherSettings, {**named, "output": str(output), **settings}), given)
 
 
-def run_gathering(settings: GatherSettings, given: dict[str, list[Any]] | None = None) -> Gathered:
+def gather_rows(settings: GatherSettings, given: dict[str, list[Any]] | None = None) -> Gathered:
     """Choose rows as the settings say; an interrupted run keeps what it has embedded.
 
     Raises:
@@ -160,7 +160,7 @@ def gather_into(
 
     Args:
         folder: where to write.
-        settings: as for `run_gathering`; the output folder is not looked at.
+        settings: as for `gather_rows`; the output folder is not looked at.
         given: shots and excluded rows.
         encoder: where it is loaded already.
 

@@ -5,14 +5,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from coterie.artifacts import read_json
 from coterie.data.batching import TokenRow
 from coterie.data.examples import Example, load_examples
 from coterie.errors import CoterieError
 from coterie.methods.elrea.run import fitted_record
-from coterie.methods.kshot.choose_adapters import read_selection
+from coterie.methods.kshot.choose_adapters import SELECTION_FILE, read_selection
 from coterie.methods.kshot.fit import GATHERED, METHOD, SELECTION
-from coterie.methods.kshot.gather_rows import GATHERED_FILE
+from coterie.methods.kshot.gather_rows import GATHERED_FILE, SUMMARY_FILE
 from coterie.methods.kshot.task import Task, load_shots, open_task
+from coterie.methods.kshot.train import GATES_FILE
 from coterie.mixture import Mixture
 from coterie.settings.commands import KshotSettings
 from coterie.settings.groups import ExtrasSettings
@@ -90,3 +92,13 @@ def open_task_recipe(mixture: Mixture, grid: ExtrasSettings) -> TaskRecipe:
     """
     folder, settings, inputs = fitted_record(mixture, f"fit {METHOD}")
     return TaskRecipe(mixture, checked(KshotSettings, settings), grid, folder, inputs)
+
+
+def task_records(folder: Path | None) -> dict[str, Any]:
+    """Read how a task's mixture came about, where its folder tells: the choice, the gathered rows, the gates."""
+    files = {
+        "selection": f"{SELECTION}/{SELECTION_FILE}",
+        "gathering": f"{GATHERED}/{SUMMARY_FILE}",
+        "gates": GATES_FILE,
+    }
+    return {key: read_json(folder / file) for key, file in files.items() if folder and (folder / file).exists()}

@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from coterie.combiners.aggregate import VOTES, after_thinking, elect
+from coterie.combiners.aggregate import VOTES, elect
 from coterie.data.examples import Example
-from coterie.experts.answering import Judge
-from coterie.methods.symbolic.answer import Read, synthesis_ask
+from coterie.grading.answers import read_answer
+from coterie.grading.grade import after_thinking, is_right
+from coterie.methods.symbolic.answer import synthesis_ask
 from coterie.methods.symbolic.profile import Profiled, tell_failures
 from coterie.mixture.scheduler import Workshop
 from coterie.routers.skill import SkillProfile, build_profile, competency, relevance, suitability
@@ -76,8 +77,6 @@ def judge_aggregators(
     tasks: Sequence[MadeUp],
     settings: RecruitSettings,
     sampling: SamplingSettings,
-    judge: Judge,
-    read: Read,
 ) -> SkillProfile:
     """Return how every aggregator did on the made-up tasks, skill by skill; votes come first, being free.
 
@@ -87,8 +86,6 @@ def judge_aggregators(
         tasks: made up from it.
         settings: how experts are weighed in a weighted vote.
         sampling: how syntheses are drawn.
-        judge: tells whether an answer is right.
-        read: reads answers, so that they can vote.
 
     Raises:
         CoterieError: when a model does not fit into memory, or replies cannot be written.
@@ -99,22 +96,20 @@ def judge_aggregators(
     replies = workshop.ask(asks)
     tell_failures(asks, replies)
     judged = [
-        bool(reply.error is None and judge(reply.text, questions[task.number]))
+        bool(reply.error is None and is_right(reply.text, questions[task.number]))
         for reply, task in zip(replies, [task for _ in experts for task in tasks], strict=True)
     ]
     written = torch.tensor(judged).reshape(len(experts), len(tasks))
     voted = torch.tensor(
-        [[_is_right(vote, profiled, task, settings, questions[task.number], read) for task in tasks] for vote in VOTES]
+        [[_elects_right(vote, profiled, task, settings, questions[task.number]) for task in tasks] for vote in VOTES]
     )
     skills = [tuple(profiled.rows[task.number]["skills"]) for task in tasks]
     scores = 2.0 * torch.cat([voted, written]).float() - 1
     return build_profile([*VOTES, *experts], skills, scores)
 
 
-def _is_right(
-    vote: str, profiled: Profiled, task: MadeUp, settings: RecruitSettings, question: Example, read: Read
-) -> bool:
-    readings = [read(text, question.instruction) for text in task.texts]
+def _elects_right(vote: str, profiled: Profiled, task: MadeUp, settings: RecruitSettings, question: Example) -> bool:
+    readings = [read_answer(text, question.instruction) for text in task.texts]
     weights = _weights_without(profiled, task.number, settings)
     own = [float(weights[profiled.profile.experts.index(name)]) for name in task.experts]
     return elect(vote, readings, own, question.instruction) == task.right

@@ -1,22 +1,21 @@
 """Questions to recruited experts, and their answers to one: several line-ups in one batch, each expert loaded once."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
-from coterie.combiners.aggregate import VOTES, WEIGHTED, after_thinking, elect, synthesis_request
+from coterie.combiners.aggregate import VOTES, WEIGHTED, elect, synthesis_request
 from coterie.data.examples import Example, from_prompt
 from coterie.experts.answering import Question, Reply
+from coterie.grading.answers import read_answer
+from coterie.grading.grade import after_thinking
 from coterie.methods.symbolic.profile import tell_failures
 from coterie.mixture.scheduler import Workshop
 from coterie.routers.base import Routing
 from coterie.settings.groups import SamplingSettings
-
-Read = Callable[[str, str], str]
-"""Reads the answer in a text, given the question, so that answers can vote: read(text, question)."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class Outcome:
 
 
 def answer_all(
-    workshop: Workshop, examples: Sequence[Example], line_ups: Mapping[str, LineUp], read: Read
+    workshop: Workshop, examples: Sequence[Example], line_ups: Mapping[str, LineUp]
 ) -> dict[str, list[Outcome]]:
     """Answer all questions with all line-ups; what they share is asked once, and every group is loaded once.
 
@@ -116,7 +115,6 @@ def answer_all(
         workshop: asks the experts.
         examples: the questions.
         line_ups: by name.
-        read: reads answers, so that they can vote.
 
     Raises:
         CoterieError: when a model does not fit into memory, or replies cannot be written.
@@ -132,17 +130,17 @@ def answer_all(
     tell_failures(flat, replies)
     queue = iter(replies)
     given = {
-        (name, number): tuple(_given(ask, next(queue), line_ups[name], number, examples[number], read) for ask in asks)
+        (name, number): tuple(_given(ask, next(queue), line_ups[name], number, examples[number]) for ask in asks)
         for (name, number), asks in asked.items()
     }
-    return _aggregated(workshop, examples, line_ups, given, read)
+    return _aggregated(workshop, examples, line_ups, given)
 
 
-def _given(ask: Question, reply: Reply, line_up: LineUp, number: int, example: Example, read: Read) -> Given:
+def _given(ask: Question, reply: Reply, line_up: LineUp, number: int, example: Example) -> Given:
     place = line_up.routing.experts.index(ask.expert)
     weight = float(line_up.relevance[number, place])
     text = after_thinking(reply.text)
-    return Given(ask.expert, reply, read(text, example.instruction) if text else "", weight)
+    return Given(ask.expert, reply, read_answer(text, example.instruction) if text else "", weight)
 
 
 def _aggregated(
@@ -150,7 +148,6 @@ def _aggregated(
     examples: Sequence[Example],
     line_ups: Mapping[str, LineUp],
     given: Mapping[tuple[str, int], tuple[Given, ...]],
-    read: Read,
 ) -> dict[str, list[Outcome]]:
     """Let votes be counted, and aggregators write."""
     wanted = {

@@ -12,11 +12,10 @@ from coterie.artifacts import FORMAT, check_output, read_json, run_folder, sha25
 from coterie.combiners.aggregate import MAJORITY, VOTES, WEIGHTED
 from coterie.data.examples import Example
 from coterie.errors import CoterieError, unknown_name
-from coterie.experts.answering import Judge
 from coterie.experts.expert_pool import POOL_FILE, Pool, pool_from, read_pool
 from coterie.features.skills import load_embed, nearest_skills
 from coterie.methods.symbolic.aggregator import best_aggregators, judge_aggregators, make_up
-from coterie.methods.symbolic.answer import LineUp, Read
+from coterie.methods.symbolic.answer import LineUp
 from coterie.methods.symbolic.profile import PROFILE, REPLIES, VALIDATION, Profiled, read_profile
 from coterie.methods.symbolic.skills import find_skills, open_workshop
 from coterie.mixture.scheduler import Workshop
@@ -24,7 +23,7 @@ from coterie.routers.base import Routing
 from coterie.routers.skill import SkillProfile, profile_from, random_recruits, recruit
 from coterie.settings.commands import SymbolicSettings
 from coterie.settings.groups import RecruitSettings, SamplingSettings
-from coterie.settings.reading import checked
+from coterie.settings.reading import checked, from_flat
 
 logger = logging.getLogger(__name__)
 
@@ -171,13 +170,22 @@ class Symbolic:
         }
 
 
-def fit_symbolic(settings: SymbolicSettings, judge: Judge, read: Read) -> Symbolic:
-    """Choose the aggregator for a profiled pool, and write what answering needs into one folder.
+def symbolic(pool: str | Path, *, output: str | Path, **settings: Any) -> Symbolic:  # noqa: ANN401
+    """Recruit a profiled pool's experts by skills, and choose who makes one answer of several (Chen et al. 2025).
 
     Args:
-        settings: which pool, and how experts are recruited.
-        judge: tells whether an answer is right.
-        read: reads answers, so that they can vote.
+        pool: folder of a pool that was profiled.
+        output: folder to write the run to.
+        **settings: fields of `SymbolicSettings` and its groups by their plain names, such as recruits=3.
+
+    Raises:
+        CoterieError: for a pool without a profile, bad settings, or an output folder that exists.
+    """
+    return fit_symbolic(from_flat(SymbolicSettings, {"pool": str(pool), "output": str(output), **settings}))
+
+
+def fit_symbolic(settings: SymbolicSettings) -> Symbolic:
+    """Choose the aggregator for a profiled pool, and write what answering needs into one folder.
 
     Raises:
         CoterieError: for a pool without a profile, an unknown aggregator, or an output folder that exists.
@@ -194,7 +202,7 @@ def fit_symbolic(settings: SymbolicSettings, judge: Judge, read: Read) -> Symbol
     _check_aggregator(settings.aggregator, pool)
     inputs = {"pool": sha256_of(folder / POOL_FILE), "profile": sha256_of(folder / PROFILE / "profile.json")}
     with run_folder(output, "fit symbolic-moe", settings.model_dump(), inputs) as run:
-        judged = _judged(settings, pool, profiled, judge, read) if settings.aggregator == "auto" else None
+        judged = _judged(settings, pool, profiled) if settings.aggregator == "auto" else None
         chosen = settings.aggregator if settings.aggregator != "auto" else WEIGHTED
         if judged is not None:
             chosen = best_aggregators(judged, [()], "task")[0]
@@ -211,15 +219,13 @@ def _check_aggregator(name: str, pool: Pool) -> None:
         raise unknown_name("aggregator", name, known)
 
 
-def _judged(
-    settings: SymbolicSettings, pool: Pool, profiled: Profiled, judge: Judge, read: Read
-) -> SkillProfile | None:
+def _judged(settings: SymbolicSettings, pool: Pool, profiled: Profiled) -> SkillProfile | None:
     tasks = make_up(profiled, settings.aggregator_tasks, settings.sampling.seed)
     if not tasks:
         logger.warning("no validation question has a right and a wrong answer, so %s is the aggregator", WEIGHTED)
         return None
     with open_workshop(pool, settings, Path(settings.pool) / REPLIES) as workshop:
-        return judge_aggregators(workshop, profiled, tasks, settings.recruiting, settings.sampling, judge, read)
+        return judge_aggregators(workshop, profiled, tasks, settings.recruiting, settings.sampling)
 
 
 def is_symbolic(folder: str | Path) -> bool:

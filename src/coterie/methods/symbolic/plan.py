@@ -14,7 +14,7 @@ from coterie.data.examples import Example
 from coterie.experts.answering import Done, ExpertGroup, Question, Reply
 from coterie.experts.reply_cache import ReplyCache
 from coterie.features.skills import BLANK, choice_request
-from coterie.methods.symbolic.answer import Read, answer_all
+from coterie.methods.symbolic.answer import answer_all
 from coterie.methods.symbolic.fit import Symbolic
 from coterie.methods.symbolic.skills import ask_expert, groups_for, keyword_asks
 from coterie.mixture.memory import budget_of
@@ -144,7 +144,6 @@ def plan_work(
     name: str,
     examples: Sequence[Example],
     replies: Path | None,
-    read: Read,
 ) -> WorkPlan:
     """Count what answering will take; nothing is loaded, and nobody is asked.
 
@@ -154,7 +153,6 @@ def plan_work(
         name: of the line-up.
         examples: the questions.
         replies: replies that are there already, which cost nothing.
-        read: reads answers, as for answering.
 
     Raises:
         CoterieError: when a model does not exist, or does not fit into memory.
@@ -169,7 +167,7 @@ def plan_work(
     with Workshop(groups, identities, cache, budget, quiet=True) as shop:
         skills, is_exact = _skills(fitted, shop, counting, examples)
         line_up = fitted.line_up(name, examples, skills, settings.sampling)
-        answer_all(shop, examples, {name: line_up}, read)
+        answer_all(shop, examples, {name: line_up})
         held = _held(sizes, shop.loads)
     kinds = {expert.name: expert.kind for expert in fitted.pool.experts}
     ordered = {expert: tallies[expert] for expert in fitted.pool.names if expert in tallies}

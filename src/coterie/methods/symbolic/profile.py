@@ -17,9 +17,10 @@ from torch import Tensor
 from coterie.artifacts import FORMAT, check_output, read_json, read_jsonl, run_folder, write_json, write_jsonl
 from coterie.data.examples import Example, load_examples
 from coterie.errors import CoterieError
-from coterie.experts.answering import Judge, Question, Reply
+from coterie.experts.answering import Question, Reply
 from coterie.experts.expert_pool import Pool, read_pool
 from coterie.features.skills import load_embed, merge_synonyms
+from coterie.grading.grade import is_right
 from coterie.methods.common import hash_examples
 from coterie.methods.symbolic.skills import ask_expert, find_skills, load_questions, open_workshop, skill_list
 from coterie.mixture.local_answers import LocalAnswerer
@@ -98,15 +99,11 @@ class Profiled:
         return torch.tensor([[math.nan if value is None else value for value in own] for own in values])
 
 
-def profile_pool(settings: ProfileSettings, judge: Judge) -> Profiled:
+def profile_pool(settings: ProfileSettings) -> Profiled:
     """Profile a pool's experts and write the profile into its folder.
 
     Replies are kept in the pool's folder by the hash of what was asked, so that an interrupted profile goes on, and a
     new one asks only for what is new.
-
-    Args:
-        settings: which pool, which data, how.
-        judge: tells whether an answer is right.
 
     Raises:
         CoterieError: for bad data or settings, or a profile that exists.
@@ -115,7 +112,7 @@ def profile_pool(settings: ProfileSettings, judge: Judge) -> Profiled:
     pool = read_pool(folder)
     output = folder / PROFILE
     check_output(output, overwrite=settings.overwrite)
-    examples = _usable(load_questions(settings.data, settings.limit), settings, judge)
+    examples = _usable(load_questions(settings.data, settings.limit), settings)
     _check_experts(settings, pool)
     options = skill_list(settings.skill, examples) if settings.skill.skills == "choice" else []
     embed = load_embed(settings.skill.encoder) if settings.skill.skills == "keywords" else None
@@ -123,7 +120,7 @@ def profile_pool(settings: ProfileSettings, judge: Judge) -> Profiled:
     with run_folder(output, "profile", settings.model_dump(), inputs) as run:
         with open_workshop(pool, settings, folder / REPLIES) as workshop:
             skills = find_skills(workshop, pool, settings.skill, examples, options)
-            replies, scores = _scored(workshop, pool, settings, examples, judge)
+            replies, scores = _scored(workshop, pool, settings, examples)
         names = merge_synonyms(Counter(s for own in skills for s in own), embed, settings.skill.synonyms)
         merged = [tuple(dict.fromkeys(names[skill] for skill in own)) for own in skills]
         profile = build_profile(pool.names, merged, scores)
@@ -170,13 +167,13 @@ def _is_row(row: object, experts: Sequence[str]) -> bool:
     return numbers and known and all(isinstance(r, dict) and REPLY_FIELDS <= set(r) for r in replies.values())
 
 
-def _usable(examples: Sequence[Example], settings: ProfileSettings, judge: Judge) -> list[Example]:
+def _usable(examples: Sequence[Example], settings: ProfileSettings) -> list[Example]:
     """Keep the rows that experts can be scored on."""
     if settings.score == "likelihood":
         kept = [example for example in examples if example.response is not None]
         lack = "a response"
     else:
-        kept = [example for example in examples if judge("", example) is not None]
+        kept = [example for example in examples if is_right("", example) is not None]
         lack = "an answer that can be checked"
     if not kept:
         hint = "" if settings.score == "likelihood" else ", or take --score likelihood"
@@ -202,7 +199,7 @@ Replies = list[dict[str, Reply]]
 
 
 def _scored(
-    workshop: Workshop, pool: Pool, settings: ProfileSettings, examples: Sequence[Example], judge: Judge
+    workshop: Workshop, pool: Pool, settings: ProfileSettings, examples: Sequence[Example]
 ) -> tuple[Replies, Float[Tensor, "expert question"]]:
     """Return every question's replies by expert, and their scores."""
     if settings.score == "likelihood":
@@ -214,16 +211,14 @@ def _scored(
         raise CoterieError(f"no expert answered any question; the first failed with: {replies[0].error}")
     width = len(pool.names)
     rows = [dict(zip(pool.names, replies[n * width : (n + 1) * width], strict=True)) for n in range(len(examples))]
-    scores = [
-        [_score(row[name], example, judge) for name in pool.names] for row, example in zip(rows, examples, strict=True)
-    ]
+    scores = [[_score(row[name], example) for name in pool.names] for row, example in zip(rows, examples, strict=True)]
     return rows, torch.tensor(scores).T
 
 
-def _score(reply: Reply, example: Example, judge: Judge) -> float:
+def _score(reply: Reply, example: Example) -> float:
     if reply.error is not None:
         return math.nan
-    return 1.0 if judge(reply.text, example) else -1.0
+    return 1.0 if is_right(reply.text, example) else -1.0
 
 
 def _likelihoods(workshop: Workshop, pool: Pool, examples: Sequence[Example]) -> Float[Tensor, "expert question"]:

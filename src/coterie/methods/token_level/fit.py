@@ -55,6 +55,13 @@ def token_level(model: str, data: DomainData, *, output: str | Path, **settings:
     Raises:
         CoterieError: for bad data, settings, or an output folder that exists.
     """
+    named, given = _named_sources(data)
+    flat = {"model": model, "data": named, "output": str(output), **settings}
+    return fit_token_level(from_flat(TokenLevelSettings, flat), given)
+
+
+def _named_sources(data: DomainData) -> tuple[list[str], dict[str, list[Example]]]:
+    """Return data as NAME=SOURCE, and by name what came from memory."""
     given: dict[str, list[Example]] = {}
     named: list[str] = []
     for name, source in data.items():
@@ -63,8 +70,7 @@ def token_level(model: str, data: DomainData, *, output: str | Path, **settings:
             given[name] = sources  # pyrefly: ignore
             sources = [IN_MEMORY]
         named += [f"{name}={one}" for one in sources]
-    flat = {"model": model, "data": named, "output": str(output), **settings}
-    return fit_token_level(from_flat(TokenLevelSettings, flat), given)
+    return named, given
 
 
 def fit_token_level(settings: TokenLevelSettings, given: Mapping[str, list[Example]] | None = None) -> Mixture:
@@ -92,7 +98,31 @@ def fit_token_level(settings: TokenLevelSettings, given: Mapping[str, list[Examp
     return replace(mixture, folder=output)
 
 
-def build_bank(settings: BankSettings) -> Mixture:
+def from_adapters(
+    adapters: Mapping[str, str | Path],
+    texts: DomainData,
+    *,
+    output: str | Path,
+    **settings: Any,  # noqa: ANN401
+) -> Mixture:
+    """Make a mixture of adapters that exist already, routed by similarity to the texts that each was made for.
+
+    Args:
+        adapters: plain PEFT folders, by name.
+        texts: of every adapter, by name: a JSONL file or `datasets` source, several of them, or examples.
+        output: folder to write the mixture to.
+        **settings: fields of `BankSettings` and its groups by their plain names, such as model="smollm2-135m".
+
+    Raises:
+        CoterieError: for an adapter that does not fit, an expert without texts, or an output folder that exists.
+    """
+    named, given = _named_sources(texts)
+    own = [f"{name}={folder}" for name, folder in adapters.items()]
+    flat = {"adapter": own, "centroid_data": named, "output": str(output), **settings}
+    return fit_from_adapters(from_flat(BankSettings, flat), given)
+
+
+def fit_from_adapters(settings: BankSettings, given: Mapping[str, list[Example]] | None = None) -> Mixture:
     """Make a mixture of adapters that exist already: check them, copy them, place centroids.
 
     Raises:
@@ -107,7 +137,7 @@ def build_bank(settings: BankSettings) -> Mixture:
     placement = settings.placement.model_dump()
     backbone = load_backbone(ModelSettings(model=model, revision=settings.revision, **placement))
     load_bank(adapters, backbone.model)  # checks them before anything is written
-    examples = _load_domains(sources, settings.limit, {})
+    examples = _load_domains(sources, settings.limit, given or {})
     prompts = PromptFormat(backbone.tokenizer, settings.system_prompt)
     kept = {name: tokenise(prompts, examples[name], settings.max_length) for name in adapters}
     hashes = {f"adapter {name}": sha256_of(folder / WEIGHTS_FILE) for name, folder in adapters.items()}

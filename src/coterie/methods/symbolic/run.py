@@ -1,4 +1,4 @@
-"""Commands for pools and recruited experts: what grades and reads answers is put in here."""
+"""A fitted run of symbolic-moe at work: its answers to prompts, and what they will take."""
 
 import logging
 from collections.abc import Sequence
@@ -6,38 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from coterie.artifacts import write_jsonl
-from coterie.combiners.aggregate import after_thinking
-from coterie.data.examples import Example
 from coterie.errors import CoterieError
-from coterie.evaluation.answers import graded
-from coterie.grading.answers import read_answer
-from coterie.methods.symbolic import fit as symbolic
 from coterie.methods.symbolic.answer import answer_all
-from coterie.methods.symbolic.fit import METHOD, Symbolic, load_symbolic
+from coterie.methods.symbolic.fit import METHOD, load_symbolic
 from coterie.methods.symbolic.plan import WorkPlan, plan_work
-from coterie.methods.symbolic.profile import Profiled, profile_pool
 from coterie.methods.symbolic.skills import open_workshop
 from coterie.mixture import Prompt, as_example
-from coterie.settings.commands import GenerateSettings, ProfileSettings, SymbolicSettings
+from coterie.settings.commands import GenerateSettings
 from coterie.settings.groups import RoutingSettings
 
 logger = logging.getLogger(__name__)
-
-
-def is_right(text: str, row: Example) -> bool | None:
-    """Tell whether an answer is right, its thinking left out; None where the row has nothing to tell it by."""
-    verdict = graded(after_thinking(text), row, run_code=False)
-    return None if verdict is None else verdict.correct
-
-
-def run_profile(settings: ProfileSettings) -> Profiled:
-    """Profile the experts of a pool; see `coterie.methods.profiling.profile_pool`."""
-    return profile_pool(settings, is_right)
-
-
-def fit_symbolic(settings: SymbolicSettings) -> Symbolic:
-    """Fit symbolic-moe; see `coterie.methods.symbolic.fit_symbolic`."""
-    return symbolic.fit_symbolic(settings, is_right, read_answer)
 
 
 def generate_symbolic(settings: GenerateSettings, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
@@ -59,7 +37,7 @@ def generate_symbolic(settings: GenerateSettings, prompts: Sequence[Prompt]) -> 
     with open_workshop(fitted.pool, settings, replies_beside(settings.output)) as workshop:
         skills = fitted.skills(workshop, examples)
         line_up = fitted.line_up(name, examples, skills, settings.sampling)
-        outcomes = answer_all(workshop, examples, {name: line_up}, read_answer)[name]
+        outcomes = answer_all(workshop, examples, {name: line_up})[name]
     recruits = [line_up.routing.row(number) for number in range(len(examples))]
     records = [
         {"id": example.id, "prompt": example.instruction, "skills": list(own), **outcome.record(), "recruits": chosen}
@@ -78,7 +56,7 @@ def plan_symbolic(settings: GenerateSettings, prompts: Sequence[Prompt]) -> Work
     fitted = load_symbolic(settings.mixture)
     examples = [as_example(prompt, number) for number, prompt in enumerate(prompts)]
     name = line_up_name(settings.routing)
-    return plan_work(fitted, settings, name, examples, replies_beside(settings.output), read_answer)
+    return plan_work(fitted, settings, name, examples, replies_beside(settings.output))
 
 
 def _write(output: str | None, records: list[dict[str, Any]], any_failed: bool) -> None:
