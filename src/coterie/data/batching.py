@@ -103,7 +103,10 @@ class PromptFormat:
         is_response: list[bool] = []
         is_user_text: list[bool] = []
         prompt_length = 0
-        for text, role, spans in self._segments(self._with_system(example.messages)):
+        messages = example.messages
+        if self.system_prompt is not None and messages[0].role != "system":
+            messages = (Message("system", self.system_prompt), *messages)
+        for text, role, spans in self._segments(messages):
             encoding = self.tokenizer(text, add_special_tokens=self._plain and not ids, return_offsets_mapping=True)
             tokens, offsets = encoding["input_ids"], encoding["offset_mapping"]
             if role == "prompt":
@@ -119,15 +122,11 @@ class PromptFormat:
     def _plain(self) -> bool:
         return self.tokenizer.chat_template is None
 
-    def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-        if self.system_prompt is None or messages[0].role == "system":
-            return messages
-        return (Message("system", self.system_prompt), *messages)
-
     def _segments(self, messages: tuple[Message, ...]) -> Iterator[tuple[str, str, list[tuple[int, int]]]]:
         """Yield the text of every prompt and every answer in turn, with the spans that the user wrote."""
         start = 0  # of the message after the last answer
         written = ""
+        end_of_turn = str(self.tokenizer.eos_token or "")
         for index, message in enumerate(messages):
             is_answer = message.role == "assistant"
             if is_answer or index == len(messages) - 1:
@@ -137,7 +136,9 @@ class PromptFormat:
                 yield text, "prompt", self._user_spans(text, written, messages[:before], start)
                 written = upto
             if is_answer:
-                answer = self._answer(written, messages[: index + 1])
+                answer = self._continued(written, self._render(messages[: index + 1], generation=False))
+                end = answer.find(end_of_turn, len(message.content.strip())) if end_of_turn else -1
+                answer = answer if end < 0 else answer[: end + len(end_of_turn)]  # without what the template adds to it
                 yield answer, "response", []
                 written += answer
                 start = index + 1
@@ -151,13 +152,6 @@ class PromptFormat:
             return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation))
         except Exception as error:  # a template raises whatever its author chose, for instance for a system role
             raise CoterieError(f"this model's chat template does not take such a conversation: {error}") from error
-
-    def _answer(self, written: str, messages: tuple[Message, ...]) -> str:
-        """Return the answer as the template writes it, up to and with the token that ends the turn."""
-        text = self._continued(written, self._render(messages, generation=False))
-        end = str(self.tokenizer.eos_token or "")
-        cut = text.find(end, len(messages[-1].content.strip())) if end else -1
-        return text if cut < 0 else text[: cut + len(end)]
 
     @staticmethod
     def _continued(written: str, text: str) -> str:
@@ -181,9 +175,9 @@ class PromptFormat:
         marked = [Message(m.role, USER_MARK) if m.role == "user" and n >= start else m for n, m in enumerate(messages)]
         around = self._continued(written, self._render(marked, generation=True)).split(USER_MARK)
         for as_written in (str, str.strip, str.lstrip, str.rstrip):  # templates differ in what they trim
-            found = list(map(as_written, contents))
-            if len(around) == len(found) + 1 and text == _woven(around, found):
-                return _places(around, found)
+            places = _places(text, around, list(map(as_written, contents)))
+            if places is not None:
+                return places
         raise self._changed(next(message for message in messages[start:] if message.role == "user"))
 
     @staticmethod
@@ -191,12 +185,14 @@ class PromptFormat:
         return CoterieError(f"this model's chat template changes what a {message.role} wrote: {message.content[:40]!r}")
 
 
-def _woven(around: Sequence[str], contents: Sequence[str]) -> str:
-    return "".join(words + content for words, content in zip(around, [*contents, ""], strict=True))
+def _places(text: str, around: Sequence[str], contents: Sequence[str]) -> list[tuple[int, int]] | None:
+    """Return where the contents stand in a text between the words around them, without white space at their ends.
 
-
-def _places(around: Sequence[str], contents: Sequence[str]) -> list[tuple[int, int]]:
-    """Return where the contents stand between the words around them, without white space at their ends."""
+    None where the text is not made of these words and contents.
+    """
+    woven = (words + content for words, content in zip(around, [*contents, ""], strict=False))
+    if len(around) != len(contents) + 1 or text != "".join(woven):
+        return None
     places = []
     cursor = 0
     for words, content in zip(around, contents, strict=False):  # the last words follow all contents

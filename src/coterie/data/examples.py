@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +89,23 @@ def load_examples(
     Raises:
         CoterieError: naming the file and line of the first bad row, or telling that there are no rows.
     """
-    examples = []
-    for place, row in raw_rows(source):
-        if limit is not None and len(examples) == limit:
-            break
-        examples.append(to_example(row, place, str(len(examples)), need_response))
-    if not examples:
-        raise CoterieError(f"{_name(source)} holds no examples; rows have the form {FORMS}")
-    return examples
+    return list(read_examples(source, limit, need_response=need_response))
+
+
+def read_examples(
+    source: str | Path | Iterable[Mapping[str, Any]], limit: int | None = None, *, need_response: bool = True
+) -> Iterator[Example]:
+    """Yield the examples of a source one by one; as `load_examples`, which holds them all.
+
+    Raises:
+        CoterieError: as `load_examples`.
+    """
+    number = -1
+    for number, (place, row) in enumerate(islice(_raw_rows(source), limit)):
+        yield _to_example(row, place, str(number), need_response)
+    if number < 0:
+        name = source if isinstance(source, (str, Path)) else "the data"
+        raise CoterieError(f"{name} holds no examples; rows have the form {FORMS}")
 
 
 def load_all(sources: Sequence[str], limit: int | None = None) -> list[Example]:
@@ -104,14 +114,10 @@ def load_all(sources: Sequence[str], limit: int | None = None) -> list[Example]:
     Raises:
         CoterieError: as `load_examples`.
     """
-    return _unique([example for source in sources for example in load_examples(source, limit)])
-
-
-def _unique(examples: list[Example]) -> list[Example]:
     counts: dict[str, int] = {}
     taken: set[str] = set()
     result = []
-    for example in examples:
+    for example in (example for source in sources for example in load_examples(source, limit)):
         name = example.id
         while name in taken:  # also when some row's own id looks like a numbered repeat
             counts[example.id] = counts.get(example.id, 1) + 1
@@ -121,16 +127,8 @@ def _unique(examples: list[Example]) -> list[Example]:
     return result
 
 
-def _name(source: object) -> str:
-    return str(source) if isinstance(source, (str, Path)) else "the data"
-
-
-def raw_rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield rows with the place to name in an error.
-
-    Raises:
-        CoterieError: for a source that cannot be read.
-    """
+def _raw_rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield rows with the place to name in an error."""
     if not isinstance(source, (str, Path)):
         for number, row in enumerate(source):
             yield f"row {number + 1} of the data", row
@@ -168,7 +166,10 @@ def _datasets_rows(source: str) -> Any:
     builders = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
     try:
         if path.is_dir():
-            return _one_split(datasets.load_from_disk(path))
+            loaded: Any = datasets.load_from_disk(path)  # a Dataset, or a dict of them by split
+            if isinstance(loaded, dict) and "train" not in loaded:
+                raise ValueError(f"the folder has the splits {', '.join(loaded)} and no train; save one on its own")
+            return loaded["train"] if isinstance(loaded, dict) else loaded
         if path.suffix in builders and path.is_file():
             return datasets.load_dataset(builders[path.suffix], data_files=str(path), split="train")
         name, _, split = source.partition(":")
@@ -180,26 +181,8 @@ def _datasets_rows(source: str) -> Any:
         raise CoterieError(f"{source} cannot be loaded ({first}); give a JSONL file or a datasets source") from error
 
 
-def _one_split(loaded: Any) -> Any:  # a Dataset, or a dict of them by split
-    if not isinstance(loaded, dict):
-        return loaded
-    if "train" not in loaded:
-        raise ValueError(f"the folder has the splits {', '.join(loaded)} and no train; save one of them on its own")
-    return loaded["train"]
-
-
-def to_example(row: Mapping[str, Any], place: str, default_id: str, need_response: bool) -> Example:
-    """Take one row in any of its forms.
-
-    Args:
-        row: as it stands in the data.
-        place: names it in an error.
-        default_id: for a row that brings none.
-        need_response: whether a row without an answer is refused.
-
-    Raises:
-        CoterieError: for a row in no known form, or with an empty part.
-    """
+def _to_example(row: Mapping[str, Any], place: str, default_id: str, need_response: bool) -> Example:
+    """Take one row in any of its forms; `place` names it in an error."""
     messages = _messages(row, place)
     if messages[-1].role != "assistant" and need_response:
         raise CoterieError(f"{place} has no response; rows have the form {FORMS}")

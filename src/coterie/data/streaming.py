@@ -1,4 +1,4 @@
-"""Pools of examples that are larger than memory: read row by row, told apart by hashes of their content."""
+"""Open data that is larger than memory: read row by row, told apart by hashes of their content."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from itertools import chain, islice
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from coterie.data.examples import Example, raw_rows, to_example
+from coterie.data.examples import Example, read_examples
 from coterie.errors import CoterieError
 
 ExampleSource = str | Sequence[Example]
@@ -22,19 +22,12 @@ FRESH, COPY, SHOT_QUESTION, EXCLUDED_QUESTION = range(4)
 
 
 def stream_examples(source: ExampleSource, limit: int | None = None) -> Iterator[Example]:
-    """Yield the examples of a source one by one; as `load_examples`, which holds them all.
+    """Yield the examples of a source one by one, or those in memory.
 
     Raises:
-        CoterieError: naming the file and line of the first bad row, or telling that there are no rows.
+        CoterieError: as `load_examples`.
     """
-    if not isinstance(source, str):
-        yield from islice(source, limit)
-        return
-    number = -1
-    for number, (place, row) in enumerate(islice(raw_rows(source), limit)):
-        yield to_example(row, place, str(number), need_response=True)
-    if number < 0:
-        raise CoterieError(f"{source} holds no examples; give a file with at least one")
+    return read_examples(source, limit) if isinstance(source, str) else islice(source, limit)
 
 
 def text_of(example: Example) -> str:
@@ -125,14 +118,10 @@ def index_pools(
             records += text_key(json.dumps(asdict(replace(example, id="")), sort_keys=True))
             kinds.append(asked.get(question_of(example), FRESH))
         starts.append(len(kinds))
-    keys, found = as_keys(texts), np.frombuffer(kinds, np.int8).copy()
-    found[_copies(keys, as_keys(records))] = COPY
-    return PoolIndex(pools, limit, keys, as_keys(records), found, np.array(starts))
-
-
-def _copies(texts: Shaped[np.ndarray, " row"], records: Shaped[np.ndarray, " row"]) -> Int[np.ndarray, " copy"]:
-    order = np.lexsort((records, texts))
-    return order[1:][texts[order][1:] == texts[order][:-1]]
+    by_text, by_record, found = as_keys(texts), as_keys(records), np.frombuffer(kinds, np.int8).copy()
+    order = np.lexsort((by_record, by_text))
+    found[order[1:][by_text[order][1:] == by_text[order][:-1]]] = COPY
+    return PoolIndex(pools, limit, by_text, by_record, found, np.array(starts))
 
 
 def _changed(pools: Mapping[str, ExampleSource]) -> CoterieError:
