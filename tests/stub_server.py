@@ -10,12 +10,16 @@ from typing import Any, NamedTuple
 
 
 class Sent(NamedTuple):
-    """What the server sends back: status, body (an object, or raw bytes) and further headers, after some seconds."""
+    """What the server sends back: status, body (an object, or raw bytes) and further headers.
+
+    It begins after `delay` seconds; with `drip`, the body comes byte by byte, so many seconds apart.
+    """
 
     status: int = 200
     body: object = None
     headers: tuple[tuple[str, str], ...] = ()
     delay: float = 0.0
+    drip: float = 0.0
 
 
 class Got(NamedTuple):
@@ -78,7 +82,9 @@ def serving(respond: Callable[[Got], Sent]) -> Iterator[Stub]:
                 for name, value in sent.headers:
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(content)
+                for part in [content] if not sent.drip else [content[n : n + 1] for n in range(len(content))]:
+                    self.wfile.write(part)
+                    time.sleep(sent.drip)
             except (BrokenPipeError, ConnectionResetError):  # the client waits no longer
                 pass
 

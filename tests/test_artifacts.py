@@ -1,6 +1,7 @@
 """Files are whole or absent, runs are finished or resumable, and trouble is told in one line."""
 
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -16,6 +17,8 @@ from coterie.artifacts import (
     RunFolder,
     check_output,
     environment_record,
+    hash_json,
+    hash_text,
     read_json,
     read_jsonl,
     read_run_record,
@@ -105,6 +108,14 @@ def test_json_comes_back_as_it_was(tmp_path_factory, value):
     write_jsonl(folder / "a.jsonl", [value, value])
     assert read_json(folder / "a.json") == value
     assert read_jsonl(folder / "a.jsonl") == [value, value]
+
+
+def test_hashes_stay_those_of_files_that_are_on_disk_already():
+    """SHA-256 of the JSON text with sorted keys, or of the lines joined."""
+    value = {"b": [1, None], "a": "é"}
+    assert hash_json(value) == hash_text('{"a": "é", "b": [1, null]}')
+    assert hash_json(value, ensure_ascii=True) == hash_text('{"a": "\\u00e9", "b": [1, null]}')
+    assert hash_text("a", "b") == hashlib.sha256(b"a\nb").hexdigest()
 
 
 def test_separators_of_lines_inside_a_text_do_not_end_its_line(tmp_path):

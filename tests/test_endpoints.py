@@ -7,6 +7,7 @@ import pytest
 
 from coterie.data.examples import from_prompt
 from coterie.errors import CoterieError
+from coterie.experts import endpoints
 from coterie.experts.answering import Question, Reply
 from coterie.experts.endpoints import HOPELESS, Endpoint, EndpointAnswerer, Pace, key_variable
 from coterie.settings.groups import ExpertServingSettings, SamplingSettings
@@ -121,6 +122,27 @@ def test_a_slow_answer_is_given_up():
     with serving(respond) as stub:
         replies = ask_all(stub, asks("slow", "fast"), timeout=0.2, retries=0)
     assert replies[1].text == "x" and "does not answer (timed out)" in replies[0].error
+
+
+def test_an_answer_that_drips_in_is_given_up_at_the_deadline():
+    started = time.monotonic()
+    with serving(lambda got: completion("x")._replace(drip=0.05)) as stub:
+        (reply,) = ask_all(stub, asks("hi"), timeout=0.3, retries=0)
+    assert "does not answer (the answer took too long)" in reply.error
+    assert time.monotonic() - started < 2, "every byte came in time, the whole answer would have taken 6 seconds"
+
+
+def test_an_endless_answer_is_cut_off(monkeypatch):
+    monkeypatch.setattr(endpoints, "LARGEST_ANSWER", 100)
+    with serving(lambda got: completion("x" * 200)) as stub:
+        (reply,) = ask_all(stub, asks("hi"))
+    assert reply.error == "the answer has more than 100 bytes" and len(stub.requests) == 1
+
+
+def test_a_proxy_that_cannot_be_used_is_told(monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "gopher://127.0.0.1:1")
+    with serving(lambda got: completion("x")) as stub, pytest.raises(CoterieError, match="proxy that the environment"):
+        ask_all(stub, asks("hi"))
 
 
 def test_a_refused_question_costs_only_itself():

@@ -87,7 +87,7 @@ try:
     main()
 except SystemExit as stop:
     assert not stop.code, stop.code
-heavy = {"torch", "transformers", "peft", "accelerate", "sklearn", "scipy", "math_verify", "datasets"}
+heavy = {"torch", "transformers", "peft", "accelerate", "sklearn", "scipy", "math_verify", "datasets", "httpx2"}
 found = sorted(heavy & set(sys.modules))
 sys.exit(f"--help imported {found}" if found else 0)
 """

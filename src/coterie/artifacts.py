@@ -176,6 +176,16 @@ def sha256_of(*paths: Path) -> str:
     return digest.hexdigest()
 
 
+def hash_text(*lines: str) -> str:
+    """Hash one text of several lines."""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def hash_json(value: object, *, ensure_ascii: bool = False) -> str:
+    """Hash what JSON holds, whatever the order of its keys."""
+    return hash_text(json.dumps(value, ensure_ascii=ensure_ascii, sort_keys=True))
+
+
 def environment_record() -> dict[str, Any]:
     """Describe what a run ran on: package versions, Python, machine and the working folder's git commit."""
     versions = {}

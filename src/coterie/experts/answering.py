@@ -1,11 +1,10 @@
 """What an expert is asked and what it replies, whatever it is: an adapter, a whole model, or an endpoint."""
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from coterie.artifacts import hash_json
 from coterie.data.examples import Message
 from coterie.settings.groups import SamplingSettings
 
@@ -34,7 +33,7 @@ class Question:
         if not self.sampling.temperature:
             sampling.pop("seed")
         content = [identity, [asdict(message) for message in self.messages], sampling]
-        return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+        return hash_json(content)
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,17 @@ import random
 import re
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from email.message import Message
-from http.client import HTTPException
 from typing import Any
+
+import httpx2
 
 from coterie.errors import CoterieError
 from coterie.experts.answering import Done, Question, Reply, failed
-from coterie.settings.groups import ExpertServingSettings, SamplingSettings
+from coterie.settings.groups import ExpertServingSettings
 
 LARGEST_ANSWER = 16 * 2**20  # bytes
 LONGEST_PAUSE = 60.0  # seconds
@@ -83,11 +82,6 @@ class Pace:
         return mine - now
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        """Follow nothing: the header with the key would go along."""
-
-
 @dataclass(frozen=True)
 class Endpoint:
     """Where an expert is asked: the server's address (ending in /v1 as a rule) and the model's name there."""
@@ -116,7 +110,6 @@ class EndpointAnswerer:
         self._first_pause = first_pause
         self._key = api_key(endpoint.expert)
         self._pace = Pace(work.requests_per_minute)
-        self._opener = urllib.request.build_opener(_NoRedirect)
         self._closed = threading.Event()
         self._hopeless: str | None = None
         self._failures = 0
@@ -125,24 +118,24 @@ class EndpointAnswerer:
         """Ask all questions, several at a time."""
         waiting = deque(enumerate(questions))
         broken: list[BaseException] = []
+        count = min(self._work.concurrency, len(questions))
 
-        def work() -> None:
+        def work(client: httpx2.Client) -> None:
             while waiting and not self._closed.is_set() and not broken:
                 try:
                     number, question = waiting.popleft()
-                    done(number, self._reply(question))
+                    done(number, self._reply(client, question))
                 except IndexError:  # another thread took the last one
                     return
                 except BaseException as error:  # handed to the caller below
                     broken.append(error)
 
-        threads = [
-            threading.Thread(target=work, daemon=True) for _ in range(min(self._work.concurrency, len(questions)))
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with self._client() as client:
+            threads = [threading.Thread(target=work, args=(client,), daemon=True) for _ in range(count)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
         if broken:
             raise broken[0]
 
@@ -150,30 +143,44 @@ class EndpointAnswerer:
         """End all pauses, and ask nothing more."""
         self._closed.set()
 
-    def _reply(self, question: Question) -> Reply:
+    def _client(self) -> httpx2.Client:
+        headers = {
+            "Content-Type": "application/json",
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",  # so that few bytes cannot become many
+            "User-Agent": "coterie",
+        }
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        limits = httpx2.Limits(max_connections=self._work.concurrency)
+        try:
+            return httpx2.Client(headers=headers, timeout=self._work.timeout, limits=limits, follow_redirects=False)
+        except (ImportError, ValueError) as error:
+            raise CoterieError(
+                f"the proxy that the environment names cannot be used ({error}); set or unset ALL_PROXY and HTTPS_PROXY"
+            ) from error
+
+    def _reply(self, client: httpx2.Client, question: Question) -> Reply:
+        """Return the answer or the failure; an endpoint that refuses all, or fails again and again, is given up."""
         started = time.monotonic()
         try:
-            reply = self._tried(question, started)
+            reply = self._tried(client, question, started)
         except Trouble as trouble:
-            self._count_failure(trouble)
+            self._failures += trouble.again
+            if self._hopeless is None and (trouble.for_all or self._failures >= HOPELESS):
+                self._hopeless = str(trouble)
             return failed(self._redacted(str(trouble)), time.monotonic() - started)
         self._failures = 0
         return reply
 
-    def _count_failure(self, trouble: Trouble) -> None:
-        """Give an endpoint up that refuses everything, or that was tried in vain for several questions in a row."""
-        self._failures += trouble.again
-        if self._hopeless is None and (trouble.for_all or self._failures >= HOPELESS):
-            self._hopeless = str(trouble)
-
-    def _tried(self, question: Question, started: float) -> Reply:
+    def _tried(self, client: httpx2.Client, question: Question, started: float) -> Reply:
         for attempt in range(self._work.retries + 1):
             if self._hopeless is not None:
                 raise Trouble(f"not asked any more after: {self._hopeless}")
             if self._closed.wait(self._pace.turn()):
                 raise Trouble("stopped before an answer came")
             try:
-                return self._request(question, started)
+                return self._request(client, question, started)
             except Trouble as trouble:
                 if not trouble.again or attempt == self._work.retries:
                     raise
@@ -181,33 +188,35 @@ class EndpointAnswerer:
                 self._closed.wait(min(pause, LONGEST_PAUSE))
         raise AssertionError("the last try returns or raises")
 
-    def _request(self, question: Question, started: float) -> Reply:
+    def _request(self, client: httpx2.Client, question: Question, started: float) -> Reply:
         body = json.dumps(_body(self._endpoint.model, question)).encode()
-        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "coterie"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(f"{self._endpoint.url}/chat/completions", body, headers, method="POST")
+        deadline = time.monotonic() + self._work.timeout
         try:
-            with self._opener.open(request, timeout=self._work.timeout) as response:
-                answer = _read(response, time.monotonic() + self._work.timeout)
-        except urllib.error.HTTPError as error:
-            with error:
-                raise self._refusal(error) from error
-        except (OSError, HTTPException) as error:  # refused or broken connections, and waiting too long
-            reason = getattr(error, "reason", None) or error
+            with client.stream("POST", f"{self._endpoint.url}/chat/completions", content=body) as response:
+                if not response.is_success:
+                    raise self._refusal(response, deadline)
+                answer = _read(response, deadline)
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:  # broken connections, and waiting too long
             where = f"{self._endpoint.url} does not answer"
-            raise Trouble(f"{where} ({str(reason) or type(reason).__name__})", again=True) from error
+            raise Trouble(f"{where} ({str(error) or type(error).__name__})", again=True) from error
         reply = _reply_from(self._redacted(answer), question, time.monotonic() - started)
         return replace(reply, text=self._redacted(reply.text))  # once more: JSON can write it in other ways
 
-    def _refusal(self, error: urllib.error.HTTPError) -> Trouble:
-        message = self._redacted(_message(error))[:200]
-        said = f"{self._endpoint.url} answered {error.code}" + (f" ({message})" if message else "")
-        if error.code in REFUSED:
+    def _refusal(self, response: httpx2.Response, deadline: float) -> Trouble:
+        """Say what a status means: whether to try again, when, and what to check."""
+        code, message = response.status_code, response.reason_phrase
+        with suppress(httpx2.HTTPError, Trouble, ValueError, KeyError, TypeError, RecursionError):
+            message = json.loads(_read(response, deadline))["error"]["message"]
+        message = self._redacted(" ".join(str(message or "").split()))[:200]
+        said = f"{self._endpoint.url} answered {code}" + (f" ({message})" if message else "")
+        if code in REFUSED:
             hint = key_variable(self._endpoint.expert)
-            what = "the model's name and the address" if error.code == 404 else f"the key in {hint}"
+            what = "the model's name and the address" if code == 404 else f"the key in {hint}"
             return Trouble(f"{said}; check {what}", for_all=True)
-        return Trouble(said, again=error.code in BUSY, pause=_asked_pause(error.headers))
+        pause = 0.0
+        with suppress(ValueError):  # no such header, or a date
+            pause = max(0.0, float(response.headers.get("Retry-After", "")))
+        return Trouble(said, again=code in BUSY, pause=pause)
 
     def _redacted(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
@@ -215,36 +224,31 @@ class EndpointAnswerer:
 
 def _body(model: str, question: Question) -> dict[str, Any]:
     sampling = question.sampling
-    messages = [{"role": message.role, "content": message.content} for message in question.messages]
-    body: dict[str, Any] = {
-        "model": model,
-        "messages": messages,
-        "max_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-    }
-    return body | {name: value for name, value in _less_common(sampling).items() if value is not None}
-
-
-def _less_common(sampling: SamplingSettings) -> dict[str, Any]:
-    """Return the fields that are only sent when they say something: not every server knows them."""
-    return {
+    optional = {  # not every server knows these, so they are left out at their defaults
         "seed": sampling.seed if sampling.temperature else None,
         "top_p": sampling.top_p if sampling.top_p < 1 else None,
         "top_k": sampling.top_k or None,
         "repetition_penalty": sampling.repetition_penalty if sampling.repetition_penalty != 1 else None,
         "stop": sampling.stop or None,
     }
+    return {
+        "model": model,
+        "messages": [{"role": message.role, "content": message.content} for message in question.messages],
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        **{name: value for name, value in optional.items() if value is not None},
+    }
 
 
-def _read(response: Any, deadline: float) -> str:
-    """Read a whole answer; a server that dribbles is cut off at the deadline."""
+def _read(response: httpx2.Response, deadline: float) -> str:
+    """Read a whole answer until the deadline: the client's own timeout starts anew with every byte that drips in."""
     parts, size = [], 0
-    while part := response.read1(65536):
+    for part in response.iter_raw():
         size += len(part)
         if size > LARGEST_ANSWER:
             raise Trouble(f"the answer has more than {LARGEST_ANSWER:,} bytes")
         if time.monotonic() > deadline:
-            raise TimeoutError("the answer took too long")
+            raise httpx2.ReadTimeout("the answer took too long")
         parts.append(part)
     return b"".join(parts).decode("utf-8", errors="replace")
 
@@ -271,21 +275,3 @@ def _reply_from(answer: str, question: Question, seconds: float) -> Reply:
 def _count(usage: Mapping[str, Any], field: str, characters: int) -> int:
     value = usage.get(field)
     return value if isinstance(value, int) and value > 0 else -(-characters // CHARACTERS_PER_TOKEN)
-
-
-def _message(error: urllib.error.HTTPError) -> str:
-    """Return what the server says about an error, on one line."""
-    try:
-        record = json.loads(error.read(4096))
-        said = record["error"]["message"]
-    except (ValueError, KeyError, TypeError, OSError, HTTPException):
-        said = error.reason
-    return " ".join(str(said or "").split())
-
-
-def _asked_pause(headers: Message) -> float:
-    """Return the seconds of a Retry-After header; 0 where there is none, or a date."""
-    try:
-        return max(0.0, float(headers.get("Retry-After", "")))
-    except ValueError:
-        return 0.0

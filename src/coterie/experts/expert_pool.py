@@ -1,6 +1,5 @@
 """A pool: experts of any kind by name - adapters, whole models, endpoints - listed in pool.json."""
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from coterie.artifacts import FORMAT, read_json, sha256_of, write_json
+from coterie.artifacts import FORMAT, hash_text, read_json, sha256_of, write_json
 from coterie.backbone.loading import local_weights
 from coterie.errors import CoterieError, unknown_name
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE, check_names
@@ -119,8 +118,7 @@ def _adapter(name: str, folder: Path, base: str | None) -> PoolExpert:
 
 
 def _adapter_hash(folder: Path, model: str) -> str:
-    parts = [sha256_of(folder / CONFIG_FILE, folder / WEIGHTS_FILE), local_weights(model) or model]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return hash_text(sha256_of(folder / CONFIG_FILE, folder / WEIGHTS_FILE), local_weights(model) or model)
 
 
 def _system_prompt(folder: Path) -> str | None:

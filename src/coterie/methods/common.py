@@ -1,13 +1,11 @@
 """Stages that methods share: training plans from settings, and experts of clusters continued from the base adapter."""
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from coterie.artifacts import RunFolder
+from coterie.artifacts import RunFolder, hash_json
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow
 from coterie.data.examples import Example
@@ -121,5 +119,4 @@ def adapter_copier(source: Path) -> Callable[[Path], None]:
 def hash_examples(examples: Sequence[Example]) -> str:
     """Hash the contents of examples; the fields that came later do not enter where they are empty."""
     filled = [{k: v for k, v in asdict(example).items() if k not in LATER or v} for example in examples]
-    text = json.dumps(filled, ensure_ascii=False, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hash_json(filled)

@@ -1,7 +1,5 @@
 """One pass over validation questions: the skills they need, and who answers them rightly."""
 
-import hashlib
-import json
 import logging
 import math
 from collections import Counter
@@ -14,7 +12,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from coterie.artifacts import FORMAT, check_output, read_json, read_jsonl, run_folder, write_json, write_jsonl
+from coterie.artifacts import (
+    FORMAT,
+    check_output,
+    hash_json,
+    read_json,
+    read_jsonl,
+    run_folder,
+    write_json,
+    write_jsonl,
+)
 from coterie.data.examples import Example, load_examples
 from coterie.errors import CoterieError
 from coterie.experts.answering import Question, Reply
@@ -192,7 +199,7 @@ def _check_experts(settings: ProfileSettings, pool: Pool) -> None:
 
 
 def _hash(pool: Pool) -> str:
-    return hashlib.sha256(json.dumps(pool.record(), sort_keys=True).encode()).hexdigest()
+    return hash_json(pool.record(), ensure_ascii=True)  # as it was written ever since
 
 
 Replies = list[dict[str, Reply]]
