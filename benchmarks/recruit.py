@@ -21,7 +21,7 @@ from coterie.experts.answering import ExpertGroup, Question, Reply
 from coterie.experts.bank import ExpertBank, load_adapter
 from coterie.experts.reply_cache import ReplyCache
 from coterie.mixture.local_answers import LocalAnswerer, LocalExpert, load_local
-from coterie.mixture.scheduler import Workshop
+from coterie.mixture.scheduler import ExpertScheduler
 from coterie.settings.groups import PlacementSettings, SamplingSettings
 
 ADAPTERS = 4
@@ -48,7 +48,7 @@ def recruited(names: Sequence[str], questions: int, steps: int) -> list[list[Que
     ]
 
 
-def in_workshop(pool: Pool, asks: Sequence[Question]) -> list[str]:
+def in_scheduler(pool: Pool, asks: Sequence[Question]) -> list[str]:
     """Load what the questions need, answer them, and free it."""
     wanted = {ask.expert for ask in asks}
     groups = []
@@ -60,8 +60,10 @@ def in_workshop(pool: Pool, asks: Sequence[Question]) -> list[str]:
                     model, tuple(own), lambda m=model, e=own: load_local(m, e, PlacementSettings(), BATCH), size=1
                 )
             )
-    with Workshop(groups, {name: name for name in wanted}, ReplyCache(), budget=len(groups), quiet=True) as workshop:
-        return [reply.text for reply in workshop.ask(asks)]
+    with ExpertScheduler(
+        groups, {name: name for name in wanted}, ReplyCache(), budget=len(groups), quiet=True
+    ) as scheduler:
+        return [reply.text for reply in scheduler.ask(asks)]
 
 
 def in_answerer(backbone: Backbone, folders: Mapping[str, Path], asks: Sequence[Question]) -> list[str]:
@@ -101,9 +103,9 @@ def main() -> None:
         written[name] = texts
 
     ways = {
-        "grouped": lambda: keep("grouped", in_workshop(pool, asks)),
-        "per_question": lambda: keep("per_question", [t for own in questions for t in in_workshop(pool, own)]),
-        "per_call": lambda: keep("per_call", [t for ask in asks for t in in_workshop(pool, [ask])]),
+        "grouped": lambda: keep("grouped", in_scheduler(pool, asks)),
+        "per_question": lambda: keep("per_question", [t for own in questions for t in in_scheduler(pool, own)]),
+        "per_call": lambda: keep("per_call", [t for ask in asks for t in in_scheduler(pool, [ask])]),
         "stacked": lambda: keep("stacked", in_answerer(backbone, folders, of_adapters)),
         "swapped": lambda: keep("swapped", one_by_one(backbone, folders, of_adapters)),
     }

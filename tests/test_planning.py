@@ -7,7 +7,7 @@ import pytest
 import tiny
 from conftest import write_rows
 from coterie.experts.expert_pool import init_pool
-from coterie.mixture.scheduler import Workshop
+from coterie.mixture.scheduler import ExpertScheduler
 from coterie.settings.commands import PoolSettings
 from symbolic_place import lines, question, rows
 
@@ -86,7 +86,7 @@ def test_loads_and_memory_are_those_of_the_work(local_run, run, model_folder, tm
     assert roomy["peak_bytes"] == sum(group["bytes"] for group in plan["groups"].values())
     assert plan["experts"]["other"]["calls"] >= 2 and plan["is_exact"] is False
     seen = []
-    monkeypatch.setattr(Workshop, "__exit__", lambda shop, *_: seen.append((dict(shop.loads), shop.peak)))
+    monkeypatch.setattr(ExpertScheduler, "__exit__", lambda s, *_: seen.append((dict(s.loads), s.peak)))
     assert run("generate", local_run, *words, "--memory", 0.003)[0] == 0
     assert seen == [(dict.fromkeys(names, 1), plan["peak_bytes"])]
 

@@ -19,7 +19,7 @@ from coterie.experts.reply_cache import ReplyCache
 from coterie.mixture import Mixture
 from coterie.mixture.local_answers import LocalAnswerer, LocalExpert, load_local
 from coterie.mixture.memory import budget_of, groups_of, needed_bytes
-from coterie.mixture.scheduler import Workshop
+from coterie.mixture.scheduler import ExpertScheduler
 from coterie.settings.commands import PoolSettings
 from coterie.settings.groups import ExpertServingSettings, PlacementSettings, SamplingSettings
 from stub_server import completion, serving
@@ -65,9 +65,9 @@ class Fake:
         del self.machine.held[self.name]
 
 
-def workshop(*groups: ExpertGroup, budget: int | None = None, cache: ReplyCache | None = None) -> Workshop:
+def new_scheduler(*groups: ExpertGroup, budget: int | None = None, cache: ReplyCache | None = None) -> ExpertScheduler:
     names = {name: name for group in groups for name in group.experts}
-    return Workshop(groups, names, ReplyCache() if cache is None else cache, budget)
+    return ExpertScheduler(groups, names, ReplyCache() if cache is None else cache, budget)
 
 
 def texts(replies: Sequence[Reply]) -> list[str]:
@@ -78,10 +78,10 @@ def test_every_model_is_loaded_once_however_the_questions_are_mixed():
     machine = Machine()
     groups = [machine.group("small", 1, "a", "b"), machine.group("large", 5), machine.group("idle", 3)]
     asks = [ask(name, f"q{number}") for number in range(4) for name in ("a", "large", "b")]
-    with workshop(*groups) as shop:
-        replies = shop.ask(asks)
+    with new_scheduler(*groups) as scheduler:
+        replies = scheduler.ask(asks)
         assert texts(replies) == [f"{given.expert}: {given.messages[-1].content}" for given in asks]
-        assert shop.loads == {"small": 1, "large": 1}
+        assert scheduler.loads == {"small": 1, "large": 1}
     assert machine.loaded == ["large", "small"], "the largest comes first, and what nobody asks is not loaded"
     assert machine.held == {}
 
@@ -89,66 +89,66 @@ def test_every_model_is_loaded_once_however_the_questions_are_mixed():
 def test_models_that_fit_together_stay_and_the_budget_is_kept():
     machine = Machine()
     groups = [machine.group(name, size) for name, size in (("a", 4), ("b", 3), ("c", 6), ("d", 2))]
-    with workshop(*groups, budget=10) as shop:
-        shop.ask([ask(name, "one") for name in "abcd"])
+    with new_scheduler(*groups, budget=10) as scheduler:
+        scheduler.ask([ask(name, "one") for name in "abcd"])
         assert machine.loaded == ["c", "a", "b", "d"] and machine.most == 10
         assert set(machine.held) == {"a", "b", "d"}, "only what was loaded longest went, when room was needed"
-        shop.ask([ask(name, "two") for name in "abd"])
+        scheduler.ask([ask(name, "two") for name in "abd"])
         assert machine.loaded == ["c", "a", "b", "d"], "they were still there"
     assert machine.most <= 10
 
 
 def test_without_a_budget_one_model_is_loaded_at_a_time():
     machine = Machine()
-    with workshop(machine.group("a", 4), machine.group("b", None), machine.group("c", 3)) as shop:
-        shop.ask([ask(name, "one") for name in "abc"])
+    with new_scheduler(machine.group("a", 4), machine.group("b", None), machine.group("c", 3)) as scheduler:
+        scheduler.ask([ask(name, "one") for name in "abc"])
     assert machine.most == 4
 
 
 def test_a_model_of_unknown_size_is_loaded_alone():
     machine = Machine()
-    with workshop(machine.group("a", 4), machine.group("b", None), budget=10) as shop:
-        shop.ask([ask("a", "one"), ask("b", "one")])
+    with new_scheduler(machine.group("a", 4), machine.group("b", None), budget=10) as scheduler:
+        scheduler.ask([ask("a", "one"), ask("b", "one")])
         assert len(machine.held) == 1
 
 
 def test_what_is_needed_afterwards_is_asked_last_and_stays_loaded():
     machine = Machine()
     groups = [machine.group("judge", 9), machine.group("a", 5), machine.group("b", 6)]
-    with workshop(*groups, budget=10) as shop:
-        shop.ask([ask(name, "one") for name in ("judge", "a", "b")], last=["judge"])
-        shop.ask([ask("judge", "which?")])
-        assert shop.loads == {"judge": 1, "a": 1, "b": 1} and machine.loaded[-1] == "judge"
+    with new_scheduler(*groups, budget=10) as scheduler:
+        scheduler.ask([ask(name, "one") for name in ("judge", "a", "b")], last=["judge"])
+        scheduler.ask([ask("judge", "which?")])
+        assert scheduler.loads == {"judge": 1, "a": 1, "b": 1} and machine.loaded[-1] == "judge"
 
 
 def test_what_is_needed_afterwards_stays_while_others_come_and_go():
     machine = Machine()
     groups = [machine.group("judge", 4), machine.group("a", 5), machine.group("b", 6)]
-    with workshop(*groups, budget=10) as shop:
-        shop.hold("judge")
-        shop.ask([ask(name, "one") for name in ("judge", "a", "b")], last=["judge"])
-        shop.ask([ask("judge", "which?")])
-        assert shop.loads == {"judge": 1, "a": 1, "b": 1} and machine.most == 10
+    with new_scheduler(*groups, budget=10) as scheduler:
+        scheduler.loaded("judge")
+        scheduler.ask([ask(name, "one") for name in ("judge", "a", "b")], last=["judge"])
+        scheduler.ask([ask("judge", "which?")])
+        assert scheduler.loads == {"judge": 1, "a": 1, "b": 1} and machine.most == 10
 
 
 def test_a_model_that_never_fits_is_refused_before_anything_is_asked():
     machine = Machine()
     groups = [machine.group("a", 1), machine.group("b", 5 * 2**30)]
-    with workshop(*groups, budget=2**30) as shop:
+    with new_scheduler(*groups, budget=2**30) as scheduler:
         with pytest.raises(CoterieError, match=r"^b needs about 5 GiB, and there may be 1; raise --memory"):
-            shop.ask([ask("a", "one"), ask("b", "one")])
+            scheduler.ask([ask("a", "one"), ask("b", "one")])
     assert machine.asked == []
 
 
 def test_equal_questions_are_asked_once():
     machine = Machine()
-    with workshop(machine.group("a", 1)) as shop:
+    with new_scheduler(machine.group("a", 1)) as scheduler:
         again = [ask("a", "one"), ask("a", "one", seed=5), ask("a", "two")]
-        assert texts(shop.ask(again)) == ["a: one", "a: one", "a: two"]
+        assert texts(scheduler.ask(again)) == ["a: one", "a: one", "a: two"]
         assert len(machine.asked) == 2, "a seed does nothing to greedy decoding"
-        shop.ask([ask("a", "one", temperature=1.0, seed=seed) for seed in (1, 2)])
+        scheduler.ask([ask("a", "one", temperature=1.0, seed=seed) for seed in (1, 2)])
         assert len(machine.asked) == 4
-        shop.ask([ask("a", "one", max_new_tokens=5)])
+        scheduler.ask([ask("a", "one", max_new_tokens=5)])
         assert len(machine.asked) == 5
 
 
@@ -166,8 +166,8 @@ def test_an_expert_that_crashes_costs_only_its_own_answers():
 
     groups[2] = ExpertGroup("c", ("c",), load, 1)
     asks = [ask(name, f"q{number}") for number in range(4) for name in "abc"]
-    with workshop(*groups) as shop:
-        replies = shop.ask(asks)
+    with new_scheduler(*groups) as scheduler:
+        replies = scheduler.ask(asks)
     found = {name: [r for r, a in zip(replies, asks, strict=True) if a.expert == name] for name in "abc"}
     assert texts(found["a"]) == ["a: q0", "a: q1", "", ""]
     assert [r.error for r in found["a"]] == [None, None, *["CUDA error: out of memory"] * 2]
@@ -178,9 +178,9 @@ def test_an_expert_that_crashes_costs_only_its_own_answers():
 def test_a_reply_that_cannot_be_written_ends_the_work(tmp_path):
     (tmp_path / "file").write_text("in the way")
     machine = Machine()
-    with workshop(machine.group("a", 1), cache=ReplyCache(tmp_path / "file" / "replies.jsonl")) as shop:
+    with new_scheduler(machine.group("a", 1), cache=ReplyCache(tmp_path / "file" / "replies.jsonl")) as scheduler:
         with pytest.raises(CoterieError, match="cannot be written"):
-            shop.ask([ask("a", "one"), ask("a", "two")])
+            scheduler.ask([ask("a", "one"), ask("a", "two")])
     assert len(machine.asked) == 1
 
 
@@ -189,15 +189,15 @@ def test_endpoints_answer_while_models_do():
     met = threading.Barrier(2, timeout=10)
     here = machine.group("a", 1, fault=lambda given: met.wait() and None)
     away = machine.group("big", 0, fault=lambda given: met.wait() and None)
-    with workshop(here, ExpertGroup("big", ("big",), away.load, 0, is_remote=True)) as shop:
-        assert texts(shop.ask([ask("a", "one"), ask("big", "one")])) == ["a: one", "big: one"]
+    with new_scheduler(here, ExpertGroup("big", ("big",), away.load, 0, is_remote=True)) as scheduler:
+        assert texts(scheduler.ask([ask("a", "one"), ask("big", "one")])) == ["a: one", "big: one"]
 
 
 def test_an_endpoint_that_breaks_costs_only_its_own_answers():
     machine = Machine()
     away = machine.group("big", 0, fault=crash)
-    with workshop(machine.group("a", 1), ExpertGroup("big", ("big",), away.load, 0, is_remote=True)) as shop:
-        replies = shop.ask([ask("a", "q2"), ask("big", "q2")])
+    with new_scheduler(machine.group("a", 1), ExpertGroup("big", ("big",), away.load, 0, is_remote=True)) as scheduler:
+        replies = scheduler.ask([ask("a", "q2"), ask("big", "q2")])
     assert texts(replies) == ["a: q2", ""] and replies[1].error == "CUDA error: out of memory"
 
 
@@ -209,32 +209,35 @@ def test_a_run_that_was_killed_asks_only_for_what_is_missing(tmp_path):
     first, second = Machine(), Machine()
     asks = [ask("a", f"q{number}") for number in range(5)]
     path = tmp_path / "replies.jsonl"
-    with workshop(first.group("a", 1, fault=killed), cache=ReplyCache(path)) as shop, pytest.raises(KeyboardInterrupt):
-        shop.ask(asks)
+    with (
+        new_scheduler(first.group("a", 1, fault=killed), cache=ReplyCache(path)) as scheduler,
+        pytest.raises(KeyboardInterrupt),
+    ):
+        scheduler.ask(asks)
     with path.open("a") as file:
         file.write('{"key": "half a li')  # a kill in the middle of writing
-    with workshop(second.group("a", 1), cache=ReplyCache(path)) as shop:
-        assert texts(shop.ask(asks)) == [f"a: q{number}" for number in range(5)]
+    with new_scheduler(second.group("a", 1), cache=ReplyCache(path)) as scheduler:
+        assert texts(scheduler.ask(asks)) == [f"a: q{number}" for number in range(5)]
     assert [question for _, question in second.asked] == ["q2", "q3", "q4"]
     assert len(ReplyCache(path)) == 5, "the torn line did not swallow the one after it"
-    with workshop(Machine().group("a", 1), cache=ReplyCache(path)) as shop:
-        shop.ask(asks)
-        assert shop.loads == {}
+    with new_scheduler(Machine().group("a", 1), cache=ReplyCache(path)) as scheduler:
+        scheduler.ask(asks)
+        assert scheduler.loads == {}
 
 
 def test_failed_replies_are_asked_for_again(tmp_path):
     path = tmp_path / "replies.jsonl"
-    with workshop(Machine().group("a", 1, fault=crash), cache=ReplyCache(path)) as shop:
-        assert shop.ask([ask("a", "q2")])[0].error
-    with workshop(Machine().group("a", 1), cache=ReplyCache(path)) as shop:
-        assert texts(shop.ask([ask("a", "q2")])) == ["a: q2"]
+    with new_scheduler(Machine().group("a", 1, fault=crash), cache=ReplyCache(path)) as scheduler:
+        assert scheduler.ask([ask("a", "q2")])[0].error
+    with new_scheduler(Machine().group("a", 1), cache=ReplyCache(path)) as scheduler:
+        assert texts(scheduler.ask([ask("a", "q2")])) == ["a: q2"]
 
 
 def test_replies_of_other_weights_are_not_taken(tmp_path):
     cache = ReplyCache()
     for identity, asked in (("one", 1), ("one", 0), ("two", 1)):
         machine = Machine()
-        Workshop([machine.group("a", 1)], {"a": identity}, cache).ask([ask("a", "q")])
+        ExpertScheduler([machine.group("a", 1)], {"a": identity}, cache).ask([ask("a", "q")])
         assert len(machine.asked) == asked
 
 
@@ -359,9 +362,11 @@ def test_a_pool_of_every_kind_answers(tmp_path, model_folder, run_folder):
         pool = read_pool(tmp_path)
         groups = groups_of(pool, PlacementSettings(device="cpu"), ExpertServingSettings())
         assert [group.experts for group in groups] == [("base", "cluster-0", "plain"), ("big",)]
-        with Workshop(groups, {e.name: e.identity for e in pool.experts}, ReplyCache(tmp_path / "l.jsonl")) as shop:
-            replies = shop.ask([ask(name, "add 1 2", max_new_tokens=4) for name in pool.names])
-            assert shop.loads == {str(model_folder): 1}
+        with ExpertScheduler(
+            groups, {e.name: e.identity for e in pool.experts}, ReplyCache(tmp_path / "l.jsonl")
+        ) as scheduler:
+            replies = scheduler.ask([ask(name, "add 1 2", max_new_tokens=4) for name in pool.names])
+            assert scheduler.loads == {str(model_folder): 1}
     assert [reply.error for reply in replies] == [None] * 4 and replies[-1].text == "re add 1 2"
     assert (
         Mixture.from_pretrained(run_folder, device="cpu")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from coterie.artifacts import read_json, sha256_of, write_json
@@ -248,6 +248,14 @@ def local_weights(name: str) -> str | None:
     path = local_path(name)
     is_there = path is not None and (path.is_file() or any(path.glob("*.safetensors")))
     return _hash_weights(path, None) if path is not None and is_there else None
+
+
+def cache_numbers(config: PreTrainedConfig) -> int:
+    """Count the numbers that one token takes in the cache: a key and a value in every layer."""
+    text: Any = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * width
 
 
 def identity_from(record: dict[str, Any]) -> BaseModelIdentity:

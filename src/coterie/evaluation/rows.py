@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from coterie.artifacts import environment_record
+from coterie.backbone.loading import cache_numbers
 from coterie.combiners.weights import WeightCombiner
 from coterie.data.examples import Example
 from coterie.evaluation.answers import Answers, Task
@@ -104,10 +105,7 @@ def _held_bytes(cell: Mixture, routing: Routing, tokens: float) -> int:
     experts = sum(pair.down.numel() + pair.up.numel() for adapter in adapters for pair in adapter.values())
     plan = cell.combiner.plan(routing.aligned(cell.bank.names))
     rows = len(plan.prompts) / plan.votes.shape[0]
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 2 * config.num_hidden_layers * heads * width * tokens * rows
+    cache = cache_numbers(model.config) * tokens * rows
     size = next(model.parameters()).element_size()
     return round(base + size * (experts + cache))
 

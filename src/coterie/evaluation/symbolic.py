@@ -16,7 +16,7 @@ from coterie.methods.common import hash_examples
 from coterie.methods.symbolic.answer import LineUp, Outcome, answer_all
 from coterie.methods.symbolic.fit import BEST_SINGLE, LINE_UPS, METHOD, Symbolic, is_symbolic, load_symbolic
 from coterie.methods.symbolic.profile import REPLIES
-from coterie.methods.symbolic.skills import open_workshop
+from coterie.methods.symbolic.skills import open_scheduler
 from coterie.settings.commands import EvaluationSettings
 
 
@@ -89,11 +89,11 @@ def control_of(control: str | None, names: Sequence[str]) -> str:
 def _evaluated(
     settings: EvaluationSettings, fitted: Symbolic, names: Sequence[str], examples: Sequence[Example], cache: Path
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    with open_workshop(fitted.pool, settings, cache) as workshop:
-        skills = fitted.skills(workshop, examples)
+    with open_scheduler(fitted.pool, settings, cache) as scheduler:
+        skills = fitted.skills(scheduler, examples)
         line_ups = {name: fitted.line_up(name, examples, skills, settings.sampling) for name in names}
-        outcomes = answer_all(workshop, examples, line_ups)
-        loads, peak = dict(workshop.loads), workshop.peak
+        outcomes = answer_all(scheduler, examples, line_ups)
+        loads, peak = dict(scheduler.loads), scheduler.peak
     run_code = bool(settings.allow_code_execution)
     rows = [
         _row(number, example, skills, line_ups, outcomes, run_code=run_code) for number, example in enumerate(examples)

@@ -98,7 +98,7 @@ class LocalAnswerer:
                 self._run(batch, [questions[n].expert for n in batch], [rows[n] for n in batch], sampling, done)
 
     def close(self) -> None:
-        """Nothing runs on its own; memory is free when nobody holds this any more."""
+        """Nothing to close; memory is freed with the object."""
 
     def _rows(self, questions: Sequence[Question], done: Done) -> dict[int, TokenRow]:
         """Tokenise questions; those that cannot be asked fail here."""
@@ -184,24 +184,28 @@ class LocalAnswerer:
         Raises:
             CoterieError: when the expert could not be loaded, or two options begin with the same token.
         """
-        tokens = [_first_tokens(self.backbone, option) for option in options]
+        tokenizer, tokens = self.backbone.tokenizer, []
+        for option in options:
+            plain, spaced = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (option, f" {option}"))
+            single = len(spaced) == 1 and spaced[0] != plain[0]  # one other token stands for the option after a space
+            tokens.append([plain[0], spaced[0]] if single else [plain[0]])
         if len({own[0] for own in tokens}) != len(options):
             raise CoterieError("two options begin with the same token, so they cannot be told apart; use letters")
         rows = [self._row(Question(expert, from_prompt(text).messages, SamplingSettings())) for text in questions]
         found = torch.zeros(len(questions), len(options))
         for numbers in by_length(rows, self._batch_size):
-            logprobs = self._next_logprobs(expert, [rows[number] for number in numbers])
+            plan = LogitCombiner().plan(self._one_hot([expert] * len(numbers)))
+            batch = pad(
+                [rows[number].ids for number in numbers],
+                tokenizer.pad_token_id,
+                side="left",
+                device=self.backbone.device,
+            )
+            with self.layers.attached(), self.layers.choosing(plan.choice):
+                hidden = self.backbone.hidden(*batch)[:, -1]
+            logprobs = self.backbone.head(hidden).log_softmax(dim=-1).cpu()  # [row, vocabulary]
             found[numbers] = torch.stack([logprobs[:, own].logsumexp(dim=1) for own in tokens], dim=1)
         return found
-
-    def _next_logprobs(self, expert: str, rows: Sequence[TokenRow]) -> Float[Tensor, "row vocabulary"]:
-        plan = LogitCombiner().plan(self._one_hot([expert] * len(rows)))
-        batch = pad(
-            [row.ids for row in rows], self.backbone.tokenizer.pad_token_id, side="left", device=self.backbone.device
-        )
-        with self.layers.attached(), self.layers.choosing(plan.choice):
-            hidden = self.backbone.hidden(*batch)[:, -1]
-        return self.backbone.head(hidden).log_softmax(dim=-1).cpu()
 
     def likelihoods(self, examples: Sequence[Example]) -> Float[Tensor, "expert row"]:
         """Return every expert's mean log-likelihood per token of the reference answers, in nats.
@@ -229,9 +233,3 @@ def _parts(places: Sequence[int], experts: Sequence[str]) -> list[list[int]]:
     if len(names) > 1:
         return [[place for place in places if experts[place] == name] for name in names]
     return [[place] for place in places]
-
-
-def _first_tokens(backbone: Backbone, option: str) -> list[int]:
-    """Return the option's first token, and the one that stands for it after a space if that is a single other one."""
-    plain, spaced = (backbone.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (option, f" {option}"))
-    return [plain[0]] if len(spaced) > 1 or spaced[0] == plain[0] else [plain[0], spaced[0]]

@@ -2,23 +2,35 @@
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig
 
-from coterie.backbone.loading import local_path
+from coterie.backbone.loading import cache_numbers, local_path
 from coterie.experts.answering import ExpertGroup
 from coterie.experts.bank import WEIGHTS_FILE
 from coterie.experts.endpoints import Endpoint, EndpointAnswerer
-from coterie.experts.expert_pool import Pool, PoolExpert
+from coterie.experts.expert_pool import Pool
 from coterie.mixture.local_answers import LocalExpert, load_local
 from coterie.settings.groups import ExpertServingSettings, PlacementSettings
 
 PROMPT_TOKENS = 1024  # of a question, where memory is estimated before any was seen
 FOUR_BITS = 0.6  # bytes a parameter: NF4, its scales, and the layers that stay as they are
-DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
+DTYPE_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I8": 1,
+    "U8": 1,
+}
 SHARE_OF_FREE = 0.8  # of free memory that models may take by default
 
 
@@ -42,22 +54,17 @@ def groups_of(
         if expert.kind != "endpoint":
             adapter = Path(expert.source) if expert.kind == "adapter" else None
             local.setdefault(expert.model, {})[expert.name] = LocalExpert(adapter, expert.system_prompt)
-    rows = batch_size * (PROMPT_TOKENS + new_tokens)
-    here = [_local_group(model, experts, placement, batch_size, rows) for model, experts in local.items()]
-    return [*here, *(_endpoint_group(expert, work) for expert in pool.experts if expert.kind == "endpoint")]
-
-
-def _local_group(
-    model: str, experts: Mapping[str, LocalExpert], placement: PlacementSettings, batch_size: int, rows: int
-) -> ExpertGroup:
-    size = needed_bytes(model, experts, placement, rows)
-    return ExpertGroup(model, tuple(experts), lambda: load_local(model, experts, placement, batch_size), size)
-
-
-def _endpoint_group(expert: PoolExpert, work: ExpertServingSettings) -> ExpertGroup:
-    endpoint = Endpoint(expert.name, expert.source, expert.model)
-    name = f"endpoint {expert.name}"  # no model is called so
-    return ExpertGroup(name, (expert.name,), lambda: EndpointAnswerer(endpoint, work), size=0, is_remote=True)
+    tokens = batch_size * (PROMPT_TOKENS + new_tokens)
+    groups = []
+    for model, experts in local.items():
+        load = partial(load_local, model, experts, placement, batch_size)
+        groups.append(ExpertGroup(model, tuple(experts), load, needed_bytes(model, experts, placement, tokens)))
+    for expert in pool.experts:
+        if expert.kind == "endpoint":
+            load = partial(EndpointAnswerer, Endpoint(expert.name, expert.source, expert.model), work)
+            name = f"endpoint {expert.name}"  # no model is called so
+            groups.append(ExpertGroup(name, (expert.name,), load, size=0, is_remote=True))
+    return groups
 
 
 def needed_bytes(
@@ -81,23 +88,19 @@ def needed_bytes(
     counts = {} if path is None else _parameters(path)
     if path is None or not counts:
         return None
-    size = _bytes_per_number(placement, counts)
+    if placement.dtype != "auto":
+        size = 4 if placement.dtype == "float32" else 2
+    else:
+        found = torch.cuda.is_available() or torch.backends.mps.is_available()
+        on_cpu = placement.device == "cpu" or (placement.device == "auto" and not found)
+        size = 4 if on_cpu else DTYPE_BYTES.get(max(counts, key=lambda dtype: counts[dtype]), 4)
     weights = sum(counts.values())
     adapters = [_parameters(expert.adapter) for expert in experts.values() if expert.adapter is not None]
     updates = sum(sum(own.values()) for own in adapters)
     base = weights * (FOUR_BITS if placement.load_in_4bit else size)
-    return round(base + updates * (4 + size) + cached_tokens * _cache_numbers(path) * size)  # read in float32, stacked
-
-
-def _bytes_per_number(placement: PlacementSettings, counts: Mapping[str, int]) -> int:
-    if placement.dtype != "auto":
-        return 4 if placement.dtype == "float32" else 2
-    on_cpu = placement.device == "cpu" or (placement.device == "auto" and not _accelerator())
-    return 4 if on_cpu else DTYPES.get(max(counts, key=lambda dtype: counts[dtype]), 4)
-
-
-def _accelerator() -> bool:
-    return torch.cuda.is_available() or torch.backends.mps.is_available()
+    # The head of a GGUF file is not read twice; its weights outweigh the cache by far.
+    cached = 0 if path.is_file() else cached_tokens * cache_numbers(AutoConfig.from_pretrained(path))
+    return round(base + updates * (4 + size) + cached * size)  # updates are read in float32, then stacked
 
 
 def _parameters(path: Path) -> dict[str, int]:
@@ -109,27 +112,12 @@ def _parameters(path: Path) -> dict[str, int]:
     adapter = path / WEIGHTS_FILE
     counts: dict[str, int] = {}
     for file in [adapter] if adapter.is_file() else sorted(path.glob("*.safetensors")):
-        for dtype, count in _tensors(file):
-            counts[dtype] = counts.get(dtype, 0) + count
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - no mapping
+                part = opened.get_slice(name)
+                count = int(torch.Size(part.get_shape()).numel())
+                counts[str(part.get_dtype())] = counts.get(str(part.get_dtype()), 0) + count
     return counts
-
-
-def _tensors(file: Path) -> list[tuple[str, int]]:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as opened:
-        slices = [opened.get_slice(name) for name in opened.keys()]  # noqa: SIM118 - no mapping
-        return [(str(part.get_dtype()), int(torch.Size(part.get_shape()).numel())) for part in slices]
-
-
-def _cache_numbers(path: Path) -> int:
-    """Return the numbers that one token takes in the cache."""
-    if path.is_file():
-        return 0  # its head is not read twice; the weights outweigh the cache by far
-    config: Any = AutoConfig.from_pretrained(path).get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width
 
 
 def budget_of(work: ExpertServingSettings, placement: PlacementSettings) -> int | None:
@@ -140,14 +128,10 @@ def budget_of(work: ExpertServingSettings, placement: PlacementSettings) -> int 
     if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
         return round(SHARE_OF_FREE * torch.cuda.mem_get_info(None if device in ("auto", "cuda") else device)[0])
     if device in ("auto", "cpu") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return round(SHARE_OF_FREE * _free_bytes())
+        try:  # what Linux could give, with the part of its file cache that it would drop for it
+            lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        except (OSError, StopIteration, ValueError):
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return round(SHARE_OF_FREE * free)
     return None
-
-
-def _free_bytes() -> int:
-    """Return what Linux could give, with the part of its file cache that it would drop for it."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

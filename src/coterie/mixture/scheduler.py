@@ -24,8 +24,8 @@ class _Unwritable(Exception):
     """A reply that could not be kept: no fault of the expert's."""
 
 
-class Workshop:
-    """Groups of experts, and the memory that they share.
+class ExpertScheduler:
+    """Loads groups of experts within a memory budget, each at most once where it can, and batches their questions.
 
     Attributes:
         loads: how often every group was loaded.
@@ -61,7 +61,7 @@ class Workshop:
         self._remote: dict[str, Answerer] = {}
         self._later: set[str] = set()
 
-    def __enter__(self) -> "Workshop":
+    def __enter__(self) -> "ExpertScheduler":
         """Begin."""
         return self
 
@@ -87,7 +87,7 @@ class Workshop:
         self._later = {self._groups[expert].name for expert in last}
         keys = [question.key(self._identities[question.expert]) for question in questions]
         missing = {key: question for key, question in zip(keys, questions, strict=True) if self.cache.get(key) is None}
-        errors = self._work(missing)
+        errors = self._answer(missing)
         found = [self.cache.get(key) or errors.get(key) for key in keys]
         return [reply or failed("no reply came") for reply in found]
 
@@ -97,7 +97,7 @@ class Workshop:
             self.cache.get(question.key(self._identities[question.expert])) is not None for question in questions
         )
 
-    def hold(self, expert: str) -> Answerer:
+    def loaded(self, expert: str) -> Answerer:
         """Return an expert's answerer, loaded.
 
         Raises:
@@ -110,46 +110,59 @@ class Workshop:
             return self._remote[group.name]
         if group.name not in self._held:
             self._check_size(group)
-            self._make_room(group)
+            need = self._need(group)
+            for name in sorted(self._held, key=lambda name: name in self._later):  # the oldest first
+                if self._budget is None or self._taken() + need > self._budget:
+                    self._free(name)
             self.loads[group.name] += 1
-            self._held[group.name] = (group.load(), self._need(group))
-            self.peak = max(self.peak, sum(size for _, size in self._held.values()))
+            self._held[group.name] = (group.load(), need)
+            self.peak = max(self.peak, self._taken())
         return self._held[group.name][0]
 
-    def _work(self, missing: Mapping[str, Question]) -> dict[str, Reply]:
+    def _answer(self, missing: Mapping[str, Question]) -> dict[str, Reply]:
+        """Let every group answer its questions; return the replies of those that failed."""
         shares: dict[str, dict[str, Question]] = {}
         for key, question in missing.items():
             shares.setdefault(self._groups[question.expert].name, {})[key] = question
         errors: dict[str, Reply] = {}
-        groups = {group.name: group for group in self._groups.values() if group.name in shares}
-        local = [group for group in groups.values() if not group.is_remote]
+        unwritable: list[Exception] = []
+        groups = {group.name: group for group in self._groups.values() if group.name in shares}.values()
+        local = [group for group in groups if not group.is_remote]
         for group in local:
             self._check_size(group)
-        remote = [_Helper(self, group, shares[group.name], errors) for group in groups.values() if group.is_remote]
-        for helper in remote:
-            helper.start()
+        # What is loaded already comes first, then the largest; what is needed afterwards, at the end.
+        local.sort(key=lambda group: (group.name in self._later, group.name not in self._held, -self._need(group)))
+
+        def answer_remotely(group: ExpertGroup) -> None:
+            try:
+                self._answer_group(group, shares[group.name], errors)
+            except _Unwritable as error:  # told to the thread that waits
+                unwritable.append(error)
+
+        # Endpoints work in threads of their own, which end with the program if it is stopped.
+        remote = [group for group in groups if group.is_remote]
+        threads = [threading.Thread(target=answer_remotely, args=[group], daemon=True) for group in remote]
+        for thread in threads:
+            thread.start()
         try:
-            for group in self._order(local):
-                self.work_through(group, shares[group.name], errors)
-            for helper in remote:
-                helper.join()
+            for group in local:
+                self._answer_group(group, shares[group.name], errors)
+            for thread in threads:
+                thread.join()
+                if unwritable:
+                    raise unwritable[0]
         except _Unwritable as error:
             assert error.__cause__ is not None
             raise error.__cause__ from None
         return errors
 
-    def _order(self, groups: Sequence[ExpertGroup]) -> list[ExpertGroup]:
-        """What is loaded already, then the largest first, and what is needed afterwards at the end."""
-
-        def place(group: ExpertGroup) -> tuple[bool, bool, int]:
-            return group.name in self._later, group.name not in self._held, -self._need(group)
-
-        return sorted(groups, key=place)
-
-    def work_through(self, group: ExpertGroup, share: Mapping[str, Question], errors: dict[str, Reply]) -> None:
-        """Let one group answer its share; whatever goes wrong there costs only what is not answered yet."""
+    def _answer_group(self, group: ExpertGroup, share: Mapping[str, Question], errors: dict[str, Reply]) -> None:
+        """Let one group answer its share; errors fail only the unanswered questions."""
         keys, questions = list(share), list(share.values())
-        bars = _bars(questions, quiet=self._quiet)
+        bars = {
+            name: tqdm(total=count, desc=f"answers of {name}", unit="answer", disable=self._quiet)
+            for name, count in Counter(question.expert for question in questions).items()
+        }
 
         def done(number: int, reply: Reply) -> None:
             if reply.error is not None:
@@ -161,7 +174,7 @@ class Workshop:
             bars[questions[number].expert].update()
 
         try:
-            self.hold(questions[0].expert).answer(questions, done)
+            self.loaded(questions[0].expert).answer(questions, done)
         except _Unwritable:
             raise
         except Exception as error:  # a model, a server or a library may raise anything; the others go on
@@ -175,6 +188,9 @@ class Workshop:
     def _need(self, group: ExpertGroup) -> int:
         return group.size if group.size is not None else self._budget or 0
 
+    def _taken(self) -> int:
+        return sum(size for _, size in self._held.values())
+
     def _check_size(self, group: ExpertGroup) -> None:
         need = self._need(group)
         if self._budget is not None and need > self._budget:
@@ -183,13 +199,6 @@ class Workshop:
                 "raise --memory, or take a smaller --dtype or --batch-size"
             )
 
-    def _make_room(self, group: ExpertGroup) -> None:
-        """Free groups until this one fits: the oldest first, what is needed afterwards last; all without a budget."""
-        for name in sorted(self._held, key=lambda name: name in self._later):
-            taken = sum(size for _, size in self._held.values())
-            if self._budget is None or taken + self._need(group) > self._budget:
-                self._free(name)
-
     def _free(self, name: str) -> None:
         answerer, _ = self._held.pop(name)
         answerer.close()
@@ -197,37 +206,3 @@ class Workshop:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-class _Helper:
-    """An endpoint at work in a thread of its own; it ends with the program if that is stopped."""
-
-    def __init__(
-        self, workshop: Workshop, group: ExpertGroup, share: Mapping[str, Question], errors: dict[str, Reply]
-    ) -> None:
-        self._broken: Exception | None = None
-        self._thread = threading.Thread(target=self._run, args=(workshop, group, share, errors), daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def join(self) -> None:
-        self._thread.join()
-        if self._broken is not None:
-            raise self._broken
-
-    def _run(
-        self, workshop: Workshop, group: ExpertGroup, share: Mapping[str, Question], errors: dict[str, Reply]
-    ) -> None:
-        try:
-            workshop.work_through(group, share, errors)
-        except Exception as error:  # told to the thread that waits
-            self._broken = error
-
-
-def _bars(questions: Sequence[Question], *, quiet: bool) -> dict[str, tqdm]:
-    counts = Counter(question.expert for question in questions)
-    return {
-        name: tqdm(total=count, desc=f"answers of {name}", unit="answer", disable=quiet)
-        for name, count in counts.items()
-    }

@@ -14,7 +14,7 @@ from coterie.experts.answering import Question
 from coterie.experts.expert_pool import Pool, parse_expert
 from coterie.experts.reply_cache import ReplyCache
 from coterie.mixture.memory import budget_of, groups_of
-from coterie.mixture.scheduler import Workshop
+from coterie.mixture.scheduler import ExpertScheduler
 from coterie.settings.groups import ExpertServingSettings, PlacementSettings, RationaleSettings, SamplingSettings
 
 FROM_DATA = "data"
@@ -64,8 +64,8 @@ def _written(
     groups = groups_of(pool, placement, work, batch_size=batch_size, new_tokens=sampling.max_new_tokens)
     cache = ReplyCache(cache_folder() / CACHE_FILE)
     identities = {WRITER: pool.experts[0].identity}
-    with Workshop(groups, identities, cache, budget_of(work, placement)) as workshop:
-        replies = workshop.ask([Question(WRITER, from_prompt(text).messages, sampling) for text in requests])
+    with ExpertScheduler(groups, identities, cache, budget_of(work, placement)) as scheduler:
+        replies = scheduler.ask([Question(WRITER, from_prompt(text).messages, sampling) for text in requests])
     errors = [reply.error for reply in replies if reply.error]
     if errors:
         raise CoterieError(

@@ -20,7 +20,7 @@ from coterie.grading.answers import read_answer
 from coterie.grading.grade import after_thinking, is_right
 from coterie.methods.symbolic.answer import synthesis_ask
 from coterie.methods.symbolic.profile import Profiled, tell_failures
-from coterie.mixture.scheduler import Workshop
+from coterie.mixture.scheduler import ExpertScheduler
 from coterie.routers.skill import SkillProfile, build_profile, competency, relevance, suitability
 from coterie.settings.groups import RecruitSettings, SamplingSettings
 
@@ -72,7 +72,7 @@ def _made_up(number: int, row: dict[str, Any], generator: random.Random) -> Made
 
 
 def judge_aggregators(
-    workshop: Workshop,
+    scheduler: ExpertScheduler,
     profiled: Profiled,
     tasks: Sequence[MadeUp],
     settings: RecruitSettings,
@@ -81,7 +81,7 @@ def judge_aggregators(
     """Return how every aggregator did on the made-up tasks, skill by skill; votes come first, being free.
 
     Args:
-        workshop: asks the models.
+        scheduler: asks the models.
         profiled: the profile that the tasks come from.
         tasks: made up from it.
         settings: how experts are weighed in a weighted vote.
@@ -93,7 +93,7 @@ def judge_aggregators(
     questions = profiled.questions()
     experts = profiled.profile.experts
     asks = [synthesis_ask(name, questions[t.number], t.texts, sampling) for name in experts for t in tasks]
-    replies = workshop.ask(asks)
+    replies = scheduler.ask(asks)
     tell_failures(asks, replies)
     judged = [
         bool(reply.error is None and is_right(reply.text, questions[task.number]))

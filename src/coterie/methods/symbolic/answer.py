@@ -13,7 +13,7 @@ from coterie.experts.answering import Question, Reply
 from coterie.grading.answers import read_answer
 from coterie.grading.grade import after_thinking
 from coterie.methods.symbolic.profile import tell_failures
-from coterie.mixture.scheduler import Workshop
+from coterie.mixture.scheduler import ExpertScheduler
 from coterie.routers.base import Routing
 from coterie.settings.groups import SamplingSettings
 
@@ -107,12 +107,12 @@ class Outcome:
 
 
 def answer_all(
-    workshop: Workshop, examples: Sequence[Example], line_ups: Mapping[str, LineUp]
+    scheduler: ExpertScheduler, examples: Sequence[Example], line_ups: Mapping[str, LineUp]
 ) -> dict[str, list[Outcome]]:
     """Answer all questions with all line-ups; what they share is asked once, and every group is loaded once.
 
     Args:
-        workshop: asks the experts.
+        scheduler: asks the experts.
         examples: the questions.
         line_ups: by name.
 
@@ -126,14 +126,14 @@ def answer_all(
         for number, example in enumerate(examples)
     }
     flat = [ask for asks in asked.values() for ask in asks]
-    replies = workshop.ask(flat, last=list(dict.fromkeys(judges)))
+    replies = scheduler.ask(flat, last=list(dict.fromkeys(judges)))
     tell_failures(flat, replies)
     queue = iter(replies)
     given = {
         (name, number): tuple(_given(ask, next(queue), line_ups[name], number, examples[number]) for ask in asks)
         for (name, number), asks in asked.items()
     }
-    return _aggregated(workshop, examples, line_ups, given)
+    return _aggregated(scheduler, examples, line_ups, given)
 
 
 def _given(ask: Question, reply: Reply, line_up: LineUp, number: int, example: Example) -> Given:
@@ -144,7 +144,7 @@ def _given(ask: Question, reply: Reply, line_up: LineUp, number: int, example: E
 
 
 def _aggregated(
-    workshop: Workshop,
+    scheduler: ExpertScheduler,
     examples: Sequence[Example],
     line_ups: Mapping[str, LineUp],
     given: Mapping[tuple[str, int], tuple[Given, ...]],
@@ -157,7 +157,7 @@ def _aggregated(
         for (name, number), own in given.items()
         if line_ups[name].aggregators[number] not in VOTES and texts_of(own)
     }
-    replies = dict(zip(wanted, workshop.ask(list(wanted.values())), strict=True))
+    replies = dict(zip(wanted, scheduler.ask(list(wanted.values())), strict=True))
     tell_failures(list(wanted.values()), list(replies.values()))
     return {
         name: [

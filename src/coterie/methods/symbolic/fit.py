@@ -17,8 +17,8 @@ from coterie.features.skills import load_embed, nearest_skills
 from coterie.methods.symbolic.aggregator import best_aggregators, judge_aggregators, make_up
 from coterie.methods.symbolic.answer import LineUp
 from coterie.methods.symbolic.profile import PROFILE, REPLIES, VALIDATION, Profiled, read_profile
-from coterie.methods.symbolic.skills import find_skills, open_workshop
-from coterie.mixture.scheduler import Workshop
+from coterie.methods.symbolic.skills import find_skills, open_scheduler
+from coterie.mixture.scheduler import ExpertScheduler
 from coterie.routers.base import Routing
 from coterie.routers.skill import SkillProfile, profile_from, random_recruits, recruit
 from coterie.settings.commands import SymbolicSettings
@@ -66,16 +66,16 @@ class Symbolic:
     aggregator: str
     per: str
 
-    def skills(self, workshop: Workshop, examples: Sequence[Example]) -> list[tuple[str, ...]]:
+    def skills(self, scheduler: ExpertScheduler, examples: Sequence[Example]) -> list[tuple[str, ...]]:
         """Return the skills that questions need, as the profile calls them; a repeated one counts again.
 
         Raises:
             CoterieError: when an expert cannot be asked, or the encoder cannot be loaded.
         """
         how, known = self.profiled.how, self.profiled.profile.skills
-        found = find_skills(workshop, self.pool, how, examples, self.profiled.options)
+        found = find_skills(scheduler, self.pool, how, examples, self.profiled.options)
         if how.skills == "category":
-            found = self._with_chosen(workshop, examples, found)
+            found = self._with_chosen(scheduler, examples, found)
         renamed = [[self.profiled.names.get(skill, skill) for skill in own] for own in found]
         strange = {skill for own in renamed for skill in own} - set(known)
         embed = load_embed(how.encoder) if strange else None
@@ -83,7 +83,7 @@ class Symbolic:
         return [tuple(nearest[skill] for skill in own if skill in nearest) for own in renamed]
 
     def _with_chosen(
-        self, workshop: Workshop, examples: Sequence[Example], found: Sequence[tuple[str, ...]]
+        self, scheduler: ExpertScheduler, examples: Sequence[Example], found: Sequence[tuple[str, ...]]
     ) -> list[tuple[str, ...]]:
         """Let a local expert choose among the known categories for the questions that bring none."""
         lacking = [number for number, own in enumerate(found) if not own]
@@ -95,7 +95,7 @@ class Symbolic:
         how = self.profiled.how.model_copy(update={"skills": "choice", "skill_expert": self.chooser})
         rows = [examples[number] for number in lacking]
         chosen = dict(
-            zip(lacking, find_skills(workshop, self.pool, how, rows, self.profiled.profile.skills), strict=True)
+            zip(lacking, find_skills(scheduler, self.pool, how, rows, self.profiled.profile.skills), strict=True)
         )
         return [chosen.get(number, own) for number, own in enumerate(found)]
 
@@ -224,8 +224,8 @@ def _judged(settings: SymbolicSettings, pool: Pool, profiled: Profiled) -> Skill
     if not tasks:
         logger.warning("no validation question has a right and a wrong answer, so %s is the aggregator", WEIGHTED)
         return None
-    with open_workshop(pool, settings, Path(settings.pool) / REPLIES) as workshop:
-        return judge_aggregators(workshop, profiled, tasks, settings.recruiting, settings.sampling)
+    with open_scheduler(pool, settings, Path(settings.pool) / REPLIES) as scheduler:
+        return judge_aggregators(scheduler, profiled, tasks, settings.recruiting, settings.sampling)
 
 
 def is_symbolic(folder: str | Path) -> bool:

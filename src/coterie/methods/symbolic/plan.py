@@ -18,7 +18,7 @@ from coterie.methods.symbolic.answer import answer_all
 from coterie.methods.symbolic.fit import Symbolic
 from coterie.methods.symbolic.skills import ask_expert, groups_for, keyword_asks
 from coterie.mixture.memory import budget_of
-from coterie.mixture.scheduler import GIB, Workshop
+from coterie.mixture.scheduler import GIB, ExpertScheduler
 from coterie.settings.commands import GenerateSettings
 
 CHARACTERS_PER_TOKEN = 4.0  # where the profile's replies do not tell
@@ -164,14 +164,14 @@ def plan_work(
     budget = budget_of(settings.work, settings.placement)
     identities = {expert.name: expert.identity for expert in fitted.pool.experts}
     cache = ReplyCache(replies, read_only=True)
-    with Workshop(groups, identities, cache, budget, quiet=True) as shop:
-        skills, is_exact = _skills(fitted, shop, counting, examples)
+    with ExpertScheduler(groups, identities, cache, budget, quiet=True) as scheduler:
+        skills, is_exact = _skills(fitted, scheduler, counting, examples)
         line_up = fitted.line_up(name, examples, skills, settings.sampling)
-        answer_all(shop, examples, {name: line_up})
-        held = _held(sizes, shop.loads)
+        answer_all(scheduler, examples, {name: line_up})
+        held = _held(sizes, scheduler.loads)
     kinds = {expert.name: expert.kind for expert in fitted.pool.experts}
     ordered = {expert: tallies[expert] for expert in fitted.pool.names if expert in tallies}
-    return WorkPlan(len(examples), is_exact, ordered, held, shop.peak, budget, kinds)
+    return WorkPlan(len(examples), is_exact, ordered, held, scheduler.peak, budget, kinds)
 
 
 def _held(groups: Sequence[ExpertGroup], loads: Counter[str]) -> dict[str, dict[str, Any]]:
@@ -198,28 +198,28 @@ def _paces(fitted: Symbolic) -> dict[str, Pace]:
 
 
 def _skills(
-    fitted: Symbolic, shop: Workshop, counting: _Counting, examples: Sequence[Example]
+    fitted: Symbolic, scheduler: ExpertScheduler, counting: _Counting, examples: Sequence[Example]
 ) -> tuple[list[tuple[str, ...]], bool]:
     """Return the questions' skills without asking for them, and whether they are the questions' own."""
     how, questions = fitted.profiled.how, [example.instruction for example in examples]
     if how.skills == "category" and (fitted.chooser is None or all(example.category for example in examples)):
-        return fitted.skills(shop, examples), True
+        return fitted.skills(scheduler, examples), True
     if how.skills == "keywords":
         asks = keyword_asks(ask_expert(how, fitted.pool), questions)
-        if shop.knows(asks):
-            return fitted.skills(shop, examples), True
-        shop.ask(asks)
+        if scheduler.knows(asks):
+            return fitted.skills(scheduler, examples), True
+        scheduler.ask(asks)
     else:
-        _choose(fitted, shop, counting, [q for q, e in zip(questions, examples, strict=True) if not e.category])
+        _choose(fitted, scheduler, counting, [q for q, e in zip(questions, examples, strict=True) if not e.category])
     rows = fitted.profiled.rows
     return [tuple(rows[number % len(rows)]["skills"]) for number in range(len(examples))], False
 
 
-def _choose(fitted: Symbolic, shop: Workshop, counting: _Counting, questions: Sequence[str]) -> None:
+def _choose(fitted: Symbolic, scheduler: ExpertScheduler, counting: _Counting, questions: Sequence[str]) -> None:
     """Count the choices that are read off one prefill each, and the one for what letters mean to the model."""
     how = fitted.profiled.how
     expert = fitted.chooser if how.skills == "category" else ask_expert(how, fitted.pool)
     options = fitted.profiled.profile.skills if how.skills == "category" else fitted.profiled.options
     assert expert is not None  # without one nothing is chosen
-    shop.hold(expert)
+    scheduler.loaded(expert)
     counting.prefill(expert, [choice_request(question, options) for question in [*questions, BLANK]])

@@ -29,9 +29,9 @@ from coterie.experts.expert_pool import Pool, read_pool
 from coterie.features.skills import load_embed, merge_synonyms
 from coterie.grading.grade import is_right
 from coterie.methods.common import hash_examples
-from coterie.methods.symbolic.skills import ask_expert, find_skills, load_questions, open_workshop, skill_list
+from coterie.methods.symbolic.skills import ask_expert, find_skills, load_questions, open_scheduler, skill_list
 from coterie.mixture.local_answers import LocalAnswerer
-from coterie.mixture.scheduler import Workshop
+from coterie.mixture.scheduler import ExpertScheduler
 from coterie.routers.skill import SkillProfile, build_profile, credit_from_likelihood, profile_from
 from coterie.settings.commands import ProfileSettings
 from coterie.settings.groups import SkillSettings
@@ -125,9 +125,9 @@ def profile_pool(settings: ProfileSettings) -> Profiled:
     embed = load_embed(settings.skill.encoder) if settings.skill.skills == "keywords" else None
     inputs = {"data": hash_examples(examples), "pool": _hash(pool)}
     with run_folder(output, "profile", settings.model_dump(), inputs) as run:
-        with open_workshop(pool, settings, folder / REPLIES) as workshop:
-            skills = find_skills(workshop, pool, settings.skill, examples, options)
-            replies, scores = _scored(workshop, pool, settings, examples)
+        with open_scheduler(pool, settings, folder / REPLIES) as scheduler:
+            skills = find_skills(scheduler, pool, settings.skill, examples, options)
+            replies, scores = _scored(scheduler, pool, settings, examples)
         names = merge_synonyms(Counter(s for own in skills for s in own), embed, settings.skill.synonyms)
         merged = [tuple(dict.fromkeys(names[skill] for skill in own)) for own in skills]
         profile = build_profile(pool.names, merged, scores)
@@ -206,13 +206,13 @@ Replies = list[dict[str, Reply]]
 
 
 def _scored(
-    workshop: Workshop, pool: Pool, settings: ProfileSettings, examples: Sequence[Example]
+    scheduler: ExpertScheduler, pool: Pool, settings: ProfileSettings, examples: Sequence[Example]
 ) -> tuple[Replies, Float[Tensor, "expert question"]]:
     """Return every question's replies by expert, and their scores."""
     if settings.score == "likelihood":
-        return [{} for _ in examples], credit_from_likelihood(_likelihoods(workshop, pool, examples))
+        return [{} for _ in examples], credit_from_likelihood(_likelihoods(scheduler, pool, examples))
     asks = [Question(name, example.prompt, settings.sampling) for example in examples for name in pool.names]
-    replies = workshop.ask(asks)
+    replies = scheduler.ask(asks)
     tell_failures(asks, replies)
     if all(reply.error is not None for reply in replies):
         raise CoterieError(f"no expert answered any question; the first failed with: {replies[0].error}")
@@ -228,11 +228,13 @@ def _score(reply: Reply, example: Example) -> float:
     return 1.0 if is_right(reply.text, example) else -1.0
 
 
-def _likelihoods(workshop: Workshop, pool: Pool, examples: Sequence[Example]) -> Float[Tensor, "expert question"]:
+def _likelihoods(
+    scheduler: ExpertScheduler, pool: Pool, examples: Sequence[Example]
+) -> Float[Tensor, "expert question"]:
     found: dict[str, Tensor] = {}
     for name in pool.names:
         if name not in found:
-            answerer = workshop.hold(name)
+            answerer = scheduler.loaded(name)
             assert isinstance(answerer, LocalAnswerer)  # endpoints were refused before
             found |= dict(zip(answerer.bank.names, answerer.likelihoods(examples), strict=True))
         if name not in found:

@@ -10,7 +10,7 @@ from coterie.errors import CoterieError
 from coterie.methods.symbolic.answer import answer_all
 from coterie.methods.symbolic.fit import METHOD, load_symbolic
 from coterie.methods.symbolic.plan import WorkPlan, plan_work
-from coterie.methods.symbolic.skills import open_workshop
+from coterie.methods.symbolic.skills import open_scheduler
 from coterie.mixture import Prompt, as_example
 from coterie.settings.commands import GenerateSettings
 from coterie.settings.groups import RoutingSettings
@@ -34,10 +34,10 @@ def generate_symbolic(settings: GenerateSettings, prompts: Sequence[Prompt]) -> 
     fitted = load_symbolic(settings.mixture)
     name = line_up_name(settings.routing)
     examples = [as_example(prompt, number) for number, prompt in enumerate(prompts)]
-    with open_workshop(fitted.pool, settings, replies_beside(settings.output)) as workshop:
-        skills = fitted.skills(workshop, examples)
+    with open_scheduler(fitted.pool, settings, replies_beside(settings.output)) as scheduler:
+        skills = fitted.skills(scheduler, examples)
         line_up = fitted.line_up(name, examples, skills, settings.sampling)
-        outcomes = answer_all(workshop, examples, {name: line_up})[name]
+        outcomes = answer_all(scheduler, examples, {name: line_up})[name]
     recruits = [line_up.routing.row(number) for number in range(len(examples))]
     records = [
         {"id": example.id, "prompt": example.instruction, "skills": list(own), **outcome.record(), "recruits": chosen}

@@ -19,7 +19,7 @@ from coterie.features.skills import (
 )
 from coterie.mixture.local_answers import LocalAnswerer
 from coterie.mixture.memory import budget_of, groups_of
-from coterie.mixture.scheduler import Workshop
+from coterie.mixture.scheduler import ExpertScheduler
 from coterie.settings.commands import EvaluationSettings, GenerateSettings, ProfileSettings, SymbolicSettings
 from coterie.settings.groups import SamplingSettings, SkillSettings
 
@@ -33,7 +33,7 @@ Working = ProfileSettings | SymbolicSettings | GenerateSettings | EvaluationSett
 """Settings of the commands that ask experts."""
 
 
-def open_workshop(pool: Pool, settings: Working, cache: Path | None) -> Workshop:
+def open_scheduler(pool: Pool, settings: Working, cache: Path | None) -> ExpertScheduler:
     """Make a pool's experts ready to be asked; nothing is loaded yet.
 
     Args:
@@ -45,7 +45,7 @@ def open_workshop(pool: Pool, settings: Working, cache: Path | None) -> Workshop
         CoterieError: when a model does not exist.
     """
     identities = {expert.name: expert.identity for expert in pool.experts}
-    return Workshop(
+    return ExpertScheduler(
         groups_for(pool, settings), identities, ReplyCache(cache), budget_of(settings.work, settings.placement)
     )
 
@@ -98,12 +98,16 @@ def skill_list(settings: SkillSettings, examples: Sequence[Example]) -> list[str
 
 
 def find_skills(
-    workshop: Workshop, pool: Pool, settings: SkillSettings, examples: Sequence[Example], options: Sequence[str] = ()
+    scheduler: ExpertScheduler,
+    pool: Pool,
+    settings: SkillSettings,
+    examples: Sequence[Example],
+    options: Sequence[str] = (),
 ) -> list[tuple[str, ...]]:
     """Return the skills that every question needs, as the model or the data call them.
 
     Args:
-        workshop: asks the expert.
+        scheduler: asks the expert.
         pool: the experts.
         settings: how skills are found.
         examples: the questions.
@@ -117,8 +121,8 @@ def find_skills(
     expert = ask_expert(settings, pool)
     questions = [example.instruction for example in examples]
     if settings.skills == "choice":
-        return _chosen(workshop, expert, questions, options)
-    return _named(workshop, expert, questions)
+        return _chosen(scheduler, expert, questions, options)
+    return _named(scheduler, expert, questions)
 
 
 def keyword_asks(expert: str, questions: Sequence[str]) -> list[Question]:
@@ -128,8 +132,8 @@ def keyword_asks(expert: str, questions: Sequence[str]) -> list[Question]:
     return [Question(expert, own, sampling) for own in messages for sampling in seeds]
 
 
-def _named(workshop: Workshop, expert: str, questions: Sequence[str]) -> list[tuple[str, ...]]:
-    replies = workshop.ask(keyword_asks(expert, questions))
+def _named(scheduler: ExpertScheduler, expert: str, questions: Sequence[str]) -> list[tuple[str, ...]]:
+    replies = scheduler.ask(keyword_asks(expert, questions))
     texts = [reply.text for reply in replies]
     errors = [reply.error for reply in replies if reply.error]
     if errors:
@@ -145,8 +149,10 @@ def _named(workshop: Workshop, expert: str, questions: Sequence[str]) -> list[tu
     return skills
 
 
-def _chosen(workshop: Workshop, expert: str, questions: Sequence[str], options: Sequence[str]) -> list[tuple[str, ...]]:
-    answerer = workshop.hold(expert)
+def _chosen(
+    scheduler: ExpertScheduler, expert: str, questions: Sequence[str], options: Sequence[str]
+) -> list[tuple[str, ...]]:
+    answerer = scheduler.loaded(expert)
     assert isinstance(answerer, LocalAnswerer)  # endpoints were refused before
     requests = [choice_request(question, options) for question in [*questions, BLANK]]
     found = answerer.option_logprobs(expert, requests, letters(options))
