@@ -12,9 +12,10 @@ import pytest
 
 from coterie.errors import CoterieError
 from coterie.report import write_report
-from coterie.report.charts import Interval, axis_for, interval_chart, split_bar
+from coterie.report.charts import Interval, interval_chart, split_bar
 from coterie.report.examples import choose
 from coterie.report.records import Answer, Row
+from coterie.report.scales import scale_around_zero
 from coterie.report.wording import fixed, short, signed
 from report_pages import HOSTILE, SHOWN, Page, answer, luminance, number, page_of, records, save, unnamed_pictures
 
@@ -153,7 +154,7 @@ def drawn(svg):
     [[(-4.5, -2.0, 0.0), (1.0, 4.0, 7.0)], [(-0.0137, -0.0079, -0.0028), (0.0001, 0.02, 0.1006)], [(3.0, 5.0, 8.0)]],
 )
 def test_intervals_are_drawn_where_a_linear_map_of_the_axis_puts_them(values):
-    axis = axis_for(value for interval in values for value in interval)
+    axis = scale_around_zero(value for interval in values for value in interval)
     chart = interval_chart([Interval(m, (a, b), True, "x") for a, m, b in values], axis, ("", "", ""), "t")
     place, rows, zero = drawn(chart)
     assert rows == [pytest.approx(tuple(map(place, interval)), abs=0.002) for interval in values]
@@ -162,7 +163,7 @@ def test_intervals_are_drawn_where_a_linear_map_of_the_axis_puts_them(values):
 
 
 def test_a_value_beyond_the_axis_is_written_at_its_end_and_a_line_stops_there():
-    axis = axis_for([-0.1, 0.1])
+    axis = scale_around_zero([-0.1, 0.1])
     far = [
         Interval(2.4765, (2.0, 3.0), True, "x"),
         Interval(-7.0, None, True, "x"),
@@ -171,12 +172,10 @@ def test_a_value_beyond_the_axis_is_written_at_its_end_and_a_line_stops_there():
     tree = ElementTree.fromstring(interval_chart(far, axis, ("", "", ""), "t"))
     written = [text for text in tree.findall("g/text")]
     assert [text.text for text in written] == ["+2.48 →", "← −7.00"]
-    place = dict(
-        zip(axis.marks(), [t.get("x") for t in tree.findall("text") if t.get("class") == "mark"], strict=False)
-    )
-    assert [text.get("x") for text in written] == [place[axis.marks()[-1]], place[axis.marks()[0]]]
+    place = dict(zip(axis.marks, [t.get("x") for t in tree.findall("text") if t.get("class") == "mark"], strict=False))
+    assert [text.get("x") for text in written] == [place[axis.marks[-1]], place[axis.marks[0]]]
     (line,) = tree.findall("g/line")
-    assert line.get("x1") == place[axis.marks()[0]]
+    assert line.get("x1") == place[axis.marks[0]]
     assert len(tree.findall("g/circle")) == 1
 
 
@@ -219,8 +218,8 @@ def test_all_sources_are_drawn_on_one_axis(tmp_path):
     [[], [0.0], [7.0], [-7.0], [1e-9, 3e-9], [-60.0, 62.5], [0.1, 0.2, 0.3], [-1e6, 4e5], [5.0, 10.0], [-0.05, 0.15]],
 )
 def test_an_axis_holds_all_values_and_zero_inside_in_few_round_steps(values):
-    axis = axis_for(values)
-    marks = axis.marks()
+    axis = scale_around_zero(values)
+    marks = axis.marks
     slack = 1e-6 * axis.step
     assert axis.low < 0 < axis.high
     assert axis.low - slack <= min([0, *values]) and max([0, *values]) <= axis.high + slack
@@ -237,7 +236,7 @@ def test_a_filled_dot_means_that_the_interval_excludes_zero_in_picture_and_table
 
 
 def test_a_bar_is_as_long_as_its_seconds():
-    parts = ElementTree.fromstring(split_bar([("generate", 30.0), ("score", 10.0)], 80.0, "t")).findall("rect")
+    parts = ElementTree.fromstring(split_bar([("generate", 30.0, ""), ("score", 10.0, "")], "t", 80.0)).findall("rect")
     assert [(number(p.get("x")), number(p.get("width"))) for p in parts] == [(0, 37.5), (37.5, 12.5)]
 
 

@@ -1,7 +1,6 @@
 """The pictures' parts: scales, labels, marks, and what stands where in a drawing."""
 
 import math
-import random
 import re
 from importlib.resources import files
 from xml.etree import ElementTree
@@ -10,11 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coterie.report import marks
-from coterie.report.charts import share_bar
-from coterie.report.labels import place_labels
-from coterie.report.maps import Group, draw_map, fit
-from coterie.report.plots import Frame, Point, curve, scatter
+from coterie.report import draw
+from coterie.report.charts import split_bar
+from coterie.report.plots import Frame, Group, Point, curve, draw_map, fit, scatter, spread_out
 from coterie.report.scales import Scale, even_scale, scale_for
 from report_pages import luminance, number
 
@@ -47,44 +44,13 @@ def test_values_that_lie_close_or_are_not_positive_get_an_even_scale(values):
     assert not scale_for(values).log
 
 
-def boxes(points, texts, labels):
-    for (x, y), text, label in zip(points, texts, labels, strict=True):
-        yield x + label.dx - 3.5 * len(text), y + label.dy - 5.5, x + label.dx + 3.5 * len(text), y + label.dy + 5.5
-
-
-def touch(one, other):
-    return min(one[2], other[2]) - max(one[0], other[0]) > 1e-9 and min(one[3], other[3]) - max(one[1], other[1]) > 1e-9
-
-
-@pytest.mark.parametrize("spread", [0.0, 8.0, 30.0, 120.0])
-def test_the_labels_of_sixteen_points_cover_neither_each_other_nor_a_point(spread):
-    draw = random.Random(5)
-    points = [(150 + draw.uniform(-spread, spread), 150 + draw.uniform(-spread, spread)) for _ in range(16)]
-    texts = [str(place) for place in range(1, 17)]
-    placed = list(boxes(points, texts, place_labels(points, texts, (300.0, 300.0))))
-    assert not [(a, b) for a in range(16) for b in range(a) if touch(placed[a], placed[b])]
-    assert not [box for box in placed for x, y in points if touch(box, (x - 6, y - 6, x + 6, y + 6))]
-
-
-def test_a_label_stays_inside_and_only_a_far_one_is_led_to():
-    corners = [(9.0, 9.0), (291.0, 9.0), (9.0, 291.0), (291.0, 291.0)]
-    labels = place_labels(corners, ["10"] * 4, (300.0, 300.0))
-    assert all(0 <= a and 0 <= b and c <= 300 and d <= 300 for a, b, c, d in boxes(corners, ["10"] * 4, labels))
-    assert not any(label.led for label in labels)
-    draw = random.Random(1)
-    crowd = [(150 + draw.uniform(-20, 20), 150 + draw.uniform(-20, 20)) for _ in range(16)]
-    labels = place_labels(crowd, ["10"] * 16, (300.0, 300.0))
-    reach = [round(math.hypot(label.dx, label.dy)) for label in labels]
-    assert {13, 21} < set(reach) and [label.led for label in labels] == [far > 13 for far in reach]
-
-
 def drawn(markup):
     tree = ElementTree.fromstring(markup)
     return tree, [(number(place.get("x")), float(place.get("y"))) for place in tree.findall("svg")]
 
 
 def point(x, y, label="1", **others):
-    return Point(float(x), float(y), marks.DISC, label, f"point {label}", **others)
+    return Point(float(x), float(y), draw.DISC, label, f"point {label}", **others)
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -104,6 +70,14 @@ def test_every_point_of_a_scatter_carries_its_number():
     frame = Frame(EVEN, EVEN, ("cost", "quality"))
     tree, _ = drawn(scatter([point(n, n, str(n)) for n in range(5)], frame, "t"))
     assert [place.find("text").text for place in tree.findall("svg")] == ["0", "1", "2", "3", "4"]
+
+
+def test_points_that_lie_on_each_other_carry_their_numbers_together_and_neighbours_their_own():
+    frame = Frame(EVEN, EVEN, ("cost", "quality"))
+    points = [point(5, 5, "1"), point(5.3, 5.2, "2"), point(5, 5, ""), point(5.3, 5.9, "3"), point(5.9, 5, "4")]
+    tree, _ = drawn(scatter(points, frame, "t"))
+    labels = [place.findtext("text") for place in tree.findall("svg")]
+    assert labels == ["1, 2", None, None, "3", "4"]
 
 
 def test_a_curve_joins_its_points_and_its_whiskers_reach_their_ends():
@@ -126,15 +100,24 @@ def test_numbers_under_a_curve_that_would_touch_are_left_out_but_the_last_stays(
     assert [t.text for t in tree.findall("text[@class='mark']")] == ["10", "0"]
 
 
+def test_labels_that_would_touch_are_moved_apart_and_the_others_stay():
+    assert spread_out([10.0, 50.0, 90.0], 12.0) == [10.0, 50.0, 90.0]
+    assert spread_out([50.0, 52.0, 90.0], 12.0) == [45.0, 57.0, 90.0]
+    moved = spread_out([30.0, 20.0, 25.0, 40.0], 12.0)
+    assert [place for _, place in sorted(zip([30, 20, 25, 40], moved, strict=True))] == sorted(moved)
+    gaps = [after - before for before, after in zip(sorted(moved), sorted(moved)[1:], strict=False)]
+    assert min(gaps) == pytest.approx(12) and sum(moved) == pytest.approx(115)
+
+
 def style():
     return files("coterie.report").joinpath("style.css").read_text()
 
 
 def test_twelve_marks_differ_in_outline_or_filling():
     unfilled = re.search(r"\.shape:is\(([^)]*)\) \{ fill: none \}", style())[1].replace(".", "").split(", ")
-    shapes = {(marks.outline(n), marks.kind(n) in unfilled) for n in range(13)}
+    shapes = {(draw.outline(n), draw.css_class(n) in unfilled) for n in range(13)}
     assert len(shapes) == 13
-    assert (marks.outline(12), marks.kind(12)) == (marks.outline(99), marks.kind(99))
+    assert (draw.outline(12), draw.css_class(12)) == (draw.outline(99), draw.css_class(99))
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -164,6 +147,6 @@ def test_a_map_draws_every_point_once_and_the_largest_group_first():
 
 
 def test_the_parts_of_a_bar_are_as_long_as_their_shares_and_narrow_ones_have_no_label():
-    tree = ElementTree.fromstring(share_bar([("k0", 0.7, "1"), ("k1", 0.25, "2"), ("rest", 0.05, "…")], "t"))
+    tree = ElementTree.fromstring(split_bar([("k0", 0.7, "1"), ("k1", 0.25, "2"), ("rest", 0.05, "…")], "t"))
     assert [(number(r.get("x")), number(r.get("width"))) for r in tree.findall("rect")] == [(0, 70), (70, 25), (95, 5)]
     assert [(t.text, number(t.get("x"))) for t in tree.findall("text")] == [("1", 35), ("2", 82.5)]

@@ -11,8 +11,8 @@ import pytest
 from coterie.errors import CoterieError
 from coterie.methods.kshot.gather_rows import BY_EMBEDDING, BY_TEXT
 from coterie.methods.kshot.gather_rows import SHOT as GATHERED_SHOT
-from coterie.report import gatherings, marks, write_report
-from coterie.report.labels import place_labels, spread_out
+from coterie.report import draw, write_report
+from coterie.report.kshot import MARK_OF_OUTCOME
 from report_pages import HOSTILE, SHOWN, Page, number, page_of, records, save, unnamed_pictures
 
 KINDS = ("mlp.down_proj", "self_attn.q_proj")
@@ -193,7 +193,7 @@ def test_every_scored_adapter_is_drawn_at_its_accuracy_and_log_perplexity_with_i
 
 def test_marks_tell_chosen_candidates_the_rest_and_left_out_ones_apart_and_grow_with_similarity(page, text):
     paths = [point.find("path") for point in drawing(text, "plot scatter").findall("svg")]
-    kinds = [f"shape k{mark}" for mark in (marks.DIAMOND, marks.DISC, marks.DIAMOND, marks.CIRCLE, marks.CROSS)]
+    kinds = [f"shape k{mark}" for mark in (draw.DIAMOND, draw.DISC, draw.DIAMOND, draw.CIRCLE, draw.CROSS)]
     assert [path.get("class") for path in paths] == kinds
     scales = [float(path.get("transform")[6:-1]) / 1.6 for path in paths]
     assert scales == pytest.approx([1.5, 1.1, 1.5, 0.7, 1.0], abs=0.01)
@@ -202,9 +202,9 @@ def test_marks_tell_chosen_candidates_the_rest_and_left_out_ones_apart_and_grow_
     assert key[:4] == ["chosen 2", "candidate 1", "not a candidate 1", "left out 2"]
 
 
-def test_adapters_are_listed_best_first_with_their_ranks_leaks_and_fates(page):
+def test_adapters_are_listed_best_first_with_their_ranks_leaks_and_outcomes(page):
     head, *lines = page.table("Adapters of the bank")
-    assert head[:2] == ["Adapter", "Fate"]
+    assert head[:2] == ["Adapter", "Outcome"]
     assert [line[:2] for line in lines] == [
         ["1 sums", "chosen"],
         ["2 knots", "candidate"],
@@ -261,7 +261,7 @@ def test_of_many_adapters_the_table_is_folded_and_only_the_candidates_carry_a_nu
     assert len(points) == 40
     shown = [e.text for point in points for e in point.findall("text")]
     (head,) = [e for e in Page(text).all("caption") if e["text"] == "Adapters of the bank"]
-    assert len(shown) == 3 and "details" in head["inside"]
+    assert ", ".join(shown) == "32, 33, 34" and "details" in head["inside"]
     folded = [e["attrs"] for e in Page(text).all("details") if "Table of 40 adapters" in e["text"]]
     assert folded == [{}]
 
@@ -269,23 +269,23 @@ def test_of_many_adapters_the_table_is_folded_and_only_the_candidates_carry_a_nu
 # -------------------------------------------------------------------------------------------------------- gathering
 
 
-def test_every_point_of_the_pool_is_drawn_where_it_lies_with_its_fate_and_text(text):
+def test_every_point_of_the_pool_is_drawn_where_it_lies_with_its_outcome_and_text(text):
     picture = drawing(text, "map")
     found = {}
     for path in picture.findall("path"):
         ((x, y),) = re.findall(r"M([\d.]+) ([\d.]+)", path.get("d"))
         found.setdefault(path.get("class"), []).append((float(x), float(y), path.find("title").text))
     assert found == {
-        f"shape k{marks.STAR}": [(8, 412, "shot: two and two"), (412, 412, "shot")],
-        f"shape k{marks.DISC}": [(8, 8, "chosen, similarity 0.812: three and three")],
-        f"shape k{marks.CIRCLE}": [(210, 210, "too near to a chosen row, similarity 0.750: three + three")],
-        f"shape k{marks.SHARED}": [(412, 8, "beyond the budget, similarity 0.200: a poem")],
+        f"shape k{draw.STAR}": [(8, 412, "shot: two and two"), (412, 412, "shot")],
+        f"shape k{draw.DISC}": [(8, 8, "chosen, similarity 0.812: three and three")],
+        f"shape k{draw.CIRCLE}": [(210, 210, "too near to a chosen row, similarity 0.750: three + three")],
+        f"shape k{draw.SHARED}": [(412, 8, "beyond the budget, similarity 0.200: a poem")],
     }
     words = "shot 2; chosen 1; beyond the budget 1; too near to a chosen row 1"
     assert picture.get("aria-label") == f"Map of the pool: {words}"
 
 
-def test_all_fates_are_counted_beside_the_map_and_those_that_met_no_row_are_left_out(page):
+def test_all_outcomes_are_counted_beside_the_map_and_those_that_met_no_row_are_left_out(page):
     assert page.table("What became of the rows")[1:] == [
         ["shot", "2", "2"],
         ["chosen", "100", "1"],
@@ -294,7 +294,7 @@ def test_all_fates_are_counted_beside_the_map_and_those_that_met_no_row_are_left
         ["beyond the budget", "5,000", "1"],
     ]
     symbols = [e["attrs"]["class"] for e in page.all("path", "shape") if "th" in e["inside"]]
-    assert symbols == [f"shape k{mark}" for mark in (marks.STAR, marks.DISC, marks.CIRCLE, marks.SHARED)]
+    assert symbols == [f"shape k{mark}" for mark in (draw.STAR, draw.DISC, draw.CIRCLE, draw.SHARED)]
     assert page.table("Sources of the pool")[1:] == [["flan.jsonl", "5,000", "93"], ["dolly.jsonl", "321", "7"]]
     told = page.text()
     assert "What became of 5,321 rows of open data." in told
@@ -304,10 +304,10 @@ def test_all_fates_are_counted_beside_the_map_and_those_that_met_no_row_are_left
     assert facts == "budget 100, rule max-cosine, tau 0.9, encoder minilm"
 
 
-def test_the_fates_that_gathering_writes_have_marks_of_their_own():
+def test_the_outcomes_that_gathering_writes_have_marks_of_their_own():
     compared = {GATHERED_SHOT, *BY_EMBEDDING.values()}
-    assert set(gatherings.MARKS) == compared and not compared & set(BY_TEXT.values())
-    assert len(set(gatherings.MARKS.values())) == len(compared)
+    assert set(MARK_OF_OUTCOME) == compared and not compared & set(BY_TEXT.values())
+    assert len(set(MARK_OF_OUTCOME.values())) == len(compared)
 
 
 def test_a_gathering_without_a_map_is_told_in_numbers(tmp_path):
@@ -432,22 +432,7 @@ def test_of_very_many_steps_an_even_part_with_both_ends_is_drawn(tmp_path):
     assert (ways[0][0], ways[0][-2:], ways[1][-1]) == ("0", ["1000", "0"], "1000")
 
 
-# ------------------------------------------------------------------------------------------------------- parts, errors
-
-
-def test_labels_that_would_touch_are_moved_apart_and_the_others_stay():
-    assert spread_out([10.0, 50.0, 90.0], 12.0) == [10.0, 50.0, 90.0]
-    assert spread_out([50.0, 52.0, 90.0], 12.0) == [45.0, 57.0, 90.0]
-    moved = spread_out([30.0, 20.0, 25.0, 40.0], 12.0)
-    assert [place for _, place in sorted(zip([30, 20, 25, 40], moved, strict=True))] == sorted(moved)
-    gaps = [after - before for before, after in zip(sorted(moved), sorted(moved)[1:], strict=False)]
-    assert min(gaps) == pytest.approx(12) and sum(moved) == pytest.approx(115)
-
-
-def test_an_empty_label_is_nowhere_and_in_nobodys_way():
-    beside, touching = (place_labels([(50.0, 50.0)] * 2, texts, (100.0, 100.0)) for texts in (["", "1"], ["1", "1"]))
-    assert [(label.dx, label.dy) for label in beside] == [(0, 0), (13, 0)]
-    assert (touching[1].dx, touching[1].dy) != (13, 0)
+# ------------------------------------------------------------------------------------------------------- errors
 
 
 def put(*keys, value):

@@ -10,7 +10,7 @@ import pytest
 
 from coterie.errors import CoterieError
 from coterie.report import write_report
-from coterie.report.areas import Band, stacked_areas
+from coterie.report.plots import Band, stacked_areas
 from coterie.report.records import Trace
 from report_pages import HOSTILE, SHOWN, answer, luminance, number, page_of, records, save, score, unnamed_pictures
 
@@ -74,7 +74,8 @@ def test_the_table_has_switches_a_text_and_in_a_hundred_tokens_and_who_leads(tmp
         ["token-level", "60.0%", "40.0%", "0.0%"],
         ["token-level, every 8th token", "40.0%", "20.0%", "40.0%"],
     ]
-    widths = [number(part["attrs"]["width"]) for part in page.all("rect", "part")]
+    bars = [part["attrs"] for part in page.all("rect", "part")]
+    widths = [number(bar["width"]) for bar in bars if bar["class"].startswith("part k")]
     assert widths == pytest.approx([60, 40, 40, 20, 40])
 
 

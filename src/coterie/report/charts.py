@@ -1,38 +1,25 @@
-"""Pictures in rows: intervals on an axis and split bars."""
+"""Pictures in rows: intervals on an axis, split bars, and a grid of small bars."""
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from coterie.report import svg
-from coterie.report.scales import round_step
-from coterie.report.wording import plain
+from coterie.report import draw
+from coterie.report.scales import Scale
+from coterie.report.wording import plain, short
 
 ROW = 26  # px, height of one row; the list of names beside the picture has the same
 AXIS = 38  # px below the rows for the numbers and the reading direction
 _MARGIN = 5.0  # per cent kept free on both sides, for the numbers at the axis' ends
-_MOST_STEPS = 4
 _ROOM_FOR_LABEL = 0.06  # a part of a bar that is narrower than this share of it has its label in the key only
 
-
-@dataclass(frozen=True)
-class Axis:
-    """A linear axis from `low` to `high` with a number at every `step`; zero lies inside."""
-
-    low: float
-    high: float
-    step: float
-
-    def place(self, value: float) -> float:
-        """Map a value to its x position in per cent of the width."""
-        return _MARGIN + (100 - 2 * _MARGIN) * (value - self.low) / (self.high - self.low)
-
-    def marks(self) -> list[float]:
-        """List the values that carry a number, from low to high."""
-        return [self.step * count for count in range(round(self.low / self.step), round(self.high / self.step) + 1)]
+# Of a grid of bars: per cent kept free for the names of rows, and between two bars; px above the bars for the names of
+# columns, from bar to bar, and of a bar's height; letters of a name that is not shortened.
+_LEFT, _GAP = 9.0, 1.0
+_TOP, _LINE, _BAR = 22.0, 15.0, 11.0
+_LETTERS = 12
 
 
 @dataclass(frozen=True)
@@ -45,18 +32,9 @@ class Interval:
     words: str
 
 
-def axis_for(values: Iterable[float]) -> Axis:
-    """Choose the axis that holds all values between round numbers, with zero inside, in at most five steps."""
-    held = [0.0, *values]
-    low, high = min(held), max(held)
-    if low == high:
-        return Axis(-1.0, 1.0, 1.0)
-    step = round_step(high - low, _MOST_STEPS)
-    low, high = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return Axis(step * min(low, -1), step * max(high, 1), step)
-
-
-def interval_chart(intervals: Sequence[Interval | None], axis: Axis, sides: tuple[str, str, str], title: str) -> Markup:
+def interval_chart(
+    intervals: Sequence[Interval | None], axis: Scale, sides: tuple[str, str, str], title: str
+) -> Markup:
     """Draw one row per interval: a line from end to end, a dot at the value (filled when the interval excludes zero).
 
     Args:
@@ -66,67 +44,84 @@ def interval_chart(intervals: Sequence[Interval | None], axis: Axis, sides: tupl
         title: what the picture shows, for those who do not see it; the words of all rows are added.
     """
     words = "; ".join(interval.words for interval in intervals if interval)
-    drawing = svg.picture("intervals", len(intervals) * ROW + AXIS, f"{title}: {words}")
-    _draw_axis(drawing, axis, len(intervals) * ROW, sides)
+    bottom = len(intervals) * ROW
+    drawing = draw.picture("intervals", bottom + AXIS, f"{title}: {words}")
+    for value in axis.marks:
+        x = _across(axis, value)
+        draw.add_line(drawing, "zero" if abs(value) < axis.step / 2 else "grid", (x, 0.0), (x, bottom + 3.0))
+        draw.add_text(drawing, "mark", x, bottom + 16.0, plain(value, axis.step))
+    for x, kind, words in zip((_MARGIN, 50.0, 100 - _MARGIN), ("left", "mark", "right"), sides, strict=True):
+        draw.add_text(drawing, f"{kind} side", x, bottom + 33.0, words)
     for number, interval in enumerate(intervals):
         if interval:
             _draw_interval(drawing, interval, axis, number * ROW + ROW / 2)
-    return svg.markup(drawing)
+    return draw.markup(drawing)
 
 
-def _draw_far(group: ElementTree.Element, value: float, axis: Axis, y: float) -> None:
-    """Write a value that lies beyond the axis at the end it lies beyond, with an arrow."""
-    above = value > axis.high
-    place = svg.percent(axis.place(axis.high if above else axis.low))
-    words = f"{plain(value, axis.step)} →" if above else f"← {plain(value, axis.step)}"
-    svg.add(group, "text", x=place, y=str(y + 4), **{"class": "right far" if above else "left far"}).text = words
+def _across(axis: Scale, value: float) -> float:
+    return _MARGIN + (100 - 2 * _MARGIN) * axis.share(value)
 
 
-def split_bar(parts: Sequence[tuple[str, float]], longest: float, title: str) -> Markup:
-    """Draw one bar whose parts (CSS class, length) stand end to end; a bar of length `longest` fills the width."""
-    drawing = svg.picture("bar", 16, title)
-    start = 0.0
-    for kind, length in parts:
-        share = 100 * length / longest if longest else 0.0
-        svg.add(drawing, "rect", x=svg.percent(start), y="2", width=svg.percent(share), height="12", **{"class": kind})
-        start += share
-    return svg.markup(drawing)
+def _draw_interval(drawing: ElementTree.Element, interval: Interval, axis: Scale, y: float) -> None:
+    group = draw.add(drawing, "g", "clear" if interval.clear else "open")
+    draw.add(group, "title").text = interval.words
+    # A value beyond the axis is written at the end it lies beyond, with an arrow.
+    if interval.value > axis.high:
+        draw.add_text(group, "right far", _across(axis, axis.high), y + 4, f"{plain(interval.value, axis.step)} →")
+    elif interval.value < axis.low:
+        draw.add_text(group, "left far", _across(axis, axis.low), y + 4, f"← {plain(interval.value, axis.step)}")
+    else:
+        if interval.ends:
+            left, right = (_across(axis, min(max(end, axis.low), axis.high)) for end in interval.ends)
+            draw.add_line(group, "interval", (left, y), (right, y))
+        draw.add(group, "circle", cx=draw.percent(_across(axis, interval.value)), cy=f"{y:.1f}", r="4.5")
 
 
-def share_bar(parts: Sequence[tuple[str, float, str]], title: str) -> Markup:
-    """Draw one bar of the whole width whose parts (CSS class, share of 1, label) stand end to end.
+def split_bar(parts: Sequence[tuple[str, float, str]], title: str, whole: float = 1.0) -> Markup:
+    """Draw one bar whose parts (CSS class, length, label) stand end to end; a length of `whole` fills the width.
 
     A label stands in its part where there is room.
     """
-    drawing = svg.picture("bar", 22, title)
+    drawing = draw.picture("bar", 22, title)
     start = 0.0
-    for kind, share, label in parts:
-        x, width = svg.percent(start), svg.percent(100 * share)
-        svg.add(drawing, "rect", x=x, y="1", width=width, height="20", **{"class": f"part {kind}"})
-        if share >= _ROOM_FOR_LABEL:
-            middle = svg.percent(start + 50 * share)
-            svg.add(drawing, "text", x=middle, y="15", **{"class": "mark on"}).text = label
+    for kind, length, label in parts:
+        share = length / whole if whole else 0.0
+        draw.add_bar(drawing, f"part {kind}", start, 100 * share, 1.0, 20.0)
+        if label and share >= _ROOM_FOR_LABEL:
+            draw.add_text(drawing, "mark on", start + 50 * share, 15.0, label)
         start += 100 * share
-    return svg.markup(drawing)
+    return draw.markup(drawing)
 
 
-def _draw_axis(drawing: ElementTree.Element, axis: Axis, bottom: int, sides: tuple[str, str, str]) -> None:
-    for value in axis.marks():
-        at = svg.percent(axis.place(value))
-        kind = "zero" if abs(value) < axis.step / 2 else "grid"
-        svg.add(drawing, "line", x1=at, x2=at, y1="0", y2=str(bottom + 3), **{"class": kind})
-        svg.add(drawing, "text", x=at, y=str(bottom + 16), **{"class": "mark"}).text = plain(value, axis.step)
-    for at, kind, words in zip((_MARGIN, 50.0, 100 - _MARGIN), ("left", "mark", "right"), sides, strict=True):
-        svg.add(drawing, "text", x=svg.percent(at), y=str(bottom + 33), **{"class": f"{kind} side"}).text = words
+@dataclass(frozen=True)
+class Cell:
+    """One bar: its row and column, its parts (CSS class, share of 1), the words for it, and whether it is framed."""
+
+    row: str
+    column: str
+    parts: tuple[tuple[str, float], ...]
+    words: str
+    framed: bool
 
 
-def _draw_interval(drawing: ElementTree.Element, interval: Interval, axis: Axis, y: float) -> None:
-    group = svg.add(drawing, "g", **{"class": "clear" if interval.clear else "open"})
-    svg.add(group, "title").text = interval.words
-    if not axis.low <= interval.value <= axis.high:
-        _draw_far(group, interval.value, axis, y)
-        return
-    if interval.ends:
-        left, right = (svg.percent(axis.place(min(max(end, axis.low), axis.high))) for end in interval.ends)
-        svg.add(group, "line", x1=left, x2=right, y1=str(y), y2=str(y), **{"class": "interval"})
-    svg.add(group, "circle", cx=svg.percent(axis.place(interval.value)), cy=str(y), r="4.5")
+def bar_grid(cells: Sequence[Cell], title: str) -> Markup:
+    """Draw every cell's bar where its row and column meet, both in the order in which the cells name them."""
+    rows, columns = (list(dict.fromkeys(names)) for names in ([c.row for c in cells], [c.column for c in cells]))
+    drawing = draw.picture("grid-of-bars", round(_TOP + _LINE * len(rows)), title)
+    width = (100 - _LEFT) / len(columns)
+    for place, name in enumerate(columns):
+        draw.add_text(drawing, "mark", _LEFT + width * (place + 0.5), 12.0, short(name, _LETTERS))
+    for place, name in enumerate(rows):
+        y = _TOP + _LINE * place + _BAR - 1.5
+        draw.add_text(drawing, "right", _LEFT - _GAP, y, short(name, _LETTERS))
+    for cell in cells:
+        group = draw.add(drawing, "g", "framed" if cell.framed else "plain")
+        draw.add(group, "title").text = cell.words
+        x, y = _LEFT + width * columns.index(cell.column), _TOP + _LINE * rows.index(cell.row)
+        start = x
+        for kind, share in cell.parts:
+            draw.add_bar(group, f"part {kind}", start, (width - _GAP) * share, y, _BAR)
+            start += (width - _GAP) * share
+        if cell.framed:
+            draw.add_bar(group, "frame", x, width - _GAP, y, _BAR)
+    return draw.markup(drawing)

@@ -4,13 +4,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum
+from typing import Any
 
 from markupsafe import Markup
 
-from coterie.report import marks, wording
-from coterie.report.charts import share_bar
-from coterie.report.maps import Group, draw_map, fit
-from coterie.report.records import Evaluation, Place
+from coterie.report import draw, wording
+from coterie.report.charts import split_bar
+from coterie.report.heatmaps import category_map, cluster_map
+from coterie.report.plots import Group, draw_map, fit
+from coterie.report.records import Evaluation
 
 MOST_DRAWN = 2000  # points on the map; more are thinned out evenly
 _MOST_PARTS = 6  # categories of a cluster named one by one
@@ -57,87 +59,92 @@ class MapPanels:
     panels: tuple[MapPanel, ...]
 
 
+def clusters_view(evaluation: Evaluation) -> dict[str, Any]:
+    """Compute what the page shows of clusters; `clustered` tells whether there is anything."""
+    shown = {
+        "clusters": cluster_map(evaluation),
+        "composition": composition(evaluation),
+        "category_counts": category_map(evaluation),
+        "map_panels": map_panels(evaluation),
+    }
+    return shown | {"clustered": any(shown.values())}
+
+
 def composition(evaluation: Evaluation) -> list[Cluster]:
     """Draw every cluster as a bar whose parts are categories, numbered by size and coloured by source."""
     numbers = _source_numbers(evaluation)
-    return [_cluster(name, counts, numbers) for name, counts in evaluation.composition.items() if any(counts.values())]
-
-
-def _cluster(name: str, counts: dict[str, float], numbers: dict[str, int]) -> Cluster:
-    total = fsum(counts.values())
-    ranked = sorted(((share, category) for category, share in counts.items() if share), key=lambda p: (-p[0], p[1]))
-    named = ranked if len(ranked) <= _MOST_PARTS else ranked[: _MOST_PARTS - 1]
-    parts = [
-        Part(str(place), marks.kind(numbers[_source_of(category)]), category, count / total)
-        for place, (count, category) in enumerate(named, start=1)
-    ]
-    if rest := ranked[len(named) :]:
-        parts.append(Part("…", _REST, f"{len(rest)} more", fsum(count for count, _ in rest) / total))
-    words = ", ".join(f"{part.name} {wording.percent(part.share)}" for part in parts)
-    bar = share_bar([(part.kind, part.share, part.label) for part in parts], f"{name}: {words}")
-    return Cluster(name, wording.amount(total), bar, tuple(parts))
+    clusters = []
+    for name, counts in evaluation.composition.items():
+        if not any(counts.values()):
+            continue
+        total = fsum(counts.values())
+        ranked = sorted(((count, category) for category, count in counts.items() if count), key=lambda p: (-p[0], p[1]))
+        named = ranked if len(ranked) <= _MOST_PARTS else ranked[: _MOST_PARTS - 1]
+        parts = [
+            Part(str(place), draw.css_class(numbers[_source_of(category)]), category, count / total)
+            for place, (count, category) in enumerate(named, start=1)
+        ]
+        if rest := ranked[len(named) :]:
+            parts.append(Part("…", _REST, f"{len(rest)} more", fsum(count for count, _ in rest) / total))
+        words = ", ".join(f"{part.name} {wording.percent(part.share)}" for part in parts)
+        bar = split_bar([(part.kind, part.share, part.label) for part in parts], f"{name}: {words}")
+        clusters.append(Cluster(name, wording.amount(total), bar, tuple(parts)))
+    return clusters
 
 
 def map_panels(evaluation: Evaluation) -> MapPanels | None:
-    """Draw the map once for every seed, at most four, and once by source."""
+    """Draw the map once for every seed, at most four, and once by source; of many rows an even part is drawn."""
     found = evaluation.map
     if found is None or not found.places:
         return None
-    places = _thinned(found.places)
+    count = min(len(found.places), MOST_DRAWN)
+    places = [found.places[number * len(found.places) // count] for number in range(count)]
     middles = fit([(place.x, place.y) for place in places])
     panels = []
     for number, (seed, agreement) in enumerate(zip(found.seeds, found.agreement, strict=True)):
+        if number == _MOST_SEEDS:
+            break
         labels = [place.clusters[number] for place in places]
         detail = "" if agreement is None else f"adjusted Rand index with the sources {wording.fixed(agreement, 2)}"
-        groups = _groups(labels, middles, _cluster_numbers(labels))
+        # The largest clusters are numbered in the order in which the points meet them: two seeds that split the points
+        # alike thus give them the same marks, whatever they call their clusters.
+        largest = {label for label, _ in Counter(labels).most_common(draw.SHARED)}
+        numbers = {label: mark for mark, label in enumerate(filter(largest.__contains__, dict.fromkeys(labels)))}
+        groups = _groups(labels, middles, numbers)
         panels.append(_panel(f"{found.kind} of the rows by cluster", f"Seed {seed}", detail, groups))
     sources = _groups([wording.source_name(p.source) for p in places], middles, _source_numbers(evaluation))
     by_source = _panel(f"{found.kind} of the rows", "By source", "", sources)
-    return MapPanels(len(places), len(found.places), (*panels[:_MOST_SEEDS], by_source))
-
-
-def _thinned(places: Sequence[Place]) -> list[Place]:
-    """Take at most MOST_DRAWN of the places, evenly from the first to the last."""
-    count = min(len(places), MOST_DRAWN)
-    return [places[number * len(places) // count] for number in range(count)]
-
-
-def _cluster_numbers(labels: Sequence[str]) -> dict[str, int]:
-    """Number the largest clusters in the order in which the points meet them.
-
-    Two seeds that split the points alike thus give them the same marks, whatever they call their clusters.
-    """
-    largest = {label for label, _ in Counter(labels).most_common(len(marks.OUTLINES))}
-    return {label: number for number, label in enumerate(filter(largest.__contains__, dict.fromkeys(labels)))}
+    return MapPanels(count, len(found.places), (*panels, by_source))
 
 
 def _groups(names: Sequence[str], middles: Sequence[tuple[float, float]], numbers: Mapping[str, int]) -> list[Group]:
     """Group points by name; names without a mark of their own share one."""
-    shared = [name for name in dict.fromkeys(names) if numbers.get(name, marks.SHARED) >= marks.SHARED]
+    shared = [name for name in dict.fromkeys(names) if numbers.get(name, draw.SHARED) >= draw.SHARED]
     together = f"{len(shared)} others" if len(shared) > 1 else "".join(shared)
     held: dict[tuple[int, str], list[tuple[float, float]]] = {}
     for name, middle in zip(names, middles, strict=True):
-        group = (marks.SHARED, together) if name in shared else (numbers[name], name)
+        group = (draw.SHARED, together) if name in shared else (numbers[name], name)
         held.setdefault(group, []).append(middle)
     return [Group(number, name, tuple(places)) for (number, name), places in sorted(held.items())]
 
 
 def _panel(title: str, name: str, detail: str, groups: Sequence[Group]) -> MapPanel:
-    key = tuple((marks.symbol(group.mark), group.name, len(group.places)) for group in groups)
+    key = tuple((draw.symbol(group.mark), group.name, len(group.places)) for group in groups)
     heading = ", ".join(filter(None, (title, name.lower(), detail)))
     return MapPanel(name, detail, draw_map(groups, heading), key)
-
-
-def _source_of(category: str) -> str:
-    return wording.source_name(category.split(" / ", 1)[0])
 
 
 def _source_numbers(evaluation: Evaluation) -> dict[str, int]:
     """Number all sources, so that one has the same colour and mark in every picture."""
     names = (
-        *evaluation.sources,
-        *(source for counts in evaluation.clusters.values() for source in counts),
-        *(category.split(" / ", 1)[0] for counts in evaluation.composition.values() for category in counts),
-        *(place.source for place in (evaluation.map.places if evaluation.map else ())),
+        *map(wording.source_name, evaluation.sources),
+        *(wording.source_name(source) for counts in evaluation.clusters.values() for source in counts),
+        *(_source_of(category) for counts in evaluation.composition.values() for category in counts),
+        *(wording.source_name(place.source) for place in (evaluation.map.places if evaluation.map else ())),
     )
-    return {name: number for number, name in enumerate(dict.fromkeys(map(wording.source_name, names)))}
+    return {name: number for number, name in enumerate(dict.fromkeys(names))}
+
+
+def _source_of(category: str) -> str:
+    """Name the source of a "source / category"."""
+    return wording.source_name(category.split(" / ", 1)[0])

@@ -3,17 +3,32 @@
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
+from math import fsum
+from typing import Any
 
-from coterie.report.records import Answer, Row
+from coterie.report.records import Answer, Evaluation, Row
 from coterie.report.wording import method_name
 
 MOST = 12
+MOST_WEIGHTS = 6  # experts named one by one in an example
+
+
+def examples_view(evaluation: Evaluation) -> dict[str, Any]:
+    """Choose the examples, and count the rows of each kind over the whole test."""
+    subject, control = evaluation.subject, evaluation.control
+    order = {method: number for number, method in enumerate(evaluation.methods)}
+    shown = []
+    for kind, row in choose(evaluation.rows, subject, control):
+        answers = sorted(row.answers, key=lambda answer: order.get(answer.method, len(order)))
+        shown.append({"kind": kind, "row": row, "answers": alike(answers), "weights": weight_lines(row)})
+    counts = Counter(kind_of(row, subject, control) for row in evaluation.rows)
+    return {"examples": shown, "tally": [(kind, counts[kind]) for kind in kinds(subject, control) if counts[kind]]}
 
 
 def kinds(subject: str | None, control: str) -> tuple[str, ...]:
     """List the kinds of rows in the order they are shown, the telling ones first."""
-    told_apart = _told_apart(subject, control) if subject else ()
-    return (*told_apart, "methods differ", "all right", "all wrong", "not graded")
+    split = _split_kinds(subject, control) if subject else ()
+    return (*split, "methods differ", "all right", "all wrong", "not graded")
 
 
 def kind_of(row: Row, subject: str | None, control: str) -> str:
@@ -26,10 +41,11 @@ def kind_of(row: Row, subject: str | None, control: str) -> str:
     ours, theirs = verdicts.get(subject or ""), verdicts.get(control)
     if ours is None or theirs is None or ours == theirs:
         return "methods differ"
-    return _told_apart(subject or "", control)[not ours]
+    return _split_kinds(subject or "", control)[not ours]
 
 
-def _told_apart(subject: str, control: str) -> tuple[str, str]:
+def _split_kinds(subject: str, control: str) -> tuple[str, str]:
+    """Name the kinds of rows on which only one of the two is right."""
     ours, theirs = method_name(subject), method_name(control)
     return f"{ours} right, {theirs} wrong", f"{ours} wrong, {theirs} right"
 
@@ -47,7 +63,7 @@ def choose(rows: Sequence[Row], subject: str | None, control: str, most: int = M
     chosen: list[tuple[str, Row]] = []
     while len(chosen) < most and any(waiting.values()):
         kind = min((kind for kind in order if waiting[kind]), key=[kind for kind, _ in chosen].count)
-        row = min(waiting[kind], key=lambda row: (shown[row.source], _all_alike(row)))
+        row = min(waiting[kind], key=lambda row: (shown[row.source], len({answer.text for answer in row.answers}) <= 1))
         waiting[kind].remove(row)
         shown[row.source] += 1
         chosen.append((kind, row))
@@ -65,5 +81,12 @@ def alike(answers: Sequence[Answer]) -> list[list[Answer]]:
     return [list(group) for _, group in groupby(ordered, key=shared)]
 
 
-def _all_alike(row: Row) -> bool:
-    return len({answer.text for answer in row.answers}) <= 1
+def weight_lines(row: Row) -> list[tuple[str, float | None, float | None, bool]]:
+    """List (expert, weight, NLL, whether it is the best) by weight; many small ones are summed, but never the best."""
+    ranked = sorted(dict.fromkeys((*row.weights, *row.expert_nll)), key=lambda name: -row.weights.get(name, 0.0))
+    best = min(row.expert_nll, key=lambda name: row.expert_nll[name], default=None)
+    few = len(ranked) <= MOST_WEIGHTS
+    named = [name for place, name in enumerate(ranked) if few or place < MOST_WEIGHTS - 1 or name == best]
+    lines = [(name, row.weights.get(name), row.expert_nll.get(name), name == best) for name in named]
+    rest = [row.weights.get(name, 0.0) for name in ranked if name not in named]
+    return [*lines, (f"{len(rest)} others together", fsum(rest), None, False)] if rest else lines

@@ -7,10 +7,9 @@ from math import log
 
 from markupsafe import Markup
 
-from coterie.report import marks, wording
-from coterie.report.charts import share_bar
-from coterie.report.grids import Cell, bar_grid
-from coterie.report.heatmaps import SHADES, HeatMap
+from coterie.report import draw, wording
+from coterie.report.charts import Cell, bar_grid, split_bar
+from coterie.report.heatmaps import HeatMap, cell
 from coterie.report.plots import Frame, Line, lines
 from coterie.report.records import GateLoad, GateLoads
 from coterie.report.scales import Scale, even_scale
@@ -27,13 +26,13 @@ class GatesView:
     """All that the page shows of gates: an expert's key is (label, CSS class, name, its mean share)."""
 
     warning: str
-    finding: str
+    summary: str
     key: tuple[tuple[str, str, str, float], ...]
     bar: Markup
     layers: Markup | None
     table: HeatMap | None
     steps: Markup | None
-    course: str
+    training: str
 
 
 def gates_view(gates: GateLoads | None) -> GatesView | None:
@@ -41,26 +40,27 @@ def gates_view(gates: GateLoads | None) -> GatesView | None:
     if gates is None:
         return None
     key = tuple(
-        (str(number + 1), marks.kind(number), name, share)
+        (str(number + 1), draw.css_class(number), name, share)
         for number, (name, share) in enumerate(zip(gates.experts, gates.overall.load, strict=True))
     )
-    gates = replace(gates, layers=tuple(sorted(gates.layers, key=lambda layer: _natural(_parts(layer.name)[0]))))
+    words = f"Mean load: {_shares_in_words(gates, gates.overall)}"
+    layers = sorted(gates.layers, key=lambda layer: _natural(_block_and_kind(layer.name)[0]))
     steps = sorted(gates.steps, key=lambda step: step.step)
+    known = [step for step in steps if step.entropy is not None]
+    ends = [f"{wording.fixed(step.entropy, 2)} at step {step.step:,}" for step in (*known[:1], *known[-1:])]
     return GatesView(
         warning=_warning(gates),
-        finding=_finding(gates),
+        summary=_summary(gates),
         key=key,
-        bar=share_bar(
-            [(kind, share, label) for label, kind, _, share in key], f"Mean load: {_told(gates, gates.overall)}"
-        ),
-        layers=_layers(gates) if gates.layers else None,
-        table=_table(gates) if gates.layers else None,
-        steps=_steps(gates, steps) if len({step.step for step in steps}) > 1 else None,
-        course=_course(steps),
+        bar=split_bar([(kind, share, label) for label, kind, _, share in key], words),
+        layers=_layer_grid(gates, layers) if layers else None,
+        table=_layer_table(gates, layers) if layers else None,
+        steps=_steps_picture(gates, steps) if len({step.step for step in steps}) > 1 else None,
+        training=f"The mean entropy went from {' to '.join(ends)}." if len(known) > 1 else "",
     )
 
 
-def _told(gates: GateLoads, load: GateLoad) -> str:
+def _shares_in_words(gates: GateLoads, load: GateLoad) -> str:
     return ", ".join(f"{name} {wording.percent(share)}" for name, share in zip(gates.experts, load.load, strict=True))
 
 
@@ -73,7 +73,8 @@ def _warning(gates: GateLoads) -> str:
     return f"{name} carries {wording.percent(load.largest)} of the load: next to it, the other experts hardly count."
 
 
-def _finding(gates: GateLoads) -> str:
+def _summary(gates: GateLoads) -> str:
+    """Say how even the load is, and in how many layers one expert carries nearly all of it."""
     over = sum(layer.largest > OVERLOAD for layer in gates.layers)
     sentences = []
     if gates.overall.entropy is not None:
@@ -87,22 +88,25 @@ def _finding(gates: GateLoads) -> str:
     return " ".join(sentences)
 
 
-def _layers(gates: GateLoads) -> Markup:
-    """Draw one small bar for every layer: blocks from top to bottom, the kinds of layers side by side."""
+def _layer_grid(gates: GateLoads, layers: Sequence[GateLoad]) -> Markup:
+    """Draw one small bar for every layer: blocks from top to bottom, the kinds of layers side by side.
+
+    Blocks are named by their numbers and kinds by their last part, as long as no two become alike.
+    """
     cells = []
-    for layer in gates.layers:
-        block, kind = _parts(layer.name)
-        shares = [(marks.kind(number), share) for number, share in enumerate(layer.load)]
-        words = f"{layer.name}: {_told(gates, layer)}{_entropy(layer)}"
+    for layer in layers:
+        block, kind = _block_and_kind(layer.name)
+        shares = [(draw.css_class(number), share) for number, share in enumerate(layer.load)]
+        entropy = "" if layer.entropy is None else f", entropy {wording.fixed(layer.entropy, 2)}"
+        words = f"{layer.name}: {_shares_in_words(gates, layer)}{entropy}"
         cells.append(Cell(block, kind, tuple(shares), words, layer.largest > OVERLOAD))
-    return bar_grid(_short_names(cells), f"Load of {wording.counted(len(cells), 'gate')}, block by block")
+    rows = _shortened({cell.row for cell in cells}, lambda name: name.rpartition(".")[2])
+    columns = _shortened({cell.column for cell in cells}, lambda name: name.rpartition(".")[2].removesuffix(_SUFFIX))
+    cells = [replace(cell, row=rows[cell.row], column=columns[cell.column]) for cell in cells]
+    return bar_grid(cells, f"Load of {wording.counted(len(cells), 'gate')}, block by block")
 
 
-def _entropy(load: GateLoad) -> str:
-    return "" if load.entropy is None else f", entropy {wording.fixed(load.entropy, 2)}"
-
-
-def _parts(path: str) -> tuple[str, str]:
+def _block_and_kind(path: str) -> tuple[str, str]:
     """Split a module's path into its block, up to the first number, and its kind, the place within the block."""
     found = _NUMBER.match(path)
     return (found[1], found[2]) if found else ("", path)
@@ -113,53 +117,29 @@ def _natural(name: str) -> list[str | tuple[int, str]]:
     return [(len(part), part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))]
 
 
-def _short_names(cells: Sequence[Cell]) -> list[Cell]:
-    """Name blocks by their numbers and kinds by their last part, as long as no two become alike."""
-    rows = _shortened({cell.row for cell in cells}, lambda name: name.rpartition(".")[2])
-    columns = _shortened({cell.column for cell in cells}, lambda name: name.rpartition(".")[2].removesuffix(_SUFFIX))
-    return [replace(cell, row=rows[cell.row], column=columns[cell.column]) for cell in cells]
-
-
 def _shortened(names: Iterable[str], shorter: Callable[[str], str]) -> dict[str, str]:
     """Shorten names, unless that would make two of them alike."""
     short = {name: shorter(name) for name in names}
     return short if len(set(short.values())) == len(short) else {name: name for name in short}
 
 
-def _table(gates: GateLoads) -> HeatMap:
-    lines = tuple(
-        (layer.name, tuple((wording.percent(share), round(SHADES * share)) for share in layer.load))
-        for layer in gates.layers
-    )
-    entropies = tuple(wording.fixed(layer.entropy, 2) for layer in gates.layers)
-    return HeatMap("Layer", gates.experts, lines, ("no load", "the whole load"), entropies, "Entropy")
+def _layer_table(gates: GateLoads, layers: Sequence[GateLoad]) -> HeatMap:
+    rows = tuple((layer.name, tuple(cell(wording.percent(share), share) for share in layer.load)) for layer in layers)
+    entropies = tuple(wording.fixed(layer.entropy, 2) for layer in layers)
+    return HeatMap("Layer", tuple(gates.experts), rows, ("no load", "the whole load"), entropies, "Entropy")
 
 
-def _steps(gates: GateLoads, steps: Sequence[GateLoad]) -> Markup:
+def _steps_picture(gates: GateLoads, steps: Sequence[GateLoad]) -> Markup:
     """Draw every expert's share over the steps, of many an even selection that ends with the last."""
     count = min(len(steps), _MOST_STEPS)
     shown = [steps[(len(steps) - 1) * number // (count - 1)] for number in range(count)]
     low, high = float(shown[0].step), float(shown[-1].step)
     even = even_scale((low, high))
     across = replace(even, low=low, high=high, marks=tuple(mark for mark in even.marks if low <= mark <= high))
-    drawn = [
-        Line(
-            marks.kind(number),
-            str(number + 1),
-            f"{name} from {wording.percent(shown[0].load[number])} to {wording.percent(shown[-1].load[number])}",
-            tuple((float(step.step), step.load[number]) for step in shown),
-        )
-        for number, name in enumerate(gates.experts)
-    ]
-    return lines(
-        drawn, Frame(across, _SHARES, ("Training step", "Share of the load")), "Load over the steps of training"
-    )
-
-
-def _course(steps: Sequence[GateLoad]) -> str:
-    """Say how the entropy changed from the first step to the last."""
-    known = [step for step in steps if step.entropy is not None]
-    if len(known) < 2:
-        return ""
-    ends = (f"{wording.fixed(step.entropy, 2)} at step {step.step:,}" for step in (known[0], known[-1]))
-    return f"The mean entropy went from {' to '.join(ends)}."
+    drawn = []
+    for number, name in enumerate(gates.experts):
+        ends = [wording.percent(step.load[number]) for step in (shown[0], shown[-1])]
+        places = tuple((float(step.step), step.load[number]) for step in shown)
+        drawn.append(Line(draw.css_class(number), str(number + 1), f"{name} from {' to '.join(ends)}", places))
+    frame = Frame(across, _SHARES, ("Training step", "Share of the load"))
+    return lines(drawn, frame, "Load over the steps of training")

@@ -38,60 +38,53 @@ class HeatMap:
         return len(self.columns) > _WIDEST
 
 
+def cell(text: str, value: float, whole: float = 1.0) -> tuple[str, int]:
+    """Make a cell whose shade is the value's share of a whole."""
+    return text, round(SHADES * value / whole) if whole else 0
+
+
 def cluster_map(evaluation: Evaluation) -> HeatMap | None:
     """Count the training rows of each cluster by source; the shade is the share of the cluster."""
     grid = evaluation.clusters
-    columns = _keys(evaluation.sources, grid)
+    columns = _inner_names(evaluation.sources, grid)
     if not columns:
         return None
+    totals = {cluster: fsum(counts.values()) for cluster, counts in grid.items()}
     lines = []
     for cluster, counts in grid.items():
-        total = fsum(counts.values())
-        cells = [
-            (wording.amount(counts.get(source, 0.0)), _shade(counts.get(source, 0.0), total)) for source in columns
-        ]
-        lines.append((cluster, tuple(cells)))
-    totals = tuple(wording.amount(fsum(counts.values())) for counts in grid.values())
-    return HeatMap(
-        "Cluster", tuple(map(wording.source_name, columns)), tuple(lines), ("none", "the whole cluster"), totals
-    )
+        numbers = [counts.get(source, 0.0) for source in columns]
+        lines.append((cluster, tuple(cell(wording.amount(number), number, totals[cluster]) for number in numbers)))
+    names = tuple(map(wording.source_name, columns))
+    all_rows = tuple(map(wording.amount, totals.values()))
+    return HeatMap("Cluster", names, tuple(lines), ("none", "the whole cluster"), all_rows)
 
 
 def category_map(evaluation: Evaluation) -> HeatMap | None:
     """Count the training rows of each category by cluster; the shade is the share of the cluster."""
     grid = evaluation.composition
-    categories = _keys((), grid)
+    categories = _inner_names((), grid)
     if not categories:
         return None
-    totals = {cluster: fsum(counts.values()) for cluster, counts in grid.items()}
-    lines = [
-        (
-            category,
-            tuple(
-                (wording.amount(counts.get(category, 0.0)), _shade(counts.get(category, 0.0), totals[cluster]))
-                for cluster, counts in grid.items()
-            ),
-        )
-        for category in sorted(categories)
-    ]
+    totals = [fsum(counts.values()) for counts in grid.values()]
+    lines = []
+    for category in sorted(categories):
+        numbers = [counts.get(category, 0.0) for counts in grid.values()]
+        cells = (cell(wording.amount(number), number, total) for number, total in zip(numbers, totals, strict=True))
+        lines.append((category, tuple(cells)))
     return HeatMap("Source / category", tuple(grid), tuple(lines), ("none", "the whole cluster"))
 
 
 def routing_map(grid: Mapping[str, Mapping[str, float]], experts: Sequence[str], corner: str) -> HeatMap | None:
     """Show the mean weight of each expert by source or category; the darkest shade is the table's largest weight."""
-    columns = _keys(experts, grid)
+    columns = _inner_names(experts, grid)
     if not columns:
         return None
     largest = max(max(weights.values(), default=0.0) for weights in grid.values())
-    lines = [
-        (
-            wording.source_name(source),
-            tuple(
-                (wording.fixed(weights.get(name, 0.0), 2), _shade(weights.get(name, 0.0), largest)) for name in columns
-            ),
-        )
-        for source, weights in grid.items()
-    ]
+    lines = []
+    for source, weights in grid.items():
+        own = [weights.get(name, 0.0) for name in columns]
+        cells = tuple(cell(wording.fixed(weight, 2), weight, largest) for weight in own)
+        lines.append((wording.source_name(source), cells))
     return HeatMap(corner, columns, tuple(lines), ("0", f"{wording.fixed(largest, 2)}, the largest weight"))
 
 
@@ -103,18 +96,12 @@ def profile_map(profile: Profile | None) -> HeatMap | None:
     chosen = sorted(range(len(tried)), key=lambda place: -tried[place])[:_WIDEST]
     lines = []
     for name, right, trials in zip(profile.experts, profile.right, profile.trials, strict=True):
-        cells = [
-            (f"{wording.amount(right[n])}/{wording.amount(trials[n])}", _shade(right[n], trials[n])) for n in chosen
-        ]
-        lines.append((name, tuple(cells)))
+        counts = [(f"{wording.amount(right[n])}/{wording.amount(trials[n])}", right[n], trials[n]) for n in chosen]
+        lines.append((name, tuple(cell(*count) for count in counts)))
     return HeatMap("Expert", tuple(profile.skills[n] for n in chosen), tuple(lines), ("never right", "always right"))
 
 
-def _keys(known: Sequence[str], grid: Mapping[str, Mapping[str, float]]) -> tuple[str, ...]:
+def _inner_names(known: Sequence[str], grid: Mapping[str, Mapping[str, float]]) -> tuple[str, ...]:
     """List the inner names of a grid, the known ones first and in their order."""
     present = dict.fromkeys(name for inner in grid.values() for name in inner)
     return (*(name for name in known if name in present), *(name for name in present if name not in known))
-
-
-def _shade(value: float, largest: float) -> int:
-    return round(SHADES * value / largest) if largest else 0

@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+from coterie.report.heatmaps import profile_map
 from coterie.report.records import Evaluation
 
 MOST_QUESTIONS = 200  # on the page; all of them are in rows.jsonl
@@ -37,6 +38,7 @@ def recruiting_view(evaluation: Evaluation) -> dict[str, Any]:
     """Compute what the page shows of recruited experts; nothing where there are none."""
     rows = [row for row in evaluation.rows if row.recruiting]
     return {
+        "profile_map": profile_map(evaluation.profile),
         "recruits": recruit_table(evaluation),
         "question_costs": question_costs(evaluation),
         "questions": rows[:MOST_QUESTIONS],

@@ -4,8 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-_MOST_STEPS = 6
-_MOST_LOG_MARKS = 6
+_MOST_MARKS = 6
 _WIDE = 4.0  # values that span more than this factor are set out by their ratios
 _LOG_ROOM = 1.15  # a log scale reaches this factor beyond its values
 
@@ -26,9 +25,14 @@ class Scale:
         return (value - self.low) / (self.high - self.low)
 
     @property
+    def step(self) -> float:
+        """The distance of two neighbouring marks on an even scale."""
+        return self.marks[1] - self.marks[0]
+
+    @property
     def decimals(self) -> int:
         """How many decimals tell two neighbouring marks apart on an even scale."""
-        return max(0, -math.floor(math.log10(self.marks[1] - self.marks[0]) + 1e-9))
+        return max(0, -math.floor(math.log10(self.step) + 1e-9))
 
 
 def round_step(span: float, most: int) -> float:
@@ -44,9 +48,15 @@ def even_scale(values: Iterable[float]) -> Scale:
     if low == high:
         room = abs(low) / 10 or 1.0
         low, high = low - room, high + room
-    step = round_step(high - low, _MOST_STEPS)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return Scale(step * first, step * last, tuple(step * count for count in range(first, last + 1)))
+    return _even(low, high, round_step(high - low, _MOST_MARKS))
+
+
+def scale_around_zero(values: Iterable[float]) -> Scale:
+    """Choose the scale that holds all values between round numbers, with zero inside, in at most five steps."""
+    held = [0.0, *values]
+    low, high = min(held), max(held)
+    step = round_step(high - low, 4) if low < high else 1.0
+    return _even(min(low, -step), max(high, step), step)
 
 
 def scale_for(values: Iterable[float]) -> Scale:
@@ -55,13 +65,16 @@ def scale_for(values: Iterable[float]) -> Scale:
     if min(held) <= 0 or max(held) < _WIDE * min(held):
         return even_scale(held)
     low, high = min(held) / _LOG_ROOM, max(held) * _LOG_ROOM
-    return Scale(low, high, _log_marks(low, high), log=True)
-
-
-def _log_marks(low: float, high: float) -> tuple[float, ...]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    marks: list[float] = []
     for factors in ((1, 2, 5), (1,)):
         marks = [mark for power in powers for factor in factors if low <= (mark := factor * 10.0**power) <= high]
-        if len(marks) <= _MOST_LOG_MARKS:
-            return tuple(marks)
-    return tuple(marks[:: math.ceil(len(marks) / _MOST_LOG_MARKS)])
+        if len(marks) <= _MOST_MARKS:
+            break
+    return Scale(low, high, tuple(marks[:: math.ceil(len(marks) / _MOST_MARKS)]), log=True)
+
+
+def _even(low: float, high: float, step: float) -> Scale:
+    """Reach from the last round number before `low` to the first after `high`."""
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return Scale(step * first, step * last, tuple(step * count for count in range(first, last + 1)))

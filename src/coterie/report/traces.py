@@ -7,16 +7,16 @@ from itertools import groupby
 
 from markupsafe import Markup
 
-from coterie.report import marks, wording
-from coterie.report.areas import Band, stacked_areas
-from coterie.report.charts import share_bar
-from coterie.report.heatmaps import SHADES, HeatMap
+from coterie.report import draw, wording
+from coterie.report.charts import split_bar
+from coterie.report.heatmaps import HeatMap, cell
+from coterie.report.plots import Band, stacked_areas
 from coterie.report.records import Answer, Evaluation, Row, Trace
 
 MOST_TEXTS = 8
 MOST_OF_A_METHOD = 4
 MOST_TOKENS = 400  # of a text; the whole text is in rows.jsonl
-_MOST_TOLD = 12  # weights told at a token
+_MOST_WEIGHTS = 12  # in the tooltip of a token
 _MOST_RUNS = 24  # named in a picture's words
 
 
@@ -71,25 +71,34 @@ class Traces:
     """All that the page shows of routing by token."""
 
     keys: tuple[Key, ...]
-    finding: str
+    summary: str
     table: tuple[Switching, ...]
     shares: HeatMap
     texts: tuple[TracedText, ...]
 
 
 def trace_pictures(evaluation: Evaluation) -> Traces | None:
-    """Draw the routing by token, where any method has one."""
-    by_method = _by_method(evaluation)
+    """Draw the routing by token, where any method has one, the methods in their order."""
+    found: dict[str, list[Trace]] = {method: [] for method in evaluation.methods}
+    for row in evaluation.rows:
+        for answer in row.answers:
+            if answer.trace:
+                found.setdefault(answer.method, []).append(answer.trace)
+    by_method = {method: traces for method, traces in found.items() if traces}
     if not by_method:
         return None
     keys = _keys(evaluation, [trace for traces in by_method.values() for trace in traces])
     table = tuple(_switching(method, traces, keys) for method, traces in by_method.items())
     drawn = tuple(dict.fromkeys(keys.values()))
+    lines = []
+    for line in table:
+        shares = [line.led.get(key, 0.0) for key in drawn]
+        lines.append((wording.method_name(line.method), tuple(cell(wording.percent(share), share) for share in shares)))
     return Traces(
         keys=drawn,
-        finding=_finding(table, evaluation.subject),
+        summary=_summary(table, evaluation.subject),
         table=table,
-        shares=_shares(table, drawn),
+        shares=HeatMap("Method", tuple(key.name for key in drawn), tuple(lines), ("no token", "every token")),
         texts=tuple(_traced_text(*chosen, keys) for chosen in choose(evaluation)),
     )
 
@@ -107,38 +116,30 @@ def choose(evaluation: Evaluation) -> list[tuple[Row, Answer, Trace]]:
     return chosen
 
 
-def _by_method(evaluation: Evaluation) -> dict[str, list[Trace]]:
-    """Gather the traces of every method, the methods in their order."""
-    found: dict[str, list[Trace]] = {method: [] for method in evaluation.methods}
-    for row in evaluation.rows:
-        for answer in row.answers:
-            if answer.trace:
-                found.setdefault(answer.method, []).append(answer.trace)
-    return {method: traces for method, traces in found.items() if traces}
-
-
 def _keys(evaluation: Evaluation, traces: Sequence[Trace]) -> dict[str, Key]:
     """Give every expert a number and a colour in the order of the records; the colours go to those that lead most."""
     traced = dict.fromkeys(name for trace in traces for name in trace.experts)
     names = [*filter(traced.__contains__, evaluation.experts), *(n for n in traced if n not in evaluation.experts)]
-    led = _led(traces)
-    largest = set(sorted(names, key=lambda name: -led[name])[: marks.SHARED])
+    led = _tokens_led(traces)
+    largest = set(sorted(names, key=lambda name: -led[name])[: draw.SHARED])
     keys = {
-        name: Key(str(number + 1), marks.kind(number), name)
+        name: Key(str(number + 1), draw.css_class(number), name)
         for number, name in enumerate(filter(largest.__contains__, names))
     }
-    shared = Key("…", marks.kind(marks.SHARED), wording.counted(len(names) - len(keys), "other"))
+    shared = Key("…", draw.css_class(draw.SHARED), wording.counted(len(names) - len(keys), "other"))
     return keys | {name: shared for name in names if name not in keys}
 
 
-def _led(traces: Sequence[Trace]) -> Counter[str]:
+def _tokens_led(traces: Sequence[Trace]) -> Counter[str]:
     return Counter(leader for trace in traces for leader in trace.leaders)
 
 
-def _switching(method: str, traces: Sequence[Trace], keys: dict[str, Key]) -> Switching:
+def _switching(method: str, traces: Sequence[Trace], keys: Mapping[str, Key]) -> Switching:
     tokens, switches = sum(len(trace.pieces) for trace in traces), sum(trace.switches for trace in traces)
-    shares = {name: count / tokens for name, count in _led(traces).most_common()}
+    shares = {name: count / tokens for name, count in _tokens_led(traces).most_common()}
     led = {key: share for key, share in _summed(shares, keys).items() if share}
+    words = ", ".join(f"{key.name} {wording.percent(share)}" for key, share in led.items()) or "none"
+    title = f"Tokens of {wording.method_name(method)} by leading expert: {words}"
     return Switching(
         method=method,
         texts=len(traces),
@@ -147,17 +148,11 @@ def _switching(method: str, traces: Sequence[Trace], keys: dict[str, Key]) -> Sw
         in_hundred=100 * switches / tokens if tokens else None,
         led=led,
         most=next(iter(shares.items()), None),
-        bar=_bar(method, led),
+        bar=split_bar([(key.kind, share, key.label) for key, share in led.items()], title),
     )
 
 
-def _bar(method: str, led: Mapping[Key, float]) -> Markup:
-    words = ", ".join(f"{key.name} {wording.percent(share)}" for key, share in led.items()) or "none"
-    title = f"Tokens of {wording.method_name(method)} by leading expert: {words}"
-    return share_bar([(key.kind, share, key.label) for key, share in led.items()], title)
-
-
-def _summed(values: Mapping[str, float], keys: dict[str, Key]) -> dict[Key, float]:
+def _summed(values: Mapping[str, float], keys: Mapping[str, Key]) -> dict[Key, float]:
     """Sum the experts' values by how the experts are drawn, in the order of the keys."""
     sums = dict.fromkeys(keys.values(), 0.0)
     for name, value in values.items():
@@ -165,16 +160,7 @@ def _summed(values: Mapping[str, float], keys: dict[str, Key]) -> dict[Key, floa
     return sums
 
 
-def _shares(table: Sequence[Switching], keys: Sequence[Key]) -> HeatMap:
-    lines = []
-    for line in table:
-        shares = [line.led.get(key, 0.0) for key in keys]
-        cells = tuple((wording.percent(share), round(SHADES * share)) for share in shares)
-        lines.append((wording.method_name(line.method), cells))
-    return HeatMap("Method", tuple(key.name for key in keys), tuple(lines), ("no token", "every token"))
-
-
-def _finding(table: Sequence[Switching], subject: str | None) -> str:
+def _summary(table: Sequence[Switching], subject: str | None) -> str:
     """Say in one sentence how often the mixture's method, or else the first, changes its leading expert."""
     first = next((line for line in table if line.method == subject), table[0])
     often = f"{wording.fixed(first.a_text, 1)} times a text, {wording.fixed(first.in_hundred, 1)} times in 100 tokens"
@@ -190,37 +176,19 @@ def _finding(table: Sequence[Switching], subject: str | None) -> str:
     return f"{sentence}."
 
 
-def _traced_text(row: Row, answer: Answer, trace: Trace, keys: dict[str, Key]) -> TracedText:
-    return TracedText(
-        row=row,
-        answer=answer,
-        switches=trace.switches,
-        runs=_runs(trace, keys),
-        left_out=max(0, len(trace.pieces) - MOST_TOKENS),
-        picture=_picture(trace, keys),
-    )
-
-
-def _runs(trace: Trace, keys: dict[str, Key]) -> tuple[Run, ...]:
-    tokens = list(zip(trace.leaders, trace.pieces, trace.weights, strict=True))[:MOST_TOKENS]
-    told = [
-        (leader, (piece, f"token {number}: {_told(trace.experts, weights)}"))
-        for number, (leader, piece, weights) in enumerate(tokens, start=1)
+def _traced_text(row: Row, answer: Answer, trace: Trace, keys: Mapping[str, Key]) -> TracedText:
+    """Colour the first tokens of a text by their leading experts, and draw the weights over them."""
+    tooltips = [
+        f"token {number}: {_weights_in_words(trace.experts, weights)}"
+        for number, weights in enumerate(trace.weights[:MOST_TOKENS], start=1)
     ]
-    groups = groupby(told, key=lambda token: token[0])
-    return tuple(Run(keys[leader], tuple(token for _, token in group)) for leader, group in groups)
-
-
-def _told(experts: Sequence[str], weights: Sequence[float]) -> str:
-    """Tell the weights in the order of the experts; of very many the largest."""
-    largest = sorted(range(len(experts)), key=lambda place: -weights[place])[:_MOST_TOLD]
-    words = ", ".join(f"{experts[place]} {wording.fixed(weights[place], 2)}" for place in sorted(largest))
-    left_out = len(experts) - len(largest)
-    return f"{words}, {wording.counted(left_out, 'smaller one')}" if left_out else words
-
-
-def _picture(trace: Trace, keys: dict[str, Key]) -> Markup:
-    """Draw the weights of the tokens that are shown."""
+    runs, spans, end = [], [], 0
+    for leader, group in groupby(trace.leaders[:MOST_TOKENS]):
+        start, end = end, end + len(list(group))
+        runs.append(Run(keys[leader], tuple(zip(trace.pieces[start:end], tooltips[start:end], strict=True))))
+        spans.append(f"{leader} leads {end}" if end == start + 1 else f"{leader} leads {start + 1} to {end}")
+    rest = len(spans) - _MOST_RUNS
+    words = "; ".join(spans[:_MOST_RUNS]) + (f"; and {wording.counted(rest, 'more run')}" if rest > 0 else "")
     columns = [_summed(dict(zip(trace.experts, row, strict=True)), keys) for row in trace.weights[:MOST_TOKENS]]
     drawn = {keys[name] for name in trace.experts}
     bands = [
@@ -228,14 +196,19 @@ def _picture(trace: Trace, keys: dict[str, Key]) -> Markup:
         for key in dict.fromkeys(keys.values())
         if key in drawn
     ]
-    return stacked_areas(bands, ("weight", "token"), f"Weights over {len(columns):,} tokens: {_course(trace)}")
+    return TracedText(
+        row=row,
+        answer=answer,
+        switches=trace.switches,
+        runs=tuple(runs),
+        left_out=max(0, len(trace.pieces) - MOST_TOKENS),
+        picture=stacked_areas(bands, ("weight", "token"), f"Weights over {len(columns):,} tokens: {words}"),
+    )
 
 
-def _course(trace: Trace) -> str:
-    """Tell which expert leads which tokens, run by run."""
-    told, end = [], 0
-    for leader, group in groupby(trace.leaders[:MOST_TOKENS]):
-        start, end = end + 1, end + len(list(group))
-        told.append(f"{leader} leads {start}" if start == end else f"{leader} leads {start} to {end}")
-    rest = len(told) - _MOST_RUNS
-    return "; ".join(told[:_MOST_RUNS]) + (f"; and {wording.counted(rest, 'more run')}" if rest > 0 else "")
+def _weights_in_words(experts: Sequence[str], weights: Sequence[float]) -> str:
+    """List the weights in the order of the experts; of very many the largest."""
+    largest = sorted(range(len(experts)), key=lambda place: -weights[place])[:_MOST_WEIGHTS]
+    words = ", ".join(f"{experts[place]} {wording.fixed(weights[place], 2)}" for place in sorted(largest))
+    left_out = len(experts) - len(largest)
+    return f"{words}, {wording.counted(left_out, 'smaller one')}" if left_out else words
