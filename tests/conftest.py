@@ -15,7 +15,7 @@ from coterie.methods import CLUSTER_METHODS
 from coterie.methods.family import Bench
 from coterie.methods.registry import load_bench, make_bench
 from coterie.mixture import Mixture
-from coterie.settings.commands import PoolSettings
+from coterie.settings.commands import ExpertPoolSettings
 from coterie.settings.groups import ExtrasSettings, ModelSettings
 from stub_server import serving
 from symbolic_place import EXPERTS, Place, respond, rows
@@ -109,7 +109,7 @@ def run(monkeypatch, capsys):
 def place(tmp_path):
     with serving(respond) as stub:
         init_pool(
-            PoolSettings(
+            ExpertPoolSettings(
                 folder=str(tmp_path / "pool"), expert=[f"{name}={stub.url}#{model}" for name, model in EXPERTS.items()]
             )
         )
@@ -121,5 +121,5 @@ def fitted(place, run):
     """The pool profiled on ten questions, and fitted."""
     data = write_rows(place.folder / "val.jsonl", rows(10))
     assert run("profile", place.pool, "--data", data, "--encoder", "none", "--retries", 0)[0] == 0
-    assert run("fit", "symbolic-moe", "--pool", place.pool, "--output", place.folder / "run", "--retries", 0)[0] == 0
+    assert run("fit", "symbolic-moe", "--experts", place.pool, "--output", place.folder / "run", "--retries", 0)[0] == 0
     return place

@@ -47,7 +47,7 @@ def test_help_is_there_for_every_command(run):
         [],
         ["fit", "elrea"],
         ["fit", "token-level"],
-        ["bank", "build"],
+        ["fit", "from-adapters"],
         ["bank", "add"],
         ["bank", "list"],
         ["bank", "verify"],
@@ -55,7 +55,7 @@ def test_help_is_there_for_every_command(run):
         ["fit", "kshot-moe"],
         ["gather"],
         ["fit", "symbolic-moe"],
-        ["pool", "init"],
+        ["experts", "init"],
         ["profile"],
         ["plan"],
         ["route"],
@@ -283,7 +283,7 @@ def test_domains_from_the_command_line(run, model_folder, tmp_path):
     assert code == 0 and out.strip() == f"{fitted}: 2 experts (law, maths)"
     adapters = [word for name in ("law", "maths") for word in ("--adapter", f"{name}={fitted}/experts/{name}")]
     texts = [word for one in named for word in ("--centroid-data", one)]
-    code, out, _ = run("bank", "build", *adapters, *texts, "--output", tmp_path / "built", *common)
+    code, out, _ = run("fit", "from-adapters", *adapters, *texts, "--output", tmp_path / "built", *common)
     assert code == 0 and out.strip() == f"{tmp_path / 'built'}: 2 experts (law, maths)"
     mixture = Mixture.from_pretrained(tmp_path / "built", device="cpu")
     code, out, _ = run("generate", tmp_path / "built", PROMPT, "--json", "--max-new-tokens", 5)

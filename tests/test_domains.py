@@ -24,7 +24,7 @@ from coterie.methods.token_level import fit as domains
 from coterie.methods.token_level.methods import domain_sources
 from coterie.mixture import Mixture
 from coterie.mixture.scoring import score
-from coterie.settings.commands import BankSettings, EvaluationSettings, TokenLevelSettings
+from coterie.settings.commands import EvaluationSettings, FromAdaptersSettings, TokenLevelSettings
 from coterie.settings.groups import ExtrasSettings, ModelSettings
 from coterie.settings.reading import from_flat
 
@@ -66,7 +66,7 @@ def build(output: Path, adapters, files, **options) -> Mixture:
         "device": "cpu",
         **options,
     }
-    return methods.fit_from_adapters(from_flat(BankSettings, flat))
+    return methods.fit_from_adapters(from_flat(FromAdaptersSettings, flat))
 
 
 @pytest.fixture(scope="module")

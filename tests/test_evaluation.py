@@ -205,14 +205,20 @@ def test_code_is_graded_by_its_tests_where_that_is_allowed(mixture, monkeypatch)
 def test_solved_examples_stand_before_every_question(mixture, tmp_path):
     shots = write_rows(tmp_path / "shots.jsonl", tiny.make_rows(6, seed=50))
     plain = evaluate(mixture, EXAMPLES[:3], methods=["base"], generate=False)
-    found = evaluate(mixture, EXAMPLES[:3], methods=["base"], generate=False, shots=[str(shots)], shot_count=1)
+    found = evaluate(mixture, EXAMPLES[:3], methods=["base"], generate=False, few_shot=[str(shots)], few_shot_count=1)
     assert [row["prompt"] for row in found.rows] == [row["prompt"] for row in plain.rows]
     assert [row["methods"]["base"]["nll"] for row in found.rows] != [
         row["methods"]["base"]["nll"] for row in plain.rows
     ]
     assert "1.0 on average" in found.summary["notes"][0]
     none = evaluate(
-        mixture, EXAMPLES[:3], methods=["base"], generate=False, shots=[str(shots)], shot_count=1, longest_prompt=8
+        mixture,
+        EXAMPLES[:3],
+        methods=["base"],
+        generate=False,
+        few_shot=[str(shots)],
+        few_shot_count=1,
+        longest_prompt=8,
     )
     assert "3 rows have none" in none.summary["notes"][0]
     assert [row["methods"]["base"]["nll"] for row in none.rows] == [row["methods"]["base"]["nll"] for row in plain.rows]

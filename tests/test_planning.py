@@ -8,7 +8,7 @@ import tiny
 from conftest import write_rows
 from coterie.experts.expert_pool import init_pool
 from coterie.mixture.scheduler import ExpertScheduler
-from coterie.settings.commands import PoolSettings
+from coterie.settings.commands import ExpertPoolSettings
 from symbolic_place import lines, question, rows
 
 
@@ -65,12 +65,12 @@ def local_run(tmp_path, run_folder, model_folder, run):
     """Two base models, three experts, profiled by likelihood and fitted."""
     other = tiny.save_model(tmp_path / "other", seed=1)
     experts = [f"{name}={run_folder / 'experts' / name}" for name in ("cluster-0", "cluster-1")]
-    init_pool(PoolSettings(folder=str(tmp_path / "pool"), expert=[*experts, f"other={other}"]))
+    init_pool(ExpertPoolSettings(folder=str(tmp_path / "pool"), expert=[*experts, f"other={other}"]))
     data = write_rows(tmp_path / "val.jsonl", [{**row, "category": row["source"]} for row in tiny.make_rows(9, seed=4)])
     words = ("--skills", "category", "--score", "likelihood", "--device", "cpu")
     assert run("profile", tmp_path / "pool", "--data", data, *words)[0] == 0
     words = ("--sampler", "softmax", "--no-replacement", "--min-share", 0, "--aggregator", "other")
-    assert run("fit", "symbolic-moe", "--pool", tmp_path / "pool", "--output", tmp_path / "run", *words)[0] == 0
+    assert run("fit", "symbolic-moe", "--experts", tmp_path / "pool", "--output", tmp_path / "run", *words)[0] == 0
     return tmp_path / "run"
 
 

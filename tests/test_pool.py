@@ -8,7 +8,7 @@ import pytest
 import tiny
 from coterie.errors import CoterieError
 from coterie.experts.expert_pool import init_pool, read_pool
-from coterie.settings.commands import PoolSettings
+from coterie.settings.commands import ExpertPoolSettings
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def adapter(run_folder, tmp_path):
 
 
 def made(folder, *experts: str, **settings: object):
-    init_pool(PoolSettings(folder=str(folder), expert=list(experts), **settings))
+    init_pool(ExpertPoolSettings(folder=str(folder), expert=list(experts), **settings))
     return read_pool(folder)
 
 

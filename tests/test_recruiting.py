@@ -20,7 +20,7 @@ from coterie.mixture import Mixture
 from coterie.mixture.local_answers import LocalAnswerer, LocalExpert, load_local
 from coterie.mixture.memory import budget_of, groups_of, needed_bytes
 from coterie.mixture.scheduler import ExpertScheduler
-from coterie.settings.commands import PoolSettings
+from coterie.settings.commands import ExpertPoolSettings
 from coterie.settings.groups import ExpertServingSettings, PlacementSettings, SamplingSettings
 from stub_server import completion, serving
 
@@ -357,7 +357,9 @@ def test_the_likelihood_of_references_is_each_expert_s_own(local, mixture):
 def test_a_pool_of_every_kind_answers(tmp_path, model_folder, run_folder):
     adapters = [f"{name}={run_folder / 'experts' / name}" for name in ("base", "cluster-0")]
     with serving(lambda got: completion(f"re {got.question}")) as stub:
-        settings = PoolSettings(folder=str(tmp_path), expert=[*adapters, f"plain={model_folder}", f"big={stub.url}#m"])
+        settings = ExpertPoolSettings(
+            folder=str(tmp_path), expert=[*adapters, f"plain={model_folder}", f"big={stub.url}#m"]
+        )
         init_pool(settings)
         pool = read_pool(tmp_path)
         groups = groups_of(pool, PlacementSettings(device="cpu"), ExpertServingSettings())

@@ -17,7 +17,7 @@ from coterie.methods.symbolic.aggregator import make_up
 from coterie.methods.symbolic.fit import load_symbolic
 from coterie.methods.symbolic.profile import PROFILE, read_profile
 from coterie.methods.symbolic.skills import keyword_asks
-from coterie.settings.commands import PoolSettings
+from coterie.settings.commands import ExpertPoolSettings
 from coterie.settings.groups import SamplingSettings
 from stub_server import Got, Sent, completion
 from symbolic_place import EXPERTS, lines, question, respond, rows
@@ -236,7 +236,7 @@ def test_the_key_stands_in_no_file_and_no_log(place, run, monkeypatch, caplog):
     caplog.set_level("DEBUG")
     data = write_rows(place.folder / "val.jsonl", rows(4))
     printed = [run("profile", place.pool, "--data", data, "--encoder", "none", "--retries", 0)]
-    printed += [run("fit", "symbolic-moe", "--pool", place.pool, "--output", place.folder / "run", "--retries", 0)]
+    printed += [run("fit", "symbolic-moe", "--experts", place.pool, "--output", place.folder / "run", "--retries", 0)]
     output = place.folder / "answers.jsonl"
     printed += [run("generate", place.folder / "run", question("algebra", 3), "--output", output, "--retries", 0)]
     assert [code for code, _, _ in printed] == [0, 0, 0]
@@ -249,7 +249,7 @@ def test_the_key_stands_in_no_file_and_no_log(place, run, monkeypatch, caplog):
 @pytest.mark.parametrize(
     ("words", "pattern"),
     [
-        (["pool", "init", "POOL", "--expert", "a=x"], r"exists; choose another folder"),
+        (["experts", "init", "POOL", "--expert", "a=x"], r"exists; choose another folder"),
         (["profile", "/nowhere", "--data", "VAL"], r"make it with: coterie pool init /nowhere"),
         (["profile", "POOL", "--data", "/no.jsonl", "--overwrite"], r"/no.jsonl does not exist"),
         (["profile", "POOL", "--data", "VAL"], r"profile exists; choose another --output, or add --overwrite"),
@@ -264,12 +264,12 @@ def test_the_key_stands_in_no_file_and_no_log(place, run, monkeypatch, caplog):
         ),
         (["profile", "POOL", "--data", "BARE", "--overwrite"], r"no row of .* has an answer that can be checked"),
         (["profile", "POOL", "--data", "VAL", "--overwrite", "--encoder", "minilmm"], r"Did you mean 'minilm'"),
-        (["fit", "symbolic-moe", "--pool", "POOL", "--output", "RUN"], r"exists; choose another --output"),
+        (["fit", "symbolic-moe", "--experts", "POOL", "--output", "RUN"], r"exists; choose another --output"),
         (
-            ["fit", "symbolic-moe", "--pool", "POOL", "--output", "NEW", "--aggregator", "mayority"],
+            ["fit", "symbolic-moe", "--experts", "POOL", "--output", "NEW", "--aggregator", "mayority"],
             r"Did you mean 'majority'",
         ),
-        (["fit", "symbolic-moe", "--pool", "POOL", "--output", "NEW", "--sampler", "best"], r"sampler"),
+        (["fit", "symbolic-moe", "--experts", "POOL", "--output", "NEW", "--sampler", "best"], r"sampler"),
         (["generate", "RUN", "hi", "--router", "uniform"], r"--router does not apply to symbolic-moe"),
         (["generate", "RUN", "hi", "--top-k-experts", "2"], r"--top-k-experts does not apply"),
         (["generate", "RUN", "hi", "--stream"], r"leave --stream out"),
@@ -287,14 +287,14 @@ def test_bad_calls_are_refused(fitted, run, words, pattern):
 
 def test_a_pool_without_a_profile_cannot_be_fitted(place, run):
     refused(
-        run("fit", "symbolic-moe", "--pool", place.pool, "--output", place.folder / "r"),
+        run("fit", "symbolic-moe", "--experts", place.pool, "--output", place.folder / "r"),
         "make it with: coterie profile",
     )
 
 
 def test_a_profile_of_other_weights_is_not_fitted(fitted, run):
     init_pool(
-        PoolSettings(
+        ExpertPoolSettings(
             folder=str(fitted.pool),
             expert=[f"{name}={fitted.stub.url}#{model}-2" for name, model in EXPERTS.items()],
             overwrite=True,
@@ -380,7 +380,7 @@ def test_an_answer_is_judged_without_its_thinking():
 @pytest.fixture
 def local_pool(tmp_path, run_folder, model_folder):
     experts = [f"{name}={run_folder / 'experts' / name}" for name in ("cluster-0", "cluster-1", "cluster-2")]
-    init_pool(PoolSettings(folder=str(tmp_path / "pool"), expert=[*experts, f"plain={model_folder}"]))
+    init_pool(ExpertPoolSettings(folder=str(tmp_path / "pool"), expert=[*experts, f"plain={model_folder}"]))
     return tmp_path / "pool"
 
 
@@ -394,7 +394,7 @@ def test_models_too_small_to_answer_are_profiled_by_likelihood(local_pool, run, 
     assert code == 0 and record["skills"] == ["sum", "spell", "pick"]
     values = 2 * torch.tensor(record["right"]) - torch.tensor(record["trials"])
     assert values[3].max() < 0 < values[:3].max(), "the untrained model is the least likely to answer as the data do"
-    code, out, _ = run("fit", "symbolic-moe", "--pool", local_pool, "--output", tmp_path / "run")
+    code, out, _ = run("fit", "symbolic-moe", "--experts", local_pool, "--output", tmp_path / "run")
     assert code == 0 and "weighted-vote makes one answer" in out
     questions = write_rows(tmp_path / "q.jsonl", [{"instruction": "add 3 4", "category": "sum"}])
     words = ("--input", questions, "--json", "--max-new-tokens", 4, "--device", "cpu")
@@ -414,7 +414,7 @@ def test_a_choice_finds_the_skills_and_fills_in_for_rows_without_a_category(loca
         code == 0 and record["options"] == ["sum", "spell", "pick"] and set(record["skills"]) <= set(record["options"])
     )
     assert run("profile", local_pool, *common, "--skills", "category", "--overwrite")[0] == 0
-    assert run("fit", "symbolic-moe", "--pool", local_pool, "--output", tmp_path / "run")[0] == 0
+    assert run("fit", "symbolic-moe", "--experts", local_pool, "--output", tmp_path / "run")[0] == 0
     code, out, _ = run("generate", tmp_path / "run", "add 3 4", "--json", "--max-new-tokens", 3, "--device", "cpu")
     assert code == 0 and set(json.loads(out)["skills"]) <= {"sum", "spell", "pick"} and json.loads(out)["skills"]
 

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from coterie.errors import CoterieError
+from coterie.settings.old_spellings import current_command, current_names, is_old
+from coterie.settings.reading import flat_values
 
 if TYPE_CHECKING:
     import torch
@@ -303,7 +305,10 @@ def _check_same_run(partial: Path, record: Mapping[str, Any]) -> None:
     if not (partial / "run.yaml").exists():
         return
     before = read_run_record(partial / "run.yaml")
-    ours, theirs = _without_place(record), _without_place(before)
+    ours, theirs = _comparable(record), _comparable(before)
+    for name in theirs["settings"].keys() - ours["settings"].keys():
+        if is_old(record["command"], name):  # the run began when this flag was this command's
+            del theirs["settings"][name]
     different = [key for key in ("command", "settings", "inputs") if ours[key] != theirs.get(key)]
     if different:
         raise CoterieError(
@@ -312,14 +317,14 @@ def _check_same_run(partial: Path, record: Mapping[str, Any]) -> None:
         )
 
 
-def _without_place(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what may differ between the tries at one run."""
-    settings = {key: value for key, value in record.get("settings", {}).items() if key != "overwrite"}
-    return {**record, "settings": settings}
+def _comparable(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what may differ between the tries at one run, and name settings as they are called today."""
+    settings = current_names(record["command"], flat_values(record["settings"]))
+    return {**record, "settings": {name: value for name, value in settings.items() if name != "overwrite"}}
 
 
 def read_run_record(path: Path) -> dict[str, Any]:
-    """Read a `run.yaml`.
+    """Read a `run.yaml`; its command has the name of today.
 
     Raises:
         CoterieError: when it is missing or not the record of a run.
@@ -330,4 +335,4 @@ def read_run_record(path: Path) -> dict[str, Any]:
         raise CoterieError(f"{path} is not a readable run.yaml; give the file of a run folder") from error
     if not isinstance(record, dict) or "command" not in record or not isinstance(record.get("settings"), dict):
         raise CoterieError(f"{path} holds no command and settings; give the run.yaml of a run folder")
-    return record
+    return {**record, "command": current_command(str(record["command"]))}

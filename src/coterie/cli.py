@@ -20,14 +20,15 @@ from coterie.artifacts import read_run_record, write_jsonl
 from coterie.errors import CoterieError
 from coterie.settings.commands import (
     BankAddSettings,
-    BankSettings,
     BankVerifySettings,
     ElreaSettings,
     EvaluationSettings,
+    ExpertPoolSettings,
+    FromAdaptersSettings,
     GatherSettings,
     GenerateSettings,
     KshotSettings,
-    PoolSettings,
+    PlanSettings,
     ProfileSettings,
     RouteSettings,
     SelectSettings,
@@ -35,6 +36,7 @@ from coterie.settings.commands import (
     TokenLevelSettings,
 )
 from coterie.settings.groups import rerouting_interval
+from coterie.settings.old_spellings import current_words
 from coterie.settings.reading import Settings, checked, flat_fields, from_flat
 
 app = typer.Typer(
@@ -47,8 +49,8 @@ fit = typer.Typer(help="Make a mixture by one of the published methods.", no_arg
 bank = typer.Typer(help="Work with adapters that exist already.", no_args_is_help=True)
 app.add_typer(fit, name="fit")
 app.add_typer(bank, name="bank")
-pool = typer.Typer(help="List experts of any kind by name: adapters, models, endpoints.", no_args_is_help=True)
-app.add_typer(pool, name="pool")
+experts = typer.Typer(help="List experts of any kind by name: adapters, models, endpoints.", no_args_is_help=True)
+app.add_typer(experts, name="experts")
 
 ARGUMENTS = ("mixture", "folder", "adapters")  # settings that are given by place instead of by a flag
 TROUBLE = 2  # something that the user can fix
@@ -79,7 +81,7 @@ def flags_from(kind: type[Settings]) -> Callable[[Callable[..., None]], Callable
 
 def _parameters(kind: type[Settings]) -> list[inspect.Parameter]:
     parameters = []
-    for name, field in flat_fields(kind):
+    for name, field, _ in flat_fields(kind):
         place = typer.Argument(help=field.description) if name in ARGUMENTS else typer.Option(help=field.description)
         default = inspect.Parameter.empty if field.is_required() else field.default
         annotation: Any = Annotated[field.annotation, place]  # pyrefly: ignore
@@ -103,9 +105,9 @@ def fit_token_level(settings: TokenLevelSettings) -> None:
     typer.echo(_made(coterie.methods.fit_token_level(settings)))
 
 
-@bank.command("build")
-@flags_from(BankSettings)
-def build_bank(settings: BankSettings) -> None:
+@fit.command("from-adapters")
+@flags_from(FromAdaptersSettings)
+def fit_from_adapters(settings: FromAdaptersSettings) -> None:
     """Make a mixture of adapters that exist already, routed by similarity to the texts that each was made for."""
     typer.echo(_made(coterie.methods.fit_from_adapters(settings)))
 
@@ -158,9 +160,9 @@ def fit_kshot(settings: KshotSettings) -> None:
     typer.echo(_made(coterie.methods.fit_kshot(settings)))
 
 
-@pool.command("init")
-@flags_from(PoolSettings)
-def init_pool(settings: PoolSettings) -> None:
+@experts.command("init")
+@flags_from(ExpertPoolSettings)
+def init_pool(settings: ExpertPoolSettings) -> None:
     """Check experts and list them in a folder."""
     for expert in coterie.init_pool(settings).experts:
         where = expert.model if expert.kind == "model" else f"{expert.source} ({expert.model})"
@@ -254,8 +256,8 @@ def generate(
 
 
 @app.command("plan")
-@flags_from(GenerateSettings)
-def plan(settings: GenerateSettings, prompts: Prompts = None, as_json: AsJson = False, input: Input = None) -> None:
+@flags_from(PlanSettings)
+def plan(settings: PlanSettings, prompts: Prompts = None, as_json: AsJson = False, input: Input = None) -> None:
     """Tell what recruited experts will take to answer: loads, calls, tokens and memory; nothing is loaded."""
     found = coterie.methods.plan_symbolic(settings, _prompts(prompts, input))
     typer.echo(json.dumps(found.record()) if as_json else str(found))
@@ -292,7 +294,10 @@ def repeat(record: Annotated[Path, typer.Argument(help="the run.yaml of a run fo
     commands: dict[str, tuple[type[Settings], Callable[[Any], object]]] = {
         "fit elrea": (ElreaSettings, lambda settings: coterie.methods.fit_elrea(settings).folder),
         "fit token-level": (TokenLevelSettings, lambda settings: coterie.methods.fit_token_level(settings).folder),
-        "bank build": (BankSettings, lambda settings: coterie.methods.fit_from_adapters(settings).folder),
+        "fit from-adapters": (
+            FromAdaptersSettings,
+            lambda settings: coterie.methods.fit_from_adapters(settings).folder,
+        ),
         "fit symbolic-moe": (SymbolicSettings, lambda settings: coterie.methods.fit_symbolic(settings).aggregator),
         "profile": (ProfileSettings, coterie.methods.profile_pool),
         "select": (SelectSettings, coterie.methods.select_adapters),
@@ -360,7 +365,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries talking to each other, not to the user
     logging.getLogger("coterie").setLevel(logging.INFO)
     try:
-        code = app(standalone_mode=False)
+        code = app(current_words(sys.argv[1:], lambda line: typer.echo(line, err=True)), standalone_mode=False)
     except CoterieError as error:
         code = _complain(f"error: {error}")
     except Exception as error:

@@ -165,8 +165,8 @@ def protocol_of(settings: EvaluationSettings, mixture: Mixture) -> Protocol:
         batch_size=settings.batch_size,
         resamples=settings.resamples,
         sampling=settings.sampling,
-        grid=settings.grid,
-        shots=settings.few_shot,
+        grid=settings.extras or ExtrasSettings(),
+        shots=settings.solved,
     )
 
 
@@ -278,20 +278,20 @@ def compare(
 
 def _tasks(mixture: Mixture, examples: Sequence[Example], shots: FewShotSettings) -> tuple[list[Task], list[str]]:
     """Put solved examples before every question, where there are any."""
-    if not shots.shots:
+    if not shots.few_shot:
         return [Task(example, example) for example in examples], []
-    solved = load_all(shots.shots)
+    solved = load_all(shots.few_shot)
     found = with_shots(
         examples,
         solved,
-        count=shots.shot_count,
+        count=shots.few_shot_count,
         length=lambda example: mixture.prompts.row(example).prompt_length,
         longest=shots.longest_prompt,
     )
     kept = [row.kept for row in found]
     note = (
-        f"Up to {shots.shot_count} solved examples stand before a question, as many as fit into {shots.longest_prompt} "
-        f"tokens: {sum(kept) / len(kept):.1f} on average, {kept.count(0)} rows have none."
+        f"Up to {shots.few_shot_count} solved examples stand before a question, as many as fit into "
+        f"{shots.longest_prompt} tokens: {sum(kept) / len(kept):.1f} on average, {kept.count(0)} rows have none."
     )
     return [Task(row.example, example) for row, example in zip(found, examples, strict=True)], [note]
 

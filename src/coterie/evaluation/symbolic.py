@@ -62,7 +62,7 @@ def _check_flags(settings: EvaluationSettings) -> None:
         raise CoterieError(f"--no-generate leaves nothing to measure: {METHOD} has answers, but no likelihood")
     if settings.every is not None:
         raise CoterieError(f"--every does not apply to {METHOD}, whose experts answer one by one; leave it out")
-    if settings.few_shot.shots:
+    if settings.solved.few_shot:
         raise CoterieError(f"--shots does not apply to {METHOD}; put solved examples into the rows' prompts")
 
 

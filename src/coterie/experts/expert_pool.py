@@ -11,7 +11,7 @@ from coterie.artifacts import FORMAT, hash_text, read_json, sha256_of, write_jso
 from coterie.backbone.loading import local_weights
 from coterie.errors import CoterieError, unknown_name
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE, check_names
-from coterie.settings.commands import PoolSettings
+from coterie.settings.commands import ExpertPoolSettings
 
 POOL_FILE = "pool.json"
 FORMS = "NAME=FOLDER of an adapter, NAME=MODEL, or NAME=http://HOST/v1#MODEL"
@@ -71,7 +71,7 @@ class Pool:
         return {expert.name: {k: v for k, v in asdict(expert).items() if k != "name"} for expert in self.experts}
 
 
-def init_pool(settings: PoolSettings) -> Pool:
+def init_pool(settings: ExpertPoolSettings) -> Pool:
     """Check experts and write them to the pool's folder.
 
     Raises:

@@ -30,9 +30,13 @@ from coterie.settings.groups import (
 )
 from coterie.settings.reading import Settings
 
+SYMBOLIC_ONLY = "Serving experts (acts on runs of symbolic-moe only)"
+
 
 class ElreaSettings(Settings):
     """`coterie fit elrea`: the whole loop, from one data set to a mixture."""
+
+    command = "fit elrea"
 
     model: ModelSettings
     data: list[str] = Field(min_length=1, description="training data: JSONL file or datasets source; may be repeated")
@@ -50,6 +54,8 @@ class ElreaSettings(Settings):
 class TokenLevelSettings(Settings):
     """`coterie fit token-level`: one adapter for each domain, and centroids to route by."""
 
+    command = "fit token-level"
+
     model: ModelSettings
     data: list[str] = Field(
         min_length=1, description="NAME=SOURCE: an expert's training data, JSONL file or datasets source; repeated"
@@ -61,15 +67,20 @@ class TokenLevelSettings(Settings):
     lora: LoraSettings = LoraSettings()
     training: DomainTrainingSettings = DomainTrainingSettings()
     similarity: SimilaritySettings = SimilaritySettings()
-    renewal: ReroutingSettings = ReroutingSettings()
+    rerouting: ReroutingSettings = ReroutingSettings()
 
 
-class BankSettings(Settings):
-    """`coterie bank build`: a mixture of adapters that exist already."""
+class FromAdaptersSettings(Settings):
+    """`coterie fit from-adapters`: a mixture of adapters that exist already."""
 
-    adapter: list[str] = Field(min_length=1, description="NAME=FOLDER: an expert, a plain PEFT folder; repeated")
+    command = "fit from-adapters"
+
+    bank: str | None = Field(None, description="folder of a bank, made by coterie bank add: all its adapters")
+    adapter: list[str] = Field([], description="NAME=FOLDER: an expert, a plain PEFT folder; repeated")
     centroid_data: list[str] = Field(
-        min_length=1, description="NAME=SOURCE: texts that the expert was made for, as training data is given; repeated"
+        [],
+        description="NAME=SOURCE: texts that an expert was made for, as training data is given; repeated; default: "
+        "what its card in --bank names",
     )
     output: str = Field(description="folder to write the mixture to")
     model: str | None = Field(None, description="base model; default: the one that the adapters name")
@@ -81,11 +92,13 @@ class BankSettings(Settings):
     overwrite: bool = Field(False, description="replace the output folder if it exists")
     placement: PlacementSettings = PlacementSettings()
     similarity: SimilaritySettings = SimilaritySettings()
-    renewal: ReroutingSettings = ReroutingSettings()
+    rerouting: ReroutingSettings = ReroutingSettings()
 
 
 class BankAddSettings(Settings):
     """`coterie bank add`: adapters into a bank on disk."""
+
+    command = "bank add"
 
     folder: str = Field(description="folder of the bank; made where there is none")
     adapters: list[str] = Field(
@@ -103,12 +116,16 @@ class BankAddSettings(Settings):
 class BankVerifySettings(Settings):
     """`coterie bank verify`: whether a bank's adapters are what they were."""
 
+    command = "bank verify"
+
     folder: str = Field(description="folder of the bank")
     placement: PlacementSettings = PlacementSettings()
 
 
 class RouteSettings(Settings):
     """`coterie route`: the weights a prompt gets."""
+
+    command = "route"
 
     mixture: str = Field(description="folder of a mixture")
     placement: PlacementSettings = PlacementSettings()
@@ -118,17 +135,27 @@ class RouteSettings(Settings):
 class GenerateSettings(Settings):
     """`coterie generate`: answers of the mixture."""
 
+    command = "generate"
+
     mixture: str = Field(description="folder of a mixture")
     placement: PlacementSettings = PlacementSettings()
     routing: RoutingSettings = RoutingSettings()
     sampling: SamplingSettings = SamplingSettings()
     batch_size: int = Field(8, ge=1, description="prompts decoded together")
     output: str | None = Field(None, description="file to write the answers to, a JSON object a line")
-    work: ExpertServingSettings = ExpertServingSettings()
+    serving: ExpertServingSettings = Field(ExpertServingSettings(), title=SYMBOLIC_ONLY)
+
+
+class PlanSettings(GenerateSettings):
+    """`coterie plan`: what it will take recruited experts to answer."""
+
+    command = "plan"
 
 
 class EvaluationSettings(Settings):
     """`coterie eval`: methods of the table side by side on held-out rows."""
+
+    command = "eval"
 
     mixture: str = Field(description="folder of a mixture")
     data: list[str] = Field(min_length=1, description="test data: JSONL file or datasets source; may be repeated")
@@ -141,9 +168,7 @@ class EvaluationSettings(Settings):
     control: str | None = Field(
         None, description="method that the others are compared with; default: base, or the first one where it is not"
     )
-    every: str | None = Field(
-        None, description="compare token-level with its weights renewed at every N-th token; several: 1,2,inf"
-    )
+    every: str | None = Field(None, description="compare token-level re-routed at every N-th token; several: 1,2,inf")
     limit: int | None = Field(None, ge=1, description="use only the first N examples of every data source")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
     generate: bool = Field(True, description="let every method answer; without it only likelihoods are measured")
@@ -154,27 +179,44 @@ class EvaluationSettings(Settings):
     batch_size: int = Field(8, ge=1, description="prompts decoded together")
     placement: PlacementSettings = PlacementSettings()
     sampling: SamplingSettings = SamplingSettings()
-    grid: ExtrasSettings = ExtrasSettings()
-    few_shot: FewShotSettings = FewShotSettings()
-    work: ExpertServingSettings = ExpertServingSettings()
+    extras: ExtrasSettings | None = None
+    solved: FewShotSettings = FewShotSettings()
+    serving: ExpertServingSettings = Field(ExpertServingSettings(), title=SYMBOLIC_ONLY)
 
 
-class PoolSettings(Settings):
-    """`coterie pool init`: experts of any kind by name."""
+class TrainExtrasSettings(Settings):
+    """`coterie train-extras`: what methods need beyond a fitted run, into the run's folder."""
 
-    folder: str = Field(description="folder of the pool")
+    command = "train-extras"
+
+    mixture: str = Field(description="folder of a mixture")
+    methods: str = Field(
+        "all", description="methods that are to be ready, separated by commas, or all; see `coterie methods`"
+    )
+    placement: PlacementSettings = PlacementSettings()
+    extras: ExtrasSettings = ExtrasSettings()
+
+
+class ExpertPoolSettings(Settings):
+    """`coterie experts init`: experts of any kind by name."""
+
+    command = "experts init"
+
+    folder: str = Field(description="folder of the experts")
     expert: list[str] = Field(
         min_length=1,
         description="NAME=SOURCE, may be repeated: an adapter's folder, a base model, or an endpoint as URL#MODEL",
     )
     base: str | None = Field(None, description="base model of the adapters; default: the one that each adapter names")
-    overwrite: bool = Field(False, description="replace the pool's list of experts")
+    overwrite: bool = Field(False, description="replace the folder's list of experts")
 
 
 class ProfileSettings(Settings):
-    """`coterie profile`: what the experts of a pool are good at, skill by skill."""
+    """`coterie profile`: what experts are good at, skill by skill."""
 
-    folder: str = Field(description="folder of the pool")
+    command = "profile"
+
+    folder: str = Field(description="folder of the experts")
     data: list[str] = Field(min_length=1, description="validation data: JSONL file or datasets source; may be repeated")
     limit: int | None = Field(None, ge=1, description="use only the first N examples of every data source")
     overwrite: bool = Field(False, description="replace the profile; replies that still hold are not asked for again")
@@ -184,14 +226,16 @@ class ProfileSettings(Settings):
     batch_size: int = Field(8, ge=1, description="questions decoded together")
     skill: SkillSettings = SkillSettings()
     placement: PlacementSettings = PlacementSettings()
-    work: ExpertServingSettings = ExpertServingSettings()
+    serving: ExpertServingSettings = ExpertServingSettings()
     sampling: SamplingSettings = SamplingSettings()
 
 
 class SymbolicSettings(Settings):
     """`coterie fit symbolic-moe`: recruiting by skills, and who makes one answer of several (Chen et al. 2025)."""
 
-    pool: str = Field(description="folder of a pool that was profiled")
+    command = "fit symbolic-moe"
+
+    experts: str = Field(description="folder of experts that were profiled")
     output: str = Field(description="folder to write the method to")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
     aggregator: str = Field(
@@ -204,12 +248,14 @@ class SymbolicSettings(Settings):
     batch_size: int = Field(8, ge=1, description="questions decoded together")
     recruiting: RecruitSettings = RecruitSettings()
     placement: PlacementSettings = PlacementSettings()
-    work: ExpertServingSettings = ExpertServingSettings()
+    serving: ExpertServingSettings = ExpertServingSettings()
     sampling: SamplingSettings = SamplingSettings()
 
 
 class GatherSettings(Settings):
     """`coterie gather`: rows of open data for a task of which a few examples are known."""
+
+    command = "gather"
 
     shots: list[str] = Field(min_length=1, description="the task's examples: JSONL file or datasets source; repeated")
     pool: list[str] = Field(min_length=1, description="open data to choose from, as shots are given; may be repeated")
@@ -220,14 +266,16 @@ class GatherSettings(Settings):
     embeddings: str | None = Field(
         None, description="folder that keeps embeddings for later; default: the user's cache"
     )
-    limit: int | None = Field(None, ge=1, description="use only the first N rows of every pool")
+    limit: int | None = Field(None, ge=1, description="use only the first N rows of every source of open data")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
-    selection: GatherRowsSettings = GatherRowsSettings()
+    rows: GatherRowsSettings = GatherRowsSettings()
     placement: PlacementSettings = PlacementSettings()
 
 
 class SelectSettings(Settings):
     """`coterie select`: adapters of a bank for a task of which a few examples are known (arXiv 2408.15915)."""
+
+    command = "select"
 
     folder: str = Field(description="folder of a bank, made by coterie bank add")
     shots: list[str] = Field(min_length=1, description="the task's examples: JSONL file or datasets source; repeated")
@@ -235,13 +283,15 @@ class SelectSettings(Settings):
     limit: int | None = Field(None, ge=1, description="use only the first N shots of every source (the paper's K)")
     system_prompt: str | None = Field(None, description="system prompt of every prompt; default: the template's own")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
-    choice: SelectAdaptersSettings = SelectAdaptersSettings()
+    adapters: SelectAdaptersSettings = SelectAdaptersSettings()
     rationale: RationaleSettings = RationaleSettings()
     placement: PlacementSettings = PlacementSettings()
 
 
 class KshotSettings(Settings):
     """`coterie fit kshot-moe`: from a few examples, a bank and open data to a task's mixture (arXiv 2408.15915)."""
+
+    command = "fit kshot-moe"
 
     bank: str = Field(description="folder of a bank, made by coterie bank add")
     shots: list[str] = Field(min_length=1, description="the task's examples: JSONL file or datasets source; repeated")
@@ -250,17 +300,17 @@ class KshotSettings(Settings):
     limit: int | None = Field(None, ge=1, description="use only the first N shots of every source (the paper's K)")
     encoder: str = Field(
         "minilm",
-        description="text encoder that compares the pool with the shots: minilm, hidden (the base model's own states), "
-        "or a folder",
+        description="text encoder that compares open data with the shots: minilm, hidden (the base model's own "
+        "states), or a folder",
     )
     embeddings: str | None = Field(
         None, description="folder that keeps embeddings for later; default: the user's cache"
     )
     seed: int = Field(0, ge=0, description="seed of gates, shuffling and dropout")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
-    choice: SelectAdaptersSettings = SelectAdaptersSettings()
+    adapters: SelectAdaptersSettings = SelectAdaptersSettings()
     rationale: RationaleSettings = RationaleSettings()
-    selection: GatherRowsSettings = GatherRowsSettings()
+    rows: GatherRowsSettings = GatherRowsSettings()
     gates: GateSettings = GateSettings()
     training: TaskTrainingSettings = TaskTrainingSettings()
     placement: PlacementSettings = PlacementSettings()

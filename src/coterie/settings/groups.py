@@ -21,7 +21,7 @@ def _check_every(written: str | None) -> str | None:
 
 NEVER = "inf"
 Every = Annotated[str, AfterValidator(_check_every)]
-"""After how many tokens weights are renewed, as it is written; see `rerouting_interval`."""
+"""After how many tokens an answer is re-routed, as it is written; see `rerouting_interval`."""
 
 
 def rerouting_interval(every: str) -> int | None:
@@ -30,7 +30,7 @@ def rerouting_interval(every: str) -> int | None:
 
 
 class PlacementSettings(Settings):
-    """How a base model is held in memory."""
+    """Holding the base model in memory."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of the base weights; auto: float32 on CPU, the checkpoint's own elsewhere"
@@ -40,7 +40,7 @@ class PlacementSettings(Settings):
 
 
 class ModelSettings(PlacementSettings):
-    """Which base model, and how it is held in memory."""
+    """The base model, and how it is held in memory."""
 
     model: str = Field(
         description="base model: hub id, local folder, .gguf file, or an alias: smollm2-135m, gemma3-270m"
@@ -58,7 +58,7 @@ class LoraSettings(Settings):
 
 
 class TrainingSettings(Settings):
-    """Training of an adapter from a fresh start, such as the base adapter on all data."""
+    """Training of an adapter from a fresh start."""
 
     epochs: int = Field(2, ge=1, description="epochs of an adapter that is trained from a fresh start")
     learning_rate: float = Field(5e-5, gt=0, description="its peak learning rate, decaying linearly to 0")
@@ -72,14 +72,14 @@ class TrainingSettings(Settings):
 
 
 class ExpertSettings(Settings):
-    """Training of one expert per cluster, continued from the base adapter."""
+    """Training of the clusters' experts, continued from the base adapter."""
 
     expert_epochs: int = Field(2, ge=1, description="epochs of every cluster's expert")
     expert_learning_rate: float = Field(2e-5, gt=0, description="peak learning rate of the experts")
 
 
 class FeatureSettings(Settings):
-    """How a prompt is described by its gradient."""
+    """Gradient features of prompts."""
 
     form: FeatureForm = Field("adam", description="adam (the paper's), adam-centred (minus the training mean) or sgd")
     projection: Projection = Field("sketch", description="sketch (fast) or rademacher (the paper's dense +-1)")
@@ -92,7 +92,7 @@ class FeatureSettings(Settings):
 
 
 class ClusterSettings(Settings):
-    """How training rows are grouped."""
+    """Clustering of training rows."""
 
     clusters: int = Field(5, ge=2, description="clusters asked for in the first round")
     cluster_rounds: int = Field(3, ge=1, le=3, description="rounds of splitting clusters that stayed too large")
@@ -105,7 +105,7 @@ class ClusterSettings(Settings):
 
 
 class SimilaritySettings(Settings):
-    """How a text is compared with what every expert was made for."""
+    """Routing by similarity to what every expert was made for."""
 
     encoder: str = Field(
         "minilm", description="text encoder: minilm, hidden (the base model's own states), or a folder"
@@ -130,20 +130,23 @@ class SimilaritySettings(Settings):
 
 
 class DomainTrainingSettings(TrainingSettings):
-    """Training of one adapter per domain: at the rate that is usual for LoRA, since nothing continues from it."""
+    """Training of one adapter per domain.
+
+    The rate is the usual one for LoRA, since nothing continues from these adapters.
+    """
 
     learning_rate: float = Field(2e-4, gt=0, description="its peak learning rate, decaying linearly to 0")
 
 
 class ReroutingSettings(Settings):
-    """When the weights are renewed while an answer is written."""
+    """Re-routing while an answer is written."""
 
-    every: Every = Field("1", description="renew the weights at every N-th token of an answer; inf: never")
+    every: Every = Field("1", description="re-route at every N-th token of an answer; inf: never")
     cache: CacheUse = Field("keep", description="keep what earlier weights left in the KV cache, or recompute it")
 
 
 class SamplingSettings(Settings):
-    """How tokens are chosen from the combined distribution."""
+    """Sampling of tokens."""
 
     max_new_tokens: int = Field(64, ge=1, description="longest answer in tokens")
     temperature: float = Field(0.0, ge=0, description="0: greedy; above: sampling temperature")
@@ -157,7 +160,7 @@ class SamplingSettings(Settings):
 
 
 class ExpertServingSettings(Settings):
-    """How several models and endpoints share one machine and one network."""
+    """Serving several models and endpoints side by side."""
 
     memory: float | None = Field(
         None, gt=0, description="GiB that loaded models may take together; default: what is free at the start"
@@ -169,22 +172,22 @@ class ExpertServingSettings(Settings):
 
 
 class RoutingSettings(Settings):
-    """Changes to a mixture's own router, for one call."""
+    """Another router, combiner or method for this call."""
 
-    router: str | None = Field(None, description="use another router: uniform, or the name of one expert")
+    router: str | None = Field(None, description="use another router, such as uniform, or one expert by its name")
     combiner: str | None = Field(
         None, description="let experts meet elsewhere: logits, layers, weights, weights:svd:16 and others, or texts"
     )
     method: str | None = Field(None, description="answer as another method of the table does; see `coterie methods`")
     top_k_experts: int | None = Field(None, ge=1, description="keep only the K experts with the largest weights")
     every: Annotated[str | None, AfterValidator(_check_every)] = Field(
-        None, description="renew the weights at every N-th token of an answer, or never (inf); default: as fitted"
+        None, description="re-route at every N-th token of an answer, or never (inf); default: as fitted"
     )
     cache: CacheUse | None = Field(None, description="with --every: keep or recompute what earlier weights have left")
 
 
 class ExtrasSettings(Settings):
-    """How the experts, gates and routers are trained that methods need beyond a fitted run."""
+    """Training of what methods need beyond a fitted run."""
 
     encoder: str = Field(
         "minilm",
@@ -200,26 +203,26 @@ class ExtrasSettings(Settings):
 
 
 class FewShotSettings(Settings):
-    """Few-shot prompting: solved examples of the same task before every question."""
+    """Few-shot prompting: solved examples before every question."""
 
-    shots: list[str] = Field([], description="data to take solved examples from; may be repeated")
-    shot_count: int = Field(3, ge=1, description="solved examples before a question, of its own source and category")
+    few_shot: list[str] = Field([], description="data to take solved examples from; may be repeated")
+    few_shot_count: int = Field(
+        3, ge=1, description="solved examples before a question, of its own source and category"
+    )
     longest_prompt: int = Field(
         1200, ge=8, description="tokens of a prompt; solved examples are left out until it fits"
     )
 
 
 class SkillSettings(Settings):
-    """How the skills that a question needs are found."""
+    """Finding the skills that a question needs."""
 
     skills: Literal["keywords", "choice", "category"] = Field(
         "keywords",
         description="keywords: a model names them, 5 samples a question; choice: it picks from a list, one prefill a "
         "question; category: the rows bring them",
     )
-    skill_expert: str | None = Field(
-        None, description="expert of the pool that is asked for skills; default: the first"
-    )
+    skill_expert: str | None = Field(None, description="expert that is asked for skills; default: the first")
     skill_list: str | None = Field(
         None, description="skills to choose from, separated by commas; default: the categories of the rows"
     )
@@ -230,7 +233,7 @@ class SkillSettings(Settings):
 
 
 class RecruitSettings(Settings):
-    """How experts are recruited for a question."""
+    """Recruiting experts for a question."""
 
     recruits: int = Field(3, ge=1, description="experts drawn for every question")
     profile: Literal["counts", "shrunk"] = Field(
@@ -246,7 +249,7 @@ class RecruitSettings(Settings):
 
 
 class GatherRowsSettings(Settings):
-    """Which rows of a pool are chosen: similar to some examples, and diverse among themselves."""
+    """Gathering rows of open data: similar to the shots, diverse among themselves."""
 
     budget: int = Field(1000, ge=1, description="rows to choose")
     rule: SimilarityRule = Field("max-cosine", description="similar: to one example, to their hull, or where dense")
@@ -256,11 +259,14 @@ class GatherRowsSettings(Settings):
     )
     tau: float = Field(0.9, gt=0, le=1, description="chosen rows have at most this cosine among themselves")
     exclude_tau: float = Field(0.9, gt=0, le=1, description="largest cosine to an example or an excluded row")
-    block_rows: int = Field(8192, ge=1, description="pool rows held in memory at a time")
+    block_rows: int = Field(8192, ge=1, description="rows of open data held in memory at a time")
 
 
 class RationaleSettings(Settings):
-    """The reasoning behind the shots' answers, whose perplexity tells how well an adapter follows it."""
+    """Rationales: the reasoning behind the shots' answers.
+
+    Their perplexity tells how well an adapter follows it.
+    """
 
     rationales: str = Field(
         "data",
@@ -274,7 +280,7 @@ class RationaleSettings(Settings):
 
 
 class SelectAdaptersSettings(Settings):
-    """Which adapters of a bank are chosen for a task, by its shots (arXiv 2408.15915, algorithm 1)."""
+    """Selecting adapters by the shots (arXiv 2408.15915, algorithm 1)."""
 
     keep: int = Field(4, ge=1, description="adapters to choose (the paper's N)")
     candidates: int = Field(8, ge=1, description="best adapters from which the most diverse group is taken (M)")
@@ -298,9 +304,9 @@ class SelectAdaptersSettings(Settings):
 
 
 class GateSettings(Settings):
-    """How the gates of a token-gated mixture begin, and what is trained."""
+    """Token gates of the mixture."""
 
-    top_k: int = Field(2, ge=1, description="experts that take part at every token of every layer")
+    top_k_experts: int = Field(2, ge=1, description="experts that take part at every token of every layer")
     gate_start: Literal["random", "arrow"] = Field(
         "random", description="gates at the start: random, as published, or the experts' strongest directions (Arrow)"
     )
@@ -310,7 +316,7 @@ class GateSettings(Settings):
 
 
 class TaskTrainingSettings(TrainingSettings):
-    """Training of a task's mixture, as published."""
+    """Training of the task's mixture, as published."""
 
     epochs: int = Field(5, ge=1, description="epochs over shots and gathered rows")
     batch_size: int = Field(32, ge=1, description="examples per optimiser step")

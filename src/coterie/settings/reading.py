@@ -1,12 +1,13 @@
 """Settings in their three forms: an object, flat flags with plain names, groups in YAML."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from coterie.errors import CoterieError, unknown_name
+from coterie.settings.old_spellings import current_names
 
 
 class Settings(BaseModel):
@@ -14,18 +15,22 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
+    command: ClassVar[str] = ""
+    """The command that these are the settings of; a group belongs to none."""
+
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
-def flat_fields(kind: type[Settings]) -> Iterator[tuple[str, FieldInfo]]:
-    """Yield every field with its plain name, groups opened up."""
+def flat_fields(kind: type[Settings], title: str | None = None) -> Iterator[tuple[str, FieldInfo, str | None]]:
+    """Yield every field with its plain name and the title of its group, groups opened up."""
     for name, field in kind.model_fields.items():
         group = _group(field)
         if group is None:
-            yield name, field
+            yield name, field, title
         else:
-            yield from flat_fields(group)
+            first_line = (group.__doc__ or "").partition("\n")[0].removesuffix(".")
+            yield from flat_fields(group, field.title or first_line)
 
 
 def from_flat(kind: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
@@ -34,21 +39,13 @@ def from_flat(kind: type[AnySettings], values: Mapping[str, Any]) -> AnySettings
     Raises:
         CoterieError: for an unknown name or a value that does not fit, naming the field, its value and the reason.
     """
-    known = [name for name, _ in flat_fields(kind)]
+    values = current_names(kind.command, values)
+    known = [name for name, _, _ in flat_fields(kind)]
     for name in values:
         if name not in known:
             raise unknown_name("setting", name, known)
-    return checked(kind, _grouped(kind, values))
-
-
-def checked(kind: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
-    """Build settings from grouped values, as they stand in a YAML file.
-
-    Raises:
-        CoterieError: for an unknown name or a value that does not fit.
-    """
     try:
-        return kind(**values)
+        return kind(**_grouped(kind, values))
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][-1]).replace("_", "-") if first["loc"] else "settings"
@@ -57,17 +54,37 @@ def checked(kind: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
         raise CoterieError(f"--{name}: {message[:1].lower()}{message[1:]}{given}") from error
 
 
+def checked(kind: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
+    """Build settings from grouped values, as they stand in a YAML file or a run's record, whatever the groups' names.
+
+    Raises:
+        CoterieError: for an unknown name or a value that does not fit.
+    """
+    return from_flat(kind, flat_values(values))
+
+
+def flat_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Open up the groups of settings as they stand in a record; None stands for a default."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flat_values(value) if isinstance(value, Mapping) else {} if value is None else {name: value}
+    return flat
+
+
 def _group(field: FieldInfo) -> type[Settings] | None:
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, Settings) else None
+    """Return which group a field holds, also one that may be left out."""
+    kinds = get_args(field.annotation) or (field.annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Settings)), None)
 
 
 def _grouped(kind: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, field in kind.model_fields.items():
         group = _group(field)
-        if group is not None:
-            result[name] = _grouped(group, values)
-        elif name in values:
+        if group is None and name in values:
             result[name] = values[name]
+        elif group is not None and (inner := _grouped(group, values)):
+            result[name] = inner
+        elif group is not None and field.is_required():
+            result[name] = {}
     return result

@@ -120,7 +120,7 @@ def select_adapters(settings: SelectSettings) -> Selected:
     """
     output = Path(settings.output)
     check_output(output, overwrite=settings.overwrite)
-    data = load_shots(settings.shots, settings.choice.exclude, settings.limit)
+    data = load_shots(settings.shots, settings.adapters.exclude, settings.limit)
     task = open_task(settings.folder, data, settings.placement, settings.system_prompt)
     with run_folder(output, "select", settings.model_dump(), task.inputs()) as run:
         return select_into(run.path, task, settings, run.cached)
@@ -132,9 +132,9 @@ def select_into(folder: Path, task: Task, settings: SelectSettings | KshotSettin
     Raises:
         CoterieError: as `select_adapters`.
     """
-    batch = settings.choice.scoring_batch_size
+    batch = settings.adapters.scoring_batch_size
     rationales = with_rationales(task.shots, settings.rationale, settings.placement, batch)
-    selected = choose(Scoring(task, rationales, settings.choice, cached))
+    selected = choose(Scoring(task, rationales, settings.adapters, cached))
     write_jsonl(folder / SCORES_FILE, selected.scores)
     write_json(folder / SELECTION_FILE, selected.record)
     return selected

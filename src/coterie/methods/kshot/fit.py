@@ -57,7 +57,7 @@ def fit_kshot(settings: KshotSettings) -> Mixture:
     """
     output = Path(settings.output)
     check_output(output, overwrite=settings.overwrite)
-    data = load_shots(settings.shots, settings.choice.exclude, settings.limit)
+    data = load_shots(settings.shots, settings.adapters.exclude, settings.limit)
     task = open_task(settings.bank, data, settings.placement, settings.training.system_prompt)
     inputs = {**task.inputs(), **_pool_hashes(settings.pool)}
     with run_folder(output, f"fit {METHOD}", settings.model_dump(), inputs) as run:
@@ -85,10 +85,10 @@ def _gathered(run: RunFolder, task: Task, settings: KshotSettings) -> list[Examp
         shots=settings.shots,
         pool=settings.pool,
         output=settings.output,
-        exclude=settings.choice.exclude,
+        exclude=settings.adapters.exclude,
         encoder=settings.encoder,
         embeddings=settings.embeddings,
-        selection=settings.selection,
+        rows=settings.rows,
         placement=settings.placement,
     )
     given = {"shots": task.shots, "exclude": task.excluded}

@@ -174,8 +174,8 @@ def gather_into(
 
 def _gather(folder: Path, task: _Task, encoder: TextEncoder, settings: GatherSettings) -> None:
     store = EmbeddingStore(encoder, Path(settings.embeddings).expanduser() if settings.embeddings else None)
-    vectors = _embed(task, store, settings.selection.block_rows)
-    selection = _select(task, vectors, settings.selection)
+    vectors = _embed(task, store, settings.rows.block_rows)
+    selection = _select(task, vectors, settings.rows)
     drawn = drawn_rows(selection.outcomes, task.keys)
     examples = dict(task.index.read(task.fresh[np.union1d(selection.rows, drawn)]))
     write_jsonl(folder / GATHERED_FILE, _records(task, selection, examples))
@@ -281,7 +281,7 @@ def _summary(task: _Task, selection: RowSelection, settings: GatherSettings) -> 
     pools = np.bincount(index.pool_of(fresh[selection.rows]), minlength=len(index.pools)).tolist()
     shots = np.bincount(measured.nearest[selection.rows], minlength=len(task.shots)).tolist()
     return {
-        **settings.selection.model_dump(exclude={"block_rows"}),
+        **settings.rows.model_dump(exclude={"block_rows"}),
         "encoder": settings.encoder,
         "rows": len(index),
         "fates": _fates(index, selection),

@@ -47,7 +47,7 @@ class TaskRecipe:
             CoterieError: when one of them is gone, or has changed.
         """
         settings = self.settings
-        data = load_shots(settings.shots, settings.choice.exclude, settings.limit)
+        data = load_shots(settings.shots, settings.adapters.exclude, settings.limit)
         task = open_task(
             settings.bank, data, settings.placement, settings.training.system_prompt, self.mixture.backbone
         )

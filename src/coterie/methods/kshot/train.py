@@ -83,7 +83,7 @@ def tune(
 def gate_options(settings: KshotSettings, experts: int) -> dict[str, Any]:
     """Return how a mixture's gates turn scores into weights."""
     score = "arrow" if settings.gates.gate_start == "arrow" else "linear"
-    return {"top_k": min(settings.gates.top_k, experts), "score": score}
+    return {"top_k": min(settings.gates.top_k_experts, experts), "score": score}
 
 
 def _tell_collapse(trained: TrainedMixture) -> None:

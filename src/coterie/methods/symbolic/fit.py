@@ -192,7 +192,7 @@ def fit_symbolic(settings: SymbolicSettings) -> Symbolic:
     """
     output = Path(settings.output)
     check_output(output, overwrite=settings.overwrite)
-    folder = Path(settings.pool)
+    folder = Path(settings.experts)
     pool = read_pool(folder)
     profiled = read_profile(folder / PROFILE)
     if profiled.profile.experts != pool.names or profiled.identities != {e.name: e.identity for e in pool.experts}:
@@ -224,7 +224,7 @@ def _judged(settings: SymbolicSettings, pool: Pool, profiled: Profiled) -> Skill
     if not tasks:
         logger.warning("no validation question has a right and a wrong answer, so %s is the aggregator", WEIGHTED)
         return None
-    with open_scheduler(pool, settings, Path(settings.pool) / REPLIES) as scheduler:
+    with open_scheduler(pool, settings, Path(settings.experts) / REPLIES) as scheduler:
         return judge_aggregators(scheduler, profiled, tasks, settings.recruiting, settings.sampling)
 
 

@@ -161,7 +161,7 @@ def plan_work(
     counting = _Counting(tallies, _paces(fitted))
     sizes = groups_for(fitted.pool, settings)
     groups = [replace(group, load=lambda: counting) for group in sizes]
-    budget = budget_of(settings.work, settings.placement)
+    budget = budget_of(settings.serving, settings.placement)
     identities = {expert.name: expert.identity for expert in fitted.pool.experts}
     cache = ReplyCache(replies, read_only=True)
     with ExpertScheduler(groups, identities, cache, budget, quiet=True) as scheduler:

@@ -46,7 +46,7 @@ def open_scheduler(pool: Pool, settings: Working, cache: Path | None) -> ExpertS
     """
     identities = {expert.name: expert.identity for expert in pool.experts}
     return ExpertScheduler(
-        groups_for(pool, settings), identities, ReplyCache(cache), budget_of(settings.work, settings.placement)
+        groups_for(pool, settings), identities, ReplyCache(cache), budget_of(settings.serving, settings.placement)
     )
 
 
@@ -57,7 +57,7 @@ def groups_for(pool: Pool, settings: Working) -> list[ExpertGroup]:
         CoterieError: when a model does not exist.
     """
     new_tokens = settings.sampling.max_new_tokens
-    return groups_of(pool, settings.placement, settings.work, batch_size=settings.batch_size, new_tokens=new_tokens)
+    return groups_of(pool, settings.placement, settings.serving, batch_size=settings.batch_size, new_tokens=new_tokens)
 
 
 def load_questions(sources: Sequence[str], limit: int | None = None) -> list[Example]:

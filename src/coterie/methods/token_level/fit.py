@@ -32,7 +32,7 @@ from coterie.methods.token_level.centroids import similarity_router
 from coterie.mixture import Mixture
 from coterie.routers.fixed import uniform
 from coterie.routers.token import TokenLevel
-from coterie.settings.commands import BankSettings, TokenLevelSettings
+from coterie.settings.commands import FromAdaptersSettings, TokenLevelSettings
 from coterie.settings.groups import ModelSettings, ReroutingSettings, SimilaritySettings, rerouting_interval
 from coterie.settings.reading import from_flat
 
@@ -93,7 +93,7 @@ def fit_token_level(settings: TokenLevelSettings, given: Mapping[str, list[Examp
         logs = [entry for name in kept for entry in read_log(run.path / "training" / name)]
         write_jsonl(run.path / "metrics.jsonl", logs)
         parts = _Parts(backbone, prompts, kept, folders, settings.seed)
-        mixture = _assemble(run, parts, settings.similarity, settings.renewal)
+        mixture = _assemble(run, parts, settings.similarity, settings.rerouting)
         shutil.rmtree(run.path / "training")
     return replace(mixture, folder=output)
 
@@ -111,7 +111,7 @@ def from_adapters(
         adapters: plain PEFT folders, by name.
         texts: of every adapter, by name: a JSONL file or `datasets` source, several of them, or examples.
         output: folder to write the mixture to.
-        **settings: fields of `BankSettings` and its groups by their plain names, such as model="smollm2-135m".
+        **settings: fields of `FromAdaptersSettings` and its groups by their plain names, such as model="smollm2-135m".
 
     Raises:
         CoterieError: for an adapter that does not fit, an expert without texts, or an output folder that exists.
@@ -119,10 +119,10 @@ def from_adapters(
     named, given = _named_sources(texts)
     own = [f"{name}={folder}" for name, folder in adapters.items()]
     flat = {"adapter": own, "centroid_data": named, "output": str(output), **settings}
-    return fit_from_adapters(from_flat(BankSettings, flat), given)
+    return fit_from_adapters(from_flat(FromAdaptersSettings, flat), given)
 
 
-def fit_from_adapters(settings: BankSettings, given: Mapping[str, list[Example]] | None = None) -> Mixture:
+def fit_from_adapters(settings: FromAdaptersSettings, given: Mapping[str, list[Example]] | None = None) -> Mixture:
     """Make a mixture of adapters that exist already: check them, copy them, place centroids.
 
     Raises:
@@ -142,10 +142,10 @@ def fit_from_adapters(settings: BankSettings, given: Mapping[str, list[Example]]
     kept = {name: tokenise(prompts, examples[name], settings.max_length) for name in adapters}
     hashes = {f"adapter {name}": sha256_of(folder / WEIGHTS_FILE) for name, folder in adapters.items()}
     inputs = {**_inputs(examples, backbone), **hashes}
-    with run_folder(output, "bank build", settings.model_dump(), inputs) as run:
+    with run_folder(output, settings.command, settings.model_dump(), inputs) as run:
         folders = {name: run.stage(f"experts/{name}", adapter_copier(folder)) for name, folder in adapters.items()}
         parts = _Parts(backbone, prompts, kept, folders, settings.seed)
-        mixture = _assemble(run, parts, settings.similarity, settings.renewal)
+        mixture = _assemble(run, parts, settings.similarity, settings.rerouting)
     return replace(mixture, folder=output)
 
 
