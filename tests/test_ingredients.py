@@ -13,8 +13,9 @@ from coterie.artifacts import read_json, read_jsonl
 from coterie.backbone.layers import linear_shapes
 from coterie.data.examples import load_examples
 from coterie.errors import CoterieError
-from coterie.experts import gating
-from coterie.experts.gating import GatedModel, train_gates
+from coterie.experts import training
+from coterie.experts.gated_model import GatedModel
+from coterie.experts.gates_training import train_gates
 from coterie.experts.training import TrainingCollator, TrainingPlan
 from coterie.lora import LoraPair
 from coterie.methods.elrea import extras as cluster_kinds
@@ -193,7 +194,7 @@ def test_an_interrupted_training_of_gates_ends_with_the_same_gates(mixture, two_
         raise StoppedError
 
     with monkeypatch.context() as patch:
-        original = gating.make_trainer
+        original = training.make_trainer
 
         def stopping(*args, **kwargs):
             trainer = original(*args, **kwargs)
@@ -207,7 +208,7 @@ def test_an_interrupted_training_of_gates_ends_with_the_same_gates(mixture, two_
             trainer.training_step = counted
             return trainer
 
-        patch.setattr(gating, "make_trainer", stopping)
+        patch.setattr(training, "make_trainer", stopping)
         with pytest.raises(StoppedError):
             train_gates(mixture.backbone, experts, rows, plan(epochs=2), tmp_path / "parts")
     assert (tmp_path / "parts" / "trainer").exists()

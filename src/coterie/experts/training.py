@@ -71,30 +71,48 @@ def train_adapter(
     set_seed(plan.seed)
     with _adapted(backbone, start) as model:
         keeper = _EpochKeeper(folder, plan, backbone.identity.id)
-        trainer = make_trainer(backbone, model, rows, plan, folder / "trainer")
-        trainer.add_callback(keeper)
-        with progress_of(trainer, plan.label):
-            trainer.train(resume_from_checkpoint=last_full_checkpoint(folder / "trainer"))
-        save_adapter(model, folder, backbone.identity.id)
-    write_jsonl(folder / LOG_FILE, logged(trainer, plan.label))
-    shutil.rmtree(folder / "trainer")
+        with trained(backbone, model, rows, plan, folder, keeper):
+            save_adapter(model, folder, backbone.identity.id)
 
 
 @contextmanager
-def progress_of(trainer: Trainer, label: str) -> Iterator[None]:
-    """Show a bar while the trainer runs."""
-    bar = _ProgressBar(label)
-    trainer.add_callback(bar)
+def trained(
+    backbone: Backbone,
+    model: nn.Module,
+    rows: Sequence[TokenRow],
+    plan: TrainingPlan,
+    folder: Path,
+    callback: TrainerCallback,
+    also: Sequence[str] = (),
+) -> Iterator[None]:
+    """Train a model, from its last full epoch in `folder` if there is one, and keep the result in the body.
+
+    The log is left in `folder`, one entry a step. What an interrupted training goes on from is deleted last.
+
+    Args:
+        backbone: the base model.
+        model: takes what `TrainingCollator` makes and returns a loss.
+        rows: what is trained on.
+        plan: how.
+        folder: where the training works, and leaves its log.
+        callback: joins the training.
+        also: what else is taken from the trainer's log, by name.
+
+    Raises:
+        CoterieError: when the loss is not finite.
+    """
+    working = folder / "trainer"
+    bar = _ProgressBar(plan.label)
+    trainer = make_trainer(backbone, model, rows, plan, working, [callback, bar])
     try:
-        yield
+        trainer.train(resume_from_checkpoint=_last_full_checkpoint(working))
     finally:
         bar.close()
-
-
-def logged(trainer: Trainer, label: str, also: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Return the losses that a training logged, one entry a step, and what else stands in these entries by name."""
+    yield
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return [{"stage": label, **{key: entry[key] for key in (*LOGGED, *also)}} for entry in history]
+    log = [{"stage": plan.label, **{key: entry[key] for key in (*LOGGED, *also)}} for entry in history]
+    write_jsonl(folder / LOG_FILE, log)
+    shutil.rmtree(working)
 
 
 def save_adapter(model: PeftModel, folder: Path, base_id: str) -> None:
@@ -128,7 +146,15 @@ def write_null_adapter(backbone: Backbone, folder: Path) -> None:
 def _adapted(backbone: Backbone, start: Path | LoraSettings) -> Iterator[PeftModel]:
     """Put an adapter into the base model for training, and take it out again."""
     if isinstance(start, LoraSettings):
-        model = get_peft_model(backbone.model, _lora_config(start))
+        targets = start.target_modules
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=start.rank,
+            lora_alpha=start.alpha or 4 * start.rank,
+            lora_dropout=start.dropout,
+            target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
+        )
+        model = get_peft_model(backbone.model, config)
     else:
         model = PeftModel.from_pretrained(backbone.model, start, is_trainable=True)
     try:
@@ -138,19 +164,13 @@ def _adapted(backbone: Backbone, start: Path | LoraSettings) -> Iterator[PeftMod
         backbone.model.eval()
 
 
-def _lora_config(settings: LoraSettings) -> LoraConfig:
-    targets = settings.target_modules
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.rank,
-        lora_alpha=settings.alpha or 4 * settings.rank,
-        lora_dropout=settings.dropout,
-        target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
-    )
-
-
 def make_trainer(
-    backbone: Backbone, model: nn.Module, rows: Sequence[TokenRow], plan: TrainingPlan, folder: Path
+    backbone: Backbone,
+    model: nn.Module,
+    rows: Sequence[TokenRow],
+    plan: TrainingPlan,
+    folder: Path,
+    callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
     """Build the trainer of a plan; `model` takes what `TrainingCollator` makes and returns a loss."""
     dtype = backbone.model.dtype
@@ -182,6 +202,8 @@ def make_trainer(
     trainer = Trainer(model, arguments, train_dataset=data, data_collator=collate, callbacks=[_FiniteLoss()])
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     return trainer
 
 
@@ -205,7 +227,7 @@ class TrainingCollator:
         return {**batch._asdict(), "logits_to_keep": positions, "labels": kept, "shift_labels": kept}
 
 
-def last_full_checkpoint(folder: Path) -> str | None:
+def _last_full_checkpoint(folder: Path) -> str | None:
     """Return the newest checkpoint that was written to its end (the trainer's state is its last file)."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
     full = [path for path in found if (path / "trainer_state.json").exists()]
@@ -319,20 +341,16 @@ def load_checkpoint(folder: Path, model: nn.Module) -> Checkpoint:
     adapter = load_adapter(folder, model)
     tensors = read_tensors(folder / ADAM_TENSORS)
     record = read_json(folder / ADAM_RECORD)
+    device = next(model.parameters()).device
     wanted = [f"{path}.lora_{half}" for path in adapter for half in "AB"]
     try:
-        moments = {name: Moments(tensors[f"{name}.mean"].float(), tensors[f"{name}.square"].float()) for name in wanted}
+        kept = {name: tensors[name].to(device, torch.float32) for name in tensors}
+        moments = {name: Moments(kept[f"{name}.mean"], kept[f"{name}.square"]) for name in wanted}
         betas = (float(record["betas"][0]), float(record["betas"][1]))
         state = AdamState(moments, int(record["steps"]), float(record["learning_rate"]), betas, float(record["eps"]))
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CoterieError(f"{folder} lacks Adam's state for {error}; fit again") from error
-    return Checkpoint(adapter, _on_device(state, model))
-
-
-def _on_device(state: AdamState, model: nn.Module) -> AdamState:
-    device = next(model.parameters()).device
-    moments = {name: Moments(m.mean.to(device), m.square.to(device)) for name, m in state.moments.items()}
-    return AdamState(moments, state.steps, state.learning_rate, state.betas, state.eps)
+    return Checkpoint(adapter, state)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import torch
 from coterie.artifacts import RunFolder, write_jsonl, write_tensors
 from coterie.errors import CoterieError
 from coterie.experts.clustering import cluster
-from coterie.experts.gating import train_gates
+from coterie.experts.gates_training import train_gates
 from coterie.methods.common import BASE, base_plan, cluster_record, cluster_rows, train_clusters, train_expert
 from coterie.methods.elrea.cross_fit import judge
 from coterie.methods.elrea.run import Recipe

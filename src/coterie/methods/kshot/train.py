@@ -11,10 +11,9 @@ from torch import Tensor
 
 from coterie.artifacts import read_json, write_json
 from coterie.data.batching import TokenRow
-from coterie.experts.balance import collapsed
 from coterie.experts.bank import CONFIG_FILE, load_bank, write_adapter
-from coterie.experts.gated import GateTraining
-from coterie.experts.gating import TrainedMixture, start_gates, train_mixture
+from coterie.experts.gated_model import GateTraining
+from coterie.experts.gates_training import TrainedMixture, collapsed, start_gates, train_mixture
 from coterie.experts.training import read_log
 from coterie.methods.common import base_plan
 from coterie.methods.kshot.task import Task

@@ -17,11 +17,10 @@ from coterie.backbone.loading import load_backbone
 from coterie.data.batching import IGNORED, PromptFormat, TokenRow
 from coterie.data.examples import load_examples
 from coterie.errors import CoterieError
-from coterie.experts import gating
-from coterie.experts.balance import Tally, balance_loss, collapsed
+from coterie.experts import training
 from coterie.experts.bank import ExpertBank, load_adapter, write_adapter
-from coterie.experts.gated import GATES_ALONE, GatedModel, GateTraining
-from coterie.experts.gating import start_gates, train_mixture
+from coterie.experts.gated_model import GATES_ALONE, GatedModel, GateTraining, Tally, balance_loss
+from coterie.experts.gates_training import collapsed, start_gates, train_mixture
 from coterie.experts.training import TrainingCollator, TrainingPlan, read_log, train_adapter
 from coterie.lora import LoraPair
 from coterie.mixture.loading import RouterParts, load_router
@@ -181,8 +180,8 @@ def test_dropout_is_on_the_experts_and_not_on_the_gates(backbone, adapters, rows
     batch, gates = batch_of(backbone, rows[:2]), random_gates(backbone, adapters)
     model = GatedModel(backbone, adapters, gates, GateTraining(dropout=0.5))
     losses, first = [], []
-    for training in (True, False):
-        model.train(training).step.clear()
+    for mode in (True, False):
+        model.train(mode).step.clear()
         losses.append(float(model(**batch)["loss"].detach()))
         first.append(model.step.given[model.paths.index(LAYER)].clone())
     assert abs(losses[0] - losses[1]) > 1e-3
@@ -357,7 +356,7 @@ def stop_at_the_log(patch) -> None:
     def refuse(*args):
         raise StoppedError
 
-    patch.setattr(gating, "write_jsonl", refuse)
+    patch.setattr(training, "write_jsonl", refuse)
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from coterie.backbone.gates import Gates
+from coterie.backbone.gates import Gates, Weighing
 from coterie.backbone.layers import linear_layers, updating
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import IGNORED
 from coterie.errors import CoterieError
-from coterie.experts.balance import Tally, balance_loss
 from coterie.lora import Adapter, LoraPair, StackedPair, apply_weighted, stack
 
 
@@ -44,6 +44,61 @@ def changed_paths(adapters: Sequence[Adapter]) -> list[str]:
     if not paths:
         raise CoterieError("gates weigh what experts change, but none of these changes any layer; add another expert")
     return paths
+
+
+class Tally(nn.Module):
+    """What the gates of all layers gave to every expert, and the entropy of it, summed over tokens.
+
+    Its sums are buffers, so that they stand in checkpoints beside the weights they belong to.
+    """
+
+    given: Float[Tensor, "layer expert"]
+    entropies: Float[Tensor, " layer"]
+
+    def __init__(self, layers: int, experts: int) -> None:
+        """Start at zero."""
+        super().__init__()
+        self.register_buffer("given", torch.zeros(layers, experts))
+        self.register_buffer("entropies", torch.zeros(layers))
+
+    def count(
+        self, layer: int, weights: Float[Tensor, "row position expert"], real: Bool[Tensor, "row position"]
+    ) -> None:
+        """Add the tokens of one forward pass of a layer, those apart that are padding."""
+        weights = weights.detach() * real[..., None]
+        self.given[layer] += weights.sum(dim=(0, 1))
+        self.entropies[layer] += torch.special.entr(weights).sum()
+
+    def add(self, other: "Tally") -> None:
+        """Add what another tally of the same layers and experts has counted."""
+        self.given += other.given
+        self.entropies += other.entropies
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.given.zero_()
+        self.entropies.zero_()
+
+    def load(self) -> Float[Tensor, "layer expert"]:
+        """Return the mean weight of each expert; NaN for a layer that saw no token, as also in `entropy`."""
+        return self.given / self.given.sum(dim=-1, keepdim=True)  # the weights of a token sum to 1
+
+    def entropy(self) -> Float[Tensor, " layer"]:
+        """Return the mean entropy of the weights, in nats: 0 where a single expert acts, log E where all act alike."""
+        return self.entropies / self.given.sum(dim=-1)
+
+
+def balance_loss(weighing: Weighing, real: Bool[Tensor, "row position"]) -> Float[Tensor, ""]:
+    """Return E sum_e f_e P_e for one layer: 1 where tokens are spread evenly, E where one expert gets them all.
+
+    f_e is the share that expert e has of the chosen (token, expert) pairs, P_e its mean probability before any choice;
+    the gradient comes through P alone (Fedus et al. 2022, "Switch Transformers", arXiv 2101.03961, eq. 4). It is 1 all
+    the time, without a gradient, for gates that choose all experts.
+    """
+    counted = real[..., None]
+    pairs = (weighing.chosen & counted).sum(dim=(0, 1))
+    probabilities = (weighing.logits.softmax(dim=-1) * counted).sum(dim=(0, 1)) / real.sum()
+    return len(pairs) * (pairs / pairs.sum() * probabilities).sum()
 
 
 class GatedLayer(nn.Module):
@@ -92,7 +147,7 @@ class GatedLayer(nn.Module):
 
 
 class GatedModel(nn.Module):
-    """The base model with all experts mixed by gates; gates and, if wished, experts are its only parameters."""
+    """The base model with all experts mixed by gates; its parameters are the gates and, optionally, the experts."""
 
     def __init__(
         self, backbone: Backbone, adapters: Sequence[Adapter], gates: Gates, training: GateTraining = GATES_ALONE

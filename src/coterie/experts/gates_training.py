@@ -6,7 +6,6 @@ input, as is done here. The gates alone: MoLE as ELREA runs it, arXiv 2404.13628
 """
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,20 +15,21 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from coterie.artifacts import write_jsonl
 from coterie.backbone.gates import Gates
 from coterie.backbone.layers import linear_shapes
 from coterie.backbone.loading import Backbone
 from coterie.backbone.prototypes import prototypes
 from coterie.data.batching import TokenRow
 from coterie.errors import unknown_name
-from coterie.experts.gated import GATES_ALONE, GatedModel, GateTraining, changed_paths
-from coterie.experts.training import LOG_FILE, TrainingPlan, last_full_checkpoint, logged, make_trainer, progress_of
+from coterie.experts.gated_model import GATES_ALONE, GatedModel, GateTraining, changed_paths
+from coterie.experts.training import TrainingPlan, trained
 from coterie.lora import Adapter
 
 STARTS = ("zeros", "random", "arrow")
 WATCHED = ("expert_load", "gate_entropy")
 """What every logged step tells beyond the loss, on average over the layers."""
+COLLAPSE = 0.9
+"""A mixture that gives one expert more than this share of all weight is that expert, at the cost of all of them."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def train_mixture(
     folder: Path,
     training: GateTraining,
 ) -> TrainedMixture:
-    """Train gates, and if wished the experts they weigh, from where they stand.
+    """Train the gates and optionally the adapters, starting from the given ones.
 
     An interrupted training goes on from its last full epoch in `folder`, and ends with the same numbers.
 
@@ -127,26 +127,29 @@ def train_mixture(
     """
     set_seed(plan.seed)
     model = GatedModel(backbone, adapters, gates, training)
-    trainer = make_trainer(backbone, model, rows, plan, folder / "trainer")
-    trainer.add_callback(_Watch())
-    with progress_of(trainer, plan.label):
-        trainer.train(resume_from_checkpoint=last_full_checkpoint(folder / "trainer"))
-    write_jsonl(folder / LOG_FILE, logged(trainer, plan.label, WATCHED))
-    shutil.rmtree(folder / "trainer")
-    return _trained(model)
+    with trained(backbone, model, rows, plan, folder, _Watch(), WATCHED):
+        loads, entropies = model.epoch.load().cpu(), model.epoch.entropy().tolist()
+        seen = {path: n for n, path in enumerate(model.paths) if bool(loads[n].isfinite().all())}
+        gates = model.gates()
+        layers = {path: gate.detach() for path, gate in gates.layers.items()}
+        return TrainedMixture(
+            model.adapters(),
+            replace(gates, layers=layers).to(torch.device("cpu")),
+            {path: loads[n] for path, n in seen.items()},
+            {path: entropies[n] for path, n in seen.items()},
+        )
 
 
-def _trained(model: GatedModel) -> TrainedMixture:
-    loads, entropies = model.epoch.load().cpu(), model.epoch.entropy().tolist()
-    seen = {path: n for n, path in enumerate(model.paths) if bool(loads[n].isfinite().all())}
-    gates = model.gates()
-    layers = {path: gate.detach() for path, gate in gates.layers.items()}
-    return TrainedMixture(
-        model.adapters(),
-        replace(gates, layers=layers).to(torch.device("cpu")),
-        {path: loads[n] for path, n in seen.items()},
-        {path: entropies[n] for path, n in seen.items()},
-    )
+def collapsed(load: Mapping[str, Tensor], names: Sequence[str]) -> str | None:
+    """Return the name of the expert that gets more than `COLLAPSE` of all weight, on average over the layers, if any.
+
+    Args:
+        load: the mean weight of each expert, by module path; for example `TrainedMixture.load`.
+        names: of the experts. One alone has nobody to take anything from.
+    """
+    mean = torch.stack(list(load.values())).mean(dim=0)
+    top = int(mean.argmax())
+    return names[top] if len(names) > 1 and float(mean[top]) > COLLAPSE else None
 
 
 def train_gates(
