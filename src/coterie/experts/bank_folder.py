@@ -3,7 +3,7 @@
 `bank.json` names the base model, `experts/<name>` holds an adapter. To remove an adapter, delete its folder.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,10 +169,8 @@ def leaks(bank: BankFolder, examples: Sequence[Example]) -> dict[str, int]:
         CoterieError: when the file of an adapter's questions is missing or broken.
     """
     asked = [text_key(question_of(example)) for example in examples]
-    return {name: count for name, known in _known(bank) if (count := sum(key in known for key in asked))}
-
-
-def _known(bank: BankFolder) -> Iterator[tuple[str, frozenset[bytes]]]:
+    counts = {}
     for name in bank.names:
-        if (keys := bank.trained_on(name)) is not None:
-            yield name, keys
+        known = bank.trained_on(name) or frozenset()
+        counts[name] = sum(key in known for key in asked)
+    return {name: count for name, count in counts.items() if count}

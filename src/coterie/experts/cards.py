@@ -102,33 +102,26 @@ def check_files(folder: Path) -> None:
     if not (folder / CONFIG_FILE).is_file():
         raise CoterieError(f"{folder} holds no {CONFIG_FILE}, so it is no adapter; give a PEFT folder")
     if not (folder / WEIGHTS_FILE).is_file():
-        raise _no_weights(folder)
-    for name in ADAPTER_FILES:
-        if (folder / name).exists():
-            _check_file(folder / name)
+        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
+        if not pickles:
+            raise CoterieError(f"{folder} holds no {WEIGHTS_FILE}; get or train the adapter again")
+        raise CoterieError(
+            f"{folder} holds {printable(pickles[0], MAX_LABEL)}, but only safetensors are read, since unpickling can "
+            "run code; where you trust the file, load it with PEFT and call save_pretrained, which writes safetensors"
+        )
+    for file, limit in ((folder / name, limit) for name, limit in ADAPTER_FILES.items()):
+        if not file.exists():
+            continue
+        if not _lies_inside(file):
+            raise CoterieError(f"{file} is a link to another folder, which is not followed; put the file itself there")
+        if not file.is_file():
+            raise CoterieError(f"{file} is not a regular file; get the adapter again")
+        size = file.stat().st_size
+        if size > limit:
+            raise CoterieError(f"{file} has {size:,} bytes, more than the {limit:,} that are accepted; check the file")
 
 
-def _no_weights(folder: Path) -> CoterieError:
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
-    if not pickles:
-        return CoterieError(f"{folder} holds no {WEIGHTS_FILE}; get or train the adapter again")
-    return CoterieError(
-        f"{folder} holds {printable(pickles[0], MAX_LABEL)}, but only safetensors are read, since unpickling can run "
-        "code; where you trust the file, load it with PEFT and call save_pretrained, which writes safetensors"
-    )
-
-
-def _check_file(file: Path) -> None:
-    if not _stays(file):
-        raise CoterieError(f"{file} is a link to another folder, which is not followed; put the file itself there")
-    if not file.is_file():
-        raise CoterieError(f"{file} is not a regular file; get the adapter again")
-    size, limit = file.stat().st_size, ADAPTER_FILES[file.name]
-    if size > limit:
-        raise CoterieError(f"{file} has {size:,} bytes, more than the {limit:,} that are accepted; check the file")
-
-
-def _stays(file: Path) -> bool:
+def _lies_inside(file: Path) -> bool:
     """Tell whether a file lies in its folder, or is kept where the hub's cache keeps the files of its snapshots."""
     target, folder = file.resolve(), file.parent.resolve()
     is_blob = folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
@@ -172,7 +165,7 @@ def read_card(folder: Path) -> Card:
 
 
 def _front_matter(file: Path) -> dict[str, Any]:
-    """Read the YAML at the head of a README; what is no such thing holds nothing."""
+    """Read the YAML at the head of a README; return {} if there is no valid front matter."""
     if not file.exists():
         return {}
     head, *rest = file.read_text(encoding="utf-8", errors="replace").split("\n---", 1)

@@ -78,7 +78,13 @@ def cluster(
         )
     prepared = _prepare(np.asarray(features, dtype=np.float64), settings, seed)
     labels = _split(prepared, settings.clusters, settings, seed)
-    _check_count(labels, settings)
+    found = len(np.unique(labels))
+    if found < settings.clusters:
+        finer = "" if settings.cluster_threshold is None else " or a smaller --cluster-threshold"
+        raise CoterieError(
+            f"the examples fall into {found} groups only, not the {settings.clusters} asked for (many are equal); "
+            f"ask for fewer --clusters{finer}"
+        )
     for round_number in range(1, settings.cluster_rounds):
         labels = _resplit(prepared, labels, settings.clusters - round_number, settings, seed)
     labels = _by_size(labels)
@@ -116,16 +122,6 @@ def _prepare(features: NDArray, settings: ClusterSettings, seed: int) -> NDArray
 
 def _unit(rows: NDArray) -> NDArray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-
-
-def _check_count(labels: NDArray, settings: ClusterSettings) -> None:
-    found = len(np.unique(labels))
-    if found < settings.clusters:
-        finer = "" if settings.cluster_threshold is None else " or a smaller --cluster-threshold"
-        raise CoterieError(
-            f"the examples fall into {found} groups only, not the {settings.clusters} asked for (many are equal); "
-            f"ask for fewer --clusters{finer}"
-        )
 
 
 def _split(features: NDArray, target: int, settings: ClusterSettings, seed: int) -> Int[NDArray, " row"]:

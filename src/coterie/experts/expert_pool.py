@@ -51,6 +51,11 @@ class Pool:
 
     experts: tuple[PoolExpert, ...]
 
+    def __post_init__(self) -> None:
+        """Refuse repeated names."""
+        if len(set(self.names)) != len(self.names):
+            raise CoterieError(f"experts need a name of their own each, got {', '.join(self.names)}")
+
     @property
     def names(self) -> tuple[str, ...]:
         """The experts' names."""
@@ -81,7 +86,6 @@ def init_pool(settings: ExpertPoolSettings) -> Pool:
     if file.exists() and not settings.overwrite:
         raise CoterieError(f"{file} exists; choose another folder, or add --overwrite to replace it")
     pool = Pool(tuple(parse_expert(text, settings.base) for text in settings.expert))
-    _check_distinct(pool)
     write_json(file, {"format": FORMAT, "experts": pool.record()})
     return pool
 
@@ -114,22 +118,19 @@ def _adapter(name: str, folder: Path, base: str | None) -> PoolExpert:
         raise CoterieError(f"{folder} holds no {WEIGHTS_FILE}; get or train the adapter again")
     path = Path(model).expanduser()
     model = str(path.resolve()) if path.exists() else model
-    return PoolExpert(name, "adapter", str(folder), model, _adapter_hash(folder, model), _system_prompt(folder))
+    # an adapter in a mixture's `experts` folder was trained with the system prompt of that mixture
+    file = folder.parent.parent / "mixture.json"
+    prompt = read_json(file).get("system_prompt") if folder.parent.name == "experts" and file.is_file() else None
+    prompt = prompt if isinstance(prompt, str) else None
+    return PoolExpert(name, "adapter", str(folder), model, _adapter_hash(folder, model), prompt)
 
 
 def _adapter_hash(folder: Path, model: str) -> str:
     return hash_text(sha256_of(folder / CONFIG_FILE, folder / WEIGHTS_FILE), local_weights(model) or model)
 
 
-def _system_prompt(folder: Path) -> str | None:
-    """Read the system prompt of the mixture whose `experts` folder this adapter lies in."""
-    file = folder.parent.parent / "mixture.json"
-    prompt = read_json(file).get("system_prompt") if folder.parent.name == "experts" and file.is_file() else None
-    return prompt if isinstance(prompt, str) else None
-
-
 def read_pool(folder: str | Path) -> Pool:
-    """Read a pool's folder and make sure that its experts are still what they were.
+    """Read a pool's folder and verify the experts' hashes.
 
     Raises:
         CoterieError: when the list is missing or broken, or an adapter or model has changed or is gone.
@@ -144,7 +145,7 @@ def read_pool(folder: str | Path) -> Pool:
 
 
 def pool_from(experts: object, place: str) -> Pool:
-    """Build a pool from what `Pool.record` gave, and make sure that its experts are still what they were.
+    """Build a pool from what `Pool.record` gave, and verify the experts' hashes.
 
     Raises:
         CoterieError: as `read_pool`.
@@ -153,7 +154,6 @@ def pool_from(experts: object, place: str) -> Pool:
         raise CoterieError(f"{place} lists no experts; make it again with: coterie pool init")
     check_names(list(experts))
     pool = Pool(tuple(_from_record(name, entry, place) for name, entry in experts.items()))
-    _check_distinct(pool)
     for expert in pool.experts:
         _check_unchanged(expert, place)
     return pool
@@ -188,11 +188,6 @@ def _checked(expert: PoolExpert) -> PoolExpert:
             "leave it out and put the key into the environment"
         )
     return expert
-
-
-def _check_distinct(pool: Pool) -> None:
-    if len(set(pool.names)) != len(pool.names):
-        raise CoterieError(f"experts need a name of their own each, got {', '.join(pool.names)}")
 
 
 def _check_unchanged(expert: PoolExpert, place: str) -> None:

@@ -2,10 +2,8 @@
 
 import json
 import threading
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from coterie.artifacts import disk_errors
 from coterie.experts.answering import Reply
@@ -28,9 +26,16 @@ class ReplyCache:
         """
         self.path = None if read_only else path
         self._lock = threading.Lock()
+        self._replies: dict[str, Reply] = {}
         lines = path.read_bytes().splitlines(keepends=True) if path is not None and path.exists() else []
-        self._replies = _replies(lines)
         self._torn = bool(lines) and not lines[-1].endswith(b"\n")
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:  # cut off
+                continue
+            if isinstance(record, dict) and {"key", *FIELDS} <= set(record):
+                self._replies[record["key"]] = Reply(**{name: record[name] for name in FIELDS})
 
     def __len__(self) -> int:
         """Count the replies."""
@@ -48,28 +53,13 @@ class ReplyCache:
         """
         if reply.error is not None:
             return
+        line = json.dumps({"key": key, **reply.record()}, ensure_ascii=False) + "\n"
         with self._lock:
             self._replies[key] = reply
-            if self.path is not None:
-                self._append(self.path, json.dumps({"key": key, **reply.record()}, ensure_ascii=False) + "\n")
-
-    def _append(self, path: Path, line: str) -> None:
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write("\n" + line if self._torn else line)
-        self._torn = False
-
-
-def _replies(lines: Sequence[bytes]) -> dict[str, Reply]:
-    records = [record for line in lines if (record := _record(line)) is not None]
-    return {record["key"]: Reply(**{name: record[name] for name in FIELDS}) for record in records}
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    """Return a line's object; None where it was cut off."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and {"key", *FIELDS} <= set(record) else None
+            if self.path is None:
+                return
+            with disk_errors(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write("\n" + line if self._torn else line)
+            self._torn = False

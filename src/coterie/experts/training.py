@@ -102,10 +102,14 @@ def trained(
         CoterieError: when the loss is not finite.
     """
     working = folder / "trainer"
+    checkpoints = sorted(working.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    whole = [path for path in checkpoints if (path / "trainer_state.json").exists()]  # a checkpoint's last file
+    for path in set(checkpoints) - set(whole):
+        shutil.rmtree(path)
     bar = _ProgressBar(plan.label)
     trainer = make_trainer(backbone, model, rows, plan, working, [callback, bar])
     try:
-        trainer.train(resume_from_checkpoint=_last_full_checkpoint(working))
+        trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
     finally:
         bar.close()
     yield
@@ -225,15 +229,6 @@ class TrainingCollator:
         positions = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
         kept = targets[:, positions]
         return {**batch._asdict(), "logits_to_keep": positions, "labels": kept, "shift_labels": kept}
-
-
-def _last_full_checkpoint(folder: Path) -> str | None:
-    """Return the newest checkpoint that was written to its end (the trainer's state is its last file)."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
-    full = [path for path in found if (path / "trainer_state.json").exists()]
-    for path in set(found) - set(full):
-        shutil.rmtree(path)
-    return str(full[-1]) if full else None
 
 
 class _FiniteLoss(TrainerCallback):
