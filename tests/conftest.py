@@ -11,9 +11,9 @@ import tiny
 from coterie import cli, methods
 from coterie.backbone.loading import Backbone, load_backbone
 from coterie.experts.expert_pool import init_pool
-from coterie.methods import CLUSTER_METHODS
-from coterie.methods.family import Bench
-from coterie.methods.registry import load_bench, make_bench
+from coterie.methods.elrea.methods import METHODS
+from coterie.methods.family import MethodGrid
+from coterie.methods.registry import load_grid, make_grid
 from coterie.mixture import Mixture
 from coterie.settings.commands import ExpertPoolSettings
 from coterie.settings.groups import ExtrasSettings, ModelSettings
@@ -82,13 +82,13 @@ def grid_folder(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """A copy of the fitted run, in which everything that any method needs beyond it was trained."""
     folder = tmp_path_factory.mktemp("grid") / "run"
     shutil.copytree(run_folder, folder)
-    make_bench(Mixture.from_pretrained(folder, device="cpu"), list(CLUSTER_METHODS), GRID)
+    make_grid(Mixture.from_pretrained(folder, device="cpu"), list(METHODS), GRID)
     return folder
 
 
 @pytest.fixture(scope="session")
-def bench(grid_folder: Path) -> Bench:
-    return load_bench(Mixture.from_pretrained(grid_folder, device="cpu"), list(CLUSTER_METHODS))
+def grid(grid_folder: Path) -> MethodGrid:
+    return load_grid(Mixture.from_pretrained(grid_folder, device="cpu"), list(METHODS))
 
 
 @pytest.fixture

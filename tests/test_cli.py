@@ -9,8 +9,7 @@ import pytest
 
 import tiny
 from conftest import FIT, write_rows
-from coterie.methods import METHODS
-from coterie.methods.symbolic.fit import LINE_UPS
+from coterie.methods import FAMILIES
 from coterie.mixture import Mixture
 
 PROMPT = "add 3 4"
@@ -117,12 +116,12 @@ def test_another_router_is_a_flag(run, run_folder):
     assert code == 0 and json.loads(out)["weights"] == {"base": 0, "cluster-0": 0, "cluster-1": 1, "cluster-2": 0}
 
 
-def test_another_combiner_and_another_method_are_flags(run, grid_folder, bench):
+def test_another_combiner_and_another_method_are_flags(run, grid_folder, grid):
     code, out, _ = run("generate", grid_folder, PROMPT, "--json", "--max-new-tokens", 4, "--combiner", "weights:svd:1")
-    wanted = bench.own.replace(combiner="weights:svd:1").generate([PROMPT], max_new_tokens=4)[0]
+    wanted = grid.own.replace(combiner="weights:svd:1").generate([PROMPT], max_new_tokens=4)[0]
     assert code == 0 and json.loads(out) == wanted.record()
     code, out, _ = run("generate", grid_folder, PROMPT, "--json", "--max-new-tokens", 4, "--method", "mole")
-    assert code == 0 and json.loads(out) == bench.cell("mole").generate([PROMPT], max_new_tokens=4)[0].record()
+    assert code == 0 and json.loads(out) == grid.cell("mole").generate([PROMPT], max_new_tokens=4)[0].record()
     refused(
         run("generate", grid_folder, PROMPT, "--combiner", "weight"), "no combiner is called 'weight'. Did you mean"
     )
@@ -132,8 +131,7 @@ def test_another_combiner_and_another_method_are_flags(run, grid_folder, bench):
 def test_methods_are_listed_from_the_table(run):
     code, out, _ = run("methods", "--json")
     rows = [json.loads(line) for line in out.splitlines()]
-    wanted = [(fitted, name) for fitted, table in METHODS.items() for name in table]
-    wanted += [("symbolic-moe", name) for name in LINE_UPS]
+    wanted = [(fitted, name) for fitted, family in FAMILIES.items() for name in family.methods]
     assert code == 0 and [(row["on"], row["method"]) for row in rows] == wanted
     assert rows[wanted.index(("elrea", "mole"))]["trains"] == ["gates"]
     assert len(run("methods")[1].splitlines()) == len(wanted)

@@ -19,7 +19,7 @@ from coterie.errors import CoterieError
 from coterie.evaluation.compare import evaluate, run_evaluation
 from coterie.features.embedding import with_answers
 from coterie.methods import common as stages
-from coterie.methods.registry import make_bench, usual_methods
+from coterie.methods.registry import family_of, make_grid
 from coterie.methods.token_level import fit as domains
 from coterie.methods.token_level.methods import domain_sources
 from coterie.mixture import Mixture
@@ -170,7 +170,7 @@ def test_a_null_expert_is_a_plain_adapter_that_changes_nothing(adapters, files, 
     below = (torch.cat(own) < built.router.router.null.similarity).float().mean()
     assert float(below) == pytest.approx(0.25, abs=0.05)
     for name in ("arrow", "spectr"):
-        routing = make_bench(built, [name], ExtrasSettings()).cell(name).route(QUESTIONS)
+        routing = make_grid(built, [name], ExtrasSettings()).cell(name).route(QUESTIONS)
         assert routing.experts == (*DOMAINS, "null")
         assert bool((routing.weights[:, 2] > 0).all())
     alone = built.replace(router="null", combiner="layers").generate(QUESTIONS[:2], max_new_tokens=4)
@@ -208,7 +208,11 @@ def test_all_usual_methods_are_compared(fitted, tmp_path):
     flat = {"mixture": str(fitted), "data": [str(data)], "output": str(tmp_path / "eval"), "max_new_tokens": 4}
     found = run_evaluation(from_flat(EvaluationSettings, {**flat, "every": "1,2,inf", "device": "cpu"}))
     variants = [f"token-level:every={every}" for every in ("1", "2", "inf")]
-    wanted = [variant for name in usual_methods(mixture) for variant in (variants if name == "token-level" else [name])]
+    wanted = [
+        variant
+        for name in family_of(mixture).usual(mixture)
+        for variant in (variants if name == "token-level" else [name])
+    ]
     assert found.summary["methods"] == wanted
     assert found.summary["control"] == "backbone"
     assert found.summary["routed"] == "token-level"
@@ -225,26 +229,26 @@ def test_all_usual_methods_are_compared(fitted, tmp_path):
 
 def test_prompt_routing_is_the_variant_that_is_never_renewed(fitted):
     mixture = Mixture.from_pretrained(fitted, device="cpu")
-    bench = make_bench(mixture, ["token-level"], ExtrasSettings())
-    never = bench.cell("token-level:every=inf").generate(QUESTIONS, max_new_tokens=4)
+    grid = make_grid(mixture, ["token-level"], ExtrasSettings())
+    never = grid.cell("token-level:every=inf").generate(QUESTIONS, max_new_tokens=4)
     plain = mixture.replace(router=mixture.router.router, combiner="layers").generate(QUESTIONS, max_new_tokens=4)
     assert never == plain
     with pytest.raises(CoterieError, match="only token-level renews its weights"):
-        bench.cell("arrow:every=2")
+        grid.cell("arrow:every=2")
     with pytest.raises(CoterieError, match="no variant of token-level; write .* token-level:every=N"):
-        bench.cell("token-level:every=0")
+        grid.cell("token-level:every=0")
 
 
 def test_unit_weights_add_every_update_up(fitted):
-    bench = make_bench(Mixture.from_pretrained(fitted, device="cpu"), ["unit-weights"], ExtrasSettings())
-    routing = bench.cell("unit-weights").route(QUESTIONS[:1])
+    grid = make_grid(Mixture.from_pretrained(fitted, device="cpu"), ["unit-weights"], ExtrasSettings())
+    routing = grid.cell("unit-weights").route(QUESTIONS[:1])
     assert routing.row(0) == dict.fromkeys(DOMAINS, 1.0)
-    assert bench.cell("uniform-weights").route(QUESTIONS[:1]).row(0) == dict.fromkeys(DOMAINS, 0.5)
+    assert grid.cell("uniform-weights").route(QUESTIONS[:1]).row(0) == dict.fromkeys(DOMAINS, 0.5)
 
 
 def test_the_published_way_is_to_the_letter(fitted):
-    bench = make_bench(Mixture.from_pretrained(fitted, device="cpu"), ["token-level-published"], ExtrasSettings())
-    cell = bench.cell("token-level-published")
+    grid = make_grid(Mixture.from_pretrained(fitted, device="cpu"), ["token-level-published"], ExtrasSettings())
+    cell = grid.cell("token-level-published")
     assert (cell.router.every, cell.router.cache, cell.combiner.kind) == (1, "recompute", "weights:peft-0.4-linear")
     assert cell.router.router.weighting.temperature is None
     assert len(cell.generate(QUESTIONS[:1], max_new_tokens=3)[0].token_ids) == 3

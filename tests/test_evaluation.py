@@ -19,7 +19,7 @@ from coterie.evaluation import shared_scores as routed
 from coterie.evaluation.answers import Task, answer
 from coterie.evaluation.clusters import cluster_records, feature_map
 from coterie.evaluation.shared_scores import SharedRouting, score_methods
-from coterie.methods import CLUSTER_METHODS as METHODS
+from coterie.methods.elrea.methods import METHODS
 from coterie.mixture import Mixture
 from coterie.mixture.scoring import score
 from coterie.routers.base import Routing
@@ -38,9 +38,9 @@ def result(grid_folder):
 
 
 @pytest.fixture(scope="module")
-def scored(bench):
-    rows = [bench.own.prompts.row(example) for example in EXAMPLES]
-    return rows, score_methods(bench, rows, NAMES)
+def scored(grid):
+    rows = [grid.own.prompts.row(example) for example in EXAMPLES]
+    return rows, score_methods(grid, rows, NAMES)
 
 
 def test_every_method_of_the_table_is_in_the_records(result):
@@ -51,22 +51,22 @@ def test_every_method_of_the_table_is_in_the_records(result):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("self-consistency", "oracle")])
-def test_scores_of_the_shared_pass_are_those_of_a_method_alone(bench, scored, name):
+def test_scores_of_the_shared_pass_are_those_of_a_method_alone(grid, scored, name):
     rows, found = scored
-    cell = bench.cell(name)
+    cell = grid.cell(name)
     routing = cell.router.route([row.prompt() for row in rows])
     alone = score(cell, rows, routing, name)
     torch.testing.assert_close(found.nll[name], alone.nll[0], rtol=1e-3, atol=1e-4)
     assert torch.equal(found.tokens, alone.tokens)
 
 
-def test_the_oracle_has_the_smallest_loss_of_the_fitted_experts_in_every_row(bench, scored):
+def test_the_oracle_has_the_smallest_loss_of_the_fitted_experts_in_every_row(grid, scored):
     rows, found = scored
     alone = torch.stack(
         [
             score(cell, rows, cell.router.route(rows), name).nll[0]
-            for name in bench.fitted
-            for cell in [single(bench, name)]
+            for name in grid.fitted
+            for cell in [single(grid, name)]
         ]
     )
     torch.testing.assert_close(found.expert_nll.T, alone, rtol=1e-3, atol=1e-4)
@@ -75,43 +75,43 @@ def test_the_oracle_has_the_smallest_loss_of_the_fitted_experts_in_every_row(ben
     assert torch.equal(chosen, found.expert_nll.argmin(dim=1))
 
 
-def single(bench, name):
-    return bench.mixture.replace(router=name, combiner="logits")
+def single(grid, name):
+    return grid.mixture.replace(router=name, combiner="logits")
 
 
-def test_all_cells_share_one_stack_of_the_bank(bench):
-    assert len({id(bench.cell(name).layers) for name in NAMES}) == 1
+def test_all_cells_share_one_stack_of_the_bank(grid):
+    assert len({id(grid.cell(name).layers) for name in NAMES}) == 1
 
 
-def test_prompts_are_described_once_for_all_routers_of_one_description(bench):
+def test_prompts_are_described_once_for_all_routers_of_one_description(grid):
     counted = []
-    description = bench.own.router.description
+    description = grid.own.router.description
     original = description.describe
     object.__setattr__(description, "describe", lambda rows: counted.append(len(rows)) or original(rows))
     try:
-        shared = SharedRouting(bench.own.tokens(["add 3 4", "SPELL AB NOW"]))
+        shared = SharedRouting(grid.own.tokens(["add 3 4", "SPELL AB NOW"]))
         for name in ("elrea", "elrea:top_k=1", "elrea:d_proj=64", "moe-routing"):
-            shared(bench.cell(name).router)
+            shared(grid.cell(name).router)
         assert counted == [2]
     finally:
         object.__setattr__(description, "describe", original)
 
 
-def test_answers_are_those_that_the_method_gives_by_itself(bench, result):
+def test_answers_are_those_that_the_method_gives_by_itself(grid, result):
     for name in ("elrea", "mole", "moe-merging", "per-dataset"):
-        alone = bench.cell(name).generate(EXAMPLES, max_new_tokens=5)
+        alone = grid.cell(name).generate(EXAMPLES, max_new_tokens=5)
         assert [row["methods"][name]["text"] for row in result.rows] == [given.text for given in alone]
 
 
-def test_self_consistency_answers_by_what_most_samples_are_read_as(bench, monkeypatch):
+def test_self_consistency_answers_by_what_most_samples_are_read_as(grid, monkeypatch):
     """Five samples: two are read as 7, two as 12, one as nothing that reads; the tie falls by the seed."""
-    cell = bench.cell("self-consistency")
+    cell = grid.cell("self-consistency")
     texts = ["The answer is 7.", "so \\boxed{12}", "7", "12", "I do not know"]
     drawn = cell.drawn([EXAMPLES[0]], max_new_tokens=2)[0]
     fake = [type(given)(**{**given.__dict__, "text": text}) for given, text in zip(drawn, texts, strict=True)]
     monkeypatch.setattr(Mixture, "drawn", lambda self, prompts, **options: [list(fake) for _ in prompts])
     tasks = [Task(EXAMPLES[0], EXAMPLES[0])]
-    routing = cell.router.route(bench.own.tokens([EXAMPLES[0]]))
+    routing = cell.router.route(grid.own.tokens([EXAMPLES[0]]))
     chosen = {
         answer(cell, tasks, routing, "x", 8, SamplingSettings(seed=seed)).completions[0].text for seed in range(20)
     }
@@ -134,19 +134,19 @@ def test_methods_that_only_answer_have_no_likelihood(result):
     assert all(entry["nll"] is None and entry["tokens"] == 0 and entry["text"] is not None for entry in entries)
 
 
-def test_the_error_of_the_merge_is_recorded(bench, result, scored):
-    weights = scored[1].routed["moe-merging"].routing.for_experts(bench.mixture.bank.names)
-    cell = bench.cell("moe-merging")
+def test_the_error_of_the_merge_is_recorded(grid, result, scored):
+    weights = scored[1].routed["moe-merging"].routing.for_experts(grid.mixture.bank.names)
+    cell = grid.cell("moe-merging")
     assert isinstance(cell.combiner, WeightCombiner)
     errors = [cell.layers.merge_error(tuple(row), "factors") for row in weights.tolist()]
     assert result.summary["merge_error"] == {"moe-merging": pytest.approx(sum(errors) / len(errors))}
 
 
-def test_memory_counts_the_base_the_experts_that_run_and_the_cache_of_their_rows(bench, result):
-    memory, model = result.summary["memory"], bench.mixture.backbone.model
+def test_memory_counts_the_base_the_experts_that_run_and_the_cache_of_their_rows(grid, result):
+    memory, model = result.summary["memory"], grid.mixture.backbone.model
     base = 4 * sum(parameter.numel() for parameter in model.parameters())
-    adapter = 4 * sum(pair.down.numel() + pair.up.numel() for pair in bench.own.bank.adapters[0].values())
-    rows = [bench.own.prompts.row(example) for example in EXAMPLES]
+    adapter = 4 * sum(pair.down.numel() + pair.up.numel() for pair in grid.own.bank.adapters[0].values())
+    rows = [grid.own.prompts.row(example) for example in EXAMPLES]
     cache = 4 * 2 * tiny.LAYERS * 2 * (tiny.WIDTH // 4) * sum(len(row.ids) for row in rows) / len(rows)
     assert memory["backbone"] == round(base + cache)
     assert memory["base"] == round(base + adapter + cache)
@@ -154,11 +154,11 @@ def test_memory_counts_the_base_the_experts_that_run_and_the_cache_of_their_rows
     assert memory["moe-routing"] == round(base + 4 * adapter + cache)
 
 
-def test_training_is_counted_for_the_methods_that_need_it(bench, result):
+def test_training_is_counted_for_the_methods_that_need_it(grid, result):
     seconds = result.summary["seconds"]
     assert "train" not in seconds["elrea"] and "train" not in seconds["moe-merging"]
-    assert seconds["mole"]["train"] == bench.ingredients["gates"].seconds > 0
-    both = bench.ingredients["loss"].seconds + read_json(bench.own.folder / "methods/judged/ingredient.json")["seconds"]
+    assert seconds["mole"]["train"] == grid.extras["gates"].seconds > 0
+    both = grid.extras["loss"].seconds + read_json(grid.own.folder / "methods/judged/ingredient.json")["seconds"]
     assert seconds["loss-routing"]["train"] == pytest.approx(both)
 
 
@@ -274,8 +274,8 @@ def test_a_setting_that_does_not_exist_is_told(mixture):
         evaluate(mixture, EXAMPLES, max_token=3)
 
 
-def test_a_routing_keeps_its_gates_when_requests_are_taken(bench):
-    routing = bench.router("gates").route(bench.own.tokens(["add 3 4", "SPELL AB NOW"]))
+def test_a_routing_keeps_its_gates_when_requests_are_taken(grid):
+    routing = grid.router("gates").route(grid.own.tokens(["add 3 4", "SPELL AB NOW"]))
     assert routing.take([1]).gates is routing.gates
     assert isinstance(routing, Routing)
     torch.testing.assert_close(routing.weights.sum(dim=1), torch.ones(2))

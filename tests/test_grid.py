@@ -30,25 +30,25 @@ IN_LAYERS = ("gate", "arrow", "spectr")
 
 
 @pytest.fixture(scope="module")
-def routers(bench):
+def routers(grid):
     """One router of every kind that mixture.json knows, on the common bank."""
-    description, encoder = describe_growing_text("hidden", None, bench.own.backbone)
+    description, encoder = describe_growing_text("hidden", None, grid.own.backbone)
     generator = torch.Generator().manual_seed(0)
-    centroids = {name: torch.randn(1, encoder.dimensions, generator=generator) for name in bench.fitted}
+    centroids = {name: torch.randn(1, encoder.dimensions, generator=generator) for name in grid.fitted}
     similarity = SimilarityRouter(description, centroids, weighting=Weighting(0.2))
     made = [
-        uniform(bench.fitted),
-        bench.own.router,
-        bench.router("embedding-clusters"),
-        bench.router("performance"),
-        bench.router("loss"),
-        bench.router("gates"),
-        bench.router("datasets"),
-        DerivedRouter(bench.own.router, top_k=2, normalised=True),
+        uniform(grid.fitted),
+        grid.own.router,
+        grid.router("embedding-clusters"),
+        grid.router("performance"),
+        grid.router("loss"),
+        grid.router("gates"),
+        grid.router("datasets"),
+        DerivedRouter(grid.own.router, top_k=2, normalised=True),
         similarity,
         TokenLevel(similarity, every=2),
-        spectral_router("arrow", bench.own.backbone, bench.own.bank, top_k=2),
-        spectral_router("spectr", bench.own.backbone, bench.own.bank, temperature=2.0),
+        spectral_router("arrow", grid.own.backbone, grid.own.bank, top_k=2),
+        spectral_router("spectr", grid.own.backbone, grid.own.bank, temperature=2.0),
     ]
     return {router.kind: router for router in made}
 
@@ -65,14 +65,14 @@ CELLS = [(router, combiner) for router in ROUTERS for combiner in COMBINERS]
 
 
 @pytest.mark.parametrize(("router", "combiner"), CELLS)
-def test_every_cell_answers_alike_alone_and_together_or_names_what_fits(bench, routers, router, combiner):
+def test_every_cell_answers_alike_alone_and_together_or_names_what_fits(grid, routers, router, combiner):
     if not fits(routers[router], combiner):
         with pytest.raises(
             CoterieError, match=f"combiner '{combiner}' reads weights by expert, request, .* use layers"
         ):
-            bench.mixture.replace(router=routers[router], combiner=combiner)
+            grid.mixture.replace(router=routers[router], combiner=combiner)
         return
-    cell = bench.mixture.replace(router=routers[router], combiner=combiner)
+    cell = grid.mixture.replace(router=routers[router], combiner=combiner)
     together = cell.generate(QUESTIONS, max_new_tokens=TOKENS, batch_size=3)
     alone = [cell.generate([question], max_new_tokens=TOKENS)[0] for question in QUESTIONS]
     assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
@@ -102,9 +102,9 @@ LEGAL = [
 @pytest.mark.parametrize(
     ("router", "combiner"), [cell for cell in LEGAL if cell[1] != "texts" and cell[0] != "token-level"]
 )
-def test_step_by_step_with_the_cache_equals_the_whole_text_at_once(bench, routers, router, combiner):
+def test_step_by_step_with_the_cache_equals_the_whole_text_at_once(grid, routers, router, combiner):
     """Weights that are renewed have slow loops of their own to equal, in tests/test_token_level.py."""
-    cell = bench.mixture.replace(router=routers[router], combiner=combiner)
+    cell = grid.mixture.replace(router=routers[router], combiner=combiner)
     for question in QUESTIONS[:2]:
         answer = cell.generate([question], max_new_tokens=TOKENS)[0]
         found = torch.tensor(answer.logprobs)
@@ -112,8 +112,8 @@ def test_step_by_step_with_the_cache_equals_the_whole_text_at_once(bench, router
 
 
 @pytest.mark.parametrize("router", [kind for kind in ROUTERS if kind not in IN_LAYERS])
-def test_mixing_weights_equals_mixing_in_the_layers(bench, routers, router):
-    inside, merged = (bench.mixture.replace(router=routers[router], combiner=name) for name in ("layers", "weights"))
+def test_mixing_weights_equals_mixing_in_the_layers(grid, routers, router):
+    inside, merged = (grid.mixture.replace(router=routers[router], combiner=name) for name in ("layers", "weights"))
     pairs = zip(*(cell.generate(QUESTIONS, max_new_tokens=TOKENS) for cell in (inside, merged)), strict=True)
     for one, other in pairs:
         assert one.token_ids == other.token_ids
@@ -122,20 +122,20 @@ def test_mixing_weights_equals_mixing_in_the_layers(bench, routers, router):
 
 @pytest.mark.parametrize("combiner", [name for name in COMBINERS if name != "texts"])
 @pytest.mark.parametrize("expert", ["base", "cluster-1", "seed-1", "backbone"])
-def test_one_hot_weights_are_that_expert_alone_at_every_depth(bench, combiner, expert):
+def test_one_hot_weights_are_that_expert_alone_at_every_depth(grid, combiner, expert):
     """The backbone's row is the base model itself: an expert without updates leaves every layer as it is."""
-    wanted = bench.mixture.replace(router=expert, combiner="logits").generate(QUESTIONS, max_new_tokens=TOKENS)
-    found = bench.mixture.replace(router=expert, combiner=combiner).generate(QUESTIONS, max_new_tokens=TOKENS)
+    wanted = grid.mixture.replace(router=expert, combiner="logits").generate(QUESTIONS, max_new_tokens=TOKENS)
+    found = grid.mixture.replace(router=expert, combiner=combiner).generate(QUESTIONS, max_new_tokens=TOKENS)
     for one, other in zip(found, wanted, strict=True):
         assert one.token_ids == other.token_ids
         torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("router", IN_LAYERS)
-def test_gates_find_their_experts_by_name_in_a_bank_of_another_order(bench, routers, router):
-    bank = bench.mixture.bank
-    turned = replace(bench.mixture, bank=ExpertBank(bank.names[::-1], bank.adapters[::-1]))
-    cells = [mixture.replace(router=routers[router], combiner="layers") for mixture in (bench.mixture, turned)]
+def test_gates_find_their_experts_by_name_in_a_bank_of_another_order(grid, routers, router):
+    bank = grid.mixture.bank
+    turned = replace(grid.mixture, bank=ExpertBank(bank.names[::-1], bank.adapters[::-1]))
+    cells = [mixture.replace(router=routers[router], combiner="layers") for mixture in (grid.mixture, turned)]
     one, other = (cell.generate(QUESTIONS, max_new_tokens=TOKENS) for cell in cells)
     for a, b in zip(one, other, strict=True):
         assert a.token_ids == b.token_ids
@@ -155,54 +155,54 @@ def test_merged_rows_go_back_to_their_own_prompts():
         assert plan.votes[:, row].tolist() == [float(prompt == other) for other in range(4)]
 
 
-def test_approximate_merges_do_differ_from_the_exact_one(bench, routers):
-    exact = bench.mixture.replace(router=routers["fixed"], combiner="weights").generate(QUESTIONS[:1], max_new_tokens=2)
+def test_approximate_merges_do_differ_from_the_exact_one(grid, routers):
+    exact = grid.mixture.replace(router=routers["fixed"], combiner="weights").generate(QUESTIONS[:1], max_new_tokens=2)
     for how in ("factors", "peft-0.4-linear", "svd:1"):
-        cell = bench.mixture.replace(router=routers["fixed"], combiner=f"weights:{how}")
+        cell = grid.mixture.replace(router=routers["fixed"], combiner=f"weights:{how}")
         assert cell.generate(QUESTIONS[:1], max_new_tokens=2)[0].logprobs != pytest.approx(exact[0].logprobs, abs=1e-4)
 
 
 @pytest.mark.parametrize("combiner", sorted(COMBINERS))
-def test_base_weights_are_bit_identical_afterwards_and_no_hook_stays(bench, routers, combiner):
-    model = bench.mixture.backbone.model
+def test_base_weights_are_bit_identical_afterwards_and_no_hook_stays(grid, routers, combiner):
+    model = grid.mixture.backbone.model
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     fitting = [router for router in routers.values() if fits(router, combiner)]
     for router in fitting:
-        bench.mixture.replace(router=router, combiner=combiner).generate(QUESTIONS[:1], max_new_tokens=2)
+        grid.mixture.replace(router=router, combiner=combiner).generate(QUESTIONS[:1], max_new_tokens=2)
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("router", [kind for kind in ROUTERS if kind not in ("embedding-centroids", "source")])
-def test_a_saved_cell_answers_as_before(bench, routers, router, tmp_path):
+def test_a_saved_cell_answers_as_before(grid, routers, router, tmp_path):
     """Embedding centroids and data sets route to experts of their own, which are no part of the fitted bank."""
     combiner = "layers" if router in (*IN_LAYERS, "token-level") else "logits"
-    cell = bench.own.replace(router=routers[router], combiner=combiner)
+    cell = grid.own.replace(router=routers[router], combiner=combiner)
     cell.save_pretrained(tmp_path / "copy")
     again = Mixture.from_pretrained(tmp_path / "copy", device="cpu")
     assert (again.router.kind, again.combiner.kind) == (router, combiner)
     assert again.generate(QUESTIONS, max_new_tokens=3) == cell.generate(QUESTIONS, max_new_tokens=3)
 
 
-def test_a_cell_whose_experts_lie_elsewhere_is_not_saved(bench, routers, tmp_path):
-    cell = bench.mixture.replace(router=routers["embedding-centroids"])
+def test_a_cell_whose_experts_lie_elsewhere_is_not_saved(grid, routers, tmp_path):
+    cell = grid.mixture.replace(router=routers["embedding-centroids"])
     with pytest.raises(CoterieError, match="the expert 'dataset-pick' has no files in"):
         cell.save_pretrained(tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 
 
-def test_finished_answers_cannot_be_streamed_and_others_do_not_vote(bench):
+def test_finished_answers_cannot_be_streamed_and_others_do_not_vote(grid):
     with pytest.raises(CoterieError, match="lets finished answers vote, so it cannot stream"):
-        next(bench.mixture.replace(combiner="texts").stream(QUESTIONS[0]))
+        next(grid.mixture.replace(combiner="texts").stream(QUESTIONS[0]))
     with pytest.raises(CoterieError, match="'logits' draws no answers that could vote; use texts"):
-        bench.mixture.drawn(QUESTIONS)
+        grid.mixture.drawn(QUESTIONS)
 
 
-def test_a_vote_is_between_samples_of_seeds_of_their_own(bench):
-    cell = bench.mixture.replace(router="base", combiner="texts")
+def test_a_vote_is_between_samples_of_seeds_of_their_own(grid):
+    cell = grid.mixture.replace(router="base", combiner="texts")
     drawn = cell.drawn(QUESTIONS[:2], max_new_tokens=TOKENS, seed=3)
     assert [len(answers) for answers in drawn] == [5, 5]
-    single = bench.mixture.replace(router="base")
+    single = grid.mixture.replace(router="base")
     for number in range(5):
         alone = single.generate(QUESTIONS[:2], max_new_tokens=TOKENS, temperature=1.0, seed=15 + number)
         assert [answers[number].token_ids for answers in drawn] == [answer.token_ids for answer in alone]
@@ -225,7 +225,7 @@ def test_the_documented_table_of_cells_is_the_codes(routers):
     assert documented == {(kind, name): fits(routers[kind], name) for kind, name in CELLS}
 
 
-def test_prompts_without_a_source_cannot_be_routed_by_data_set(bench, routers):
+def test_prompts_without_a_source_cannot_be_routed_by_data_set(grid, routers):
     prompt = TokenRow((1,), 1, (False,), (True,))
     with pytest.raises(CoterieError, match="prompt 1 has the source None, but there are experts for pick, spell, sum"):
         routers["source"].route([prompt])

@@ -22,12 +22,13 @@ from coterie.errors import CoterieError
 from coterie.evaluation.compare import evaluate
 from coterie.experts.bank import load_adapter
 from coterie.grading.grade import is_right
-from coterie.methods import TASK_METHODS, load_bench, make_bench
+from coterie.methods import load_grid, make_grid
 from coterie.methods.add_adapters import bank_add
 from coterie.methods.kshot import choose_adapters as selecting
 from coterie.methods.kshot import fit as kshot
 from coterie.methods.kshot import train as tuning
-from coterie.methods.kshot.run import open_task_recipe
+from coterie.methods.kshot.methods import METHODS
+from coterie.methods.kshot.run import open_run
 from coterie.mixture import Mixture
 from coterie.settings.commands import KshotSettings
 from coterie.settings.groups import ExtrasSettings, ModelSettings
@@ -308,8 +309,8 @@ def test_open_data_is_gathered_and_trained_on(bank, task_shots, pool_file, tmp_p
     mixture = fit(bank, task_shots, tmp_path / "run", **settings)
     gathered = load_examples(tmp_path / "run" / "gathered" / "gathered.jsonl")
     assert len(gathered) == 4
-    recipe = open_task_recipe(mixture, ExtrasSettings())
-    assert len(recipe.rows) == 4 + 5
+    task_run = open_run(mixture, ExtrasSettings())
+    assert len(task_run.rows) == 4 + 5
     alone = fit(bank, task_shots, tmp_path / "alone")
     weights = [m.bank.adapters[0]["model.layers.0.self_attn.q_proj"].down for m in (mixture, alone)]
     assert not torch.equal(*weights)
@@ -388,7 +389,7 @@ def rivals(bank, task_shots, pool_file, tmp_path_factory):
     )  # fmt: skip
     test = write_rows(folder / "test.jsonl", rows_of("pick", 3, seed=123))
     found = evaluate(
-        Mixture.from_pretrained(folder / "run", device="cpu"), load_examples(test), methods=list(TASK_METHODS),
+        Mixture.from_pretrained(folder / "run", device="cpu"), load_examples(test), methods=list(METHODS),
         max_new_tokens=4,
     )  # fmt: skip
     return folder / "run", found.summary
@@ -397,7 +398,7 @@ def rivals(bank, task_shots, pool_file, tmp_path_factory):
 def test_every_method_of_the_table_is_evaluated(rivals):
     folder, summary = rivals
     table = {own["method"]: own for own in summary["table"] if own["source"] == "all"}
-    assert set(table) == set(TASK_METHODS)
+    assert set(table) == set(METHODS)
     assert summary["selection"]["chosen"] == list(Mixture.from_pretrained(folder, device="cpu").bank.names)
     assert summary["gathering"]["fates"]["chosen"] == 4 and summary["gates"]["experts"]
 
@@ -405,15 +406,15 @@ def test_every_method_of_the_table_is_evaluated(rivals):
 def test_rivals_are_what_they_are_called(rivals, bank):
     folder, _ = rivals
     mixture = Mixture.from_pretrained(folder, device="cpu")
-    bench = load_bench(mixture, list(TASK_METHODS))
+    grid = load_grid(mixture, list(METHODS))
     selection = json.loads((folder / "selection" / "selection.json").read_text())
     for name in selection["chosen"]:
         before = load_adapter(bank / "experts" / name, mixture.backbone.model)
-        same = bench.mixture.bank.adapters[bench.mixture.bank.index(f"untuned-{name}")]
+        same = grid.mixture.bank.adapters[grid.mixture.bank.index(f"untuned-{name}")]
         assert all(torch.equal(same[path].up, pair.up) for path, pair in before.items())
     by_accuracy = sorted(selection["adapters"], key=lambda own: (own["rank_accuracy"], own["rank_perplexity"]))[:2]
-    assert bench.experts("by-accuracy") == tuple(f"accuracy-{own['name']}" for own in by_accuracy)
-    assert bench.experts("kshot-only") == tuple(f"shots-{name}" for name in selection["chosen"])
+    assert grid.experts("by-accuracy") == tuple(f"accuracy-{own['name']}" for own in by_accuracy)
+    assert grid.experts("kshot-only") == tuple(f"shots-{name}" for name in selection["chosen"])
     weights = json.loads((folder / "methods" / "lorahub" / "ingredient.json").read_text())["weights"]
     assert len(weights) == 3 and all(abs(value) <= 1.5 for value in weights.values())
 
@@ -444,8 +445,8 @@ def test_what_has_changed_since_is_not_trained_on(rivals, bank, tmp_path):
     shots = write_rows(tmp_path / "other.jsonl", rows_of("pick", 5, seed=1))
     (copy / "run.yaml").write_text(record.replace("shots.jsonl", "gone.jsonl"))
     with pytest.raises(CoterieError, match="does not exist"):
-        make_bench(Mixture.from_pretrained(copy, device="cpu"), ["best-tuned"], ExtrasSettings())
+        make_grid(Mixture.from_pretrained(copy, device="cpu"), ["best-tuned"], ExtrasSettings())
     old = next(line.split("- ")[1] for line in record.splitlines() if line.endswith("shots.jsonl"))
     (copy / "run.yaml").write_text(record.replace(old, str(shots)))
     with pytest.raises(CoterieError, match="shots is not what .* was fitted on any more"):
-        make_bench(Mixture.from_pretrained(copy, device="cpu"), ["best-tuned"], ExtrasSettings())
+        make_grid(Mixture.from_pretrained(copy, device="cpu"), ["best-tuned"], ExtrasSettings())

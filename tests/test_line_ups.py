@@ -6,7 +6,7 @@ import re
 import pytest
 
 from conftest import write_rows
-from coterie.methods.symbolic.fit import LINE_UPS
+from coterie.methods.symbolic.methods import METHODS
 from stub_server import Got, Sent, completion
 from symbolic_place import lines, respond, rows
 from test_cli import refused
@@ -29,7 +29,7 @@ def test_all_line_ups_are_compared_in_one_batch(fitted, evaluate):
     code, out, _ = evaluate("--json")
     summary = json.loads(out)
     accuracy = {row["method"]: row["accuracy"] for row in summary["table"] if row["source"] == "all"}
-    assert code == 0 and list(accuracy) == list(LINE_UPS)
+    assert code == 0 and list(accuracy) == list(METHODS)
     assert accuracy["symbolic-moe"] == accuracy["majority"] == accuracy["weighted-vote"] == 1.0
     assert accuracy["best-single"] == accuracy["self-consistency"] == 0.5, "one expert knows half of the questions"
     assert summary["control"] == "best-single" and summary["recruits"] == {"maths": 12, "past": 12, "judge": 0}

@@ -346,7 +346,7 @@ def _mixture(settings: RouteSettings | GenerateSettings) -> Any:
     mixture = coterie.Mixture.from_pretrained(settings.mixture, **settings.placement.model_dump())
     routing = settings.routing
     if routing.method:
-        mixture = coterie.methods.load_bench(mixture, [routing.method]).cell(routing.method)
+        mixture = coterie.methods.load_grid(mixture, [routing.method]).cell(routing.method)
     if routing.cache and not routing.every:
         raise CoterieError("--cache says how weights are renewed; add --every N")
     if not routing.every:

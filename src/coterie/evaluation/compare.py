@@ -29,11 +29,12 @@ from coterie.evaluation.few_shot import with_shots
 from coterie.evaluation.rows import hardware_record, mean_weights, memory_bytes, merge_errors, row_record
 from coterie.evaluation.shared_scores import Scored, SharedRouting, no_cache, score_methods
 from coterie.evaluation.table import format_table, summarise
+from coterie.experts.names import BASE
 from coterie.grading.grade import check_code_execution, code_notes
-from coterie.methods.common import BASE, DOMAINS_FILE, hash_examples
-from coterie.methods.family import Bench, Table, method_named
+from coterie.methods.common import DOMAINS_FILE, hash_examples
+from coterie.methods.family import Family, MethodGrid
 from coterie.methods.kshot.run import task_records
-from coterie.methods.registry import make_bench, methods_on, usual_methods
+from coterie.methods.registry import family_of, make_grid
 from coterie.mixture import Mixture
 from coterie.routers.base import Routing
 from coterie.settings.commands import EvaluationSettings
@@ -171,12 +172,16 @@ def protocol_of(settings: EvaluationSettings, mixture: Mixture) -> Protocol:
 
 
 def _chosen_methods(settings: EvaluationSettings, mixture: Mixture) -> list[str]:
-    table = methods_on(mixture.method)
+    family = family_of(mixture)
     if settings.methods is None:
-        names = usual_methods(mixture)
+        names = family.usual(mixture)
     else:
-        names = list(table) if settings.methods == "all" else [name.strip() for name in settings.methods.split(",")]
-    return check_methods(names if settings.every is None else _renewed(names, settings.every), table)
+        names = (
+            list(family.methods)
+            if settings.methods == "all"
+            else [name.strip() for name in settings.methods.split(",")]
+        )
+    return check_methods(names if settings.every is None else _renewed(names, settings.every), family)
 
 
 def _renewed(names: Sequence[str], every: str) -> list[str]:
@@ -191,7 +196,7 @@ def _renewed(names: Sequence[str], every: str) -> list[str]:
     return [one for name in names for one in (variants if name == TOKEN_LEVEL else [name])]
 
 
-def check_methods(methods: Sequence[str], table: Table) -> list[str]:
+def check_methods(methods: Sequence[str], family: Family) -> list[str]:
     """Return the methods, each once, in the order given.
 
     Raises:
@@ -199,7 +204,7 @@ def check_methods(methods: Sequence[str], table: Table) -> list[str]:
     """
     names = list(dict.fromkeys(methods))
     for name in names:
-        method_named(name, table)
+        family.method(name)
     return names
 
 
@@ -246,9 +251,9 @@ def compare(
     check_code_execution(examples, protocol.run_code)
     check_sources(mixture, examples, protocol.methods)
     tasks, notes = _tasks(mixture, examples, protocol.shots)
-    bench = make_bench(mixture, protocol.methods, protocol.grid)
+    grid = make_grid(mixture, protocol.methods, protocol.grid)
     token_rows = [mixture.prompts.row(task.asked) for task in tasks]
-    scored = score_methods(bench, token_rows, protocol.methods, cached)
+    scored = score_methods(grid, token_rows, protocol.methods, cached)
     answers = {
         name: Answers.from_record(
             cached(f"answers-{name}", lambda name=name: _answers(name, scored, tasks, protocol).record())
@@ -257,15 +262,15 @@ def compare(
         if protocol.generate
     }
     run_code = bool(protocol.run_code)
-    rows = [row_record(number, task, scored, answers, bench, run_code=run_code) for number, task in enumerate(tasks)]
-    routing = _routing_of_subject(bench, scored, token_rows)
+    rows = [row_record(number, task, scored, answers, grid, run_code=run_code) for number, task in enumerate(tasks)]
+    routing = _routing_of_subject(grid, scored, token_rows)
     shares = routing.normalized()
     rows = [{**row, "weights": shares.row(number)} for number, row in enumerate(rows)]
     lengths = [len(row.ids) for row in token_rows]
     summary = {
-        **_facts(bench, rows, protocol),
+        **_facts(grid, rows, protocol),
         **_routing_records(rows, routing),
-        "seconds": _seconds(bench, scored, answers),
+        "seconds": _seconds(grid, scored, answers),
         "memory": memory_bytes(scored, lengths),
         "merge_error": merge_errors(scored),
         "notes": [*notes, *code_notes(examples, run_code=run_code)],
@@ -301,15 +306,15 @@ def _answers(name: str, scored: Scored, tasks: Sequence[Task], protocol: Protoco
     return answer(scored.cells[name], tasks, routing, name, protocol.batch_size, protocol.sampling)
 
 
-def _routing_of_subject(bench: Bench, scored: Scored, rows: Sequence[TokenRow]) -> Routing:
+def _routing_of_subject(grid: MethodGrid, scored: Scored, rows: Sequence[TokenRow]) -> Routing:
     """Return the weights of the mixture's own method, also where that is not among those compared."""
-    if bench.own.method in scored.routed:
-        return scored.routed[bench.own.method].routing
-    return SharedRouting([row.prompt() for row in rows])(bench.own.router).routing
+    if grid.own.method in scored.routed:
+        return scored.routed[grid.own.method].routing
+    return SharedRouting([row.prompt() for row in rows])(grid.own.router).routing
 
 
-def _facts(bench: Bench, rows: Sequence[Mapping[str, Any]], protocol: Protocol) -> dict[str, Any]:
-    mixture = bench.own
+def _facts(grid: MethodGrid, rows: Sequence[Mapping[str, Any]], protocol: Protocol) -> dict[str, Any]:
+    mixture = grid.own
     sources = sorted({row["source"] for row in rows})
     table = summarise(rows, protocol.methods, protocol.control, sources, resamples=protocol.resamples)
     sampling = {**protocol.sampling.model_dump(), "generate": protocol.generate, "batch_size": protocol.batch_size}
@@ -339,11 +344,11 @@ def _routing_records(rows: Sequence[Mapping[str, Any]], routing: Routing) -> dic
     }
 
 
-def _seconds(bench: Bench, scored: Scored, answers: Mapping[str, Answers]) -> dict[str, dict[str, float]]:
+def _seconds(grid: MethodGrid, scored: Scored, answers: Mapping[str, Answers]) -> dict[str, dict[str, float]]:
     """Return every method's seconds: of training beyond the fitted mixture, of scoring, of routing and answering."""
     seconds: dict[str, dict[str, float]] = {name: {} for name in scored.cells}
     for name in scored.cells:
-        if trained := bench.training_seconds(name):
+        if trained := grid.training_seconds(name):
             seconds[name]["train"] = trained
         if name in scored.seconds:
             seconds[name]["score"] = scored.seconds[name]

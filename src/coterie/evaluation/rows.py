@@ -12,7 +12,7 @@ from coterie.data.examples import Example
 from coterie.evaluation.answers import Answers, Task
 from coterie.evaluation.shared_scores import Scored
 from coterie.grading.grade import graded
-from coterie.methods.family import Bench
+from coterie.methods.family import MethodGrid
 from coterie.mixture import Mixture
 from coterie.routers.base import Routing
 
@@ -32,13 +32,13 @@ def question_record(example: Example) -> dict[str, Any]:
 
 
 def row_record(
-    number: int, task: Task, scored: Scored, answers: Mapping[str, Answers], bench: Bench, *, run_code: bool
+    number: int, task: Task, scored: Scored, answers: Mapping[str, Answers], grid: MethodGrid, *, run_code: bool
 ) -> dict[str, Any]:
     """Return the record of one row: every method's answer, grade and likelihood, and the experts' own likelihoods."""
     example = task.row
     return {
         **question_record(example),
-        "expert_nll": dict(zip(bench.fitted, scored.expert_nll[number].tolist(), strict=True)),
+        "expert_nll": dict(zip(grid.fitted, scored.expert_nll[number].tolist(), strict=True)),
         "methods": {
             name: _method_record(name, number, task, scored, answers, run_code=run_code) for name in scored.cells
         },

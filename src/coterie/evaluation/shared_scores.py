@@ -14,7 +14,7 @@ from coterie.artifacts import JsonCache
 from coterie.combiners.logits import LogitCombiner
 from coterie.combiners.texts import TextCombiner
 from coterie.data.batching import TokenRow
-from coterie.methods.family import Bench
+from coterie.methods.family import MethodGrid
 from coterie.mixture import Mixture
 from coterie.mixture.scoring import score, score_votes
 from coterie.routers.base import Router, Routing
@@ -88,14 +88,16 @@ def no_cache(name: str, make: Callable[[], Any]) -> Any:
     return make()
 
 
-def score_methods(bench: Bench, rows: Sequence[TokenRow], names: Sequence[str], cached: JsonCache = no_cache) -> Scored:
+def score_methods(
+    grid: MethodGrid, rows: Sequence[TokenRow], names: Sequence[str], cached: JsonCache = no_cache
+) -> Scored:
     """Route and score all methods on rows with answers; `cached` keeps what takes long for another try."""
-    cells = {name: bench.cell(name) for name in names}
+    cells = {name: grid.cell(name) for name in names}
     shared = SharedRouting([row.prompt() for row in rows])
     routed = {name: shared(cell.router) for name, cell in cells.items() if not isinstance(cell.router, OracleRouter)}
     scorable = [name for name in routed if not isinstance(cells[name].combiner, TextCombiner)]
     in_logits = [name for name in scorable if isinstance(cells[name].combiner, LogitCombiner)]
-    together = cached("likelihoods", lambda: _score_logits(bench, rows, {name: routed[name] for name in in_logits}))
+    together = cached("likelihoods", lambda: _score_logits(grid, rows, {name: routed[name] for name in in_logits}))
     nll = {name: torch.tensor(values) for name, values in together["nll"].items()}
     expert_nll, tokens = torch.tensor(together["expert_nll"]), torch.tensor(together["tokens"])
     seconds = dict.fromkeys(in_logits, together["seconds"])
@@ -118,14 +120,14 @@ def _score_alone(cell: Mixture, rows: Sequence[TokenRow], routed: Routed, name: 
     return {"nll": found.tolist(), "seconds": time.perf_counter() - started}
 
 
-def _score_logits(bench: Bench, rows: Sequence[TokenRow], routed: Mapping[str, Routed]) -> dict[str, Any]:
+def _score_logits(grid: MethodGrid, rows: Sequence[TokenRow], routed: Mapping[str, Routed]) -> dict[str, Any]:
     """Score all methods that meet in the logits, and each fitted expert alone, in one pass."""
-    bank = bench.mixture.bank
-    alone = torch.eye(len(bank))[[bank.index(name) for name in bench.fitted]]  # [fitted, E]
+    bank = grid.mixture.bank
+    alone = torch.eye(len(bank))[[bank.index(name) for name in grid.fitted]]  # [fitted, E]
     own = [routed[name].routing.for_experts(bank.names) for name in routed]
     votes = torch.stack([*own, *(row.expand(len(rows), -1) for row in alone)])
     started = time.perf_counter()
-    found = score_votes(bench.mixture, rows, votes, f"{len(routed)} methods and {len(alone)} experts")
+    found = score_votes(grid.mixture, rows, votes, f"{len(routed)} methods and {len(alone)} experts")
     return {
         "nll": dict(zip(routed, found.nll.tolist(), strict=False)),
         "expert_nll": found.nll[len(routed) :].T.tolist(),

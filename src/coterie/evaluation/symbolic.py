@@ -14,7 +14,8 @@ from coterie.evaluation.table import summarise
 from coterie.grading.grade import after_thinking, check_code_execution, code_notes, graded
 from coterie.methods.common import hash_examples
 from coterie.methods.symbolic.answer import LineUp, Outcome, answer_all
-from coterie.methods.symbolic.fit import BEST_SINGLE, LINE_UPS, METHOD, Symbolic, is_symbolic, load_symbolic
+from coterie.methods.symbolic.fit import Symbolic, is_symbolic, load_symbolic
+from coterie.methods.symbolic.methods import BEST_SINGLE, METHOD, METHODS
 from coterie.methods.symbolic.profile import REPLIES
 from coterie.methods.symbolic.skills import open_scheduler
 from coterie.settings.commands import EvaluationSettings
@@ -69,7 +70,7 @@ def _check_flags(settings: EvaluationSettings) -> None:
 def line_up_names(methods: str | None) -> list[str]:
     """Return the line-ups that are compared; all of them where nothing was said."""
     if methods in (None, "all"):
-        return list(LINE_UPS)
+        return list(METHODS)
     return list(dict.fromkeys(name.strip() for name in methods.split(",")))
 
 

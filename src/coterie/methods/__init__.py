@@ -1,29 +1,25 @@
 """The published methods: the loops that fit them, their table, and what is trained for the others."""
 
-from coterie.methods.common import BACKBONE, BASE
+from coterie.experts.names import BACKBONE, BASE
 from coterie.methods.elrea.fit import elrea, fit_elrea
-from coterie.methods.elrea.methods import CLUSTER_METHODS
-from coterie.methods.family import Bench
+from coterie.methods.family import Family, Method, MethodGrid
 from coterie.methods.kshot.choose_adapters import select, select_adapters
 from coterie.methods.kshot.fit import fit_kshot, kshot
 from coterie.methods.kshot.gather_rows import gather, gather_rows
-from coterie.methods.kshot.methods import TASK_METHODS
-from coterie.methods.registry import METHODS, listed, load_bench, make_bench
+from coterie.methods.registry import FAMILIES, listed, load_grid, make_grid, train_extras
 from coterie.methods.symbolic.fit import fit_symbolic, is_symbolic, load_symbolic, symbolic
 from coterie.methods.symbolic.profile import profile_pool
 from coterie.methods.symbolic.run import generate_symbolic, plan_symbolic
 from coterie.methods.token_level.fit import fit_from_adapters, fit_token_level, from_adapters, token_level
-from coterie.methods.token_level.methods import DOMAIN_METHODS
 
 # The families' functions share their names with the wings that they come from; this runs last, so the functions win.
 __all__ = [
     "BACKBONE",
     "BASE",
-    "CLUSTER_METHODS",
-    "DOMAIN_METHODS",
-    "METHODS",
-    "TASK_METHODS",
-    "Bench",
+    "FAMILIES",
+    "Family",
+    "Method",
+    "MethodGrid",
     "elrea",
     "fit_elrea",
     "fit_from_adapters",
@@ -37,13 +33,14 @@ __all__ = [
     "is_symbolic",
     "kshot",
     "listed",
-    "load_bench",
+    "load_grid",
     "load_symbolic",
-    "make_bench",
+    "make_grid",
     "plan_symbolic",
     "profile_pool",
     "select",
     "select_adapters",
     "symbolic",
     "token_level",
+    "train_extras",
 ]

@@ -1,4 +1,4 @@
-"""Stages that methods share: training plans from settings, and experts of clusters continued from the base adapter."""
+"""What methods share: training plans from settings, and experts of clusters continued from the base adapter."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -9,16 +9,14 @@ from coterie.artifacts import RunFolder, hash_json
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow
 from coterie.data.examples import Example
+from coterie.experts.names import BASE
 from coterie.experts.training import TrainingPlan, train_adapter
 from coterie.settings.commands import ElreaSettings, KshotSettings, TokenLevelSettings
 from coterie.settings.groups import LoraSettings
 
-BASE = "base"
-BACKBONE = "backbone"
-NULL = "null"
 DOMAINS_FILE = "domains.jsonl"
 """The texts that every domain's expert was made for: id, source, category and expert of each."""
-LATER = ("answers", "tests")
+FIELDS_ADDED_LATER = ("answers", "tests")
 IN_MEMORY = "(in memory)"
 """Stands in a run's record for data that came from no file."""
 
@@ -118,5 +116,5 @@ def adapter_copier(source: Path) -> Callable[[Path], None]:
 
 def hash_examples(examples: Sequence[Example]) -> str:
     """Hash the contents of examples; the fields that came later do not enter where they are empty."""
-    filled = [{k: v for k, v in asdict(example).items() if k not in LATER or v} for example in examples]
+    filled = [{k: v for k, v in asdict(example).items() if k not in FIELDS_ADDED_LATER or v} for example in examples]
     return hash_json(filled)

@@ -1,7 +1,7 @@
-"""What the methods of the table need beyond a fitted run: more experts, gates, judgements, routers fitted to those.
+"""What methods need beyond a fitted run: more experts, gates, cross-fitted losses, routers fitted to those.
 
-Each ingredient is a folder `methods/<name>` inside the run's folder, trained once: `ingredient.json` says how, experts
-are plain PEFT folders, the rest is safetensors.
+Each of these extras is a folder `methods/<name>` inside the run's folder, trained once: `ingredient.json` says how,
+experts are plain PEFT folders, the rest is safetensors.
 """
 
 import logging
@@ -11,45 +11,75 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Generic, TypeVar
 
-from coterie.artifacts import FORMAT, RunFolder, read_json, read_tensors, write_json
+from coterie.artifacts import FORMAT, RunFolder, read_json, read_run_record, read_tensors, write_json
 from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank, check_names, load_bank
 from coterie.mixture import Mixture, RouterParts, load_router
 from coterie.routers.base import Router
 from coterie.routers.judgement import Judgement
 from coterie.settings.groups import ExtrasSettings
+from coterie.settings.reading import AnySettings, Settings, checked
 
 logger = logging.getLogger(__name__)
 
 RECORD = "ingredient.json"
-JUDGEMENT = "judgement.safetensors"
-
-
-@runtime_checkable
-class Recipe(Protocol):
-    """What every fitted run's recipe tells: how it was made, so that more can be made of the same."""
-
-    @property
-    def mixture(self) -> Mixture:
-        """What the run made."""
-        ...
-
-    @property
-    def grid(self) -> ExtrasSettings:
-        """How what is trained further is made."""
-        ...
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        ...
+LOSSES = "judgement.safetensors"
 
 
 @dataclass(frozen=True)
-class Made:
-    """What making an ingredient gave: the experts' folders by name, a router, and facts that are only kept."""
+class FittedRun(Generic[AnySettings]):
+    """A fitted run, opened for further training.
+
+    Attributes:
+        mixture: what the run made.
+        settings: how it made it.
+        extras: how extras are trained.
+        folder: the run's folder.
+        inputs: content hash of every input, by name.
+    """
+
+    mixture: Mixture
+    settings: AnySettings
+    extras: ExtrasSettings
+    folder: Path
+    inputs: Mapping[str, str]
+
+
+AnyRun = TypeVar("AnyRun", bound=FittedRun)
+
+
+def reopen(
+    kind: type[AnyRun], command: str, settings: type[Settings], mixture: Mixture, extras: ExtrasSettings
+) -> AnyRun:
+    """Read how a mixture was fitted.
+
+    Args:
+        kind: of run.
+        command: that must have made it.
+        settings: of that command.
+        mixture: what it made.
+        extras: how extras will be trained.
+
+    Raises:
+        CoterieError: when the mixture lies in no folder, or was made by another command.
+    """
+    folder = mixture.folder
+    if folder is None or not (folder / "run.yaml").exists():
+        raise CoterieError(
+            "this mixture has no run.yaml beside it, so nothing more can be trained for it; fit it again"
+        )
+    record = read_run_record(folder / "run.yaml")
+    if record["command"] != command:
+        raise CoterieError(f"{folder} was made by {record['command']!r}; give a folder made by coterie {command}")
+    inputs = {str(name): str(value) for name, value in (record.get("inputs") or {}).items()}
+    return kind(mixture, checked(settings, record["settings"]), extras, folder, inputs)
+
+
+@dataclass(frozen=True)
+class TrainedExtra:
+    """What training an extra gave: the experts' folders by name, a router, and facts that are only kept."""
 
     experts: Mapping[str, Path]
     router: Router | None = None
@@ -57,23 +87,23 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A kind of ingredient.
+class ExtraSpec(Generic[AnyRun]):
+    """How an extra is made.
 
     Attributes:
-        make: makes it from a fitted run's recipe, in a folder that may hold what an interrupted making left.
+        make: makes it from a fitted run, in a folder that may hold what an interrupted making left.
         settings: the fields of `ExtrasSettings` that it depends on.
-        needs: ingredients that it is made from.
+        needs: extras that it is made from.
     """
 
-    make: Callable[[Any, RunFolder], Made]
+    make: Callable[[AnyRun, RunFolder], TrainedExtra]
     settings: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Ingredient:
-    """An ingredient, loaded: its experts, its router if it has one, and the seconds that its training took."""
+class Extra:
+    """An extra, loaded: its experts, its router if it has one, and the seconds that its training took."""
 
     bank: ExpertBank
     router: Router | None
@@ -81,22 +111,62 @@ class Ingredient:
     seconds: float
 
 
-def prepare(recipe: Recipe, names: Iterable[str], kinds: Mapping[str, Kind]) -> dict[str, Ingredient]:
-    """Train the ingredients that the run's folder lacks and load them all; what they are made from comes first.
+def prepare_extras(run: AnyRun, names: Iterable[str], specs: Mapping[str, ExtraSpec[AnyRun]]) -> dict[str, Extra]:
+    """Train the extras that the run's folder lacks and load them all; what they are made from comes first.
 
     Raises:
-        CoterieError: when one was trained with other settings, or its files are broken.
+        CoterieError: when one was trained with other settings than those asked for, or its files are broken.
     """
     order: list[str] = []
     for name in names:
-        order += [needed for needed in (*kinds[name].needs, name) if needed not in order]
+        order += [needed for needed in (*specs[name].needs, name) if needed not in order]
     for name in order:
-        _make_once(recipe, name, kinds[name])
-    return {name: load_ingredient(recipe.mixture, name) for name in order}
+        folder = run.folder / "methods" / name
+        if folder.exists():
+            _check_same(folder, run.extras, specs[name].settings)
+        else:
+            logger.info("training what the run lacks: %s", name)
+            _train(run, name, specs[name])
+    return {name: load_extra(run.mixture, name) for name in order}
 
 
-def load_ingredient(mixture: Mixture, name: str) -> Ingredient:
-    """Load an ingredient of a mixture's folder.
+def _check_same(folder: Path, settings: ExtrasSettings, fields: Iterable[str]) -> None:
+    """Refuse an extra that was trained in another way; what nobody gave a value for is taken as it was trained."""
+    before = read_json(folder / RECORD).get("settings")
+    for field in fields:
+        value = getattr(settings, field)
+        trained = before.get(field) if isinstance(before, dict) else None
+        if field in settings.model_fields_set and trained != value:
+            raise CoterieError(
+                f"{folder} was trained with --{field.replace('_', '-')} {trained}, not {value}; ask for that value, or "
+                "delete the folder"
+            )
+
+
+def _train(run: AnyRun, name: str, spec: ExtraSpec[AnyRun]) -> None:
+    def make(working: Path) -> None:
+        started = time.perf_counter()
+        made = spec.make(run, RunFolder(output=working, path=working))
+        shutil.rmtree(working / "training", ignore_errors=True)
+        shutil.rmtree(working / "working", ignore_errors=True)
+        record = {
+            "format": FORMAT,
+            "settings": {field: getattr(run.extras, field) for field in spec.settings},
+            "experts": list(made.experts),
+            "router": made.router.save(working / "router") if made.router else None,
+            "seconds": round(time.perf_counter() - started, 1),
+            **(made.facts or {}),
+        }
+        write_json(working / RECORD, record)
+
+    RunFolder(output=run.folder, path=run.folder).stage(f"methods/{name}", make)
+    with suppress(OSError):  # another extra may be under way in there
+        (run.folder / "working" / "methods").rmdir()
+        (run.folder / "working").rmdir()
+
+
+def load_extra(mixture: Mixture, name: str) -> Extra:
+    """Load an extra of a mixture's folder.
 
     Raises:
         CoterieError: when it was not trained yet, or its files are broken.
@@ -115,55 +185,14 @@ def load_ingredient(mixture: Mixture, name: str) -> Ingredient:
     known = ExpertBank((*own.names, *bank.names), (*own.adapters, *bank.adapters))  # gates may weigh either's experts
     parts = RouterParts(folder / "router", mixture.folder, mixture.backbone, known)
     router = load_router(router_record, parts) if router_record else None
-    return Ingredient(bank, router, folder, float(record.get("seconds") or 0))
+    return Extra(bank, router, folder, float(record.get("seconds") or 0))
 
 
-def read_judgement(ingredient: Ingredient) -> Judgement:
-    """Read how the experts of a run were judged.
+def read_losses(extra: Extra) -> Judgement:
+    """Read the cross-fitted losses of a run's experts.
 
     Raises:
         CoterieError: when the file is missing or broken.
     """
-    record = read_json(ingredient.folder / RECORD)
-    return Judgement.from_tensors(tuple(record["judged"]), read_tensors(ingredient.folder / JUDGEMENT))
-
-
-def _make_once(recipe: Recipe, name: str, kind: Kind) -> None:
-    settings = {field: getattr(recipe.grid, field) for field in kind.settings}
-    folder = recipe.folder / "methods" / name
-    if folder.exists():
-        _check_same(folder, settings)
-        return
-    logger.info("training what the run lacks: %s", name)
-    run = RunFolder(output=recipe.folder, path=recipe.folder)
-
-    def make(working: Path) -> None:
-        started = time.perf_counter()
-        made = kind.make(recipe, RunFolder(output=working, path=working))
-        shutil.rmtree(working / "training", ignore_errors=True)
-        shutil.rmtree(working / "working", ignore_errors=True)
-        record = {
-            "format": FORMAT,
-            "settings": settings,
-            "experts": list(made.experts),
-            "router": made.router.save(working / "router") if made.router else None,
-            "seconds": round(time.perf_counter() - started, 1),
-            **(made.facts or {}),
-        }
-        write_json(working / RECORD, record)
-
-    run.stage(f"methods/{name}", make)
-    with suppress(OSError):  # another ingredient may be under way in there
-        (recipe.folder / "working" / "methods").rmdir()
-        (recipe.folder / "working").rmdir()
-
-
-def _check_same(folder: Path, settings: Mapping[str, Any]) -> None:
-    before = read_json(folder / RECORD).get("settings")
-    for field, value in settings.items():
-        if not isinstance(before, dict) or before.get(field) != value:
-            flag = field.replace("_", "-")
-            trained = before.get(field) if isinstance(before, dict) else None
-            raise CoterieError(
-                f"{folder} was trained with --{flag} {trained}, not {value}; ask for that value, or delete the folder"
-            )
+    record = read_json(extra.folder / RECORD)
+    return Judgement.from_tensors(tuple(record["judged"]), read_tensors(extra.folder / LOSSES))

@@ -1,88 +1,82 @@
-"""The published methods: a method fills three places, the bank, the router and the combiner."""
+"""All families of methods: what `coterie methods` lists, and what the methods of a mixture's family need."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from coterie.errors import CoterieError
-from coterie.methods.elrea.methods import CLUSTER_METHODS
-from coterie.methods.elrea.run import open_recipe
-from coterie.methods.extras import Recipe, load_ingredient, prepare
-from coterie.methods.family import ALONE, Bench, Table, needs_of
-from coterie.methods.kinds import KINDS
-from coterie.methods.kshot.methods import TASK_METHODS
-from coterie.methods.kshot.run import open_task_recipe
-from coterie.methods.symbolic.fit import LINE_UPS
-from coterie.methods.symbolic.fit import METHOD as SYMBOLIC
-from coterie.methods.token_level.methods import DOMAIN_METHODS
+from coterie.methods.elrea.methods import FAMILY as ELREA
+from coterie.methods.extras import Extra, load_extra
+from coterie.methods.family import Family, MethodGrid
+from coterie.methods.kshot.methods import FAMILY as KSHOT
+from coterie.methods.symbolic.methods import FAMILY as SYMBOLIC
+from coterie.methods.token_level.methods import FAMILY as TOKEN_LEVEL
 from coterie.mixture import Mixture
+from coterie.settings.commands import TrainExtrasSettings
 from coterie.settings.groups import ExtrasSettings
 
-METHODS: dict[str, Table] = {"elrea": CLUSTER_METHODS, "token-level": DOMAIN_METHODS, "kshot-moe": TASK_METHODS}
-"""The methods that work on what each of these has fitted."""
-
-RECIPES: dict[str, Callable[[Mixture, ExtrasSettings], Recipe]] = {"elrea": open_recipe, "kshot-moe": open_task_recipe}
-"""How more is trained for what each of these has fitted; the methods on the others need nothing."""
+FAMILIES: dict[str, Family] = {family.name: family for family in (ELREA, TOKEN_LEVEL, KSHOT, SYMBOLIC)}
+"""By what was fitted."""
 
 
-def methods_on(fitted: str) -> Table:
-    """Return the methods that work on what this one has fitted.
+def family_of(mixture: Mixture) -> Family:
+    """Return the family whose methods work on a mixture.
 
     Raises:
         CoterieError: when none is known for it.
     """
-    if fitted not in METHODS:
-        raise CoterieError(f"nothing is known to compare with {fitted!r}; give a folder made by {' or '.join(METHODS)}")
-    return METHODS[fitted]
+    if mixture.method not in FAMILIES:
+        raise CoterieError(
+            f"nothing is known to compare with {mixture.method!r}; give a folder made by {' or '.join(FAMILIES)}"
+        )
+    return FAMILIES[mixture.method]
 
 
-def usual_methods(mixture: Mixture) -> list[str]:
-    """Return the methods that are compared where none are named: the mixture's own and its simplest rivals."""
-    if mixture.method == "elrea":
-        return ["backbone", "base", "elrea", "uniform-weights"]
-    if mixture.method == "kshot-moe":
-        return ["backbone", "best-by-shots", "uniform-weights", "arrow", "kshot-moe"]
-    alone = [f"{ALONE}:{name}" for name in Bench(mixture, {}, methods_on(mixture.method)).fitted]
-    return ["backbone", *alone, "per-dataset", "uniform-weights", "token-level", "arrow", "spectr", "oracle"]
-
-
-def make_bench(mixture: Mixture, names: Sequence[str], grid: ExtrasSettings) -> Bench:
+def make_grid(mixture: Mixture, names: Sequence[str], settings: ExtrasSettings) -> MethodGrid:
     """Train what these methods still lack, once, into the mixture's folder, and load it.
 
     Raises:
         CoterieError: for an unknown method, or when something cannot be trained.
     """
-    table = methods_on(mixture.method)
-    needed = needs_of(names, table)
-    return Bench(mixture, prepare(RECIPES[mixture.method](mixture, grid), needed, KINDS) if needed else {}, table)
+    family = family_of(mixture)
+    return MethodGrid(mixture, family.prepare(mixture, names, settings), family)
 
 
-def load_bench(mixture: Mixture, names: Sequence[str]) -> Bench:
+def load_grid(mixture: Mixture, names: Sequence[str]) -> MethodGrid:
     """Load what these methods need; nothing is trained.
 
     Raises:
         CoterieError: for an unknown method, or when something was not trained yet.
     """
-    table = methods_on(mixture.method)
-    needed = needs_of(names, table)
+    family = family_of(mixture)
+    needed = family.needs(names)
     for name in needed:
         if mixture.folder is None or not (mixture.folder / "methods" / name).is_dir():
+            methods = ",".join(names)
             raise CoterieError(
-                f"{', '.join(names)} needs {name}, which was not trained yet; "
-                f"type: coterie eval {mixture.folder} --methods base,{','.join(names)} --data ... --output ..."
+                f"{methods} needs {name}, which was not trained yet; "
+                f"type: coterie train-extras {mixture.folder} --methods {methods}"
             )
-    return Bench(mixture, {name: load_ingredient(mixture, name) for name in needed}, table)
+    return MethodGrid(mixture, {name: load_extra(mixture, name) for name in needed}, family)
+
+
+def train_extras(settings: TrainExtrasSettings) -> dict[str, Extra]:
+    """Train what methods need beyond a fitted run, once, into the run's folder; return all of it by name.
+
+    Raises:
+        CoterieError: for an unknown method, what was trained with other settings already, or what cannot be trained.
+    """
+    mixture = Mixture.from_pretrained(settings.mixture, **settings.placement.model_dump())
+    family = family_of(mixture)
+    everything = settings.methods == "all"
+    names = list(family.methods) if everything else [name.strip() for name in settings.methods.split(",")]
+    return family.prepare(mixture, names, settings.extras)
 
 
 def listed() -> list[dict[str, Any]]:
-    """Return every method as a row: on what it works, where its experts come from, who finds them, where they meet."""
-    rows: list[dict[str, Any]] = [
-        {"on": fitted, "method": name, "bank": m.bank, "router": m.router, "combiner": m.combiner}
+    """Return every method as a row of the table, with the fitted run it works on, what it trains, and its paper."""
+    return [
+        {"on": family.name, "method": name, "bank": m.bank, "router": m.router, "combiner": m.combiner}
         | {"trains": list(m.needs), "paper": m.paper}
-        for fitted, table in METHODS.items()
-        for name, m in table.items()
-    ]
-    recruited = {"on": SYMBOLIC, "bank": "any experts + skill profiles", "trains": [], "paper": "arXiv 2503.05641"}
-    return rows + [
-        {**recruited, "method": name, "router": router, "combiner": combiner}
-        for name, (router, combiner) in LINE_UPS.items()
+        for family in FAMILIES.values()
+        for name, m in family.methods.items()
     ]

@@ -17,8 +17,9 @@ from coterie.artifacts import RunFolder, read_tensors, write_tensors
 from coterie.data.batching import TokenRow
 from coterie.errors import CoterieError
 from coterie.experts.bank import load_bank
-from coterie.methods.common import BASE, base_plan, cluster_rows, train_clusters, train_expert
-from coterie.methods.elrea.run import Recipe
+from coterie.experts.names import BASE
+from coterie.methods.common import base_plan, cluster_rows, train_clusters, train_expert
+from coterie.methods.elrea.run import ElreaRun
 from coterie.mixture import Mixture
 from coterie.mixture.scoring import score_votes
 from coterie.routers.fixed import uniform
@@ -27,16 +28,16 @@ from coterie.routers.judgement import Judgement
 SCORES = "scores.safetensors"
 
 
-def judge(recipe: Recipe, run: RunFolder) -> Judgement:
+def cross_fit(run: ElreaRun, into: RunFolder) -> Judgement:
     """Judge all experts on all training rows.
 
     Raises:
         CoterieError: when there are fewer rows than folds.
     """
-    folds = assign_folds(recipe.labels, recipe.grid.judge_folds, recipe.settings.seed)
-    names = recipe.mixture.bank.names
-    parts = [_judge_fold(recipe, run, folds, fold) for fold in range(recipe.grid.judge_folds)]
-    rows = torch.cat([torch.nonzero(folds == fold).flatten() for fold in range(recipe.grid.judge_folds)])
+    folds = assign_folds(run.labels, run.extras.judge_folds, run.settings.seed)
+    names = run.mixture.bank.names
+    parts = [_judge_fold(run, into, folds, fold) for fold in range(run.extras.judge_folds)]
+    rows = torch.cat([torch.nonzero(folds == fold).flatten() for fold in range(run.extras.judge_folds)])
     order = rows.argsort()
     return Judgement(names, *(torch.cat([part[key] for part in parts])[order] for key in ("nll", "pairs", "tokens")))
 
@@ -57,28 +58,28 @@ def assign_folds(labels: Sequence[int], count: int, seed: int) -> Tensor:
     return folds
 
 
-def _judge_fold(recipe: Recipe, run: RunFolder, folds: Tensor, fold: int) -> dict[str, Tensor]:
+def _judge_fold(run: ElreaRun, into: RunFolder, folds: Tensor, fold: int) -> dict[str, Tensor]:
     def make(folder: Path) -> None:
-        held = [recipe.kept.rows[i] for i in torch.nonzero(folds == fold).flatten().tolist()]
-        mixture = _fold_mixture(recipe, RunFolder(output=folder, path=folder), folds != fold, fold)
+        held = [run.kept.rows[i] for i in torch.nonzero(folds == fold).flatten().tolist()]
+        mixture = _fold_mixture(run, RunFolder(output=folder, path=folder), folds != fold, fold)
         write_tensors(folder / SCORES, _scores(mixture, held, f"fold {fold + 1}"))
 
-    return read_tensors(run.stage(f"folds/{fold}", make) / SCORES)
+    return read_tensors(into.stage(f"folds/{fold}", make) / SCORES)
 
 
-def _fold_mixture(recipe: Recipe, run: RunFolder, seen: Tensor, fold: int) -> Mixture:
+def _fold_mixture(run: ElreaRun, into: RunFolder, seen: Tensor, fold: int) -> Mixture:
     """Train the base adapter and every expert on the rows that are seen."""
-    of_folds = f"fold {fold + 1} of {recipe.grid.judge_folds}"
+    of_folds = f"fold {fold + 1} of {run.extras.judge_folds}"
     numbers = torch.nonzero(seen).flatten().tolist()
-    rows = [recipe.kept.rows[i] for i in numbers]
-    plan = base_plan(recipe.settings, f"base, {of_folds}", keep_epochs=False)
-    base = train_expert(run, BASE, rows, recipe.backbone, plan, recipe.settings.lora)
-    labels = [recipe.labels[i] for i in numbers]
+    rows = [run.kept.rows[i] for i in numbers]
+    plan = base_plan(run.settings, f"base, {of_folds}", keep_epochs=False)
+    base = train_expert(into, BASE, rows, run.backbone, plan, run.settings.lora)
+    labels = [run.labels[i] for i in numbers]
     groups = cluster_rows(rows, labels)
-    groups += [[] for _ in range(max(recipe.labels) + 1 - len(groups))]
-    experts = train_clusters(run, "cluster", groups, recipe.backbone, recipe.settings, base)
-    bank = load_bank({BASE: base, **experts}, recipe.backbone.model)
-    return replace(recipe.mixture, bank=bank, router=uniform(bank.names))
+    groups += [[] for _ in range(max(run.labels) + 1 - len(groups))]
+    experts = train_clusters(into, "cluster", groups, run.backbone, run.settings, base)
+    bank = load_bank({BASE: base, **experts}, run.backbone.model)
+    return replace(run.mixture, bank=bank, router=uniform(bank.names))
 
 
 def _scores(mixture: Mixture, rows: Sequence[TokenRow], label: str) -> dict[str, Tensor]:

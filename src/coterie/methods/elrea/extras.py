@@ -1,4 +1,4 @@
-"""What the methods on ELREA's clusters need beyond the fitted run: more experts, gates, judgements, fitted routers."""
+"""What the methods on ELREA's clusters need beyond the fitted run: more experts, gates, lossess, fitted routers."""
 
 import logging
 import re
@@ -14,10 +14,11 @@ from coterie.artifacts import RunFolder, write_jsonl, write_tensors
 from coterie.errors import CoterieError
 from coterie.experts.clustering import cluster
 from coterie.experts.gates_training import train_gates
-from coterie.methods.common import BASE, base_plan, cluster_record, cluster_rows, train_clusters, train_expert
-from coterie.methods.elrea.cross_fit import judge
-from coterie.methods.elrea.run import Recipe
-from coterie.methods.extras import JUDGEMENT, Kind, Made, load_ingredient, read_judgement
+from coterie.experts.names import BASE
+from coterie.methods.common import base_plan, cluster_record, cluster_rows, train_clusters, train_expert
+from coterie.methods.elrea.cross_fit import cross_fit
+from coterie.methods.elrea.run import ElreaRun
+from coterie.methods.extras import LOSSES, ExtraSpec, TrainedExtra, load_extra, read_losses
 from coterie.mixture.loading import describe_by_embedding
 from coterie.routers.base import Gates
 from coterie.routers.centroid import CentroidRouter, centroids_of
@@ -30,54 +31,54 @@ from coterie.routers.source import SourceRouter
 logger = logging.getLogger(__name__)
 
 
-def _random_clusters(recipe: Recipe, run: RunFolder) -> Made:
+def _random_clusters(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Train experts on clusters of the same sizes whose members are drawn at random (ELREA's Random Cluster)."""
-    generator = torch.Generator().manual_seed(recipe.settings.seed)
-    order = torch.randperm(len(recipe.labels), generator=generator).tolist()
-    labels = [recipe.labels[i] for i in order]
-    groups = cluster_rows(recipe.kept.rows, labels)
-    _write_clusters(recipe, run, labels, "random")
-    return Made(train_clusters(run, "random", groups, recipe.backbone, recipe.settings, _base(recipe)))
+    generator = torch.Generator().manual_seed(run.settings.seed)
+    order = torch.randperm(len(run.labels), generator=generator).tolist()
+    labels = [run.labels[i] for i in order]
+    groups = cluster_rows(run.kept.rows, labels)
+    _write_clusters(run, into, labels, "random")
+    return TrainedExtra(train_clusters(into, "random", groups, run.backbone, run.settings, _base(run)))
 
 
-def _embedding_clusters(recipe: Recipe, run: RunFolder) -> Made:
+def _embedding_clusters(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Cluster and route by sentence embeddings (ELREA's Instruction Embedding)."""
-    description = describe_by_embedding(recipe.grid.encoder, recipe.backbone)
-    features = description(recipe.prompts)
-    seed = recipe.settings.seed
-    clustering = cluster(features.numpy(), recipe.settings.clustering, sources=recipe.sources, seed=seed)
-    groups = cluster_rows(recipe.kept.rows, clustering.labels)
-    _write_clusters(recipe, run, clustering.labels, "embedding")
-    experts = train_clusters(run, "embedding", groups, recipe.backbone, recipe.settings, _base(recipe))
+    description = describe_by_embedding(run.extras.encoder, run.backbone)
+    features = description(run.prompts)
+    seed = run.settings.seed
+    clustering = cluster(features.numpy(), run.settings.clustering, sources=run.sources, seed=seed)
+    groups = cluster_rows(run.kept.rows, clustering.labels)
+    _write_clusters(run, into, clustering.labels, "embedding")
+    experts = train_clusters(into, "embedding", groups, run.backbone, run.settings, _base(run))
     centroids = centroids_of(features, clustering.labels, clustering.count)
     router = CentroidRouter(description, centroids, list(experts), base=BASE)
-    return Made(experts, router, {"clustering": clustering.record()})
+    return TrainedExtra(experts, router, {"clustering": clustering.record()})
 
 
-def _seeds(recipe: Recipe, run: RunFolder) -> Made:
+def _seeds(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Train adapters on all data from other seeds (LoRA Ensembles, arXiv 2310.00035)."""
     experts = {}
-    for number in range(1, recipe.grid.ensemble_size):
+    for number in range(1, run.extras.ensemble_size):
         name = f"seed-{number}"
-        seed = recipe.settings.seed + number
-        label = f"{name} ({number} of {recipe.grid.ensemble_size - 1})"
-        plan = base_plan(recipe.settings, label, seed=seed, keep_epochs=False)
-        experts[name] = train_expert(run, name, recipe.kept.rows, recipe.backbone, plan, recipe.settings.lora)
-    return Made(experts)
+        seed = run.settings.seed + number
+        label = f"{name} ({number} of {run.extras.ensemble_size - 1})"
+        plan = base_plan(run.settings, label, seed=seed, keep_epochs=False)
+        experts[name] = train_expert(into, name, run.kept.rows, run.backbone, plan, run.settings.lora)
+    return TrainedExtra(experts)
 
 
-def _datasets(recipe: Recipe, run: RunFolder) -> Made:
+def _datasets(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Train one adapter per data set, from a fresh start (ELREA's per-dataset adapters)."""
-    sources = sorted({source for source in recipe.sources if source})
+    sources = sorted({source for source in run.sources if source})
     if not sources:
         raise CoterieError("the training rows name no source, so there are no data sets to train adapters for")
     names = _safe_names(sources)
     folders = {}
     for number, source in enumerate(sources, start=1):
-        rows = [row for row, own in zip(recipe.kept.rows, recipe.sources, strict=True) if own == source]
-        plan = base_plan(recipe.settings, f"{names[source]} ({number} of {len(sources)})", keep_epochs=False)
-        folders[names[source]] = train_expert(run, names[source], rows, recipe.backbone, plan, recipe.settings.lora)
-    return Made(folders, SourceRouter(names))
+        rows = [row for row, own in zip(run.kept.rows, run.sources, strict=True) if own == source]
+        plan = base_plan(run.settings, f"{names[source]} ({number} of {len(sources)})", keep_epochs=False)
+        folders[names[source]] = train_expert(into, names[source], rows, run.backbone, plan, run.settings.lora)
+    return TrainedExtra(folders, SourceRouter(names))
 
 
 def _safe_names(sources: list[str]) -> dict[str, str]:
@@ -89,74 +90,74 @@ def _safe_names(sources: list[str]) -> dict[str, str]:
     return names
 
 
-def _base(recipe: Recipe) -> Path:
-    return recipe.folder / "experts" / BASE
+def _base(run: ElreaRun) -> Path:
+    return run.folder / "experts" / BASE
 
 
-def _write_clusters(recipe: Recipe, run: RunFolder, labels: Iterable[int], prefix: str) -> None:
-    rows = zip(recipe.kept.examples, labels, strict=True)
+def _write_clusters(run: ElreaRun, into: RunFolder, labels: Iterable[int], prefix: str) -> None:
+    rows = zip(run.kept.examples, labels, strict=True)
     records = [cluster_record(example, f"{prefix}-{label}") for example, label in rows]
-    write_jsonl(run.path / "clusters.jsonl", records)
+    write_jsonl(into.path / "clusters.jsonl", records)
 
 
 # --------------------------------------------------------------------------------------------- gates, fitted routers
 
 
-def _gates(recipe: Recipe, run: RunFolder) -> Made:
+def _gates(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Train a gate per layer on the frozen experts (ELREA's MoLE: whole training set, 1 epoch)."""
-    grid, bank = recipe.grid, recipe.mixture.bank
-    plan = base_plan(recipe.settings, "gates", keep_epochs=False)
-    plan = replace(plan, epochs=grid.gate_epochs, learning_rate=grid.gate_learning_rate)
-    layers = train_gates(recipe.backbone, bank.adapters, recipe.kept.rows, plan, run.path)
-    return Made({}, GateRouter(recipe.backbone, bank.adapters, Gates(bank.names, layers)))
+    settings, bank = run.extras, run.mixture.bank
+    plan = base_plan(run.settings, "gates", keep_epochs=False)
+    plan = replace(plan, epochs=settings.gate_epochs, learning_rate=settings.gate_learning_rate)
+    layers = train_gates(run.backbone, bank.adapters, run.kept.rows, plan, into.path)
+    return TrainedExtra({}, GateRouter(run.backbone, bank.adapters, Gates(bank.names, layers)))
 
 
-def _judged(recipe: Recipe, run: RunFolder) -> Made:
+def _judged(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Judge the run's experts on the training rows, each by copies that were not trained on them (cross-fitting)."""
-    judgement = judge(recipe, run)
-    write_tensors(run.path / JUDGEMENT, judgement.tensors())
-    shutil.rmtree(run.path / "folds")
-    return Made({}, None, {"judged": list(judgement.experts), "best_single": judgement.best_single()})
+    losses = cross_fit(run, into)
+    write_tensors(into.path / LOSSES, losses.tensors())
+    shutil.rmtree(into.path / "folds")
+    return TrainedExtra({}, None, {"judged": list(losses.experts), "best_single": losses.best_single()})
 
 
-def _performance(recipe: Recipe, run: RunFolder) -> Made:
+def _performance(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Place centroids by who is best on training rows (RouterRetriever)."""
-    judgement = read_judgement(load_ingredient(recipe.mixture, "judged"))
-    centre = recipe.features.mean(dim=0)
-    pilots = make_pilots(recipe.features - centre, judgement.best_of_rows(), recipe.sources)
-    return Made({}, PerformanceRouter(_gradients(recipe), pilots, centre))
+    losses = read_losses(load_extra(run.mixture, "judged"))
+    centre = run.features.mean(dim=0)
+    pilots = make_pilots(run.features - centre, losses.best_of_rows(), run.sources)
+    return TrainedExtra({}, PerformanceRouter(_gradients(run), pilots, centre))
 
 
-def _loss(recipe: Recipe, run: RunFolder) -> Made:
+def _loss(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Fit the router that predicts every expert's loss."""
-    judgement = read_judgement(load_ingredient(recipe.mixture, "judged"))
-    centre = recipe.features.mean(dim=0)
-    fitted = fit_loss_router(recipe.features - centre, judgement, seed=recipe.settings.seed)
+    losses = read_losses(load_extra(run.mixture, "judged"))
+    centre = run.features.mean(dim=0)
+    fitted = fit_loss_router(run.features - centre, losses, seed=run.settings.seed)
     logger.info(
         "loss router: penalty %g, sharpness %g, expected NLL %.4f",
         fitted.penalty,
         fitted.sharpness,
         fitted.expected_nll,
     )
-    router = LossRouter(_gradients(recipe), fitted.ridge, judgement.experts, fitted.sharpness, centre)
-    return Made({}, router, {"penalty": fitted.penalty, "expected_nll": fitted.expected_nll})
+    router = LossRouter(_gradients(run), fitted.ridge, losses.experts, fitted.sharpness, centre)
+    return TrainedExtra({}, router, {"penalty": fitted.penalty, "expected_nll": fitted.expected_nll})
 
 
-def _gradients(recipe: Recipe) -> Any:
-    router = recipe.mixture.router
+def _gradients(run: ElreaRun) -> Any:
+    router = run.mixture.router
     if not isinstance(router, FeatureRouter):
-        raise CoterieError(f"{recipe.folder} has a router without features ({router.kind}); fit it again")
+        raise CoterieError(f"{run.folder} has a router without features ({router.kind}); fit it again")
     return router.description
 
 
-CLUSTER_KINDS: dict[str, Kind] = {
-    "random-clusters": Kind(_random_clusters),
-    "embedding-clusters": Kind(_embedding_clusters, ("encoder",)),
-    "seeds": Kind(_seeds, ("ensemble_size",)),
-    "datasets": Kind(_datasets),
-    "gates": Kind(_gates, ("gate_epochs", "gate_learning_rate")),
-    "judged": Kind(_judged, ("judge_folds",)),
-    "performance": Kind(_performance, needs=("judged",)),
-    "loss": Kind(_loss, needs=("judged",)),
+EXTRAS: dict[str, ExtraSpec[ElreaRun]] = {
+    "random-clusters": ExtraSpec(_random_clusters),
+    "embedding-clusters": ExtraSpec(_embedding_clusters, ("encoder",)),
+    "seeds": ExtraSpec(_seeds, ("ensemble_size",)),
+    "datasets": ExtraSpec(_datasets),
+    "gates": ExtraSpec(_gates, ("gate_epochs", "gate_learning_rate")),
+    "judged": ExtraSpec(_judged, ("judge_folds",)),
+    "performance": ExtraSpec(_performance, needs=("judged",)),
+    "loss": ExtraSpec(_loss, needs=("judged",)),
 }
-"""By the name of the ingredient's folder."""
+"""By the name of the extra's folder."""

@@ -16,10 +16,10 @@ from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError
 from coterie.experts.bank import load_bank
 from coterie.experts.clustering import Clustering, cluster
+from coterie.experts.names import BASE
 from coterie.experts.training import load_checkpoint, read_log, train_adapter
 from coterie.features.gradient import GradientFeatures, counted_blocks, write_features
 from coterie.methods.common import (
-    BASE,
     IN_MEMORY,
     adapter_copier,
     base_plan,

@@ -1,125 +1,75 @@
 """Methods on a run of ELREA: experts of clusters, continued from one base adapter, and what is trained beside them."""
 
-from coterie.combiners.layers import LayerCombiner
-from coterie.combiners.logits import LogitCombiner
-from coterie.combiners.texts import TextCombiner
-from coterie.combiners.weights import WeightCombiner
-from coterie.methods.common import BACKBONE, BASE
-from coterie.methods.extras import read_judgement
-from coterie.methods.family import Bench, Method
+from coterie.experts.names import BACKBONE, BASE
+from coterie.methods.elrea.extras import EXTRAS
+from coterie.methods.elrea.run import ElreaRun, open_run
+from coterie.methods.extras import read_losses
+from coterie.methods.family import CONTROL, Family, Method, MethodGrid, single
 from coterie.routers.base import Router
 from coterie.routers.derived import DerivedRouter
 from coterie.routers.fixed import one_hot, uniform
 from coterie.routers.oracle import OracleRouter
 
-
-def _normalised(bench: Bench) -> DerivedRouter:
-    return DerivedRouter(bench.own.router, normalised=True)
-
-
-def _with_base(bench: Bench, ingredient: str) -> Router:
-    return uniform([BASE, *bench.experts(ingredient)])
+PAPER = "arXiv 2502.00089"
+CLUSTERS = "ELREA's"
+EMBEDDING = "embedding clusters -> one LoRA each, plus base"
+RANDOM = "random clusters of ELREA's sizes -> one LoRA each, plus base"
+FITTED = "base adapter -> gradient features -> BIRCH clusters -> one LoRA each, plus base"
 
 
-def _best_single(bench: Bench) -> Router:
-    return one_hot(read_judgement(bench.ingredients["judged"]).best_single(), bench.mixture.bank.names)
+def _normalised(grid: MethodGrid) -> Router:
+    return DerivedRouter(grid.own.router, normalised=True)
 
 
-CLUSTER_METHODS: dict[str, Method] = {
-    "backbone": Method("none", "fixed", "logits", lambda b: (one_hot(BACKBONE, b.mixture.bank.names), LogitCombiner())),
-    "base": Method("base adapter", "fixed", "logits", lambda b: (one_hot(BASE, b.mixture.bank.names), LogitCombiner())),
-    "per-dataset": Method(
-        "one LoRA per data set",
-        "the data set's own name",
-        "logits",
-        lambda b: (b.router("datasets"), LogitCombiner()),
-        ("datasets",),
+def _extra(name: str, bank: str, router: str, combiner: str, paper: str = PAPER) -> Method:
+    """Return the method whose router is that of an extra."""
+    return Method(bank, router, combiner, paper, lambda grid: grid.router(name), (name,))
+
+
+def _with_base(extra: str, bank: str, paper: str = PAPER) -> Method:
+    """Return the even mixture of an extra's experts and the base adapter."""
+    return Method(bank, "uniform", "logits", paper, lambda grid: uniform([BASE, *grid.experts(extra)]), (extra,))
+
+
+METHODS = {
+    BACKBONE: single(BACKBONE, "none", PAPER),
+    BASE: single(BASE, "base adapter", PAPER),
+    "per-dataset": _extra("datasets", "one LoRA per data set", "the data set's own name", "logits"),
+    "moe-routing": Method(CLUSTERS, "gradient centroids, normalised", "layers", PAPER, _normalised),
+    "moe-merging": Method(CLUSTERS, "gradient centroids, normalised", "weights:factors", PAPER, _normalised),
+    "mole": _extra(
+        "gates", CLUSTERS, "learned gate per layer and token", "layers", "arXiv 2404.13628, as in 2502.00089"
     ),
-    "moe-routing": Method(
-        "ELREA's", "gradient centroids, normalised", "layers", lambda b: (_normalised(b), LayerCombiner())
-    ),
-    "moe-merging": Method(
-        "ELREA's",
-        "gradient centroids, normalised",
-        "weights:factors",
-        lambda b: (_normalised(b), WeightCombiner("factors")),
-    ),
-    "mole": Method(
-        "ELREA's",
-        "learned gate per layer and token",
-        "layers",
-        lambda b: (b.router("gates"), LayerCombiner()),
-        ("gates",),
-        "arXiv 2404.13628, as in 2502.00089",
-    ),
-    "lora-ensembles": Method(
-        "base adapter, others from other seeds",
-        "uniform",
-        "logits",
-        lambda b: (_with_base(b, "seeds"), LogitCombiner()),
-        ("seeds",),
-        "arXiv 2310.00035",
-    ),
+    "lora-ensembles": _with_base("seeds", "base adapter, others from other seeds", "arXiv 2310.00035"),
     "self-consistency": Method(
-        "base adapter",
-        "fixed",
-        "texts",
-        lambda b: (one_hot(BASE, b.mixture.bank.names), TextCombiner()),
-        (),
-        "arXiv 2203.11171",
+        "base adapter", "fixed", "texts", "arXiv 2203.11171", lambda grid: one_hot(BASE, grid.mixture.bank.names)
     ),
-    "instruction-embedding": Method(
-        "embedding clusters -> one LoRA each, plus base",
-        "embedding centroids",
-        "logits",
-        lambda b: (b.router("embedding-clusters"), LogitCombiner()),
-        ("embedding-clusters",),
+    "instruction-embedding": _extra("embedding-clusters", EMBEDDING, "embedding centroids", "logits"),
+    "random-cluster": _with_base("random-clusters", RANDOM),
+    "uniform-weights": Method(CLUSTERS, "uniform", "logits", PAPER, lambda grid: uniform(grid.fitted)),
+    "elrea": Method(FITTED, "gradient centroids", "logits", PAPER, lambda grid: grid.own.router),
+    "performance-centroids": _extra(
+        "performance", CLUSTERS, "centroids of rows by who is best on them", "logits", "AAAI 2025, RouterRetriever"
     ),
-    "random-cluster": Method(
-        "random clusters of ELREA's sizes -> one LoRA each, plus base",
-        "uniform",
-        "logits",
-        lambda b: (_with_base(b, "random-clusters"), LogitCombiner()),
-        ("random-clusters",),
-    ),
-    "uniform-weights": Method("ELREA's", "uniform", "logits", lambda b: (uniform(b.fitted), LogitCombiner())),
-    "elrea": Method(
-        "base adapter -> gradient features -> BIRCH clusters -> one LoRA each, plus base",
-        "gradient centroids",
-        "logits",
-        lambda b: (b.own.router, LogitCombiner()),
-    ),
-    "performance-centroids": Method(
-        "ELREA's",
-        "centroids of rows by who is best on them",
-        "logits",
-        lambda b: (b.router("performance"), LogitCombiner()),
-        ("performance",),
-        "AAAI 2025, RouterRetriever",
-    ),
-    "loss-routing": Method(
-        "ELREA's",
-        "predicted loss of every expert",
-        "logits",
-        lambda b: (b.router("loss"), LogitCombiner()),
-        ("loss",),
-        "this project",
-    ),
+    "loss-routing": _extra("loss", CLUSTERS, "predicted loss of every expert", "logits", "this project"),
     "best-single": Method(
-        "ELREA's",
+        CLUSTERS,
         "fixed: the best on training rows, judged crosswise",
         "logits",
-        lambda b: (_best_single(b), LogitCombiner()),
+        CONTROL,
+        lambda grid: one_hot(read_losses(grid.extras["judged"]).best_single(), grid.mixture.bank.names),
         ("judged",),
-        "control",
     ),
     "oracle": Method(
-        "ELREA's",
+        CLUSTERS,
         "the best on each row's reference (evaluation only)",
         "logits",
-        lambda b: (OracleRouter(b.fitted), LogitCombiner()),
-        (),
-        "control",
+        CONTROL,
+        lambda grid: OracleRouter(grid.fitted),
     ),
 }
 """By name."""
+
+FAMILY: Family[ElreaRun] = Family(
+    "elrea", METHODS, EXTRAS, open_run, usual=lambda mixture: [BACKBONE, BASE, "elrea", "uniform-weights"]
+)

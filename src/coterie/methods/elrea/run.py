@@ -1,41 +1,25 @@
-"""What a fitted run was made from, so that more can be trained on the same rows in the same way."""
+"""What a run of `coterie fit elrea` was made from, so that more can be trained on the same rows in the same way."""
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from coterie.artifacts import read_jsonl, read_run_record, read_tensors
+from coterie.artifacts import read_jsonl, read_tensors
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import Tokenised, TokenRow, tokenise
 from coterie.data.examples import load_all
 from coterie.errors import CoterieError
 from coterie.methods.common import IN_MEMORY, hash_examples
+from coterie.methods.extras import FittedRun, reopen
 from coterie.mixture import Mixture
 from coterie.settings.commands import ElreaSettings
 from coterie.settings.groups import ExtrasSettings
-from coterie.settings.reading import checked
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A run of `coterie fit elrea`, opened for further training.
-
-    Attributes:
-        mixture: what the run made.
-        settings: how it made it.
-        grid: how what is trained further is made.
-        folder: the run's folder.
-        inputs: content hash of every input, by name.
-    """
-
-    mixture: Mixture
-    settings: ElreaSettings
-    grid: ExtrasSettings
-    folder: Path
-    inputs: dict[str, str]
+class ElreaRun(FittedRun[ElreaSettings]):
+    """A run of `coterie fit elrea`, opened for further training."""
 
     @property
     def backbone(self) -> Backbone:
@@ -93,30 +77,10 @@ class Recipe:
         return read_tensors(self.folder / "features" / "features.safetensors")["features"]
 
 
-def open_recipe(mixture: Mixture, grid: ExtrasSettings) -> Recipe:
-    """Read how a mixture was fitted.
+def open_run(mixture: Mixture, extras: ExtrasSettings) -> ElreaRun:
+    """Reopen the run that made a mixture.
 
     Raises:
         CoterieError: when it lies in no folder, or was not made by `coterie fit elrea`.
     """
-    folder, settings, inputs = fitted_record(mixture, "fit elrea")
-    return Recipe(mixture, checked(ElreaSettings, settings), grid, folder, inputs)
-
-
-def fitted_record(mixture: Mixture, command: str) -> tuple[Path, dict[str, Any], dict[str, str]]:
-    """Return the folder of a fitted mixture, the settings it was fitted with, and the hash of every input, by name.
-
-    Raises:
-        CoterieError: when it lies in no folder, or was made by another command than this one.
-    """
-    if mixture.folder is None or not (mixture.folder / "run.yaml").exists():
-        raise CoterieError(
-            "this mixture has no run.yaml beside it, so nothing more can be trained for it; fit it again"
-        )
-    record = read_run_record(mixture.folder / "run.yaml")
-    if record["command"] != command:
-        raise CoterieError(
-            f"{mixture.folder} was made by {record['command']!r}; give a folder made by coterie {command}"
-        )
-    inputs = {str(name): str(value) for name, value in (record.get("inputs") or {}).items()}
-    return mixture.folder, record["settings"], inputs
+    return reopen(ElreaRun, "fit elrea", ElreaSettings, mixture, extras)

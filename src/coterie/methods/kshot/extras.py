@@ -1,4 +1,4 @@
-"""What the rivals of kshot-moe need beyond the fitted run: other experts, other data, one adapter alone."""
+"""Baselines and ablations of kshot-moe that need training of their own."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +17,9 @@ from coterie.experts.lorahub import SearchPlan, compose, search_weights
 from coterie.experts.training import train_adapter
 from coterie.lora import Adapter
 from coterie.methods.common import adapter_copier, base_plan
-from coterie.methods.extras import Kind, Made
+from coterie.methods.extras import ExtraSpec, TrainedExtra
 from coterie.methods.kshot.choose_adapters import best_by_shots
-from coterie.methods.kshot.run import TaskRecipe
+from coterie.methods.kshot.run import KshotRun
 from coterie.methods.kshot.train import tune
 from coterie.mixture import Mixture
 from coterie.mixture.scoring import score
@@ -31,126 +31,125 @@ BEST_TUNED = "best-tuned"
 LORAHUB = "lorahub"
 
 
-def _untuned(recipe: TaskRecipe, run: RunFolder) -> Made:
+def _untuned(run: KshotRun, into: RunFolder) -> TrainedExtra:
     """Take the chosen adapters, and the best single one, as the bank has them."""
-    names = dict.fromkeys([*recipe.selection["chosen"], best_by_shots(recipe.selection)])
-    bank = recipe.task.bank
+    names = dict.fromkeys([*run.selection["chosen"], best_by_shots(run.selection)])
+    bank = run.task.bank
     folders = {
-        f"{UNTUNED}{name}": run.stage(f"experts/{UNTUNED}{name}", adapter_copier(bank.folder_of(name)))
+        f"{UNTUNED}{name}": into.stage(f"experts/{UNTUNED}{name}", adapter_copier(bank.folder_of(name)))
         for name in names
     }
-    return Made(folders)
+    return TrainedExtra(folders)
 
 
-def _best_tuned(recipe: TaskRecipe, run: RunFolder) -> Made:
+def _best_tuned(run: KshotRun, into: RunFolder) -> TrainedExtra:
     """Fine-tune the single best adapter on the mixture's own rows."""
-    plan = base_plan(recipe.settings, BEST_TUNED, keep_epochs=False)
-    start = recipe.task.bank.folder_of(best_by_shots(recipe.selection))
-    backbone = recipe.task.backbone
-    trained = run.stage("training/best", lambda folder: train_adapter(backbone, recipe.rows, plan, folder, start))
-    return Made({BEST_TUNED: run.stage(f"experts/{BEST_TUNED}", adapter_copier(trained))})
+    plan = base_plan(run.settings, BEST_TUNED, keep_epochs=False)
+    start = run.task.bank.folder_of(best_by_shots(run.selection))
+    backbone = run.task.backbone
+    trained = into.stage("training/best", lambda folder: train_adapter(backbone, run.rows, plan, folder, start))
+    return TrainedExtra({BEST_TUNED: into.stage(f"experts/{BEST_TUNED}", adapter_copier(trained))})
 
 
-def _lorahub(recipe: TaskRecipe, run: RunFolder) -> Made:
+def _lorahub(run: KshotRun, into: RunFolder) -> TrainedExtra:
     """Search weights of the candidates' factors without gradients (LoraHub, arXiv 2307.13269)."""
-    task = recipe.task
-    names = [row["name"] for row in recipe.ranking if row["candidate"]]
+    task = run.task
+    names = [row["name"] for row in run.ranking if row["candidate"]]
     adapters = load_bank({name: task.bank.folder_of(name) for name in names}, task.backbone.model).adapters
-    rows = task.rows(task.shots, recipe.settings.training.max_length)
-    search = SearchPlan(recipe.grid.lorahub_steps, seed=recipe.settings.seed)
-    weights = search_weights(lambda own: _shots_nll(recipe, rows, compose(adapters, own)), len(names), search)
-    folder = run.path / "experts" / LORAHUB
-    _write_composed(recipe, folder.name, run, compose(adapters, weights))
-    return Made({LORAHUB: folder}, None, {"weights": dict(zip(names, weights, strict=True))})
+    rows = task.rows(task.shots, run.settings.training.max_length)
+    search = SearchPlan(run.extras.lorahub_steps, seed=run.settings.seed)
+    weights = search_weights(lambda own: _shots_nll(run, rows, compose(adapters, own)), len(names), search)
+    folder = into.path / "experts" / LORAHUB
+    _write_composed(run, folder.name, into, compose(adapters, weights))
+    return TrainedExtra({LORAHUB: folder}, None, {"weights": dict(zip(names, weights, strict=True))})
 
 
-def _shots_nll(recipe: TaskRecipe, rows: Sequence[TokenRow], adapter: Adapter) -> float:
-    task = recipe.task
+def _shots_nll(run: KshotRun, rows: Sequence[TokenRow], adapter: Adapter) -> float:
+    task = run.task
     bank = ExpertBank((LORAHUB,), (adapter,))
     mixture = Mixture(task.backbone, bank, one_hot(LORAHUB, bank.names), LogitCombiner(), task.prompts, LORAHUB)
     return float(score(mixture, rows, mixture.router.route(list(rows)), "").nll.mean())
 
 
-def _write_composed(recipe: TaskRecipe, name: str, run: RunFolder, adapter: Adapter) -> None:
+def _write_composed(run: KshotRun, name: str, into: RunFolder, adapter: Adapter) -> None:
     ranks = {path: len(pair.down) for path, pair in adapter.items()}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": recipe.task.backbone.identity.id,
+        "base_model_name_or_path": run.task.backbone.identity.id,
         "r": max(ranks.values()),
         "lora_alpha": max(ranks.values()),
         "rank_pattern": ranks,
         "alpha_pattern": ranks,  # so that every layer's scaling is 1
         "target_modules": sorted(ranks),
     }
-    write_adapter(run.path / "experts" / name, config, adapter)
+    write_adapter(into.path / "experts" / name, config, adapter)
 
 
 def _ablation(
     prefix: str,
-    experts: Callable[[TaskRecipe], list[str]] = lambda recipe: list(recipe.selection["chosen"]),
-    data: Callable[[TaskRecipe], list[Example]] = lambda recipe: recipe.gathered,
-) -> Kind:
+    experts: Callable[[KshotRun], list[str]] = lambda run: list(run.selection["chosen"]),
+    data: Callable[[KshotRun], list[Example]] = lambda run: run.gathered,
+) -> ExtraSpec[KshotRun]:
     """Train a mixture as the run did, but from other experts or on other rows beside the shots."""
 
-    def make(recipe: TaskRecipe, run: RunFolder) -> Made:
-        names = experts(recipe)
-        added = data(recipe)
-        if set(names) == set(recipe.selection["chosen"]) and added == recipe.gathered:
-            return _copied(recipe, run, prefix)  # the same mixture: training it again would give it again
+    def make(run: KshotRun, into: RunFolder) -> TrainedExtra:
+        names = experts(run)
+        added = data(run)
+        if set(names) == set(run.selection["chosen"]) and added == run.gathered:
+            return _copied(run, into, prefix)  # the same mixture: training it again would give it again
         origins = {f"{prefix}-{name}": name for name in names}
-        tuned = tune(run.path, recipe.task, origins, recipe.tokenised(added), recipe.settings)
-        return Made(tuned.experts, tuned.router, {"gates": tuned.record})
+        tuned = tune(into.path, run.task, origins, run.tokenised(added), run.settings)
+        return TrainedExtra(tuned.experts, tuned.router, {"gates": tuned.record})
 
-    return Kind(make)
+    return ExtraSpec(make)
 
 
-def _copied(recipe: TaskRecipe, run: RunFolder, prefix: str) -> Made:
-    mixture = recipe.mixture
+def _copied(run: KshotRun, into: RunFolder, prefix: str) -> TrainedExtra:
+    mixture = run.mixture
     router = mixture.router
     assert isinstance(router, GateRouter)  # kshot-moe has gates
     names = {name: f"{prefix}-{name}" for name in router.gates.experts}
     folders = {
-        own: run.stage(f"experts/{own}", adapter_copier(recipe.folder / "experts" / name))
-        for name, own in names.items()
+        own: into.stage(f"experts/{own}", adapter_copier(run.folder / "experts" / name)) for name, own in names.items()
     }
     adapters = [mixture.bank.adapters[mixture.bank.index(name)] for name in names]
     gates = replace(router.gates, experts=tuple(names.values()))
-    return Made(folders, GateRouter(mixture.backbone, adapters, gates))
+    return TrainedExtra(folders, GateRouter(mixture.backbone, adapters, gates))
 
 
-def _first(recipe: TaskRecipe, *signals: str) -> list[str]:
+def _first(run: KshotRun, *signals: str) -> list[str]:
     """Return as many adapters as were chosen, best by these numbers alone."""
-    order = sorted(recipe.ranking, key=lambda row: (*(row[signal] for signal in signals), row["name"]))
-    return [row["name"] for row in order[: len(recipe.selection["chosen"])]]
+    order = sorted(run.ranking, key=lambda row: (*(row[signal] for signal in signals), row["name"]))
+    return [row["name"] for row in order[: len(run.selection["chosen"])]]
 
 
-def _random_experts(recipe: TaskRecipe) -> list[str]:
-    names = sorted(row["name"] for row in recipe.selection["adapters"] if row["dropped"] != "leak")
-    return random.Random(recipe.settings.seed).sample(names, len(recipe.selection["chosen"]))
+def _random_experts(run: KshotRun) -> list[str]:
+    names = sorted(row["name"] for row in run.selection["adapters"] if row["dropped"] != "leak")
+    return random.Random(run.settings.seed).sample(names, len(run.selection["chosen"]))
 
 
-def _random_rows(recipe: TaskRecipe) -> list[Example]:
+def _random_rows(run: KshotRun) -> list[Example]:
     """Draw as many rows of the pools as were gathered; shots and excluded rows are not among them."""
-    settings = recipe.settings
+    settings = run.settings
     if not settings.pool:
-        raise CoterieError(f"{recipe.folder} was fitted without open data, so there is none to draw at random")
+        raise CoterieError(f"{run.folder} was fitted without open data, so there is none to draw at random")
     pools = {source: source for source in settings.pool}
-    index = index_pools(pools, None, recipe.task.shots, recipe.task.excluded)
+    index = index_pools(pools, None, run.task.shots, run.task.excluded)
     fresh = np.flatnonzero(index.kinds == FRESH)
-    drawn = np.random.default_rng(settings.seed).choice(fresh, min(len(recipe.gathered), len(fresh)), replace=False)
+    drawn = np.random.default_rng(settings.seed).choice(fresh, min(len(run.gathered), len(fresh)), replace=False)
     return [replace(example, id=f"random-{number}") for number, example in index.read(np.sort(drawn))]
 
 
-TASK_KINDS: Mapping[str, Kind] = {
-    "untuned": Kind(_untuned),
-    BEST_TUNED: Kind(_best_tuned),
-    LORAHUB: Kind(_lorahub, ("lorahub_steps",)),
-    "kshot-only": _ablation("shots", data=lambda recipe: []),
+EXTRAS: Mapping[str, ExtraSpec[KshotRun]] = {
+    "untuned": ExtraSpec(_untuned),
+    BEST_TUNED: ExtraSpec(_best_tuned),
+    LORAHUB: ExtraSpec(_lorahub, ("lorahub_steps",)),
+    "kshot-only": _ablation("shots", data=lambda run: []),
     "random-experts": _ablation("random", experts=_random_experts),
     "random-data": _ablation("randomdata", data=_random_rows),
-    "by-accuracy": _ablation("accuracy", experts=lambda recipe: _first(recipe, "rank_accuracy", "rank_perplexity")),
-    "by-perplexity": _ablation("perplexity", experts=lambda recipe: _first(recipe, "rank_perplexity")),
-    "no-diversity": _ablation("ranks", experts=lambda recipe: _first(recipe, "rank_sum", "perplexity")),
+    "by-accuracy": _ablation("accuracy", experts=lambda run: _first(run, "rank_accuracy", "rank_perplexity")),
+    "by-perplexity": _ablation("perplexity", experts=lambda run: _first(run, "rank_perplexity")),
+    "no-diversity": _ablation("ranks", experts=lambda run: _first(run, "rank_sum", "perplexity")),
 }
-"""By name of the ingredient's folder."""
+"""By name of the extra's folder."""

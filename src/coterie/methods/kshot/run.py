@@ -9,7 +9,7 @@ from coterie.artifacts import read_json
 from coterie.data.batching import TokenRow
 from coterie.data.examples import Example, load_examples
 from coterie.errors import CoterieError
-from coterie.methods.elrea.run import fitted_record
+from coterie.methods.extras import FittedRun, reopen
 from coterie.methods.kshot.choose_adapters import SELECTION_FILE, read_selection
 from coterie.methods.kshot.fit import GATHERED, METHOD, SELECTION
 from coterie.methods.kshot.gather_rows import GATHERED_FILE, SUMMARY_FILE
@@ -18,26 +18,11 @@ from coterie.methods.kshot.train import GATES_FILE
 from coterie.mixture import Mixture
 from coterie.settings.commands import KshotSettings
 from coterie.settings.groups import ExtrasSettings
-from coterie.settings.reading import checked
 
 
 @dataclass(frozen=True)
-class TaskRecipe:
-    """A run of `coterie fit kshot-moe`, opened for further training.
-
-    Attributes:
-        mixture: what the run made.
-        settings: how it made it.
-        grid: how what is trained further is made.
-        folder: the run's folder.
-        inputs: content hash of every input, by name.
-    """
-
-    mixture: Mixture
-    settings: KshotSettings
-    grid: ExtrasSettings
-    folder: Path
-    inputs: dict[str, str]
+class KshotRun(FittedRun[KshotSettings]):
+    """A run of `coterie fit kshot-moe`, opened for further training."""
 
     @cached_property
     def task(self) -> Task:
@@ -84,14 +69,13 @@ class TaskRecipe:
         return [row for row in self.selection["adapters"] if row["rank_sum"] is not None]
 
 
-def open_task_recipe(mixture: Mixture, grid: ExtrasSettings) -> TaskRecipe:
-    """Read how a task's mixture was fitted.
+def open_run(mixture: Mixture, extras: ExtrasSettings) -> KshotRun:
+    """Reopen the run that made a task's mixture.
 
     Raises:
         CoterieError: when it lies in no folder, or was not made by `coterie fit kshot-moe`.
     """
-    folder, settings, inputs = fitted_record(mixture, f"fit {METHOD}")
-    return TaskRecipe(mixture, checked(KshotSettings, settings), grid, folder, inputs)
+    return reopen(KshotRun, f"fit {METHOD}", KshotSettings, mixture, extras)
 
 
 def task_records(folder: Path | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from coterie.experts.expert_pool import POOL_FILE, Pool, pool_from, read_pool
 from coterie.features.skills import load_embed, nearest_skills
 from coterie.methods.symbolic.aggregator import best_aggregators, judge_aggregators, make_up
 from coterie.methods.symbolic.answer import LineUp
+from coterie.methods.symbolic.methods import BEST_SINGLE, METHOD, METHODS, RANDOM, SELF_CONSISTENCY
 from coterie.methods.symbolic.profile import PROFILE, REPLIES, VALIDATION, Profiled, read_profile
 from coterie.methods.symbolic.skills import find_skills, open_scheduler
 from coterie.mixture.scheduler import ExpertScheduler
@@ -26,20 +27,6 @@ from coterie.settings.groups import RecruitSettings, SamplingSettings
 from coterie.settings.reading import checked, from_flat
 
 logger = logging.getLogger(__name__)
-
-METHOD = "symbolic-moe"
-BEST_SINGLE = "best-single"
-RANDOM = "random-experts"
-SELF_CONSISTENCY = "self-consistency"
-LINE_UPS = {
-    METHOD: ("skills, k recruited per question", "texts: the chosen aggregator"),
-    MAJORITY: ("the same", "texts: majority"),
-    WEIGHTED: ("the same", "texts: vote weighted by profile"),
-    BEST_SINGLE: ("the best on the validation questions", "-"),
-    RANDOM: ("random, k per question", "texts: the chosen aggregator"),
-    SELF_CONSISTENCY: ("the best on the validation questions", "texts: majority of its samples"),
-}
-"""What a fitted run can answer as: who answers, and how one answer is made; an expert's name stands for it alone."""
 
 SAMPLES = 5  # of self-consistency
 TEMPERATURE = 1.0
@@ -139,7 +126,7 @@ class Symbolic:
             return self._single(self.best_single, len(texts), SAMPLES, warm)
         expert = self.best_single if name == BEST_SINGLE else name
         if expert not in self.pool.names:
-            raise unknown_name("method or expert", name, [*LINE_UPS, *self.pool.names])
+            raise unknown_name("method or expert", name, [*METHODS, *self.pool.names])
         return self._single(expert, len(texts), 1, sampling)
 
     def _single(self, expert: str, count: int, answers: int, sampling: SamplingSettings) -> LineUp:

@@ -8,7 +8,8 @@ from typing import Any
 from coterie.artifacts import write_jsonl
 from coterie.errors import CoterieError
 from coterie.methods.symbolic.answer import answer_all
-from coterie.methods.symbolic.fit import METHOD, load_symbolic
+from coterie.methods.symbolic.fit import load_symbolic
+from coterie.methods.symbolic.methods import METHOD
 from coterie.methods.symbolic.plan import WorkPlan, plan_work
 from coterie.methods.symbolic.skills import open_scheduler
 from coterie.mixture import Prompt, as_example

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from coterie.data.batching import Tokenised
 from coterie.errors import CoterieError
+from coterie.experts.names import NULL
 from coterie.features.embedding import HIDDEN, with_answers
-from coterie.methods.common import NULL
 from coterie.mixture import Mixture
 from coterie.mixture.loading import describe_growing_text
 from coterie.mixture.scoring import score_votes

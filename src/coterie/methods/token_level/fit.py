@@ -16,18 +16,17 @@ from coterie.data.batching import PromptFormat, Tokenised, tokenise
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE, check_names, load_bank
+from coterie.experts.names import BACKBONE, NULL
 from coterie.experts.training import read_log, write_null_adapter
 from coterie.methods.common import (
-    BACKBONE,
     DOMAINS_FILE,
     IN_MEMORY,
-    NULL,
     adapter_copier,
     base_plan,
     hash_examples,
     train_expert,
 )
-from coterie.methods.family import ALONE
+from coterie.methods.family import SINGLE_EXPERT
 from coterie.methods.token_level.centroids import similarity_router
 from coterie.mixture import Mixture
 from coterie.routers.fixed import uniform
@@ -37,7 +36,7 @@ from coterie.settings.groups import ModelSettings, ReroutingSettings, Similarity
 from coterie.settings.reading import from_flat
 
 METHOD = "token-level"
-TAKEN = (BACKBONE, NULL, ALONE, "uniform")
+RESERVED_NAMES = (BACKBONE, NULL, SINGLE_EXPERT, "uniform")
 
 DomainData = Mapping[str, str | Sequence[str] | Sequence[Example]]
 """Every expert's training data: a source, several of them, or examples."""
@@ -224,7 +223,7 @@ def check_domain_names(names: Sequence[str] | Mapping[str, Any]) -> None:
         CoterieError: naming the first of them.
     """
     check_names(list(names))
-    taken = [name for name in names if name in TAKEN]
+    taken = [name for name in names if name in RESERVED_NAMES]
     if taken:
         raise CoterieError(f"an expert cannot be called {taken[0]!r}, which has a meaning here; give it another name")
 

@@ -18,19 +18,21 @@ from coterie.experts.gated_model import GatedModel
 from coterie.experts.gates_training import train_gates
 from coterie.experts.training import TrainingCollator, TrainingPlan
 from coterie.lora import LoraPair
-from coterie.methods.elrea import extras as cluster_kinds
+from coterie.methods.elrea import extras as elrea_extras
 from coterie.methods.elrea.cross_fit import assign_folds, even_pairs
-from coterie.methods.elrea.extras import CLUSTER_KINDS
-from coterie.methods.elrea.methods import CLUSTER_METHODS
-from coterie.methods.elrea.run import open_recipe
-from coterie.methods.extras import load_ingredient, prepare, read_judgement
-from coterie.methods.family import method_named, needs_of
-from coterie.methods.registry import load_bench, make_bench
+from coterie.methods.elrea.extras import EXTRAS
+from coterie.methods.elrea.methods import FAMILY
+from coterie.methods.elrea.run import open_run
+from coterie.methods.extras import load_extra, prepare_extras, read_losses
+from coterie.methods.registry import load_grid, make_grid, train_extras
 from coterie.mixture import Mixture
 from coterie.mixture.scoring import score, score_votes
 from coterie.routers.base import Gates, Routing
 from coterie.routers.fixed import uniform
 from coterie.routers.gate import GateRouter
+from coterie.settings.commands import TrainExtrasSettings
+from coterie.settings.groups import ExtrasSettings
+from coterie.settings.reading import from_flat
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def copy(run_folder, tmp_path):
 
 
 def opened(folder, grid=GRID):
-    return open_recipe(Mixture.from_pretrained(folder, device="cpu"), grid)
+    return open_run(Mixture.from_pretrained(folder, device="cpu"), grid)
 
 
 # -------------------------------------------------------------------------------------------------- what is trained
@@ -61,31 +63,31 @@ def test_random_clusters_have_the_sizes_of_the_found_ones_and_other_members(grid
     assert len(sources) > 1, "the found clusters hold one source each; drawn ones must not"
 
 
-def test_every_data_set_has_an_adapter_of_its_own_from_a_fresh_start(bench):
-    assert bench.experts("datasets") == ("dataset-pick", "dataset-spell", "dataset-sum")
-    base = bench.own.bank.adapters[0]
-    others = [bench.ingredients["datasets"].bank.adapters[i] for i in range(3)]
+def test_every_data_set_has_an_adapter_of_its_own_from_a_fresh_start(grid):
+    assert grid.experts("datasets") == ("dataset-pick", "dataset-spell", "dataset-sum")
+    base = grid.own.bank.adapters[0]
+    others = [grid.extras["datasets"].bank.adapters[i] for i in range(3)]
     path = next(iter(base))
     assert all(not torch.equal(base[path].down, other[path].down) for other in others)
 
 
-def test_seeds_give_other_adapters_on_the_same_rows(bench):
-    assert bench.experts("seeds") == ("seed-1",)
-    base, other = bench.own.bank.adapters[0], bench.ingredients["seeds"].bank.adapters[0]
+def test_seeds_give_other_adapters_on_the_same_rows(grid):
+    assert grid.experts("seeds") == ("seed-1",)
+    base, other = grid.own.bank.adapters[0], grid.extras["seeds"].bank.adapters[0]
     path = next(iter(base))
     assert not torch.allclose(other[path].down, base[path].down)
 
 
 def test_the_judgement_is_what_scoring_the_folds_own_copies_gives(grid_folder):
     """Both folds once more by hand: the copies are trained again with the same seeds, then scored one by one."""
-    recipe = opened(grid_folder)
-    found = read_judgement(load_ingredient(recipe.mixture, "judged"))
-    folds = assign_folds(recipe.labels, 2, FIT.get("seed", 0))
-    assert found.experts == recipe.mixture.bank.names
-    assert found.tokens.tolist() == [float(sum(row.is_response)) for row in recipe.kept.rows]
+    run = opened(grid_folder)
+    found = read_losses(load_extra(run.mixture, "judged"))
+    folds = assign_folds(run.labels, 2, FIT.get("seed", 0))
+    assert found.experts == run.mixture.bank.names
+    assert found.tokens.tolist() == [float(sum(row.is_response)) for row in run.kept.rows]
     assert torch.equal(found.pairs, found.pairs.mT)
     assert torch.equal(found.pairs.diagonal(dim1=1, dim2=2), found.nll)
-    seen = score_votes(recipe.mixture, recipe.kept.rows, torch.eye(4)[:, None].expand(-1, len(folds), -1), "x").nll.T
+    seen = score_votes(run.mixture, run.kept.rows, torch.eye(4)[:, None].expand(-1, len(folds), -1), "x").nll.T
     assert float((found.nll - seen).abs().min()) > 0  # nobody was judged by the adapter that was trained on the row
     assert float(found.nll[:, 0].mean()) > float(seen[:, 0].mean())  # and what was not seen is harder
 
@@ -106,13 +108,13 @@ def test_even_pairs_are_single_experts_and_halves():
     assert even_pairs(2).tolist() == [[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]
 
 
-def test_votes_of_one_pass_equal_a_pass_each(bench):
-    rows = [bench.own.prompts.row(example) for example in load_examples(tiny.make_rows(5, seed=2))]
-    routings = [uniform(bench.fitted).route(rows), bench.own.router.route([row.prompt() for row in rows])]
-    votes = torch.stack([routing.for_experts(bench.mixture.bank.names) for routing in routings])
-    together = score_votes(bench.mixture, rows, votes, "both")
+def test_votes_of_one_pass_equal_a_pass_each(grid):
+    rows = [grid.own.prompts.row(example) for example in load_examples(tiny.make_rows(5, seed=2))]
+    routings = [uniform(grid.fitted).route(rows), grid.own.router.route([row.prompt() for row in rows])]
+    votes = torch.stack([routing.for_experts(grid.mixture.bank.names) for routing in routings])
+    together = score_votes(grid.mixture, rows, votes, "both")
     for number, routing in enumerate(routings):
-        alone = score(bench.mixture, rows, routing, "one")
+        alone = score(grid.mixture, rows, routing, "one")
         torch.testing.assert_close(together.nll[number], alone.nll[0], rtol=1e-4, atol=1e-5)
         assert torch.equal(together.tokens, alone.tokens)
 
@@ -223,19 +225,19 @@ def test_nothing_is_trained_twice(grid_folder, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(cluster_kinds, "train_expert", refuse)
-    monkeypatch.setattr(cluster_kinds, "train_clusters", refuse)
-    monkeypatch.setattr(cluster_kinds, "train_gates", refuse)
-    monkeypatch.setattr(cluster_kinds, "judge", refuse)
-    found = prepare(opened(grid_folder), CLUSTER_KINDS, CLUSTER_KINDS)
-    assert set(found) == set(CLUSTER_KINDS)
+    monkeypatch.setattr(elrea_extras, "train_expert", refuse)
+    monkeypatch.setattr(elrea_extras, "train_clusters", refuse)
+    monkeypatch.setattr(elrea_extras, "train_gates", refuse)
+    monkeypatch.setattr(elrea_extras, "cross_fit", refuse)
+    found = prepare_extras(opened(grid_folder), EXTRAS, EXTRAS)
+    assert set(found) == set(EXTRAS)
 
 
-def test_an_ingredient_killed_between_two_experts_goes_on_and_ends_the_same(copy, grid_folder, monkeypatch):
+def test_an_extra_killed_between_two_experts_goes_on_and_ends_the_same(copy, grid_folder, monkeypatch):
     class KilledError(BaseException):
         pass
 
-    original = cluster_kinds.train_expert
+    original = elrea_extras.train_expert
     calls = []
 
     def counted(*args, **kwargs):
@@ -245,11 +247,11 @@ def test_an_ingredient_killed_between_two_experts_goes_on_and_ends_the_same(copy
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cluster_kinds, "train_expert", counted)
+        patch.setattr(elrea_extras, "train_expert", counted)
         with pytest.raises(KilledError):
-            prepare(opened(copy), ["datasets"], CLUSTER_KINDS)
+            prepare_extras(opened(copy), ["datasets"], EXTRAS)
     assert not (copy / "methods" / "datasets").exists()
-    prepare(opened(copy), ["datasets"], CLUSTER_KINDS)
+    prepare_extras(opened(copy), ["datasets"], EXTRAS)
     for name in ("dataset-pick", "dataset-spell", "dataset-sum"):
         file = f"methods/datasets/experts/{name}/adapter_model.safetensors"
         assert (copy / file).read_bytes() == (grid_folder / file).read_bytes()
@@ -259,12 +261,25 @@ def test_an_ingredient_killed_between_two_experts_goes_on_and_ends_the_same(copy
 
 def test_another_setting_than_it_was_trained_with_is_told(grid_folder):
     with pytest.raises(CoterieError, match="seeds was trained with --ensemble-size 2, not 3; ask for that value, or"):
-        prepare(opened(grid_folder, GRID.model_copy(update={"ensemble_size": 3})), ["seeds"], CLUSTER_KINDS)
+        prepare_extras(opened(grid_folder, GRID.model_copy(update={"ensemble_size": 3})), ["seeds"], EXTRAS)
+
+
+def test_a_setting_that_nobody_gave_is_taken_as_it_was_trained(grid_folder):
+    assert ExtrasSettings().ensemble_size != GRID.ensemble_size == 2
+    found = prepare_extras(opened(grid_folder, ExtrasSettings()), ["seeds"], EXTRAS)
+    assert found["seeds"].bank.names == ("seed-1",)
+
+
+def test_extras_are_trained_ahead_for_the_methods_that_need_them(copy):
+    wanted = {"mixture": str(copy), "methods": "base, per-dataset", "device": "cpu"}
+    found = train_extras(from_flat(TrainExtrasSettings, wanted))
+    assert {name: extra.folder for name, extra in found.items()} == {"datasets": copy / "methods" / "datasets"}
+    assert [path.name for path in (copy / "methods").iterdir()] == ["datasets"]
 
 
 def test_what_is_made_from_something_comes_after_it():
-    assert needs_of(["loss-routing", "performance-centroids", "base"], CLUSTER_METHODS) == ["loss", "performance"]
-    assert CLUSTER_KINDS["loss"].needs == ("judged",)
+    assert FAMILY.needs(["loss-routing", "performance-centroids", "base"]) == ["loss", "performance"]
+    assert EXTRAS["loss"].needs == ("judged",)
 
 
 # ----------------------------------------------------------------------------------------------------- what is wrong
@@ -276,7 +291,7 @@ def test_training_data_that_changed_is_told(copy, train_file, tmp_path):
     text = (copy / "run.yaml").read_text().replace(str(train_file), str(other))
     (copy / "run.yaml").write_text(text)
     with pytest.raises(CoterieError, match=r"other.jsonl is not what .*run was fitted on; restore the file"):
-        prepare(opened(copy), ["datasets"], CLUSTER_KINDS)
+        prepare_extras(opened(copy), ["datasets"], EXTRAS)
 
 
 def test_rows_in_memory_cannot_be_trained_on_again(model_folder, tmp_path):
@@ -284,7 +299,7 @@ def test_rows_in_memory_cannot_be_trained_on_again(model_folder, tmp_path):
     small = {**FIT, "clusters": 2, "epochs": 1}
     mixture = methods.elrea(str(model_folder), examples, output=tmp_path / "run", device="cpu", **small)
     with pytest.raises(CoterieError, match="was fitted on rows in memory, so nothing more can be trained on them"):
-        make_bench(mixture, ["per-dataset"], GRID)
+        make_grid(mixture, ["per-dataset"], GRID)
 
 
 def test_a_folder_that_no_fit_has_made_is_told(copy):
@@ -298,17 +313,19 @@ def test_a_folder_that_no_fit_has_made_is_told(copy):
 
 
 def test_a_method_that_lacks_its_training_is_told_what_to_type(run_folder, mixture):
-    with pytest.raises(CoterieError, match="mole needs gates, which was not trained yet; type: coterie eval"):
-        load_bench(mixture, ["mole"])
+    with pytest.raises(
+        CoterieError, match="mole needs gates, which was not trained yet; type: coterie train-extras .* mole"
+    ):
+        load_grid(mixture, ["mole"])
 
 
-def test_a_broken_ingredient_is_told(copy, grid_folder):
+def test_a_broken_extra_is_told(copy, grid_folder):
     shutil.copytree(grid_folder / "methods" / "seeds", copy / "methods" / "seeds")
     record = read_json(copy / "methods" / "seeds" / "ingredient.json")
     del record["experts"]
     (copy / "methods" / "seeds" / "ingredient.json").write_text(json.dumps(record))
     with pytest.raises(CoterieError, match=r"ingredient.json lacks 'experts'; delete .* and train it again"):
-        load_ingredient(Mixture.from_pretrained(copy, device="cpu"), "seeds")
+        load_extra(Mixture.from_pretrained(copy, device="cpu"), "seeds")
 
 
 @pytest.mark.parametrize(
@@ -323,17 +340,17 @@ def test_a_broken_ingredient_is_told(copy, grid_folder):
 )
 def test_a_variant_that_does_not_exist_is_told(name, message):
     with pytest.raises(CoterieError, match=message):
-        method_named(name, CLUSTER_METHODS)
+        FAMILY.method(name)
 
 
-def test_variants_of_a_method_change_its_router_alone(bench):
-    prompts = bench.own.tokens(["add 3 4", "SPELL WORD NOW"])
-    plain = bench.own.router.route(prompts)
-    best = bench.cell("elrea:top_k=1").router.route(prompts)
+def test_variants_of_a_method_change_its_router_alone(grid):
+    prompts = grid.own.tokens(["add 3 4", "SPELL WORD NOW"])
+    plain = grid.own.router.route(prompts)
+    best = grid.cell("elrea:top_k=1").router.route(prompts)
     assert torch.equal(best.weights, plain.top(1).weights)
-    both = bench.cell("elrea:top_k=2+d_proj=64").router.route(prompts)
-    assert torch.equal(both.weights, bench.own.router.folded(64).route(prompts).top(2).weights)
+    both = grid.cell("elrea:top_k=2+d_proj=64").router.route(prompts)
+    assert torch.equal(both.weights, grid.own.router.folded(64).route(prompts).top(2).weights)
     with pytest.raises(CoterieError, match="only centroids can be compared in fewer dimensions"):
-        bench.cell("uniform-weights:d_proj=64")
+        grid.cell("uniform-weights:d_proj=64")
     with pytest.raises(CoterieError, match="does not act on gates"):
-        bench.cell("mole:top_k=1").router.route(prompts)
+        grid.cell("mole:top_k=1").router.route(prompts)
