@@ -45,6 +45,7 @@ def no_worker(monkeypatch):
         ("latex command without a digit", "\\pi", "", "maths"),
         ("environment name is no word", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "", "maths"),
         ("single variable", "x", "", "maths"),
+        ("greek letter", "x+π", "", "maths"),
         ("function name is no word", "2 \\sin x + tan(y)", "", "maths"),
         ("letter without options is a variable", "B", "Find the point.", "maths"),
         ("letter among options", "B", OPTIONS, "choice"),
@@ -168,6 +169,9 @@ def test_the_mathematical_answer_is_found(no_worker, monkeypatch, text, extracte
         ("connecting word", "2,3", "\\boxed{2\\text{ and }3}"),
         ("formula brackets", "8{,}880", "The answer is \\( 8{,}880 \\)."),
         ("base in braces", "1011_2", "\\boxed{1011_{2}}"),
+        ("root sign", "3\\sqrt{2}", "\\boxed{3√2}"),
+        ("thin space", "10000", "\\boxed{10\\,000}"),
+        ("unit with a slash", "20", "\\boxed{20 \\text{ m/s}}"),
     ),
 )
 def test_an_equal_answer_is_right_without_a_worker(no_worker, answer, text):

@@ -3,15 +3,20 @@ r"""Exact match of a generated text with a reference answer.
 Three kinds of answer are told apart: mathematics, one of several lettered options, and short text. Each has its own
 way to find the answer in a text and its own idea of "the same". A box wins over a sentence "the answer is ...", and
 that over anything else; where there are several of one sort, the last one counts.
+
+Where a row lists all accepted short texts, they are compared as the official script of SQuAD 2.0 does (Rajpurkar et al.
+2018, arXiv:1806.03822): it drops all ASCII punctuation, so that `C++` is `C#`. Against a single reference that would be
+too little; there, decimal points, minus signs and other symbols count, and closing brackets can be the answer.
 """
 
 import re
+import string
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from coterie.errors import CoterieError
 from coterie.grading.maths import LONGEST_EXPRESSION, is_expression, same_expression, tidy, unwrapped
-from coterie.grading.short_text import is_no_answer, normalised, span_score, span_words
 
 AnswerKind = Literal["maths", "choice", "text"]
 SHORT_TEXT = 80  # characters of a text that may be an answer as it stands
@@ -33,7 +38,7 @@ class Grade(NamedTuple):
 
 
 def checkable(answer: str | None, answers: Sequence[str] = ()) -> bool:
-    """Tell whether `grade` can judge an answer at all: it is there, and it is not a list of unit tests."""
+    """Tell whether `grade` can grade an answer at all: it is there, and it is not a list of unit tests."""
     if answers:
         return True
     return answer is not None and bool(answer.strip()) and not answer.lstrip().startswith("assert ")
@@ -75,10 +80,15 @@ def grade(
         raise CoterieError(f"the reference answer {answer!r} is empty; give null where a row has no answer to check")
     text = _without_bold(text)
     if kind == "choice":
-        return _grade_choice(text, answer, _options(prompt))
+        wanted = _lone_letter(answer)
+        if wanted is None:
+            raise CoterieError(f"the reference answer of a choice must be one letter; got {answer!r}")
+        letter = _find_letter(unwrapped(text), _options(prompt))
+        return Grade(letter == wanted, letter)
     if kind == "maths":
-        return _grade_maths(text, answer)
-    if answers or is_no_answer(answer):
+        found = _find_expression(text)
+        return Grade(same_expression(answer, found), found[:LONGEST_EXPRESSION]) if found else Grade(False, None)
+    if answers or _is_no_answer(answer):
         return _grade_spans(text, answers or (answer,))
     return _grade_text(text, answer)
 
@@ -93,25 +103,19 @@ def read_answer(text: str, prompt: str = "") -> str:
     text = _without_bold(text)
     if options := _options(prompt):
         return _find_letter(unwrapped(text), options) or ""
-    found = _announced(text)
+    box, stated = _last_box(text), _stated(text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if found is None and lines:
-        is_short = len(lines) == 1 and len(lines[0]) <= SHORT_TEXT
-        found = lines[0] if is_short else next(reversed(_terms(text)), lines[-1])
+    if box:
+        found = box.content
+    elif stated:
+        found = _expression_in(stated[0]) or _sentence(stated[0])
+    elif len(lines) == 1 and len(lines[0]) <= SHORT_TEXT:
+        found = lines[0]
+    else:
+        found = next(reversed(_terms(text)), lines[-1] if lines else None)
     if found and is_expression(found) and re.search(r"\d", found):
         return tidy(found.rpartition("=")[2])
-    return normalised(found or "")
-
-
-def _announced(text: str) -> str | None:
-    """Return what stands in the last box or behind the last "the answer is"; None if there is neither."""
-    box = _last_box(text)
-    if box:
-        return box.content or ""
-    stated = next(iter(_stated(text)), None)
-    if stated is None:
-        return None
-    return _expression_in(stated) or _sentence(stated)
+    return _normalised(found or "")
 
 
 # ------------------------------------------------------------------------------------- where an answer is announced
@@ -206,13 +210,6 @@ def _find_expression(text: str) -> str | None:
     return next(reversed(_terms(text)), None)
 
 
-def _grade_maths(text: str, answer: str) -> Grade:
-    found = _find_expression(text)
-    if not found:
-        return Grade(False, None)
-    return Grade(same_expression(answer, found), found[:LONGEST_EXPRESSION])
-
-
 # ----------------------------------------------------------------------------------------------------------- choice
 
 _OPTION = re.compile(r"\(([A-Z])\)|^[ \t]*([A-Z])[.):][ \t]", re.MULTILINE)
@@ -247,21 +244,33 @@ def _find_letter(text: str, options: frozenset[str]) -> str | None:
     return next((letter.upper() for letter in candidates if not options or letter.upper() in known), None)
 
 
-def _grade_choice(text: str, answer: str, options: frozenset[str]) -> Grade:
-    wanted = _lone_letter(answer)
-    if wanted is None:
-        raise CoterieError(f"the reference answer of a choice must be one letter; got {answer!r}")
-    found = _find_letter(unwrapped(text), options)
-    return Grade(found == wanted, found)
-
-
 # ------------------------------------------------------------------------------------------------------------- text
 
 _VERDICTS = frozenset({"yes", "no", "true", "false"})
 
 
-def _text_candidates(text: str) -> list[str]:
-    """Return what may be meant as the answer, most likely first."""
+def _normalised(text: str) -> str:
+    """Lower-case; drop LaTeX text wrappers, articles, punctuation (not inside numbers) and extra spaces.
+
+    A text without a letter or digit is its symbols, such as closing brackets: only spaces and quotation marks go.
+    """
+    text = unwrapped(text).lower()
+    if not re.search(r"\w", text):
+        return re.sub(r"[\s\\`'\"“”.,;]", "", text) or text.strip()
+    text = re.sub(r"((?<=\d)[.:](?=\d)|(?<![\w-])-(?=\d))|[-.,;:!?'\"()\[\]{}“”‘’«»…*_`$]+", r"\1", text)
+    return " ".join(re.sub(r"\b(?:an?|the)\s+", "", text).split())
+
+
+def _text_candidates(text: str, *, symbols: bool = False) -> list[str]:
+    """Return what may be meant as the answer, most likely first.
+
+    Where it is `symbols`, such as closing brackets, these end a box at the last brace of its line.
+    """
+    if symbols:
+        _, opened, rest = text.rpartition("\\boxed{")
+        content, closed, _ = rest.partition("\n")[0].rpartition("}")
+        if opened and closed:
+            return [content]
     box = _last_box(text)
     if box:
         return [box.content] if box.content else []
@@ -271,28 +280,71 @@ def _text_candidates(text: str) -> list[str]:
     return list(dict.fromkeys(candidate for candidate in candidates if candidate))
 
 
-def _symbol_candidates(text: str) -> list[str]:
-    """Return what may be meant where the answer is closing brackets, which end a box at the last brace of its line."""
-    _, box, rest = text.rpartition("\\boxed{")
-    content, brace, _ = rest.partition("\n")[0].rpartition("}")
-    return [content] if box and brace else _text_candidates(text)
-
-
 def _grade_text(text: str, answer: str) -> Grade:
-    wanted = normalised(answer)
-    candidates = _text_candidates(text) if re.search(r"\w", wanted) else _symbol_candidates(text)
+    """Compare with a single reference."""
+    wanted = _normalised(answer)
+    candidates = _text_candidates(text, symbols=not re.search(r"\w", wanted))
     if wanted in _VERDICTS:
         candidates = [word[0] for word in (re.findall(r"\w+", candidate) for candidate in candidates) if word]
-    found = next((candidate for candidate in candidates if normalised(candidate) == wanted), None)
+    found = next((candidate for candidate in candidates if _normalised(candidate) == wanted), None)
     best = found or next(iter(candidates), None)
-    f1 = span_score((answer,), best or "").f1 if span_words(answer) else None
+    f1 = _span_score((answer,), best or "").f1 if _span_words(answer) else None
     return Grade(found is not None, best and best[:LONGEST_EXPRESSION], f1)
 
 
+# ---------------------------------------------------------------------------------------- text, by several references
+
+_NO_ANSWER = re.compile(
+    r"(?:(?:it|this|question|this question) )?(?:is )?"
+    r"(?:unanswerable|not answerable|(?:cannot|can not|cant) be answered(?: (?:from|by|with) .*)?)"
+    r"|(?:there is )?no answer(?: (?:is|was) given)?"
+)
+_REASON = re.compile(r"[.,;:(\n]|\s(?:because|since|as)\s")
+
+
+class _SpanScore(NamedTuple):
+    """How a candidate compares with the nearest of several references: exact match, and F1 of the words (0 to 1)."""
+
+    exact: bool
+    f1: float
+
+
+def _span_words(text: str) -> list[str]:
+    """Split a text into words as SQuAD's script does: lower case, no ASCII punctuation, no articles."""
+    plain = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\b(?:a|an|the)\b", " ", plain).split()
+
+
+def _is_no_answer(text: str) -> bool:
+    """Tell whether a text says nothing but that there is no answer: `Unanswerable.`, `There is no answer`.
+
+    An empty text does not say so, and neither does `none`, which can be a span of a passage.
+    """
+    return bool(_NO_ANSWER.fullmatch(" ".join(_span_words(text))))
+
+
+def _span_score(answers: Sequence[str], candidate: str) -> _SpanScore:
+    """Compare a candidate with all accepted answers; the nearest one counts.
+
+    References without a word, and those that say that there is no answer, are ignored beside others. Where nothing else
+    is left the question has no answer, and only a candidate that says so, with or without a reason, is right.
+    """
+    wanted = [words for answer in answers if (words := _span_words(answer)) and not _is_no_answer(answer)]
+    got = _span_words(unwrapped(candidate))
+    refuses = _is_no_answer(_REASON.split(unwrapped(candidate), maxsplit=1)[0])
+    if not wanted:
+        return _SpanScore(refuses, float(refuses))
+    if got in wanted:
+        return _SpanScore(True, 1.0)
+    shared = (2 * (Counter(words) & Counter(got)).total() / (len(words) + len(got)) for words in wanted)
+    return _SpanScore(False, 0.0 if refuses else max(shared))
+
+
 def _grade_spans(text: str, answers: Sequence[str]) -> Grade:
+    """Compare with all accepted answers."""
     candidates = _text_candidates(text)
     if not candidates:
         return Grade(False, None, 0.0)
-    scored = [(candidate, span_score(answers, candidate)) for candidate in candidates]
+    scored = [(candidate, _span_score(answers, candidate)) for candidate in candidates]
     best, score = max(scored, key=lambda pair: pair[1].exact)
     return Grade(score.exact, best[:LONGEST_EXPRESSION], score.f1)

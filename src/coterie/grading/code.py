@@ -9,7 +9,7 @@ import itertools
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,21 +83,18 @@ def find_code(text: str, entry_point: str) -> str | None:
     one it is the text itself, from its beginning or from the first line that looks like code, as far as it parses. If
     the entry point is defined nowhere, whatever code there is comes back, which tests will find wrong.
     """
+    text = text.replace("\r\n", "\n")
+    blocks = [match[2] for match in _FENCED.finditer(text)]
+    fenced = map(textwrap.dedent, reversed(blocks[-MOST_BLOCKS:]))
+    beginnings = itertools.islice(_BEGINNING.finditer(text), MOST_BEGINNINGS)
+    candidates = [*fenced, text, *(text[match.start() :] for match in beginnings)]
     first = None
-    for candidate in _candidates(text.replace("\r\n", "\n")):
+    for candidate in candidates:  # most likely first
         code = _longest_code(candidate[:LONGEST_CODE])
         if code and _defines(code, entry_point):
             return code
         first = first or code
     return first
-
-
-def _candidates(text: str) -> Iterator[str]:
-    """Yield what may be code, most likely first."""
-    blocks = [match[2] for match in _FENCED.finditer(text)]
-    yield from map(textwrap.dedent, reversed(blocks[-MOST_BLOCKS:]))
-    yield text
-    yield from (text[match.start() :] for match in itertools.islice(_BEGINNING.finditer(text), MOST_BEGINNINGS))
 
 
 def _parsed(code: str) -> ast.Module | SyntaxError | None:
@@ -119,10 +116,9 @@ def _longest_code(text: str) -> str | None:
     """
     lines = text.split("\n")
     for _ in range(min(MOST_CUTS, MOST_PARSED // max(1, len(text)))):
-        code = "\n".join(lines)
-        tree = _parsed(code)
+        tree = _parsed("\n".join(lines))
         if isinstance(tree, ast.Module):
-            return _without_idle_end(code, tree)
+            return _without_idle_end("\n".join(lines), tree)
         if tree is None or not tree.lineno:
             return None
         del lines[min(tree.lineno, len(lines)) - 1 :]
@@ -141,17 +137,14 @@ def _defines(code: str, name: str) -> bool:
     """Tell whether code defines a name at its top level, by def, class or assignment."""
     tree = _parsed(code)
     assert isinstance(tree, ast.Module), "only code that parses is asked about"
-    return any(name in _names(statement) for statement in tree.body)
-
-
-def _names(statement: ast.stmt) -> set[str]:
-    match statement:
-        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
-            return {name}
-        case ast.Assign(targets=targets):
-            return {target.id for target in targets if isinstance(target, ast.Name)}
-        case _:
-            return set()
+    defined: set[str] = set()
+    for statement in tree.body:
+        match statement:
+            case ast.FunctionDef(name=own) | ast.AsyncFunctionDef(name=own) | ast.ClassDef(name=own):
+                defined.add(own)
+            case ast.Assign(targets=targets):
+                defined |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return name in defined
 
 
 # -------------------------------------------------------------------------------------------------------------- grade

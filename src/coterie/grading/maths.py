@@ -141,13 +141,6 @@ def _same_number(answer: str, candidate: str, percent_signs: int) -> bool | None
     return None if one_is_decimal else False
 
 
-def _last_equated(candidate: str, answer: str) -> str:
-    """Return the end of a chain `5 * 3 = 15`, unless the reference is an equation itself or the chain is a list."""
-    if "=" in answer or "," in candidate:
-        return candidate
-    return re.split(r"(?<![<>!:])=", candidate)[-1]
-
-
 def same_expression(answer: str, candidate: str) -> bool:
     """Tell whether a candidate equals the reference answer; not symmetric, as math-verify's comparison is not.
 
@@ -155,7 +148,8 @@ def same_expression(answer: str, candidate: str) -> bool:
         CoterieError: The worker process does not start.
     """
     plain_answer = tidy(answer)
-    plain_candidate = tidy(_last_equated(candidate, plain_answer))
+    is_chain = "=" not in plain_answer and "," not in candidate  # no equation is wanted, and this is no list of them
+    plain_candidate = tidy(re.split(r"(?<![<>!:])=", candidate)[-1] if is_chain else candidate)  # of `5 * 3 = 15`, 15
     if not plain_candidate:
         return False
     # Numbers before strings: without its space, 1 1/2 would be 11/2.
@@ -182,7 +176,7 @@ class ValueComparer:
     """
 
     def __init__(self, seconds: float = SECONDS_PER_ITEM) -> None:
-        """Remember the time an item may take; nothing is started yet."""
+        """Keep the time that an item may take; nothing is started yet."""
         self.seconds = seconds
         self._lock = threading.Lock()
         self._worker: subprocess.Popen[str] | None = None
@@ -257,20 +251,15 @@ def serve(seconds: float) -> None:
     """Answer comparisons from standard input until it closes: the whole life of a worker process."""
     logging.disable()
     replies, sys.stdout = sys.stdout, sys.stderr  # the parser may print; only replies belong on the pipe
-    _limit_memory()
+    if sys.platform != "win32":
+        import resource
+
+        with contextlib.suppress(ValueError, OSError):  # a power tower is to end in a MemoryError here
+            resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
     for line in sys.stdin:
         same = _verified(*json.loads(line), give_up_after=math.ceil(seconds) + 20)
         replies.write("same\n" if same else "different\n")
         replies.flush()
-
-
-def _limit_memory() -> None:
-    """Let a power tower end in a MemoryError here rather than take the machine's memory."""
-    if sys.platform != "win32":
-        import resource
-
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
 
 
 def _verified(answer: str, candidate: str, give_up_after: int) -> bool:

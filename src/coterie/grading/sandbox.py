@@ -8,8 +8,9 @@ machine's kernel can do; on macOS it is limits of time and file size, and a daem
 
 What it does not protect from: the program can read every file that the user can read, and what it read may stand in
 `Outcome.detail`. It can hold as much memory and time as the limits say, in every worker. A program that searches its
-own interpreter can find the secret that stands for success: this judges wrong code, not an adversary. And nothing here
-stops an attack on the kernel itself. To run code from a source you distrust, use a virtual machine as well.
+own interpreter can find the secret that stands for success: this grades wrong code and does not hold an adversary. And
+nothing here stops an attack on the kernel itself. To run code from a source you distrust, use a virtual
+machine as well.
 """
 
 import contextlib
@@ -41,7 +42,7 @@ LONGEST_REPORT = 8192  # bytes; an honest one is far shorter
 class Limits:
     """What a program may use.
 
-    CPU time is what judges the program, since it does not depend on what else the machine does; the wall clock catches
+    CPU time is the limit that counts, since it does not depend on what else the machine does; the wall clock catches
     programs that wait.
 
     Attributes:
@@ -107,7 +108,10 @@ def run_limited(program: str, limits: Limits | None = None) -> Outcome:
     if reply.code == -signal.SIGXCPU:
         return Outcome("timeout", "the CPU time was over")
     if reply.code < 0:
-        return Outcome("killed", f"ended by the signal {_signal_name(-reply.code)}")
+        name = str(-reply.code)
+        with contextlib.suppress(ValueError):
+            name = signal.Signals(-reply.code).name
+        return Outcome("killed", f"ended by the signal {name}")
     if len(reply.lines) == 1:
         return Outcome("failed", f"the program left with status {reply.code} before its end")
     return Outcome("out-of-memory" if last == "MemoryError" else "failed", _printable(last))
@@ -128,12 +132,6 @@ def protection() -> Protection:
 def _printable(text: str) -> str:
     """Make safe to show what the program may have written itself."""
     return "".join(letter if letter.isprintable() else " " for letter in text[: jail.LONGEST_DETAIL])
-
-
-def _signal_name(number: int) -> str:
-    with contextlib.suppress(ValueError):
-        return signal.Signals(number).name
-    return str(number)
 
 
 # -------------------------------------------------------------------------------------------------------- the child
