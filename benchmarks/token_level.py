@@ -22,8 +22,8 @@ from coterie.combiners.layers import LayerCombiner
 from coterie.data.batching import PromptFormat
 from coterie.experts.bank import ExpertBank, load_adapter
 from coterie.mixture import Mixture
-from coterie.mixture.loading import describe_growing_text
-from coterie.routers.similarity import SimilarityRouter
+from coterie.routers.centroid import CentroidRouter
+from coterie.routers.feature import growing_text_extractor
 from coterie.routers.token import TokenLevel
 from coterie.settings.groups import SamplingSettings
 
@@ -34,10 +34,10 @@ PROMPT = "Explain in simple words why the sky is blue during the day and red in 
 
 def mixture_with(backbone: Backbone, bank: ExpertBank, encoder: str, every: int | None) -> Mixture:
     """Return a mixture whose experts have random centroids."""
-    description, dimensions = describe_growing_text(encoder, None, backbone)
+    description, dimensions = growing_text_extractor(encoder, None, backbone)
     generator = torch.Generator().manual_seed(0)
     centroids = {name: torch.randn(1, dimensions.dimensions, generator=generator) for name in bank.names}
-    router = TokenLevel(SimilarityRouter(description, centroids), every)
+    router = TokenLevel(CentroidRouter.by_similarity(description, centroids), every)
     return Mixture(backbone, bank, router, LayerCombiner(), PromptFormat(backbone.tokenizer), "token-level")
 
 

@@ -286,7 +286,7 @@ def test_domains_from_the_command_line(run, model_folder, tmp_path):
     mixture = Mixture.from_pretrained(tmp_path / "built", device="cpu")
     code, out, _ = run("generate", tmp_path / "built", PROMPT, "--json", "--max-new-tokens", 5)
     assert code == 0 and json.loads(out) == mixture.generate([PROMPT], max_new_tokens=5)[0].record()
-    wanted = mixture.renewed(1, cache="recompute", combiner="weights").generate([PROMPT], max_new_tokens=5)[0]
+    wanted = mixture.rerouted(1, cache="recompute", combiner="weights").generate([PROMPT], max_new_tokens=5)[0]
     words = ["--every", 1, "--cache", "recompute", "--combiner", "weights"]
     code, out, _ = run("generate", tmp_path / "built", PROMPT, "--json", "--max-new-tokens", 5, *words)
     assert code == 0 and json.loads(out) == wanted.record()

@@ -294,7 +294,7 @@ def examples():
 
 
 def test_votes_on_an_expert_that_is_not_run_are_refused():
-    plan = LogitCombiner().plan(Routing(("a", "b", "c"), ("request", "expert"), torch.tensor([[0.5, 0.5, 0.0]])))
+    plan = LogitCombiner().plan(Routing(("a", "b", "c"), torch.tensor([[0.5, 0.5, 0.0]])))
     with pytest.raises(ValueError, match="does not run"):
         LogitCombiner().votes(plan, torch.tensor([[0.2, 0.2, 0.6]]))
 

@@ -79,7 +79,7 @@ def embeddings(mixture, files) -> dict[str, torch.Tensor]:
     found = {}
     for name, file in files.items():
         rows = [with_answers(mixture.prompts.row(example), tokenizer) for example in load_all([str(file)])]
-        found[name] = mixture.router.router.description.describe(rows)
+        found[name] = mixture.router.router.extractor.describe(rows)
     return found
 
 
@@ -143,7 +143,7 @@ def test_several_centroids_stand_in_the_middle_of_their_parts(adapters, files, t
 def test_centroids_by_performance_count_a_text_for_whoever_predicts_it_best(adapters, files, tmp_path):
     built = build(tmp_path / "built", adapters, files, centroids_by="performance")
     router = built.router.router
-    assert not router.nearest
+    assert router.pool == "mean"
     rows = [built.prompts.row(example) for file in files.values() for example in load_all([str(file)])]
     nll = []
     for name in DOMAINS:

@@ -85,16 +85,16 @@ def test_all_cells_share_one_stack_of_the_bank(grid):
 
 def test_prompts_are_described_once_for_all_routers_of_one_description(grid):
     counted = []
-    description = grid.own.router.description
-    original = description.describe
-    object.__setattr__(description, "describe", lambda rows: counted.append(len(rows)) or original(rows))
+    extractor = grid.own.router.extractor
+    original = extractor.extract
+    object.__setattr__(extractor, "extract", lambda rows: counted.append(len(rows)) or original(rows))
     try:
         shared = SharedRouting(grid.own.tokens(["add 3 4", "SPELL AB NOW"]))
         for name in ("elrea", "elrea:top_k=1", "elrea:d_proj=64", "moe-routing"):
             shared(grid.cell(name).router)
         assert counted == [2]
     finally:
-        object.__setattr__(description, "describe", original)
+        object.__setattr__(extractor, "extract", original)
 
 
 def test_answers_are_those_that_the_method_gives_by_itself(grid, result):

@@ -87,7 +87,9 @@ def test_the_judgement_is_what_scoring_the_folds_own_copies_gives(grid_folder):
     assert found.tokens.tolist() == [float(sum(row.is_response)) for row in run.kept.rows]
     assert torch.equal(found.pairs, found.pairs.mT)
     assert torch.equal(found.pairs.diagonal(dim1=1, dim2=2), found.nll)
-    seen = score_votes(run.mixture, run.kept.rows, torch.eye(4)[:, None].expand(-1, len(folds), -1), "x").nll.T
+    layers, names = run.mixture.layers, run.mixture.bank.names
+    alone = torch.eye(4)[:, None].expand(-1, len(folds), -1)
+    seen = score_votes(run.backbone, layers, names, run.kept.rows, alone, "x").nll.T
     assert float((found.nll - seen).abs().min()) > 0  # nobody was judged by the adapter that was trained on the row
     assert float(found.nll[:, 0].mean()) > float(seen[:, 0].mean())  # and what was not seen is harder
 
@@ -112,7 +114,7 @@ def test_votes_of_one_pass_equal_a_pass_each(grid):
     rows = [grid.own.prompts.row(example) for example in load_examples(tiny.make_rows(5, seed=2))]
     routings = [uniform(grid.fitted).route(rows), grid.own.router.route([row.prompt() for row in rows])]
     votes = torch.stack([routing.for_experts(grid.mixture.bank.names) for routing in routings])
-    together = score_votes(grid.mixture, rows, votes, "both")
+    together = score_votes(grid.own.backbone, grid.mixture.layers, grid.mixture.bank.names, rows, votes, "both")
     for number, routing in enumerate(routings):
         alone = score(grid.mixture, rows, routing, "one")
         torch.testing.assert_close(together.nll[number], alone.nll[0], rtol=1e-4, atol=1e-5)
@@ -150,7 +152,7 @@ def test_gates_start_as_the_even_mixture_and_learn_to_lower_the_loss(mixture, tw
     weights = torch.zeros(len(rows), len(mixture.bank))
     weights[:, 1:3] = 0.5
     cell = mixture.replace(router="uniform", combiner="layers")
-    routing = Routing(mixture.bank.names, ("request", "expert"), weights)
+    routing = Routing(mixture.bank.names, weights)
     found = score(cell, rows, routing, "even")
     assert even == pytest.approx(float((found.nll[0] * found.tokens).sum() / found.tokens.sum()), rel=1e-3)
     after = train_gates(mixture.backbone, experts, rows, plan(), tmp_path)

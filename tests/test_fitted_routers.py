@@ -5,18 +5,15 @@ import torch
 
 from coterie.data.batching import TokenRow
 from coterie.errors import CoterieError
-from coterie.mixture.loading import RouterParts, load_router
+from coterie.features.growing_text import FeatureExtractor
 from coterie.routers import loss
-from coterie.routers.centroid import CentroidRouter, fold
+from coterie.routers.base import RouterParts
+from coterie.routers.centroid import CentroidRouter, centroids_by_best, fold
 from coterie.routers.derived import DerivedRouter
-from coterie.routers.feature import Description
-from coterie.routers.fixed import FixedRouter
+from coterie.routers.fixed import FixedRouter, OracleRouter, SourceRouter
 from coterie.routers.gate import read_gates
-from coterie.routers.judgement import Judgement
-from coterie.routers.loss import LossRouter, Ridge, fit_loss_router, predict, weigh
-from coterie.routers.oracle import OracleRouter
-from coterie.routers.performance import PerformanceRouter, make_pilots
-from coterie.routers.source import SourceRouter
+from coterie.routers.loss import CrossFitLosses, LossRouter, Ridge, fit_loss_router, predict, weigh
+from coterie.routers.table import load_router
 
 EXPERTS = ("base", "law", "maths")
 
@@ -25,14 +22,14 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def described(features: torch.Tensor) -> Description:
-    return Description("gradient", lambda rows: features[: len(rows)], {})
+def described(features: torch.Tensor) -> FeatureExtractor:
+    return FeatureExtractor("gradient", lambda rows: features[: len(rows)], {})
 
 
-def judgement(nll: torch.Tensor, gap: float = 0.0, tokens: torch.Tensor | None = None) -> Judgement:
+def judgement(nll: torch.Tensor, gap: float = 0.0, tokens: torch.Tensor | None = None) -> CrossFitLosses:
     """Losses of single experts, and even pairs that lie `gap` below the mean of the two."""
     pairs = (nll[:, :, None] + nll[:, None, :]) / 2 - gap * (1 - torch.eye(nll.shape[1]))
-    return Judgement(EXPERTS, nll, pairs, torch.ones(len(nll)) if tokens is None else tokens)
+    return CrossFitLosses(EXPERTS, nll, pairs, torch.ones(len(nll)) if tokens is None else tokens)
 
 
 # --------------------------------------------------------------------------------------------------- the judgement
@@ -47,7 +44,7 @@ def test_the_estimated_loss_is_exact_for_one_expert_and_for_an_even_pair():
     logits = normal(3, 11, seed=1)
     eye = torch.eye(3)
     pairs = torch.tensor([[[log_linear(logits, (a + b) / 2, 4) for b in eye] for a in eye]])
-    found = Judgement(EXPERTS, pairs.diagonal(dim1=1, dim2=2), pairs, torch.ones(1))
+    found = CrossFitLosses(EXPERTS, pairs.diagonal(dim1=1, dim2=2), pairs, torch.ones(1))
     for weights in [*eye, (eye[0] + eye[1]) / 2, (eye[1] + eye[2]) / 2]:
         assert float(found.mixture_nll(weights[None])) == pytest.approx(log_linear(logits, weights, 4), abs=1e-5)
 
@@ -59,7 +56,7 @@ def test_the_estimated_loss_of_other_mixtures_errs_in_the_third_order_only():
     for distance in (0.5, 0.05):
         logits = (normal(1, 11, seed=2) + distance * normal(3, 11, seed=3)).double()
         pairs = torch.tensor([[[log_linear(logits, (a + b) / 2, 4) for b in eye] for a in eye]], dtype=torch.float64)
-        found = Judgement(EXPERTS, pairs.diagonal(dim1=1, dim2=2), pairs, torch.ones(1))
+        found = CrossFitLosses(EXPERTS, pairs.diagonal(dim1=1, dim2=2), pairs, torch.ones(1))
         errors.append(abs(float(found.mixture_nll(weights.double())) - log_linear(logits, weights[0].double(), 4)))
     assert errors[1] < errors[0] / 300
 
@@ -86,7 +83,7 @@ def test_a_loss_router_learns_which_expert_is_good_at_what():
     fitted = fit_loss_router(features, judgement(nll))
     router = LossRouter(described(features), fitted.ridge, EXPERTS, fitted.sharpness)
     fresh, wanted = separable(200, seed=7)
-    found = router.route_features(fresh)
+    found = router.weigh(fresh)
     right = found.weights.argmax(dim=1) == wanted.argmin(dim=1)
     assert float(right.float().mean()) > 0.8  # 0.5 by chance between the two
     expected = judgement(wanted).mixture_nll(found.weights).mean()
@@ -142,35 +139,35 @@ def test_predictions_and_names_must_match():
 # ------------------------------------------------------------------------------------------- performance centroids
 
 
-def test_pilots_are_the_mean_unit_features_of_one_source_and_one_best_expert():
+def test_performance_centroids_are_the_mean_unit_features_of_one_source_and_one_best_expert():
     features = torch.tensor([[3.0, 0.0], [0.0, 2.0], [5.0, 0.0], [0.0, 1.0]])
     nll = torch.tensor([[2.0, 1.0, 3.0], [2.0, 1.0, 3.0], [0.5, 1.0, 3.0], [2.0, 1.0, 3.0]])
-    pilots = make_pilots(features, judgement(nll).best_of_rows(), ["a", "a", "a", "b"])
-    assert set(pilots) == {"base", "law"}
-    assert pilots["base"].tolist() == [[1.0, 0.0]]
-    assert pilots["law"].tolist() == [[0.5, 0.5], [0.0, 1.0]]
+    centroids = centroids_by_best(features, judgement(nll).best_of_rows(), ["a", "a", "a", "b"])
+    assert set(centroids) == {"base", "law"}
+    assert centroids["base"].tolist() == [[1.0, 0.0]]
+    assert centroids["law"].tolist() == [[0.5, 0.5], [0.0, 1.0]]
 
 
-def test_a_prompt_goes_to_the_expert_whose_pilots_are_nearest_on_average():
+def test_a_prompt_goes_to_the_expert_whose_centroids_are_nearest_on_average():
     """Mean cosines of (1, 0): a has (1 + 0) / 2, b has 0.6; standardised over both -1 and 1, softmax 1 / (1 + e^2)."""
-    pilots = {"a": torch.tensor([[2.0, 0.0], [0.0, 1.0]]), "b": torch.tensor([[3.0, 4.0]])}
-    found = PerformanceRouter(described(normal(1, 2)), pilots).route_features(torch.tensor([[1.0, 0.0]]))
+    centroids = {"a": torch.tensor([[2.0, 0.0], [0.0, 1.0]]), "b": torch.tensor([[3.0, 4.0]])}
+    found = CentroidRouter.by_performance(described(normal(1, 2)), centroids).weigh(torch.tensor([[1.0, 0.0]]))
     assert found.row(0) == pytest.approx({"a": 0.11920292, "b": 0.88079708})
     assert [float(found.similarities[name][0]) for name in "ab"] == pytest.approx([0.5, 0.6])
 
 
 def test_the_centre_is_taken_off_before_features_are_compared():
     centre = torch.tensor([5.0, -1.0])
-    pilots = {"a": torch.eye(2)[:1], "b": torch.eye(2)[1:]}
-    plain = PerformanceRouter(described(normal(1, 2)), pilots)
-    centred = PerformanceRouter(described(normal(1, 2)), pilots, centre)
+    centroids = {"a": torch.eye(2)[:1], "b": torch.eye(2)[1:]}
+    plain = CentroidRouter.by_performance(described(normal(1, 2)), centroids)
+    centred = CentroidRouter.by_performance(described(normal(1, 2)), centroids, centre)
     features = normal(4, 2)
-    assert torch.allclose(centred.route_features(features + centre).weights, plain.route_features(features).weights)
+    assert torch.allclose(centred.weigh(features + centre).weights, plain.weigh(features).weights)
 
 
-def test_no_pilots_are_refused():
+def test_no_centroids_are_refused():
     with pytest.raises(CoterieError, match="at least one expert with rows it is best on"):
-        PerformanceRouter(described(normal(1, 2)), {})
+        CentroidRouter.by_performance(described(normal(1, 2)), {})
 
 
 # ------------------------------------------------------------------------------------------------- smaller routers
@@ -190,13 +187,11 @@ def test_folded_features_keep_inner_products_on_average_and_folding_is_linear():
 
 def test_a_folded_router_compares_folded_features_with_folded_centroids():
     centroids, features = normal(3, 64), normal(5, 64, seed=1)
-    whole = CentroidRouter(described(features), centroids, ["a", "b", "c"])
-    small = CentroidRouter(described(features), fold(centroids, 8), ["a", "b", "c"])
-    found = whole.folded(8).route_features(features)
-    torch.testing.assert_close(found.weights, small.route_features(fold(features, 8)).weights)
-    torch.testing.assert_close(
-        whole.folded(64).route_features(features).weights, whole.route_features(features).weights
-    )
+    whole = CentroidRouter.by_cluster(described(features), centroids, ["a", "b", "c"])
+    small = CentroidRouter.by_cluster(described(features), fold(centroids, 8), ["a", "b", "c"])
+    found = whole.folded(8).weigh(features)
+    torch.testing.assert_close(found.weights, small.weigh(fold(features, 8)).weights)
+    torch.testing.assert_close(whole.folded(64).weigh(features).weights, whole.weigh(features).weights)
 
 
 def test_derived_weights_are_the_largest_scaled_to_one():
@@ -207,7 +202,7 @@ def test_derived_weights_are_the_largest_scaled_to_one():
 
 def test_the_oracle_takes_the_smallest_loss_and_answers_no_prompt():
     oracle = OracleRouter(["a", "b"])
-    assert oracle.choose(torch.tensor([[1.0, 2.0], [3.0, 0.5]])).weights.tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    assert oracle.weigh(torch.tensor([[1.0, 2.0], [3.0, 0.5]])).weights.tolist() == [[1.0, 0.0], [0.0, 1.0]]
     with pytest.raises(CoterieError, match="exists in `coterie eval` only"):
         oracle.route([])
 

@@ -23,9 +23,9 @@ from coterie.experts.gated_model import GATES_ALONE, GatedModel, GateTraining, T
 from coterie.experts.gates_training import collapsed, start_gates, train_mixture
 from coterie.experts.training import TrainingCollator, TrainingPlan, read_log, train_adapter
 from coterie.lora import LoraPair
-from coterie.mixture.loading import RouterParts, load_router
-from coterie.routers.gate import GateRouter
-from coterie.routers.spectral import spectral_router
+from coterie.routers.base import RouterParts
+from coterie.routers.gate import GateRouter, spectral_router
+from coterie.routers.table import load_router
 from coterie.settings.groups import LoraSettings, ModelSettings
 
 NAMES = ("law", "maths", "single")

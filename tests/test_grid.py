@@ -8,19 +8,20 @@ import pytest
 import torch
 
 import tiny
-from coterie.combiners.table import COMBINERS, make_combiner
+from coterie.combiners.table import COMBINERS, fits, make_combiner
 from coterie.data.batching import TokenRow
 from coterie.data.examples import load_examples
 from coterie.engine.decoding import response_logprobs
 from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank
 from coterie.mixture import Mixture
-from coterie.mixture.loading import ROUTERS, describe_growing_text
 from coterie.routers.base import Routing
+from coterie.routers.centroid import CentroidRouter, Weighting
 from coterie.routers.derived import DerivedRouter
+from coterie.routers.feature import growing_text_extractor
 from coterie.routers.fixed import uniform
-from coterie.routers.similarity import SimilarityRouter, Weighting
-from coterie.routers.spectral import spectral_router
+from coterie.routers.gate import spectral_router
+from coterie.routers.table import ROUTERS
 from coterie.routers.token import TokenLevel
 
 QUESTIONS = load_examples(tiny.make_rows(4, seed=11))
@@ -32,10 +33,10 @@ IN_LAYERS = ("gate", "arrow", "spectr")
 @pytest.fixture(scope="module")
 def routers(grid):
     """One router of every kind that mixture.json knows, on the common bank."""
-    description, encoder = describe_growing_text("hidden", None, grid.own.backbone)
+    extractor, encoder = growing_text_extractor("hidden", None, grid.own.backbone)
     generator = torch.Generator().manual_seed(0)
     centroids = {name: torch.randn(1, encoder.dimensions, generator=generator) for name in grid.fitted}
-    similarity = SimilarityRouter(description, centroids, weighting=Weighting(0.2))
+    similarity = CentroidRouter.by_similarity(extractor, centroids, weighting=Weighting(0.2))
     made = [
         uniform(grid.fitted),
         grid.own.router,
@@ -57,18 +58,14 @@ def test_the_suite_has_every_router(routers):
     assert set(routers) == set(ROUTERS)
 
 
-def fits(router, combiner: str) -> bool:
-    return router.axes <= make_combiner(combiner).axes
-
-
 CELLS = [(router, combiner) for router in ROUTERS for combiner in COMBINERS]
 
 
 @pytest.mark.parametrize(("router", "combiner"), CELLS)
 def test_every_cell_answers_alike_alone_and_together_or_names_what_fits(grid, routers, router, combiner):
-    if not fits(routers[router], combiner):
+    if not fits(routers[router].grain, make_combiner(combiner)):
         with pytest.raises(
-            CoterieError, match=f"combiner '{combiner}' reads weights by expert, request, .* use layers"
+            CoterieError, match=f"combiner '{combiner}' takes weights once a (prompt|step), .* use layers"
         ):
             grid.mixture.replace(router=routers[router], combiner=combiner)
         return
@@ -145,7 +142,7 @@ def test_gates_find_their_experts_by_name_in_a_bank_of_another_order(grid, route
 def test_merged_rows_go_back_to_their_own_prompts():
     """Sorted by their weights, the three prompts stand in the order 2, 0, 1: a turn of three, which is no swap."""
     weights = torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.1, 0.9], [0.5, 0.5]])
-    plan = make_combiner("weights").plan(Routing(("a", "b"), ("request", "expert"), weights))
+    plan = make_combiner("weights").plan(Routing(("a", "b"), weights))
     assert plan.prompts == (2, 0, 3, 1)
     assert plan.choice.counts == (1, 2, 1)
     assert [torch.tensor(row).tolist() for row in plan.choice.weights] == [
@@ -166,7 +163,7 @@ def test_approximate_merges_do_differ_from_the_exact_one(grid, routers):
 def test_base_weights_are_bit_identical_afterwards_and_no_hook_stays(grid, routers, combiner):
     model = grid.mixture.backbone.model
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    fitting = [router for router in routers.values() if fits(router, combiner)]
+    fitting = [router for router in routers.values() if fits(router.grain, make_combiner(combiner))]
     for router in fitting:
         grid.mixture.replace(router=router, combiner=combiner).generate(QUESTIONS[:1], max_new_tokens=2)
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
@@ -222,7 +219,7 @@ def test_the_documented_table_of_cells_is_the_codes(routers):
         for line in lines[: len(ROUTERS)]
         for combiner, mark in zip(head[1:], line[1:], strict=True)
     }
-    assert documented == {(kind, name): fits(routers[kind], name) for kind, name in CELLS}
+    assert documented == {(kind, name): fits(routers[kind].grain, make_combiner(name)) for kind, name in CELLS}
 
 
 def test_prompts_without_a_source_cannot_be_routed_by_data_set(grid, routers):

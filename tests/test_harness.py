@@ -54,7 +54,7 @@ def test_log_likelihoods_are_those_of_one_request_at_a_time(mixture, model):
 
 
 def test_weights_that_follow_the_text_do_so_in_the_harness(mixture):
-    renewed = mixture.renewed(2, combiner="layers")
+    renewed = mixture.rerouted(2, combiner="layers")
     found = HarnessModel(renewed, batch_size=3).loglikelihood([request("loglikelihood", *pair) for pair in PAIRS])
     fixed = HarnessModel(mixture.replace(combiner="layers")).loglikelihood(
         [request("loglikelihood", *pair) for pair in PAIRS]

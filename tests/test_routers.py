@@ -3,6 +3,7 @@
 import math
 import re
 import shutil
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,11 +13,11 @@ from hypothesis import strategies as st
 from coterie.artifacts import read_tensors, write_tensors
 from coterie.data.batching import TokenRow
 from coterie.errors import CoterieError
-from coterie.mixture import RouterParts, load_router
-from coterie.routers.base import Router, Routing
-from coterie.routers.centroid import CentroidRouter, centroid_weights, centroids_of, read_centroids
-from coterie.routers.feature import Description
+from coterie.features.growing_text import FeatureExtractor
+from coterie.routers.base import Router, RouterParts, Routing
+from coterie.routers.centroid import CentroidRouter, base_weight, centroids_of, cosines, standardised
 from coterie.routers.fixed import FixedRouter, one_hot, uniform
+from coterie.routers.table import load_router
 
 few = settings(deadline=None, max_examples=40)
 PROMPT = TokenRow((1,), 1, (False,), (True,))
@@ -27,11 +28,23 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def routing(weights, experts=("a", "b", "c"), axes=("request", "expert")) -> Routing:
-    return Routing(tuple(experts), tuple(axes), torch.as_tensor(weights, dtype=torch.float32))
+def routing(weights, experts=("a", "b", "c")) -> Routing:
+    return Routing(tuple(experts), torch.as_tensor(weights, dtype=torch.float32))
 
 
 # --------------------------------------------------------------------------------------------- similarity to centroids
+
+
+class ClusterWeights(NamedTuple):
+    clusters: torch.Tensor
+    base: torch.Tensor
+    cosines: torch.Tensor
+
+
+def centroid_weights(features, centroids, ddof: int = 0) -> ClusterWeights:
+    """ELREA's eq. 9 from its parts, in the precision of the features."""
+    found = cosines(features, centroids)
+    return ClusterWeights(standardised(found, ddof=ddof).softmax(dim=-1), base_weight(found).squeeze(-1), found)
 
 
 def test_the_weights_of_worked_numbers_with_two_clusters():
@@ -138,12 +151,12 @@ def test_a_prompt_unlike_every_cluster_goes_to_the_base():
 # ------------------------------------------------------------------------------------------------ the gradient router
 
 
-def described(features: torch.Tensor, **record) -> Description:
-    return Description("gradient", lambda rows: features[: len(rows)], record)
+def described(features: torch.Tensor, **record) -> FeatureExtractor:
+    return FeatureExtractor("gradient", lambda rows: features[: len(rows)], record)
 
 
 def gradient_router(features: torch.Tensor, **options) -> CentroidRouter:
-    return CentroidRouter(described(features, seed=3), torch.eye(2), ["law", "maths"], **options)
+    return CentroidRouter.by_cluster(described(features, seed=3), torch.eye(2), ["law", "maths"], **options)
 
 
 def parts(run, mixture, folder="router") -> RouterParts:
@@ -152,7 +165,7 @@ def parts(run, mixture, folder="router") -> RouterParts:
 
 def test_the_router_puts_the_base_first_and_keeps_cosines_by_expert():
     found = gradient_router(torch.tensor([[3.0, 4.0], [1.0, 0.0]]), base="everyone").route([PROMPT, PROMPT])
-    assert (found.experts, found.axes) == (("everyone", "law", "maths"), ("request", "expert"))
+    assert found.experts == ("everyone", "law", "maths")
     assert found.row(0) == pytest.approx({"everyone": 0.2, "law": 0.119203, "maths": 0.880797}, abs=1e-6)
     assert found.row(1)["everyone"] == 0.0
     assert found.similarities["law"].tolist() == pytest.approx([0.6, 1.0])
@@ -174,7 +187,7 @@ def test_features_that_are_not_finite_are_told():
 
 def test_names_and_centroids_must_match():
     with pytest.raises(CoterieError, match="2 centroids do not fit the 1 experts law"):
-        CentroidRouter(described(torch.zeros(0)), torch.eye(2), ["law"])
+        CentroidRouter.by_cluster(described(torch.zeros(0)), torch.eye(2), ["law"])
 
 
 def test_an_expert_cannot_be_the_base_too():
@@ -183,7 +196,7 @@ def test_an_expert_cannot_be_the_base_too():
 
 
 @pytest.mark.parametrize("centre", [None, torch.tensor([0.5, 0.25])], ids=["plain", "centred"])
-def test_saved_centroids_are_read_by_name_in_any_order(centre, tmp_path):
+def test_centroids_are_saved_by_name(centre, tmp_path):
     router = gradient_router(torch.zeros(1, 2), centre=centre)
     assert router.save(tmp_path) == {
         "kind": "gradient-centroids",
@@ -192,22 +205,28 @@ def test_saved_centroids_are_read_by_name_in_any_order(centre, tmp_path):
         "base": "base",
         "seed": 3,
     }
-    centroids, found = read_centroids(read_tensors(tmp_path / "centroids.safetensors"), ["maths", "law"])
-    assert torch.equal(centroids, torch.eye(2)[[1, 0]])
+    tensors = read_tensors(tmp_path / "centroids.safetensors")
+    assert torch.equal(tensors["centroid.law"], torch.eye(2)[0])
+    assert torch.equal(tensors["centroid.maths"], torch.eye(2)[1])
+    found = tensors.get("centre")
     assert found is centre is None or torch.equal(found, centre)
 
 
-def test_a_missing_centroid_is_told_by_name():
-    with pytest.raises(CoterieError, match="has no centroid for the expert 'maths'"):
-        read_centroids({"centroid.law": torch.ones(2)}, ["law", "maths"])
+def test_a_missing_centroid_is_told_by_name(mixture, tmp_path):
+    record = gradient_router(torch.zeros(1, 2)).save(tmp_path / "router")
+    record["experts"].append("poetry")
+    with pytest.raises(CoterieError, match="has no proper centroids for the expert 'poetry'"):
+        load_router(record, parts(tmp_path, mixture))
 
 
 @pytest.mark.parametrize("centred", [False, True], ids=["plain", "centred"])
 def test_a_saved_gradient_router_routes_exactly_as_before(mixture, run_folder, tmp_path, centred):
     router = mixture.router
     if centred:
-        centre = 0.01 * normal(router.centroids.shape[1]).float()
-        router = CentroidRouter(router.description, router.centroids, router.experts, centre=centre)
+        centre = 0.01 * normal(router.centroids["cluster-0"].shape[1]).float()
+        router = CentroidRouter.by_cluster(
+            router.extractor, torch.cat(list(router.centroids.values())), router.experts, centre=centre
+        )
     shutil.copytree(run_folder / "checkpoints", tmp_path / "checkpoints")
     record = router.save(tmp_path / "router")
     loaded = load_router(record, parts(tmp_path, mixture))
@@ -225,7 +244,7 @@ def test_a_saved_gradient_router_routes_exactly_as_before(mixture, run_folder, t
 
 def test_a_fixed_router_gives_every_prompt_the_same_weights():
     found = FixedRouter({"law": 0.5, "maths": 2.0}).route([PROMPT] * 3)
-    assert (found.experts, found.axes) == (("law", "maths"), ("request", "expert"))
+    assert found.experts == ("law", "maths")
     assert found.weights.tolist() == [[0.5, 2.0]] * 3
 
 
@@ -289,36 +308,24 @@ def test_all_routers_are_routers():
 # ------------------------------------------------------------------------------------------------------------ routing
 
 BROKEN = {
-    "no axes": ((), torch.ones(2), "must be some of request, token, layer, expert in this order, ending with expert"),
-    "experts not last": (("expert", "request"), torch.ones(2, 2), "routing axes must be"),
-    "wrong order": (("token", "request", "expert"), torch.ones(1, 1, 2), "routing axes must be"),
-    "an axis twice": (("request", "request", "expert"), torch.ones(1, 1, 2), "routing axes must be"),
-    "an unknown axis": (("prompt", "expert"), torch.ones(1, 2), r"routing axes must be .* got \('prompt', 'expert'\)"),
-    "too few dimensions": (("request", "expert"), torch.ones(2), r"weights of shape \(2,\) do not fit the axes"),
-    "too few experts": (("request", "expert"), torch.ones(1, 3), r"of shape \(1, 3\) do not fit .* and 2 experts"),
-    "negative": (("expert",), torch.tensor([1.0, -1e-9]), "must be finite and not negative"),
-    "NaN": (("expert",), torch.tensor([1.0, math.nan]), "must be finite and not negative"),
-    "infinite": (("expert",), torch.tensor([1.0, math.inf]), "must be finite and not negative"),
+    "too few dimensions": (torch.ones(2), r"\(request, expert\), so those of shape \(2,\) do not fit 2 experts"),
+    "too many dimensions": (torch.ones(1, 1, 2), r"of shape \(1, 1, 2\) do not fit 2 experts"),
+    "too many experts": (torch.ones(1, 3), r"of shape \(1, 3\) do not fit 2 experts"),
+    "negative": (torch.tensor([[1.0, -1e-9]]), "must be finite and not negative"),
+    "NaN": (torch.tensor([[1.0, math.nan]]), "must be finite and not negative"),
+    "infinite": (torch.tensor([[1.0, math.inf]]), "must be finite and not negative"),
 }
 
 
-@pytest.mark.parametrize(("axes", "weights", "message"), BROKEN.values(), ids=BROKEN)
-def test_a_routing_that_breaks_a_rule_is_refused(axes, weights, message):
+@pytest.mark.parametrize(("weights", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_routing_that_breaks_a_rule_is_refused(weights, message):
     with pytest.raises(CoterieError, match=message):
-        Routing(("a", "b"), axes, weights)
+        Routing(("a", "b"), weights)
 
 
 def test_an_expert_cannot_be_routed_twice():
     with pytest.raises(CoterieError, match="every expert is routed once, but the routing names a, a"):
-        Routing(("a", "a"), ("expert",), torch.ones(2))
-
-
-@pytest.mark.parametrize("axes", [("expert",), ("request", "expert"), ("request", "token", "layer", "expert")], ids=len)
-def test_any_part_of_the_axes_in_order_is_taken(axes):
-    weights = torch.ones(*[3] * len(axes))
-    assert Routing(("a", "b", "c"), axes, weights).normalized().weights.sum().item() == pytest.approx(
-        3 ** (len(axes) - 1)
-    )
+        Routing(("a", "a"), torch.ones(1, 2))
 
 
 @few
@@ -360,11 +367,11 @@ def test_more_experts_than_there_are_cannot_be_kept(k):
 
 
 @pytest.mark.parametrize("change", [lambda r: r.top(1), lambda r: r.normalized()], ids=["top", "normalised"])
-def test_changed_weights_keep_experts_axes_and_similarities_and_leave_the_first_alone(change):
+def test_changed_weights_keep_experts_and_similarities_and_leave_the_first_alone(change):
     similar = {"a": torch.ones(1)}
-    first = Routing(("a", "b"), ("request", "expert"), torch.tensor([[1.0, 3.0]]), similar)
+    first = Routing(("a", "b"), torch.tensor([[1.0, 3.0]]), similar)
     changed = change(first)
-    assert (changed.experts, changed.axes, changed.similarities) == (first.experts, first.axes, similar)
+    assert (changed.experts, changed.similarities) == (first.experts, similar)
     assert first.weights.tolist() == [[1.0, 3.0]]
 
 

@@ -17,9 +17,9 @@ from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank, load_bank
 from coterie.lora import LoraPair, delta, stack
 from coterie.mixture import Mixture
-from coterie.mixture.loading import RouterParts, load_router
-from coterie.routers.gate import GateRouter
-from coterie.routers.spectral import spectral_router
+from coterie.routers.base import RouterParts
+from coterie.routers.gate import GateRouter, spectral_router
+from coterie.routers.table import load_router
 
 IN, OUT, POSITIONS = 5, 4, 3
 RANKS = [[2, 2, 2], [1, 3, 2], [4, None, 1], [6, 1, 2]]

@@ -17,21 +17,22 @@ from coterie.engine.decoding import response_logprobs
 from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank
 from coterie.features.embedding import HiddenStateEncoder, with_answers
-from coterie.features.growing_text import Averaged, Rewritten
-from coterie.mixture.loading import RouterParts, describe_growing_text, load_router
+from coterie.features.growing_text import AveragedStates, FeatureExtractor, WholeTexts
 from coterie.mixture.scoring import score
-from coterie.routers.derived import DerivedRouter
-from coterie.routers.feature import Description
-from coterie.routers.fixed import uniform
-from coterie.routers.similarity import (
+from coterie.routers.base import Router, RouterParts, Routing
+from coterie.routers.centroid import (
+    CentroidRouter,
     NullExpert,
-    SimilarityRouter,
     Weighting,
     boosted_weights,
     check_dimensions,
     null_similarity,
 )
-from coterie.routers.token import TokenLevel, follow
+from coterie.routers.derived import DerivedRouter
+from coterie.routers.feature import growing_text_extractor
+from coterie.routers.fixed import uniform
+from coterie.routers.table import load_router
+from coterie.routers.token import TokenLevel
 
 QUESTIONS = load_examples(tiny.make_rows(4, seed=5))
 TOKENS = 7
@@ -47,22 +48,24 @@ def letters(rows) -> torch.Tensor:
     return counts
 
 
-LETTERS = Description("letters", letters, {})
+LETTERS = FeatureExtractor("letters", letters, {})
 
 
 @pytest.fixture(scope="module")
 def by_letters(mixture):
     generator = torch.Generator().manual_seed(3)
     names = mixture.bank.names
-    return SimilarityRouter(LETTERS, {name: torch.rand(1, SIZE, generator=generator) - 0.4 for name in names})
+    return CentroidRouter.by_similarity(
+        LETTERS, {name: torch.rand(1, SIZE, generator=generator) - 0.4 for name in names}
+    )
 
 
 @pytest.fixture(scope="module")
 def by_states(mixture):
-    description, encoder = describe_growing_text("hidden", 6, mixture.backbone)
+    description, encoder = growing_text_extractor("hidden", 6, mixture.backbone)
     generator = torch.Generator().manual_seed(4)
     centroids = {name: torch.randn(2, encoder.dimensions, generator=generator) for name in mixture.bank.names}
-    return SimilarityRouter(description, centroids, weighting=Weighting(0.05))
+    return CentroidRouter.by_similarity(description, centroids, weighting=Weighting(0.05))
 
 
 @pytest.fixture(params=["letters", "states"])
@@ -121,8 +124,8 @@ def test_the_temperature_is_that_of_a_softmax_over_cosines():
 # -------------------------------------------------------------------------------------------------------- the router
 
 
-def described(features) -> Description:
-    return Description("given", lambda rows: torch.as_tensor(features, dtype=torch.float32), {})
+def described(features) -> FeatureExtractor:
+    return FeatureExtractor("given", lambda rows: torch.as_tensor(features, dtype=torch.float32), {})
 
 
 def row(*ids: int) -> TokenRow:
@@ -131,9 +134,9 @@ def row(*ids: int) -> TokenRow:
 
 def test_an_expert_with_several_centroids_is_as_similar_as_the_nearest_or_as_all_on_average():
     centroids = {"a": torch.tensor([[1.0, 0.0], [0.0, 2.0]]), "b": torch.tensor([[-1.0, 0.0]])}
-    nearest = SimilarityRouter(described([[3.0, 4.0]]), centroids).route([row(1)])
+    nearest = CentroidRouter.by_similarity(described([[3.0, 4.0]]), centroids).route([row(1)])
     assert [float(nearest.similarities[name]) for name in "ab"] == pytest.approx([0.8, -0.6])
-    mean = SimilarityRouter(described([[3.0, 4.0]]), centroids, nearest=False).route([row(1)])
+    mean = CentroidRouter.by_similarity(described([[3.0, 4.0]]), centroids, pool="mean").route([row(1)])
     assert [float(mean.similarities[name]) for name in "ab"] == pytest.approx([0.7, -0.6])
 
 
@@ -142,7 +145,7 @@ def test_the_null_expert_takes_over_where_nothing_is_similar():
     null = NullExpert("null", 0.3)
     features = [[1.0, 0.1, 0.0], [0.1, 0.2, 1.0], [0.0, 0.0, 0.0]]
     for weighting in (Weighting(), Weighting(0.1)):
-        router = SimilarityRouter(described(features), centroids, weighting=weighting, null=null)
+        router = CentroidRouter.by_similarity(described(features), centroids, weighting=weighting, null=null)
         found = router.route([row(1)] * 3)
         assert found.experts == ("a", "b", "null")
         assert [found.experts[i] for i in found.weights.argmax(dim=1)] == ["a", "null", "null"]
@@ -157,8 +160,8 @@ def test_the_null_similarity_leaves_the_share_that_was_asked_for_below():
 def test_permuting_experts_permutes_their_weights(by_states, mixture):
     rows = mixture.tokens(QUESTIONS)
     names = list(by_states.centroids)[::-1]
-    turned = SimilarityRouter(
-        by_states.description, {name: by_states.centroids[name] for name in names}, weighting=by_states.weighting
+    turned = CentroidRouter.by_similarity(
+        by_states.extractor, {name: by_states.centroids[name] for name in names}, weighting=by_states.weighting
     )
     one, other = by_states.route(rows), turned.route(rows)
     assert other.experts == one.experts[::-1]
@@ -167,7 +170,9 @@ def test_permuting_experts_permutes_their_weights(by_states, mixture):
 
 def test_a_centre_is_subtracted_from_every_embedding():
     centroids = {"a": torch.tensor([[1.0, 0.0]]), "b": torch.tensor([[0.0, 1.0]])}
-    centred = SimilarityRouter(described([[5.0, 4.0]]), centroids, centre=torch.tensor([5.0, 3.0])).route([row(1)])
+    centred = CentroidRouter.by_similarity(described([[5.0, 4.0]]), centroids, centre=torch.tensor([5.0, 3.0])).route(
+        [row(1)]
+    )
     assert [float(centred.similarities[name]) for name in "ab"] == pytest.approx([0.0, 1.0])
 
 
@@ -193,7 +198,7 @@ def test_without_renewal_it_is_the_routing_of_the_prompt(mixture, router):
 
 def test_the_weights_do_change_and_are_shared_by_every_n_tokens(mixture, router):
     """States of a token come one step after it, so the second token still has the prompt's weights there."""
-    lag = 1 if router.description is LETTERS else 2
+    lag = 1 if router.extractor is LETTERS else 2
     for every in (1, 2, 3):
         answer = layers(mixture, router, every=every).generate(QUESTIONS[:1], max_new_tokens=TOKENS)[0]
         weights = answer.trace.weights
@@ -280,7 +285,7 @@ def test_given_answers_are_scored_as_if_they_had_been_written(mixture, router, e
     cell = layers(mixture, router, every=every, cache=cache)
     answers = cell.generate(QUESTIONS, max_new_tokens=TOKENS)
     answers[1] = cell.generate(QUESTIONS[1:2], max_new_tokens=2)[0]  # answers of unequal length
-    found = cell.score_forced(cell.tokens(QUESTIONS), [answer.token_ids for answer in answers])
+    found = cell.score_teacher_forced(cell.tokens(QUESTIONS), [answer.token_ids for answer in answers])
     for scored, answer in zip(found, answers, strict=True):
         close(scored.logprobs, answer.logprobs)
         assert bool(scored.is_greedy.all())
@@ -317,8 +322,8 @@ def test_the_published_merge_is_another_mixture(mixture, by_letters):
 
 def test_a_temperature_near_zero_is_the_most_similar_expert_alone(mixture):
     centroids = {name: torch.eye(SIZE)[place : place + 1] for place, name in enumerate(mixture.bank.names)}
-    describe = Description("given", lambda rows: torch.eye(SIZE)[1].expand(len(rows), -1), {})
-    router = TokenLevel(SimilarityRouter(describe, centroids, weighting=Weighting(1e-4)), every=1)
+    describe = FeatureExtractor("given", lambda rows: torch.eye(SIZE)[1].expand(len(rows), -1), {})
+    router = TokenLevel(CentroidRouter.by_similarity(describe, centroids, weighting=Weighting(1e-4)), every=1)
     found = mixture.replace(router=router, combiner="layers").generate(QUESTIONS, max_new_tokens=TOKENS)
     wanted = mixture.replace(router=mixture.bank.names[1], combiner="logits").generate(QUESTIONS, max_new_tokens=TOKENS)
     for one, other in zip(found, wanted, strict=True):
@@ -349,7 +354,7 @@ def test_any_router_of_texts_can_be_renewed(mixture):
         slow = torch.stack([weights / weights.sum() for weights in slow_weights(cell, QUESTIONS[0], answer)])
         close(answer.trace.weights, slow[:, [cell.bank.index(name) for name in answer.trace.experts]])
         assert answer.trace.weights[0] != answer.trace.weights[3]
-        scored = cell.score_forced(cell.tokens(QUESTIONS[:1]), [answer.token_ids])[0]
+        scored = cell.score_teacher_forced(cell.tokens(QUESTIONS[:1]), [answer.token_ids])[0]
         close(scored.logprobs, answer.logprobs)
 
 
@@ -370,11 +375,11 @@ def test_a_growing_text_is_embedded_as_the_whole_text_is(mixture):
     full = mixture.prompts.row(QUESTIONS[0])
     counted = with_answers(full, mixture.backbone.tokenizer)
     hidden = mixture.backbone.hidden(torch.tensor([full.ids]))
-    texts = Averaged(encoder, [full.prompt()])
+    texts = AveragedStates(encoder, [full.prompt()])
     close(texts.features(), encoder.rows([full.prompt()]))
     places = [p for p in range(full.prompt_length, len(full.ids)) if counted.is_user_text[p]]
     assert places
-    texts.observe(hidden[:, places])
+    texts.append_states(hidden[:, places])
     close(texts.features(), encoder.rows([counted]))
 
 
@@ -382,10 +387,10 @@ def test_a_growing_text_is_embedded_as_the_whole_text_is(mixture):
 def test_a_text_longer_than_the_window_still_moves_its_embedding(mixture, window):
     encoder = HiddenStateEncoder(mixture.backbone, tail=True, window=window)
     prompt = mixture.tokens(QUESTIONS[:1])
-    texts = Averaged(encoder, prompt)
+    texts = AveragedStates(encoder, prompt)
     states = torch.randn(1, 4, encoder.dimensions, generator=torch.Generator().manual_seed(1))
     before = texts.features()
-    texts.observe(states)
+    texts.append_states(states)
     assert not torch.allclose(texts.features(), before, atol=1e-3)
     if window:
         close(texts.features()[0], torch.nn.functional.normalize(states[0, -3:].sum(dim=0), dim=0))
@@ -393,27 +398,30 @@ def test_a_text_longer_than_the_window_still_moves_its_embedding(mixture, window
 
 def test_texts_that_leave_take_their_words_along(mixture):
     prompts = mixture.tokens(QUESTIONS)
-    texts = Rewritten(letters, prompts)
-    texts.write([[1], [2], [3], [4]])
+    texts = WholeTexts(letters, prompts)
+    texts.append([[1], [2], [3], [4]])
     texts.keep([2, 0])
     close(texts.features(), letters([prompts[2].extended([3]), prompts[0].extended([1])]))
 
 
 def test_a_router_without_a_way_of_its_own_routes_the_text_again(mixture):
-    class Length:
-        kind, axes = "length", frozenset({"request", "expert"})
+    class Length(Router):
+        kind = "length"
 
-        def route(self, prompts):
-            lengths = torch.tensor([[float(len(p.ids)), 1.0] for p in prompts])
-            return replace(uniform(mixture.bank.names[:2]).route(prompts), weights=lengths)
+        def weigh(self, read):
+            return Routing(mixture.bank.names[:2], torch.tensor([[float(len(p.ids)), 1.0] for p in read]))
 
         def save(self, folder):
             raise NotImplementedError
 
+        @classmethod
+        def load(cls, record, parts):
+            raise NotImplementedError
+
     prompts = mixture.tokens(QUESTIONS[:2])
-    follower = follow(Length(), prompts)
-    follower.write([[1, 2], [3, 4]])
-    follower.keep([1])
+    follower = Length().follow(prompts)
+    follower.texts.append([[1, 2], [3, 4]])
+    follower.texts.keep([1])
     assert follower.routing().weights[0, 0] == len(prompts[1].ids) + 2
 
 
@@ -424,11 +432,11 @@ def test_saved_and_loaded_it_routes_alike(mixture, by_states, tmp_path):
     null = NullExpert("null", 0.2)
     centre = torch.full((mixture.backbone.model.config.hidden_size,), 0.01)
     router = TokenLevel(
-        SimilarityRouter(
-            by_states.description,
+        CentroidRouter.by_similarity(
+            by_states.extractor,
             by_states.centroids,
             weighting=Weighting(0.3),
-            nearest=False,
+            pool="mean",
             null=null,
             centre=centre,
         ),
@@ -459,13 +467,15 @@ def test_an_encoder_of_another_dimension_is_refused():
 
 
 def test_an_expert_that_the_bank_lacks_is_named(mixture):
-    router = TokenLevel(SimilarityRouter(LETTERS, {"poetry": torch.ones(1, SIZE)}))
+    router = TokenLevel(CentroidRouter.by_similarity(LETTERS, {"poetry": torch.ones(1, SIZE)}))
     with pytest.raises(CoterieError, match="experts that the bank does not hold: poetry"):
         mixture.replace(router=router, combiner="layers").generate(["hi"], max_new_tokens=2)
 
 
 def test_what_cannot_be_renewed_is_refused(mixture, by_letters):
-    with pytest.raises(CoterieError, match=r"'logits' reads weights by .*'token-level' .* use layers or weights"):
+    with pytest.raises(
+        CoterieError, match=r"'logits' takes weights once a prompt, .*'token-level' .* use layers or weights"
+    ):
         mixture.replace(router=TokenLevel(by_letters), combiner="logits")
     mixture.replace(router=TokenLevel(by_letters, every=None), combiner="logits")
     with pytest.raises(CoterieError, match="'token-level' weighs every token already"):
@@ -475,4 +485,4 @@ def test_what_cannot_be_renewed_is_refused(mixture, by_letters):
     with pytest.raises(CoterieError, match="can keep or recompute what was read, got 'drop'"):
         TokenLevel(by_letters, cache="drop")
     with pytest.raises(CoterieError, match="at least one expert with a centroid"):
-        SimilarityRouter(LETTERS, {})
+        CentroidRouter.by_similarity(LETTERS, {})

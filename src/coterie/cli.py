@@ -352,7 +352,7 @@ def _mixture(settings: RouteSettings | GenerateSettings) -> Any:
     if not routing.every:
         return mixture.replace(router=routing.router, combiner=routing.combiner)
     every = rerouting_interval(routing.every)
-    return mixture.replace(router=routing.router).renewed(every, cache=routing.cache, combiner=routing.combiner)
+    return mixture.replace(router=routing.router).rerouted(every, cache=routing.cache, combiner=routing.combiner)
 
 
 def _made(mixture: Any) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from coterie.errors import CoterieError, unknown_name
@@ -89,11 +89,14 @@ class Gates:
         return self.weigh(path, x).weights
 
     def apply(
-        self, path: str, x: Float[Tensor, "row position in"], pair: StackedPair
+        self, path: str, x: Float[Tensor, "row position in"], pair: StackedPair, seen: "MeanWeights | None" = None
     ) -> Float[Tensor, "row position out"]:
-        """Apply the exact mixture of the experts' updates of a layer, weighed anew at every token."""
+        """Apply the exact mixture of the experts' updates of a layer, weighed anew at every token; `seen` averages."""
         apply = apply_weighted if self._kept == len(self.experts) else apply_chosen
-        return apply(x, pair, self.weights(path, x))
+        weights = self.weights(path, x)
+        if seen is not None:
+            seen.add(weights)
+        return apply(x, pair, weights)
 
     def to(self, device: torch.device) -> "Gates":
         """Return the same gates on a device."""
@@ -103,3 +106,21 @@ class Gates:
     @property
     def _kept(self) -> int:
         return self.top_k or len(self.experts)
+
+
+class MeanWeights:
+    """What gates weigh while a model reads, on average over the tokens and layers of every row."""
+
+    def __init__(self, mask: Int[Tensor, "row position"]) -> None:
+        """Begin; the mask tells tokens from padding."""
+        self._mask = mask
+        self._layers: list[Float[Tensor, "row expert"]] = []
+
+    def add(self, weights: Float[Tensor, "row position expert"]) -> None:
+        """Take in one layer's weights."""
+        real = self._mask.to(weights.device)[..., None]
+        self._layers.append(((weights * real).sum(dim=1) / real.sum(dim=1)).to(self._mask.device))
+
+    def mean(self) -> Float[Tensor, "row expert"]:
+        """Return the averages, on the CPU."""
+        return torch.stack(self._layers).mean(dim=0).cpu()

@@ -8,14 +8,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from coterie.backbone.gates import Gates
+from coterie.backbone.gates import Gates, MeanWeights
 from coterie.lora import (
     Adapter,
     LoraPair,
@@ -119,7 +119,7 @@ class ExpertLayers:
     """
 
     def __init__(self, model: nn.Module, adapters: Sequence[Adapter], dtype: torch.dtype | None = None) -> None:
-        """Stack the experts' updates on the devices of the layers they change.
+        """Take in the experts' updates; they are stacked on the devices of the layers they change when used first.
 
         Args:
             model: the base model.
@@ -129,14 +129,24 @@ class ExpertLayers:
         modules = linear_layers(model)
         changed = sorted({path for adapter in adapters for path in adapter})
         self.size = len(adapters)
+        self._model = model
         self._modules = {path: modules[path] for path in changed}
         self._dtype = dtype or next(model.parameters()).dtype
         self._adapters = tuple(adapters)
-        self._stacks = {path: self._stacked(path, adapters) for path in changed}
         self._subset = lru_cache(maxsize=8)(self._select)
         self._merged = lru_cache(maxsize=2)(self._merge)
         self.merged = lru_cache(maxsize=MERGED_KEPT)(self._merge_row)
         self._choice: Choice | None = None
+        self._seen: MeanWeights | None = None
+
+    def are_of(self, model: nn.Module, adapters: Sequence[Adapter]) -> bool:
+        """Tell whether they are the updates of these very adapters on this model."""
+        return self._model is model and self._adapters is adapters
+
+    @cached_property
+    def _stacks(self) -> dict[str, StackedPair]:
+        """The updates, stacked when they are used first."""
+        return {path: self._stacked(path, self._adapters) for path in self._modules}
 
     def _stacked(self, path: str, adapters: Sequence[Mapping[str, LoraPair | None]]) -> StackedPair:
         device = next(self._modules[path].parameters()).device
@@ -153,7 +163,7 @@ class ExpertLayers:
         """Merge all experts once for every row of weights, in float32."""
         merged = [self.merged(row, how) for row in weights]
         paths = {path for adapter in merged for path in adapter}
-        return {path: self._stacked(path, merged) for path in self._stacks if path in paths}
+        return {path: self._stacked(path, merged) for path in self._modules if path in paths}
 
     def _merge_row(self, weights: tuple[float, ...], how: str = "exact") -> Adapter:
         """Return one adapter in place of all, with these weights (one an expert), merged layer by layer.
@@ -163,7 +173,7 @@ class ExpertLayers:
         """
         used = [(adapter, weight) for adapter, weight in zip(self._adapters, weights, strict=True) if weight]
         result = {}
-        for path in self._stacks:
+        for path in self._modules:
             present = [(adapter[path], weight) for adapter, weight in used if path in adapter]
             if present:
                 result[path] = merge([pair for pair, _ in present], torch.tensor([w for _, w in present]), how)
@@ -179,7 +189,7 @@ class ExpertLayers:
     @property
     def paths(self) -> tuple[str, ...]:
         """Module paths of the layers that some expert changes."""
-        return tuple(self._stacks)
+        return tuple(self._modules)
 
     def changes(self, module: nn.Module) -> bool:
         """Tell whether some expert changes this layer."""
@@ -192,13 +202,13 @@ class ExpertLayers:
             yield
 
     @contextmanager
-    def choosing(self, choice: Choice) -> Iterator[None]:
-        """Say which rows run which experts in the forward passes inside the `with`."""
-        before, self._choice = self._choice, choice
+    def choosing(self, choice: Choice, seen: MeanWeights | None = None) -> Iterator[None]:
+        """Say which rows run which experts in the forward passes inside the `with`; `seen` averages gates' weights."""
+        before, self._choice, self._seen = self._choice, choice, seen
         try:
             yield
         finally:
-            self._choice = before
+            self._choice, self._seen = before, None
 
     def _update(self, path: str, x: Tensor) -> Tensor | None:
         """Return what the chosen experts add to a layer's output; None where they all leave the layer as it is."""
@@ -212,6 +222,6 @@ class ExpertLayers:
                 pair = self._merged(weights, how).get(path)
                 return None if pair is None else apply_by_expert(x, pair, counts)
             case Gated(experts, gates):
-                return gates.apply(path, x, self._subset(experts)[path]) if path in gates.layers else None
+                return gates.apply(path, x, self._subset(experts)[path], self._seen) if path in gates.layers else None
             case None:
                 raise RuntimeError("experts are attached, but no rows were chosen; use `with layers.choosing(...)`")

@@ -3,11 +3,11 @@
 import torch
 
 from coterie.backbone.layers import Choice, Gated, Weighted
-from coterie.combiners.base import RowPlan
-from coterie.routers.base import AXES, Routing
+from coterie.combiners.base import Combiner, RowPlan
+from coterie.routers.base import Routing
 
 
-class LayerCombiner:
+class LayerCombiner(Combiner):
     """Adds sum_e w_e s_e B_e A_e x to every layer's output, with each prompt's (or token's) own weights, as they are.
 
     One row a prompt, whatever the number of experts (ELREA's "MoE Routing", where weights are normalised first, and its
@@ -15,7 +15,7 @@ class LayerCombiner:
     """
 
     kind = "layers"
-    axes = frozenset(AXES)
+    finest = "layer"
 
     def plan(self, routing: Routing) -> RowPlan:
         """One row for every prompt, mixed by its weights; experts without any weight are not computed."""

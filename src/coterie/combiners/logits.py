@@ -5,11 +5,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from coterie.backbone.layers import ByExpert
-from coterie.combiners.base import RowPlan
+from coterie.combiners.base import Combiner, RowPlan
 from coterie.routers.base import Routing
 
 
-class LogitCombiner:
+class LogitCombiner(Combiner):
     """Sums next-token logits with normalised weights, in float32.
 
     Normalising does not move the argmax, so greedy output is the paper's; it keeps the meaning of temperature and of
@@ -17,7 +17,6 @@ class LogitCombiner:
     """
 
     kind = "logits"
-    axes = frozenset({"request", "expert"})
 
     def plan(self, routing: Routing) -> RowPlan:
         """One row for every prompt and expert with a weight, ordered by expert."""

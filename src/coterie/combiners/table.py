@@ -9,6 +9,7 @@ from coterie.combiners.texts import TextCombiner
 from coterie.combiners.weights import WeightCombiner
 from coterie.errors import CoterieError, unknown_name
 from coterie.lora import MERGES
+from coterie.routers.base import GRAINS, Grain, Router
 
 COMBINERS: dict[str, Callable[[], Combiner]] = {
     "logits": LogitCombiner,
@@ -33,15 +34,20 @@ def make_combiner(kind: str) -> Combiner:
     return COMBINERS[kind]()
 
 
-def check_fit(router_kind: str, axes: frozenset[str], combiner: Combiner) -> None:
-    """Refuse a combiner that cannot read all axes of a router's weights.
+def check_fit(router: Router, combiner: Combiner) -> None:
+    """Refuse a combiner that cannot follow a router's weights as often as they change.
 
     Raises:
         CoterieError: naming the combiners that can.
     """
-    if not axes <= combiner.axes:
-        fitting = [name for name, make in COMBINERS.items() if axes <= make().axes]
+    if not fits(router.grain, combiner):
+        fitting = [name for name, make in COMBINERS.items() if fits(router.grain, make())]
         raise CoterieError(
-            f"combiner {combiner.kind!r} reads weights by {', '.join(sorted(combiner.axes))}, but router "
-            f"{router_kind!r} gives them by {', '.join(sorted(axes))}; use {' or '.join(fitting)}"
+            f"combiner {combiner.kind!r} takes weights once a {combiner.finest}, but router {router.kind!r} gives "
+            f"them anew at every {router.grain}; use {' or '.join(fitting)}"
         )
+
+
+def fits(grain: Grain, combiner: Combiner) -> bool:
+    """Tell whether a combiner can follow weights of this grain."""
+    return GRAINS.index(grain) <= GRAINS.index(combiner.finest)

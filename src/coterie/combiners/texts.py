@@ -4,7 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 
-from coterie.combiners.base import RowPlan
+from coterie.combiners.base import Combiner, RowPlan
 from coterie.combiners.logits import LogitCombiner
 from coterie.routers.base import Routing
 from coterie.settings.groups import SamplingSettings
@@ -13,14 +13,14 @@ SAMPLES = 5
 TEMPERATURE = 1.0
 
 
-class TextCombiner:
+class TextCombiner(Combiner):
     """Samples several answers from the combined logits and lets them vote (Self-Consistency, arXiv 2203.11171).
 
     ELREA's baseline draws 5 samples at temperature 1 and breaks ties at random; here ties fall by a seeded draw.
     """
 
     kind = "texts"
-    axes = frozenset({"request", "expert"})
+    finishes_answers = True
 
     def __init__(self, samples: int = SAMPLES, temperature: float = TEMPERATURE) -> None:
         """Store how many answers are drawn, and how freely."""

@@ -13,7 +13,7 @@ from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone
 from coterie.combiners.base import Combiner, RowPlan, kept_rows
 from coterie.data.batching import pad
-from coterie.engine.rerouting import Renewal
+from coterie.engine.rerouting import Rerouting
 from coterie.engine.rows import CachedRows
 from coterie.engine.sampling import Sampler
 from coterie.engine.text import TextStream
@@ -77,7 +77,7 @@ class DecodingBatch:
         prompts: Sequence[Sequence[int]],
         routing: Routing,
         settings: SamplingSettings,
-        renewal: Renewal | None = None,
+        rerouting: Rerouting | None = None,
     ) -> None:
         """Take in the requests; nothing is computed yet.
 
@@ -88,16 +88,21 @@ class DecodingBatch:
             prompts: token ids of every request.
             routing: of every request, with the bank's experts in the bank's order.
             settings: how tokens are chosen.
-            renewal: how the weights change later; None for not at all.
+            rerouting: how the weights change later; None for not at all.
         """
         self._backbone = backbone
         self._rows = CachedRows(backbone, layers, combiner, routing)
         self._settings = settings
-        self._renewal = renewal
+        self._rerouting = rerouting
         self._active = [
             _Request(number, list(ids), len(ids), Sampler(settings), TextStream(backbone.tokenizer, settings.stop))
             for number, ids in enumerate(prompts)
         ]
+
+    @property
+    def gate_weights(self) -> Float[Tensor, "request expert"] | None:
+        """What gates weighed on average over every prompt, once that was read; None where there are no gates."""
+        return self._rows.gate_weights
 
     def run(self) -> Iterator[Token]:
         """Yield tokens step by step, in the order of the requests within a step."""
@@ -113,9 +118,9 @@ class DecodingBatch:
     def _read_chosen(self, written: int) -> Float[Tensor, "row position width"]:
         """Read the tokens that were chosen last, under new weights where they are due."""
         chosen = [request.ids[-1:] for request in self._active]
-        if self._renewal is None:
+        if self._rerouting is None:
             return self._rows.read(chosen)
-        return self._renewal.read(self._rows, chosen, [request.ids for request in self._active], written)
+        return self._rerouting.read(self._rows, chosen, [request.ids for request in self._active], written)
 
     @torch.inference_mode()
     def _choose(self, logits: Float[Tensor, "prompt vocabulary"]) -> list[Token]:
@@ -128,7 +133,7 @@ class DecodingBatch:
         logprobs = (logits.gather(1, places).squeeze(1) - logits.logsumexp(dim=1)).tolist()
         triples = zip(self._active, ids, logprobs, strict=True)
         tokens = [self._advance(request, token, logprob) for request, token, logprob in triples]
-        if self._renewal is None:
+        if self._rerouting is None:
             return tokens
         shares = self._rows.routing.normalized().weights.tolist()
         return [token._replace(weights=tuple(row)) for token, row in zip(tokens, shares, strict=True)]
@@ -152,8 +157,8 @@ class DecodingBatch:
             return
         self._active = [self._active[place] for place in staying]
         self._rows.keep(staying)
-        if self._renewal is not None:
-            self._renewal.follower.keep(staying)
+        if self._rerouting is not None:
+            self._rerouting.follower.texts.keep(staying)
 
 
 class ScoredTokens(NamedTuple):

@@ -1,4 +1,4 @@
-"""Weights that change while answers are written: when they are renewed, and under which weights tokens are read."""
+"""Re-routing every n tokens: when weights change while answers are written, and under which of them tokens are read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,12 +7,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from coterie.engine.rows import CachedRows
-from coterie.routers.base import Routing
-from coterie.routers.token import Follower
+from coterie.routers.base import Follower, Routing
 
 
 @dataclass(frozen=True)
-class Renewal:
+class Rerouting:
     """How the weights of a batch change while its answers are written.
 
     Attributes:
@@ -45,12 +44,12 @@ class Renewal:
         Returns:
             The last hidden states at `tokens`, whatever else was read.
         """
-        self.follower.write([own[:1] for own in tokens])
+        self.follower.texts.append([own[:1] for own in tokens])
         is_due = written % self.every == 0
         if is_due:
             rows.change(self.routing(), recompute=self.recompute)
-        self.follower.write([own[1:] for own in tokens])
+        self.follower.texts.append([own[1:] for own in tokens])
         length = len(tokens[0])
         hidden = rows.read(texts if is_due and self.recompute else tokens)[:, -length:]
-        self.follower.observe(rows.by_request(hidden))
+        self.follower.texts.append_states(rows.by_request(hidden))
         return hidden

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from coterie.backbone.gates import MeanWeights
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone
 from coterie.combiners.base import Combiner, RowPlan, kept_rows
@@ -31,6 +32,8 @@ class CachedRows:
         self._combiner = combiner
         self.routing = routing
         self.plan: RowPlan = combiner.plan(routing)
+        self.gate_weights: Float[Tensor, "request expert"] | None = None
+        """Where gates weigh: the weights of the gates' experts, on average over the prompts, once these were read."""
         self._forget()
 
     def _forget(self) -> None:
@@ -46,13 +49,17 @@ class CachedRows:
         pad_id = self._backbone.tokenizer.pad_token_id
         texts = [tokens[request] for request in self.plan.prompts]
         ids, mask, _ = pad(texts, pad_id, side="left", device=self._backbone.device)
+        seen = MeanWeights(mask) if self.routing.gates and not self._mask.shape[1] else None
         start = self._mask.sum(dim=1, keepdim=True)
         self._mask = torch.cat([self._mask, mask], dim=1)
         positions = start + (mask.cumsum(dim=1) - 1).clamp(min=0)
-        with self._layers.attached(), self._layers.choosing(self.plan.choice):
-            return self._backbone.hidden(ids, self._mask, positions, self._cache)
+        with self._layers.attached(), self._layers.choosing(self.plan.choice, seen):
+            hidden = self._backbone.hidden(ids, self._mask, positions, self._cache)
+        if seen is not None:
+            self.gate_weights = self.by_request(seen.mean())
+        return hidden
 
-    def by_request(self, states: Float[Tensor, "row position width"]) -> Float[Tensor, "request position width"]:
+    def by_request(self, states: Float[Tensor, "row ..."]) -> Float[Tensor, "request ..."]:
         """Put states in the order of the requests, where each has one row."""
         return states[[self.plan.prompts.index(request) for request in range(len(states))]]
 

@@ -1,4 +1,4 @@
-"""Likelihoods of given answers under weights that change while they are written: decoding with the tokens forced."""
+"""Teacher-forced likelihood under re-routing: decoding with the answer's tokens given."""
 
 from collections.abc import Sequence
 
@@ -8,23 +8,26 @@ from torch import Tensor
 
 from coterie.backbone.loading import Backbone
 from coterie.engine.decoding import ScoredTokens, scored_tokens
-from coterie.engine.rerouting import Renewal
+from coterie.engine.rerouting import Rerouting
 from coterie.engine.rows import CachedRows
 
 Text = tuple[Sequence[int], Sequence[int]]
 """A prompt and its answer, as token ids."""
 
 
-def score_forced(backbone: Backbone, rows: CachedRows, renewal: Renewal, texts: Sequence[Text]) -> list[ScoredTokens]:
+def score_teacher_forced(
+    backbone: Backbone, rows: CachedRows, rerouting: Rerouting, texts: Sequence[Text]
+) -> list[ScoredTokens]:
     """Score answers as if the mixture had written them: the same weights at the same tokens as in decoding.
 
-    Tokens that share their weights are read together, so this takes a forward pass for every renewal, not every token.
+    Tokens that share their weights are read together, so this takes a forward pass for every re-routing, not for
+    every token.
     A follower may need gradients, so inference mode is on for the model's own passes only.
 
     Args:
         backbone: the base model.
         rows: the requests' rows, which have read nothing yet.
-        renewal: how their weights change.
+        rerouting: how their weights change.
         texts: a prompt and an answer of at least one token for each request.
 
     Returns:
@@ -32,48 +35,50 @@ def score_forced(backbone: Backbone, rows: CachedRows, renewal: Renewal, texts: 
     """
     found: list[list[ScoredTokens]] = [[] for _ in texts]
     active = list(range(len(texts)))
-    hidden = _read_first(rows, renewal, texts)
+    hidden = _read_first(rows, rerouting, texts)
     known = 0
     while True:
         for place, number in enumerate(active):
-            targets = torch.tensor(texts[number][1][known : known + renewal.every], device=hidden.device)
+            targets = torch.tensor(texts[number][1][known : known + rerouting.every], device=hidden.device)
             found[number].append(_scored(backbone, hidden[place, : len(targets)], targets))
-        known += renewal.every
+        known += rerouting.every
         staying = [place for place, number in enumerate(active) if len(texts[number][1]) > known]
         active = [active[place] for place in staying]
         if not active:
             return [ScoredTokens(*map(torch.cat, zip(*parts, strict=True))) for parts in found]
         rows.keep(staying)
-        renewal.follower.keep(staying)
-        hidden = _read_next(backbone, rows, renewal, [texts[number] for number in active], known)
+        rerouting.follower.texts.keep(staying)
+        hidden = _read_next(backbone, rows, rerouting, [texts[number] for number in active], known)
 
 
-def _read_first(rows: CachedRows, renewal: Renewal, texts: Sequence[Text]) -> Float[Tensor, "request position width"]:
+def _read_first(
+    rows: CachedRows, rerouting: Rerouting, texts: Sequence[Text]
+) -> Float[Tensor, "request position width"]:
     """Read the prompts and the answer's tokens that share their weights; return the states from each prompt's last on.
 
     The states behind the end of a short answer are of no use, and its request leaves before they could do harm.
     """
-    shared = [answer[: renewal.every - 1] for _, answer in texts]
+    shared = [answer[: rerouting.every - 1] for _, answer in texts]
     longest = max(map(len, shared))
     hidden = rows.by_request(rows.read([[*prompt, *own] for (prompt, _), own in zip(texts, shared, strict=True)]))
     total = hidden.shape[1]
     starts = [total - len(own) - 1 for own in shared]  # rows are padded on the left
     columns = [[min(start + place, total - 1) for place in range(longest + 1)] for start in starts]
     states = torch.stack([own[places] for own, places in zip(hidden, columns, strict=True)])
-    renewal.follower.write(shared)
-    renewal.follower.observe(states[:, 1:])
+    rerouting.follower.texts.append(shared)
+    rerouting.follower.texts.append_states(states[:, 1:])
     return states
 
 
 def _read_next(
-    backbone: Backbone, rows: CachedRows, renewal: Renewal, texts: Sequence[Text], known: int
+    backbone: Backbone, rows: CachedRows, rerouting: Rerouting, texts: Sequence[Text], known: int
 ) -> Float[Tensor, "request position width"]:
     """Read the next answer tokens that share their weights; an answer that ends among them is filled up."""
-    length = min(renewal.every, max(len(answer) for _, answer in texts) - known)
+    length = min(rerouting.every, max(len(answer) for _, answer in texts) - known)
     filler = [backbone.tokenizer.pad_token_id] * length
     pieces = [[*answer[known - 1 :], *filler][:length] for _, answer in texts]
     whole = [[*prompt, *answer[: known - 1], *piece] for (prompt, answer), piece in zip(texts, pieces, strict=True)]
-    return rows.by_request(renewal.read(rows, pieces, whole, known))
+    return rows.by_request(rerouting.read(rows, pieces, whole, known))
 
 
 @torch.inference_mode()

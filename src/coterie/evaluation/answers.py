@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from coterie.combiners.texts import TextCombiner, majority
+from coterie.combiners.texts import majority
 from coterie.data.examples import Example
 from coterie.grading.answers import checkable
 from coterie.grading.grade import graded_text
@@ -65,7 +65,7 @@ def _batch(
     cell: Mixture, tasks: Sequence[Task], routing: Routing, numbers: Sequence[int], sampling: SamplingSettings
 ) -> list[Completion]:
     options: dict[str, Any] = {"batch_size": len(numbers), **sampling.model_dump()}
-    if not isinstance(cell.combiner, TextCombiner):
+    if not cell.combiner.finishes_answers:
         return cell.generate([tasks[i].asked for i in numbers], routing=routing.take(numbers), **options)
     drawn = cell.drawn([tasks[i].asked for i in numbers], routing=routing.take(numbers), **options)
     return [_elected(tasks[i].row, answers, sampling.seed) for i, answers in zip(numbers, drawn, strict=True)]

@@ -131,8 +131,8 @@ class HarnessModel(LM):
 
     def _batch(self, texts: Sequence[tuple[list[int], list[int]]]) -> list[ScoredTokens]:
         mixture = self.mixture
-        if mixture.renews:
-            return mixture.score_forced([_row(before) for before, _ in texts], [after for _, after in texts])
+        if mixture.reroutes:
+            return mixture.score_teacher_forced([_row(before) for before, _ in texts], [after for _, after in texts])
         contexts = [_row(before if len(before) > 1 else after) for before, after in texts]
         plan = mixture.combiner.plan(mixture.router.route(contexts).aligned(mixture.bank.names))
         rows = [([*before, *after], range(len(before), len(before) + len(after))) for before, after in texts]

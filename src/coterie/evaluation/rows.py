@@ -7,7 +7,6 @@ import torch
 
 from coterie.artifacts import environment_record
 from coterie.backbone.loading import cache_numbers
-from coterie.combiners.weights import WeightCombiner
 from coterie.data.examples import Example
 from coterie.evaluation.answers import Answers, Task
 from coterie.evaluation.shared_scores import Scored
@@ -79,9 +78,9 @@ def merge_errors(scored: Scored) -> dict[str, float]:
     """Return how far each approximate merge is from the exact mixture, on average over some rows' weights."""
     errors = {}
     for name, cell in scored.cells.items():
-        if isinstance(cell.combiner, WeightCombiner) and cell.combiner.how != "exact":
+        if cell.combiner.approximates:
             weights = scored.routed[name].routing.for_experts(cell.bank.names)[:MERGES_MEASURED]
-            found = [cell.layers.merge_error(tuple(row), cell.combiner.how) for row in weights.tolist()]
+            found = [cell.layers.merge_error(tuple(row), cell.combiner.approximates) for row in weights.tolist()]
             errors[name] = sum(found) / len(found)
     return errors
 

@@ -1,7 +1,7 @@
 """Routing and scoring of every method on the same rows, with the work shared where methods share it."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,16 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from coterie.artifacts import JsonCache
-from coterie.combiners.logits import LogitCombiner
-from coterie.combiners.texts import TextCombiner
 from coterie.data.batching import TokenRow
 from coterie.methods.family import MethodGrid
 from coterie.mixture import Mixture
 from coterie.mixture.scoring import score, score_votes
 from coterie.routers.base import Router, Routing
-from coterie.routers.derived import DerivedRouter
-from coterie.routers.feature import FeatureRouter
-from coterie.routers.oracle import OracleRouter
 
 
 class Routed(NamedTuple):
@@ -32,34 +27,18 @@ class Routed(NamedTuple):
 
 @dataclass
 class SharedRouting:
-    """Routes one set of prompts by many routers; prompts are described once for all routers of one description."""
+    """Routes one set of prompts by many routers; what several of them read off the prompts is read once."""
 
     prompts: Sequence[TokenRow]
-    _features: dict[int, tuple[Tensor, float]] = field(default_factory=dict)
-    _known: dict[int, Routed] = field(default_factory=dict)
+    _read: dict[Hashable, tuple[Any, float]] = field(default_factory=dict)
 
     def __call__(self, router: Router) -> Routed:
         """Route all prompts; the seconds are what this router would take alone."""
-        if isinstance(router, DerivedRouter):
-            inner = self(router.router)
-            return Routed(router.change(inner.routing), inner.seconds)
-        if id(router) not in self._known:
-            self._known[id(router)] = self._route(router)
-        return self._known[id(router)]
-
-    def _route(self, router: Router) -> Routed:
-        if isinstance(router, FeatureRouter):
-            features, seconds = self._described(router)
-            return Routed(router.route_features(features), seconds)
-        started = time.perf_counter()
-        return Routed(router.route(self.prompts), time.perf_counter() - started)
-
-    def _described(self, router: FeatureRouter) -> tuple[Tensor, float]:
-        key = hash((router.description.name, repr(sorted(router.description.record.items()))))
-        if key not in self._features:
+        if router.reads not in self._read:
             started = time.perf_counter()
-            self._features[key] = (router.description(self.prompts), time.perf_counter() - started)
-        return self._features[key]
+            self._read[router.reads] = (router.read(self.prompts), time.perf_counter() - started)
+        read, seconds = self._read[router.reads]
+        return Routed(router.weigh(read), seconds)
 
 
 @dataclass(frozen=True)
@@ -94,9 +73,9 @@ def score_methods(
     """Route and score all methods on rows with answers; `cached` keeps what takes long for another try."""
     cells = {name: grid.cell(name) for name in names}
     shared = SharedRouting([row.prompt() for row in rows])
-    routed = {name: shared(cell.router) for name, cell in cells.items() if not isinstance(cell.router, OracleRouter)}
-    scorable = [name for name in routed if not isinstance(cells[name].combiner, TextCombiner)]
-    in_logits = [name for name in scorable if isinstance(cells[name].combiner, LogitCombiner)]
+    routed = {name: shared(cell.router) for name, cell in cells.items() if not cell.router.needs_references}
+    scorable = [name for name in routed if not cells[name].combiner.finishes_answers]
+    in_logits = [name for name in scorable if cells[name].combiner.kind == "logits"]
     together = cached("likelihoods", lambda: _score_logits(grid, rows, {name: routed[name] for name in in_logits}))
     nll = {name: torch.tensor(values) for name, values in together["nll"].items()}
     expert_nll, tokens = torch.tensor(together["expert_nll"]), torch.tensor(together["tokens"])
@@ -107,8 +86,8 @@ def score_methods(
             alone = cached(f"likelihood-{name}", make)
             nll[name], seconds[name] = torch.tensor(alone["nll"]), alone["seconds"]
     for name, cell in cells.items():
-        if isinstance(cell.router, OracleRouter):
-            routed[name] = Routed(cell.router.choose(expert_nll), 0.0)
+        if cell.router.needs_references:
+            routed[name] = Routed(cell.router.weigh(expert_nll), 0.0)
             nll[name] = expert_nll.min(dim=1).values
             seconds[name] = max(seconds.values(), default=0.0)
     return Scored(cells, routed, nll, expert_nll, tokens, seconds)
@@ -127,7 +106,14 @@ def _score_logits(grid: MethodGrid, rows: Sequence[TokenRow], routed: Mapping[st
     own = [routed[name].routing.for_experts(bank.names) for name in routed]
     votes = torch.stack([*own, *(row.expand(len(rows), -1) for row in alone)])
     started = time.perf_counter()
-    found = score_votes(grid.mixture, rows, votes, f"{len(routed)} methods and {len(alone)} experts")
+    found = score_votes(
+        grid.own.backbone,
+        grid.mixture.layers,
+        bank.names,
+        rows,
+        votes,
+        f"{len(routed)} methods and {len(alone)} experts",
+    )
     return {
         "nll": dict(zip(routed, found.nll.tolist(), strict=False)),
         "expert_nll": found.nll[len(routed) :].T.tolist(),

@@ -1,30 +1,31 @@
-"""Embeddings of texts that grow token by token, for routing that follows them (Belofsky 2023)."""
+"""Features of texts, and of texts that grow token by token, for routing that follows them (Belofsky 2023)."""
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from coterie.data.batching import TokenRow
-from coterie.features.embedding import Encoder, HiddenStateEncoder
+from coterie.features.embedding import HiddenStateEncoder
 
 
 @runtime_checkable
-class GrowingTexts(Protocol):
-    """A batch of texts with their embeddings, while answers are written below their prompts."""
+class GrowingFeatures(Protocol):
+    """A batch of texts and what is read off them, while answers are written below their prompts."""
 
-    def features(self) -> Float[Tensor, "row dimension"]:
-        """Embed every text as far as it is known; float32 on the CPU."""
+    def features(self) -> Any:
+        """Read every text as far as it is known."""
         ...
 
-    def write(self, tokens: Sequence[Sequence[int]]) -> None:
-        """Take in the next tokens of every text, before the model reads them."""
+    def append(self, tokens: Sequence[Sequence[int]]) -> None:
+        """Append tokens to every text (called before the model's forward pass over them)."""
         ...
 
-    def observe(self, states: Float[Tensor, "row position width"]) -> None:
-        """Take in the model's last hidden states at the tokens that it has just read."""
+    def append_states(self, states: Float[Tensor, "row position width"]) -> None:
+        """Append the model's last hidden states at the tokens of its last forward pass."""
         ...
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -32,23 +33,23 @@ class GrowingTexts(Protocol):
         ...
 
 
-class Rewritten:
-    """Texts that are embedded anew, as a whole, whenever they are asked for: what a bidirectional encoder needs."""
+class WholeTexts:
+    """Texts that are read anew, as a whole, whenever they are asked for: what a bidirectional encoder needs."""
 
-    def __init__(self, describe: Callable[[Sequence[TokenRow]], Tensor], prompts: Sequence[TokenRow]) -> None:
-        """Start with prompts; `describe` turns rows into features."""
-        self._describe = describe
+    def __init__(self, read: Callable[[Sequence[TokenRow]], Any], prompts: Sequence[TokenRow]) -> None:
+        """Start with prompts; `read` turns rows into features."""
+        self._read = read
         self._rows = list(prompts)
 
-    def features(self) -> Float[Tensor, "row dimension"]:
-        """Embed every text so far, the whole batch at once."""
-        return self._describe(self._rows).float().cpu()
+    def features(self) -> Any:
+        """Read every text so far, the whole batch at once."""
+        return self._read(self._rows)
 
-    def write(self, tokens: Sequence[Sequence[int]]) -> None:
-        """Append the tokens."""
+    def append(self, tokens: Sequence[Sequence[int]]) -> None:
+        """Append tokens to every text."""
         self._rows = [row.extended(own) for row, own in zip(self._rows, tokens, strict=True)]
 
-    def observe(self, states: Float[Tensor, "row position width"]) -> None:
+    def append_states(self, states: Float[Tensor, "row position width"]) -> None:
         """Do nothing: the text is all that counts."""
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -56,7 +57,7 @@ class Rewritten:
         self._rows = [self._rows[row] for row in rows]
 
 
-class Averaged:
+class AveragedStates:
     """Texts whose embedding is the mean of hidden states that the running model computes anyway.
 
     A prompt's states come from the base model alone, those of the answer from the model as it runs, experts included:
@@ -72,10 +73,10 @@ class Averaged:
         """Average the states of the last tokens of every text, as many as the encoder's window has."""
         return torch.stack([self._encoder.mean(states) for states in self._states])
 
-    def write(self, tokens: Sequence[Sequence[int]]) -> None:
+    def append(self, tokens: Sequence[Sequence[int]]) -> None:
         """Do nothing: a token counts by its state."""
 
-    def observe(self, states: Float[Tensor, "row position width"]) -> None:
+    def append_states(self, states: Float[Tensor, "row position width"]) -> None:
         """Append the states, and forget those that the window has left behind."""
         pairs = zip(self._states, states, strict=True)
         self._states = [torch.cat([held.to(new), new])[-self._encoder.window :] for held, new in pairs]
@@ -85,8 +86,26 @@ class Averaged:
         self._states = [self._states[row] for row in rows]
 
 
-def follow(encoder: Encoder, prompts: Sequence[TokenRow]) -> GrowingTexts:
-    """Follow prompts with an encoder, by the cheapest way that it has."""
-    if isinstance(encoder, HiddenStateEncoder):
-        return Averaged(encoder, prompts)
-    return Rewritten(encoder.rows, prompts)
+@dataclass(frozen=True, eq=False)
+class FeatureExtractor:
+    """Turns prompts into features, and knows what it was made from.
+
+    Attributes:
+        name: gradient, embedding or growing-text.
+        extract: turns prompts into features (row, dimension), not necessarily of unit length.
+        record: what it was made from, for mixture.json.
+        growing: follows prompts whose answers are written; None: the features are extracted again from the whole text.
+    """
+
+    name: str
+    extract: Callable[[Sequence[TokenRow]], Tensor]
+    record: Mapping[str, Any]
+    growing: Callable[[Sequence[TokenRow]], GrowingFeatures] | None = None
+
+    def __call__(self, prompts: Sequence[TokenRow]) -> Float[Tensor, "row dimension"]:
+        """Extract the features of prompts, in float32 on the CPU."""
+        return self.extract(prompts).float().cpu()
+
+    def follow(self, prompts: Sequence[TokenRow]) -> GrowingFeatures:
+        """Extract the features of prompts, and go on while their answers are written."""
+        return self.growing(prompts) if self.growing else WholeTexts(self, prompts)

@@ -16,9 +16,10 @@ from typing import Any, Generic, TypeVar
 from coterie.artifacts import FORMAT, RunFolder, read_json, read_run_record, read_tensors, write_json
 from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank, check_names, load_bank
-from coterie.mixture import Mixture, RouterParts, load_router
-from coterie.routers.base import Router
-from coterie.routers.judgement import Judgement
+from coterie.mixture import Mixture
+from coterie.routers.base import Router, RouterParts
+from coterie.routers.loss import CrossFitLosses
+from coterie.routers.table import load_router
 from coterie.settings.groups import ExtrasSettings
 from coterie.settings.reading import AnySettings, Settings, checked
 
@@ -188,11 +189,11 @@ def load_extra(mixture: Mixture, name: str) -> Extra:
     return Extra(bank, router, folder, float(record.get("seconds") or 0))
 
 
-def read_losses(extra: Extra) -> Judgement:
+def read_losses(extra: Extra) -> CrossFitLosses:
     """Read the cross-fitted losses of a run's experts.
 
     Raises:
         CoterieError: when the file is missing or broken.
     """
     record = read_json(extra.folder / RECORD)
-    return Judgement.from_tensors(tuple(record["judged"]), read_tensors(extra.folder / LOSSES))
+    return CrossFitLosses.from_tensors(tuple(record["judged"]), read_tensors(extra.folder / LOSSES))

@@ -131,9 +131,7 @@ class MethodGrid:
         bank = self.own.bank
         for extra in self.extras.values():
             bank = ExpertBank((*bank.names, *extra.bank.names), (*bank.adapters, *extra.bank.adapters))
-        mixture = replace(self.own, bank=bank.with_expert(BACKBONE, {}))
-        _ = mixture.layers  # stacked before any cell is made of it, so that all cells share one copy
-        return mixture
+        return replace(self.own, bank=bank.with_expert(BACKBONE, {}))
 
     @property
     def fitted(self) -> tuple[str, ...]:
@@ -183,7 +181,7 @@ def _varied(router: Router, options: Mapping[str, str], name: str) -> Router:
             raise CoterieError(f"{name!r}: only centroids can be compared in fewer dimensions")
         router = router.folded(int(options["d_proj"]))
     if "every" in options:
-        if not isinstance(router, TokenLevel):
+        if router.of_prompts is router:
             raise CoterieError(f"{name!r}: only token-level renews its weights")
-        router = TokenLevel(router.router, rerouting_interval(options["every"]), router.cache)
+        router = TokenLevel(router.of_prompts, rerouting_interval(options["every"]), router.cache)
     return keep_top(router, int(options["top_k"])) if "top_k" in options else router

@@ -20,10 +20,8 @@ from coterie.errors import CoterieError
 from coterie.experts.answering import Done, Question, Reply, failed
 from coterie.experts.bank import ExpertBank, load_adapter
 from coterie.lora import Adapter
-from coterie.mixture.core import Mixture
 from coterie.mixture.scoring import score_votes
 from coterie.routers.base import Routing
-from coterie.routers.fixed import uniform
 from coterie.settings.groups import ModelSettings, PlacementSettings, SamplingSettings
 
 logger = logging.getLogger(__name__)
@@ -171,7 +169,7 @@ class LocalAnswerer:
     def _one_hot(self, experts: Sequence[str]) -> Routing:
         weights = torch.zeros(len(experts), len(self.bank))
         weights[range(len(experts)), [self.bank.index(name) for name in experts]] = 1.0
-        return Routing(self.bank.names, ("request", "expert"), weights)
+        return Routing(self.bank.names, weights)
 
     @torch.inference_mode()
     def option_logprobs(
@@ -219,11 +217,10 @@ class LocalAnswerer:
         for prompt in dict.fromkeys(own.system_prompt for own in self._prompts.values()):
             experts = [n for n, name in enumerate(self.bank.names) if self._prompts[name].system_prompt == prompt]
             format_ = PromptFormat(self.backbone.tokenizer, prompt)
-            mixture = Mixture(self.backbone, self.bank, uniform(self.bank.names), LogitCombiner(), format_, "pool")
-            mixture.__dict__["layers"] = self.layers
             votes = torch.eye(len(self.bank))[experts][:, None].expand(-1, len(examples), -1)
             label = ", ".join(self.bank.names[expert] for expert in experts)
-            found[experts] = -score_votes(mixture, [format_.row(example) for example in examples], votes, label).nll
+            rows = [format_.row(example) for example in examples]
+            found[experts] = -score_votes(self.backbone, self.layers, self.bank.names, rows, votes, label).nll
         return found
 
 

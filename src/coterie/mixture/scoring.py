@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from coterie.backbone.layers import ExpertLayers
+from coterie.backbone.loading import Backbone
 from coterie.combiners.base import RowPlan
 from coterie.combiners.logits import LogitCombiner
 from coterie.data.batching import TokenRow, by_length
@@ -32,23 +34,23 @@ def score(mixture: Mixture, rows: Sequence[TokenRow], routing: Routing, label: s
 
     Where weights change while an answer is written, they do so along the reference.
     """
-    if mixture.renews:
-        return _score_renewed(mixture, rows, label)
+    if mixture.reroutes:
+        return _score_rerouted(mixture, rows, label)
     aligned = routing.aligned(mixture.bank.names)
 
     def plan(numbers: list[int]) -> tuple[RowPlan, list[Tensor]]:
         made = mixture.combiner.plan(aligned.take(numbers))
         return made, [made.votes]
 
-    return _score(mixture, rows, plan, votes=1, label=label)
+    return _score(mixture.backbone, mixture.layers, rows, plan, votes=1, label=label)
 
 
-def _score_renewed(mixture: Mixture, rows: Sequence[TokenRow], label: str) -> Scores:
+def _score_rerouted(mixture: Mixture, rows: Sequence[TokenRow], label: str) -> Scores:
     nll, tokens = torch.zeros(1, len(rows)), torch.zeros(len(rows))
     with tqdm(total=len(rows), desc=f"likelihood of {label}", unit="row") as bar:
         for numbers in by_length(rows, BATCH):
             answers = [rows[i].ids[rows[i].prompt_length :] for i in numbers]
-            found = mixture.score_forced([rows[i].prompt() for i in numbers], answers)
+            found = mixture.score_teacher_forced([rows[i].prompt() for i in numbers], answers)
             for i, scored in zip(numbers, found, strict=True):
                 wanted = [place - rows[i].prompt_length for place in answer_positions(rows[i])]
                 nll[0, i], tokens[i] = -scored.logprobs[wanted].mean(), len(wanted)
@@ -57,26 +59,42 @@ def _score_renewed(mixture: Mixture, rows: Sequence[TokenRow], label: str) -> Sc
 
 
 def score_votes(
-    mixture: Mixture, rows: Sequence[TokenRow], weights: Float[Tensor, "vote row expert"], label: str
+    backbone: Backbone,
+    layers: ExpertLayers,
+    names: tuple[str, ...],
+    rows: Sequence[TokenRow],
+    weights: Float[Tensor, "vote row expert"],
+    label: str,
 ) -> Scores:
-    """Score references under many weightings of the bank's logits; one forward pass serves them all."""
+    """Score references under many weightings of the experts' logits; one forward pass serves them all.
+
+    Args:
+        backbone: the base model.
+        layers: the experts.
+        names: theirs, in the order of the layers.
+        rows: references.
+        weights: of the experts, for every vote and row.
+        label: what the progress bar calls it; without one no progress is shown.
+    """
     combiner = LogitCombiner()
 
     def plan(numbers: list[int]) -> tuple[RowPlan, list[Tensor]]:
         own = weights[:, numbers]
-        made = combiner.plan(Routing(mixture.bank.names, ("request", "expert"), own.sum(dim=0)))
+        made = combiner.plan(Routing(names, own.sum(dim=0)))
         return made, [combiner.votes(made, vote) for vote in own]
 
-    return _score(mixture, rows, plan, votes=len(weights), label=label)
+    return _score(backbone, layers, rows, plan, votes=len(weights), label=label)
 
 
-def _score(mixture: Mixture, rows: Sequence[TokenRow], plan: Planner, *, votes: int, label: str) -> Scores:
+def _score(
+    backbone: Backbone, layers: ExpertLayers, rows: Sequence[TokenRow], plan: Planner, *, votes: int, label: str
+) -> Scores:
     nll, tokens = torch.zeros(votes, len(rows)), torch.zeros(len(rows))
     with tqdm(total=len(rows), desc=f"likelihood of {label}", unit="row", disable=not label) as bar:
         for numbers in by_length(rows, BATCH):
             made, own_votes = plan(numbers)
             texts = [(rows[i].ids, answer_positions(rows[i])) for i in numbers]
-            found = response_logprobs(mixture.backbone, mixture.layers, made, own_votes, texts)
+            found = response_logprobs(backbone, layers, made, own_votes, texts)
             for vote, logprobs in enumerate(found):
                 nll[vote, numbers] = torch.stack([-values.mean() for values in logprobs])
             tokens[numbers] = torch.tensor([float(len(positions)) for _, positions in texts])

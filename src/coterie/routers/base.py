@@ -1,54 +1,54 @@
-"""`Routing`, the one value that every router returns, and the protocol of routers."""
+"""`Routing`, the one value that every router returns, and the contract of routers."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from coterie.artifacts import read_tensors
 from coterie.backbone.gates import Gates
+from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow
 from coterie.errors import CoterieError
+from coterie.experts.bank import ExpertBank
+from coterie.features.growing_text import GrowingFeatures, WholeTexts
 
-AXES = ("request", "token", "layer", "expert")
-PER_REQUEST = frozenset({"request", "expert"})
+Grain = Literal["prompt", "step", "layer"]
+"""How often experts are weighed: once a prompt, again while the answer is written, or at every layer's input."""
+GRAINS: tuple[Grain, ...] = get_args(Grain)  # from coarse to fine
 
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """Weights over experts, with named axes.
+    """Weights over experts for some requests.
 
     Attributes:
-        experts: names, in the order of the last axis; every name stands once.
-        axes: names of the weights' axes, a subsequence of request, token, layer, expert; the last one is `expert`.
-        weights: finite and >= 0; they need not sum to 1 (ELREA's do not).
+        experts: names, in the order of the columns; every name stands once.
+        weights: (request, expert): finite and >= 0; they need not sum to 1 (ELREA's do not).
         similarities: what a router compared, by the same experts, where it compares anything.
         gates: where weights depend on the inputs of layers: what computes them there. `weights` is then what they gave
-            on average over the tokens and layers of each prompt.
+            on average over the tokens and layers of each prompt; even, as long as the prompt was not read.
 
     Raises:
-        CoterieError: when axes, shape or values break these rules.
+        CoterieError: when shape or values break these rules.
     """
 
     experts: tuple[str, ...]
-    axes: tuple[str, ...]
     weights: Tensor
     similarities: Mapping[str, Tensor] = field(default_factory=dict)
     gates: Gates | None = None
 
     def __post_init__(self) -> None:
         """Check the rules above."""
-        if self.axes[-1:] != ("expert",) or list(self.axes) != [axis for axis in AXES if axis in self.axes]:
+        if self.weights.dim() != 2 or self.weights.shape[1] != len(self.experts):
             raise CoterieError(
-                f"routing axes must be some of {', '.join(AXES)} in this order, ending with expert; got {self.axes}"
-            )
-        if self.weights.dim() != len(self.axes) or self.weights.shape[-1] != len(self.experts):
-            raise CoterieError(
-                f"routing weights of shape {tuple(self.weights.shape)} do not fit the axes {self.axes} "
-                f"and {len(self.experts)} experts"
+                f"routing weights are (request, expert), so those of shape {tuple(self.weights.shape)} do not fit "
+                f"{len(self.experts)} experts"
             )
         if len(set(self.experts)) != len(self.experts):
             raise CoterieError(f"every expert is routed once, but the routing names {', '.join(self.experts)}")
@@ -59,7 +59,7 @@ class Routing:
         """Scale weights to sum 1 over experts; rows of zeros become uniform."""
         total = self.weights.sum(dim=-1, keepdim=True)
         uniform = torch.full_like(self.weights, 1 / len(self.experts))
-        return self._with(torch.where(total > 0, self.weights / total, uniform))
+        return replace(self, weights=torch.where(total > 0, self.weights / total, uniform))
 
     def top(self, k: int) -> "Routing":
         """Keep the k largest weights of every row, zero the rest; ties keep the earlier expert.
@@ -74,7 +74,7 @@ class Routing:
         if self.gates:
             raise CoterieError("--top-k-experts does not act on gates inside layers; leave it out for this router")
         order = self.weights.argsort(dim=-1, descending=True, stable=True)
-        return self._with(self.weights.scatter(-1, order[..., k:], 0.0))
+        return replace(self, weights=self.weights.scatter(-1, order[:, k:], 0.0))
 
     def aligned(self, names: Sequence[str]) -> "Routing":
         """Return the same routing with the experts of a bank, in the bank's order; those that were not routed get 0.
@@ -82,10 +82,9 @@ class Routing:
         Raises:
             CoterieError: when a routed expert is not in the bank.
         """
-        weights = self.for_experts(names)
-        return Routing(tuple(names), self.axes, weights, self.similarities, self.gates)
+        return replace(self, experts=tuple(names), weights=self.for_experts(names))
 
-    def for_experts(self, names: Sequence[str]) -> Float[Tensor, "*rows expert"]:
+    def for_experts(self, names: Sequence[str]) -> Float[Tensor, "request expert"]:
         """Return the weights with columns in the order of `names`; experts that were not routed get 0.
 
         Raises:
@@ -94,39 +93,159 @@ class Routing:
         missing = set(self.experts) - set(names)
         if missing:
             raise CoterieError(f"the router knows experts that the bank does not hold: {', '.join(sorted(missing))}")
-        result = self.weights.new_zeros(*self.weights.shape[:-1], len(names))
-        result[..., [list(names).index(name) for name in self.experts]] = self.weights
+        result = self.weights.new_zeros(len(self.weights), len(names))
+        result[:, [list(names).index(name) for name in self.experts]] = self.weights
         return result
 
     def take(self, requests: Sequence[int]) -> "Routing":
-        """Keep these requests, in this order (the first axis is the requests')."""
-        similarities = {name: values[list(requests)] for name, values in self.similarities.items()}
-        return Routing(self.experts, self.axes, self.weights[list(requests)], similarities, self.gates)
+        """Keep these requests, in this order."""
+        places = list(requests)
+        similarities = {name: values[places] for name, values in self.similarities.items()}
+        return replace(self, weights=self.weights[places], similarities=similarities)
 
     def row(self, request: int) -> dict[str, float]:
         """Return one request's weights by expert name."""
         return dict(zip(self.experts, self.weights[request].tolist(), strict=True))
 
-    def _with(self, weights: Tensor) -> "Routing":
-        return Routing(self.experts, self.axes, weights, self.similarities, self.gates)
 
-
-@runtime_checkable
-class Router(Protocol):
-    """Anything that turns prompts into weights.
+@dataclass(frozen=True)
+class Follower:
+    """The weights of a batch of requests whose texts grow.
 
     Attributes:
-        kind: its name, as it stands in mixture.json.
-        axes: what its weights may depend on; a combiner that cannot read all of it does not fit.
+        texts: what is known of the texts; it is told of new tokens and states, and of requests that leave.
+        weigh: turns the texts' features into weights.
     """
 
+    texts: GrowingFeatures
+    weigh: Callable[[Any], Routing]
+
+    def routing(self) -> Routing:
+        """Weigh the experts for every text as far as it is known."""
+        return self.weigh(self.texts.features())
+
+
+@dataclass(frozen=True)
+class RouterParts:
+    """What saved routers are built from.
+
+    Attributes:
+        folder: where the router's tensors lie.
+        run: the mixture's folder, where the checkpoints of gradients lie.
+        backbone: the base model.
+        bank: experts that gates may weigh.
+        inner: for a router around another one: that one.
+    """
+
+    folder: Path
+    run: Path
+    backbone: Backbone
+    bank: ExpertBank
+    inner: "Router | None" = None
+
+    @property
+    def wrapped(self) -> "Router":
+        """The router that this one is put around.
+
+        Raises:
+            KeyError: when its entry has none.
+        """
+        if self.inner is None:
+            raise KeyError("of")
+        return self.inner
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Read one of the router's tensor files."""
+        return read_tensors(self.folder / f"{name}.safetensors")
+
+
+class Router(ABC):
+    """Anything that turns prompts into weights, in two steps: what it reads off a prompt, and how that weighs experts.
+
+    Attributes:
+        kinds: what routers of this class are called in mixture.json.
+        kind: this router's own among them.
+        grain: how often it weighs; a combiner that cannot follow so often does not fit.
+        every: tokens of an answer that share weights; None where the prompt's weights stay.
+        cache: `keep` what earlier weights left in the KV cache, or `recompute` it.
+        needs_references: it looks at the losses of the reference answers, so it works in evaluations only.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ()
     kind: str
-    axes: frozenset[str]
+    grain: Grain = "prompt"
+    every: int | None = None
+    cache: str = "keep"
+    needs_references: ClassVar[bool] = False
 
     def route(self, prompts: Sequence[TokenRow]) -> Routing:
         """Weigh the experts for every prompt."""
-        ...
+        return self.weigh(self.read(prompts))
 
+    def read(self, prompts: Sequence[TokenRow]) -> Any:
+        """Read off prompts what `weigh` looks at: the dear part. By default that is the prompts themselves."""
+        return list(prompts)
+
+    @property
+    def reads(self) -> Hashable:
+        """What `read` reads: routers that read the same can share it."""
+        return id(self)
+
+    @abstractmethod
+    def weigh(self, read: Any) -> Routing:
+        """Weigh the experts by what `read` gave."""
+
+    def start(self, prompts: Sequence[TokenRow]) -> Routing:
+        """Return the weights that decoding starts with: those of `route`, unless reading the prompt gives them."""
+        return self.route(prompts)
+
+    def growing(self, prompts: Sequence[TokenRow]) -> GrowingFeatures:
+        """Read prompts, and go on while their answers are written; by default each text again as a whole."""
+        return WholeTexts(self.read, prompts)
+
+    def follow(self, prompts: Sequence[TokenRow]) -> Follower:
+        """Start to follow prompts whose answers are going to be written."""
+        return Follower(self.growing(prompts), self.weigh)
+
+    @property
+    def of_prompts(self) -> "Router":
+        """The router that weighs prompts, without the rhythm in which it is asked again."""
+        return self
+
+    @abstractmethod
     def save(self, folder: Path) -> dict[str, Any]:
         """Write tensors into `folder` and return the entry for mixture.json."""
-        ...
+
+    @classmethod
+    @abstractmethod
+    def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "Router":
+        """Build a router from its entry and its tensors.
+
+        Raises:
+            CoterieError: when a part is missing or broken; KeyError, TypeError and ValueError are told as such as well.
+        """
+
+
+class Wrapper(Router):
+    """A router around another one, which reads the prompts."""
+
+    def __init__(self, router: Router) -> None:
+        """Store the other one."""
+        self.router = router
+
+    def read(self, prompts: Sequence[TokenRow]) -> Any:
+        """Read what the wrapped router reads."""
+        return self.router.read(prompts)
+
+    @property
+    def reads(self) -> Hashable:
+        """What the wrapped router reads."""
+        return self.router.reads
+
+    def weigh(self, read: Any) -> Routing:
+        """Weigh as the wrapped router does."""
+        return self.router.weigh(read)
+
+    def growing(self, prompts: Sequence[TokenRow]) -> GrowingFeatures:
+        """Follow texts as the wrapped router does."""
+        return self.router.growing(prompts)

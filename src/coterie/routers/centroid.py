@@ -1,24 +1,312 @@
-"""Routing by similarity of a prompt's feature to the centroid of every expert's training rows (ELREA, 3.2)."""
+"""Routing by the cosine of a prompt's feature to every expert's centroids.
+
+An expert is known by one centroid or several: of the rows it was trained on (ELREA, arXiv 2502.00089, 3.2), of its
+texts (Belofsky 2023, "Token-Level Adaptation"), or of the rows it does best on (RouterRetriever, AAAI 2025).
+"""
 
 from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from coterie.errors import CoterieError
-from coterie.routers.base import Routing
-from coterie.routers.feature import Description, FeatureRouter
+from coterie.features.growing_text import FeatureExtractor
+from coterie.routers.base import RouterParts, Routing
+from coterie.routers.feature import FeatureRouter, growing_text_extractor, load_extractor
+
+PERFORMANCE, SIMILARITY = "performance-centroids", "similarity"
+BOOST = 4.0
+"""What the published weighting multiplies the largest cosine by; its author calls it a temperature."""
+
+Centroids = Mapping[str, Float[Tensor, "centroid dimension"]]
+"""Every expert's centroids, one or more; an expert without any is not here."""
+Pool = Literal["single", "nearest", "mean"]
+"""Every expert has one centroid; of several the nearest counts; or all do, on average."""
 
 
-class CentroidWeights(NamedTuple):
-    """Weights of the clusters' experts and of the base expert, and the raw cosines they come from."""
+def cosines(
+    features: Float[Tensor, "row dimension"], centroids: Float[Tensor, "centroid dimension"]
+) -> Float[Tensor, "row centroid"]:
+    """Return the cosine of every feature to every centroid; a feature of zeros is similar to nothing."""
+    return torch.nn.functional.normalize(features, dim=-1) @ torch.nn.functional.normalize(centroids, dim=-1).T
 
-    clusters: Float[Tensor, "row cluster"]
-    base: Float[Tensor, " row"]
-    cosines: Float[Tensor, "row cluster"]
+
+def standardised(values: Float[Tensor, "row expert"], *, ddof: int = 0) -> Float[Tensor, "row expert"]:
+    """Take every row's mean away and divide by its deviation; a row of equal values becomes zeros."""
+    centred = values - values.mean(dim=-1, keepdim=True)
+    if values.shape[-1] <= ddof:
+        return torch.zeros_like(values)
+    spread = values.std(dim=-1, keepdim=True, correction=ddof)
+    return torch.where(spread > 1e-7, centred / spread.clamp(min=1e-7), torch.zeros_like(centred))
+
+
+def boosted_weights(similarities: Float[Tensor, "*rows expert"], boost: float = BOOST) -> Float[Tensor, "*rows expert"]:
+    """Multiply the largest similarity by `boost`, leave the others, and take the softmax (Belofsky 2023).
+
+    Of equal ones the first is taken. A largest similarity that is not positive stays as it is: multiplying would push
+    it down.
+    """
+    largest, place = similarities.max(dim=-1, keepdim=True)
+    factor = torch.where(largest > 0, boost, 1.0).to(similarities)
+    return similarities.scatter(-1, place, largest * factor).softmax(dim=-1)
+
+
+def base_weight(similarities: Float[Tensor, "row expert"]) -> Float[Tensor, "row 1"]:
+    """Return what the base expert gets where nothing is similar: 1 - the largest cosine (ELREA eq. 9)."""
+    return (1 - similarities.max(dim=-1, keepdim=True).values).clamp(min=0)
+
+
+class Weighting(NamedTuple):
+    """How similarities become weights.
+
+    Attributes:
+        temperature: of a softmax over the similarities; None for the published weighting (`boosted_weights`).
+        is_standardised: a softmax over each row's similarities, standardised (ELREA eq. 9); there is no temperature.
+    """
+
+    temperature: float | None = None
+    is_standardised: bool = False
+
+    def __call__(self, similarities: Float[Tensor, "*rows expert"]) -> Float[Tensor, "*rows expert"]:
+        """Return weights that sum to 1 over experts."""
+        if self.is_standardised:
+            return standardised(similarities).softmax(dim=-1)
+        if self.temperature is None:
+            return boosted_weights(similarities)
+        return (similarities / self.temperature).softmax(dim=-1)
+
+
+PUBLISHED = Weighting()
+STANDARDISED = Weighting(is_standardised=True)
+
+
+@dataclass(frozen=True)
+class NullExpert:
+    """An expert that changes nothing and takes over where nothing is similar: its similarity is always the same."""
+
+    name: str
+    similarity: float
+
+
+class CentroidRouter(FeatureRouter):
+    """Weighs experts by the cosine of a prompt's feature to their centroids."""
+
+    kinds = ("gradient-centroids", "embedding-centroids", PERFORMANCE, SIMILARITY)
+
+    def __init__(
+        self,
+        kind: str,
+        extractor: FeatureExtractor,
+        centroids: Centroids,
+        *,
+        pool: Pool = "single",
+        weighting: Weighting = STANDARDISED,
+        base: str | None = None,
+        null: NullExpert | None = None,
+        centre: Float[Tensor, " dimension"] | None = None,
+    ) -> None:
+        """Store the centroids; `by_cluster`, `by_performance` and `by_similarity` make the routers that have names.
+
+        Args:
+            kind: as it stands in mixture.json.
+            extractor: turns prompts into features.
+            centroids: of every expert; their lengths do not matter.
+            pool: how an expert's centroids make one similarity.
+            weighting: how similarities become weights.
+            base: an expert that gets 1 - the largest cosine on top, and stands first; None for none.
+            null: an expert that takes over where nothing is similar; None for none.
+            centre: training mean, subtracted from every feature; None for none.
+        """
+        super().__init__(extractor, centre)
+        self.kind = kind
+        self.centroids = {name: rows.float() for name, rows in centroids.items()}
+        self.pool: Pool = pool
+        self.weighting = weighting
+        self.base = base
+        self.null = null
+        self._folded: int | None = None
+
+    @classmethod
+    def by_cluster(
+        cls,
+        extractor: FeatureExtractor,
+        centroids: Float[Tensor, "cluster dimension"],
+        experts: Sequence[str],
+        *,
+        base: str = "base",
+        centre: Float[Tensor, " dimension"] | None = None,
+    ) -> "CentroidRouter":
+        """Route to the clusters' experts and the base, one centroid each (ELREA eq. 9).
+
+        Raises:
+            CoterieError: when names and centroids do not match.
+        """
+        if len(experts) != len(centroids):
+            raise CoterieError(f"{len(centroids)} centroids do not fit the {len(experts)} experts {', '.join(experts)}")
+        named = {name: row[None] for name, row in zip(experts, centroids, strict=True)}
+        return cls(f"{extractor.name}-centroids", extractor, named, base=base, centre=centre)
+
+    @classmethod
+    def by_performance(
+        cls, extractor: FeatureExtractor, centroids: Centroids, centre: Float[Tensor, " dimension"] | None = None
+    ) -> "CentroidRouter":
+        """Route by the mean cosine to the centroids of what each expert is best on, standardised as ELREA does.
+
+        Raises:
+            CoterieError: when there are none.
+        """
+        if not centroids:
+            raise CoterieError("performance-labelled centroids need at least one expert with rows it is best on")
+        unit = {name: torch.nn.functional.normalize(rows.float(), dim=-1) for name, rows in centroids.items()}
+        return cls(PERFORMANCE, extractor, unit, pool="mean", centre=centre)
+
+    @classmethod
+    def by_similarity(
+        cls,
+        extractor: FeatureExtractor,
+        centroids: Centroids,
+        *,
+        weighting: Weighting = PUBLISHED,
+        pool: Pool = "nearest",
+        null: NullExpert | None = None,
+        centre: Float[Tensor, " dimension"] | None = None,
+    ) -> "CentroidRouter":
+        """Route by the similarity to every expert's own texts, as published by default.
+
+        Raises:
+            CoterieError: when no expert with a centroid is given.
+        """
+        if not centroids:
+            raise CoterieError("routing by similarity needs at least one expert with a centroid")
+        return cls(SIMILARITY, extractor, centroids, pool=pool, weighting=weighting, null=null, centre=centre)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The experts that have centroids."""
+        return tuple(self.centroids)
+
+    def similarities(self, features: Float[Tensor, "row dimension"]) -> Float[Tensor, "row expert"]:
+        """Return every expert's cosine to centred features."""
+        single = self.pool == "single"
+        rows = [torch.cat(list(self.centroids.values()))] if single else list(self.centroids.values())
+        if self._folded is not None:
+            features, rows = fold(features, self._folded), [fold(own, self._folded) for own in rows]
+        found = [cosines(features, own) for own in rows]
+        if single:
+            return found[0]
+        return torch.stack([c.amax(dim=-1) if self.pool == "nearest" else c.mean(dim=-1) for c in found], dim=-1)
+
+    def _weigh(self, features: Float[Tensor, "row dimension"]) -> Routing:
+        found, names = self.similarities(features), self.experts
+        if self.null:
+            found = torch.cat([found, torch.full_like(found[:, :1], self.null.similarity)], dim=1)
+            names = (*names, self.null.name)
+        similarities = dict(zip(names, found.T, strict=True))
+        weights = self.weighting(found)
+        if self.base is not None:
+            names, weights = (self.base, *names), torch.cat([base_weight(found), weights], dim=1)
+        return Routing(names, weights, similarities)
+
+    def folded(self, dimensions: int) -> "CentroidRouter":
+        """Return the router that compares in fewer dimensions.
+
+        Raises:
+            CoterieError: when they do not divide the dimensions there are.
+        """
+        fold(next(iter(self.centroids.values())), dimensions)
+        result = copy(self)
+        result._folded = dimensions
+        return result
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write the centroids, named by expert, and return the entry for mixture.json."""
+        file, prefix = _place(self.kind)
+        rows = {name: own[0] if self.pool == "single" else own for name, own in self.centroids.items()}
+        self._write(folder / f"{file}.safetensors", {f"{prefix}.{name}": own for name, own in rows.items()})
+        if self.kind == SIMILARITY:
+            null = {"name": self.null.name, "similarity": self.null.similarity} if self.null else None
+            fields = {"temperature": self.weighting.temperature, "nearest": self.pool == "nearest", "null": null}
+        else:
+            fields = {} if self.base is None else {"base": self.base}
+        return self._entry(experts=list(self.experts), **fields)
+
+    @classmethod
+    def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "CentroidRouter":
+        """Build the router from its entry in mixture.json and its tensors.
+
+        Raises:
+            CoterieError: when an expert has no centroid, or the encoder has other dimensions than the centroids.
+        """
+        kind = str(record["kind"])
+        tensors = parts.tensors(_place(kind)[0])
+        centroids = {str(name): _centroids(kind, str(name), tensors) for name in record["experts"]}
+        centre = tensors.get("centre")
+        if kind == PERFORMANCE:
+            return cls(kind, load_extractor(record, parts), centroids, pool="mean", centre=centre)
+        if kind != SIMILARITY:
+            return cls(kind, load_extractor(record, parts), centroids, base=record["base"], centre=centre)
+        null, temperature = record["null"], record["temperature"]
+        extractor, encoder = growing_text_extractor(record["encoder"], record["window"], parts.backbone)
+        check_dimensions(encoder.name, encoder.dimensions, centroids)
+        return cls.by_similarity(
+            extractor,
+            centroids,
+            weighting=Weighting(None if temperature is None else float(temperature)),
+            pool="nearest" if record["nearest"] else "mean",
+            null=NullExpert(str(null["name"]), float(null["similarity"])) if null else None,
+            centre=centre,
+        )
+
+
+def _place(kind: str) -> tuple[str, str]:
+    """Return the file of a router's centroids, and what their names in it begin with."""
+    if kind == PERFORMANCE:
+        return "pilots", "pilots"
+    return "centroids", "centroids" if kind == SIMILARITY else "centroid"
+
+
+def _centroids(kind: str, name: str, tensors: Mapping[str, Tensor]) -> Float[Tensor, "centroid dimension"]:
+    file, prefix = _place(kind)
+    found = tensors.get(f"{prefix}.{name}")
+    dimensions = 1 if prefix == "centroid" else 2
+    if found is None or found.dim() != dimensions or not len(found) or not bool(torch.isfinite(found).all()):
+        raise CoterieError(
+            f"router/{file}.safetensors has no proper centroids for the expert {name!r}; fit the mixture again"
+        )
+    return found[None] if dimensions == 1 else found
+
+
+def check_dimensions(encoder: str, dimensions: int, centroids: Centroids) -> None:
+    """Refuse an encoder whose embeddings cannot be compared with the centroids.
+
+    Raises:
+        CoterieError: naming both dimensions.
+    """
+    for name, rows in centroids.items():
+        if rows.shape[1] != dimensions:
+            raise CoterieError(
+                f"the encoder {encoder!r} gives {dimensions} dimensions, but the centroids of the expert {name!r} have "
+                f"{rows.shape[1]}; use the encoder that they were made with, or build the bank again"
+            )
+
+
+def fold(features: Float[Tensor, "*rows dimension"], dimensions: int) -> Float[Tensor, "*rows folded"]:
+    """Add up every `dimensions`-th element: the projection to fewer dimensions that a projection already holds.
+
+    Sums of coordinates with independent random signs are such coordinates again, so inner products keep their mean;
+    their error grows as 1 / sqrt(dimensions).
+
+    Raises:
+        CoterieError: when the dimensions are not a divisor of the features'.
+    """
+    if dimensions < 2 or features.shape[-1] % dimensions:
+        raise CoterieError(f"d_proj={dimensions} must divide the {features.shape[-1]} dimensions of the features")
+    return features.unflatten(-1, (-1, dimensions)).sum(dim=-2)
 
 
 def centroids_of(
@@ -37,111 +325,24 @@ def centroids_of(
     return torch.nn.functional.normalize(means, dim=-1)
 
 
-def centroid_weights(
-    features: Float[Tensor, "row dimension"], centroids: Float[Tensor, "cluster dimension"], *, ddof: int = 0
-) -> CentroidWeights:
-    """Standardise each prompt's cosines over the clusters and take their softmax; the base gets 1 - max cosine (eq. 9).
+def centroids_by_best(
+    features: Float[Tensor, "row dimension"], best: Sequence[str], sources: Sequence[str | None]
+) -> dict[str, Float[Tensor, "centroid dimension"]]:
+    """Average the unit features of rows with one source and one best expert (RouterRetriever's pilot embeddings).
 
-    Shapes: (N, D), (C, D) -> (N, C), (N,), (N, C). With one cluster, or equal cosines, the clusters share evenly.
+    Returns:
+        Up to a centroid per source for each expert; an expert that was nowhere the best is not here.
     """
-    cosines = torch.nn.functional.normalize(features, dim=-1) @ torch.nn.functional.normalize(centroids, dim=-1).T
-    base = (1 - cosines.max(dim=-1).values).clamp(min=0)
-    return CentroidWeights(standardised(cosines, ddof=ddof).softmax(dim=-1), base, cosines)
+    unit = torch.nn.functional.normalize(features, dim=-1)
+    groups: dict[tuple[str, str], list[int]] = {}
+    for row, expert in enumerate(best):
+        groups.setdefault((expert, sources[row] or ""), []).append(row)
+    found: dict[str, list[Tensor]] = {}
+    for (expert, _), rows in sorted(groups.items()):
+        found.setdefault(expert, []).append(unit[rows].mean(dim=0))
+    return {expert: torch.stack(rows) for expert, rows in found.items()}
 
 
-def standardised(values: Float[Tensor, "row expert"], *, ddof: int = 0) -> Float[Tensor, "row expert"]:
-    """Take every row's mean away and divide by its deviation; a row of equal values becomes zeros."""
-    centred = values - values.mean(dim=-1, keepdim=True)
-    if values.shape[-1] <= ddof:
-        return torch.zeros_like(values)
-    spread = values.std(dim=-1, keepdim=True, correction=ddof)
-    return torch.where(spread > 1e-7, centred / spread.clamp(min=1e-7), torch.zeros_like(centred))
-
-
-def fold(features: Float[Tensor, "*rows dimension"], dimensions: int) -> Float[Tensor, "*rows folded"]:
-    """Add up every `dimensions`-th element: the projection to fewer dimensions that a projection already holds.
-
-    Sums of coordinates with independent random signs are such coordinates again, so inner products keep their mean;
-    their error grows as 1 / sqrt(dimensions).
-
-    Raises:
-        CoterieError: when the dimensions are not a divisor of the features'.
-    """
-    if dimensions < 2 or features.shape[-1] % dimensions:
-        raise CoterieError(f"d_proj={dimensions} must divide the {features.shape[-1]} dimensions of the features")
-    return features.unflatten(-1, (-1, dimensions)).sum(dim=-2)
-
-
-class CentroidRouter(FeatureRouter):
-    """Routes a prompt by the cosine of its feature to each cluster's centroid."""
-
-    def __init__(
-        self,
-        description: Description,
-        centroids: Float[Tensor, "cluster dimension"],
-        experts: Sequence[str],
-        *,
-        base: str = "base",
-        centre: Float[Tensor, " dimension"] | None = None,
-        folded: int | None = None,
-    ) -> None:
-        """Store the centroids.
-
-        Args:
-            description: turns prompts into features.
-            centroids: one per expert in `experts`.
-            experts: names of the clusters' experts.
-            base: name of the expert that gets 1 - max cosine.
-            centre: training mean, subtracted from every feature; None for none.
-            folded: dimensions that features and centroids are folded to before they are compared; None for all.
-
-        Raises:
-            CoterieError: when names and centroids do not match.
-        """
-        if len(experts) != len(centroids):
-            raise CoterieError(f"{len(centroids)} centroids do not fit the {len(experts)} experts {', '.join(experts)}")
-        super().__init__(description, centre)
-        self.kind = f"{description.name}-centroids"
-        self.centroids = centroids.float()
-        self.experts = tuple(experts)
-        self.base = base
-        self._folded = folded
-
-    def _weigh(self, features: Float[Tensor, "row dimension"]) -> Routing:
-        """Apply ELREA's eq. 9; the base stands first."""
-        centroids = self.centroids
-        if self._folded is not None:
-            features, centroids = fold(features, self._folded), fold(centroids, self._folded)
-        found = centroid_weights(features, centroids)
-        weights = torch.cat([found.base[:, None], found.clusters], dim=1)
-        similarities = dict(zip(self.experts, found.cosines.T, strict=True))
-        return Routing((self.base, *self.experts), ("request", "expert"), weights, similarities)
-
-    def folded(self, dimensions: int) -> "CentroidRouter":
-        """Return the router that compares in fewer dimensions.
-
-        Raises:
-            CoterieError: when they do not divide the dimensions there are.
-        """
-        fold(self.centroids, dimensions)
-        return CentroidRouter(
-            self.description, self.centroids, self.experts, base=self.base, centre=self.centre, folded=dimensions
-        )
-
-    def save(self, folder: Path) -> dict[str, Any]:
-        """Write the centroids, rows named by expert, and return the entry for mixture.json."""
-        rows = {f"centroid.{name}": row for name, row in zip(self.experts, self.centroids, strict=True)}
-        self._write(folder / "centroids.safetensors", rows)
-        return self._entry(experts=list(self.experts), base=self.base)
-
-
-def read_centroids(tensors: Mapping[str, Tensor], experts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-    """Return centroids in the order of `experts`, and the centre if there is one.
-
-    Raises:
-        CoterieError: when an expert has no centroid.
-    """
-    missing = [name for name in experts if f"centroid.{name}" not in tensors]
-    if missing:
-        raise CoterieError(f"router/centroids.safetensors has no centroid for the expert {missing[0]!r}; fit again")
-    return torch.stack([tensors[f"centroid.{name}"] for name in experts]), tensors.get("centre")
+def null_similarity(own: Float[Tensor, " row"], share: float) -> float:
+    """Return the similarity below which this share of texts lies to their own expert's centroids."""
+    return float(own.quantile(share))

@@ -1,8 +1,8 @@
 """Routers that look at a prompt through a feature: a gradient, an embedding."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,58 +10,41 @@ from jaxtyping import Float
 from torch import Tensor
 
 from coterie.artifacts import write_tensors
+from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow
-from coterie.features.growing_text import GrowingTexts, Rewritten
-from coterie.routers.base import PER_REQUEST, Routing
+from coterie.experts.bank import check_names
+from coterie.experts.training import load_checkpoint
+from coterie.features.embedding import Encoder, HiddenStateEncoder, load_encoder
+from coterie.features.gradient import GradientFeatures
+from coterie.features.growing_text import AveragedStates, FeatureExtractor, GrowingFeatures
+from coterie.routers.base import Router, RouterParts, Routing
+from coterie.settings.groups import FeatureSettings
 
 
-@dataclass(frozen=True, eq=False)
-class Description:
-    """A way to describe prompts.
+class FeatureRouter(Router):
+    """Weighs experts by a prompt's feature; prompts whose features are known can be routed by several of these."""
 
-    Attributes:
-        name: gradient or embedding.
-        describe: turns prompts into features (row, dimension), not necessarily of unit length.
-        record: what it was made from, for mixture.json.
-        growing: follows prompts whose answers are written; None: they are described again as a whole.
-    """
-
-    name: str
-    describe: Callable[[Sequence[TokenRow]], Tensor]
-    record: Mapping[str, Any]
-    growing: Callable[[Sequence[TokenRow]], GrowingTexts] | None = None
-
-    def __call__(self, prompts: Sequence[TokenRow]) -> Float[Tensor, "row dimension"]:
-        """Describe prompts, in float32 on the CPU."""
-        return self.describe(prompts).float().cpu()
-
-    def follow(self, prompts: Sequence[TokenRow]) -> GrowingTexts:
-        """Describe prompts, and go on while their answers are written."""
-        return self.growing(prompts) if self.growing else Rewritten(self.describe, prompts)
-
-
-class FeatureRouter(ABC):
-    """Weighs experts by a prompt's feature; prompts that are described once can be routed by several of these."""
-
-    kind: str
-    axes = PER_REQUEST
-
-    def __init__(self, description: Description, centre: Float[Tensor, " dimension"] | None = None) -> None:
-        """Store how prompts are described, and the training mean that is subtracted from every feature (None: none)."""
-        self.description = description
+    def __init__(self, extractor: FeatureExtractor, centre: Float[Tensor, " dimension"] | None = None) -> None:
+        """Store what extracts features, and the training mean that is subtracted from every feature (None: none)."""
+        self.extractor = extractor
         self.centre = centre
 
-    def route(self, prompts: Sequence[TokenRow]) -> Routing:
-        """Weigh the experts for every prompt; axes (request, expert)."""
-        return self.route_features(self.description(prompts))
+    def read(self, prompts: Sequence[TokenRow]) -> Float[Tensor, "row dimension"]:
+        """Extract the prompts' features."""
+        return self.extractor(prompts)
 
-    def route_features(self, features: Float[Tensor, "row dimension"]) -> Routing:
-        """Weigh the experts for prompts whose features are known; axes (request, expert)."""
-        return self._weigh(features if self.centre is None else features - self.centre)
+    @property
+    def reads(self) -> Hashable:
+        """What the features are made from."""
+        return self.extractor.name, repr(sorted(self.extractor.record.items()))
 
-    def follow(self, prompts: Sequence[TokenRow]) -> "FeatureFollower":
-        """Start to follow prompts whose answers are going to be written."""
-        return FeatureFollower(self, self.description.follow(prompts))
+    def weigh(self, read: Float[Tensor, "row dimension"]) -> Routing:
+        """Weigh the experts for prompts with these features."""
+        return self._weigh(read if self.centre is None else read - self.centre)
+
+    def growing(self, prompts: Sequence[TokenRow]) -> GrowingFeatures:
+        """Extract features in the extractor's own way of following texts."""
+        return self.extractor.follow(prompts)
 
     @abstractmethod
     def _weigh(self, features: Float[Tensor, "row dimension"]) -> Routing:
@@ -71,29 +54,54 @@ class FeatureRouter(ABC):
         write_tensors(path, tensors if self.centre is None else {**tensors, "centre": self.centre})
 
     def _entry(self, **fields: Any) -> dict[str, Any]:
-        return {"kind": self.kind, "description": self.description.name, **fields, **self.description.record}
+        return {"kind": self.kind, "description": self.extractor.name, **fields, **self.extractor.record}
 
 
-class FeatureFollower:
-    """Follows texts by their features."""
+def load_extractor(record: Mapping[str, Any], parts: RouterParts) -> FeatureExtractor:
+    """Build what extracts a saved router's features from the router's entry in mixture.json.
 
-    def __init__(self, router: FeatureRouter, texts: GrowingTexts) -> None:
-        """Start with texts; `router` weighs experts by their features."""
-        self._router = router
-        self._texts = texts
+    Raises:
+        CoterieError: for a bad name, a checkpoint that is missing or broken, or an encoder that cannot be had.
+    """
+    if record.get("description", "gradient") == "embedding":
+        return embedding_extractor(record["encoder"], parts.backbone)
+    return gradient_extractor(record, parts.run, parts.backbone)
 
-    def routing(self) -> Routing:
-        """Weigh the experts for every text as far as it is known."""
-        return self._router.route_features(self._texts.features())
 
-    def write(self, tokens: Sequence[Sequence[int]]) -> None:
-        """Take in the next tokens of every text, before the model reads them."""
-        self._texts.write(tokens)
+def gradient_extractor(record: Mapping[str, Any], run: Path, backbone: Backbone) -> FeatureExtractor:
+    """Extract prompts' gradients at a run's checkpoints.
 
-    def observe(self, states: Float[Tensor, "request position width"]) -> None:
-        """Take in the model's last hidden states at the tokens that it has just read."""
-        self._texts.observe(states)
+    Raises:
+        CoterieError: for a bad name, or a checkpoint that is missing or broken.
+    """
+    kept = {key: record[key] for key in ("checkpoints", "features", "seed")}
+    check_names(kept["checkpoints"])
+    checkpoints = [load_checkpoint(run / "checkpoints" / name, backbone.model) for name in kept["checkpoints"]]
+    features = GradientFeatures(backbone, checkpoints, FeatureSettings(**kept["features"]), kept["seed"])
+    return FeatureExtractor("gradient", features, kept)
 
-    def keep(self, requests: Sequence[int]) -> None:
-        """Drop all requests but these."""
-        self._texts.keep(requests)
+
+def embedding_extractor(name: str, backbone: Backbone) -> FeatureExtractor:
+    """Embed prompts by a sentence encoder.
+
+    Raises:
+        CoterieError: when there is no such encoder.
+    """
+    encoder = load_encoder(name, backbone)
+    return FeatureExtractor("embedding", encoder.rows, {"encoder": name}, _states_of(encoder))
+
+
+def growing_text_extractor(name: str, window: int | None, backbone: Backbone) -> tuple[FeatureExtractor, Encoder]:
+    """Embed the last tokens of texts that an encoder can read, so that what is written last keeps counting.
+
+    Raises:
+        CoterieError: when there is no such encoder.
+    """
+    encoder = load_encoder(name, backbone, tail=True, window=window)
+    record = {"encoder": name, "window": window}
+    return FeatureExtractor("growing-text", encoder.rows, record, _states_of(encoder)), encoder
+
+
+def _states_of(encoder: Encoder) -> Callable[[Sequence[TokenRow]], GrowingFeatures] | None:
+    """The base model's own states need not be computed again while it writes; other encoders read the whole text."""
+    return partial(AveragedStates, encoder) if isinstance(encoder, HiddenStateEncoder) else None

@@ -1,23 +1,25 @@
-"""Routers that look at no prompt: the same weights for everybody."""
+"""Routers that read no prompt's text: fixed weights, the prompt's own data set, or its reference answer (oracle)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from coterie.data.batching import TokenRow
 from coterie.errors import CoterieError, unknown_name
-from coterie.routers.base import PER_REQUEST, Routing
+from coterie.routers.base import Router, RouterParts, Routing
 
 
-class FixedRouter:
+class FixedRouter(Router):
     """Gives every prompt the same weights."""
 
     kind = "fixed"
-    axes = PER_REQUEST
+    kinds = (kind,)
 
-    def __init__(self, weights: dict[str, float]) -> None:
+    def __init__(self, weights: Mapping[str, float]) -> None:
         """Store one weight per expert name.
 
         Raises:
@@ -26,17 +28,20 @@ class FixedRouter:
         if not weights:
             raise CoterieError("a fixed router needs at least one expert")
         self.weights = dict(weights)
-        self.route([])  # the rules of `Routing` hold for these weights
+        self._row = Routing(tuple(weights), torch.tensor([list(weights.values())], dtype=torch.float32))
 
-    def route(self, prompts: Sequence[TokenRow]) -> Routing:
-        """Return the stored weights for every prompt; axes (request, expert)."""
-        row = torch.tensor(list(self.weights.values()), dtype=torch.float32)
-        Routing(tuple(self.weights), ("expert",), row)
-        return Routing(tuple(self.weights), ("request", "expert"), row.expand(len(prompts), -1).clone())
+    def weigh(self, read: Sequence[TokenRow]) -> Routing:
+        """Return the stored weights for every prompt."""
+        return self._row.take([0] * len(read))
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Return the entry for mixture.json; there are no tensors."""
         return {"kind": self.kind, "weights": self.weights}
+
+    @classmethod
+    def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "FixedRouter":
+        """Build it from its entry."""
+        return cls({str(name): float(weight) for name, weight in record["weights"].items()})
 
 
 def uniform(experts: Sequence[str]) -> FixedRouter:
@@ -57,3 +62,91 @@ def one_hot(expert: str, experts: Sequence[str]) -> FixedRouter:
     if expert not in experts:
         raise unknown_name("expert", expert, experts)
     return FixedRouter({name: float(name == expert) for name in experts})
+
+
+class SourceRouter(Router):
+    """Gives everything to the expert that was trained on the prompt's own data set: it must be told which that is."""
+
+    kind = "source"
+    kinds = (kind,)
+
+    def __init__(self, experts: Mapping[str, str]) -> None:
+        """Store the expert's name of every source.
+
+        Raises:
+            CoterieError: when there is none.
+        """
+        if not experts:
+            raise CoterieError("routing by data set needs at least one source with an expert")
+        self.experts = dict(experts)
+
+    def weigh(self, read: Sequence[TokenRow]) -> Routing:
+        """Weigh the experts by the prompts' sources.
+
+        Raises:
+            CoterieError: for a prompt without a source, or with one that has no expert.
+        """
+        names = list(dict.fromkeys(self.experts.values()))
+        weights = torch.zeros(len(read), len(names))
+        for number, prompt in enumerate(read):
+            if prompt.source not in self.experts:
+                known = ", ".join(sorted(self.experts))
+                raise CoterieError(
+                    f"prompt {number + 1} has the source {prompt.source!r}, but there are experts for {known} only; "
+                    "give rows with one of these as their source, or use another router"
+                )
+            weights[number, names.index(self.experts[prompt.source])] = 1.0
+        return Routing(tuple(names), weights)
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Return the entry for mixture.json; there are no tensors."""
+        return {"kind": self.kind, "experts": self.experts}
+
+    @classmethod
+    def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "SourceRouter":
+        """Build it from its entry."""
+        return cls({str(source): str(name) for source, name in record["experts"].items()})
+
+
+class OracleRouter(Router):
+    """Picks each row's lowest-loss expert from the references (evaluation only).
+
+    Its gain over the base adapter is what routing to single experts could reach at most, part of it by luck: the
+    smallest of several noisy losses is small also where experts are equally good.
+    """
+
+    kind = "oracle"
+    needs_references = True
+
+    def __init__(self, experts: Sequence[str]) -> None:
+        """Store the experts to choose from."""
+        self.experts = tuple(experts)
+
+    def read(self, prompts: Sequence[TokenRow]) -> Never:
+        """Refuse: a prompt alone does not tell.
+
+        Raises:
+            CoterieError: always.
+        """
+        raise CoterieError("the oracle looks at reference answers, so it exists in `coterie eval` only")
+
+    def weigh(self, read: Float[Tensor, "row expert"]) -> Routing:
+        """Choose by the experts' losses on the references, columns in the order of `experts`."""
+        return Routing(self.experts, torch.nn.functional.one_hot(read.argmin(dim=1), len(self.experts)).float())
+
+    def save(self, folder: Path) -> Never:
+        """Refuse.
+
+        Raises:
+            CoterieError: always.
+        """
+        raise CoterieError("the oracle exists in evaluations only and is not saved")
+
+    @classmethod
+    def load(cls, record: Mapping[str, Any], parts: RouterParts) -> Never:
+        """Refuse: it is never saved.
+
+        Raises:
+            CoterieError: always.
+        """
+        raise CoterieError("the oracle exists in evaluations only and is not saved")

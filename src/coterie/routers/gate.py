@@ -1,32 +1,45 @@
-"""Routing inside the model: every adapted layer has a gate that weighs the experts at every token (ELREA's MoLE)."""
+"""Routing inside the model: every adapted layer has a gate that weighs the experts at every token.
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+Gates are trained (ELREA's MoLE), or computed from the experts' own updates without any training: an expert is known by
+the inputs that its update acts on.
+
+Arrow: Ostapenko et al. 2024, "Towards Modular LLMs by Building and Reusing a Library of LoRAs", arXiv 2405.11157.
+SpectR: Fleshman and Van Durme 2025, "Dynamically Composing LM Experts with Spectral Routing", arXiv 2504.03454.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from coterie.artifacts import write_tensors
-from coterie.backbone.layers import ExpertLayers, Gated, linear_layers, linear_shapes
+from coterie.backbone.gates import Gates, MeanWeights
+from coterie.backbone.layers import ExpertLayers, Gated, linear_shapes
 from coterie.backbone.loading import Backbone
+from coterie.backbone.prototypes import prototypes
 from coterie.data.batching import TokenRow, by_length, pad
 from coterie.errors import CoterieError, unknown_name
+from coterie.experts.bank import ExpertBank
 from coterie.lora import Adapter
-from coterie.routers.base import AXES, Gates, Routing
+from coterie.routers.base import Router, RouterParts, Routing
 
 BATCH = 8
 LEARNED_SCORES = ("linear", "arrow")
 """Scores of gates with one vector an expert, which is what is trained."""
+NULL_COSINE = 0.1
+"""How similar a token must be to some expert to be kept from the null expert. A random direction in 576 dimensions has
+a cosine of 0.03 on average, and the largest of ten such is 0.08."""
 
 
-class GateRouter:
+class GateRouter(Router):
     """Weighs experts by every layer's gate, at every token of the layer's input."""
 
     kind = "gate"
-    axes = frozenset(AXES)
+    kinds: ClassVar[tuple[str, ...]] = (kind,)
+    grain = "layer"
 
     def __init__(self, backbone: Backbone, adapters: Sequence[Adapter], gates: Gates) -> None:
         """Store the gates.
@@ -47,47 +60,27 @@ class GateRouter:
             if path not in gates.layers or gates.layers[path].shape[-1] != shapes[path][0]:
                 raise CoterieError(f"the layer {path} has no gate of width {shapes[path][0]}; train the gates again")
 
-    def route(self, prompts: Sequence[TokenRow]) -> Routing:
-        """Run the prompts and return the weights that the gates gave, on average over tokens and layers.
-
-        Axes (request, expert); the gates themselves, which do the work, come along.
-        """
+    def read(self, prompts: Sequence[TokenRow]) -> Float[Tensor, "row expert"]:
+        """Run the prompts and return the weights that the gates gave, on average over tokens and layers."""
         weights = torch.zeros(len(prompts), len(self.gates.experts))
-        for numbers in by_length(prompts, BATCH):
-            weights[numbers] = self._means([prompts[i].ids for i in numbers])
-        return Routing(self.gates.experts, ("request", "expert"), weights, gates=self.gates)
-
-    @torch.inference_mode()
-    def _means(self, texts: Sequence[Sequence[int]]) -> Float[Tensor, "row expert"]:
-        batch = pad(texts, self._backbone.tokenizer.pad_token_id, device=self._backbone.device)
         every = tuple(range(len(self.gates.experts)))
-        seen: list[Tensor] = []
-        with ExitStack() as stack:
-            stack.enter_context(self._layers.attached())
-            stack.enter_context(self._layers.choosing(Gated(every, self.gates)))
-            stack.enter_context(self._watching(batch.attention_mask, seen))
-            self._backbone.hidden(*batch)
-        return torch.stack(seen).mean(dim=0).cpu()
+        for numbers in by_length(prompts, BATCH):
+            ids = [prompts[i].ids for i in numbers]
+            batch = pad(ids, self._backbone.tokenizer.pad_token_id, device=self._backbone.device)
+            seen = MeanWeights(batch.attention_mask)
+            with torch.inference_mode(), self._layers.attached(), self._layers.choosing(Gated(every, self.gates), seen):
+                self._backbone.hidden(*batch)
+            weights[numbers] = seen.mean()
+        return weights
 
-    @contextmanager
-    def _watching(self, mask: Tensor, seen: list[Tensor]) -> Iterator[None]:
-        """Collect every layer's weights, on average over the tokens that are there."""
+    def weigh(self, read: Float[Tensor, "row expert"]) -> Routing:
+        """Return the average weights; the gates themselves, which do the work, come along."""
+        return Routing(self.gates.experts, read, gates=self.gates)
 
-        def watch(path: str) -> Any:
-            def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                real = mask.to(inputs[0].device)[..., None]
-                weights = self.gates.weights(path, inputs[0]) * real
-                seen.append((weights.sum(dim=1) / real.sum(dim=1)).to(mask.device))
-
-            return keep
-
-        modules = linear_layers(self._backbone.model)
-        handles = [modules[path].register_forward_pre_hook(watch(path)) for path in self._layers.paths]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def start(self, prompts: Sequence[TokenRow]) -> Routing:
+        """Return the gates, with even weights: what they give on average is known once the prompts were read."""
+        count = len(self.gates.experts)
+        return self.weigh(torch.full((len(prompts), count), 1 / count))
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the gates, rows in the order of the experts, and return the entry for mixture.json."""
@@ -102,6 +95,14 @@ class GateRouter:
             "top_k": gates.top_k,
             "temperature": gates.temperature,
         }
+
+    @classmethod
+    def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "GateRouter":
+        """Build it from its entry and its tensors; the bank holds its experts."""
+        names = record["experts"]
+        adapters = [parts.bank.adapters[parts.bank.index(name)] for name in names]
+        gates = read_gates(parts.tensors("gates"), names, str(record.get("score", "linear")), **_options(record))
+        return cls(parts.backbone, adapters, gates)
 
 
 def read_gates(
@@ -126,3 +127,91 @@ def read_gates(
             )
     layers = {path: gate.float() for path, gate in tensors.items()}
     return Gates(tuple(experts), layers, score, top_k, temperature)
+
+
+def _options(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Read how saved gates turn scores into weights."""
+    top_k, temperature = record.get("top_k"), record.get("temperature", 1.0)
+    return {"top_k": None if top_k is None else int(top_k), "temperature": float(temperature)}
+
+
+class SpectralRouter(GateRouter):
+    """Weighs experts at every token of the input x of every layer by what their own updates do to x."""
+
+    kinds = ("arrow", "spectr")
+
+    def __init__(
+        self, backbone: Backbone, adapters: Sequence[Adapter], gates: Gates, null: dict[str, Any] | None
+    ) -> None:
+        """Store the gates; see `spectral_router`, which makes them."""
+        super().__init__(backbone, adapters, gates)
+        self.kind = gates.score
+        self.null = null
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Return the entry for mixture.json; the gates are computed from the bank again."""
+        return {**self._entry(), "null": self.null}
+
+    @classmethod
+    def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "SpectralRouter":
+        """Compute it from the bank again, as its entry says."""
+        null = record["null"]
+        named = {"null": str(null["name"]), "null_cosine": float(null["cosine"])} if null else {}
+        options: dict[str, Any] = {**_options(record), **named}
+        return spectral_router(record["kind"], parts.backbone, parts.bank, record["experts"], **options)
+
+
+def null_floor(gate: Tensor, place: int, cosine: float) -> Float[Tensor, " expert"]:
+    """Return what the score of the null expert, at this place, gains for every unit of the input's norm.
+
+    It is `cosine` times the largest score that any expert gives to an input of length 1: that is 1 for Arrow, and the
+    largest singular value of all updates for SpectR. The first row of every prototype is its longest.
+    """
+    floor = torch.zeros(len(gate))
+    floor[place] = cosine * gate.reshape(len(gate), -1, gate.shape[-1])[:, 0].norm(dim=-1).max()
+    return floor
+
+
+def spectral_router(
+    kind: str,
+    backbone: Backbone,
+    bank: ExpertBank,
+    experts: Sequence[str] | None = None,
+    *,
+    top_k: int | None = None,
+    temperature: float = 1.0,
+    null: str | None = None,
+    null_cosine: float = NULL_COSINE,
+) -> SpectralRouter:
+    """Make a router from nothing but the experts' updates.
+
+    Args:
+        kind: `arrow` (score |x . v|, v the direction that the update acts on most) or `spectr` (score |B A x|).
+        backbone: the base model.
+        bank: holds the experts.
+        experts: names of those that take part; all of the bank by default.
+        top_k: experts computed at every token; None for all.
+        temperature: what scores are divided by before the softmax; x is not normalised, so its norm acts as well.
+        null: an expert without any update that takes over where nothing is similar; it takes part, named or not.
+        null_cosine: for `arrow`, the null expert scores highest where no expert's prototype has a cosine to x beyond
+            this; for `spectr`, where no update answers x with more than this share of what the strongest one can give.
+
+    Raises:
+        CoterieError: for a kind or an expert that does not exist, a null expert with updates, experts that all change
+            nothing, or a number out of its range.
+    """
+    if null is not None and any(bool(pair.up.any()) for pair in bank.adapters[bank.index(null)].values()):
+        raise CoterieError(f"the null expert must change nothing, but {null!r} changes layers; name an empty expert")
+    if null is not None and not 0 < null_cosine <= 1:
+        raise CoterieError(f"the null expert's cosine must be above 0 and at most 1, got {null_cosine}")
+    names = list(bank.names if experts is None else experts)
+    if null is not None and null not in names:
+        names.append(null)
+    chosen = ExpertBank(tuple(names), tuple(bank.adapters[bank.index(name)] for name in names))
+    paths = sorted({path for adapter in chosen.adapters for path in adapter})
+    if not paths:
+        raise CoterieError(f"{kind!r} routes by the experts' updates, but none of them changes any layer; add another")
+    layers = {path: prototypes(kind, [adapter.get(path) for adapter in chosen.adapters]) for path in paths}
+    floors = {path: null_floor(gate, chosen.index(null), null_cosine) for path, gate in layers.items()} if null else {}
+    gates = Gates(chosen.names, layers, kind, top_k, temperature, floors)
+    return SpectralRouter(backbone, chosen.adapters, gates, {"name": null, "cosine": null_cosine} if null else None)

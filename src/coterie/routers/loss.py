@@ -1,10 +1,11 @@
 """Routing by predicted loss: a ridge regression from a prompt's feature to how well each expert will do on it.
 
-Similar prompts are not what matters in the end, but which expert is good at a prompt; that can be learned from rows on
-which every expert was judged without having been trained on them.
+Similar prompts are not what matters in the end, but which expert is good at a prompt; that can be learned from
+cross-fitted losses: of every expert, on rows that it was not trained on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +14,59 @@ from jaxtyping import Float
 from torch import Tensor
 
 from coterie.errors import CoterieError
-from coterie.routers.base import Routing
-from coterie.routers.feature import Description, FeatureRouter
-from coterie.routers.judgement import Judgement
+from coterie.features.growing_text import FeatureExtractor
+from coterie.routers.base import RouterParts, Routing
+from coterie.routers.feature import FeatureRouter, load_extractor
 
 FOLDS = 5
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)  # times the mean squared length of the features
 SHARPNESSES = (0.0, *(2.0**power for power in range(11)))  # per nat; 0 is uniform, 1024 nearly the single best
+
+
+@dataclass(frozen=True, eq=False)
+class CrossFitLosses:
+    """Every expert's loss, and that of every even pair, on the reference answers of rows that it was not trained on.
+
+    Attributes:
+        experts: names, in the order of the expert axes.
+        nll: (row, expert): mean negative log-likelihood per token, in nats.
+        pairs: (row, expert, expert): the same for the even mixture of two experts' logits; one with itself is `nll`.
+        tokens: (row,): tokens that each mean is over.
+    """
+
+    experts: tuple[str, ...]
+    nll: Float[Tensor, "row expert"]
+    pairs: Float[Tensor, "row expert expert"]
+    tokens: Float[Tensor, " row"]
+
+    def mixture_nll(self, weights: Float[Tensor, "row expert"]) -> Float[Tensor, " row"]:
+        """Estimate the loss of any mixture of the experts' logits, to second order in how far they differ.
+
+        Mixing logits gains over the mean loss by Jensen's gap of the log-partition, which is quadratic in small
+        differences: sum_{e<f} w_e w_f g_ef, with g_ef four times the gap of the even pair. Exact for a single expert
+        and for an even pair; weights must sum to 1.
+        """
+        gaps = 2 * (self.nll[:, :, None] + self.nll[:, None, :]) - 4 * self.pairs  # [row, E, E]
+        gain = torch.einsum("ne,nef,nf->n", weights, gaps, weights) / 2  # each pair stands there twice
+        return (weights * self.nll).sum(dim=1) - gain
+
+    def best_of_rows(self) -> list[str]:
+        """Return the expert with the smallest loss on each row."""
+        return [self.experts[place] for place in self.nll.argmin(dim=1).tolist()]
+
+    def best_single(self) -> str:
+        """Return the expert with the smallest loss per token over all rows."""
+        totals = (self.nll * self.tokens[:, None]).sum(dim=0)
+        return self.experts[int(totals.argmin())]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a file keeps, rows and columns in the order of the experts."""
+        return {"nll": self.nll, "pairs": self.pairs, "tokens": self.tokens}
+
+    @classmethod
+    def from_tensors(cls, experts: tuple[str, ...], tensors: Mapping[str, Tensor]) -> "CrossFitLosses":
+        """Build from what `tensors` gave."""
+        return cls(experts, tensors["nll"], tensors["pairs"], tensors["tokens"])
 
 
 class Ridge(NamedTuple):
@@ -33,10 +80,11 @@ class LossRouter(FeatureRouter):
     """Gives expert e the weight softmax(-sharpness * predicted loss)_e."""
 
     kind = "loss"
+    kinds = (kind,)
 
     def __init__(
         self,
-        description: Description,
+        extractor: FeatureExtractor,
         ridge: Ridge,
         experts: Sequence[str],
         sharpness: float,
@@ -45,7 +93,7 @@ class LossRouter(FeatureRouter):
         """Store the regression.
 
         Args:
-            description: turns prompts into features.
+            extractor: turns prompts into features.
             ridge: predicts the loss of each of `experts`.
             experts: names.
             sharpness: how strongly weights follow predictions, per nat.
@@ -56,7 +104,7 @@ class LossRouter(FeatureRouter):
         """
         if not len(experts) == len(ridge.bias) == len(ridge.weight):
             raise CoterieError(f"{len(ridge.bias)} predictions do not fit the {len(experts)} experts")
-        super().__init__(description, centre)
+        super().__init__(extractor, centre)
         self.ridge = ridge
         self.experts = tuple(experts)
         self.sharpness = sharpness
@@ -65,12 +113,20 @@ class LossRouter(FeatureRouter):
         """Weigh by predicted losses; similarities are those, negated."""
         predicted = predict(self.ridge, features)
         similarities = dict(zip(self.experts, -predicted.T, strict=True))
-        return Routing(self.experts, ("request", "expert"), weigh(predicted, self.sharpness), similarities)
+        return Routing(self.experts, weigh(predicted, self.sharpness), similarities)
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the regression and return the entry for mixture.json."""
         self._write(folder / "loss.safetensors", {"weight": self.ridge.weight, "bias": self.ridge.bias})
         return self._entry(experts=list(self.experts), sharpness=self.sharpness)
+
+    @classmethod
+    def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "LossRouter":
+        """Build it from its entry and its tensors."""
+        tensors = parts.tensors("loss")
+        ridge = Ridge(tensors["weight"].float(), tensors["bias"].float())
+        extractor, sharpness = load_extractor(record, parts), float(record["sharpness"])
+        return cls(extractor, ridge, record["experts"], sharpness, tensors.get("centre"))
 
 
 def predict(ridge: Ridge, features: Float[Tensor, "row dimension"]) -> Float[Tensor, "row expert"]:
@@ -92,21 +148,21 @@ class Fitted(NamedTuple):
     expected_nll: float
 
 
-def fit_loss_router(features: Float[Tensor, "row dimension"], judgement: Judgement, *, seed: int = 0) -> Fitted:
+def fit_loss_router(features: Float[Tensor, "row dimension"], losses: CrossFitLosses, *, seed: int = 0) -> Fitted:
     """Fit the regression; its penalty and the weights' sharpness minimise the estimated loss of the mixture.
 
     Every row's estimate uses predictions of regressions that did not see it (5 folds); rows weigh by their tokens, as
     in every mean NLL here.
     """
     unit = torch.nn.functional.normalize(features.double(), dim=-1)
-    target = judgement.nll.double() - judgement.nll.double().mean(dim=1, keepdim=True)
-    tokens = judgement.tokens.double()
+    target = losses.nll.double() - losses.nll.double().mean(dim=1, keepdim=True)
+    tokens = losses.tokens.double()
     scale = float(unit.sub(unit.mean(dim=0)).square().sum(dim=1).mean())
     best = None
     for penalty in PENALTIES:
         predicted = _out_of_fold(unit, target, tokens, penalty * scale, seed)
         for sharpness in SHARPNESSES:
-            nll = judgement.mixture_nll(weigh(predicted, sharpness).to(judgement.nll.dtype)).double()
+            nll = losses.mixture_nll(weigh(predicted, sharpness).to(losses.nll.dtype)).double()
             expected = float((nll * tokens).sum() / tokens.sum())
             if best is None or expected < best[0]:
                 best = (expected, penalty, sharpness)

@@ -276,4 +276,4 @@ def _routing(experts: Sequence[str], drawn: Sequence[Sequence[int]]) -> Routing:
     for number, own in enumerate(drawn):
         for expert in own:
             weights[number, expert] += 1
-    return Routing(tuple(experts), ("request", "expert"), weights)
+    return Routing(tuple(experts), weights)

@@ -23,12 +23,12 @@ from coterie.methods.elrea.run import ElreaRun
 from coterie.mixture import Mixture
 from coterie.mixture.scoring import score_votes
 from coterie.routers.fixed import uniform
-from coterie.routers.judgement import Judgement
+from coterie.routers.loss import CrossFitLosses
 
 SCORES = "scores.safetensors"
 
 
-def cross_fit(run: ElreaRun, into: RunFolder) -> Judgement:
+def cross_fit(run: ElreaRun, into: RunFolder) -> CrossFitLosses:
     """Judge all experts on all training rows.
 
     Raises:
@@ -39,7 +39,9 @@ def cross_fit(run: ElreaRun, into: RunFolder) -> Judgement:
     parts = [_judge_fold(run, into, folds, fold) for fold in range(run.extras.judge_folds)]
     rows = torch.cat([torch.nonzero(folds == fold).flatten() for fold in range(run.extras.judge_folds)])
     order = rows.argsort()
-    return Judgement(names, *(torch.cat([part[key] for part in parts])[order] for key in ("nll", "pairs", "tokens")))
+    return CrossFitLosses(
+        names, *(torch.cat([part[key] for part in parts])[order] for key in ("nll", "pairs", "tokens"))
+    )
 
 
 def assign_folds(labels: Sequence[int], count: int, seed: int) -> Tensor:
@@ -86,7 +88,14 @@ def _scores(mixture: Mixture, rows: Sequence[TokenRow], label: str) -> dict[str,
     """Score every expert and every even pair, in one pass over the rows."""
     count = len(mixture.bank)
     first, second = torch.triu_indices(count, count)
-    found = score_votes(mixture, rows, even_pairs(count)[:, None, :].expand(-1, len(rows), -1), label)
+    found = score_votes(
+        mixture.backbone,
+        mixture.layers,
+        mixture.bank.names,
+        rows,
+        even_pairs(count)[:, None, :].expand(-1, len(rows), -1),
+        label,
+    )
     pairs: Float[Tensor, "row expert expert"] = torch.zeros(len(rows), count, count)
     pairs[:, first, second] = found.nll.T
     pairs[:, second, first] = found.nll.T

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from coterie.artifacts import RunFolder, write_jsonl, write_tensors
+from coterie.backbone.gates import Gates
 from coterie.errors import CoterieError
 from coterie.experts.clustering import cluster
 from coterie.experts.gates_training import train_gates
@@ -19,14 +20,11 @@ from coterie.methods.common import base_plan, cluster_record, cluster_rows, trai
 from coterie.methods.elrea.cross_fit import cross_fit
 from coterie.methods.elrea.run import ElreaRun
 from coterie.methods.extras import LOSSES, ExtraSpec, TrainedExtra, load_extra, read_losses
-from coterie.mixture.loading import describe_by_embedding
-from coterie.routers.base import Gates
-from coterie.routers.centroid import CentroidRouter, centroids_of
-from coterie.routers.feature import FeatureRouter
+from coterie.routers.centroid import CentroidRouter, centroids_by_best, centroids_of
+from coterie.routers.feature import FeatureRouter, embedding_extractor
+from coterie.routers.fixed import SourceRouter
 from coterie.routers.gate import GateRouter
 from coterie.routers.loss import LossRouter, fit_loss_router
-from coterie.routers.performance import PerformanceRouter, make_pilots
-from coterie.routers.source import SourceRouter
 
 logger = logging.getLogger(__name__)
 
@@ -43,15 +41,15 @@ def _random_clusters(run: ElreaRun, into: RunFolder) -> TrainedExtra:
 
 def _embedding_clusters(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Cluster and route by sentence embeddings (ELREA's Instruction Embedding)."""
-    description = describe_by_embedding(run.extras.encoder, run.backbone)
-    features = description(run.prompts)
+    extractor = embedding_extractor(run.extras.encoder, run.backbone)
+    features = extractor(run.prompts)
     seed = run.settings.seed
     clustering = cluster(features.numpy(), run.settings.clustering, sources=run.sources, seed=seed)
     groups = cluster_rows(run.kept.rows, clustering.labels)
     _write_clusters(run, into, clustering.labels, "embedding")
     experts = train_clusters(into, "embedding", groups, run.backbone, run.settings, _base(run))
     centroids = centroids_of(features, clustering.labels, clustering.count)
-    router = CentroidRouter(description, centroids, list(experts), base=BASE)
+    router = CentroidRouter.by_cluster(extractor, centroids, list(experts), base=BASE)
     return TrainedExtra(experts, router, {"clustering": clustering.record()})
 
 
@@ -124,8 +122,8 @@ def _performance(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Place centroids by who is best on training rows (RouterRetriever)."""
     losses = read_losses(load_extra(run.mixture, "judged"))
     centre = run.features.mean(dim=0)
-    pilots = make_pilots(run.features - centre, losses.best_of_rows(), run.sources)
-    return TrainedExtra({}, PerformanceRouter(_gradients(run), pilots, centre))
+    centroids = centroids_by_best(run.features - centre, losses.best_of_rows(), run.sources)
+    return TrainedExtra({}, CentroidRouter.by_performance(_gradients(run), centroids, centre))
 
 
 def _loss(run: ElreaRun, into: RunFolder) -> TrainedExtra:
@@ -147,7 +145,7 @@ def _gradients(run: ElreaRun) -> Any:
     router = run.mixture.router
     if not isinstance(router, FeatureRouter):
         raise CoterieError(f"{run.folder} has a router without features ({router.kind}); fit it again")
-    return router.description
+    return router.extractor
 
 
 EXTRAS: dict[str, ExtraSpec[ElreaRun]] = {

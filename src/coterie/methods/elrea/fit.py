@@ -19,6 +19,7 @@ from coterie.experts.clustering import Clustering, cluster
 from coterie.experts.names import BASE
 from coterie.experts.training import load_checkpoint, read_log, train_adapter
 from coterie.features.gradient import GradientFeatures, counted_blocks, write_features
+from coterie.features.growing_text import FeatureExtractor
 from coterie.methods.common import (
     IN_MEMORY,
     adapter_copier,
@@ -31,7 +32,6 @@ from coterie.methods.common import (
 )
 from coterie.mixture import Mixture
 from coterie.routers.centroid import CentroidRouter, centroids_of
-from coterie.routers.feature import Description
 from coterie.settings.commands import ElreaSettings
 from coterie.settings.reading import from_flat
 
@@ -88,8 +88,8 @@ def _fit(
     base = _train_base(run, settings, backbone, kept)
     names = [f"epoch-{epoch}" for epoch in range(settings.training.epochs)]
     checkpoints = [load_checkpoint(run.path / "checkpoints" / name, backbone.model) for name in names]
-    describe = GradientFeatures(backbone, checkpoints, settings.features, settings.seed)
-    features = _features(run, describe, kept)
+    gradients = GradientFeatures(backbone, checkpoints, settings.features, settings.seed)
+    features = _features(run, gradients, kept)
     centre = features.mean(dim=0) if settings.features.form == "adam-centred" else None
     shifted = features if centre is None else features - centre
     sources = [example.source for example in kept.examples]
@@ -97,8 +97,8 @@ def _fit(
     experts = train_clusters(run, "cluster", cluster_rows(kept.rows, clustering.labels), backbone, settings)
     record = {"checkpoints": names, "features": settings.features.model_dump(), "seed": settings.seed}
     centroids = centroids_of(shifted, clustering.labels, clustering.count)
-    description = Description("gradient", describe, record)
-    router = CentroidRouter(description, centroids, list(experts), base=BASE, centre=centre)
+    extractor = FeatureExtractor("gradient", gradients, record)
+    router = CentroidRouter.by_cluster(extractor, centroids, list(experts), base=BASE, centre=centre)
     bank = load_bank({BASE: base, **experts}, backbone.model)
     mixture = Mixture(backbone, bank, router, LogitCombiner(), prompts, "elrea", run.path)
     _write_records(run, mixture, kept, clustering)
@@ -117,9 +117,9 @@ def _train_base(run: RunFolder, settings: ElreaSettings, backbone: Backbone, kep
     return run.stage(f"experts/{BASE}", adapter_copier(trained))
 
 
-def _features(run: RunFolder, describe: GradientFeatures, kept: Tokenised) -> Tensor:
+def _features(run: RunFolder, gradients: GradientFeatures, kept: Tokenised) -> Tensor:
     prompts = [row.prompt() for row in kept.rows]
-    folder = run.stage("features", lambda folder: write_features(describe, prompts, folder))
+    folder = run.stage("features", lambda folder: write_features(gradients, prompts, folder))
     return read_tensors(folder / "features.safetensors")["features"]
 
 

@@ -7,8 +7,7 @@ from coterie.methods.extras import read_losses
 from coterie.methods.family import CONTROL, Family, Method, MethodGrid, single
 from coterie.routers.base import Router
 from coterie.routers.derived import DerivedRouter
-from coterie.routers.fixed import one_hot, uniform
-from coterie.routers.oracle import OracleRouter
+from coterie.routers.fixed import OracleRouter, one_hot, uniform
 
 PAPER = "arXiv 2502.00089"
 CLUSTERS = "ELREA's"

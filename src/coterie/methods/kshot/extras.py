@@ -5,14 +5,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from coterie.artifacts import RunFolder
-from coterie.combiners.logits import LogitCombiner
+from coterie.backbone.layers import ExpertLayers
 from coterie.data.batching import TokenRow
 from coterie.data.examples import Example
 from coterie.data.streaming import FRESH, index_pools
 from coterie.errors import CoterieError
-from coterie.experts.bank import ExpertBank, load_bank, write_adapter
+from coterie.experts.bank import load_bank, write_adapter
 from coterie.experts.lorahub import SearchPlan, compose, search_weights
 from coterie.experts.training import train_adapter
 from coterie.lora import Adapter
@@ -21,9 +22,7 @@ from coterie.methods.extras import ExtraSpec, TrainedExtra
 from coterie.methods.kshot.choose_adapters import best_by_shots
 from coterie.methods.kshot.run import KshotRun
 from coterie.methods.kshot.train import tune
-from coterie.mixture import Mixture
-from coterie.mixture.scoring import score
-from coterie.routers.fixed import one_hot
+from coterie.mixture.scoring import score_votes
 from coterie.routers.gate import GateRouter
 
 UNTUNED = "untuned-"
@@ -65,10 +64,9 @@ def _lorahub(run: KshotRun, into: RunFolder) -> TrainedExtra:
 
 
 def _shots_nll(run: KshotRun, rows: Sequence[TokenRow], adapter: Adapter) -> float:
-    task = run.task
-    bank = ExpertBank((LORAHUB,), (adapter,))
-    mixture = Mixture(task.backbone, bank, one_hot(LORAHUB, bank.names), LogitCombiner(), task.prompts, LORAHUB)
-    return float(score(mixture, rows, mixture.router.route(list(rows)), "").nll.mean())
+    backbone, alone = run.task.backbone, torch.ones(1, len(rows), 1)
+    layers = ExpertLayers(backbone.model, (adapter,))
+    return float(score_votes(backbone, layers, (LORAHUB,), rows, alone, "").nll.mean())
 
 
 def _write_composed(run: KshotRun, name: str, into: RunFolder, adapter: Adapter) -> None:

@@ -10,7 +10,7 @@ from coterie.methods.kshot.fit import METHOD, SELECTION
 from coterie.methods.kshot.run import KshotRun, open_run
 from coterie.routers.base import Router
 from coterie.routers.fixed import one_hot, uniform
-from coterie.routers.spectral import spectral_router
+from coterie.routers.gate import spectral_router
 
 PAPER = "arXiv 2408.15915"
 CHOSEN = "chosen by shots, fine-tuned"

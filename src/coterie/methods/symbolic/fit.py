@@ -132,7 +132,7 @@ class Symbolic:
     def _single(self, expert: str, count: int, answers: int, sampling: SamplingSettings) -> LineUp:
         weights = torch.zeros(count, len(self.pool.names))
         weights[:, self.pool.names.index(expert)] = answers
-        routing = Routing(self.pool.names, ("request", "expert"), weights)
+        routing = Routing(self.pool.names, weights)
         return LineUp(routing, torch.ones(weights.shape), [MAJORITY] * count, sampling)
 
     @property

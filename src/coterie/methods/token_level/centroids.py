@@ -12,10 +12,9 @@ from coterie.errors import CoterieError
 from coterie.experts.names import NULL
 from coterie.features.embedding import HIDDEN, with_answers
 from coterie.mixture import Mixture
-from coterie.mixture.loading import describe_growing_text
 from coterie.mixture.scoring import score_votes
-from coterie.routers.performance import make_pilots
-from coterie.routers.similarity import NullExpert, SimilarityRouter, Weighting, null_similarity
+from coterie.routers.centroid import CentroidRouter, NullExpert, Pool, Weighting, centroids_by_best, null_similarity
+from coterie.routers.feature import growing_text_extractor
 from coterie.settings.groups import SimilaritySettings
 
 logger = logging.getLogger(__name__)
@@ -26,7 +25,7 @@ Features = Mapping[str, Float[Tensor, "row dimension"]]
 
 def similarity_router(
     mixture: Mixture, texts: Mapping[str, Tokenised], settings: SimilaritySettings, seed: int
-) -> SimilarityRouter:
+) -> CentroidRouter:
     """Embed every expert's texts, question and answer, and place its centroids.
 
     Hidden states of a language model all point into nearly one direction, so from those of `hidden` the mean over the
@@ -35,21 +34,22 @@ def similarity_router(
     Raises:
         CoterieError: when an expert has fewer texts than centroids, or the encoder cannot be had.
     """
-    description, encoder = describe_growing_text(settings.encoder, settings.window, mixture.backbone)
+    extractor, encoder = growing_text_extractor(settings.encoder, settings.window, mixture.backbone)
     tokenizer = mixture.backbone.tokenizer
     raw = {name: encoder.rows([with_answers(row, tokenizer) for row in kept.rows]) for name, kept in texts.items()}
     centre = torch.stack([rows.mean(dim=0) for rows in raw.values()]).mean(dim=0) if encoder.name == HIDDEN else None
     features = raw if centre is None else {name: rows - centre for name, rows in raw.items()}
     by_performance = settings.centroids_by == "performance"
-    centroids = _pilots(mixture, texts, features) if by_performance else _centroids(features, settings.centroids, seed)
+    centroids = (
+        _by_performance(mixture, texts, features) if by_performance else _centroids(features, settings.centroids, seed)
+    )
     weighting = Weighting(settings.routing_temperature)
-    plain = SimilarityRouter(description, centroids, weighting=weighting, nearest=not by_performance, centre=centre)
+    pool: Pool = "mean" if by_performance else "nearest"
+    plain = CentroidRouter.by_similarity(extractor, centroids, weighting=weighting, pool=pool, centre=centre)
     if settings.null_share is None:
         return plain
     null = NullExpert(NULL, null_similarity(_own_similarities(plain, features), settings.null_share))
-    return SimilarityRouter(
-        description, centroids, weighting=weighting, nearest=plain.nearest, null=null, centre=centre
-    )
+    return CentroidRouter.by_similarity(extractor, centroids, weighting=weighting, pool=pool, null=null, centre=centre)
 
 
 def _centroids(features: Features, count: int, seed: int) -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ def _centroids(features: Features, count: int, seed: int) -> dict[str, Tensor]:
     }
 
 
-def _pilots(mixture: Mixture, texts: Mapping[str, Tokenised], features: Features) -> dict[str, Tensor]:
+def _by_performance(mixture: Mixture, texts: Mapping[str, Tokenised], features: Features) -> dict[str, Tensor]:
     """Let every text count for the expert that predicts its answer best (RouterRetriever, AAAI 2025).
 
     The experts have seen the texts that they were made for, and are judged on them nevertheless, as published.
@@ -79,16 +79,23 @@ def _pilots(mixture: Mixture, texts: Mapping[str, Tokenised], features: Features
     rows = [row for kept in texts.values() for row in kept.rows]
     sources = [example.source or name for name, kept in texts.items() for example in kept.examples]
     alone = torch.eye(len(mixture.bank))[[mixture.bank.index(name) for name in names]]
-    nll = score_votes(mixture, rows, alone[:, None].expand(-1, len(rows), -1), f"{len(names)} experts").nll
+    nll = score_votes(
+        mixture.backbone,
+        mixture.layers,
+        mixture.bank.names,
+        rows,
+        alone[:, None].expand(-1, len(rows), -1),
+        f"{len(names)} experts",
+    ).nll
     best = [names[place] for place in nll.argmin(dim=0).tolist()]
-    pilots = make_pilots(torch.cat(list(features.values())), best, sources)
+    found = centroids_by_best(torch.cat(list(features.values())), best, sources)
     for name in names:
-        if name not in pilots:
+        if name not in found:
             logger.warning("the expert %s is the best on none of the texts, so it is never routed to", name)
-    return pilots
+    return found
 
 
-def _own_similarities(router: SimilarityRouter, features: Features) -> Tensor:
+def _own_similarities(router: CentroidRouter, features: Features) -> Tensor:
     """Return how similar every text is to its own expert, those of experts without centroids left out."""
     experts = list(router.centroids)
     own = (router.similarities(rows)[:, experts.index(name)] for name, rows in features.items() if name in experts)

@@ -8,11 +8,9 @@ from coterie.methods.extras import FittedRun
 from coterie.methods.family import CONTROL, SINGLE_EXPERT, Family, Method, MethodGrid, fitted_experts, single
 from coterie.mixture import Mixture
 from coterie.routers.base import Router
-from coterie.routers.fixed import FixedRouter, uniform
-from coterie.routers.oracle import OracleRouter
-from coterie.routers.similarity import PUBLISHED, SimilarityRouter
-from coterie.routers.source import SourceRouter
-from coterie.routers.spectral import spectral_router
+from coterie.routers.centroid import SIMILARITY, CentroidRouter
+from coterie.routers.fixed import FixedRouter, OracleRouter, SourceRouter, uniform
+from coterie.routers.gate import spectral_router
 from coterie.routers.token import TokenLevel
 
 PAPER = "arXiv 2311.10847"
@@ -38,11 +36,10 @@ def domain_sources(mixture: Mixture) -> dict[str, str]:
 
 def _published(grid: MethodGrid) -> Router:
     """As published: softmax of cosines, the largest times 4, and the cache recomputed."""
-    own = grid.own.router
-    inner = own.router if isinstance(own, TokenLevel) else own
-    if not isinstance(inner, SimilarityRouter):
+    inner = grid.own.router.of_prompts
+    if not isinstance(inner, CentroidRouter) or inner.kind != SIMILARITY:
         raise CoterieError(f"the mixture routes by {inner.kind!r}, so there are no similarities to weigh as published")
-    router = SimilarityRouter(inner.description, inner.centroids, weighting=PUBLISHED, centre=inner.centre)
+    router = CentroidRouter.by_similarity(inner.extractor, inner.centroids, centre=inner.centre)
     return TokenLevel(router, every=1, cache="recompute")
 
 

@@ -1,0 +1,200 @@
+"""A mixture's folder: what it holds, how it is written, and how it is read where it may come from a stranger."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from coterie.artifacts import FORMAT, hub_folder, read_json, write_json, write_text
+from coterie.backbone.loading import Backbone, check_identity, identity_from, identity_record, load_backbone
+from coterie.combiners.base import Combiner
+from coterie.combiners.table import make_combiner
+from coterie.data.batching import PromptFormat
+from coterie.errors import CoterieError
+from coterie.experts.bank import ExpertBank, check_names, load_bank
+from coterie.routers.base import Router, RouterParts
+from coterie.routers.table import load_router
+from coterie.settings.groups import ModelSettings, PlacementSettings
+
+SAVED_FILES = (
+    "experts",
+    "checkpoints",
+    "selection",
+    "gathered",
+    "clusters.jsonl",
+    "domains.jsonl",
+    "gates.json",
+    "run.yaml",
+    "metrics.jsonl",
+)
+"""What a saved copy takes along from the folder that a mixture was loaded from; the router writes itself."""
+
+Stored = TypeVar("Stored", bound="StoredMixture")
+
+
+@dataclass(frozen=True)
+class StoredMixture:
+    """What a mixture is made of, and how that is written to a folder, read, and uploaded.
+
+    Attributes:
+        backbone: the frozen base model.
+        bank: the experts.
+        router: weighs experts for every prompt.
+        combiner: says at which depth experts meet.
+        prompts: renders prompts as they were rendered for training.
+        method: name of the method that made it.
+        folder: where it was loaded from or made.
+    """
+
+    backbone: Backbone
+    bank: ExpertBank
+    router: Router
+    combiner: Combiner
+    prompts: PromptFormat
+    method: str
+    folder: Path | None = None
+
+    @classmethod
+    def from_pretrained(cls: type[Stored], source: str | Path, **placement: Any) -> Stored:  # noqa: ANN401 - fields of PlacementSettings
+        """Load a mixture from a folder or from the hub.
+
+        Args:
+            source: a folder, or a hub id.
+            **placement: fields of `PlacementSettings`: dtype, device, load_in_4bit.
+
+        Raises:
+            CoterieError: when something is missing, broken, or made for another base model.
+        """
+        folder = Path(source)
+        if not folder.is_dir():
+            advice = f"there is no mixture folder {source}; make one with: coterie fit elrea --output {source} ..."
+            folder = hub_folder(str(source), ["*.json", "*.jsonl", "*.safetensors", "*.yaml", "*.md"], advice)
+        record = read_mixture_record(folder)
+        identity = identity_from(record["base_model"])
+        model = ModelSettings(
+            model=identity.id, revision=identity.revision, **PlacementSettings(**placement).model_dump()
+        )
+        backbone = load_backbone(model)
+        check_identity(identity, backbone.identity, str(source))
+        prompts = PromptFormat(backbone.tokenizer, record.get("system_prompt"))
+        bank = load_bank({name: folder / "experts" / name for name in record["experts"]}, backbone.model)
+        router = load_router(record["router"], RouterParts(folder / "router", folder, backbone, bank))
+        return cls(backbone, bank, router, make_combiner(record["combiner"]["kind"]), prompts, record["method"], folder)
+
+    def trained_routers(self) -> dict[str, tuple[Mapping[str, Any], RouterParts]]:
+        """Return what routers are loaded from that were trained beside this one and weigh this bank's experts alone.
+
+        Returns:
+            By kind: the router's entry and its parts, of what lies in the folder's `methods/`.
+        """
+        found: dict[str, tuple[Mapping[str, Any], RouterParts]] = {}
+        for file in sorted(self.folder.glob("methods/*/ingredient.json")) if self.folder else ():
+            record = read_json(file)
+            entry = record.get("router")
+            if isinstance(entry, dict) and set(record.get("experts", ())) <= set(self.bank.names):
+                parts = RouterParts(file.parent / "router", file.parents[2], self.backbone, self.bank)
+                found.setdefault(str(entry.get("kind")), (entry, parts))
+        return found
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the mixture to a folder that `from_pretrained` loads.
+
+        Raises:
+            CoterieError: when the folder holds something already, or the mixture has no files of its own yet.
+        """
+        target = Path(folder)
+        if target.exists() and any(target.iterdir()):
+            raise CoterieError(f"{target} is not empty; choose another folder")
+        if self.folder is None:
+            raise CoterieError("this mixture was never written to a folder, so its experts' files do not exist")
+        lacking = [name for name in self.bank.names if not (self.folder / "experts" / name).is_dir()]
+        if lacking:
+            raise CoterieError(f"the expert {lacking[0]!r} has no files in {self.folder}/experts; save another mixture")
+        target.mkdir(parents=True, exist_ok=True)
+        for name in SAVED_FILES:
+            source = self.folder / name
+            if source.is_dir():
+                shutil.copytree(source, target / name)
+            elif source.exists():
+                shutil.copy(source, target / name)
+        self.write_description(target)
+
+    def write_description(self, folder: Path, facts: Mapping[str, Any] | None = None) -> None:
+        """Write `mixture.json`, the router's tensors and the model card; the experts' folders are there already.
+
+        Args:
+            folder: where to.
+            facts: what else is known of the mixture and is only kept, such as how its clusters were made.
+        """
+        write_json(
+            folder / "mixture.json",
+            {
+                "format": FORMAT,
+                "method": self.method,
+                "base_model": identity_record(self.backbone.identity),
+                "system_prompt": self.prompts.system_prompt,
+                "experts": list(self.bank.names),
+                "router": self.router.save(folder / "router"),
+                "combiner": {"kind": self.combiner.kind},
+                **(facts or {}),
+            },
+        )
+        write_text(folder / "README.md", self.card())
+
+    def card(self) -> str:
+        """Return a model card in the hub's form."""
+        base = self.backbone.identity.id
+        front = f"---\nlibrary_name: coterie\nbase_model: {base}\npipeline_tag: text-generation\ntags:\n- lora\n---\n"
+        listed = "\n".join(f"- `{name}`" for name in self.bank.names)
+        return (
+            f"{front}\n# {self.method} mixture of {len(self.bank)} LoRA experts on {base}\n\n{listed}\n\n"
+            f"Router: {self.router.kind}. Combiner: {self.combiner.kind}. "
+            "Every folder under `experts/` is a plain PEFT adapter.\n\n"
+            '```python\nfrom coterie import Mixture\n\nmixture = Mixture.from_pretrained("this-folder")\n'
+            'print(mixture.generate(["..."])[0].text)\n```\n'
+        )
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True) -> str:
+        """Upload the mixture's folder to the hub and return its address.
+
+        Raises:
+            CoterieError: when the mixture was never written to a folder.
+        """
+        from huggingface_hub import HfApi
+
+        if self.folder is None:
+            raise CoterieError("this mixture was never written to a folder, so there is nothing to upload")
+        hub = HfApi()
+        hub.create_repo(repo_id, private=private, exist_ok=True)
+        allowed = [f"{name}*" if "." in name else f"{name}/**" for name in (*SAVED_FILES, "router")]
+        info = hub.upload_folder(
+            repo_id=repo_id, folder_path=self.folder, allow_patterns=[*allowed, "mixture.json", "README.md"]
+        )
+        return str(info)
+
+
+def read_mixture_record(folder: Path) -> dict[str, Any]:
+    """Read and check `mixture.json`.
+
+    Raises:
+        CoterieError: when it is missing, of another format, or lacks a field.
+    """
+    record = read_json(folder / "mixture.json")
+    if record.get("format") != FORMAT:
+        raise CoterieError(
+            f"{folder / 'mixture.json'} has format {record.get('format')!r}, not {FORMAT}; upgrade coterie or fit again"
+        )
+    if "pool" in record:
+        raise CoterieError(
+            f"{folder} holds a {record.get('method')} method, whose experts need not share a base model; "
+            "coterie generate, plan and eval take it"
+        )
+    shapes = {"method": str, "base_model": dict, "experts": list, "router": dict, "combiner": dict}
+    wrong = [name for name, kind in shapes.items() if not isinstance(record.get(name), kind)]
+    if wrong or "kind" not in record["combiner"]:
+        raise CoterieError(
+            f"{folder / 'mixture.json'} lacks a proper {(wrong or ['combiner kind'])[0]!r}; get the folder again"
+        )
+    check_names(record["experts"])
+    return record
