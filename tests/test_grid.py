@@ -139,6 +139,68 @@ def test_gates_find_their_experts_by_name_in_a_bank_of_another_order(grid, route
         torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("router", IN_LAYERS)
+def test_gates_report_their_average_weights_without_a_pass_of_their_own(grid, routers, router):
+    """A prompt is read once, whatever weighs it: one pass for it, and one for every token but the last."""
+    cell = grid.mixture.replace(router=routers[router], combiner="layers")
+    passes: list[int] = []
+    handle = cell.backbone.model.register_forward_pre_hook(lambda module, inputs: passes.append(1))
+    try:
+        answers = cell.generate(QUESTIONS, max_new_tokens=3, batch_size=len(QUESTIONS))
+    finally:
+        handle.remove()
+    assert len(passes) == max(len(answer.token_ids) for answer in answers)
+    wanted = cell.route(QUESTIONS)
+    for number, answer in enumerate(answers):
+        assert answer.weights == pytest.approx(wanted.row(number), abs=1e-5)
+    assert cell.generate(QUESTIONS[:1], routing=wanted.take([0]), max_new_tokens=1)[0].weights == wanted.row(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"), [("loss", "loss"), ("performance-centroids", "performance"), ("gate", "gates")]
+)
+def test_a_router_that_was_trained_for_a_mixture_is_found_by_its_kind(grid, name, extra):
+    cell = grid.own.replace(router=name, combiner="layers")
+    found, wanted = (router.route(cell.tokens(QUESTIONS)) for router in (cell.router, grid.router(extra)))
+    assert found.experts == wanted.experts
+    assert torch.equal(found.weights, wanted.weights)
+
+
+def test_a_mixtures_own_router_and_those_of_the_bank_are_found_by_their_kinds(grid):
+    turned = grid.own.replace(router="uniform")
+    assert grid.own.replace(router="gradient-centroids").router is grid.own.router
+    assert turned.replace(router="cluster-1").route(QUESTIONS[:1]).row(0)["cluster-1"] == 1
+    for kind in ("arrow", "spectr"):
+        router = spectral_router(kind, grid.own.backbone, grid.own.bank)
+        found = turned.replace(router=kind, combiner="layers").route(QUESTIONS)
+        assert torch.equal(found.weights, router.route(turned.tokens(QUESTIONS)).weights)
+
+
+def test_the_experts_without_updates_are_the_null_expert_of_a_router_of_the_bank(grid):
+    """The common bank holds the base model itself, which no score can reach, so it takes what nobody answers."""
+    cell = grid.mixture.replace(router="arrow", combiner="layers")
+    assert cell.router.null == {"name": "backbone", "cosine": 0.1}
+
+
+def test_an_unknown_router_is_told_with_all_that_there_are(grid):
+    """The routers to other experts were trained too, but this bank does not hold their experts."""
+    with pytest.raises(CoterieError, match="no router or expert is called 'sourc'") as told:
+        grid.own.replace(router="sourc")
+    names = str(told.value).partition("There are: ")[2].split("; ")[0]
+    assert set(names.split(", ")) == {
+        *("uniform", *grid.own.bank.names),
+        *("gradient-centroids", "loss", "performance-centroids", "gate", "arrow", "spectr"),
+    }
+    assert grid.mixture.replace(router="source").router.kind == "source"
+
+
+def test_cells_of_one_bank_share_their_stacked_experts_and_another_bank_has_its_own(grid):
+    cell = grid.mixture.replace(router="uniform", combiner="layers")
+    assert cell.layers is grid.mixture.layers
+    assert grid.own.layers is not grid.mixture.layers
+    assert replace(cell, bank=grid.own.bank).layers.size == len(grid.own.bank)
+
+
 def test_merged_rows_go_back_to_their_own_prompts():
     """Sorted by their weights, the three prompts stand in the order 2, 0, 1: a turn of three, which is no swap."""
     weights = torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.1, 0.9], [0.5, 0.5]])

@@ -411,13 +411,6 @@ def test_a_router_without_a_way_of_its_own_routes_the_text_again(mixture):
         def weigh(self, read):
             return Routing(mixture.bank.names[:2], torch.tensor([[float(len(p.ids)), 1.0] for p in read]))
 
-        def save(self, folder):
-            raise NotImplementedError
-
-        @classmethod
-        def load(cls, record, parts):
-            raise NotImplementedError
-
     prompts = mixture.tokens(QUESTIONS[:2])
     follower = Length().follow(prompts)
     follower.texts.append([[1, 2], [3, 4]])

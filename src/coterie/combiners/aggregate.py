@@ -5,7 +5,7 @@ may be wrong.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from coterie.combiners.texts import majority
 
@@ -49,10 +49,6 @@ def elect(aggregator: str, readings: Sequence[str], weights: Sequence[float], se
     totals: dict[str, float] = {}
     for place in voters:
         totals[readings[place]] = totals.get(readings[place], 0.0) + weights[place]
-    leading = _leading(totals)
-    return readings.index(generator.choice(leading))
-
-
-def _leading(totals: Mapping[str, float]) -> list[str]:
     most = max(totals.values())
-    return [reading for reading, total in totals.items() if total >= most - 1e-6 * max(1.0, abs(most))]
+    leading = [reading for reading, total in totals.items() if total >= most - 1e-6 * max(1.0, abs(most))]
+    return readings.index(generator.choice(leading))

@@ -110,17 +110,20 @@ class DecodingBatch:
         for written in itertools.count(1):
             tokens = self._choose(combined_logits(self._backbone, hidden[:, -1], self._rows.plan.votes))
             yield from tokens
-            self._leave([place for place, token in enumerate(tokens) if token.finish_reason is None])
-            if not self._active:
+            staying = [place for place, token in enumerate(tokens) if token.finish_reason is None]
+            if not staying:
                 return
-            hidden = self._read_chosen(written)
-
-    def _read_chosen(self, written: int) -> Float[Tensor, "row position width"]:
-        """Read the tokens that were chosen last, under new weights where they are due."""
-        chosen = [request.ids[-1:] for request in self._active]
-        if self._rerouting is None:
-            return self._rows.read(chosen)
-        return self._rerouting.read(self._rows, chosen, [request.ids for request in self._active], written)
+            if len(staying) < len(self._active):
+                self._active = [self._active[place] for place in staying]
+                self._rows.keep(staying)
+                if self._rerouting is not None:
+                    self._rerouting.follower.texts.keep(staying)
+            chosen = [request.ids[-1:] for request in self._active]
+            if self._rerouting is None:
+                hidden = self._rows.read(chosen)
+            else:
+                texts = [request.ids for request in self._active]
+                hidden = self._rerouting.read(self._rows, chosen, texts, written)
 
     @torch.inference_mode()
     def _choose(self, logits: Float[Tensor, "prompt vocabulary"]) -> list[Token]:
@@ -150,15 +153,6 @@ class DecodingBatch:
         if reason and not request.stream.stopped:
             text += request.stream.finish()
         return Token(request.number, token, logprob, text, reason)
-
-    def _leave(self, staying: list[int]) -> None:
-        """Drop the requests that are not staying."""
-        if len(staying) == len(self._active):
-            return
-        self._active = [self._active[place] for place in staying]
-        self._rows.keep(staying)
-        if self._rerouting is not None:
-            self._rerouting.follower.texts.keep(staying)
 
 
 class ScoredTokens(NamedTuple):
@@ -198,7 +192,11 @@ def score_responses(
         targets = torch.tensor(text, device=hidden.device)[before + 1]
         states = hidden[own][:, before]  # [own rows, tokens, width]
         for place, vote in enumerate(votes):
-            logits = _summed_logits(backbone, states, vote[prompt, own].to(hidden.device))
+            own_vote = vote[prompt, own].to(hidden.device)
+            if backbone.logit_cap is None:  # as in `combined_logits`
+                logits = backbone.head(torch.einsum("r,rtd->td", own_vote, states.float()))
+            else:
+                logits = torch.einsum("r,rtv->tv", own_vote, backbone.head(states))
             result[place].append(scored_tokens(logits, targets))
     return result
 
@@ -219,11 +217,3 @@ def response_logprobs(
     """Return the log-probabilities alone of what `score_responses` scores."""
     found = score_responses(backbone, layers, plan, votes, rows)
     return [[scored.logprobs for scored in of_vote] for of_vote in found]
-
-
-def _summed_logits(
-    backbone: Backbone, states: Float[Tensor, "row token width"], vote: Float[Tensor, " row"]
-) -> Float[Tensor, "token vocabulary"]:
-    if backbone.logit_cap is None:
-        return backbone.head(torch.einsum("r,rtd->td", vote, states.float()))
-    return torch.einsum("r,rtv->tv", vote, backbone.head(states))

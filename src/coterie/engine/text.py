@@ -35,7 +35,12 @@ class TextStream:
         return self._settled_text[: self._given]
 
     def _give(self, *, final: bool) -> str:
-        self._settle(final=final)
+        start = max(0, self._settled - 4)  # new tokens are decoded behind others, so that spaces come out right
+        before = self._decode(self._ids[start : self._settled])
+        after = self._decode(self._ids[start:])
+        if final or not after.endswith(UNFINISHED):
+            self._settled_text += after[len(before) :]
+            self._settled = len(self._ids)
         end = len(self._settled_text) if final else self._certain_length()
         for stop in self._stop:
             found = self._settled_text.find(stop)
@@ -44,15 +49,6 @@ class TextStream:
         piece = self._settled_text[self._given : end]
         self._given = max(self._given, end)
         return piece
-
-    def _settle(self, *, final: bool) -> None:
-        """Decode new tokens behind the last settled ones, so that spaces come out as in the whole text."""
-        start = max(0, self._settled - 4)
-        before = self._decode(self._ids[start : self._settled])
-        after = self._decode(self._ids[start:])
-        if final or not after.endswith(UNFINISHED):
-            self._settled_text += after[len(before) :]
-            self._settled = len(self._ids)
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -76,7 +76,13 @@ def completion(
         weights: normalised weights of the prompt by expert; None where the tokens bring their own.
         experts: names of those whose weights the tokens bring.
     """
-    trace = None if weights is not None else _trace(tokens, experts)
+    trace = None
+    if weights is None:
+        shares = [token.weights or () for token in tokens]
+        used = [place for place in range(len(experts)) if any(row[place] for row in shares)]
+        names = tuple(experts[place] for place in used)  # without the experts that no token has any weight on
+        kept = tuple(tuple(row[place] for place in used) for row in shares)
+        trace = Trace(names, tuple(token.text for token in tokens), kept)
     return Completion(
         prompt=prompt,
         text="".join(token.text for token in tokens),
@@ -86,11 +92,3 @@ def completion(
         weights=weights or (dict(zip(trace.experts, trace.weights[0], strict=True)) if trace else {}),
         trace=trace,
     )
-
-
-def _trace(tokens: Sequence[Token], experts: Sequence[str]) -> Trace:
-    """Collect the tokens' weights, without the experts that none of them has any weight on."""
-    weights = [token.weights or () for token in tokens]
-    used = [place for place in range(len(experts)) if any(row[place] for row in weights)]
-    names = tuple(experts[place] for place in used)
-    return Trace(names, tuple(t.text for t in tokens), tuple(tuple(row[place] for place in used) for row in weights))

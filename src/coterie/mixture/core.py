@@ -119,7 +119,7 @@ class Mixture(StoredMixture):
         if name in trained:
             return load_router(*trained[name])
         if name not in SpectralRouter.kinds:
-            known = ["uniform", *self.bank.names, *own, *trained, *SpectralRouter.kinds]
+            known = {"uniform", *self.bank.names, *own, *trained, *SpectralRouter.kinds}
             raise unknown_name("router or expert", name, known)
         pairs = zip(self.bank.names, self.bank.adapters, strict=True)
         idle = [expert for expert, adapter in pairs if not any(bool(pair.up.any()) for pair in adapter.values())]

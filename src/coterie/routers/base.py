@@ -212,18 +212,22 @@ class Router(ABC):
         """The router that weighs prompts, without the rhythm in which it is asked again."""
         return self
 
-    @abstractmethod
     def save(self, folder: Path) -> dict[str, Any]:
-        """Write tensors into `folder` and return the entry for mixture.json."""
-
-    @classmethod
-    @abstractmethod
-    def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "Router":
-        """Build a router from its entry and its tensors.
+        """Write tensors into `folder` and return the entry for mixture.json.
 
         Raises:
-            CoterieError: when a part is missing or broken; KeyError, TypeError and ValueError are told as such as well.
+            CoterieError: when it is of those that are never saved.
         """
+        raise CoterieError(f"router {self.kind!r} lives in this process alone and is not saved; choose another one")
+
+    @classmethod
+    def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "Router":
+        """Build a router from its entry and its tensors, as `save` wrote them.
+
+        Raises:
+            CoterieError: when a part is missing or broken; KeyError, TypeError and ValueError are told as that too.
+        """
+        raise NotImplementedError
 
 
 class Wrapper(Router):

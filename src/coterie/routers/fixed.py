@@ -133,20 +133,3 @@ class OracleRouter(Router):
     def weigh(self, read: Float[Tensor, "row expert"]) -> Routing:
         """Choose by the experts' losses on the references, columns in the order of `experts`."""
         return Routing(self.experts, torch.nn.functional.one_hot(read.argmin(dim=1), len(self.experts)).float())
-
-    def save(self, folder: Path) -> Never:
-        """Refuse.
-
-        Raises:
-            CoterieError: always.
-        """
-        raise CoterieError("the oracle exists in evaluations only and is not saved")
-
-    @classmethod
-    def load(cls, record: Mapping[str, Any], parts: RouterParts) -> Never:
-        """Refuse: it is never saved.
-
-        Raises:
-            CoterieError: always.
-        """
-        raise CoterieError("the oracle exists in evaluations only and is not saved")

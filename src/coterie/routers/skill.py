@@ -214,7 +214,8 @@ def recruit(
     known = torch.tensor([any(skill in profile.skills for skill in own) for own in questions], dtype=torch.bool)
     weights = torch.where(known[:, None], weights, 1 / len(profile.experts))
     drawn = [_drawn(row, settings, f"{seed} {name}") for row, name in zip(weights.tolist(), names, strict=True)]
-    drawn = replace_rare(drawn, settings.min_share, distinct=_is_distinct(settings), seed=seed)
+    is_distinct = settings.sampler == "top" or not settings.replacement
+    drawn = replace_rare(drawn, settings.min_share, distinct=is_distinct, seed=seed)
     return Recruits(_routing(profile.experts, drawn), weights)
 
 
@@ -222,10 +223,6 @@ def random_recruits(experts: Sequence[str], names: Sequence[str], settings: Recr
     """Draw as many experts for every question, from all alike, whatever it needs."""
     alike = [1 / len(experts)] * len(experts)
     return _routing(experts, [_drawn(alike, settings, f"random {seed} {name}") for name in names])
-
-
-def _is_distinct(settings: RecruitSettings) -> bool:
-    return settings.sampler == "top" or not settings.replacement
 
 
 def _drawn(weights: Sequence[float], settings: RecruitSettings, seed: str) -> list[int]:
