@@ -86,8 +86,8 @@ def test_a_report_on_other_methods_has_no_such_section(fitted, evaluate, run):
     ("change", "pattern"),
     [
         ({"right": [[1]]}, "'right' should be 3 lists of 2 numbers"),
-        ({"trials": [["x", 1]] * 3}, "should be a list of numbers"),
-        ({"skills": 3}, "'skills' should be a list of names"),
+        ({"trials": [["x", 1]] * 3}, "'profile', 'trials' 1 1: should be a number"),
+        ({"skills": 3}, "'profile', 'skills': should be a valid tuple"),
     ],
 )
 def test_broken_records_are_refused_by_the_report(fitted, evaluate, run, change, pattern):

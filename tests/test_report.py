@@ -11,10 +11,10 @@ from xml.etree import ElementTree
 import pytest
 
 from coterie.errors import CoterieError
+from coterie.records.evaluation import MethodResult, RowRecord
 from coterie.report import write_report
 from coterie.report.charts import Interval, interval_chart, split_bar
 from coterie.report.examples import choose
-from coterie.report.records import Answer, Row
 from coterie.report.scales import scale_around_zero
 from coterie.report.wording import fixed, short, signed
 from report_pages import HOSTILE, SHOWN, Page, answer, luminance, number, page_of, records, save, unnamed_pictures
@@ -359,17 +359,9 @@ def test_the_mixtures_own_method_is_the_recorded_one_or_its_folders_name_or_the_
 
 
 def told(identifier, source, ours, theirs, texts=("a", "b")):
-    return Row(
-        identifier=identifier,
-        source=source,
-        prompt="p",
-        reference="r",
-        weights={},
-        answers=tuple(
-            Answer(method=method, text=text, correct=correct, extracted=None, nll=None, cut=False)
-            for method, text, correct in (("elrea", texts[0], ours), ("base", texts[1], theirs))
-        ),
-    )
+    answers = {"elrea": (texts[0], ours), "base": (texts[1], theirs)}
+    methods = {name: MethodResult(text=text, correct=correct) for name, (text, correct) in answers.items()}
+    return RowRecord(id=identifier, source=source, prompt="p", reference="r", methods=methods)
 
 
 def test_examples_take_every_kind_in_turn_and_every_source_before_one_twice():
@@ -377,7 +369,7 @@ def test_examples_take_every_kind_in_turn_and_every_source_before_one_twice():
     rows += [told(f"lost-{source}", source, False, True) for source in "aab"]
     rows += [told("won", "b", True, False), told("wrong", "c", False, False), told("open", "c", None, None)]
     chosen = choose(rows, "elrea", "base", most=7)
-    assert [(kind, row.identifier) for kind, row in chosen] == [
+    assert [(kind, row.id) for kind, row in chosen] == [
         ("elrea right, base wrong", "won"),
         ("elrea wrong, base right", "lost-a"),
         ("elrea wrong, base right", "lost-b"),
@@ -391,7 +383,7 @@ def test_examples_take_every_kind_in_turn_and_every_source_before_one_twice():
 def test_examples_prefer_rows_whose_texts_differ_and_are_at_most_twelve():
     rows = [told(f"{number}", "a", True, True, ("same", "same")) for number in range(30)]
     rows.insert(20, told("differs", "a", True, True))
-    chosen = [row.identifier for _, row in choose(rows, "elrea", "base")]
+    chosen = [row.id for _, row in choose(rows, "elrea", "base")]
     assert chosen[0] == "differs" and len(chosen) == 12
 
 
@@ -512,22 +504,22 @@ def put(*keys, value):
 
 
 WRONG = {
-    "evaluation.json: 'format' should be 1, got 2": put(0, "format", value=2),
-    "evaluation.json: 'format' should be 1, got true": put(0, "format", value=True),
-    "evaluation.json: 'methods' should be a list of names, got [1]": put(0, "methods", value=[1]),
-    "evaluation.json: 'mixture' should be a text, got null": put(0, "mixture", value=None),
-    "evaluation.json, table 2: 'rows' should be a whole number, got 1.5": put(0, "table", 1, "rows", value=1.5),
-    "evaluation.json, table 1: 'nll' should be a number or null, got true": put(0, "table", 0, "nll", value=True),
-    "table 4: 'nll_interval' should be two numbers in order, or null": put(0, "table", 3, "nll_interval", value=[2, 1]),
-    "'table' should be a list of objects, got [3]": put(0, "table", value=[3]),
-    "'routing' should be an object, got []": put(0, "routing", value=[]),
-    "'clusters': 'cluster-0' should be an object of numbers": put(0, "clusters", "cluster-0", value={"a": -1}),
+    "evaluation.json, 'format': should be less than or equal to 1, got 2": put(0, "format", value=2),
+    "evaluation.json, 'format': should be a valid integer, got true": put(0, "format", value=True),
+    "evaluation.json, 'methods' 1: should be a valid string, got 1": put(0, "methods", value=[1]),
+    "evaluation.json, 'mixture': should be a valid string, got null": put(0, "mixture", value=None),
+    "evaluation.json, 'table' 2, 'rows': should be a valid integer, got 1.5": put(0, "table", 1, "rows", value=1.5),
+    "evaluation.json, 'table' 1, 'nll': should be a number or null, got true": put(0, "table", 0, "nll", value=True),
+    "'table' 4, 'nll_interval': should be two numbers in order": put(0, "table", 3, "nll_interval", value=[2, 1]),
+    "'table' 1: should be": put(0, "table", value=[3]),
+    "'routing': should be a valid dictionary, got []": put(0, "routing", value=[]),
+    "'clusters', 'cluster-0', 'a': should be a number from 0 upwards": put(0, "clusters", "cluster-0", value={"a": -1}),
     "names 'other' as control, but not in 'methods'": put(0, "control", value="other"),
     "names 'other' in 'table', but not in 'methods'": put(0, "table", 0, "method", value="other"),
     "rows.jsonl holds 6 rows, evaluation.json tells of 7": put(0, "rows", value=7),
-    "rows.jsonl, line 3: 'prompt' should be a text, got 5": put(1, 2, "prompt", value=5),
-    "rows.jsonl, line 1: 'weights' should be an object of numbers": put(1, 0, "weights", "base", value="x"),
-    "line 1, 'elrea': 'correct' should be true, false or null": put(1, 0, "methods", "elrea", "correct", value=1),
+    "rows.jsonl, line 3, 'prompt': should be a valid string, got 5": put(1, 2, "prompt", value=5),
+    "rows.jsonl, line 1, 'weights', 'base': should be a number": put(1, 0, "weights", "base", value="x"),
+    "1, 'methods', 'elrea', 'correct': should be a valid boolean": put(1, 0, "methods", "elrea", "correct", value=1),
 }  # fmt: skip
 
 

@@ -9,9 +9,9 @@ from xml.etree import ElementTree
 import pytest
 
 from coterie.errors import CoterieError
+from coterie.records.evaluation import Trace
 from coterie.report import write_report
 from coterie.report.plots import Band, stacked_areas
-from coterie.report.records import Trace
 from report_pages import HOSTILE, SHOWN, answer, luminance, number, page_of, records, save, score, unnamed_pictures
 
 EXPERTS = ["maths", "science", "code"]
@@ -54,12 +54,13 @@ def traced(**leaders):
 )
 def test_a_switch_is_a_token_with_another_leader_than_the_one_before(leaders, switches):
     given = trace(leaders)
-    found = Trace(tuple(EXPERTS), tuple(given["pieces"]), tuple(map(tuple, given["weights"])))
+    found = Trace(**given)
     assert [name[0] for name in found.leaders] == list(leaders) and found.switches == switches
 
 
 def test_among_equal_weights_the_first_expert_leads():
-    assert Trace(("a", "b", "c"), ("x", "y"), ((0.2, 0.4, 0.4), (0.5, 0.5, 0.0))).leaders == ("b", "a")
+    weights = ((0.2, 0.4, 0.4), (0.5, 0.5, 0.0))
+    assert Trace(experts=("a", "b", "c"), pieces=("x", "y"), weights=weights).leaders == ("b", "a")
 
 
 def test_the_table_has_switches_a_text_and_in_a_hundred_tokens_and_who_leads(tmp_path):
@@ -237,21 +238,21 @@ def test_the_words_fit_experts_that_are_domains_and_weights_that_change(tmp_path
 
 
 WRONG = {
-    "'experts' should be a list of names, got 3": {"experts": 3},
-    "'experts' should be a list of names, each once, got []": {"experts": []},
-    "'experts' should be a list of names, each once": {"experts": ["maths", "maths", "code"]},
-    "'pieces' should be a list of names, got [1": {"pieces": [1, "a"]},
-    "'pieces' should be a list of names, got nothing": {"pieces": "missing"},
-    "'weights' should be a row for each of 1 pieces": {"pieces": ["a"]},
-    "'weights' should be a list of rows of 3 numbers from 0 upwards, got null": {"weights": None},
-    "'weights' should be a list of rows of 3 numbers from 0 upwards, got [0.5]": {"weights": [0.5]},
-    "'weights' should be a list of rows of 3 numbers from 0 upwards, got [[1, 0]": {"weights": [[1, 0], [1, 0, 0]]},
-    "3 numbers from 0 upwards, got [[NaN": {"weights": [[float("nan"), 0.5, 0.5], [1, 0, 0]]},
-    "3 numbers from 0 upwards, got [[Infinity": {"weights": [[float("inf"), 0, 0], [1, 0, 0]]},
-    "3 numbers from 0 upwards, got [[1.5, -0.5": {"weights": [[1.5, -0.5, 0], [1, 0, 0]]},
-    "3 numbers from 0 upwards, got [[true": {"weights": [[True, 0, 0], [1, 0, 0]]},
-    "'weights' should be rows that sum to 1, got [[0, 0, 0]": {"weights": [[0, 0, 0], [1, 0, 0]]},
-    "'weights' should be rows that sum to 1, got [[1, 0, 0], [1, 1, 0]": {"weights": [[1, 0, 0], [1, 1, 0]]},
+    "'experts': should be a valid tuple, got 3": {"experts": 3},
+    ": 'experts' should be a list of names, each once": {"experts": []},
+    ": 'experts' should be a list of names, each once, ": {"experts": ["maths", "maths", "code"]},
+    "'pieces' 1: should be a valid string, got 1": {"pieces": [1, "a"]},
+    "'pieces': is missing": {"pieces": "missing"},
+    ": 'weights' should be a row for each of 1 'pieces'": {"pieces": ["a"]},
+    "'weights': should be a valid tuple, got null": {"weights": None},
+    "'weights' 1: should be a valid tuple, got 0.5": {"weights": [0.5]},
+    ": 'weights' should be rows of 3 numbers that sum to 1": {"weights": [[1, 0], [1, 0, 0]]},
+    "'weights' 1 1: should be a number from 0 upwards, got null": {"weights": [[float("nan"), 0.5, 0.5], [1, 0, 0]]},
+    "'weights' 1 2: should be a number from 0 upwards, got null": {"weights": [[1, float("inf"), 0], [1, 0, 0]]},
+    "'weights' 1 2: should be a number from 0 upwards, got -0.5": {"weights": [[1.5, -0.5, 0], [1, 0, 0]]},
+    "'weights' 1 1: should be a number or null, got true": {"weights": [[True, 0, 0], [1, 0, 0]]},
+    ": 'weights' should be rows of 3 numbers that sum to 1, ": {"weights": [[0, 0, 0], [1, 0, 0]]},
+    "numbers that sum to 1, got": {"weights": [[1, 0, 0], [1, 1, 0]]},
 }  # fmt: skip
 
 
@@ -260,7 +261,9 @@ def test_a_broken_trace_is_named_with_its_place_in_one_line(tmp_path, message):
     evaluation, rows = copy.deepcopy(traced(token=["ms", "ms"]))
     broken = rows[1]["methods"]["token-level"]["trace"] | WRONG[message]
     rows[1]["methods"]["token-level"]["trace"] = {key: value for key, value in broken.items() if value != "missing"}
-    with pytest.raises(CoterieError, match=re.escape("rows.jsonl, line 2, 'token-level', 'trace': ")) as caught:
+    with pytest.raises(
+        CoterieError, match=re.escape("rows.jsonl, line 2, 'methods', 'token-level', 'trace'")
+    ) as caught:
         write_report(save(tmp_path, evaluation, rows))
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
@@ -270,7 +273,7 @@ def test_a_trace_that_is_no_object_is_named_and_a_null_one_is_none(tmp_path):
     rows[0]["methods"]["token-level"]["trace"] = None
     assert "Switches" not in page_of(tmp_path, evaluation, rows).text()
     rows[0]["methods"]["token-level"]["trace"] = [1]
-    with pytest.raises(CoterieError, match=r"line 1, 'token-level': 'trace' should be an object, got \[1\]"):
+    with pytest.raises(CoterieError, match=r"line 1, 'methods', 'token-level', 'trace': should be .*, got \[1\]"):
         write_report(save(tmp_path, evaluation, rows))
 
 

@@ -3,16 +3,17 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from math import fsum
 from typing import Any
 
 from markupsafe import Markup
 
+from coterie.records.evaluation import EvaluationRecord
 from coterie.report import draw, wording
 from coterie.report.charts import split_bar
 from coterie.report.heatmaps import category_map, cluster_map
 from coterie.report.plots import Group, draw_map, fit
-from coterie.report.records import Evaluation
 
 MOST_DRAWN = 2000  # points on the map; more are thinned out evenly
 _MOST_PARTS = 6  # categories of a cluster named one by one
@@ -59,7 +60,7 @@ class MapPanels:
     panels: tuple[MapPanel, ...]
 
 
-def clusters_view(evaluation: Evaluation) -> dict[str, Any]:
+def clusters_view(evaluation: EvaluationRecord) -> dict[str, Any]:
     """Compute what the page shows of clusters; `clustered` tells whether there is anything."""
     shown = {
         "clusters": cluster_map(evaluation),
@@ -70,7 +71,7 @@ def clusters_view(evaluation: Evaluation) -> dict[str, Any]:
     return shown | {"clustered": any(shown.values())}
 
 
-def composition(evaluation: Evaluation) -> list[Cluster]:
+def composition(evaluation: EvaluationRecord) -> list[Cluster]:
     """Draw every cluster as a bar whose parts are categories, numbered by size and coloured by source."""
     numbers = _source_numbers(evaluation)
     clusters = []
@@ -92,19 +93,19 @@ def composition(evaluation: Evaluation) -> list[Cluster]:
     return clusters
 
 
-def map_panels(evaluation: Evaluation) -> MapPanels | None:
+def map_panels(evaluation: EvaluationRecord) -> MapPanels | None:
     """Draw the map once for every seed, at most four, and once by source; of many rows an even part is drawn."""
     found = evaluation.map
-    if found is None or not found.places:
+    if found is None or not found.points:
         return None
-    count = min(len(found.places), MOST_DRAWN)
-    places = [found.places[number * len(found.places) // count] for number in range(count)]
+    count = min(len(found.points), MOST_DRAWN)
+    places = [found.points[number * len(found.points) // count] for number in range(count)]
     middles = fit([(place.x, place.y) for place in places])
     panels = []
-    for number, (seed, agreement) in enumerate(zip(found.seeds, found.agreement, strict=True)):
+    for number, (seed, agreement) in enumerate(zip_longest(found.seeds, found.agreement[: len(found.seeds)])):
         if number == _MOST_SEEDS:
             break
-        labels = [place.clusters[number] for place in places]
+        labels = [str(place.clusters[number]) for place in places]
         detail = "" if agreement is None else f"adjusted Rand index with the sources {wording.fixed(agreement, 2)}"
         # The largest clusters are numbered in the order in which the points meet them: two seeds that split the points
         # alike thus give them the same marks, whatever they call their clusters.
@@ -114,7 +115,7 @@ def map_panels(evaluation: Evaluation) -> MapPanels | None:
         panels.append(_panel(f"{found.kind} of the rows by cluster", f"Seed {seed}", detail, groups))
     sources = _groups([wording.source_name(p.source) for p in places], middles, _source_numbers(evaluation))
     by_source = _panel(f"{found.kind} of the rows", "By source", "", sources)
-    return MapPanels(count, len(found.places), (*panels, by_source))
+    return MapPanels(count, len(found.points), (*panels, by_source))
 
 
 def _groups(names: Sequence[str], middles: Sequence[tuple[float, float]], numbers: Mapping[str, int]) -> list[Group]:
@@ -134,13 +135,13 @@ def _panel(title: str, name: str, detail: str, groups: Sequence[Group]) -> MapPa
     return MapPanel(name, detail, draw_map(groups, heading), key)
 
 
-def _source_numbers(evaluation: Evaluation) -> dict[str, int]:
+def _source_numbers(evaluation: EvaluationRecord) -> dict[str, int]:
     """Number all sources, so that one has the same colour and mark in every picture."""
     names = (
         *map(wording.source_name, evaluation.sources),
         *(wording.source_name(source) for counts in evaluation.clusters.values() for source in counts),
         *(_source_of(category) for counts in evaluation.composition.values() for category in counts),
-        *(wording.source_name(place.source) for place in (evaluation.map.places if evaluation.map else ())),
+        *(wording.source_name(place.source) for place in (evaluation.map.points if evaluation.map else ())),
     )
     return {name: number for number, name in enumerate(dict.fromkeys(names))}
 

@@ -6,22 +6,25 @@ from itertools import groupby
 from math import fsum
 from typing import Any
 
-from coterie.report.records import Answer, Evaluation, Row
+from coterie.records.evaluation import EvaluationRecord, MethodResult, RowRecord
 from coterie.report.wording import method_name
 
 MOST = 12
+
+Answer = tuple[str, MethodResult]
+"""A method's name, and what it wrote."""
 MOST_WEIGHTS = 6  # experts named one by one in an example
 
 
-def examples_view(evaluation: Evaluation) -> dict[str, Any]:
+def examples_view(evaluation: EvaluationRecord, rows: Sequence[RowRecord]) -> dict[str, Any]:
     """Choose the examples, and count the rows of each kind over the whole test."""
     subject, control = evaluation.subject, evaluation.control
     order = {method: number for number, method in enumerate(evaluation.methods)}
     shown = []
-    for kind, row in choose(evaluation.rows, subject, control):
-        answers = sorted(row.answers, key=lambda answer: order.get(answer.method, len(order)))
+    for kind, row in choose(rows, subject, control):
+        answers = sorted(row.methods.items(), key=lambda answer: order.get(answer[0], len(order)))
         shown.append({"kind": kind, "row": row, "answers": alike(answers), "weights": weight_lines(row)})
-    counts = Counter(kind_of(row, subject, control) for row in evaluation.rows)
+    counts = Counter(kind_of(row, subject, control) for row in rows)
     return {"examples": shown, "tally": [(kind, counts[kind]) for kind in kinds(subject, control) if counts[kind]]}
 
 
@@ -31,9 +34,9 @@ def kinds(subject: str | None, control: str) -> tuple[str, ...]:
     return (*split, "methods differ", "all right", "all wrong", "not graded")
 
 
-def kind_of(row: Row, subject: str | None, control: str) -> str:
+def kind_of(row: RowRecord, subject: str | None, control: str) -> str:
     """Say what a row shows: who was right where the methods differ, else whether all were right or wrong."""
-    verdicts = {answer.method: answer.correct for answer in row.answers if answer.correct is not None}
+    verdicts = {method: result.correct for method, result in row.methods.items() if result.correct is not None}
     if not verdicts:
         return "not graded"
     if len(set(verdicts.values())) == 1:
@@ -50,20 +53,24 @@ def _split_kinds(subject: str, control: str) -> tuple[str, str]:
     return f"{ours} right, {theirs} wrong", f"{ours} wrong, {theirs} right"
 
 
-def choose(rows: Sequence[Row], subject: str | None, control: str, most: int = MOST) -> list[tuple[str, Row]]:
+def choose(
+    rows: Sequence[RowRecord], subject: str | None, control: str, most: int = MOST
+) -> list[tuple[str, RowRecord]]:
     """Take rows of each kind in turn, each time from the source shown least so far, and return them sorted by kind.
 
     Within a source, rows on which the texts differ come first, then the order of the records: no chance is involved.
     """
     order = kinds(subject, control)
-    waiting: dict[str, list[Row]] = {kind: [] for kind in order}
+    waiting: dict[str, list[RowRecord]] = {kind: [] for kind in order}
     for row in rows:
         waiting[kind_of(row, subject, control)].append(row)
     shown: Counter[str] = Counter()
-    chosen: list[tuple[str, Row]] = []
+    chosen: list[tuple[str, RowRecord]] = []
     while len(chosen) < most and any(waiting.values()):
         kind = min((kind for kind in order if waiting[kind]), key=[kind for kind, _ in chosen].count)
-        row = min(waiting[kind], key=lambda row: (shown[row.source], len({answer.text for answer in row.answers}) <= 1))
+        row = min(
+            waiting[kind], key=lambda row: (shown[row.source], len({own.text for own in row.methods.values()}) <= 1)
+        )
         waiting[kind].remove(row)
         shown[row.source] += 1
         chosen.append((kind, row))
@@ -74,14 +81,15 @@ def alike(answers: Sequence[Answer]) -> list[list[Answer]]:
     """Group the methods that wrote the same text and were graded the same, so that a text stands on the page once."""
 
     def shared(answer: Answer) -> tuple[object, ...]:
-        return answer.text, answer.correct, answer.extracted, answer.cut
+        _, result = answer
+        return result.text, result.correct, result.extracted, result.cut
 
     first_seen = {key: number for number, key in reversed(list(enumerate(map(shared, answers))))}
     ordered = sorted(answers, key=lambda answer: first_seen[shared(answer)])
     return [list(group) for _, group in groupby(ordered, key=shared)]
 
 
-def weight_lines(row: Row) -> list[tuple[str, float | None, float | None, bool]]:
+def weight_lines(row: RowRecord) -> list[tuple[str, float | None, float | None, bool]]:
     """List (expert, weight, NLL, whether it is the best) by weight; many small ones are summed, but never the best."""
     ranked = sorted(dict.fromkeys((*row.weights, *row.expert_nll)), key=lambda name: -row.weights.get(name, 0.0))
     best = min(row.expert_nll, key=lambda name: row.expert_nll[name], default=None)

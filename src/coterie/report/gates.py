@@ -7,11 +7,11 @@ from math import log
 
 from markupsafe import Markup
 
+from coterie.records.task import GateLoad, GateLoads, LayerLoad, StepLoad
 from coterie.report import draw, wording
 from coterie.report.charts import Cell, bar_grid, split_bar
 from coterie.report.heatmaps import HeatMap, cell
 from coterie.report.plots import Frame, Line, lines
-from coterie.report.records import GateLoad, GateLoads
 from coterie.report.scales import Scale, even_scale
 
 OVERLOAD = 0.9  # a mean load above this share leaves the other experts next to nothing
@@ -41,10 +41,10 @@ def gates_view(gates: GateLoads | None) -> GatesView | None:
         return None
     key = tuple(
         (str(number + 1), draw.css_class(number), name, share)
-        for number, (name, share) in enumerate(zip(gates.experts, gates.overall.load, strict=True))
+        for number, (name, share) in enumerate(zip(gates.experts, gates.shares, strict=True))
     )
-    words = f"Mean load: {_shares_in_words(gates, gates.overall)}"
-    layers = sorted(gates.layers, key=lambda layer: _natural(_block_and_kind(layer.name)[0]))
+    words = f"Mean load: {_shares_in_words(gates, gates)}"
+    layers = sorted(gates.layers, key=lambda layer: _natural(_block_and_kind(layer.path)[0]))
     steps = sorted(gates.steps, key=lambda step: step.step)
     known = [step for step in steps if step.entropy is not None]
     ends = [f"{wording.fixed(step.entropy, 2)} at step {step.step:,}" for step in (*known[:1], *known[-1:])]
@@ -61,26 +61,26 @@ def gates_view(gates: GateLoads | None) -> GatesView | None:
 
 
 def _shares_in_words(gates: GateLoads, load: GateLoad) -> str:
-    return ", ".join(f"{name} {wording.percent(share)}" for name, share in zip(gates.experts, load.load, strict=True))
+    return ", ".join(f"{name} {wording.percent(share)}" for name, share in zip(gates.experts, load.shares, strict=True))
 
 
 def _warning(gates: GateLoads) -> str:
     """Warn of gates that send nearly everything to one expert."""
-    load = gates.overall
-    if load.largest <= OVERLOAD or len(gates.experts) == 1:
+    largest = max(gates.shares)
+    if largest <= OVERLOAD or len(gates.experts) == 1:
         return ""
-    name = gates.experts[load.load.index(load.largest)]
-    return f"{name} carries {wording.percent(load.largest)} of the load: next to it, the other experts hardly count."
+    name = gates.experts[gates.shares.index(largest)]
+    return f"{name} carries {wording.percent(largest)} of the load: next to it, the other experts hardly count."
 
 
 def _summary(gates: GateLoads) -> str:
     """Say how even the load is, and in how many layers one expert carries nearly all of it."""
-    over = sum(layer.largest > OVERLOAD for layer in gates.layers)
+    over = sum(max(layer.shares) > OVERLOAD for layer in gates.layers)
     sentences = []
-    if gates.overall.entropy is not None:
+    if gates.entropy is not None:
         whose = "all" if gates.active == len(gates.experts) else f"the {gates.active} that take part"
         most = f"{wording.fixed(log(gates.active), 2)} where {whose} share every token evenly"
-        entropy = wording.fixed(gates.overall.entropy, 2)
+        entropy = wording.fixed(gates.entropy, 2)
         sentences.append(f"The mean entropy of the gates is {entropy} nats; it would be {most}.")
     if over:
         layers = f"{over:,} of {wording.counted(len(gates.layers), 'layer')}"
@@ -88,18 +88,18 @@ def _summary(gates: GateLoads) -> str:
     return " ".join(sentences)
 
 
-def _layer_grid(gates: GateLoads, layers: Sequence[GateLoad]) -> Markup:
+def _layer_grid(gates: GateLoads, layers: Sequence[LayerLoad]) -> Markup:
     """Draw one small bar for every layer: blocks from top to bottom, the kinds of layers side by side.
 
     Blocks are named by their numbers and kinds by their last part, as long as no two become alike.
     """
     cells = []
     for layer in layers:
-        block, kind = _block_and_kind(layer.name)
-        shares = [(draw.css_class(number), share) for number, share in enumerate(layer.load)]
+        block, kind = _block_and_kind(layer.path)
+        shares = [(draw.css_class(number), share) for number, share in enumerate(layer.shares)]
         entropy = "" if layer.entropy is None else f", entropy {wording.fixed(layer.entropy, 2)}"
-        words = f"{layer.name}: {_shares_in_words(gates, layer)}{entropy}"
-        cells.append(Cell(block, kind, tuple(shares), words, layer.largest > OVERLOAD))
+        words = f"{layer.path}: {_shares_in_words(gates, layer)}{entropy}"
+        cells.append(Cell(block, kind, tuple(shares), words, max(layer.shares) > OVERLOAD))
     rows = _shortened({cell.row for cell in cells}, lambda name: name.rpartition(".")[2])
     columns = _shortened({cell.column for cell in cells}, lambda name: name.rpartition(".")[2].removesuffix(_SUFFIX))
     cells = [replace(cell, row=rows[cell.row], column=columns[cell.column]) for cell in cells]
@@ -123,13 +123,13 @@ def _shortened(names: Iterable[str], shorter: Callable[[str], str]) -> dict[str,
     return short if len(set(short.values())) == len(short) else {name: name for name in short}
 
 
-def _layer_table(gates: GateLoads, layers: Sequence[GateLoad]) -> HeatMap:
-    rows = tuple((layer.name, tuple(cell(wording.percent(share), share) for share in layer.load)) for layer in layers)
+def _layer_table(gates: GateLoads, layers: Sequence[LayerLoad]) -> HeatMap:
+    rows = tuple((layer.path, tuple(cell(wording.percent(share), share) for share in layer.shares)) for layer in layers)
     entropies = tuple(wording.fixed(layer.entropy, 2) for layer in layers)
     return HeatMap("Layer", tuple(gates.experts), rows, ("no load", "the whole load"), entropies, "Entropy")
 
 
-def _steps_picture(gates: GateLoads, steps: Sequence[GateLoad]) -> Markup:
+def _steps_picture(gates: GateLoads, steps: Sequence[StepLoad]) -> Markup:
     """Draw every expert's share over the steps, of many an even selection that ends with the last."""
     count = min(len(steps), _MOST_STEPS)
     shown = [steps[(len(steps) - 1) * number // (count - 1)] for number in range(count)]
@@ -138,8 +138,8 @@ def _steps_picture(gates: GateLoads, steps: Sequence[GateLoad]) -> Markup:
     across = replace(even, low=low, high=high, marks=tuple(mark for mark in even.marks if low <= mark <= high))
     drawn = []
     for number, name in enumerate(gates.experts):
-        ends = [wording.percent(step.load[number]) for step in (shown[0], shown[-1])]
-        places = tuple((float(step.step), step.load[number]) for step in shown)
+        ends = [wording.percent(step.shares[number]) for step in (shown[0], shown[-1])]
+        places = tuple((float(step.step), step.shares[number]) for step in shown)
         drawn.append(Line(draw.css_class(number), str(number + 1), f"{name} from {' to '.join(ends)}", places))
     frame = Frame(across, _SHARES, ("Training step", "Share of the load"))
     return lines(drawn, frame, "Load over the steps of training")

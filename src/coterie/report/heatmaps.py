@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum
 
+from coterie.records.evaluation import EvaluationRecord, Profile
 from coterie.report import wording
-from coterie.report.records import Evaluation, Profile
 
 SHADES = 10  # the style sheet has shades 0 to 10
 _WIDE = 10  # a map of more columns has upright column names
@@ -43,7 +43,7 @@ def cell(text: str, value: float, whole: float = 1.0) -> tuple[str, int]:
     return text, round(SHADES * value / whole) if whole else 0
 
 
-def cluster_map(evaluation: Evaluation) -> HeatMap | None:
+def cluster_map(evaluation: EvaluationRecord) -> HeatMap | None:
     """Count the training rows of each cluster by source; the shade is the share of the cluster."""
     grid = evaluation.clusters
     columns = _inner_names(evaluation.sources, grid)
@@ -59,7 +59,7 @@ def cluster_map(evaluation: Evaluation) -> HeatMap | None:
     return HeatMap("Cluster", names, tuple(lines), ("none", "the whole cluster"), all_rows)
 
 
-def category_map(evaluation: Evaluation) -> HeatMap | None:
+def category_map(evaluation: EvaluationRecord) -> HeatMap | None:
     """Count the training rows of each category by cluster; the shade is the share of the cluster."""
     grid = evaluation.composition
     categories = _inner_names((), grid)

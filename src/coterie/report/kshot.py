@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from coterie.records.task import AdapterRecord, GatheringRecord, GroupRecord, PoolPoint, PoolSource, SelectionRecord
 from coterie.report import draw, wording
 from coterie.report.plots import Frame, Group, Point, draw_map, fit, scatter
-from coterie.report.records import Adapter, AdapterGroup, AdapterSelection, Gathering, PoolPart, PoolPoint
 from coterie.report.scales import even_scale, scale_for
 
 MOST_NUMBERED = 24  # points in the picture; of more only the candidates carry their number
@@ -36,7 +36,7 @@ class AdapterLine:
     """A line of the table: the adapter's number, its mark, and what became of it in words."""
 
     number: int
-    adapter: Adapter
+    adapter: AdapterRecord
     mark: int
     symbol: Markup
     outcome: str
@@ -50,7 +50,7 @@ class SelectionView:
     key: tuple[tuple[Markup, str, int], ...]
     sizes: tuple[float, float] | None
     lines: tuple[AdapterLine, ...]
-    groups: tuple[AdapterGroup, ...]
+    groups: tuple[GroupRecord, ...]
     halving: str
     leaks: str
     shots: int
@@ -62,7 +62,7 @@ class SelectionView:
         return len(self.lines) <= MOST_OPEN
 
 
-def selection_view(selection: AdapterSelection | None) -> SelectionView | None:
+def selection_view(selection: SelectionRecord | None) -> SelectionView | None:
     """Draw every adapter that was scored, and list them all by their sum of ranks, those without one last."""
     if selection is None:
         return None
@@ -82,7 +82,7 @@ def selection_view(selection: AdapterSelection | None) -> SelectionView | None:
         key=tuple((draw.symbol(mark), name, marks.count(mark)) for mark, name in _KEY.items() if mark in marks),
         sizes=sizes,
         lines=lines,
-        groups=selection.groups,
+        groups=selection.subsets,
         halving="; ".join(rounds),
         leaks=wording.listed([f"{one.name} ({wording.counted(one.leak, 'row')})" for one in ranked if one.leak]),
         shots=selection.shots,
@@ -90,7 +90,7 @@ def selection_view(selection: AdapterSelection | None) -> SelectionView | None:
     )
 
 
-def _adapter_line(number: int, adapter: Adapter) -> AdapterLine:
+def _adapter_line(number: int, adapter: AdapterRecord) -> AdapterLine:
     if adapter.chosen:
         mark = _CHOSEN
     elif adapter.dropped:
@@ -136,17 +136,17 @@ class GatheringView:
 
     picture: Markup | None
     lines: tuple[OutcomeLine, ...]
-    pools: tuple[PoolPart, ...]
+    pools: tuple[PoolSource, ...]
     facts: str
     summary: str
     rows: int
 
 
-def gathering_view(gathering: Gathering | None) -> GatheringView | None:
+def gathering_view(gathering: GatheringRecord | None) -> GatheringView | None:
     """Draw the map of the open data, and count its rows by outcome: the shots and the chosen rows first."""
     if gathering is None:
         return None
-    points = gathering.points[:MOST_DRAWN]
+    points = gathering.map[:MOST_DRAWN]
     drawn = [point.fate for point in points]
     counts = {_SHOT: len(gathering.shots), _GATHERED: 0} | {name: round(n) for name, n in gathering.fates.items()}
     lines = tuple(
@@ -158,7 +158,7 @@ def gathering_view(gathering: Gathering | None) -> GatheringView | None:
         picture=_gathering_map(points) if points else None,
         lines=lines,
         pools=gathering.pools,
-        facts=", ".join(f"{name.replace('_', ' ')} {value}" for name, value in gathering.settings.items()),
+        facts=", ".join(f"{name.replace('_', ' ')} {wording.fact(v)}" for name, v in gathering.settings.items()),
         summary=_gathering_summary(gathering),
         rows=gathering.rows,
     )
@@ -183,15 +183,15 @@ def _gathering_map(points: Sequence[PoolPoint]) -> Markup:
     return draw_map(groups, "Map of the pool", _MAP_SIDE)
 
 
-def _gathering_summary(gathering: Gathering) -> str:
+def _gathering_summary(gathering: GatheringRecord) -> str:
     """Say how similar the chosen rows are, and how many shots they answer to."""
-    compared, chosen = gathering.median
+    compared, chosen = gathering.medians
     sentences = []
     if chosen is not None:
         among = "" if compared is None else f", that of all compared rows {wording.fixed(compared, 2)}"
         sentences.append(f"The median similarity of the chosen rows to the shots is {wording.fixed(chosen, 2)}{among}.")
     if gathering.shots:
-        served = sum(count > 0 for _, count in gathering.shots)
+        served = sum(shot.nearest_of_chosen > 0 for shot in gathering.shots)
         of_all = f"Of {wording.counted(len(gathering.shots), 'shot')}, {served:,}"
         sentences.append(f"{of_all} {'is' if served == 1 else 'are'} the nearest to at least one chosen row.")
     return " ".join(sentences)

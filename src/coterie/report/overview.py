@@ -9,10 +9,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from coterie.records.evaluation import MEASURES, OVERALL, EvaluationRecord, TableRow
 from coterie.report import draw, wording
 from coterie.report.charts import Interval, interval_chart, split_bar
 from coterie.report.plots import Frame, Point, curve, scatter
-from coterie.report.records import MEASURES, OVERALL, Evaluation, Score
 from coterie.report.scales import Scale, even_scale, scale_around_zero, scale_for
 
 FAR = 8  # a difference this many times as large as the median one would press all others together
@@ -33,7 +33,7 @@ class Panels:
     pictures: tuple[tuple[str, Markup], ...]
 
 
-def difference_panels(evaluation: Evaluation, sources: Sequence[str]) -> list[Panels]:
+def difference_panels(evaluation: EvaluationRecord, sources: Sequence[str]) -> list[Panels]:
     """Draw the differences of every method to the control, all sources given on the same axes."""
     compared = {source: [s for s in evaluation.scores(source) if s.method != evaluation.control] for source in sources}
     scores = [score for of_source in compared.values() for score in of_source]
@@ -57,7 +57,7 @@ def difference_panels(evaluation: Evaluation, sources: Sequence[str]) -> list[Pa
     ]
 
 
-def _difference_axis(scores: Sequence[Score], measure: str) -> Scale:
+def _difference_axis(scores: Sequence[TableRow], measure: str) -> Scale:
     """Choose an axis for most differences; those that are many times as large as most are written at its end."""
     gaps = [gap for score in scores if (gap := score.difference(measure))]
     reaches = [[wording.UNITS[measure] * end for end in (gap.value, *(gap.interval or ()))] for gap in gaps]
@@ -67,7 +67,7 @@ def _difference_axis(scores: Sequence[Score], measure: str) -> Scale:
     return scale_around_zero(end for ends in kept for end in ends)
 
 
-def _difference_picture(scores: Sequence[Score], measure: str, axis: Scale, control: str) -> Markup:
+def _difference_picture(scores: Sequence[TableRow], measure: str, axis: Scale, control: str) -> Markup:
     where = "all rows" if scores[0].source == OVERALL else wording.source_name(scores[0].source)
     name = "Accuracy, points" if measure == "accuracy" else "NLL, nats a token"
     sides = ("← worse", "points", "better →") if measure == "accuracy" else ("← better", "nats a token", "worse →")
@@ -108,7 +108,7 @@ def is_variant(method: str, methods: Sequence[str]) -> bool:
     return found is not None and found[1] in methods
 
 
-def variant_pictures(evaluation: Evaluation) -> list[VariantPictures]:
+def variant_pictures(evaluation: EvaluationRecord) -> list[VariantPictures]:
     """Draw every parameter of which a method has two variants or more, the plain method being one of them."""
     groups: dict[tuple[str, str], dict[float, _Variant]] = {}
     for method in evaluation.methods:
@@ -141,13 +141,12 @@ def _label(value: float) -> str:
     return "∞" if value == math.inf else f"{value:,.10g}"
 
 
-def _plain_method(evaluation: Evaluation, base: str, parameter: str, largest: float) -> _Variant | None:
+def _plain_method(evaluation: EvaluationRecord, base: str, parameter: str, largest: float) -> _Variant | None:
     """Place the plain method: at the recorded value of the parameter, or beyond the largest number of experts."""
     if base not in evaluation.methods:
         return None
-    if parameter in evaluation.features:
-        value = evaluation.features[parameter]
-        return _Variant(value, base, _label(value), plain=True)
+    if isinstance(value := evaluation.features.get(parameter), int | float):
+        return _Variant(float(value), base, _label(float(value)), plain=True)
     if parameter == _EVERY:
         return _Variant(1.0, base, "1", plain=True)
     if parameter == _ALL_EXPERTS:
@@ -155,7 +154,7 @@ def _plain_method(evaluation: Evaluation, base: str, parameter: str, largest: fl
     return None
 
 
-def _variant_picture(evaluation: Evaluation, parameter: str, way: list[_Variant], measure: str) -> Markup | None:
+def _variant_picture(evaluation: EvaluationRecord, parameter: str, way: list[_Variant], measure: str) -> Markup | None:
     unit, decimals = wording.UNITS[measure], wording.DECIMALS[measure]
     points = []
     for stop in way:
@@ -184,7 +183,7 @@ def _variant_picture(evaluation: Evaluation, parameter: str, way: list[_Variant]
     return curve(points, frame, title, level)
 
 
-def cost_table(evaluation: Evaluation) -> list[dict[str, Any]]:
+def cost_table(evaluation: EvaluationRecord) -> list[dict[str, Any]]:
     """List what each method took, with a bar on one scale for all; training is no part of the total."""
     measured = {*evaluation.seconds, *evaluation.memory}
     spent = {method: evaluation.seconds.get(method, {}) for method in evaluation.methods if method in measured}
@@ -202,7 +201,7 @@ def cost_table(evaluation: Evaluation) -> list[dict[str, Any]]:
                 "generate": stages.get("generate"),
                 "score": stages.get("score"),
                 "total": total,
-                "a_row": total / len(evaluation.rows) if total is not None and evaluation.rows else None,
+                "a_row": total / evaluation.rows if total is not None and evaluation.rows else None,
                 "memory": evaluation.memory.get(method),
                 "bar": split_bar(parts, f"{wording.method_name(method)}: {wording.seconds(total)} seconds", longest),
             }
@@ -218,7 +217,7 @@ class CostPictures:
     names: tuple[tuple[int, str, Markup], ...]
 
 
-def cost_pictures(evaluation: Evaluation) -> CostPictures | None:
+def cost_pictures(evaluation: EvaluationRecord) -> CostPictures | None:
     """Draw quality against seconds a row and against memory, as far as the records tell them for two methods.
 
     Variants are left out: they have pictures of their own.
@@ -230,7 +229,7 @@ def cost_pictures(evaluation: Evaluation) -> CostPictures | None:
     special = {evaluation.control: draw.SQUARE, evaluation.subject: draw.DIAMOND}
     marks = {method: special.get(method, draw.CIRCLE) for method in known}
     spent = {m: stages.get("generate") or stages.get("score") for m, stages in evaluation.seconds.items()}
-    rows = len(evaluation.rows)
+    rows = evaluation.rows
     costs: dict[str, Mapping[str, float]] = {
         "Seconds to answer a row": {method: seconds / rows for method, seconds in spent.items() if seconds and rows},
         "Memory in GB": {method: held / 1e9 for method, held in evaluation.memory.items()},

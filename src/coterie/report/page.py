@@ -1,6 +1,6 @@
 """The page: what stands where, filled into the template that lies beside this file."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from coterie.artifacts import write_text
+from coterie.records.evaluation import MEASURES, OVERALL, EvaluationRecord, RowRecord
+from coterie.records.files import read_evaluation
 from coterie.report import wording
 from coterie.report.clusters import clusters_view
 from coterie.report.examples import examples_view
@@ -16,8 +18,6 @@ from coterie.report.gates import gates_view
 from coterie.report.heatmaps import routing_map
 from coterie.report.kshot import gathering_view, selection_view
 from coterie.report.overview import cost_pictures, cost_table, difference_panels, variant_pictures
-from coterie.report.reading import read_evaluation
-from coterie.report.records import OVERALL, Evaluation
 from coterie.report.recruits import recruiting_view
 from coterie.report.traces import trace_pictures
 
@@ -56,13 +56,13 @@ def write_report(evaluation: Path) -> Path:
         CoterieError: when the records are missing or wrong, or the folder cannot be written.
     """
     path = evaluation / "report.html"
-    write_text(path, render(read_evaluation(evaluation)))
+    write_text(path, render(*read_evaluation(evaluation)))
     return path
 
 
-def render(evaluation: Evaluation) -> str:
+def render(evaluation: EvaluationRecord, rows: Sequence[RowRecord]) -> str:
     """Fill the template: the page as one text."""
-    return _template().render(**view(evaluation))
+    return _template().render(**view(evaluation, rows))
 
 
 @cache
@@ -81,9 +81,9 @@ def _template() -> "Template":
     return environment.get_template("template.html", globals={"style": style})
 
 
-def view(evaluation: Evaluation) -> dict[str, Any]:
+def view(evaluation: EvaluationRecord, rows: Sequence[RowRecord]) -> dict[str, Any]:
     """Compute all that the template shows."""
-    traced = [answer.method for row in evaluation.rows for answer in row.answers if answer.trace]
+    traced = {method for row in rows for method, result in row.methods.items() if result.trace}
     return {
         "evaluation": evaluation,
         "headline": wording.headline(evaluation),
@@ -96,52 +96,53 @@ def view(evaluation: Evaluation) -> dict[str, Any]:
         "gathering": gathering_view(evaluation.gathering),
         "routing": routing_map(evaluation.routing, evaluation.experts, "Source"),
         "category_routing": routing_map(evaluation.routing_by_category, evaluation.experts, "Source / category"),
-        "traces": trace_pictures(evaluation),
+        "traces": trace_pictures(evaluation, rows),
         "subject_traced": evaluation.subject in traced,
         "gates": gates_view(evaluation.gates),
-        **recruiting_view(evaluation),
+        **recruiting_view(evaluation, rows),
         "costs": cost_table(evaluation),
         "cost_columns": {
             "train": any("train" in stages for stages in evaluation.seconds.values()),
             "memory": bool(evaluation.memory),
         },
         "cost_pictures": cost_pictures(evaluation),
-        **examples_view(evaluation),
+        **examples_view(evaluation, rows),
     }
 
 
-def _facts(evaluation: Evaluation) -> list[tuple[str, str]]:
+def _facts(evaluation: EvaluationRecord) -> list[tuple[str, str]]:
     """List what was evaluated on what, as (name, value); what is not known is left out."""
     graded = max((score.graded for score in evaluation.table if score.source == OVERALL), default=0)
     sources = [wording.source_name(source) for source in evaluation.sources]
+    base = {name: wording.fact(value) for name, value in evaluation.base_model.items()}
     facts = [
-        ("Base model", evaluation.base_model.get("id", "")),
+        ("Base model", base.get("id", "")),
         ("Mixture", evaluation.mixture),
         ("Experts", f"{len(evaluation.experts)}"),
         ("Control", wording.method_name(evaluation.control)),
         ("Test data", evaluation.data),
-        ("Rows", f"{len(evaluation.rows):,}, of which {graded:,} graded"),
+        ("Rows", f"{evaluation.rows:,}, of which {graded:,} graded"),
         ("Sources", ", ".join(sources) if len(sources) <= MOST_NAMED else f"{len(sources)}"),
         ("Hardware", _pairs(evaluation.hardware)),
         ("Settings", _pairs(evaluation.settings)),
-        ("Revision of the base model", evaluation.base_model.get("revision", "")),
-        ("SHA-256 of the base model", evaluation.base_model.get("sha256", "")),
+        ("Revision of the base model", base.get("revision", "")),
+        ("SHA-256 of the base model", base.get("sha256", "")),
     ]
     return [(name, value) for name, value in facts if value not in ("", "null")]
 
 
-def _pairs(facts: Mapping[str, str]) -> str:
+def _pairs(facts: Mapping[str, Any]) -> str:
     """Write facts as one line; the one called `name` needs no name."""
-    known = {name: value for name, value in facts.items() if value not in ("", "null")}
+    known = {name: wording.fact(value) for name, value in facts.items() if value not in ("", None)}
     return ", ".join(value if name == "name" else f"{name.replace('_', ' ')} {value}" for name, value in known.items())
 
 
-def _results(evaluation: Evaluation) -> dict[str, Any]:
+def _results(evaluation: EvaluationRecord) -> dict[str, Any]:
     """Compute the tables of results, with the columns that any row fills, and the pictures beside them."""
     table = evaluation.table
     named = dict.fromkeys([*evaluation.sources, *(score.source for score in table)])
     sources = tuple(source for source in named if source != OVERALL and evaluation.scores(source))
-    gaps = [gap for score in table for gap in (score.accuracy_difference, score.nll_difference) if gap]
+    gaps = [gap for score in table for measure in MEASURES if (gap := score.difference(measure))]
     return {
         "overall": evaluation.scores(),
         "columns": {

@@ -7,11 +7,11 @@ from itertools import groupby
 
 from markupsafe import Markup
 
+from coterie.records.evaluation import EvaluationRecord, MethodResult, RowRecord, Trace
 from coterie.report import draw, wording
 from coterie.report.charts import split_bar
 from coterie.report.heatmaps import HeatMap, cell
 from coterie.report.plots import Band, stacked_areas
-from coterie.report.records import Answer, Evaluation, Row, Trace
 
 MOST_TEXTS = 8
 MOST_OF_A_METHOD = 4
@@ -41,8 +41,9 @@ class Run:
 class TracedText:
     """One answer, coloured by its leading experts, with the weights drawn over its tokens."""
 
-    row: Row
-    answer: Answer
+    row: RowRecord
+    method: str
+    answer: MethodResult
     switches: int
     runs: tuple[Run, ...]
     left_out: int
@@ -77,13 +78,13 @@ class Traces:
     texts: tuple[TracedText, ...]
 
 
-def trace_pictures(evaluation: Evaluation) -> Traces | None:
+def trace_pictures(evaluation: EvaluationRecord, rows: Sequence[RowRecord]) -> Traces | None:
     """Draw the routing by token, where any method has one, the methods in their order."""
     found: dict[str, list[Trace]] = {method: [] for method in evaluation.methods}
-    for row in evaluation.rows:
-        for answer in row.answers:
-            if answer.trace:
-                found.setdefault(answer.method, []).append(answer.trace)
+    for row in rows:
+        for method, result in row.methods.items():
+            if result.trace:
+                found.setdefault(method, []).append(result.trace)
     by_method = {method: traces for method, traces in found.items() if traces}
     if not by_method:
         return None
@@ -99,24 +100,24 @@ def trace_pictures(evaluation: Evaluation) -> Traces | None:
         summary=_summary(table, evaluation.subject),
         table=table,
         shares=HeatMap("Method", tuple(key.name for key in drawn), tuple(lines), ("no token", "every token")),
-        texts=tuple(_traced_text(*chosen, keys) for chosen in choose(evaluation)),
+        texts=tuple(_traced_text(*chosen, keys) for chosen in choose(rows)),
     )
 
 
-def choose(evaluation: Evaluation) -> list[tuple[Row, Answer, Trace]]:
+def choose(rows: Sequence[RowRecord]) -> list[tuple[RowRecord, str, Trace]]:
     """Take the texts with the most switches, few of a method; among equals the first in the records."""
-    traced = [(row, answer, answer.trace) for row in evaluation.rows for answer in row.answers if answer.trace]
+    traced = [(row, method, own.trace) for row in rows for method, own in row.methods.items() if own.trace]
     ranked = sorted((text for text in traced if text[2].pieces), key=lambda text: -text[2].switches)
     shown: Counter[str] = Counter()
     chosen = []
-    for row, answer, trace in ranked:
-        if shown[answer.method] < MOST_OF_A_METHOD and len(chosen) < MOST_TEXTS:
-            shown[answer.method] += 1
-            chosen.append((row, answer, trace))
+    for row, method, trace in ranked:
+        if shown[method] < MOST_OF_A_METHOD and len(chosen) < MOST_TEXTS:
+            shown[method] += 1
+            chosen.append((row, method, trace))
     return chosen
 
 
-def _keys(evaluation: Evaluation, traces: Sequence[Trace]) -> dict[str, Key]:
+def _keys(evaluation: EvaluationRecord, traces: Sequence[Trace]) -> dict[str, Key]:
     """Give every expert a number and a colour in the order of the records; the colours go to those that lead most."""
     traced = dict.fromkeys(name for trace in traces for name in trace.experts)
     names = [*filter(traced.__contains__, evaluation.experts), *(n for n in traced if n not in evaluation.experts)]
@@ -176,7 +177,7 @@ def _summary(table: Sequence[Switching], subject: str | None) -> str:
     return f"{sentence}."
 
 
-def _traced_text(row: Row, answer: Answer, trace: Trace, keys: Mapping[str, Key]) -> TracedText:
+def _traced_text(row: RowRecord, method: str, trace: Trace, keys: Mapping[str, Key]) -> TracedText:
     """Colour the first tokens of a text by their leading experts, and draw the weights over them."""
     tooltips = [
         f"token {number}: {_weights_in_words(trace.experts, weights)}"
@@ -198,7 +199,8 @@ def _traced_text(row: Row, answer: Answer, trace: Trace, keys: Mapping[str, Key]
     ]
     return TracedText(
         row=row,
-        answer=answer,
+        method=method,
+        answer=row.methods[method],
         switches=trace.switches,
         runs=tuple(runs),
         left_out=max(0, len(trace.pieces) - MOST_TOKENS),

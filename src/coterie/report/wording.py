@@ -1,10 +1,11 @@
 """Numbers and findings in words: one way to write each kind of number, and the sentence the page opens with."""
 
+import json
 import math
 import re
 from collections.abc import Sequence
 
-from coterie.report.records import Difference, Evaluation, Score
+from coterie.records.evaluation import Difference, EvaluationRecord, TableRow
 
 ABSENT = "–"
 AXES = {"accuracy": "Accuracy in %", "nll": "NLL in nats a token"}
@@ -93,6 +94,11 @@ def perplexity(value: float | None) -> str:
     return f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
 
 
+def fact(value: object) -> str:
+    """Write a value of any kind as one text."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def source_name(source: str) -> str:
     """Name a source; the empty one is none."""
     return source or "no source"
@@ -145,21 +151,21 @@ def span(difference: Difference | None, measure: str) -> str:
     return " to ".join(write(end) for end in difference.interval)
 
 
-def headline(evaluation: Evaluation) -> str:
+def headline(evaluation: EvaluationRecord) -> str:
     """Say the main result in one sentence: how far the mixture's method is from the control, and whether that is clear.
 
     Accuracy speaks where rows were graded, NLL otherwise.
     """
     subject, control = evaluation.subject, evaluation.control
     score = evaluation.score(subject) if subject else None
-    if score and score.accuracy_difference:
-        return _accuracy_sentence(score, score.accuracy_difference, control)
-    if score and score.nll_difference:
-        return _nll_sentence(score, score.nll_difference, control)
+    if score and (gap := score.difference("accuracy")):
+        return _accuracy_sentence(score, gap, control)
+    if score and (gap := score.difference("nll")):
+        return _nll_sentence(score, gap, control)
     return _neutral_sentence(evaluation)
 
 
-def _accuracy_sentence(score: Score, difference: Difference, control: str) -> str:
+def _accuracy_sentence(score: TableRow, difference: Difference, control: str) -> str:
     more = f"{fixed(abs(100 * difference.value), 1)} points {'more' if difference.value > 0 else 'fewer'} than"
     than = more if difference.value else "as many as"
     finding = (
@@ -170,7 +176,7 @@ def _accuracy_sentence(score: Score, difference: Difference, control: str) -> st
     )
 
 
-def _nll_sentence(score: Score, difference: Difference, control: str) -> str:
+def _nll_sentence(score: TableRow, difference: Difference, control: str) -> str:
     more = f"{fixed(abs(difference.value), 4)} {'higher (worse)' if difference.value > 0 else 'lower (better)'} than"
     than = more if difference.value else "the same as"
     level = f"a mean NLL of {fixed(score.nll, 3)} nats a token on {counted(score.rows, 'row')}"
@@ -190,7 +196,7 @@ def _certainty(difference: Difference, interval: str) -> str:
     return f"{joint.join(filter(None, (found, tested)))}: {verdict}"
 
 
-def significant(evaluation: Evaluation) -> str:
+def significant(evaluation: EvaluationRecord) -> str:
     """Name the methods whose difference is significant by adjusted p; empty where the records have no p."""
     sentences = []
     for measure, name in (("accuracy", "accuracy"), ("nll", "NLL")):
@@ -208,12 +214,12 @@ def _differ(methods: Sequence[str]) -> str:
     return f"{'differs' if len(methods) == 1 else 'differ'} significantly: {listed([*map(method_name, methods)])}"
 
 
-def _neutral_sentence(evaluation: Evaluation) -> str:
+def _neutral_sentence(evaluation: EvaluationRecord) -> str:
     control, score = evaluation.control, evaluation.score(evaluation.control)
     others = len(evaluation.methods) - 1
     if others:
         stand = f"{counted(others, 'method')} {'stands' if others == 1 else 'stand'} beside {method_name(control)}"
-        return f"{stand} on {counted(len(evaluation.rows), 'row')}; the table has the differences."
+        return f"{stand} on {counted(evaluation.rows, 'row')}; the table has the differences."
     graded = score.graded if score else 0
     right = f"answers {percent(score.accuracy)} of {counted(graded, 'graded row')} right" if score and graded else ""
     nll = f"has a mean NLL of {fixed(score.nll, 3)} nats a token" if score and score.nll is not None else ""
