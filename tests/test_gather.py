@@ -20,6 +20,7 @@ from coterie.data.examples import load_examples
 from coterie.data.row_selection import CHOSEN, LEFT
 from coterie.data.streaming import stream_examples, text_of
 from coterie.errors import CoterieError
+from coterie.features import embedding
 from coterie.features import embedding_store as stored
 from coterie.features.embedding_store import EmbeddingStore, TextEncoder, load_text_encoder
 from coterie.methods.kshot import gather_rows as gathering
@@ -115,7 +116,7 @@ def bert(tmp_path) -> Path:
 
 
 def test_minilm_and_folders_need_no_base_model(bert, monkeypatch):
-    monkeypatch.setattr(stored, "fetch_alias", lambda name: {"minilm": bert}[name])
+    monkeypatch.setattr(embedding, "fetch_alias", lambda name: {"minilm": bert}[name])
     monkeypatch.setattr(stored, "load_backbone", lambda *_: pytest.fail("a base model was loaded"))
     placement = PlacementSettings(device="cpu")
     by_name, by_folder = (load_text_encoder(name, None, placement) for name in ("minilm", str(bert)))

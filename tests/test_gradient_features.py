@@ -14,6 +14,7 @@ from coterie.errors import CoterieError
 from coterie.experts.training import load_checkpoint
 from coterie.features import gradient
 from coterie.features.gradient import GradientFeatures, adam_step
+from coterie.features.projection import Projection
 from coterie.settings.groups import FeatureSettings
 
 TEXTS = [
@@ -25,7 +26,7 @@ TEXTS = [
 ]
 
 
-class KeepsEverything:
+class KeepsEverything(Projection):
     """A projection that projects nothing: it lays the named tensors out one after the other."""
 
     def __init__(self, sizes: dict[str, int]) -> None:

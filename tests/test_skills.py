@@ -314,6 +314,6 @@ def test_random_experts_are_drawn_whatever_a_question_needs():
 
 
 def test_the_constants_are_the_published_ones():
-    assert (sk.LONGEST, sk.LEAST, rs.TEMPERATURE) == (20, 2, 0.5)
+    assert (sk.LONGEST_KEYWORD, sk.LEAST_SAMPLES, rs.TEMPERATURE) == (20, 2, 0.5)
     settings = RecruitSettings()
     assert (settings.recruits, settings.sampler, settings.replacement, settings.min_share) == (3, "power", True, 0.05)

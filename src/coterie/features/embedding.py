@@ -6,8 +6,7 @@ the text so far with the mean of every data set's.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -59,7 +58,7 @@ class SentenceEncoder:
     def __init__(
         self,
         folder: Path,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         name: str | None = None,
         tail: bool = False,
@@ -71,7 +70,7 @@ class SentenceEncoder:
         Args:
             folder: a model that transformers' AutoModel loads, with a tokenizer. `1_Pooling/config.json` may ask for
                 the mean of all tokens (the default) or the first token.
-            tokenizer: the base model's, which turns the tokens of prompts back into text.
+            tokenizer: the base model's, which turns the tokens of prompts back into text; plain texts need none.
             name: of this encoder; None for the folder's path.
             tail: read the last `window` tokens of a longer text instead of the first, so that a text that grows keeps
                 moving its embedding.
@@ -82,32 +81,39 @@ class SentenceEncoder:
             CoterieError: when the folder cannot be loaded, or says that it embeds in a way that is not known here.
         """
         self.name = name or str(folder)
-        self._prompt_tokenizer = tokenizer
-        with encoder_errors(folder):
+        side = "left" if tail else "right"
+        try:
             _check_modules(folder)
             self._pooling = _pooling(folder)
             self._model = _load_model(folder).to(device).eval()
-            self._tokenizer = _load_tokenizer(folder, side="left" if tail else "right")
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, truncation_side=side)
             longest = _window(folder, self._model.config, self._tokenizer)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise CoterieError(
+                f"the encoder in {folder} cannot be loaded: {first}; "
+                "give a folder with config.json, tokenizer.json and model.safetensors"
+            ) from error
+        self._prompt_tokenizer: PreTrainedTokenizerBase | Any = self._tokenizer if tokenizer is None else tokenizer
         self.window = longest if window is None else min(window, longest)
         self.dimensions: int = self._model.config.hidden_size
 
+    @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Float[Tensor, "text dimension"]:
         """Embed texts: float32 on the CPU, one row of length 1 each."""
-        return _in_batches([self._row(text) for text in texts], self.dimensions, self._embed)
+        cut = [self._tokenizer(text, truncation=True, max_length=self.window)["input_ids"] for text in texts]
+        rows = [_token_row(ids, [True] * len(ids)) for ids in cut]
+        result = torch.zeros(len(texts), self.dimensions)
+        for numbers in _batches(rows):
+            batch = pad([rows[i].ids for i in numbers], self._tokenizer.pad_token_id or 0, device=self._model.device)
+            hidden = self._model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+            pooled = hidden[:, 0] if self._pooling == "cls" else mean_of(hidden, batch.attention_mask)
+            result[numbers] = nn.functional.normalize(pooled.float(), dim=-1).cpu()
+        return result
 
     def rows(self, rows: Sequence[TokenRow]) -> Float[Tensor, "row dimension"]:
         """Embed the user's own text of prompts; template, system prompt and answers are left out."""
         return self([user_text(row, self._prompt_tokenizer) for row in rows])
-
-    def _row(self, text: str) -> TokenRow:
-        ids = self._tokenizer(text, truncation=True, max_length=self.window)["input_ids"]
-        return _token_row(ids, [True] * len(ids))
-
-    def _embed(self, rows: Sequence[TokenRow]) -> Float[Tensor, "row dimension"]:
-        batch = pad([row.ids for row in rows], self._tokenizer.pad_token_id or 0, device=self._model.device)
-        hidden = self._model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        return hidden[:, 0] if self._pooling == "cls" else mean_of(hidden, batch.attention_mask)
 
 
 class HiddenStateEncoder:
@@ -132,7 +138,11 @@ class HiddenStateEncoder:
 
     def __call__(self, texts: Sequence[str]) -> Float[Tensor, "text dimension"]:
         """Embed texts as they are, without a chat template; tokens that the tokenizer adds are read but not counted."""
-        return self.rows([self._row(text) for text in texts])
+        rows = []
+        for text in texts:
+            encoding = self._backbone.tokenizer(text, return_special_tokens_mask=True, verbose=False)
+            rows.append(_token_row(encoding["input_ids"], [not added for added in encoding["special_tokens_mask"]]))
+        return self.rows(rows)
 
     def rows(self, rows: Sequence[TokenRow]) -> Float[Tensor, "row dimension"]:
         """Embed prompts: all tokens are read, the user's own are counted. Without one, a row gets zeros."""
@@ -145,26 +155,18 @@ class HiddenStateEncoder:
         """Return the embedding of a text with these states: their mean, scaled to length 1, in float32 on the CPU."""
         return nn.functional.normalize(states.float().sum(dim=0), dim=0).cpu()
 
+    @torch.no_grad()
     def states(self, rows: Sequence[TokenRow]) -> list[Float[Tensor, "token width"]]:
         """Return the last hidden states of the tokens that count, of every row."""
         cut = [_token_row(row.ids[self._part], row.is_user_text[self._part]) for row in rows]
         found: list[Tensor] = [torch.zeros(0, self.dimensions)] * len(rows)
-        for numbers in by_length(cut, BATCH_ROWS):
-            filled = [i for i in numbers if cut[i].ids]
-            for i, states in zip(filled, self._states([cut[i] for i in filled]), strict=True) if filled else ():
-                found[i] = states
+        pad_id, device = self._backbone.tokenizer.pad_token_id, self._backbone.device
+        for numbers in _batches(cut):
+            hidden = self._backbone.hidden(*pad([cut[i].ids for i in numbers], pad_id, device=device))
+            for i, states in zip(numbers, hidden, strict=True):
+                counted = [place for place, counts in enumerate(cut[i].is_user_text) if counts]
+                found[i] = states[counted[-self.window :]]
         return found
-
-    def _row(self, text: str) -> TokenRow:
-        encoding = self._backbone.tokenizer(text, return_special_tokens_mask=True, verbose=False)
-        return _token_row(encoding["input_ids"], [not added for added in encoding["special_tokens_mask"]])
-
-    @torch.no_grad()
-    def _states(self, rows: Sequence[TokenRow]) -> list[Float[Tensor, "token width"]]:
-        batch = pad([row.ids for row in rows], self._backbone.tokenizer.pad_token_id, device=self._backbone.device)
-        hidden = self._backbone.hidden(*batch)
-        counted = [[place for place, counts in enumerate(row.is_user_text) if counts] for row in rows]
-        return [states[places[-self.window :]] for states, places in zip(hidden, counted, strict=True)]
 
 
 def load_encoder(name: str, backbone: Backbone, *, tail: bool = False, window: int | None = None) -> Encoder:
@@ -182,10 +184,20 @@ def load_encoder(name: str, backbone: Backbone, *, tail: bool = False, window: i
     """
     if name == HIDDEN:
         return HiddenStateEncoder(backbone, tail=tail, window=window)
+    folder = encoder_folder(name, HIDDEN)
+    return SentenceEncoder(folder, backbone.tokenizer, name=name, tail=tail, window=window, device=backbone.device)
+
+
+def encoder_folder(name: str, other: str) -> Path:
+    """Return the folder of a sentence encoder: one that comes by name, or a local one.
+
+    Raises:
+        CoterieError: when there is no such encoder; `other` is suggested too.
+    """
     folder = fetch_alias(name) if name in ENCODER_ALIASES else Path(name).expanduser()
     if not folder.is_dir():
-        raise unknown_name("encoder or local folder", name, [HIDDEN, *ENCODER_ALIASES])
-    return SentenceEncoder(folder, backbone.tokenizer, name=name, tail=tail, window=window, device=backbone.device)
+        raise unknown_name("encoder or local folder", name, [other, *ENCODER_ALIASES])
+    return folder
 
 
 def user_text(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -216,30 +228,11 @@ def _token_row(ids: Sequence[int], counted: Sequence[bool]) -> TokenRow:
     return TokenRow(tuple(ids), len(ids), (False,) * len(ids), tuple(counted))
 
 
-@torch.no_grad()
-def _in_batches(
-    rows: Sequence[TokenRow], dimensions: int, embed: Callable[[Sequence[TokenRow]], Tensor]
-) -> Float[Tensor, "row dimension"]:
-    """Embed rows of similar length together, and scale every vector to length 1."""
-    result = torch.zeros(len(rows), dimensions)
+def _batches(rows: Sequence[TokenRow]) -> Iterator[list[int]]:
+    """Yield the numbers of rows of similar length together; rows without tokens are left out."""
     for numbers in by_length(rows, BATCH_ROWS):
-        filled = [i for i in numbers if rows[i].ids]
-        if filled:
-            result[filled] = nn.functional.normalize(embed([rows[i] for i in filled]).float(), dim=-1).cpu()
-    return result
-
-
-@contextmanager
-def encoder_errors(folder: Path) -> Iterator[None]:
-    """Tell in one line that an encoder's folder cannot be loaded."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise CoterieError(
-            f"the encoder in {folder} cannot be loaded: {first}; "
-            "give a folder with config.json, tokenizer.json and model.safetensors"
-        ) from error
+        if filled := [i for i in numbers if rows[i].ids]:
+            yield filled
 
 
 def _check_modules(folder: Path) -> None:
@@ -281,10 +274,6 @@ def _load_model(folder: Path) -> Any:
     if model.config.is_encoder_decoder:
         raise ValueError(f"{model.config.model_type} has a decoder")
     return model
-
-
-def _load_tokenizer(folder: Path, side: str) -> Any:
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, truncation_side=side)
 
 
 def _window(folder: Path, config: Any, tokenizer: Any) -> int:

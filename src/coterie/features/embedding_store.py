@@ -6,21 +6,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from coterie.artifacts import sha256_of, write_tensors
-from coterie.backbone.aliases import ENCODER_ALIASES, cache_folder, fetch_alias
+from coterie.artifacts import hash_text, sha256_of, write_tensors
+from coterie.backbone.aliases import cache_folder
 from coterie.backbone.loading import Backbone, load_backbone
 from coterie.data.streaming import KEY_BYTES, as_keys, text_key
-from coterie.errors import CoterieError, unknown_name
-from coterie.features.embedding import HIDDEN, Encoder, HiddenStateEncoder, SentenceEncoder, encoder_errors
+from coterie.errors import CoterieError
+from coterie.features.embedding import HIDDEN, Encoder, HiddenStateEncoder, SentenceEncoder, encoder_folder
 from coterie.settings.groups import ModelSettings, PlacementSettings
 
 ENCODER_FILES = (".json", ".safetensors", ".txt", ".model")
@@ -57,26 +55,18 @@ def load_text_encoder(name: str, model: str | None, placement: PlacementSettings
         raise CoterieError("--encoder hidden and --model belong together: give both or neither")
     if model is not None:
         return hidden_encoder(load_backbone(ModelSettings(model=model, **placement.model_dump())), placement)
-    folder = fetch_alias(name) if name in ENCODER_ALIASES else Path(name).expanduser()
-    if not folder.is_dir():
-        raise unknown_name("encoder or local folder", name, [HIDDEN, *ENCODER_ALIASES])
-    return _sentence_encoder(folder, name, placement.device)
+    folder, device = encoder_folder(name, HIDDEN), placement.device
+    if device == "auto":
+        device = str((torch.accelerator.is_available() and torch.accelerator.current_accelerator()) or "cpu")
+    encoder = SentenceEncoder(folder, name=name, device=device)
+    files = sorted(file for file in folder.rglob("*") if file.suffix in ENCODER_FILES)
+    return TextEncoder(encoder, hash_text(*(str(file.relative_to(folder)) for file in files), sha256_of(*files)))
 
 
 def hidden_encoder(backbone: Backbone, placement: PlacementSettings) -> TextEncoder:
     """Embed texts by the hidden states of a base model that is loaded already."""
     held = f"{backbone.model.get_input_embeddings().weight.dtype} {placement.load_in_4bit}"
-    return TextEncoder(HiddenStateEncoder(backbone), _hash(HIDDEN, backbone.identity.sha256, held))
-
-
-def _sentence_encoder(folder: Path, name: str, device: str) -> TextEncoder:
-    if device == "auto":
-        device = str((torch.accelerator.is_available() and torch.accelerator.current_accelerator()) or "cpu")
-    files = sorted(file for file in folder.rglob("*") if file.suffix in ENCODER_FILES)
-    with encoder_errors(folder):  # there are no prompts of a base model here: its own tokenizer does
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    encoder = SentenceEncoder(folder, tokenizer, name=name, device=device)
-    return TextEncoder(encoder, _hash(*(str(file.relative_to(folder)) for file in files), sha256_of(*files)))
+    return TextEncoder(HiddenStateEncoder(backbone), hash_text(HIDDEN, backbone.identity.sha256, held))
 
 
 def text_keys(texts: Sequence[str]) -> Keys:
@@ -100,7 +90,7 @@ class EmbeddingStore:
 
     def missing(self, keys: Keys) -> Bool[np.ndarray, " text"]:
         """Tell which of these texts were never embedded."""
-        return self._shelves().find(keys) < 0
+        return _Shards(self.folder, self._encode.dimensions).find(keys) < 0
 
     def add(self, texts: Sequence[str]) -> None:
         """Embed texts and keep the embeddings as one shard.
@@ -131,25 +121,28 @@ class EmbeddingStore:
         Raises:
             CoterieError: when one of them is not there.
         """
-        shelves = self._shelves()
-        places = shelves.find(keys)
+        shards = _Shards(self.folder, self._encode.dimensions)
+        places = shards.find(keys)
         if (places < 0).any():
             raise CoterieError(f"{self.folder} lost embeddings while they were needed; start again")
-        return StoredRows(shelves, places, self._encode.dimensions)
-
-    def _shelves(self) -> "_Shelves":
-        files = sorted(self.folder.glob("*.safetensors"))
-        found = [_read_keys(file, self._encode.dimensions) for file in files]
-        return _Shelves(files, found)
+        return StoredRows(shards, places, self._encode.dimensions)
 
 
-class _Shelves:
+class _Shards:
     """Where every key stands: places count through all shards, one after the other."""
 
-    def __init__(self, files: Sequence[Path], keys: Sequence[Shaped[np.ndarray, "..."]]) -> None:
-        self.files = files
-        self.starts = np.cumsum([0, *map(len, keys)])
-        joined = np.concatenate([as_keys(b""), *keys])
+    def __init__(self, folder: Path, dimensions: int) -> None:
+        self.files = sorted(folder.glob("*.safetensors"))
+        found = [as_keys(b"")]
+        for file in self.files:
+            with _shard_errors(file), safe_open(file, "pt") as shard:
+                keys = shard.get_tensor("keys")
+                shape = shard.get_slice("embeddings").get_shape()
+            if shape != [len(keys), dimensions] or keys.shape[1:] != (KEY_BYTES,):
+                raise CoterieError(f"{file} holds no embeddings of this encoder; delete the file, it is made again")
+            found.append(as_keys(keys.numpy().tobytes()))
+        self.starts = np.cumsum(list(map(len, found)))
+        joined = np.concatenate(found)
         self._order = np.argsort(joined, kind="stable")
         self._sorted = joined[self._order]
 
@@ -161,47 +154,39 @@ class _Shelves:
         return np.where(self._sorted[spot] == keys, self._order[spot], -1)
 
 
+@dataclass(frozen=True)
 class StoredRows:
-    """Embeddings that stay on disk; `rows[numbers]` and `rows[start:stop]` read them."""
+    """Embeddings that stay on disk; `rows[numbers]` and `rows[start:stop]` read them.
 
-    def __init__(self, shelves: _Shelves, places: Int[np.ndarray, " row"], dimensions: int) -> None:
-        """Store where every row stands."""
-        self._shelves = shelves
-        self._places = places
-        self._dimensions = dimensions
+    Attributes:
+        shards: the files.
+        places: where every row stands in them.
+        dimensions: of an embedding.
+    """
+
+    shards: _Shards
+    places: Int[np.ndarray, " row"]
+    dimensions: int
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return len(self._places)
+        return len(self.places)
 
     def __getitem__(self, rows: slice | Int[np.ndarray, " row"]) -> Float[Tensor, "row dimension"]:
         """Read some rows: neighbours on disk together, every shard once."""
-        places = self._places[rows]
-        result = torch.empty(len(places), self._dimensions)
+        places = self.places[rows]
+        result = torch.empty(len(places), self.dimensions)
         order = np.argsort(places, kind="stable")
-        shards = np.searchsorted(self._shelves.starts, places[order], side="right") - 1
+        shards = np.searchsorted(self.shards.starts, places[order], side="right") - 1
         for shard in np.unique(shards):
             wanted = order[shards == shard]
-            with _shard_errors(self._shelves.files[shard]), safe_open(self._shelves.files[shard], "pt") as file:
+            inside = places[wanted] - self.shards.starts[shard]
+            cuts = np.flatnonzero(np.diff(inside) != 1) + 1  # between runs of neighbours, each read in one piece
+            with _shard_errors(self.shards.files[shard]), safe_open(self.shards.files[shard], "pt") as file:
                 vectors = file.get_slice("embeddings")
-                _copy_runs(vectors, places[wanted] - self._shelves.starts[shard], wanted, result)
+                for run, targets in zip(np.split(inside, cuts), np.split(wanted, cuts), strict=True):
+                    result[torch.from_numpy(targets)] = vectors[int(run[0]) : int(run[-1]) + 1]
         return result
-
-
-def _copy_runs(vectors: Any, places: Int[np.ndarray, " row"], targets: Int[np.ndarray, " row"], result: Tensor) -> None:
-    """Copy vectors at rising places to rows of the result, each run of neighbours in one piece."""
-    cuts = np.flatnonzero(np.diff(places) != 1) + 1
-    for run, target in zip(np.split(places, cuts), np.split(targets, cuts), strict=True):
-        result[torch.from_numpy(target)] = vectors[int(run[0]) : int(run[-1]) + 1]
-
-
-def _read_keys(file: Path, dimensions: int) -> Keys:
-    with _shard_errors(file), safe_open(file, "pt") as shard:
-        keys = shard.get_tensor("keys")
-        shape = shard.get_slice("embeddings").get_shape()
-    if shape != [len(keys), dimensions] or keys.shape[1:] != (KEY_BYTES,):
-        raise CoterieError(f"{file} holds no embeddings of this encoder; delete the file, it is made again")
-    return as_keys(keys.numpy().tobytes())
 
 
 @contextmanager
@@ -210,7 +195,3 @@ def _shard_errors(file: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise CoterieError(f"{file} is broken ({error}); delete the file, it is made again") from error
-
-
-def _hash(*parts: str) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -6,9 +6,10 @@ what one backward pass brings by, turned into the step that Adam would take, pro
 than one layer's gradients of one batch exist at any time.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,16 +118,13 @@ class GradientFeatures:
         self.settings = settings
         self.projection: Projection = make_projection(settings.projection, settings.d_proj, seed)
         self._blocks = counted_blocks(settings.blocks, len(backbone.blocks))
-        self._modules = self._counted_modules(checkpoints[0].adapter)
+        inside = {id(module) for number in self._blocks for module in backbone.blocks[number].modules()}
+        named = dict(backbone.model.named_modules())
+        adapted = {path: named[path] for path in checkpoints[0].adapter}
+        self._modules = {path: module for path, module in adapted.items() if id(module) in inside}
+        if not self._modules:
+            raise CoterieError(f"the adapter changes no layer of the blocks {settings.blocks!r}; use --blocks all")
         self._checkpoints = [(point, ExpertLayers(backbone.model, [point.adapter])) for point in checkpoints]
-
-    def _counted_modules(self, adapter: Adapter) -> dict[str, nn.Module]:
-        inside = {id(module) for number in self._blocks for module in self.backbone.blocks[number].modules()}
-        named = dict(self.backbone.model.named_modules())
-        counted = {path: named[path] for path in adapter if id(named[path]) in inside}
-        if not counted:
-            raise CoterieError(f"the adapter changes no layer of the blocks {self.settings.blocks!r}; use --blocks all")
-        return counted
 
     def __call__(self, rows: Sequence[TokenRow]) -> Float[Tensor, "row d_proj"]:
         """Return un-normalised features, one row each, in float32 on the base model's device.
@@ -213,19 +211,16 @@ class _Collector:
 
     @contextmanager
     def listening(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-        handles = [module.register_forward_hook(self._forward_hook(path)) for path, module in modules.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        """Keep the input of every module in the forward pass, until the gradient of its output comes by."""
 
-    def _forward_hook(self, path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def keep_input(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def keep_input(path: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0].detach()
             output.register_hook(lambda gradient: self._collect(path, x.float(), gradient.float()))
 
-        return keep_input
+        with ExitStack() as stack:
+            for path, module in modules.items():
+                stack.callback(module.register_forward_hook(partial(keep_input, path)).remove)
+            yield
 
     @torch.no_grad()
     def _collect(self, path: str, x: Float[Tensor, "row position in"], g: Float[Tensor, "row position out"]) -> None:

@@ -10,8 +10,8 @@ Both projections keep inner products: E[<Px, Py>] = <x, y>, with a standard devi
 
 import hashlib
 import math
-from functools import lru_cache
-from typing import Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -26,15 +26,16 @@ SIGNS_PER_HASH = 32
 BLOCK_ELEMENTS = 1 << 24  # elements of the +-1 matrix that exist at once (64 MiB in float32)
 
 
-@runtime_checkable
-class Projection(Protocol):
+@dataclass
+class Projection(ABC):
     """A linear map of named tensors to `d_proj` dimensions."""
 
     d_proj: int
+    seed: int = 0
 
+    @abstractmethod
     def __call__(self, name: str, values: Float[Tensor, "row size"]) -> Float[Tensor, "row d_proj"]:
         """Project rows of the tensor called `name`, flattened."""
-        ...
 
 
 def _signed(value: int) -> int:
@@ -61,16 +62,11 @@ def projection_key(seed: int, name: str) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
-class RademacherProjection:
+class RademacherProjection(Projection):
     """The dense +-1 projection of the ELREA paper (eq. 6), scaled by 1/sqrt(d_proj), generated in blocks.
 
     Costs size x d_proj multiplications a row and never holds more than a block of the matrix.
     """
-
-    def __init__(self, d_proj: int, seed: int = 0) -> None:
-        """Store the settings; nothing is generated yet."""
-        self.d_proj = d_proj
-        self.seed = seed
 
     def __call__(self, name: str, values: Float[Tensor, "row size"]) -> Float[Tensor, "row d_proj"]:
         """Project rows of the tensor called `name`, flattened."""
@@ -92,26 +88,26 @@ class RademacherProjection:
         return signs.flatten(1)[:, : self.d_proj]
 
 
-class SketchProjection:
+@dataclass
+class SketchProjection(Projection):
     """A balanced count sketch: random signs, then every run of `d_proj` elements is shuffled and added up.
 
     It has the same mean and, to first order, the same variance of inner products as the dense projection, for a
     cost of one addition an element (Charikar, Chen and Farach-Colton 2002; Weinberger et al. 2009).
     """
 
-    def __init__(self, d_proj: int, seed: int = 0) -> None:
-        """Store the settings; the shuffles are made when a tensor is first seen."""
-        self.d_proj = d_proj
-        self.seed = seed
-        self._plan = lru_cache(maxsize=None)(self._make_plan)
+    _plans: dict[tuple[str, int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def __call__(self, name: str, values: Float[Tensor, "row size"]) -> Float[Tensor, "row d_proj"]:
-        """Project rows of the tensor called `name`, flattened."""
-        source, signs = self._plan(name, values.shape[1], values.device)
+        """Project rows of the tensor called `name`, flattened; its shuffles are made when it is first seen."""
+        kind = name, values.shape[1], values.device
+        if kind not in self._plans:
+            self._plans[kind] = self._plan(*kind)
+        source, signs = self._plans[kind]
         padded = torch.nn.functional.pad(values, (0, signs.numel() - values.shape[1]))
         return (padded[:, source] * signs).unflatten(1, (-1, self.d_proj)).sum(dim=1)
 
-    def _make_plan(self, name: str, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _plan(self, name: str, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return, for every slot of every run, the element that goes there and its sign; slots past the end are 0."""
         runs = -(-size // self.d_proj)
         elements = torch.arange(runs * self.d_proj, device=device)
@@ -122,7 +118,7 @@ class SketchProjection:
         return source, signs
 
 
-PROJECTIONS = {"sketch": SketchProjection, "rademacher": RademacherProjection}
+PROJECTIONS: dict[str, type[Projection]] = {"sketch": SketchProjection, "rademacher": RademacherProjection}
 
 
 def make_projection(name: str, d_proj: int, seed: int = 0) -> Projection:

@@ -6,21 +6,17 @@ Symbolic-MoE (Chen et al. 2025) asks a model five times for two to five keywords
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from coterie.backbone.aliases import ENCODER_ALIASES, fetch_alias
-from coterie.errors import CoterieError, unknown_name
-from coterie.features.embedding import SentenceEncoder
+from coterie.errors import CoterieError
+from coterie.features.embedding import SentenceEncoder, encoder_folder
 
-LONGEST = 20  # characters of a keyword; longer ones are sentences as a rule
-LEAST = 2  # how often a keyword must come back
-MARK = "Keywords:"
+LONGEST_KEYWORD = 20  # characters; longer ones are sentences as a rule
+LEAST_SAMPLES = 2  # how often a keyword must come back
+ANSWER_PREFIX = "Keywords:"
 MOST_CHOSEN = 5
 NEAR_BEST = 0.5  # share of the best option's probability from which another option counts as well
 NO_ENCODER = "none"
@@ -28,7 +24,7 @@ NO_ENCODER = "none"
 Embed = Callable[[Sequence[str]], Tensor]
 """Turns texts into vectors of length 1: (text, dimension)."""
 
-_ASK = """Name the knowledge, subjects and skills that are needed to answer the question, as 2 to 5 keywords.
+_KEYWORD_PROMPT = """Name the knowledge, subjects and skills that are needed to answer the question, as 2 to 5 keywords.
 Write one line: "Keywords:" and the keywords, separated by commas.
 
 Question: A train covers 120 km in 1.5 hours. What is its average speed?
@@ -39,7 +35,7 @@ Keywords: cell biology, metabolism
 
 Question: {question}
 """
-_CHOOSE = """Which field of knowledge does the question below need most? Reply with one letter.
+_CHOICE_PROMPT = """Which field of knowledge does the question below need most? Reply with one letter.
 
 Question: {question}
 
@@ -51,7 +47,7 @@ BLANK = "N/A"  # a question that says nothing, for what a model thinks of the le
 
 def keyword_request(question: str) -> str:
     """Return the prompt that asks for a question's keywords."""
-    return _ASK.format(question=question)
+    return _KEYWORD_PROMPT.format(question=question)
 
 
 def parse_keywords(text: str) -> list[str]:
@@ -59,16 +55,16 @@ def parse_keywords(text: str) -> list[str]:
 
     They are put into lower case without full stops; those of more than 20 characters are dropped.
     """
-    after = text.rpartition(MARK)[2]
+    after = text.rpartition(ANSWER_PREFIX)[2]
     line = next((line for line in after.splitlines() if line.strip()), "")
     words = [" ".join(part.replace(".", "").lower().split()) for part in line.split(",")]
-    return [word for word in words if word and len(word) <= LONGEST]
+    return [word for word in words if word and len(word) <= LONGEST_KEYWORD]
 
 
 def kept_keywords(samples: Sequence[str]) -> tuple[str, ...]:
     """Return the keywords that stand at least twice in all samples together, the most frequent first."""
     counts = Counter(word for text in samples for word in parse_keywords(text))
-    return tuple(word for word, count in counts.most_common() if count >= LEAST)
+    return tuple(word for word, count in counts.most_common() if count >= LEAST_SAMPLES)
 
 
 def choice_request(question: str, skills: Sequence[str]) -> str:
@@ -78,7 +74,7 @@ def choice_request(question: str, skills: Sequence[str]) -> str:
         CoterieError: for fewer than 2 skills, or more than there are letters.
     """
     options = "\n".join(f"({letter}) {skill}" for letter, skill in zip(letters(skills), skills, strict=True))
-    return _CHOOSE.format(question=question, options=options)
+    return _CHOICE_PROMPT.format(question=question, options=options)
 
 
 def letters(skills: Sequence[str]) -> list[str]:
@@ -158,13 +154,4 @@ def load_embed(encoder: str, device: torch.device | str = "cpu") -> Embed | None
     """
     if encoder == NO_ENCODER:
         return None
-    folder = fetch_alias(encoder) if encoder in ENCODER_ALIASES else Path(encoder).expanduser()
-    if not folder.is_dir():
-        raise unknown_name("encoder or local folder", encoder, [NO_ENCODER, *ENCODER_ALIASES])
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CoterieError(
-            f"the encoder in {folder} has no tokenizer that can be loaded; give another folder"
-        ) from error
-    return SentenceEncoder(folder, tokenizer, name=encoder, device=device)
+    return SentenceEncoder(encoder_folder(encoder, NO_ENCODER), name=encoder, device=device)
