@@ -21,7 +21,8 @@ from coterie.experts.adapter_selection import (
     ranked,
     similarities,
 )
-from coterie.lora import Adapter, LoraPair, delta
+from coterie.lora import Adapter, LoraPair
+from tiny import delta
 
 NAN = math.nan
 

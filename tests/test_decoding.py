@@ -7,7 +7,6 @@ import pytest
 import torch
 from peft import PeftModel
 
-from coterie import lora
 from coterie.backbone.layers import ExpertLayers
 from coterie.combiners.layers import LayerCombiner
 from coterie.combiners.logits import LogitCombiner
@@ -20,6 +19,7 @@ from coterie.mixture import Mixture
 from coterie.routers.base import Routing
 from coterie.routers.fixed import FixedRouter
 from coterie.settings.groups import SamplingSettings
+from tiny import delta
 
 EXACT = [name for name in COMBINERS if ":" not in name and name != "texts"]
 """Combiners that mix without any approximation and without chance: the laws below hold for them to the last digit."""
@@ -139,7 +139,7 @@ def test_mixing_in_layers_equals_the_dense_weighted_sum_of_updates(mixture):
     dense = copy.deepcopy(mixture.backbone.model)
     for adapter, weight in zip(mixture.bank.adapters, weights, strict=True):
         for path, pair in adapter.items():
-            dense.get_submodule(path).weight += weight * lora.delta(pair)
+            dense.get_submodule(path).weight += weight * delta(pair)
     answer = cell.generate([PROMPTS[1]], max_new_tokens=6)[0]
     ids = list(mixture.tokens([PROMPTS[1]])[0].ids)
     for token, logprob in zip(answer.token_ids, answer.logprobs, strict=True):

@@ -9,7 +9,8 @@ import torch
 
 from coterie.errors import CoterieError
 from coterie.experts.lorahub import SearchPlan, compose, search_weights
-from coterie.lora import LoraPair, delta
+from coterie.lora import LoraPair
+from tiny import delta
 
 GOAL = (0.9, -0.4, 0.3)
 

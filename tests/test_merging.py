@@ -11,6 +11,7 @@ from coterie.backbone.layers import ExpertLayers, Merged, Weighted
 from coterie.errors import CoterieError
 from coterie.experts.bank import load_adapter
 from coterie.lora import LoraPair
+from tiny import delta
 
 IN, OUT = 7, 6
 WEIGHTS = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
@@ -48,34 +49,34 @@ def formula(how: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("how", lora.MERGES)
 def test_a_merge_is_its_formula(how):
-    torch.testing.assert_close(lora.delta(lora.merge(PAIRS, WEIGHTS, how)), formula(how))
+    torch.testing.assert_close(delta(lora.merge(PAIRS, WEIGHTS, how)), formula(how))
 
 
 @pytest.mark.parametrize("ranks", [(1, 3, 2), (2, 2, 2)], ids=str)
 def test_the_exact_merge_takes_any_ranks(ranks):
     pairs = [LoraPair(a, b.T.contiguous()) for a, b in (factors(n, rank) for n, rank in enumerate(ranks))]
-    expected = sum(w * lora.delta(pair) for w, pair in zip(WEIGHTS, pairs, strict=True))
+    expected = sum(w * delta(pair) for w, pair in zip(WEIGHTS, pairs, strict=True))
     merged = lora.merge(pairs, WEIGHTS)
-    torch.testing.assert_close(lora.delta(merged), expected)
+    torch.testing.assert_close(delta(merged), expected)
     assert merged.down.shape[0] == sum(ranks)
 
 
 @pytest.mark.parametrize("how", [*lora.MERGES, "svd"])
 def test_a_single_expert_of_weight_one_is_itself_however_it_is_merged(how):
-    torch.testing.assert_close(lora.delta(lora.merge(PAIRS[:1], torch.ones(1), how)), UPDATES[0])
+    torch.testing.assert_close(delta(lora.merge(PAIRS[:1], torch.ones(1), how)), UPDATES[0])
 
 
 def test_copies_of_one_expert_stay_that_expert_exactly_but_not_by_their_factors():
     """With weights that sum to 1, (sum w B)(sum w A) is right too; with halves of 1 each it is four times too large."""
-    torch.testing.assert_close(lora.delta(lora.merge([PAIRS[0]] * 3, WEIGHTS)), UPDATES[0])
+    torch.testing.assert_close(delta(lora.merge([PAIRS[0]] * 3, WEIGHTS)), UPDATES[0])
     doubled = lora.merge([PAIRS[0]] * 2, torch.ones(2), "factors")
-    torch.testing.assert_close(lora.delta(doubled), 4 * UPDATES[0])
+    torch.testing.assert_close(delta(doubled), 4 * UPDATES[0])
 
 
 def test_opposite_experts_cancel_exactly():
     """Adding factors instead of updates leaves the cross terms: (A + A)(B - B) is 0, but (A1 + A2)(B1 - B2) is not."""
     one, other = LoraPair(PAIRS[0].down, PAIRS[0].up), LoraPair(PAIRS[0].down.clone(), -PAIRS[0].up)
-    assert lora.delta(lora.merge([one, other], torch.tensor([0.5, 0.5]))).abs().max() < 1e-12
+    assert delta(lora.merge([one, other], torch.tensor([0.5, 0.5]))).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4, 9])
@@ -85,7 +86,7 @@ def test_the_truncated_merge_is_the_nearest_of_its_rank(rank):
     kept = min(rank, len(values))
     expected = u[:, :kept] * values[:kept] @ vh[:kept]
     merged = lora.merge(PAIRS, WEIGHTS, f"svd:{rank}")
-    torch.testing.assert_close(lora.delta(merged), expected)
+    torch.testing.assert_close(delta(merged), expected)
     assert merged.down.shape[0] == min(rank, IN, OUT, 9)
 
 
@@ -147,7 +148,7 @@ def test_merges_that_peft_has_are_pefts(backbone, adapters, how, combination):
     assert len(merged) == len(ours.paths)
     for path, pair in merged.items():
         layer = model.base_model.model.get_submodule(path)
-        torch.testing.assert_close(lora.delta(pair), layer.get_delta_weight("all").detach(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(delta(pair), layer.get_delta_weight("all").detach(), rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()
@@ -168,8 +169,8 @@ def test_the_error_of_a_merge_is_that_of_all_dense_updates_together(backbone, ad
     layers = ExpertLayers(backbone.model, [load_adapter(folder, backbone.model) for folder in adapters])
     weights = (0.2, 0.5, 0.3)
     exact, other = layers.merged(weights), layers.merged(weights, "factors")
-    distance = sum(float((lora.delta(other[p]) - lora.delta(exact[p])).double().square().sum()) for p in exact)
-    size = sum(float(lora.delta(pair).double().square().sum()) for pair in exact.values())
+    distance = sum(float((delta(other[p]) - delta(exact[p])).double().square().sum()) for p in exact)
+    size = sum(float(delta(pair).double().square().sum()) for pair in exact.values())
     assert layers.merge_error(weights, "factors") == pytest.approx((distance / size) ** 0.5, rel=1e-4)
     assert layers.merge_error(weights, "exact") < 1e-6
     assert layers.merge_error((0.0, 1.0, 0.0), "factors") < 1e-6

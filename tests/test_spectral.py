@@ -15,11 +15,12 @@ from coterie.combiners.layers import LayerCombiner
 from coterie.data.batching import PromptFormat, TokenRow
 from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank, load_bank
-from coterie.lora import LoraPair, delta, stack
+from coterie.lora import LoraPair, stack
 from coterie.mixture import Mixture
 from coterie.routers.base import RouterParts
 from coterie.routers.gate import GateRouter, spectral_router
 from coterie.routers.table import load_router
+from tiny import delta
 
 IN, OUT, POSITIONS = 5, 4, 3
 RANKS = [[2, 2, 2], [1, 3, 2], [4, None, 1], [6, 1, 2]]

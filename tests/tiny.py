@@ -6,6 +6,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from coterie.lora import LoraPair
+
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}{{ '<s>system\nBe kind.<e>' }}{% endif %}"
     "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '<e>' }}{% endfor %}"
@@ -13,6 +15,11 @@ CHAT_TEMPLATE = (
 )
 LAYERS = 2
 WIDTH = 32
+
+
+def delta(pair: LoraPair) -> torch.Tensor:
+    """The dense update of one layer, to be added to its weight (O, I)."""
+    return pair.up.T @ pair.down
 
 
 def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, first_line
 from coterie.settings.old_spellings import current_command, current_names, is_old
 from coterie.settings.reading import flat_values
 
@@ -133,8 +133,9 @@ def hub_folder(source: str, patterns: list[str], advice: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds; all of them mean that it cannot be had
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CoterieError(f"{source} is no folder and cannot be had from the hub ({first}); check the name") from error
+        raise CoterieError(
+            f"{source} is no folder and cannot be had from the hub ({first_line(error)}); check the name"
+        ) from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, "torch.Tensor"], metadata: Mapping[str, str] | None = None) -> None:

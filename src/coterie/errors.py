@@ -19,6 +19,12 @@ def unknown_name(kind: str, got: str, known: Iterable[str]) -> CoterieError:
     return CoterieError(f"no {kind} is called {got!r}.{hint} There are: {', '.join(names)}")
 
 
+def first_line(error: object) -> str:
+    """Return the first line of what another library's error says, or its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def missing_extra(package: str, extra: str) -> CoterieError:
     """Build the error for an optional package that is not installed."""
     return CoterieError(

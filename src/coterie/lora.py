@@ -45,11 +45,6 @@ class StackedPair(NamedTuple):
     up: Float[Tensor, "expert rank out"]
 
 
-def delta(pair: LoraPair) -> Float[Tensor, "out in"]:
-    """Return the dense update of one layer, to be added to its weight (O, I)."""
-    return pair.up.T @ pair.down
-
-
 def stack(pairs: Sequence[LoraPair | None]) -> StackedPair:
     """Stack one layer's updates over experts; an expert without one (None) gets zeros.
 

@@ -87,7 +87,7 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 @contextmanager
 def updating(modules: Mapping[str, nn.Module], update: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
-    """Add to the output of linear layers what `update` makes of their path and input, until the `with` ends.
+    """Context manager: add `update(path, x)` to the output of each layer, x being the layer's input.
 
     Args:
         modules: the layers by module path.

@@ -2,8 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from coterie.artifacts import read_json, sha256_of, write_json
 from coterie.backbone.aliases import ALIASES, cache_folder, densify, fetch_alias
-from coterie.errors import CoterieError, missing_extra, unknown_name
+from coterie.errors import CoterieError, first_line, missing_extra, unknown_name
 from coterie.settings.groups import ModelSettings
 
 logger = logging.getLogger(__name__)
@@ -108,9 +107,11 @@ def load_backbone(settings: ModelSettings) -> Backbone:
     """
     device = _pick_device(settings.device)
     folder, revision = _locate(settings)
-    with _loading_errors(settings.model):
+    try:
         model = _load_model(folder, settings, device, revision)
         tokenizer: Any = AutoTokenizer.from_pretrained(**_source(folder), revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise CoterieError(f"the base model {settings.model!r} cannot be loaded: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.requires_grad_(False).eval()
@@ -150,15 +151,6 @@ def _source(location: str | Path) -> dict[str, Any]:
     if isinstance(location, Path) and location.is_file():
         return {"pretrained_model_name_or_path": location.parent, "gguf_file": location.name}
     return {"pretrained_model_name_or_path": location}
-
-
-@contextmanager
-def _loading_errors(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CoterieError(f"the base model {name!r} cannot be loaded: {first}") from error
 
 
 def _load_model(

@@ -6,7 +6,6 @@ Ostapenko et al. 2024, arXiv 2405.11157; Fleshman and Van Durme 2025, arXiv 2504
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
@@ -39,11 +38,11 @@ def prototypes(kind: str, pairs: Sequence[LoraPair | None]) -> Tensor:
     width = next((pair.down.shape[1] for pair in pairs if pair is not None), None)
     if width is None:
         raise ValueError("no expert changes this layer")
-    spectra = [torch.zeros(1, width) if pair is None else _spectrum(pair) for pair in pairs]
+    spectra = []  # S V^T of every update, strongest direction first
+    for pair in pairs:
+        if pair is None:
+            spectra.append(torch.zeros(1, width))
+        else:
+            _, values, directions = svd(pair)
+            spectra.append((values[:, None] * directions).float())
     return PROTOTYPES[kind](pad_sequence(spectra, batch_first=True))
-
-
-def _spectrum(pair: LoraPair) -> Float[Tensor, "rank in"]:
-    """Return S V^T, strongest direction first."""
-    _, values, directions = svd(pair)
-    return (values[:, None] * directions).float()

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from coterie.errors import CoterieError, missing_extra
+from coterie.errors import CoterieError, first_line, missing_extra
 
 ROLES = ("system", "user", "assistant")
 FORMS = "instruction+response, prompt+completion, or messages"
@@ -177,8 +177,9 @@ def _datasets_rows(source: str) -> Any:
             raise FileNotFoundError(f"there is no such file or folder: {source}")
         return datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # the library raises many kinds; all of them mean that the source cannot be had
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CoterieError(f"{source} cannot be loaded ({first}); give a JSONL file or a datasets source") from error
+        raise CoterieError(
+            f"{source} cannot be loaded ({first_line(error)}); give a JSONL file or a datasets source"
+        ) from error
 
 
 def _to_example(row: Mapping[str, Any], place: str, default_id: str, need_response: bool) -> Example:

@@ -6,6 +6,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from coterie.artifacts import hash_json
 from coterie.data.examples import Message
+from coterie.errors import first_line
 from coterie.settings.groups import SamplingSettings
 
 
@@ -63,8 +64,7 @@ class Reply:
 
 def failed(reason: object, seconds: float = 0.0) -> Reply:
     """Return the reply of an expert that failed: the first line of the reason."""
-    first = next(iter(str(reason).strip().splitlines()), "") or type(reason).__name__
-    return Reply("", finish_reason="failed", seconds=seconds, error=first)
+    return Reply("", finish_reason="failed", seconds=seconds, error=first_line(reason))
 
 
 Done = Callable[[int, Reply], None]
