@@ -1,5 +1,6 @@
 """Fixtures: one tiny base model, and one tiny mixture fitted on it, for all tests of a process."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -103,6 +104,16 @@ def run(monkeypatch, capsys):
         return exit.value.code, out, err
 
     return command
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Calls of commands, each with its name and settings, in place of what they do."""
+    calls = []
+    for name, command in cli.COMMANDS.items():
+        note = lambda *settings, name=name, **extra: calls.append((name, *settings))  # noqa: E731
+        monkeypatch.setitem(cli.COMMANDS, name, dataclasses.replace(command, function=note))
+    return calls
 
 
 @pytest.fixture

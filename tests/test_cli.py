@@ -41,34 +41,6 @@ def fit(run, model_folder, train_file, tmp_path):
     return command
 
 
-def test_help_is_there_for_every_command(run):
-    for words in (
-        [],
-        ["fit", "elrea"],
-        ["fit", "token-level"],
-        ["fit", "from-adapters"],
-        ["bank", "add"],
-        ["bank", "list"],
-        ["bank", "verify"],
-        ["select"],
-        ["fit", "kshot-moe"],
-        ["gather"],
-        ["fit", "symbolic-moe"],
-        ["experts", "init"],
-        ["profile"],
-        ["plan"],
-        ["route"],
-        ["generate"],
-        ["eval"],
-        ["report"],
-        ["spread"],
-        ["run"],
-        ["methods"],
-    ):
-        code, out, _ = run(*words, "--help")
-        assert code == 0 and "Usage" in out
-
-
 def test_generate_prints_what_python_returns(run, run_folder, mixture):
     code, out, _ = run("generate", run_folder, PROMPT, "SPELL ABCD NOW", "--max-new-tokens", 6, "--json")
     assert code == 0

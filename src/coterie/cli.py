@@ -7,13 +7,17 @@ Nothing here imports torch before a command runs.
 import inspect
 import json
 import logging
+import re
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, get_args
 
 import typer
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 import coterie
 from coterie.artifacts import read_run_record, write_jsonl
@@ -36,164 +40,136 @@ from coterie.settings.commands import (
     TokenLevelSettings,
 )
 from coterie.settings.groups import rerouting_interval
-from coterie.settings.old_spellings import current_words
+from coterie.settings.old_spellings import current_words, is_old
 from coterie.settings.reading import Settings, checked, flat_fields, from_flat
 
-app = typer.Typer(
-    help="Train, select, route, combine and serve LoRA experts for language models.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-fit = typer.Typer(help="Make a mixture by one of the published methods.", no_args_is_help=True)
-bank = typer.Typer(help="Work with adapters that exist already.", no_args_is_help=True)
-app.add_typer(fit, name="fit")
-app.add_typer(bank, name="bank")
-experts = typer.Typer(help="List experts of any kind by name: adapters, models, endpoints.", no_args_is_help=True)
-app.add_typer(experts, name="experts")
+PANELS = {
+    "Make a mixture": ("methods", "fit"),
+    "Ask it": ("route", "generate", "plan"),
+    "Compare methods": ("eval", "report", "spread"),
+    "Adapters, experts and data that exist already": ("bank", "select", "gather", "experts", "profile"),
+    "Again": ("run",),
+}
+"""The commands in the order in which one comes to use them, as help shows them."""
 
 ARGUMENTS = ("mixture", "folder", "adapters")  # settings that are given by place instead of by a flag
+WIDEST_TYPE = 24  # characters; help at 80 columns cuts names off beside wider ones
 TROUBLE = 2  # something that the user can fix
 INTERRUPTED = 130  # what typer returns after Ctrl-C
 Prompts = Annotated[list[str] | None, typer.Argument(help="prompts; a conversation or many prompts: see --input")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, one object a line")]
 Input = Annotated[str | None, typer.Option(help="JSONL file with a prompt a line, in the forms that training data has")]
+Function = TypeVar("Function", bound=Callable[..., None])
 
 
-def flags_from(kind: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the fields of its settings as flags; the command gets the settings object itself, first."""
+class _OrderedGroup(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401 - typer keeps click's context to itself
+        names = super().list_commands(ctx)
+        return [name for panel in PANELS.values() for name in panel if name in names]
 
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        own = [p.replace(kind=p.KEYWORD_ONLY) for p in list(inspect.signature(function).parameters.values())[1:]]
+
+class _ShortHelp(TyperCommand):
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401
+        """Show only that spelling of a switch which changes something, so that no name is too long for its column."""
+        for switch in (one for one in self.params if isinstance(one, TyperOption) and one.secondary_opts):
+            if switch.default:
+                switch.opts, switch.help = switch.secondary_opts, f"turn off: {switch.help}"
+            switch.secondary_opts, switch.show_default = [], False
+        super().format_help(ctx, formatter)
+
+
+def _group(help_text: str, **options: Any) -> typer.Typer:
+    return typer.Typer(help=help_text, no_args_is_help=True, **options)
+
+
+app = _group(
+    "Train, select, route, combine and serve LoRA experts for language models.",
+    cls=_OrderedGroup,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
+GROUPS = {
+    "fit": _group("Make a mixture by one of the published methods."),
+    "bank": _group("Keep adapters of one base model in a folder, each checked."),
+    "experts": _group("List experts of any kind by name: adapters, models, endpoints."),
+}
+for name, group in GROUPS.items():
+    app.add_typer(group, name=name, rich_help_panel=PANEL_OF[name])
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the command line.
+
+    Attributes:
+        function: does it; gets the settings first, and what else the command takes by name.
+        settings: their fields are its flags; None where it has none.
+        example: a call of it, shown in its help.
+    """
+
+    function: Callable[..., None]
+    settings: type[Settings] | None
+    example: str
+
+    @property
+    def epilog(self) -> str:
+        """The example as it stands below a command's help, in lines that fit."""
+        kept_together = re.sub(r"(--\S+) (?!-)", "\\1\N{NO-BREAK SPACE}", self.example)  # a flag and its value
+        lines = textwrap.wrap(kept_together, 72, break_long_words=False, break_on_hyphens=False)
+        return "Example:\n\n" + " \\\n    ".join(lines).replace("\N{NO-BREAK SPACE}", " ")
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether its settings say all that it does."""
+        return self.settings is not None and "prompts" not in inspect.signature(self.function).parameters
+
+
+COMMANDS: dict[str, Command] = {}
+"""Every command by its full name, such as "fit elrea": what is typed, and what `coterie run` repeats."""
+
+
+def command(name: str, example: str) -> Callable[[Function], Function]:
+    """Make a function a command; the fields of its settings become flags, and it gets the settings object itself."""
+
+    def register(function: Function) -> Function:
+        own = list(inspect.signature(function).parameters.values())
+        kind = own.pop(0).annotation if own and own[0].name == "settings" else None
+        COMMANDS[name] = Command(function, kind, example)
 
         def run(**values: Any) -> None:
             extra = {parameter.name: values.pop(parameter.name) for parameter in own}
-            function(from_flat(kind, {name: value for name, value in values.items() if value is not None}), **extra)
+            given = {name: value for name, value in values.items() if value is not None}
+            COMMANDS[name].function(*([] if kind is None else [from_flat(kind, given)]), **extra)
 
-        parameters = sorted([*own, *_parameters(kind)], key=lambda p: p.name not in ARGUMENTS)
-        run.__signature__ = inspect.Signature(parameters)  # pyrefly: ignore
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        flags = ([] if kind is None else _flags(kind)) + [p.replace(kind=p.KEYWORD_ONLY) for p in own]
+        run.__signature__ = inspect.Signature(sorted(flags, key=lambda p: p.name not in ARGUMENTS))  # pyrefly: ignore
+        run.__annotations__ = {flag.name: flag.annotation for flag in flags}
         run.__name__, run.__doc__ = function.__name__, function.__doc__
-        return run
+        group, _, last = name.rpartition(" ")
+        panel = None if group else PANEL_OF[name]
+        place = GROUPS[group] if group else app
+        place.command(last, cls=_ShortHelp, epilog=COMMANDS[name].epilog, rich_help_panel=panel)(run)
+        return function
 
-    return decorate
+    return register
 
 
-def _parameters(kind: type[Settings]) -> list[inspect.Parameter]:
-    parameters = []
-    for name, field, _ in flat_fields(kind):
-        place = typer.Argument(help=field.description) if name in ARGUMENTS else typer.Option(help=field.description)
-        default = inspect.Parameter.empty if field.is_required() else field.default
+def _flags(kind: type[Settings]) -> list[inspect.Parameter]:
+    flags = []
+    for name, field, group in flat_fields(kind):
+        old = is_old(kind.command, name)
+        choices = [one for one in get_args(field.annotation) if isinstance(one, str)]
+        kind_of_value = "<choice>" if len("|".join(choices)) > WIDEST_TYPE else None  # its help names the choices
+        option = typer.Option(help=field.description, rich_help_panel=group, hidden=old, metavar=kind_of_value)
+        place = typer.Argument(help=field.description) if name in ARGUMENTS else option
+        default = inspect.Parameter.empty if field.is_required() else None if old else field.default
         annotation: Any = Annotated[field.annotation, place]  # pyrefly: ignore
-        parameters.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        )
-    return parameters
+        flags.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
+    return flags
 
 
-@fit.command("elrea")
-@flags_from(ElreaSettings)
-def fit_elrea(settings: ElreaSettings) -> None:
-    """Fit an ensemble of low-rank expert adapters: base adapter, gradient clusters, one expert each (2502.00089)."""
-    typer.echo(_made(coterie.methods.fit_elrea(settings)))
-
-
-@fit.command("token-level")
-@flags_from(TokenLevelSettings)
-def fit_token_level(settings: TokenLevelSettings) -> None:
-    """Train an adapter for each domain and route by the text so far, at every n-th token (2311.10847)."""
-    typer.echo(_made(coterie.methods.fit_token_level(settings)))
-
-
-@fit.command("from-adapters")
-@flags_from(FromAdaptersSettings)
-def fit_from_adapters(settings: FromAdaptersSettings) -> None:
-    """Make a mixture of adapters that exist already, routed by similarity to the texts that each was made for."""
-    typer.echo(_made(coterie.methods.fit_from_adapters(settings)))
-
-
-@bank.command("add")
-@flags_from(BankAddSettings)
-def add_to_bank(settings: BankAddSettings) -> None:
-    """Put adapters into a bank on disk: each is checked, then copied. To remove one, delete FOLDER/experts/NAME."""
-    refused = 0
-    for adapter in coterie.run_bank_add(settings):
-        typer.echo(str(adapter), err=bool(adapter.refusal))
-        refused += bool(adapter.refusal)
-    raise typer.Exit(TROUBLE if refused else 0)
-
-
-@bank.command("list")
-def list_bank(
-    folder: Annotated[Path, typer.Argument(help="folder of the bank")],
-    as_json: AsJson = False,
-) -> None:
-    """List the adapters of a bank."""
-    found = coterie.open_bank(folder)
-    for line in [json.dumps(card.record()) for card in found.cards] if as_json else [found]:
-        typer.echo(line)
-
-
-@bank.command("verify")
-@flags_from(BankVerifySettings)
-def verify_bank(settings: BankVerifySettings) -> None:
-    """Hash every adapter of a bank again, load it against the base model, and read its card."""
-    wrong = 0
-    for adapter in coterie.verify_bank(settings.folder, **settings.placement.model_dump()):
-        typer.echo(adapter)
-        wrong += adapter.trouble is not None
-    raise typer.Exit(TROUBLE if wrong else 0)
-
-
-@fit.command("symbolic-moe")
-@flags_from(SymbolicSettings)
-def fit_symbolic(settings: SymbolicSettings) -> None:
-    """Recruit a profiled pool's experts by skills, and choose who makes one answer of several (Chen et al. 2025)."""
-    fitted = coterie.methods.fit_symbolic(settings)
-    typer.echo(f"{settings.output}: {len(fitted.pool.names)} experts, {fitted.aggregator} makes one answer of theirs")
-
-
-@fit.command("kshot-moe")
-@flags_from(KshotSettings)
-def fit_kshot(settings: KshotSettings) -> None:
-    """Make a task's mixture from a few examples, a bank of adapters and open data (2408.15915)."""
-    typer.echo(_made(coterie.methods.fit_kshot(settings)))
-
-
-@experts.command("init")
-@flags_from(ExpertPoolSettings)
-def init_pool(settings: ExpertPoolSettings) -> None:
-    """Check experts and list them in a folder."""
-    for expert in coterie.init_pool(settings).experts:
-        where = expert.model if expert.kind == "model" else f"{expert.source} ({expert.model})"
-        typer.echo(f"{expert.name:16} {expert.kind:9} {where}")
-
-
-@app.command("profile")
-@flags_from(ProfileSettings)
-def profile(settings: ProfileSettings, as_json: AsJson = False) -> None:
-    """Find out what every expert of a pool is good at, skill by skill, on validation questions."""
-    found = coterie.methods.profile_pool(settings)
-    typer.echo(json.dumps(found.record()) if as_json else str(found))
-
-
-@app.command("select")
-@flags_from(SelectSettings)
-def select(settings: SelectSettings, as_json: AsJson = False) -> None:
-    """Choose adapters of a bank for a task of which a few examples are known (2408.15915)."""
-    selected = coterie.methods.select_adapters(settings)
-    typer.echo(json.dumps(selected.record) if as_json else str(selected))
-
-
-@app.command("gather")
-@flags_from(GatherSettings)
-def gather(settings: GatherSettings, as_json: AsJson = False) -> None:
-    """Choose rows of open data that are similar to a task's examples and diverse among themselves (2408.15915)."""
-    gathered = coterie.methods.gather_rows(settings)
-    typer.echo(json.dumps(gathered.summary) if as_json else str(gathered))
-
-
-@app.command("methods")
+@command("methods", "coterie methods --json")
 def list_methods(as_json: AsJson = False) -> None:
     """List the methods: where their experts come from, how prompts find them, where they meet."""
     for row in coterie.methods.listed():
@@ -201,8 +177,44 @@ def list_methods(as_json: AsJson = False) -> None:
         typer.echo(json.dumps(row) if as_json else line)
 
 
-@app.command("route")
-@flags_from(RouteSettings)
+@command("fit elrea", "coterie fit elrea --model smollm2-135m --data train.jsonl --output runs/elrea")
+def fit_elrea(settings: ElreaSettings) -> None:
+    """Fit an ensemble of low-rank expert adapters: base adapter, gradient clusters, one expert each (2502.00089)."""
+    typer.echo(_made(coterie.methods.fit_elrea(settings)))
+
+
+@command(
+    "fit token-level",
+    "coterie fit token-level --model smollm2-135m --output runs/tle --data maths=gsm8k.jsonl --data code=code.jsonl",
+)
+def fit_token_level(settings: TokenLevelSettings) -> None:
+    """Train an adapter for each domain and route by the text so far, at every n-th token (2311.10847)."""
+    typer.echo(_made(coterie.methods.fit_token_level(settings)))
+
+
+@command("fit from-adapters", "coterie fit from-adapters --bank bank/ --output runs/shelf")
+def fit_from_adapters(settings: FromAdaptersSettings) -> None:
+    """Make a mixture of adapters that exist already, routed by similarity to the texts that each was made for."""
+    typer.echo(_made(coterie.methods.fit_from_adapters(settings)))
+
+
+@command(
+    "fit kshot-moe",
+    "coterie fit kshot-moe --bank bank/ --shots shots.jsonl --pool dolly.jsonl --output runs/task",
+)
+def fit_kshot(settings: KshotSettings) -> None:
+    """Make a task's mixture from a few examples, a bank of adapters and open data (2408.15915)."""
+    typer.echo(_made(coterie.methods.fit_kshot(settings)))
+
+
+@command("fit symbolic-moe", "coterie fit symbolic-moe --experts experts/ --output runs/sym")
+def fit_symbolic(settings: SymbolicSettings) -> None:
+    """Recruit a profiled pool's experts by skills, and choose who makes one answer of several (Chen et al. 2025)."""
+    fitted = coterie.methods.fit_symbolic(settings)
+    typer.echo(f"{settings.output}: {len(fitted.pool.names)} experts, {fitted.aggregator} makes one answer of theirs")
+
+
+@command("route", 'coterie route runs/elrea "What do 5 pens cost?" --json')
 def route(settings: RouteSettings, prompts: Prompts = None, as_json: AsJson = False, input: Input = None) -> None:
     """Print the weights of the experts for every prompt."""
     given = _prompts(prompts, input)
@@ -220,8 +232,7 @@ def route(settings: RouteSettings, prompts: Prompts = None, as_json: AsJson = Fa
             typer.echo(f"  {name:12} {weight:.3f} {'#' * round(40 * weight / (sum(weights.values()) or 1))}{cosine}")
 
 
-@app.command("generate")
-@flags_from(GenerateSettings)
+@command("generate", 'coterie generate runs/elrea "What do 5 pens cost?" --stream')
 def generate(
     settings: GenerateSettings,
     prompts: Prompts = None,
@@ -255,23 +266,27 @@ def generate(
     return None
 
 
-@app.command("plan")
-@flags_from(PlanSettings)
+@command("plan", "coterie plan runs/sym --input questions.jsonl")
 def plan(settings: PlanSettings, prompts: Prompts = None, as_json: AsJson = False, input: Input = None) -> None:
     """Tell what recruited experts will take to answer: loads, calls, tokens and memory; nothing is loaded."""
     found = coterie.methods.plan_symbolic(settings, _prompts(prompts, input))
     typer.echo(json.dumps(found.record()) if as_json else str(found))
 
 
-@app.command("eval")
-@flags_from(EvaluationSettings)
+@command("eval", "coterie eval runs/elrea --data test.jsonl --output runs/eval --methods base,elrea,uniform-weights")
 def evaluate(settings: EvaluationSettings, as_json: AsJson = False) -> None:
     """Compare methods on held-out rows: exact match and likelihood, with intervals of the difference to a control."""
     result = coterie.evaluate_folder(settings)
     typer.echo(json.dumps(result.summary) if as_json else str(result))
 
 
-@app.command("spread")
+@command("report", "coterie report runs/eval")
+def report(evaluation: Annotated[Path, typer.Argument(help="folder that `coterie eval` wrote")]) -> None:
+    """Write the report of an evaluation as one HTML file and print its path."""
+    typer.echo(coterie.write_report(evaluation))
+
+
+@command("spread", "coterie spread runs/eval-0 runs/eval-1 runs/eval-2")
 def spread(
     evaluations: Annotated[list[Path], typer.Argument(help="folders that `coterie eval` wrote, one for each seed")],
     as_json: AsJson = False,
@@ -281,34 +296,79 @@ def spread(
     typer.echo("\n".join(map(json.dumps, rows)) if as_json else coterie.format_spread(rows))
 
 
-@app.command("report")
-def report(evaluation: Annotated[Path, typer.Argument(help="folder that `coterie eval` wrote")]) -> None:
-    """Write the report of an evaluation as one HTML file and print its path."""
-    typer.echo(coterie.write_report(evaluation))
+@command("bank add", "coterie bank add bank/ maths=./my-lora --model smollm2-135m --trained-on maths=gsm8k.jsonl")
+def add_to_bank(settings: BankAddSettings) -> None:
+    """Put adapters into a bank on disk: each is checked, then copied. To remove one, delete FOLDER/experts/NAME."""
+    refused = 0
+    for adapter in coterie.run_bank_add(settings):
+        typer.echo(str(adapter), err=bool(adapter.refusal))
+        refused += bool(adapter.refusal)
+    raise typer.Exit(TROUBLE if refused else 0)
 
 
-@app.command("run")
+@command("bank list", "coterie bank list bank/")
+def list_bank(
+    folder: Annotated[Path, typer.Argument(help="folder of the bank")],
+    as_json: AsJson = False,
+) -> None:
+    """List the adapters of a bank."""
+    found = coterie.open_bank(folder)
+    for line in [json.dumps(card.record()) for card in found.cards] if as_json else [found]:
+        typer.echo(line)
+
+
+@command("bank verify", "coterie bank verify bank/")
+def verify_bank(settings: BankVerifySettings) -> None:
+    """Hash every adapter of a bank again, load it against the base model, and read its card."""
+    wrong = 0
+    for adapter in coterie.verify_bank(settings.folder, **settings.placement.model_dump()):
+        typer.echo(adapter)
+        wrong += adapter.trouble is not None
+    raise typer.Exit(TROUBLE if wrong else 0)
+
+
+@command("select", "coterie select bank/ --shots shots.jsonl --keep 4 --output runs/select")
+def select(settings: SelectSettings, as_json: AsJson = False) -> None:
+    """Choose adapters of a bank for a task of which a few examples are known (2408.15915)."""
+    selected = coterie.methods.select_adapters(settings)
+    typer.echo(json.dumps(selected.record) if as_json else str(selected))
+
+
+@command("gather", "coterie gather --shots shots.jsonl --pool dolly.jsonl --budget 1000 --output runs/gather")
+def gather(settings: GatherSettings, as_json: AsJson = False) -> None:
+    """Choose rows of open data that are similar to a task's examples and diverse among themselves (2408.15915)."""
+    gathered = coterie.methods.gather_rows(settings)
+    typer.echo(json.dumps(gathered.summary) if as_json else str(gathered))
+
+
+@command(
+    "experts init",
+    "coterie experts init experts/ --expert base=smollm2-135m --expert big=http://127.0.0.1:8001/v1#some-model",
+)
+def init_pool(settings: ExpertPoolSettings) -> None:
+    """Check experts and list them in a folder."""
+    for expert in coterie.init_pool(settings).experts:
+        where = expert.model if expert.kind == "model" else f"{expert.source} ({expert.model})"
+        typer.echo(f"{expert.name:16} {expert.kind:9} {where}")
+
+
+@command("profile", "coterie profile experts/ --data val.jsonl")
+def profile(settings: ProfileSettings, as_json: AsJson = False) -> None:
+    """Find out what every expert of a pool is good at, skill by skill, on validation questions."""
+    found = coterie.methods.profile_pool(settings)
+    typer.echo(json.dumps(found.record()) if as_json else str(found))
+
+
+@command("run", "coterie run runs/elrea/run.yaml")
 def repeat(record: Annotated[Path, typer.Argument(help="the run.yaml of a run folder")]) -> None:
-    """Repeat a run from its record."""
+    """Repeat a run from its record, or run a command whose settings stand in a YAML file."""
     found = read_run_record(record)
-    commands: dict[str, tuple[type[Settings], Callable[[Any], object]]] = {
-        "fit elrea": (ElreaSettings, lambda settings: coterie.methods.fit_elrea(settings).folder),
-        "fit token-level": (TokenLevelSettings, lambda settings: coterie.methods.fit_token_level(settings).folder),
-        "fit from-adapters": (
-            FromAdaptersSettings,
-            lambda settings: coterie.methods.fit_from_adapters(settings).folder,
-        ),
-        "fit symbolic-moe": (SymbolicSettings, lambda settings: coterie.methods.fit_symbolic(settings).aggregator),
-        "profile": (ProfileSettings, coterie.methods.profile_pool),
-        "select": (SelectSettings, coterie.methods.select_adapters),
-        "gather": (GatherSettings, coterie.methods.gather_rows),
-        "fit kshot-moe": (KshotSettings, lambda settings: coterie.methods.fit_kshot(settings).folder),
-        "eval": (EvaluationSettings, coterie.evaluate_folder),
-    }
-    if found["command"] not in commands:
-        raise CoterieError(f"{record} records {found['command']!r}; these can be repeated: {', '.join(commands)}")
-    kind, function = commands[found["command"]]
-    typer.echo(str(function(checked(kind, found["settings"]))))
+    known = [name for name, one in COMMANDS.items() if one.repeatable]
+    if found["command"] not in known:
+        raise CoterieError(f"{record} records {found['command']!r}; these can be repeated: {', '.join(known)}")
+    again = COMMANDS[found["command"]]
+    assert again.settings is not None
+    again.function(checked(again.settings, found["settings"]))
 
 
 @app.callback(invoke_without_command=True)
@@ -365,7 +425,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries talking to each other, not to the user
     logging.getLogger("coterie").setLevel(logging.INFO)
     try:
-        code = app(current_words(sys.argv[1:], lambda line: typer.echo(line, err=True)), standalone_mode=False)
+        words = current_words(sys.argv[1:], lambda line: typer.echo(line, err=True))
+        code = app(words, prog_name="coterie", standalone_mode=False)
     except CoterieError as error:
         code = _complain(f"error: {error}")
     except Exception as error:

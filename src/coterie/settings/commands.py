@@ -171,9 +171,11 @@ class EvaluationSettings(Settings):
     every: str | None = Field(None, description="compare token-level re-routed at every N-th token; several: 1,2,inf")
     limit: int | None = Field(None, ge=1, description="use only the first N examples of every data source")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
-    generate: bool = Field(True, description="let every method answer; without it only likelihoods are measured")
+    generate: bool = Field(True, description="answers of every method, beside likelihoods of the references")
     allow_code_execution: bool | None = Field(
-        None, description="run the code that methods write, in a limited child process, where rows bring tests"
+        None,
+        description="run the code that methods write, in a limited child process, where rows bring tests; "
+        "--no-allow-code-execution leaves such rows ungraded",
     )
     resamples: int = Field(2000, ge=100, description="bootstrap resamples behind every interval")
     batch_size: int = Field(8, ge=1, description="prompts decoded together")

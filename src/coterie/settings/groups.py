@@ -33,7 +33,7 @@ class PlacementSettings(Settings):
     """Holding the base model in memory."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="dtype of the base weights; auto: float32 on CPU, the checkpoint's own elsewhere"
+        "auto", description="float32, bfloat16, float16, or auto: float32 on CPU, the checkpoint's own elsewhere"
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     load_in_4bit: bool = Field(False, description="hold the base in 4 bits (NF4); needs the extra 'quant'")
@@ -101,7 +101,7 @@ class ClusterSettings(Settings):
     )
     cluster_threshold: float | None = Field(None, gt=0, description="BIRCH leaf radius; default: chosen from the data")
     cluster_sample: int = Field(5000, ge=10, description="rows the clustering is fitted on")
-    normalise_features: bool = Field(True, description="scale features to unit length before clustering")
+    normalise_features: bool = Field(True, description="scaling of features to unit length before clustering")
 
 
 class SimilaritySettings(Settings):
@@ -242,7 +242,9 @@ class RecruitSettings(Settings):
     sampler: Literal["power", "softmax", "top"] = Field(
         "power", description="power (the published code's), softmax (the paper's), or top: the best, without chance"
     )
-    replacement: bool = Field(True, description="draw with replacement: an expert may answer a question several times")
+    replacement: bool = Field(
+        True, description="drawing with replacement: an expert may answer a question several times"
+    )
     min_share: float = Field(
         0.05, ge=0, le=1, description="experts recruited for a smaller share of the questions are replaced"
     )
@@ -252,7 +254,9 @@ class GatherRowsSettings(Settings):
     """Gathering rows of open data: similar to the shots, diverse among themselves."""
 
     budget: int = Field(1000, ge=1, description="rows to choose")
-    rule: SimilarityRule = Field("max-cosine", description="similar: to one example, to their hull, or where dense")
+    rule: SimilarityRule = Field(
+        "max-cosine", description="similarity to one shot (max-cosine), to their hull (convex-hull), or density (kde)"
+    )
     gamma: float = Field(2.0, gt=0, description="sharpness of kde")
     dedup: Literal["greedy", "published"] = Field(
         "greedy", description="greedy: pass over near-duplicates until the budget is full; published: drop them from it"
@@ -274,7 +278,7 @@ class RationaleSettings(Settings):
         "folder, or an endpoint as URL#MODEL; what was written once is kept in the user's cache",
     )
     rationale_order: Literal["answer-first", "rationale-first"] = Field(
-        "answer-first", description="which comes first in a written rationale"
+        "answer-first", description="what comes first in a written rationale: answer-first or rationale-first"
     )
     rationale_tokens: int = Field(96, ge=8, description="longest written rationale in tokens")
 

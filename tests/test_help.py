@@ -1,0 +1,58 @@
+"""Help can be read in a small terminal, and what it and the README tell to type can be typed."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from coterie import cli
+from coterie.settings.old_spellings import is_old
+from coterie.settings.reading import flat_fields
+
+
+def shown(run, name: str) -> str:
+    """The help of a command, as it stands in a terminal of 80 columns."""
+    code, out, _ = run(*name.split(), "--help")
+    assert code == 0 and f"Usage: coterie {name}".rstrip() in out
+    return out
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_names_every_flag_in_full(run, monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "80")
+    out, kind = shown(run, name), cli.COMMANDS[name].settings
+    assert "…" not in out
+    text = re.sub(r"[\s│]", "", out)  # help is folded at any place
+    for field, info, _ in flat_fields(kind) if kind else ():
+        old, flag = is_old(kind.command, field), f"--{field.replace('_', '-')}"
+        if field not in cli.ARGUMENTS:
+            flag = flag.replace("--", "--no-") if info.default is True else flag
+            assert bool(re.search(rf"(?m)^│ [ *]*{flag} ", out)) != old, flag
+        for choice in get_args(info.annotation):
+            assert old or not isinstance(choice, str) or choice in text, choice
+
+
+def test_commands_stand_in_the_order_of_their_use(run):
+    out = run("--help")[1]
+    places = [out.index(f"│ {name} ") for name in "fit route generate eval report bank run".split()]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_the_example_in_help_can_be_typed(run, called, name):
+    example = shown(run, name).partition("Example:")[2]
+    words = shlex.split(re.sub(r"\\\s*\n", "", example))
+    assert words[0] == "coterie" and run(*words[1:])[0] == 0
+    assert [call[0] for call in called] == [name]
+
+
+def commands_in(file: str) -> list[str]:
+    text = (Path(__file__).parents[1] / file).read_text().replace("\\\n", " ")
+    return [part.strip() for part in re.findall(r"(?m)^coterie .*$", text) for part in part.split(" ; ")]
+
+
+@pytest.mark.parametrize("line", commands_in("README.md"))
+def test_a_command_of_the_readme_can_be_typed(run, called, line):
+    assert run(*shlex.split(line, comments=True)[1:])[0] == 0 and len(called) == 1
