@@ -11,6 +11,7 @@ import pytest
 import tiny
 from coterie import cli, methods
 from coterie.backbone.loading import Backbone, load_backbone
+from coterie.cli.table import COMMANDS
 from coterie.experts.expert_pool import init_pool
 from coterie.methods.elrea.methods import METHODS
 from coterie.methods.family import MethodGrid
@@ -110,9 +111,9 @@ def run(monkeypatch, capsys):
 def called(monkeypatch):
     """Calls of commands, each with its name and settings, in place of what they do."""
     calls = []
-    for name, command in cli.COMMANDS.items():
+    for name, command in COMMANDS.items():
         note = lambda *settings, name=name, **extra: calls.append((name, *settings))  # noqa: E731
-        monkeypatch.setitem(cli.COMMANDS, name, dataclasses.replace(command, function=note))
+        monkeypatch.setitem(COMMANDS, name, dataclasses.replace(command, function=note))
     return calls
 
 

@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from coterie import cli
+from coterie.cli.table import ARGUMENTS, COMMANDS
 from coterie.settings.old_spellings import is_old
 from coterie.settings.reading import flat_fields
 
@@ -19,15 +19,15 @@ def shown(run, name: str) -> str:
     return out
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_names_every_flag_in_full(run, monkeypatch, name):
     monkeypatch.setenv("COLUMNS", "80")
-    out, kind = shown(run, name), cli.COMMANDS[name].settings
+    out, kind = shown(run, name), COMMANDS[name].settings
     assert "…" not in out
     text = re.sub(r"[\s│]", "", out)  # help is folded at any place
     for field, info, _ in flat_fields(kind) if kind else ():
         old, flag = is_old(kind.command, field), f"--{field.replace('_', '-')}"
-        if field not in cli.ARGUMENTS:
+        if field not in ARGUMENTS:
             flag = flag.replace("--", "--no-") if info.default is True else flag
             assert bool(re.search(rf"(?m)^│ [ *]*{flag} ", out)) != old, flag
         for choice in get_args(info.annotation):
@@ -40,7 +40,7 @@ def test_commands_stand_in_the_order_of_their_use(run):
     assert places == sorted(places)
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_the_example_in_help_can_be_typed(run, called, name):
     example = shown(run, name).partition("Example:")[2]
     words = shlex.split(re.sub(r"\\\s*\n", "", example))

@@ -6,8 +6,8 @@ from contextlib import nullcontext
 import pytest
 import yaml
 
-from coterie import cli
 from coterie.artifacts import run_folder
+from coterie.cli.commands import repeat
 from coterie.errors import CoterieError
 from coterie.settings.groups import ExtrasSettings
 
@@ -113,7 +113,7 @@ OLD_RECORDS = {
 def test_a_record_under_old_names_is_repeated(called, tmp_path, command, now, values):
     record = tmp_path / "run.yaml"
     record.write_text(yaml.safe_dump({"format": 1, "command": command, "settings": OLD_RECORDS[command], "inputs": {}}))
-    cli.repeat(record)
+    repeat(record)
     name, settings = called[0]
     assert name == now
     for place, value in values.items():

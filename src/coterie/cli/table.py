@@ -1,0 +1,134 @@
+"""How a function and its settings become a command: flags in panels, an example, a row of the table of commands."""
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar, get_args
+
+import typer
+from typer.core import TyperCommand, TyperGroup, TyperOption
+
+from coterie.settings.old_spellings import is_old
+from coterie.settings.reading import Settings, flat_fields, from_flat
+
+PANELS = {
+    "Make a mixture": ("methods", "fit"),
+    "Ask it": ("route", "generate", "plan"),
+    "Compare methods": ("eval", "report", "spread"),
+    "Adapters, experts and data that exist already": ("bank", "select", "gather", "experts", "profile"),
+    "Again": ("run",),
+}
+"""The commands in the order in which one comes to use them, as help shows them."""
+
+ARGUMENTS = ("mixture", "folder", "adapters")  # settings that are given by place instead of by a flag
+WIDEST_TYPE = 24  # characters; help at 80 columns cuts names off beside wider ones
+Function = TypeVar("Function", bound=Callable[..., None])
+
+
+class _OrderedGroup(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401 - typer keeps click's context to itself
+        names = super().list_commands(ctx)
+        return [name for panel in PANELS.values() for name in panel if name in names]
+
+
+class _ShortHelp(TyperCommand):
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401
+        """Show only that spelling of a switch which changes something, so that no name is too long for its column."""
+        for switch in (one for one in self.params if isinstance(one, TyperOption) and one.secondary_opts):
+            if switch.default:
+                switch.opts, switch.help = switch.secondary_opts, f"turn off: {switch.help}"
+            switch.secondary_opts, switch.show_default = [], False
+        super().format_help(ctx, formatter)
+
+
+def _group(help_text: str, **options: Any) -> typer.Typer:
+    return typer.Typer(help=help_text, no_args_is_help=True, **options)
+
+
+app = _group(
+    "Train, select, route, combine and serve LoRA experts for language models.",
+    cls=_OrderedGroup,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
+GROUPS = {
+    "fit": _group("Make a mixture by one of the published methods."),
+    "bank": _group("Keep adapters of one base model in a folder, each checked."),
+    "experts": _group("List experts of any kind by name: adapters, models, endpoints."),
+}
+for name, group in GROUPS.items():
+    app.add_typer(group, name=name, rich_help_panel=PANEL_OF[name])
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the command line.
+
+    Attributes:
+        function: does it; gets the settings first, and what else the command takes by name.
+        settings: their fields are its flags; None where it has none.
+        example: a call of it, shown in its help.
+    """
+
+    function: Callable[..., None]
+    settings: type[Settings] | None
+    example: str
+
+    @property
+    def epilog(self) -> str:
+        """The example as it stands below a command's help, in lines that fit."""
+        kept_together = re.sub(r"(--\S+) (?!-)", "\\1\N{NO-BREAK SPACE}", self.example)  # a flag and its value
+        lines = textwrap.wrap(kept_together, 72, break_long_words=False, break_on_hyphens=False)
+        return "Example:\n\n" + " \\\n    ".join(lines).replace("\N{NO-BREAK SPACE}", " ")
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether its settings say all that it does."""
+        return self.settings is not None and "prompts" not in inspect.signature(self.function).parameters
+
+
+COMMANDS: dict[str, Command] = {}
+"""Every command by its full name, such as "fit elrea": what is typed, and what `coterie run` repeats."""
+
+
+def command(name: str, example: str) -> Callable[[Function], Function]:
+    """Make a function a command; the fields of its settings become flags, and it gets the settings object itself."""
+
+    def register(function: Function) -> Function:
+        own = list(inspect.signature(function).parameters.values())
+        kind = own.pop(0).annotation if own and own[0].name == "settings" else None
+        COMMANDS[name] = Command(function, kind, example)
+
+        def run(**values: Any) -> None:
+            extra = {parameter.name: values.pop(parameter.name) for parameter in own}
+            given = {name: value for name, value in values.items() if value is not None}
+            COMMANDS[name].function(*([] if kind is None else [from_flat(kind, given)]), **extra)
+
+        flags = ([] if kind is None else _flags(kind)) + [p.replace(kind=p.KEYWORD_ONLY) for p in own]
+        run.__signature__ = inspect.Signature(sorted(flags, key=lambda p: p.name not in ARGUMENTS))  # pyrefly: ignore
+        run.__annotations__ = {flag.name: flag.annotation for flag in flags}
+        run.__name__, run.__doc__ = function.__name__, function.__doc__
+        group, _, last = name.rpartition(" ")
+        panel = None if group else PANEL_OF[name]
+        place = GROUPS[group] if group else app
+        place.command(last, cls=_ShortHelp, epilog=COMMANDS[name].epilog, rich_help_panel=panel)(run)
+        return function
+
+    return register
+
+
+def _flags(kind: type[Settings]) -> list[inspect.Parameter]:
+    flags = []
+    for name, field, group in flat_fields(kind):
+        old = is_old(kind.command, name)
+        choices = [one for one in get_args(field.annotation) if isinstance(one, str)]
+        kind_of_value = "<choice>" if len("|".join(choices)) > WIDEST_TYPE else None  # its help names the choices
+        option = typer.Option(help=field.description, rich_help_panel=group, hidden=old, metavar=kind_of_value)
+        place = typer.Argument(help=field.description) if name in ARGUMENTS else option
+        default = inspect.Parameter.empty if field.is_required() else None if old else field.default
+        annotation: Any = Annotated[field.annotation, place]  # pyrefly: ignore
+        flags.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
+    return flags
