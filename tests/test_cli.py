@@ -109,6 +109,18 @@ def test_methods_are_listed_from_the_table(run):
     assert len(run("methods")[1].splitlines()) == len(wanted)
 
 
+def test_extras_are_trained_by_their_own_command_and_taken_as_they_are(run, grid_folder, tmp_path):
+    words = ["--methods", "lora-ensembles", "--device", "cpu"]
+    code, out, _ = run("train-extras", grid_folder, *words, "--ensemble-size", 2)
+    assert code == 0 and out.startswith(f"{grid_folder / 'methods' / 'seeds'}: seeds, 1 expert")
+    refused(run("train-extras", grid_folder, *words), r"seeds was trained with --ensemble-size 2, not 4")
+    data = write_rows(tmp_path / "test.jsonl", tiny.make_rows(3, seed=9))
+    words = ["eval", grid_folder, "--data", data, "--no-generate", "--resamples", 100, *words]
+    assert run(*words, "--output", tmp_path / "as-it-is")[0] == 0
+    code, _, err = run(*words, "--output", tmp_path / "asked", "--ensemble-size", 3)
+    assert code == 2 and "seeds was trained with --ensemble-size 2, not 3" in err
+
+
 def test_the_evaluation_and_its_report(run, run_folder, tmp_path):
     data = write_rows(tmp_path / "test.jsonl", tiny.make_rows(9, seed=9))
     out_folder = tmp_path / "eval"

@@ -36,7 +36,7 @@ def test_help_names_every_flag_in_full(run, monkeypatch, name):
 
 def test_commands_stand_in_the_order_of_their_use(run):
     out = run("--help")[1]
-    places = [out.index(f"│ {name} ") for name in "fit route generate eval report bank run".split()]
+    places = [out.index(f"│ {name} ") for name in "fit train-extras route generate eval report bank run".split()]
     assert places == sorted(places)
 
 

@@ -29,6 +29,7 @@ from coterie.settings.commands import (
     SelectSettings,
     SymbolicSettings,
     TokenLevelSettings,
+    TrainExtrasSettings,
 )
 from coterie.settings.groups import rerouting_interval
 from coterie.settings.old_spellings import current_words
@@ -84,6 +85,14 @@ def fit_symbolic(settings: SymbolicSettings) -> None:
     """Recruit a profiled pool's experts by skills, and choose who makes one answer of several (Chen et al. 2025)."""
     fitted = coterie.methods.fit_symbolic(settings)
     typer.echo(f"{settings.output}: {len(fitted.pool.names)} experts, {fitted.aggregator} makes one answer of theirs")
+
+
+@command("train-extras", "coterie train-extras runs/elrea --methods mole,lora-ensembles --ensemble-size 4")
+def train_extras(settings: TrainExtrasSettings) -> None:
+    """Train what methods need beyond a fitted run, once, into the run's folder; eval then takes it as it is."""
+    for name, extra in coterie.methods.train_extras(settings).items():
+        count = len(extra.bank)
+        typer.echo(f"{extra.folder}: {name}, {count} expert{'' if count == 1 else 's'}, {extra.seconds} s of training")
 
 
 @command("route", 'coterie route runs/elrea "What do 5 pens cost?" --json')

@@ -14,7 +14,7 @@ from coterie.settings.old_spellings import is_old
 from coterie.settings.reading import Settings, flat_fields, from_flat
 
 PANELS = {
-    "Make a mixture": ("methods", "fit"),
+    "Make a mixture": ("methods", "fit", "train-extras"),
     "Ask it": ("route", "generate", "plan"),
     "Compare methods": ("eval", "report", "spread"),
     "Adapters, experts and data that exist already": ("bank", "select", "gather", "experts", "profile"),
