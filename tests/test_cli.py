@@ -286,7 +286,26 @@ def test_domains_from_the_command_line(run, model_folder, tmp_path):
     refused((code, out, _), "exists; choose another --output")
 
 
-def test_renewal_flags_that_do_not_fit_are_refused(run, run_folder):
+def test_a_router_is_asked_for_by_its_name(run, grid_folder):
+    mixture = Mixture.from_pretrained(grid_folder, device="cpu")
+    code, out, _ = run("route", grid_folder, PROMPT, "--router", "loss", "--json")
+    assert code == 0
+    assert json.loads(out)["weights"] == pytest.approx(mixture.replace(router="loss").route([PROMPT]).row(0), abs=1e-5)
+    words = ["--router", "arrow", "--combiner", "layers", "--json", "--max-new-tokens", 3]
+    code, out, _ = run("generate", grid_folder, PROMPT, *words)
+    wanted = mixture.replace(router="arrow", combiner="layers").generate([PROMPT], max_new_tokens=3)[0]
+    assert code == 0 and json.loads(out) == wanted.record()
+    refused(
+        run("generate", grid_folder, PROMPT, "--router", "arrow"), "'arrow' gives them anew at every layer; use layers"
+    )
+    refused(
+        run("route", grid_folder, PROMPT, "--router", "los"),
+        "no router or expert is called 'los'. Did you mean 'loss'. There are: arrow, base, cluster-0, cluster-1, "
+        "cluster-2, gate, gradient-centroids, loss, performance-centroids, spectr, uniform",
+    )
+
+
+def test_rerouting_flags_that_do_not_fit_are_refused(run, run_folder):
     refused(run("generate", run_folder, PROMPT, "--cache", "keep"), "--cache says how weights are renewed; add --every")
     refused(
         run("generate", run_folder, PROMPT, "--every", 0), "--every: give a number of tokens from 1 upwards, or inf"

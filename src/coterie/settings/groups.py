@@ -174,7 +174,9 @@ class ExpertServingSettings(Settings):
 class RoutingSettings(Settings):
     """Another router, combiner or method for this call."""
 
-    router: str | None = Field(None, description="use another router, such as uniform, or one expert by its name")
+    router: str | None = Field(
+        None, description="another router: uniform, an expert's name, or a router's, such as loss or arrow"
+    )
     combiner: str | None = Field(
         None, description="let experts meet elsewhere: logits, layers, weights, weights:svd:16 and others, or texts"
     )
