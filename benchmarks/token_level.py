@@ -34,10 +34,10 @@ PROMPT = "Explain in simple words why the sky is blue during the day and red in 
 
 def mixture_with(backbone: Backbone, bank: ExpertBank, encoder: str, every: int | None) -> Mixture:
     """Return a mixture whose experts have random centroids."""
-    description, dimensions = growing_text_extractor(encoder, None, backbone)
+    extractor, embedder = growing_text_extractor(encoder, None, backbone)
     generator = torch.Generator().manual_seed(0)
-    centroids = {name: torch.randn(1, dimensions.dimensions, generator=generator) for name in bank.names}
-    router = TokenLevel(CentroidRouter.by_similarity(description, centroids), every)
+    centroids = {name: torch.randn(1, embedder.dimensions, generator=generator) for name in bank.names}
+    router = TokenLevel(CentroidRouter.by_similarity(extractor, centroids), every)
     return Mixture(backbone, bank, router, LayerCombiner(), PromptFormat(backbone.tokenizer), "token-level")
 
 

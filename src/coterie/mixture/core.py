@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from coterie.backbone.layers import ExpertLayers
+from coterie.backbone.prototypes import PROTOTYPES
 from coterie.combiners.base import Combiner
 from coterie.combiners.table import check_fit, make_combiner
 from coterie.combiners.texts import majority
@@ -20,7 +21,7 @@ from coterie.mixture.folder import StoredMixture
 from coterie.routers.base import Router, Routing
 from coterie.routers.derived import keep_top
 from coterie.routers.fixed import one_hot, uniform
-from coterie.routers.gate import SpectralRouter, spectral_router
+from coterie.routers.gate import spectral_router
 from coterie.routers.table import load_router
 from coterie.routers.token import TokenLevel
 from coterie.settings.groups import SamplingSettings
@@ -118,8 +119,8 @@ class Mixture(StoredMixture):
         trained = self.trained_routers()
         if name in trained:
             return load_router(*trained[name])
-        if name not in SpectralRouter.kinds:
-            known = {"uniform", *self.bank.names, *own, *trained, *SpectralRouter.kinds}
+        if name not in PROTOTYPES:
+            known = {"uniform", *self.bank.names, *own, *trained, *PROTOTYPES}
             raise unknown_name("router or expert", name, known)
         pairs = zip(self.bank.names, self.bank.adapters, strict=True)
         idle = [expert for expert, adapter in pairs if not any(bool(pair.up.any()) for pair in adapter.values())]

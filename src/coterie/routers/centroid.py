@@ -20,6 +20,13 @@ from coterie.routers.base import RouterParts, Routing
 from coterie.routers.feature import FeatureRouter, growing_text_extractor, load_extractor
 
 PERFORMANCE, SIMILARITY = "performance-centroids", "similarity"
+PLACES = {
+    "gradient-centroids": ("centroids", "centroid"),
+    "embedding-centroids": ("centroids", "centroid"),
+    PERFORMANCE: ("pilots", "pilots"),
+    SIMILARITY: ("centroids", "centroids"),
+}
+"""By kind of router: the file of its centroids, and what their names in it begin with."""
 BOOST = 4.0
 """What the published weighting multiplies the largest cosine by; its author calls it a temperature."""
 
@@ -96,7 +103,7 @@ class NullExpert:
 class CentroidRouter(FeatureRouter):
     """Weighs experts by the cosine of a prompt's feature to their centroids."""
 
-    kinds = ("gradient-centroids", "embedding-centroids", PERFORMANCE, SIMILARITY)
+    kinds = tuple(PLACES)
 
     def __init__(
         self,
@@ -225,7 +232,7 @@ class CentroidRouter(FeatureRouter):
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the centroids, named by expert, and return the entry for mixture.json."""
-        file, prefix = _place(self.kind)
+        file, prefix = PLACES[self.kind]
         rows = {name: own[0] if self.pool == "single" else own for name, own in self.centroids.items()}
         self._write(folder / f"{file}.safetensors", {f"{prefix}.{name}": own for name, own in rows.items()})
         if self.kind == SIMILARITY:
@@ -243,7 +250,7 @@ class CentroidRouter(FeatureRouter):
             CoterieError: when an expert has no centroid, or the encoder has other dimensions than the centroids.
         """
         kind = str(record["kind"])
-        tensors = parts.tensors(_place(kind)[0])
+        tensors = parts.tensors(PLACES[kind][0])
         centroids = {str(name): _centroids(kind, str(name), tensors) for name in record["experts"]}
         centre = tensors.get("centre")
         if kind == PERFORMANCE:
@@ -263,15 +270,8 @@ class CentroidRouter(FeatureRouter):
         )
 
 
-def _place(kind: str) -> tuple[str, str]:
-    """Return the file of a router's centroids, and what their names in it begin with."""
-    if kind == PERFORMANCE:
-        return "pilots", "pilots"
-    return "centroids", "centroids" if kind == SIMILARITY else "centroid"
-
-
 def _centroids(kind: str, name: str, tensors: Mapping[str, Tensor]) -> Float[Tensor, "centroid dimension"]:
-    file, prefix = _place(kind)
+    file, prefix = PLACES[kind]
     found = tensors.get(f"{prefix}.{name}")
     dimensions = 1 if prefix == "centroid" else 2
     if found is None or found.dim() != dimensions or not len(found) or not bool(torch.isfinite(found).all()):

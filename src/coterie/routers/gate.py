@@ -9,7 +9,7 @@ SpectR: Fleshman and Van Durme 2025, "Dynamically Composing LM Experts with Spec
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,13 +19,14 @@ from coterie.artifacts import write_tensors
 from coterie.backbone.gates import Gates, MeanWeights
 from coterie.backbone.layers import ExpertLayers, Gated, linear_shapes
 from coterie.backbone.loading import Backbone
-from coterie.backbone.prototypes import prototypes
+from coterie.backbone.prototypes import PROTOTYPES, prototypes
 from coterie.data.batching import TokenRow, by_length, pad
 from coterie.errors import CoterieError, unknown_name
 from coterie.experts.bank import ExpertBank
 from coterie.lora import Adapter
 from coterie.routers.base import Router, RouterParts, Routing
 
+GATE = "gate"
 BATCH = 8
 LEARNED_SCORES = ("linear", "arrow")
 """Scores of gates with one vector an expert, which is what is trained."""
@@ -37,21 +38,31 @@ a cosine of 0.03 on average, and the largest of ten such is 0.08."""
 class GateRouter(Router):
     """Weighs experts by every layer's gate, at every token of the layer's input."""
 
-    kind = "gate"
-    kinds: ClassVar[tuple[str, ...]] = (kind,)
+    kinds = (GATE, *PROTOTYPES)
     grain = "layer"
 
-    def __init__(self, backbone: Backbone, adapters: Sequence[Adapter], gates: Gates) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        adapters: Sequence[Adapter],
+        gates: Gates,
+        kind: str = GATE,
+        null: Mapping[str, Any] | None = None,
+    ) -> None:
         """Store the gates.
 
         Args:
             backbone: the base model.
             adapters: of the gates' experts, in their order.
             gates: one for every layer that some expert changes.
+            kind: gate where they were trained; arrow or spectr where the experts' updates give them.
+            null: name and cosine of the expert that takes over where nothing is similar, where there is one.
 
         Raises:
             CoterieError: when a layer has no gate of its width.
         """
+        self.kind = kind
+        self.null = null
         self.gates = gates.to(backbone.device)
         self._backbone = backbone
         self._layers = ExpertLayers(backbone.model, adapters)
@@ -83,25 +94,29 @@ class GateRouter(Router):
         return self.weigh(torch.full((len(prompts), count), 1 / count))
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """Write the gates, rows in the order of the experts, and return the entry for mixture.json."""
-        write_tensors(folder / "gates.safetensors", self.gates.layers)
-        return {**self._entry(), "score": self.gates.score}
-
-    def _entry(self) -> dict[str, Any]:
+        """Write gates that were trained, rows in the order of the experts, and return the entry for mixture.json."""
         gates = self.gates
-        return {
-            "kind": self.kind,
-            "experts": list(gates.experts),
-            "top_k": gates.top_k,
-            "temperature": gates.temperature,
-        }
+        how = {"top_k": gates.top_k, "temperature": gates.temperature}
+        entry = {"kind": self.kind, "experts": list(gates.experts), **how}
+        if self.kind != GATE:
+            return {**entry, "null": self.null}
+        write_tensors(folder / "gates.safetensors", gates.layers)
+        return {**entry, "score": gates.score}
 
     @classmethod
     def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "GateRouter":
-        """Build it from its entry and its tensors; the bank holds its experts."""
-        names = record["experts"]
+        """Read trained gates, or compute the others again from the bank, which holds the experts."""
+        names, top_k = record["experts"], record.get("top_k")
+        how: dict[str, Any] = {
+            "top_k": None if top_k is None else int(top_k),
+            "temperature": float(record.get("temperature", 1.0)),
+        }
+        if record["kind"] != GATE:
+            if null := record["null"]:
+                how |= {"null": str(null["name"]), "null_cosine": float(null["cosine"])}
+            return spectral_router(record["kind"], parts.backbone, parts.bank, names, **how)
         adapters = [parts.bank.adapters[parts.bank.index(name)] for name in names]
-        gates = read_gates(parts.tensors("gates"), names, str(record.get("score", "linear")), **_options(record))
+        gates = read_gates(parts.tensors("gates"), names, str(record.get("score", "linear")), **how)
         return cls(parts.backbone, adapters, gates)
 
 
@@ -129,38 +144,6 @@ def read_gates(
     return Gates(tuple(experts), layers, score, top_k, temperature)
 
 
-def _options(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Read how saved gates turn scores into weights."""
-    top_k, temperature = record.get("top_k"), record.get("temperature", 1.0)
-    return {"top_k": None if top_k is None else int(top_k), "temperature": float(temperature)}
-
-
-class SpectralRouter(GateRouter):
-    """Weighs experts at every token of the input x of every layer by what their own updates do to x."""
-
-    kinds = ("arrow", "spectr")
-
-    def __init__(
-        self, backbone: Backbone, adapters: Sequence[Adapter], gates: Gates, null: dict[str, Any] | None
-    ) -> None:
-        """Store the gates; see `spectral_router`, which makes them."""
-        super().__init__(backbone, adapters, gates)
-        self.kind = gates.score
-        self.null = null
-
-    def save(self, folder: Path) -> dict[str, Any]:
-        """Return the entry for mixture.json; the gates are computed from the bank again."""
-        return {**self._entry(), "null": self.null}
-
-    @classmethod
-    def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "SpectralRouter":
-        """Compute it from the bank again, as its entry says."""
-        null = record["null"]
-        named = {"null": str(null["name"]), "null_cosine": float(null["cosine"])} if null else {}
-        options: dict[str, Any] = {**_options(record), **named}
-        return spectral_router(record["kind"], parts.backbone, parts.bank, record["experts"], **options)
-
-
 def null_floor(gate: Tensor, place: int, cosine: float) -> Float[Tensor, " expert"]:
     """Return what the score of the null expert, at this place, gains for every unit of the input's norm.
 
@@ -182,7 +165,7 @@ def spectral_router(
     temperature: float = 1.0,
     null: str | None = None,
     null_cosine: float = NULL_COSINE,
-) -> SpectralRouter:
+) -> GateRouter:
     """Make a router from nothing but the experts' updates.
 
     Args:
@@ -214,4 +197,5 @@ def spectral_router(
     layers = {path: prototypes(kind, [adapter.get(path) for adapter in chosen.adapters]) for path in paths}
     floors = {path: null_floor(gate, chosen.index(null), null_cosine) for path, gate in layers.items()} if null else {}
     gates = Gates(chosen.names, layers, kind, top_k, temperature, floors)
-    return SpectralRouter(backbone, chosen.adapters, gates, {"name": null, "cosine": null_cosine} if null else None)
+    named = {"name": null, "cosine": null_cosine} if null else None
+    return GateRouter(backbone, chosen.adapters, gates, kind, named)

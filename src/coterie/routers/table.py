@@ -9,7 +9,7 @@ from coterie.routers.base import Router, RouterParts
 from coterie.routers.centroid import CentroidRouter
 from coterie.routers.derived import DerivedRouter
 from coterie.routers.fixed import FixedRouter, SourceRouter
-from coterie.routers.gate import GateRouter, SpectralRouter
+from coterie.routers.gate import GateRouter
 from coterie.routers.loss import LossRouter
 from coterie.routers.token import TokenLevel
 
@@ -21,7 +21,6 @@ ROUTERS: dict[str, type[Router]] = {
         LossRouter,
         TokenLevel,
         GateRouter,
-        SpectralRouter,
         SourceRouter,
         DerivedRouter,
     )
