@@ -92,7 +92,7 @@ class StoredMixture:
         for file in sorted(self.folder.glob("methods/*/ingredient.json")) if self.folder else ():
             record = read_json(file)
             entry = record.get("router")
-            if isinstance(entry, dict) and set(record.get("experts", ())) <= set(self.bank.names):
+            if isinstance(entry, dict) and set(record.get("experts") or ()) <= set(self.bank.names):
                 parts = RouterParts(file.parent / "router", file.parents[2], self.backbone, self.bank)
                 found.setdefault(str(entry.get("kind")), (entry, parts))
         return found

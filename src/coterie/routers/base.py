@@ -183,7 +183,7 @@ class Router(ABC):
         return self.weigh(self.read(prompts))
 
     def read(self, prompts: Sequence[TokenRow]) -> Any:
-        """Read off prompts what `weigh` looks at: the dear part. By default that is the prompts themselves."""
+        """Read off prompts what `weigh` looks at: the costly part. By default that is the prompts themselves."""
         return list(prompts)
 
     @property
@@ -209,7 +209,7 @@ class Router(ABC):
 
     @property
     def of_prompts(self) -> "Router":
-        """The router that weighs prompts, without the rhythm in which it is asked again."""
+        """The router that weighs prompts, without any re-routing around it."""
         return self
 
     def save(self, folder: Path) -> dict[str, Any]:
