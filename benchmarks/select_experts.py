@@ -24,8 +24,8 @@ from coterie.data.batching import IGNORED, PromptFormat, TokenRow, pad
 from coterie.data.examples import Example, load_examples
 from coterie.experts.bank_folder import open_bank
 from coterie.methods.add_adapters import bank_add
-from coterie.methods.kshot.choose_adapters import Scoring, score_adapters
-from coterie.methods.kshot.task import Task
+from coterie.methods.kshot.choose_adapters import ShotScoring
+from coterie.methods.kshot.task import KshotTask
 from coterie.settings.groups import SelectAdaptersSettings
 
 QUESTION = "Question {number}: is the sky blue because of the sea, or is the sea blue because of the sky?"
@@ -107,17 +107,17 @@ def main() -> None:
         named = [f"adapter-{number}={folder}" for number, folder in enumerate(folders)]
         assert all(one.card for one in bank_add(Path(place) / "bank", named, model=flags.model))
         bank = open_bank(Path(place) / "bank")
-        task = Task(bank, backbone, PromptFormat(backbone.tokenizer), shots, [])
+        task = KshotTask(bank, backbone, PromptFormat(backbone.tokenizer), shots, [])
         settings = SelectAdaptersSettings(max_new_tokens=steps, group_size=GROUP, scoring_batch_size=GROUP * count)
         cached: Callable = lambda name, make: make()  # noqa: E731
-        scoring = Scoring(task, shots, lambda text, shot: "neither" in text, settings, cached)
 
         def select() -> None:
             clock.seconds = 0.0
             with clock.watching(backbone.model.get_decoder(), backbone.output_layer):
-                found = score_adapters(scoring, bank.names)
+                scoring = ShotScoring(task, shots, settings, cached)
+                scoring.score(bank.names, count)
             inside.append(clock.seconds)
-            texts["select"] = [[cell["text"] for cell in found[name]] for name in bank.names]
+            texts["select"] = [[cell["text"] for cell in scoring.cells[name]] for name in bank.names]
 
         def loop() -> None:
             texts["one_by_one"] = one_by_one(backbone, folders, shots, steps)

@@ -24,7 +24,7 @@ from coterie.features import embedding
 from coterie.features import embedding_store as stored
 from coterie.features.embedding_store import EmbeddingStore, TextEncoder, load_text_encoder
 from coterie.methods.kshot import gather_rows as gathering
-from coterie.methods.kshot.pool_map import drawn_rows, lay_out
+from coterie.methods.kshot.gather_rows import drawn_rows, lay_out
 from coterie.settings.groups import PlacementSettings
 from test_cli import refused
 from test_embedding import make_bert, make_tokenizer

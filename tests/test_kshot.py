@@ -347,7 +347,7 @@ def test_an_interrupted_fit_ends_with_the_files_of_an_undisturbed_one(
     with pytest.raises(KeyboardInterrupt):
         fit(bank, task_shots, tmp_path / "run", expert_dropout=0.0, keep=3)
     monkeypatch.undo()
-    monkeypatch.setattr(kshot, "select_into", broken)  # the choice is not made again
+    monkeypatch.setattr(kshot, "choose", broken)  # the choice is not made again
     fit(bank, task_shots, tmp_path / "run", expert_dropout=0.0, keep=3)
     for file in ("selection/selection.json", "gates.json", "mixture.json", "router/gates.safetensors"):
         assert (tmp_path / "run" / file).read_bytes() == (task_run / file).read_bytes(), file

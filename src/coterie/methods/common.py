@@ -21,6 +21,14 @@ IN_MEMORY = "(in memory)"
 """Stands in a run's record for data that came from no file."""
 
 
+def named_sources(data: str | Sequence[str] | Sequence[Example]) -> tuple[list[str], list[Example]]:
+    """Return what a run's record calls its data, and the examples of data that came from no file."""
+    if isinstance(data, str):
+        return [data], []
+    examples = [row for row in data if isinstance(row, Example)]
+    return ([IN_MEMORY], examples) if examples else ([str(source) for source in data], [])
+
+
 def base_plan(
     settings: ElreaSettings | TokenLevelSettings | KshotSettings,
     label: str,

@@ -9,7 +9,6 @@ import torch
 
 from coterie.artifacts import RunFolder
 from coterie.backbone.layers import ExpertLayers
-from coterie.data.batching import TokenRow
 from coterie.data.examples import Example
 from coterie.data.streaming import FRESH, index_pools
 from coterie.errors import CoterieError
@@ -56,17 +55,17 @@ def _lorahub(run: KshotRun, into: RunFolder) -> TrainedExtra:
     names = [row["name"] for row in run.ranking if row["candidate"]]
     adapters = load_bank({name: task.bank.folder_of(name) for name in names}, task.backbone.model).adapters
     rows = task.rows(task.shots, run.settings.training.max_length)
+    alone = torch.ones(1, len(rows), 1)
+
+    def shots_nll(weights: Sequence[float]) -> float:
+        layers = ExpertLayers(task.backbone.model, (compose(adapters, weights),))
+        return float(score_votes(task.backbone, layers, (LORAHUB,), rows, alone, "").nll.mean())
+
     search = SearchPlan(run.extras.lorahub_steps, seed=run.settings.seed)
-    weights = search_weights(lambda own: _shots_nll(run, rows, compose(adapters, own)), len(names), search)
+    weights = search_weights(shots_nll, len(names), search)
     folder = into.path / "experts" / LORAHUB
     _write_composed(run, folder.name, into, compose(adapters, weights))
     return TrainedExtra({LORAHUB: folder}, None, {"weights": dict(zip(names, weights, strict=True))})
-
-
-def _shots_nll(run: KshotRun, rows: Sequence[TokenRow], adapter: Adapter) -> float:
-    backbone, alone = run.task.backbone, torch.ones(1, len(rows), 1)
-    layers = ExpertLayers(backbone.model, (adapter,))
-    return float(score_votes(backbone, layers, (LORAHUB,), rows, alone, "").nll.mean())
 
 
 def _write_composed(run: KshotRun, name: str, into: RunFolder, adapter: Adapter) -> None:

@@ -13,11 +13,11 @@ from coterie.data.examples import Example, load_examples
 from coterie.experts.bank import load_bank
 from coterie.experts.training import read_log
 from coterie.features.embedding import HIDDEN
-from coterie.features.embedding_store import hidden_encoder
-from coterie.methods.common import adapter_copier
-from coterie.methods.kshot.choose_adapters import read_selection, select_into
-from coterie.methods.kshot.gather_rows import GATHERED_FILE, gather_into
-from coterie.methods.kshot.task import Task, load_shots, open_task
+from coterie.features.embedding_store import hidden_encoder, load_text_encoder
+from coterie.methods.common import adapter_copier, named_sources
+from coterie.methods.kshot.choose_adapters import choose, read_selection
+from coterie.methods.kshot.gather_rows import GATHERED_FILE, load_open_data, write_gathered
+from coterie.methods.kshot.task import KshotTask, open_task
 from coterie.methods.kshot.train import GATES_FILE, gate_options, tune
 from coterie.mixture import Mixture
 from coterie.routers.gate import GateRouter, read_gates
@@ -42,8 +42,7 @@ def kshot(bank: str | Path, shots: str | Sequence[str], *, output: str | Path, *
     Raises:
         CoterieError: for bad data or settings, a bank without enough adapters, or an output folder that exists.
     """
-    sources = [shots] if isinstance(shots, str) else list(shots)
-    flat = {"bank": str(bank), "shots": sources, "output": str(output), **settings}
+    flat = {"bank": str(bank), "shots": named_sources(shots)[0], "output": str(output), **settings}
     return fit_kshot(from_flat(KshotSettings, flat))
 
 
@@ -57,30 +56,26 @@ def fit_kshot(settings: KshotSettings) -> Mixture:
     """
     output = Path(settings.output)
     check_output(output, overwrite=settings.overwrite)
-    data = load_shots(settings.shots, settings.adapters.exclude, settings.limit)
-    task = open_task(settings.bank, data, settings.placement, settings.training.system_prompt)
-    inputs = {**task.inputs(), **_pool_hashes(settings.pool)}
-    with run_folder(output, f"fit {METHOD}", settings.model_dump(), inputs) as run:
-        chosen = _selected(run, task, settings)
-        gathered = _gathered(run, task, settings)
+    task = open_task(
+        settings.bank,
+        settings.shots,
+        settings.adapters.exclude,
+        settings.limit,
+        settings.placement,
+        settings.training.system_prompt,
+    )
+    pools = {f"pool {name}": sha256_of(Path(name)) for name in settings.pool if Path(name).is_file()}
+    with run_folder(output, f"fit {METHOD}", settings.model_dump(), {**task.inputs(), **pools}) as run:
+        selection = run.stage(SELECTION, lambda folder: choose(task, settings, run.cached).write(folder))
+        chosen = list(read_selection(selection)["chosen"])
+        gathered = _gathered(run, task, settings) if settings.pool else []
         rows = task.rows([*task.shots, *gathered], settings.training.max_length)
         mixture = _tuned(run, task, chosen, rows, settings)
     return replace(mixture, folder=output)
 
 
-def _selected(run: RunFolder, task: Task, settings: KshotSettings) -> list[str]:
-    """Choose the experts, once."""
-
-    def make(folder: Path) -> None:
-        select_into(folder, task, settings, run.cached)
-
-    return list(read_selection(run.stage(SELECTION, make))["chosen"])
-
-
-def _gathered(run: RunFolder, task: Task, settings: KshotSettings) -> list[Example]:
-    """Gather rows of open data, once; none where no pool is given."""
-    if not settings.pool:
-        return []
+def _gathered(run: RunFolder, task: KshotTask, settings: KshotSettings) -> list[Example]:
+    """Gather rows of open data, once."""
     wanted = GatherSettings(
         shots=settings.shots,
         pool=settings.pool,
@@ -91,14 +86,20 @@ def _gathered(run: RunFolder, task: Task, settings: KshotSettings) -> list[Examp
         rows=settings.rows,
         placement=settings.placement,
     )
-    given = {"shots": task.shots, "exclude": task.excluded}
-    encoder = hidden_encoder(task.backbone, settings.placement) if settings.encoder == HIDDEN else None
-    folder = run.stage(GATHERED, lambda folder: gather_into(folder, wanted, given, encoder))
-    return load_examples(folder / GATHERED_FILE)
+
+    def make(folder: Path) -> None:
+        data = load_open_data(wanted, {"shots": task.shots, "exclude": task.excluded})
+        if settings.encoder == HIDDEN:
+            encoder = hidden_encoder(task.backbone, settings.placement)
+        else:
+            encoder = load_text_encoder(settings.encoder, None, settings.placement)
+        write_gathered(folder, data, encoder, wanted)
+
+    return load_examples(run.stage(GATHERED, make) / GATHERED_FILE)
 
 
 def _tuned(
-    run: RunFolder, task: Task, chosen: Sequence[str], rows: Sequence[TokenRow], settings: KshotSettings
+    run: RunFolder, task: KshotTask, chosen: Sequence[str], rows: Sequence[TokenRow], settings: KshotSettings
 ) -> Mixture:
     """Train the mixture, once, and put it together."""
 
@@ -116,7 +117,3 @@ def _tuned(
     mixture.write_description(run.path)
     shutil.rmtree(tuned)
     return mixture
-
-
-def _pool_hashes(pools: Sequence[str]) -> dict[str, str]:
-    return {f"pool {name}": sha256_of(Path(name)) for name in pools if Path(name).is_file()}

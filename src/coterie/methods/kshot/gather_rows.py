@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from coterie.artifacts import check_output, read_json, run_folder, write_json, write_jsonl
 from coterie.data import row_selection
 from coterie.data.examples import Example, load_examples
-from coterie.data.row_selection import RowSelection, select_rows
+from coterie.data.row_selection import CHOSEN, EmbeddedRows, RowSelection, select_rows
 from coterie.data.streaming import (
     COPY,
     EXCLUDED_QUESTION,
@@ -32,11 +33,9 @@ from coterie.data.streaming import (
     text_of,
 )
 from coterie.errors import CoterieError
-from coterie.features.embedding_store import EmbeddingStore, StoredRows, TextEncoder, load_text_encoder
-from coterie.methods.common import IN_MEMORY, hash_examples
-from coterie.methods.kshot.pool_map import drawn_rows, lay_out
+from coterie.features.embedding_store import EmbeddingStore, TextEncoder, load_text_encoder
+from coterie.methods.common import IN_MEMORY, hash_examples, named_sources
 from coterie.settings.commands import GatherSettings
-from coterie.settings.groups import GatherRowsSettings
 from coterie.settings.reading import from_flat
 
 logger = logging.getLogger(__name__)
@@ -54,11 +53,16 @@ BY_EMBEDDING = {
     row_selection.LIKE_EXCLUDED: "too near to an excluded row",
     row_selection.LIKE_CHOSEN: "too near to a chosen row",
     row_selection.LEFT: "beyond the budget",
-    row_selection.CHOSEN: "chosen",
+    CHOSEN: "chosen",
 }
 SHOT = "shot"
 """The fate of an example on the map."""
 LABEL_LETTERS = 60
+MOST_CHOSEN = 400  # rows on the map
+MOST_OTHERS = 600
+DECIMALS = 4
+
+Places = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,14 @@ class Gathered:
 
 
 @dataclass(frozen=True)
-class _Task:
-    """What is chosen from, and what that is compared with."""
+class OpenData:
+    """What rows are chosen from, and what they are compared with.
+
+    Attributes:
+        shots: examples of the task.
+        excluded: rows that must not be found again.
+        index: the rows of the pools.
+    """
 
     shots: list[Example]
     excluded: list[Example]
@@ -101,14 +111,28 @@ class _Task:
         """Keys of the texts of those rows."""
         return self.index.texts[self.fresh]
 
+    def inputs(self) -> dict[str, str]:
+        """Hash all of it, by name."""
+        pool = hashlib.sha256(self.index.texts.tobytes() + self.index.records.tobytes()).hexdigest()
+        return {"shots": hash_examples(self.shots), "exclude": hash_examples(self.excluded), "pool": pool}
 
-@dataclass(frozen=True)
-class _Embedded:
-    """The embeddings of a task; those of the pool are of its fresh rows and stay on disk."""
 
-    shots: Float[Tensor, "shot dimension"]
-    excluded: Float[Tensor, "excluded dimension"] | None
-    pool: StoredRows
+def load_open_data(settings: GatherSettings, given: Mapping[str, list[Example]]) -> OpenData:
+    """Load examples and excluded rows, and index the pools.
+
+    Args:
+        settings: name the sources.
+        given: the rows of `shots`, `exclude` and `pool` that are in memory already.
+
+    Raises:
+        CoterieError: for bad data.
+    """
+    shots = given.get("shots") or [row for source in settings.shots for row in load_examples(source)]
+    excluded = given.get("exclude") or [
+        row for source in settings.exclude for row in load_examples(source, need_response=False)
+    ]
+    pools = {IN_MEMORY: given["pool"]} if "pool" in given else {source: source for source in settings.pool}
+    return OpenData(shots, excluded, index_pools(pools, settings.limit, shots, excluded))
 
 
 def gather(
@@ -131,13 +155,13 @@ def gather(
     Raises:
         CoterieError: for bad data, settings, or an output folder that exists.
     """
-    parts = {"shots": shots, "pool": pool, "exclude": exclude}
-    given = {name: list(part) for name, part in parts.items() if _in_memory(part)}
-    named = {name: [IN_MEMORY] if name in given else _sources(part) for name, part in parts.items()}
+    parts = {name: named_sources(part) for name, part in (("shots", shots), ("pool", pool), ("exclude", exclude))}
+    named = {name: sources for name, (sources, _) in parts.items()}
+    given = {name: examples for name, (_, examples) in parts.items() if examples}
     return gather_rows(from_flat(GatherSettings, {**named, "output": str(output), **settings}), given)
 
 
-def gather_rows(settings: GatherSettings, given: dict[str, list[Any]] | None = None) -> Gathered:
+def gather_rows(settings: GatherSettings, given: Mapping[str, list[Example]] | None = None) -> Gathered:
     """Choose rows as the settings say; an interrupted run keeps what it has embedded.
 
     Raises:
@@ -145,101 +169,57 @@ def gather_rows(settings: GatherSettings, given: dict[str, list[Any]] | None = N
     """
     output = Path(settings.output)
     check_output(output, overwrite=settings.overwrite)
-    task = _load(settings, given or {})
+    data = load_open_data(settings, given or {})
     encoder = load_text_encoder(settings.encoder, settings.model, settings.placement)
-    inputs = {**_inputs(task), "encoder": encoder.identity}
+    inputs = {**data.inputs(), "encoder": encoder.identity}
     with run_folder(output, "gather", settings.model_dump(), inputs) as run:
-        _gather(run.path, task, encoder, settings)
+        write_gathered(run.path, data, encoder, settings)
     return Gathered(output, read_json(output / SUMMARY_FILE))
 
 
-def gather_into(
-    folder: Path, settings: GatherSettings, given: dict[str, list[Any]], encoder: TextEncoder | None = None
-) -> None:
-    """Choose rows as a part of a longer run, and write `gathered.jsonl` and `gather.json` into its folder.
-
-    Args:
-        folder: where to write.
-        settings: as for `gather_rows`; the output folder is not looked at.
-        given: shots and excluded rows.
-        encoder: where it is loaded already.
+def write_gathered(folder: Path, data: OpenData, encoder: TextEncoder, settings: GatherSettings) -> None:
+    """Choose rows, and write `gathered.jsonl` and `gather.json` into a folder.
 
     Raises:
-        CoterieError: for bad data or settings.
+        CoterieError: when no row is left to choose, or a pool has changed meanwhile.
     """
-    task = _load(settings, given)
-    encoder = encoder or load_text_encoder(settings.encoder, settings.model, settings.placement)
-    _gather(folder, task, encoder, settings)
-
-
-def _gather(folder: Path, task: _Task, encoder: TextEncoder, settings: GatherSettings) -> None:
     store = EmbeddingStore(encoder, Path(settings.embeddings).expanduser() if settings.embeddings else None)
-    vectors = _embed(task, store, settings.rows.block_rows)
-    selection = _select(task, vectors, settings.rows)
-    drawn = drawn_rows(selection.outcomes, task.keys)
-    examples = dict(task.index.read(task.fresh[np.union1d(selection.rows, drawn)]))
-    write_jsonl(folder / GATHERED_FILE, _records(task, selection, examples))
-    points = _map(task, vectors, selection, drawn, examples)
-    write_json(folder / SUMMARY_FILE, {**_summary(task, selection, settings), "map": points})
+    _embed_missing(data, store, settings.rows.block_rows)
+    shots = store.embed([text_of(shot) for shot in data.shots])
+    excluded = store.embed([text_of(row) for row in data.excluded]) if data.excluded else None
+    pool = store.rows(data.keys)
+    selection = select_rows(pool, shots, data.keys, settings.rows, excluded)
+    found = len(selection.rows)
+    if not found:
+        raise CoterieError(
+            f"none of the {len(data.index)} pool rows is left: all are examples or excluded rows, or too near to them; "
+            "give another --pool, or raise --exclude-tau"
+        )
+    if found < settings.rows.budget:
+        logger.warning("the pool gives %d rows, fewer than the budget of %d", found, settings.rows.budget)
+    drawn = drawn_rows(selection.outcomes, data.keys)
+    examples = dict(data.index.read(data.fresh[np.union1d(selection.rows, drawn)]))
+    write_jsonl(folder / GATHERED_FILE, _records(data, selection, examples))
+    points = _map(data, lay_out(shots, pool, drawn), selection, drawn, examples)
+    write_json(folder / SUMMARY_FILE, {**_summary(data, selection, settings), "map": points})
 
 
-def _in_memory(part: ExampleSource | Sequence[str]) -> bool:
-    return not isinstance(part, str) and bool(part) and isinstance(part[0], Example)
-
-
-def _sources(part: Any) -> list[str]:
-    return [part] if isinstance(part, str) else list(part)
-
-
-def _load(settings: GatherSettings, given: dict[str, list[Any]]) -> _Task:
-    shots = given.get("shots") or [row for source in settings.shots for row in load_examples(source)]
-    excluded = given.get("exclude") or [
-        row for source in settings.exclude for row in load_examples(source, need_response=False)
-    ]
-    pools = {IN_MEMORY: given["pool"]} if "pool" in given else {source: source for source in settings.pool}
-    return _Task(shots, excluded, index_pools(pools, settings.limit, shots, excluded))
-
-
-def _inputs(task: _Task) -> dict[str, str]:
-    pool = hashlib.sha256(task.index.texts.tobytes() + task.index.records.tobytes()).hexdigest()
-    return {"shots": hash_examples(task.shots), "exclude": hash_examples(task.excluded), "pool": pool}
-
-
-def _embed(task: _Task, store: EmbeddingStore, block_rows: int) -> _Embedded:
-    """Embed what was never embedded, the pool a block at a time."""
-    missing = task.fresh[store.missing(task.keys)]
-    logger.info("%d of %d pool rows have to be embedded", len(missing), len(task.index))
-    if len(missing):
-        _embed_rows(task, store, missing, block_rows)
-    shots = store.embed([text_of(shot) for shot in task.shots])
-    excluded = store.embed([text_of(row) for row in task.excluded]) if task.excluded else None
-    return _Embedded(shots, excluded, store.rows(task.keys))
-
-
-def _embed_rows(task: _Task, store: EmbeddingStore, missing: Int[np.ndarray, " missing"], block_rows: int) -> None:
-    texts = (text_of(row) for _, row in task.index.read(missing))
+def _embed_missing(data: OpenData, store: EmbeddingStore, block_rows: int) -> None:
+    """Embed the pool rows that were never embedded, a block at a time."""
+    missing = data.fresh[store.missing(data.keys)]
+    logger.info("%d of %d pool rows have to be embedded", len(missing), len(data.index))
+    if not len(missing):
+        return
+    texts = (text_of(row) for _, row in data.index.read(missing))
     for number, block in enumerate(iter(lambda: list(islice(texts, block_rows)), [])):
         store.add(block)
         logger.info("embedded %d of %d", number * block_rows + len(block), len(missing))
 
 
-def _select(task: _Task, vectors: _Embedded, settings: GatherRowsSettings) -> RowSelection:
-    selection = select_rows(vectors.pool, vectors.shots, task.keys, settings, vectors.excluded)
-    found = len(selection.rows)
-    if not found:
-        raise CoterieError(
-            f"none of the {len(task.index)} pool rows is left: all are examples or excluded rows, or too near to them; "
-            "give another --pool, or raise --exclude-tau"
-        )
-    if found < settings.budget:
-        logger.warning("the pool gives %d rows, fewer than the budget of %d", found, settings.budget)
-    return selection
-
-
-def _records(task: _Task, selection: RowSelection, examples: Mapping[int, Example]) -> list[dict[str, Any]]:
+def _records(data: OpenData, selection: RowSelection, examples: Mapping[int, Example]) -> list[dict[str, Any]]:
     """Return the chosen rows in the common form; ids are keys of the text, since pools number their rows alike."""
-    numbers = task.fresh[selection.rows]
-    pools = list(task.index.pools)
+    numbers = data.fresh[selection.rows]
+    pools = list(data.index.pools)
     return [
         {
             **{name: value for name, value in asdict(examples[number]).items() if value},
@@ -247,50 +227,30 @@ def _records(task: _Task, selection: RowSelection, examples: Mapping[int, Exampl
             "pool": pools[place],
             "pool_id": examples[number].id,
             "similarity": float(selection.measured.similarity[row]),
-            "nearest_shot": task.shots[selection.measured.nearest[row]].id,
+            "nearest_shot": data.shots[selection.measured.nearest[row]].id,
         }
-        for number, row, place in zip(numbers.tolist(), selection.rows, task.index.pool_of(numbers), strict=True)
+        for number, row, place in zip(numbers.tolist(), selection.rows, data.index.pool_of(numbers), strict=True)
     ]
 
 
-def _map(
-    task: _Task,
-    vectors: _Embedded,
-    selection: RowSelection,
-    drawn: Int[np.ndarray, " drawn"],
-    examples: Mapping[int, Example],
-) -> list[dict[str, Any]]:
-    """Return the points of the map: the examples, then the drawn rows."""
-    shots, rows = lay_out(vectors.shots, vectors.pool, drawn)
-    marks = [_mark(place, SHOT, None, shot) for place, shot in zip(shots, task.shots, strict=True)]
-    for place, row, number in zip(rows, drawn, task.fresh[drawn].tolist(), strict=True):
-        fate, similarity = BY_EMBEDDING[int(selection.outcomes[row])], float(selection.measured.similarity[row])
-        marks.append(_mark(place, fate, similarity, examples[number]))
-    return marks
-
-
-def _mark(place: tuple[float, float], fate: str, similarity: float | None, example: Example) -> dict[str, Any]:
-    """Make a point of the map; its label is how its text begins."""
-    label = " ".join(text_of(example).split())[:LABEL_LETTERS]
-    return {"x": place[0], "y": place[1], "fate": fate, "similarity": similarity, "label": label}
-
-
-def _summary(task: _Task, selection: RowSelection, settings: GatherSettings) -> dict[str, Any]:
+def _summary(data: OpenData, selection: RowSelection, settings: GatherSettings) -> dict[str, Any]:
     """Return what `gather.json` holds; the fates of the rows add up to their number."""
-    index, fresh, measured = task.index, task.fresh, selection.measured
-    pools = np.bincount(index.pool_of(fresh[selection.rows]), minlength=len(index.pools)).tolist()
-    shots = np.bincount(measured.nearest[selection.rows], minlength=len(task.shots)).tolist()
+    index, measured = data.index, selection.measured
+    pools = np.bincount(index.pool_of(data.fresh[selection.rows]), minlength=len(index.pools)).tolist()
+    shots = np.bincount(measured.nearest[selection.rows], minlength=len(data.shots)).tolist()
+    outcomes = {name: int((index.kinds == kind).sum()) for kind, name in BY_TEXT.items()}
+    outcomes |= {name: int((selection.outcomes == own).sum()) for own, name in BY_EMBEDDING.items()}
     return {
         **settings.rows.model_dump(exclude={"block_rows"}),
         "encoder": settings.encoder,
         "rows": len(index),
-        "fates": _fates(index, selection),
+        "fates": outcomes,
         "pools": [
             {"pool": name, "rows": rows, "chosen": chosen}
             for name, rows, chosen in zip(index.pools, np.diff(index.starts).tolist(), pools, strict=True)
         ],
-        "shots": [{"id": shot.id, "nearest_of_chosen": n} for shot, n in zip(task.shots, shots, strict=True)],
-        "excluded_rows": len(task.excluded),
+        "shots": [{"id": shot.id, "nearest_of_chosen": n} for shot, n in zip(data.shots, shots, strict=True)],
+        "excluded_rows": len(data.excluded),
         "similarity_quantiles": {
             "levels": QUANTILES.round(2).tolist(),
             "compared": _quantiles(measured.similarity),
@@ -299,11 +259,65 @@ def _summary(task: _Task, selection: RowSelection, settings: GatherSettings) -> 
     }
 
 
-def _fates(index: PoolIndex, selection: RowSelection) -> dict[str, int]:
-    """Count what became of the pool rows; every row counts once."""
-    texts = {name: int((index.kinds == kind).sum()) for kind, name in BY_TEXT.items()}
-    return texts | {name: int((selection.outcomes == fate).sum()) for fate, name in BY_EMBEDDING.items()}
-
-
 def _quantiles(values: Float[np.ndarray, " row"]) -> list[float]:
     return np.quantile(values, QUANTILES).round(row_selection.DECIMALS).tolist()
+
+
+# -------------------------------------------------------------------------------------------------- a map of the pool
+
+
+def drawn_rows(fates: Int[np.ndarray, " row"], keys: Shaped[np.ndarray, " row"]) -> Int[np.ndarray, " drawn"]:
+    """Sample the rows to draw: some of the chosen ones, then some of the others, each by the smallest keys.
+
+    Keys are hashes of what the rows say, so the sample is even, and the order of the pool does not change it.
+
+    Args:
+        fates: what became of the rows.
+        keys: of the rows.
+    """
+    chosen = fates == CHOSEN
+    parts = ((np.flatnonzero(chosen), MOST_CHOSEN), (np.flatnonzero(~chosen), MOST_OTHERS))
+    return np.concatenate([rows[np.argsort(keys[rows], kind="stable")[:most]] for rows, most in parts])
+
+
+def lay_out(
+    shots: Float[Tensor, "shot dimension"], pool: EmbeddedRows, drawn: Int[np.ndarray, " drawn"]
+) -> tuple[Places, Places]:
+    """Return the places of the examples and of the drawn rows: their two principal components, each signed by rule.
+
+    Args:
+        shots: embeddings of the examples.
+        pool: embeddings of the pool, of which the drawn rows alone are read.
+        drawn: numbers of those rows.
+    """
+    from sklearn.decomposition import PCA
+
+    features = torch.cat([shots, pool[drawn]]).double().numpy()
+    with np.errstate(invalid="ignore"):  # texts that are all alike vary by 0, of which no share can be told
+        layout = PCA(2, svd_solver="full").fit_transform(features)
+    places = [(x, y) for x, y in (layout.round(DECIMALS) + 0.0).tolist()]  # adding 0 makes of -0 a plain 0
+    return places[: len(shots)], places[len(shots) :]
+
+
+def _map(
+    data: OpenData,
+    places: tuple[Places, Places],
+    selection: RowSelection,
+    drawn: Int[np.ndarray, " drawn"],
+    examples: Mapping[int, Example],
+) -> list[dict[str, Any]]:
+    """Return the points of the map: the examples, then the drawn rows; a label is how a text begins."""
+    points: list[tuple[str, float | None, Example]] = [(SHOT, None, shot) for shot in data.shots]
+    for row, number in zip(drawn, data.fresh[drawn].tolist(), strict=True):
+        fate, similarity = BY_EMBEDDING[int(selection.outcomes[row])], float(selection.measured.similarity[row])
+        points.append((fate, similarity, examples[number]))
+    return [
+        {
+            "x": x,
+            "y": y,
+            "fate": fate,
+            "similarity": similarity,
+            "label": " ".join(text_of(example).split())[:LABEL_LETTERS],
+        }
+        for (x, y), (fate, similarity, example) in zip([*places[0], *places[1]], points, strict=True)
+    ]

@@ -48,12 +48,15 @@ def with_rationales(
     if settings.rationales == FROM_DATA:
         return list(shots)
     sampling = SamplingSettings(max_new_tokens=settings.rationale_tokens)
-    texts = _written([_request(shot) for shot in shots], settings.rationales, sampling, placement, batch_size)
-    return [_joined(shot, text, settings.rationale_order) for shot, text in zip(shots, texts, strict=True)]
-
-
-def _request(shot: Example) -> str:
-    return REQUEST.format(question=shot.instruction, answer=shot.response)
+    requests = [REQUEST.format(question=shot.instruction, answer=shot.response) for shot in shots]
+    texts = _written(requests, settings.rationales, sampling, placement, batch_size)
+    explained = []
+    for shot, text in zip(shots, texts, strict=True):
+        parts = [shot.response or "", text]
+        if settings.rationale_order == "rationale-first":
+            parts.reverse()
+        explained.append(replace(shot, messages=(*shot.prompt, Message("assistant", "\n".join(parts)))))
+    return explained
 
 
 def _written(
@@ -73,9 +76,3 @@ def _written(
             "the same command asks for those again"
         )
     return [reply.text.strip() for reply in replies]
-
-
-def _joined(shot: Example, rationale: str, order: str) -> Example:
-    parts = [shot.response or "", rationale]
-    text = "\n".join(parts if order == "answer-first" else reversed(parts))
-    return replace(shot, messages=(*shot.prompt, Message("assistant", text)))

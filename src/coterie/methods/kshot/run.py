@@ -13,7 +13,7 @@ from coterie.methods.extras import FittedRun, reopen
 from coterie.methods.kshot.choose_adapters import SELECTION_FILE, read_selection
 from coterie.methods.kshot.fit import GATHERED, METHOD, SELECTION
 from coterie.methods.kshot.gather_rows import GATHERED_FILE, SUMMARY_FILE
-from coterie.methods.kshot.task import Task, load_shots, open_task
+from coterie.methods.kshot.task import KshotTask, open_task
 from coterie.methods.kshot.train import GATES_FILE
 from coterie.mixture import Mixture
 from coterie.settings.commands import KshotSettings
@@ -25,16 +25,21 @@ class KshotRun(FittedRun[KshotSettings]):
     """A run of `coterie fit kshot-moe`, opened for further training."""
 
     @cached_property
-    def task(self) -> Task:
+    def task(self) -> KshotTask:
         """The task and its bank, as they were.
 
         Raises:
             CoterieError: when one of them is gone, or has changed.
         """
         settings = self.settings
-        data = load_shots(settings.shots, settings.adapters.exclude, settings.limit)
         task = open_task(
-            settings.bank, data, settings.placement, settings.training.system_prompt, self.mixture.backbone
+            settings.bank,
+            settings.shots,
+            settings.adapters.exclude,
+            settings.limit,
+            settings.placement,
+            settings.training.system_prompt,
+            self.mixture.backbone,
         )
         changed = [name for name, value in task.inputs().items() if self.inputs.get(name) != value]
         if changed:

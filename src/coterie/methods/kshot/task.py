@@ -13,7 +13,7 @@ from coterie.settings.groups import ModelSettings, PlacementSettings
 
 
 @dataclass(frozen=True)
-class Task:
+class KshotTask:
     """What is known of a task, and what may serve it.
 
     Attributes:
@@ -45,40 +45,34 @@ class Task:
         return tokenise(self.prompts, examples, max_length).rows
 
 
-def load_shots(
-    sources: Sequence[str], exclude: Sequence[str], limit: int | None
-) -> tuple[list[Example], list[Example]]:
-    """Load a task's examples, so many of every source, and the rows that must not be known.
-
-    Raises:
-        CoterieError: for bad data.
-    """
-    excluded = [row for source in exclude for row in load_examples(source, need_response=False)]
-    return load_all(sources, limit), excluded
-
-
 def open_task(
     bank: str,
-    data: tuple[list[Example], list[Example]],
+    shots: Sequence[str],
+    exclude: Sequence[str],
+    limit: int | None,
     placement: PlacementSettings,
     system_prompt: str | None,
     backbone: Backbone | None = None,
-) -> Task:
-    """Open a bank for a task.
+) -> KshotTask:
+    """Load a task's examples, and open a bank for it.
 
     Args:
         bank: its folder.
-        data: shots and excluded rows.
+        shots: sources of the examples.
+        exclude: sources of rows that must not be known.
+        limit: most examples of every source.
         placement: how the base model is held in memory.
         system_prompt: of every prompt; None for the template's own.
         backbone: the base model, if it is loaded already.
 
     Raises:
-        CoterieError: when the bank is broken, or its base model cannot be had or is another one by now.
+        CoterieError: for bad data, a broken bank, or a base model that cannot be had or is another one by now.
     """
+    excluded = [row for source in exclude for row in load_examples(source, need_response=False)]
+    examples = load_all(shots, limit)
     opened = open_bank(Path(bank))
     wanted = identity_from(opened.base_model)
     if backbone is None:
         backbone = load_backbone(ModelSettings(model=wanted.id, revision=wanted.revision, **placement.model_dump()))
     check_identity(wanted, backbone.identity, bank)
-    return Task(opened, backbone, PromptFormat(backbone.tokenizer, system_prompt), *data)
+    return KshotTask(opened, backbone, PromptFormat(backbone.tokenizer, system_prompt), examples, excluded)

@@ -16,7 +16,7 @@ from coterie.experts.gated_model import GateTraining
 from coterie.experts.gates_training import TrainedMixture, collapsed, start_gates, train_mixture
 from coterie.experts.training import read_log
 from coterie.methods.common import base_plan
-from coterie.methods.kshot.task import Task
+from coterie.methods.kshot.task import KshotTask
 from coterie.routers.gate import GateRouter
 from coterie.settings.commands import KshotSettings
 
@@ -42,7 +42,7 @@ class Tuned:
 
 def tune(
     folder: Path,
-    task: Task,
+    task: KshotTask,
     experts: Mapping[str, str],
     rows: Sequence[TokenRow],
     settings: KshotSettings,
@@ -75,7 +75,12 @@ def tune(
         write_adapter(folders[name], read_json(bank.folder_of(origin) / CONFIG_FILE), adapter)
     record = _gate_record(trained, folder)
     write_json(folder / GATES_FILE, record)
-    _tell_collapse(trained)
+    if (taken := collapsed(trained.load, trained.gates.experts)) is not None:
+        logger.warning(
+            "the gates give more than 90%% of all weight to %s; the others are hardly used: add --balance 0.01, or "
+            "start with --gate-start arrow",
+            taken,
+        )
     return Tuned(folders, GateRouter(backbone, trained.adapters, trained.gates), record)
 
 
@@ -83,16 +88,6 @@ def gate_options(settings: KshotSettings, experts: int) -> dict[str, Any]:
     """Return how a mixture's gates turn scores into weights."""
     score = "arrow" if settings.gates.gate_start == "arrow" else "linear"
     return {"top_k": min(settings.gates.top_k_experts, experts), "score": score}
-
-
-def _tell_collapse(trained: TrainedMixture) -> None:
-    taken = collapsed(trained.load, trained.gates.experts)
-    if taken is not None:
-        logger.warning(
-            "the gates give more than 90%% of all weight to %s; the others are hardly used: add --balance 0.01, or "
-            "start with --gate-start arrow",
-            taken,
-        )
 
 
 def _gate_record(trained: TrainedMixture, folder: Path) -> dict[str, Any]:
