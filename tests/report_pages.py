@@ -3,6 +3,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 from coterie.report import write_report
 
@@ -148,6 +149,19 @@ def luminance(colour):
     channels = [int(colour[at : at + 2], 16) / 255 for at in (0, 2, 4)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def drawings(text, kind):
+    """The pictures of this class on a page, as trees."""
+    found = []
+    for start in re.finditer(f'<svg class="{kind}"', text):
+        depth = 0
+        for tag in re.finditer(r"<svg|</svg>", text[start.start() :]):
+            depth += 1 if tag[0] == "<svg" else -1
+            if not depth:
+                found.append(ElementTree.fromstring(text[start.start() : start.start() + tag.end()]))
+                break
+    return found
 
 
 def unnamed_pictures(page):

@@ -72,12 +72,22 @@ def test_every_point_of_a_scatter_carries_its_number():
     assert [place.find("text").text for place in tree.findall("svg")] == ["0", "1", "2", "3", "4"]
 
 
-def test_points_that_lie_on_each_other_carry_their_numbers_together_and_neighbours_their_own():
+def test_a_point_without_room_beside_it_has_its_number_in_one_line_with_its_neighbours_above_them():
     frame = Frame(EVEN, EVEN, ("cost", "quality"))
-    points = [point(5, 5, "1"), point(5.3, 5.2, "2"), point(5, 5, ""), point(5.3, 5.9, "3"), point(5.9, 5, "4")]
-    tree, _ = drawn(scatter(points, frame, "t"))
-    labels = [place.findtext("text") for place in tree.findall("svg")]
-    assert labels == ["1, 2", None, None, "3", "4"]
+    points = [point(5.8, 5.2, "1"), point(5, 5, "2"), point(5, 5, ""), point(5.3, 5.9, "3"), point(7, 5, "4")]
+    tree, places = drawn(scatter(points, frame, "t"))
+    assert [place.findtext("text") for place in tree.findall("svg")] == [None, None, None, "3", "4"]
+    (label,) = [text for text in tree.findall("text") if "number" in text.get("class")]
+    assert label.text == "2, 1" and number(label.get("x")) == pytest.approx((places[0][0] + places[1][0]) / 2)
+    assert float(label.get("y")) < min(y for _, y in places[:2]) - 6
+
+
+@pytest.mark.parametrize(("x", "middle"), [(0, 38), (5, 55), (10, 62)])
+def test_a_long_line_of_numbers_reaches_into_the_picture_and_not_out_of_it(x, middle):
+    points = [point(x, 5, str(label)) for label in range(10, 20)]
+    tree, _ = drawn(scatter(points, Frame(EVEN, EVEN, ("cost", "quality")), "t"))
+    (label,) = [text for text in tree.findall("text") if "number" in text.get("class")]
+    assert label.text == ", ".join(map(str, range(10, 20))) and number(label.get("x")) == middle
 
 
 def test_a_curve_joins_its_points_and_its_whiskers_reach_their_ends():

@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import re
-from xml.etree import ElementTree
 
 import pytest
 
@@ -13,7 +12,7 @@ from coterie.methods.kshot.gather_rows import BY_EMBEDDING, BY_TEXT
 from coterie.methods.kshot.gather_rows import SHOT as GATHERED_SHOT
 from coterie.report import draw, write_report
 from coterie.report.kshot import MARK_OF_OUTCOME
-from report_pages import HOSTILE, SHOWN, Page, number, page_of, records, save, unnamed_pictures
+from report_pages import HOSTILE, SHOWN, Page, drawings, number, page_of, records, save, unnamed_pictures
 
 KINDS = ("mlp.down_proj", "self_attn.q_proj")
 
@@ -123,14 +122,7 @@ def text(tmp_path):
 
 
 def drawing(text, kind):
-    """The picture of this class, as a tree."""
-    start = text.index(f'<svg class="{kind}"')
-    depth = 0
-    for tag in re.finditer(r"<svg|</svg>", text[start:]):
-        depth += 1 if tag[0] == "<svg" else -1
-        if not depth:
-            return ElementTree.fromstring(text[start : start + tag.end()])
-    raise AssertionError("the picture does not end")
+    return drawings(text, kind)[0]
 
 
 def links(page):
@@ -259,9 +251,9 @@ def test_of_many_adapters_the_table_is_folded_and_only_the_candidates_carry_a_nu
     text = write_report(save(tmp_path, evaluation, rows)).read_text()
     points = drawing(text, "plot scatter").findall("svg")
     assert len(points) == 40
-    shown = [e.text for point in points for e in point.findall("text")]
+    shown = [e.text for e in drawing(text, "plot scatter").iter("text") if "number" in e.get("class", "")]
     (head,) = [e for e in Page(text).all("caption") if e["text"] == "Adapters of the bank"]
-    assert ", ".join(shown) == "32, 33, 34" and "details" in head["inside"]
+    assert shown == ["32, 33, 34"] and "details" in head["inside"]
     folded = [e["attrs"] for e in Page(text).all("details") if "Table of 40 adapters" in e["text"]]
     assert folded == [{}]
 

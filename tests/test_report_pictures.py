@@ -3,13 +3,12 @@
 import copy
 import json
 import re
-from xml.etree import ElementTree
 
 import pytest
 
 from coterie.errors import CoterieError
 from coterie.report import write_report
-from report_pages import HOSTILE, SHOWN, Page, number, page_of, records, save, score, unnamed_pictures
+from report_pages import HOSTILE, SHOWN, Page, drawings, number, page_of, records, save, score, unnamed_pictures
 
 VARIANTS = {"elrea:top_k=1": 0.42, "elrea:top_k=2": 0.44, "elrea:d_proj=64": 0.41, "elrea:d_proj=512": 0.45}
 
@@ -201,16 +200,14 @@ def test_without_accuracy_quality_is_nll_with_the_low_values_on_top(tmp_path):
     evaluation, rows = full()
     for line in evaluation["table"]:
         line["accuracy"] = None
-    text = write_report(save(tmp_path, evaluation, rows)).read_text()
-    time, _ = re.findall(r'<svg class="plot scatter".*?</svg></svg>', text)
-    assert "NLL in nats a token against seconds" in time
-    base, elrea, oracle = (float(y) for y in re.findall(r'<svg x="[^"]*" y="([^"]*)" class="point">', time))
+    time, _ = drawings(write_report(save(tmp_path, evaluation, rows)).read_text(), "plot scatter")
+    assert "NLL in nats a token against seconds" in time.get("aria-label")
+    base, elrea, oracle = (float(point.get("y")) for point in time.findall("svg"))
     assert oracle < elrea < base
 
 
 def curves(folder, evaluation, rows):
-    text = write_report(save(folder, evaluation, rows)).read_text()
-    return [ElementTree.fromstring(svg) for svg in re.findall(r'<svg class="plot curve".*?</svg>(?=</div>)', text)]
+    return drawings(write_report(save(folder, evaluation, rows)).read_text(), "plot curve")
 
 
 def test_variants_are_drawn_over_their_number_with_the_plain_method_at_its_own(tmp_path):

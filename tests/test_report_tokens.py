@@ -12,7 +12,19 @@ from coterie.errors import CoterieError
 from coterie.records.evaluation import Trace
 from coterie.report import write_report
 from coterie.report.plots import Band, stacked_areas
-from report_pages import HOSTILE, SHOWN, answer, luminance, number, page_of, records, save, score, unnamed_pictures
+from report_pages import (
+    HOSTILE,
+    SHOWN,
+    answer,
+    drawings,
+    luminance,
+    number,
+    page_of,
+    records,
+    save,
+    score,
+    unnamed_pictures,
+)
 
 EXPERTS = ["maths", "science", "code"]
 STRONG = {"m": [0.8, 0.15, 0.05], "s": [0.2, 0.7, 0.1], "c": [0.1, 0.25, 0.65]}
@@ -294,8 +306,7 @@ def test_methods_are_called_in_words_wherever_they_stand(tmp_path):
 
 def test_variants_run_from_every_token_to_the_prompts_weights_alone(tmp_path):
     path = write_report(save(tmp_path, *traced(token=["ms"], token_2=[], token_8=[], token_inf=[])))
-    drawn = re.findall(r'<svg class="plot curve".*?</svg>(?=</div>)', path.read_text(encoding="utf-8"))
-    tree = ElementTree.fromstring(drawn[0])
+    tree, _ = drawings(path.read_text(encoding="utf-8"), "plot curve")
     assert [t.text for t in tree.findall("text[@class='mark']")] == ["∞", "8", "2", "1"]
     assert [place.find("title").text.split(" 50.0")[0] for place in tree.findall("svg")] == [
         "token-level",

@@ -14,8 +14,8 @@ from coterie.report.wording import fixed
 HEIGHT = 300  # px, of a picture of points, curves or lines
 _LEFT, _RIGHT = 15.0, 95.0  # per cent, the x positions of a scale's ends
 _TOP, _BOTTOM = 34.0, 262.0  # px, the y positions of a scale's ends
-_CLOSE = 9.0  # per cent, numbers on an axis that are nearer than this would touch
-_NEAR = (4.5, 11.0)  # per cent and px, points that are nearer than this carry their numbers together
+_CLOSE, _LETTER = 9.0, 2.0  # per cent, numbers on an axis that are nearer than this, or so much a letter, would touch
+_NEAR = 8.0  # per cent, a point that is nearer than this to one on its right has no room for a label beside it
 _SIZE = 1.6  # of a mark, beside its size on a map
 _BESIDE = 9.0  # px, from a point to its number
 _LABEL_HEIGHT = 12.0  # px
@@ -63,23 +63,47 @@ class Point:
 
 
 def scatter(points: Sequence[Point], frame: Frame, title: str) -> Markup:
-    """Draw points, each with its label beside it; points that lie on each other have theirs in one line."""
+    """Draw points, each with its label beside it; neighbours have theirs in one line above them, from left to right."""
     drawing = _framed("scatter", [point.words for point in points], frame, title)
     _add_numbers_across(drawing, frame, [(mark, f"{mark:,.10g}") for mark in frame.across.marks])
-    labelled: list[tuple[float, float, ElementTree.Element]] = []
+    labelled = []
     for point in points:
         place = _add_point(drawing, point, frame)
-        if not point.label:
-            continue
-        x, y = frame.place(point.x, point.y)
-        near = (text for left, top, text in labelled if abs(left - x) < _NEAR[0] and abs(top - y) < _NEAR[1])
-        if (text := next(near, None)) is not None:
-            text.text = f"{text.text}, {point.label}"
+        if point.label:
+            labelled.append(_Labelled(*frame.place(point.x, point.y), point.label, place))
+    groups: list[list[_Labelled]] = []
+    for own in sorted(labelled, key=lambda own: own.x):
+        for group in groups:
+            right = max(group[-1].x, sum(_line_of_labels(group)))
+            if abs(own.y - group[-1].y) < _LABEL_HEIGHT and own.x - right < _NEAR:
+                group.append(own)
+                break
         else:
-            text = draw.add(place, "text", x=f"{_BESIDE:g}", y="4")
-            text.text = point.label
-            labelled.append((x, y, text))
+            groups.append([own])
+    for group in groups:
+        if len(group) == 1:
+            draw.add(group[0].place, "text", x=f"{_BESIDE:g}", y="4").text = group[0].label
+        else:
+            middle, half = _line_of_labels(group)
+            line, above = ", ".join(own.label for own in group), min(own.y for own in group) - _BESIDE
+            draw.add_text(drawing, "mark number", min(max(middle, half), 100 - half), above, line)
     return draw.markup(drawing)
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    """A point that was drawn at `x` per cent and `y` px, and its label that was not yet."""
+
+    x: float
+    y: float
+    label: str
+    place: ElementTree.Element
+
+
+def _line_of_labels(group: Sequence[_Labelled]) -> tuple[float, float]:
+    """Measure the line of labels above a group: the middle of the group and half the line's width, in per cent."""
+    letters = sum(len(own.label) for own in group) + 2 * (len(group) - 1)
+    return (group[0].x + group[-1].x) / 2, _LETTER * letters / 2
 
 
 def curve(points: Sequence[Point], frame: Frame, title: str, level: float | None = None) -> Markup:
@@ -163,7 +187,7 @@ def _add_numbers_across(drawing: ElementTree.Element, frame: Frame, numbers: Seq
     for value, text in sorted(numbers, reverse=True):
         x, _ = frame.place(value, frame.up.low)
         draw.add_line(drawing, "tick", (x, _BOTTOM), (x, _BOTTOM + 4))
-        if free - x >= _CLOSE:
+        if free - x >= max(_CLOSE, _LETTER * len(text)):
             draw.add_text(drawing, "mark", x, _BOTTOM + 17, text)
             free = x
 

@@ -46,8 +46,8 @@ def even_scale(values: Iterable[float]) -> Scale:
     held = list(values)
     low, high = min(held), max(held)
     if low == high:
-        room = abs(low) / 10 or 1.0
-        low, high = low - room, high + room
+        room = abs(low) / 10
+        low, high = low - room, high + (room or 1.0)
     return _even(low, high, round_step(high - low, _MOST_MARKS))
 
 
