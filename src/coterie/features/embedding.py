@@ -22,7 +22,7 @@ from coterie.artifacts import read_json
 from coterie.backbone.aliases import ENCODER_ALIASES, fetch_alias
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow, by_length, pad
-from coterie.errors import CoterieError, unknown_name
+from coterie.errors import CoterieError, first_line, unknown_name
 
 BATCH_ROWS = 32
 HIDDEN = "hidden"
@@ -89,7 +89,7 @@ class SentenceEncoder:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, truncation_side=side)
             longest = _window(folder, self._model.config, self._tokenizer)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            first = first_line(error).rstrip(".")
             raise CoterieError(
                 f"the encoder in {folder} cannot be loaded: {first}; "
                 "give a folder with config.json, tokenizer.json and model.safetensors"

@@ -141,7 +141,9 @@ class LocalAnswerer:
             finished.add(place)
             done(numbers[place], reply)
         left = [place for place in range(len(numbers)) if place not in finished]
-        for part in _parts(left, experts):
+        names = dict.fromkeys(experts[place] for place in left)
+        single = [[place] for place in left]
+        for part in [[p for p in left if experts[p] == name] for name in names] if len(names) > 1 else single:
             own = [numbers[place] for place in part]
             if len(part) == len(numbers):
                 done(own[0], failed(broken))
@@ -193,12 +195,8 @@ class LocalAnswerer:
         found = torch.zeros(len(questions), len(options))
         for numbers in by_length(rows, self._batch_size):
             plan = LogitCombiner().plan(self._one_hot([expert] * len(numbers)))
-            batch = pad(
-                [rows[number].ids for number in numbers],
-                tokenizer.pad_token_id,
-                side="left",
-                device=self.backbone.device,
-            )
+            ids = [rows[number].ids for number in numbers]
+            batch = pad(ids, tokenizer.pad_token_id, side="left", device=self.backbone.device)
             with self.layers.attached(), self.layers.choosing(plan.choice):
                 hidden = self.backbone.hidden(*batch)[:, -1]
             logprobs = self.backbone.head(hidden).log_softmax(dim=-1).cpu()  # [row, vocabulary]
@@ -222,11 +220,3 @@ class LocalAnswerer:
             rows = [format_.row(example) for example in examples]
             found[experts] = -score_votes(self.backbone, self.layers, self.bank.names, rows, votes, label).nll
         return found
-
-
-def _parts(places: Sequence[int], experts: Sequence[str]) -> list[list[int]]:
-    """Split places by expert; those of a single expert one by one."""
-    names = dict.fromkeys(experts[place] for place in places)
-    if len(names) > 1:
-        return [[place for place in places if experts[place] == name] for name in names]
-    return [[place] for place in places]
