@@ -1,0 +1,61 @@
+"""What the documents say of the code is so: the recipes of docs/architecture.md name places that exist."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+PACKAGE = PROJECT / "src" / "coterie"
+ARCHITECTURE = (PROJECT / "docs" / "architecture.md").read_text()
+PLACE = re.compile(r"`([\w/]+\.\w+)(?:::(\w+))?`")
+"""A place in a recipe: a file of the package or of the project, and a name that stands at its top level."""
+
+
+def recipes(text: str) -> dict[str, list[str]]:
+    """The numbered steps below every heading `### How to add ...`, by the heading."""
+    sections = re.findall(r"^### (How to add [^\n]*)\n(.*?)(?=^#|\Z)", text, flags=re.MULTILINE | re.DOTALL)
+    return {title: re.findall(r"^\d\. (.*(?:\n   .*)*)", body, flags=re.MULTILINE) for title, body in sections}
+
+
+def lacking(step: str) -> list[str]:
+    """The places that a step names and that are not there."""
+    found = []
+    for name, symbol in PLACE.findall(step):
+        files = [folder / name for folder in (PACKAGE, PROJECT) if (folder / name).is_file()]
+        if not files or (symbol and symbol not in top_level(files[0])):
+            found.append(f"{name}::{symbol}" if symbol else name)
+    return found
+
+
+def top_level(file: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
+def test_there_is_a_recipe_for_each_thing_that_people_add():
+    titles = list(recipes(ARCHITECTURE))
+    assert titles == [f"How to add a {thing}" for thing in ("router", "combiner", "method", "family")]
+
+
+@pytest.mark.parametrize("title", recipes(ARCHITECTURE))
+def test_every_place_that_a_recipe_names_exists(title):
+    steps = recipes(ARCHITECTURE)[title]
+    assert len(steps) >= 2
+    for step in steps:
+        assert PLACE.search(step), f"this step names no place: {step}"
+        assert lacking(step) == [], step
+
+
+def test_a_place_that_is_gone_is_found():
+    assert lacking("put it into `routers/base.py::Router`") == []
+    assert lacking("put it into `routers/base.py::Nobody`, or `routers/nowhere.py`") == [
+        "routers/base.py::Nobody",
+        "routers/nowhere.py",
+    ]
