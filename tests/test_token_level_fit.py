@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+import coterie
 import tiny
 from conftest import write_rows
 from coterie import methods
@@ -72,6 +73,34 @@ def build(output: Path, adapters, files, **options) -> Mixture:
 @pytest.fixture(scope="module")
 def adapters(fitted) -> dict[str, Path]:
     return {name: fitted / "experts" / name for name in DOMAINS}
+
+
+@pytest.fixture
+def bank(adapters, files, model_folder, tmp_path) -> Path:
+    """The adapters in a bank that knows what each was trained on."""
+    named = [f"{name}={folder}" for name, folder in adapters.items()]
+    trained_on = [f"{name}={file}" for name, file in files.items()]
+    coterie.bank_add(tmp_path / "bank", named, model=str(model_folder), trained_on=trained_on, device="cpu")
+    return tmp_path / "bank"
+
+
+def test_a_bank_is_routed_by_what_its_cards_say_that_it_was_trained_on(bank, adapters, files, tmp_path):
+    found = methods.from_adapters(bank, output=tmp_path / "found", encoder="hidden", device="cpu")
+    wanted = build(tmp_path / "wanted", adapters, files)
+    assert found.bank.names == wanted.bank.names == DOMAINS
+    routed = [one.route([question.instruction for question in QUESTIONS]).weights for one in (found, wanted)]
+    assert torch.equal(*routed)
+    assert [adapter.trouble for adapter in coterie.verify_bank(bank, device="cpu")] == [None, None]
+
+
+def test_adapters_of_a_bank_without_known_texts_need_some(bank, files, tmp_path):
+    card = bank / "experts" / "maths" / "card.json"
+    old = {name: value for name, value in json.loads(card.read_text()).items() if name != "trained_on"}
+    card.write_text(json.dumps(old))  # as cards were before they told it
+    common = {"output": tmp_path / "built", "encoder": "hidden", "device": "cpu"}
+    with pytest.raises(CoterieError, match="'maths' has no texts .* add --centroid-data maths=FILE"):
+        methods.from_adapters(bank, **common)
+    assert methods.from_adapters(bank, {"maths": str(files["maths"])}, **common).bank.names == DOMAINS
 
 
 def embeddings(mixture, files) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """Cards: what is known of every adapter of a bank, read from its files; no code is run and nothing is unpickled."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class Card:
         licence: from the front matter of its README.
         datasets: from there too.
         rows: training rows whose questions are known; None: unknown.
+        trained_on: where those rows came from, as it was given.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Card:
     licence: str | None
     datasets: tuple[str, ...]
     rows: int | None
+    trained_on: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Tell the adapter's size."""
@@ -63,7 +66,15 @@ class Card:
 _CARD = TypeAdapter(Card)
 
 
-def describe_adapter(folder: Path, model: nn.Module, *, name: str, source: str, rows: int | None = None) -> Card:
+def describe_adapter(
+    folder: Path,
+    model: nn.Module,
+    *,
+    name: str,
+    source: str,
+    rows: int | None = None,
+    trained_on: Sequence[str] = (),
+) -> Card:
     """Check an adapter against the base model and make its card.
 
     Args:
@@ -72,6 +83,7 @@ def describe_adapter(folder: Path, model: nn.Module, *, name: str, source: str, 
         name: its name in the bank.
         source: where it came from.
         rows: training rows whose questions are known.
+        trained_on: where those rows came from.
 
     Raises:
         CoterieError: as `load_adapter`.
@@ -90,6 +102,7 @@ def describe_adapter(folder: Path, model: nn.Module, *, name: str, source: str, 
         licence=", ".join(_labels(facts.get("license"))) or None,
         datasets=_labels(facts.get("datasets")),
         rows=rows,
+        trained_on=tuple(trained_on),
     )
 
 

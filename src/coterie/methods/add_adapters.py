@@ -83,10 +83,11 @@ class Verified:
 
 @dataclass(frozen=True)
 class Questions:
-    """The questions of an adapter's training rows: their number and their keys."""
+    """The questions of an adapter's training rows: where they came from, their number and their keys."""
 
-    rows: int
-    keys: frozenset[bytes]
+    sources: Sequence[str] = ()
+    rows: int | None = None
+    keys: frozenset[bytes] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,8 @@ def _trouble(folder: Path, model: nn.Module) -> str | None:
         check_files(folder)
         if hash_adapter(folder) != card.sha256:
             return "its files are not the ones that were added; add it again with --overwrite, or delete its folder"
-        found = describe_adapter(folder, model, name=card.name, source=card.source, rows=card.rows)
+        facts = {"name": card.name, "source": card.source, "rows": card.rows, "trained_on": card.trained_on}
+        found = describe_adapter(folder, model, **facts)
         if card.rows is not None and len(read_questions(folder)) > card.rows:
             return f"it has more questions than the {card.rows} training rows on its card; add it again"
     except (CoterieError, OSError) as error:
@@ -225,7 +227,7 @@ def _questions_of(sources: Sequence[str]) -> Questions:
         for example in stream_examples(source):
             rows += 1
             keys.add(text_key(question_of(example)))
-    return Questions(rows, frozenset(keys))
+    return Questions(sources, rows, frozenset(keys))
 
 
 # -------------------------------------------------------------------------------------------------------- one adapter
@@ -294,14 +296,14 @@ def _fill(draft: Path, folder: Path, name: str, source: str, shelf: _Shelf) -> C
     for file in ADAPTER_FILES:
         if (folder / file).exists():
             shutil.copyfile(folder / file, draft / file)
-    questions = shelf.questions.get(name)
-    rows = questions.rows if questions else None
+    questions = shelf.questions.get(name, Questions())
+    facts = {"name": name, "source": source, "rows": questions.rows, "trained_on": questions.sources}
     try:
-        card = describe_adapter(draft, shelf.backbone.model, name=name, source=source, rows=rows)
+        card = describe_adapter(draft, shelf.backbone.model, **facts)
     except CoterieError as error:
         raise CoterieError(str(error).replace(str(draft), str(folder))) from error
     write_json(draft / CARD_FILE, card.record())
-    if questions:
+    if questions.rows is not None:
         write_questions(draft, questions.keys)
     return card
 

@@ -16,6 +16,7 @@ from coterie.data.batching import PromptFormat, Tokenised, tokenise
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE, check_names, load_bank
+from coterie.experts.bank_folder import open_bank
 from coterie.experts.names import BACKBONE, NULL
 from coterie.experts.training import read_log, write_null_adapter
 from coterie.methods.common import (
@@ -98,8 +99,8 @@ def fit_token_level(settings: TokenLevelSettings, given: Mapping[str, list[Examp
 
 
 def from_adapters(
-    adapters: Mapping[str, str | Path],
-    texts: DomainData,
+    adapters: str | Path | Mapping[str, str | Path],
+    texts: DomainData | None = None,
     *,
     output: str | Path,
     **settings: Any,  # noqa: ANN401
@@ -107,17 +108,21 @@ def from_adapters(
     """Make a mixture of adapters that exist already, routed by similarity to the texts that each was made for.
 
     Args:
-        adapters: plain PEFT folders, by name.
-        texts: of every adapter, by name: a JSONL file or `datasets` source, several of them, or examples.
+        adapters: folder of a bank, or plain PEFT folders by name.
+        texts: of every adapter, by name: a JSONL file or `datasets` source, several of them, or examples; by default
+            what an adapter of a bank was trained on, where its card tells.
         output: folder to write the mixture to.
         **settings: fields of `FromAdaptersSettings` and its groups by their plain names, such as model="smollm2-135m".
 
     Raises:
         CoterieError: for an adapter that does not fit, an expert without texts, or an output folder that exists.
     """
-    named, given = _named_sources(texts)
-    own = [f"{name}={folder}" for name, folder in adapters.items()]
-    flat = {"adapter": own, "centroid_data": named, "output": str(output), **settings}
+    named, given = _named_sources(texts or {})
+    if isinstance(adapters, Mapping):
+        own: dict[str, Any] = {"adapter": [f"{name}={folder}" for name, folder in adapters.items()]}
+    else:
+        own = {"bank": str(adapters)}
+    flat = {**own, "centroid_data": named, "output": str(output), **settings}
     return fit_from_adapters(from_flat(FromAdaptersSettings, flat), given)
 
 
@@ -129,10 +134,13 @@ def fit_from_adapters(settings: FromAdaptersSettings, given: Mapping[str, list[E
     """
     output = Path(settings.output)
     check_output(output, overwrite=settings.overwrite)
-    adapters = _adapter_folders(settings.adapter)
-    sources = named_values(settings.centroid_data, "centroid-data")
+    bank = open_bank(settings.bank) if settings.bank else None
+    in_bank = {name: bank.folder_of(name) for name in bank.names} if bank else {}
+    adapters = _adapter_folders(settings.adapter, in_bank)
+    known = {card.name: list(card.trained_on) for card in bank.cards if card.trained_on} if bank else {}
+    sources = known | named_values(settings.centroid_data, "centroid-data")
     _check_same_names(adapters, sources)
-    model = settings.model or _base_of(adapters)
+    model = settings.model or (bank.base_model["id"] if bank else _base_of(adapters))
     placement = settings.placement.model_dump()
     backbone = load_backbone(ModelSettings(model=model, revision=settings.revision, **placement))
     load_bank(adapters, backbone.model)  # checks them before anything is written
@@ -148,12 +156,18 @@ def fit_from_adapters(settings: FromAdaptersSettings, given: Mapping[str, list[E
     return replace(mixture, folder=output)
 
 
-def _adapter_folders(values: Sequence[str]) -> dict[str, Path]:
+def _adapter_folders(values: Sequence[str], in_bank: Mapping[str, Path]) -> dict[str, Path]:
     found = named_values(values, "adapter")
+    for name, folder in in_bank.items():
+        found.setdefault(name, []).append(str(folder))
+    if not found:
+        raise CoterieError("no adapter is given; add --bank FOLDER, or --adapter NAME=FOLDER for each")
     check_domain_names(found)
     for name, folders in found.items():
         if len(folders) > 1:
-            raise CoterieError(f"--adapter {name} is given {len(folders)} times; give every adapter a name of its own")
+            raise CoterieError(
+                f"the adapter {name} is given {len(folders)} times; give every adapter a name of its own"
+            )
     return {name: Path(folders[0]) for name, folders in found.items()}
 
 
