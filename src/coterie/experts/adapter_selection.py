@@ -34,10 +34,6 @@ class ShotScores(NamedTuple):
     tokens: Float[Tensor, " shot"]
     """Tokens of the rationale."""
 
-    def first(self, shots: int) -> "ShotScores":
-        """Return the scores on the first shots alone."""
-        return ShotScores(self.correct[:, :shots], self.nll[:, :shots], self.tokens[:shots])
-
 
 def accuracies(scores: ShotScores) -> Float[Tensor, " adapter"]:
     """Return the share of right answers among the shots that can be graded; NaN where none can."""
@@ -105,7 +101,7 @@ def _ranks(values: Sequence[float]) -> list[int]:
     return rankdata(values, method="min").astype(int).tolist()
 
 
-# --------------------------------------------------------------------------------------------------------- likeness
+# ------------------------------------------------------------------------------------------------------- similarity
 
 
 def similarities(adapters: Sequence[Adapter], of: str = "updates") -> Float[Tensor, "adapter adapter"]:

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ BANK_FILE = "bank.json"
 EXPERTS = "experts"
 QUESTIONS_FILE = "questions.json"
 MAX_QUESTIONS_FILE = 2**30  # bytes; a key takes 37
-HEADS = ("name", "rank", "layers", "parameters", "licence", "data", "known rows")
-SIDES = "<>>><<>"
+HEADINGS = ("name", "rank", "layers", "parameters", "licence", "data", "known rows")
+ALIGNED = "<>>><<>"
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,10 @@ class BankFolder:
 
     def __str__(self) -> str:
         """List the adapters, one a line."""
-        lines = [HEADS, *map(_cells, self.cards)]
+        lines = [HEADINGS, *map(_cells, self.cards)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
-            "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, SIDES, widths, strict=True)).rstrip()
+            "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, ALIGNED, widths, strict=True)).rstrip()
             for line in lines
         )
 
@@ -143,10 +144,10 @@ def read_questions(folder: Path) -> frozenset[bytes]:
         CoterieError: when the file is missing or broken.
     """
     file = folder / QUESTIONS_FILE
-    try:
-        keys = frozenset(map(bytes.fromhex, read_small_json(file, MAX_QUESTIONS_FILE)["keys"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CoterieError(f"{file} holds no keys of questions; add the adapter again with --overwrite") from error
+    record = read_small_json(file, MAX_QUESTIONS_FILE)
+    keys: frozenset[bytes] = frozenset()
+    with suppress(KeyError, TypeError, ValueError):
+        keys = frozenset(map(bytes.fromhex, record["keys"]))
     if not keys or any(len(key) != KEY_BYTES for key in keys):
         raise CoterieError(f"{file} holds no keys of questions; add the adapter again with --overwrite")
     return keys

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from coterie.artifacts import FORMAT, hash_text, read_json, sha256_of, write_json
+from coterie.artifacts import FORMAT, hash_text, read_json, write_json
 from coterie.backbone.loading import local_weights
 from coterie.errors import CoterieError, unknown_name
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE, check_names
+from coterie.experts.cards import hash_adapter
 from coterie.settings.commands import ExpertPoolSettings
 
 POOL_FILE = "pool.json"
@@ -126,7 +127,7 @@ def _adapter(name: str, folder: Path, base: str | None) -> PoolExpert:
 
 
 def _adapter_hash(folder: Path, model: str) -> str:
-    return hash_text(sha256_of(folder / CONFIG_FILE, folder / WEIGHTS_FILE), local_weights(model) or model)
+    return hash_text(hash_adapter(folder), local_weights(model) or model)
 
 
 def read_pool(folder: str | Path) -> Pool:

@@ -133,10 +133,6 @@ class GatedLayer(nn.Module):
             else:
                 self.register_buffer(name, factor, persistent=False)
 
-    def stacked(self) -> StackedPair:
-        """Return all experts' updates, scaled."""
-        return StackedPair(self.down, self.up * self.scalings)
-
     def pairs(self) -> list[LoraPair | None]:
         """Return every expert's update in its own rank, on the CPU."""
         down, up, scalings = (tensor.detach().cpu() for tensor in (self.down, self.up, self.scalings))
@@ -217,7 +213,7 @@ class GatedModel(nn.Module):
             self.step.count(number, weighing.weights, real)
             if self.balance:
                 penalties.append(balance_loss(weighing, real))
-            pair = layer.stacked()
+            pair = StackedPair(layer.down, layer.up * layer.scalings)
             return apply_weighted(self.dropout(x.to(pair.down.dtype)), pair, weighing.weights)
 
         return mix

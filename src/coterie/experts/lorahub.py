@@ -7,7 +7,7 @@ penalty and number of evaluations.
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,24 +67,19 @@ def search_weights(loss: Callable[[Sequence[float]], float], count: int, plan: S
             return found if math.isfinite(found) else math.inf
 
         start = [0.0] * count
-        least, best = min([(value(start), start), *_tried(value, count, plan)])
+        tried = [(value(start), start)]
+        search = _strategy(count, plan)
+        while (left := plan.steps - len(tried)) and not search.stop():
+            points = search.ask()
+            generation = [point[:count].tolist() for point in points[:left]]
+            values = [value(weights) for weights in generation]
+            tried += zip(values, generation, strict=True)
+            if len(values) == len(points):
+                search.tell(points, values)
+    least, best = min(tried)
     if least == math.inf:
         raise CoterieError("no weights had a finite loss; check the adapters and the examples they are weighted by")
     return best
-
-
-def _tried(value: Callable[[list[float]], float], count: int, plan: SearchPlan) -> Iterator[tuple[float, list[float]]]:
-    """Yield what is tried after the start, generation by generation, with its value."""
-    search = _strategy(count, plan)
-    left = plan.steps - 1
-    while left and not search.stop():
-        points = search.ask()
-        generation = [point[:count].tolist() for point in points[:left]]
-        values = [value(weights) for weights in generation]
-        yield from zip(values, generation, strict=True)
-        left -= len(generation)
-        if len(values) == len(points):
-            search.tell(points, values)
 
 
 def _strategy(count: int, plan: SearchPlan) -> Any:

@@ -5,7 +5,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -211,15 +211,14 @@ def make_trainer(
     return trainer
 
 
+@dataclass(frozen=True)
 class TrainingCollator:
     """Pads on the left, so that answers end together, and asks for logits only where some row has a label.
 
     The output layer is a fifth of a small model; prompts need none of it.
     """
 
-    def __init__(self, pad_id: int) -> None:
-        """Store the padding token."""
-        self.pad_id = pad_id
+    pad_id: int
 
     def __call__(self, features: Sequence[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
         """Return model inputs; `labels` stand at the position that predicts them and equal `shift_labels`."""
@@ -273,36 +272,36 @@ class _ProgressBar(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
 
+@dataclass(eq=False)
 class _EpochKeeper(TrainerCallback):
     """Keeps the adapter and Adam's state at the end of every epoch, where the plan asks for it."""
 
-    def __init__(self, folder: Path, plan: TrainingPlan, base_id: str) -> None:
-        self._folder = folder
-        self._plan = plan
-        self._base_id = base_id
-        self._rates: list[float] = []
+    folder: Path
+    plan: TrainingPlan
+    base_id: str
+    rates: list[float] = field(default_factory=list)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._rates = []
+        self.rates = []
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._rates.append(kwargs["optimizer"].param_groups[0]["lr"])  # the rate that the coming step uses
+        self.rates.append(kwargs["optimizer"].param_groups[0]["lr"])  # the rate that the coming step uses
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not self._plan.keep_epochs:
+        if not self.plan.keep_epochs:
             return
-        target = self._folder / f"epoch-{round(state.epoch or 0) - 1}"
+        target = self.folder / f"epoch-{round(state.epoch or 0) - 1}"
         temporary = target.with_name("." + target.name)
         shutil.rmtree(temporary, ignore_errors=True)
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])  # accelerate wraps it
-        save_adapter(kwargs["model"], temporary, self._base_id)
-        _save_adam(kwargs["model"], optimizer, self._rates, state.global_step, temporary)
+        save_adapter(kwargs["model"], temporary, self.base_id)
+        _save_adam(kwargs["model"], optimizer, self.rates, state.global_step, temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
 

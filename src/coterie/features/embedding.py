@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
@@ -107,8 +107,12 @@ class SentenceEncoder:
         for numbers in _batches(rows):
             batch = pad([rows[i].ids for i in numbers], self._tokenizer.pad_token_id or 0, device=self._model.device)
             hidden = self._model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-            pooled = hidden[:, 0] if self._pooling == "cls" else mean_of(hidden, batch.attention_mask)
-            result[numbers] = nn.functional.normalize(pooled.float(), dim=-1).cpu()
+            if self._pooling == "cls":
+                pooled = hidden[:, 0].float()
+            else:
+                real = batch.attention_mask.float()[..., None]
+                pooled = (hidden.float() * real).sum(dim=1) / real.sum(dim=1)
+            result[numbers] = nn.functional.normalize(pooled, dim=-1).cpu()
         return result
 
     def rows(self, rows: Sequence[TokenRow]) -> Float[Tensor, "row dimension"]:
@@ -213,15 +217,6 @@ def with_answers(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> TokenRow:
     written = (answer and token not in special for token, answer in zip(row.ids, row.is_response, strict=True))
     counted = tuple(asked or told for asked, told in zip(row.is_user_text, written, strict=True))
     return replace(row, is_user_text=counted)
-
-
-def mean_of(
-    hidden: Float[Tensor, "row position width"], counted: Int[Tensor, "row position"]
-) -> Float[Tensor, "row width"]:
-    """Average the states at the counted positions (1; others 0), in float32; a row without any gets zeros."""
-    weights = counted.to(torch.float32)
-    total = (hidden.float() * weights[..., None]).sum(dim=1)
-    return total / weights.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def _token_row(ids: Sequence[int], counted: Sequence[bool]) -> TokenRow:
