@@ -1,13 +1,11 @@
 """Experts loaded from PEFT folders compute what PEFT computes, and folders that cannot are refused by name."""
 
-import copy
 import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from coterie.artifacts import MAX_TENSOR_FILE
@@ -16,6 +14,7 @@ from coterie.backbone.loading import Backbone
 from coterie.errors import CoterieError
 from coterie.experts import bank
 from coterie.experts.bank import ExpertBank, check_names, load_adapter, load_bank
+from helpers import rewrite_config, save_adapter
 
 SAMPLES = {
     "plain": {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"},
@@ -37,17 +36,6 @@ TOKENS = torch.tensor([[7, 60, 3, 250, 99, 12, 12, 8, 41]])
 LAYER = "model.layers.0.self_attn.q_proj"
 
 
-def make_adapter(backbone: Backbone, folder: Path, config: dict, seed: int = 0) -> PeftModel:
-    """A PEFT adapter with random factors on a copy of the base model, saved by PEFT itself."""
-    torch.manual_seed(seed)
-    model = get_peft_model(copy.deepcopy(backbone.model), LoraConfig(task_type="CAUSAL_LM", **config))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def samples(backbone, tmp_path_factory) -> tuple[dict[str, Path], torch.Tensor]:
     """Folders of all samples, and what PEFT computes with each alone."""
@@ -55,7 +43,7 @@ def samples(backbone, tmp_path_factory) -> tuple[dict[str, Path], torch.Tensor]:
     folders, logits = {}, []
     for seed, (name, config) in enumerate(SAMPLES.items()):
         folders[name] = root / name
-        model = make_adapter(backbone, folders[name], config, seed)
+        model = save_adapter(backbone.model, folders[name], config, seed)
         with torch.inference_mode():
             logits.append(model(input_ids=TOKENS).logits[0])
     return folders, torch.stack(logits)
@@ -90,11 +78,6 @@ def base_logits(backbone: Backbone) -> torch.Tensor:
 
 def one_each(count: int) -> ByExpert:
     return ByExpert(tuple(range(count)), (1,) * count)
-
-
-def rewrite_config(folder: Path, **changes) -> None:
-    config = json.loads((folder / bank.CONFIG_FILE).read_text())
-    (folder / bank.CONFIG_FILE).write_text(json.dumps(config | changes))
 
 
 def rewrite_tensors(folder: Path, change) -> None:
@@ -233,7 +216,7 @@ def test_an_adapter_that_means_more_than_its_factors_is_refused_by_file_and_fiel
 
 
 def test_a_saved_dora_adapter_is_refused(backbone, tmp_path):
-    make_adapter(backbone, tmp_path / "dora", SAMPLES["plain"] | {"use_dora": True})
+    save_adapter(backbone.model, tmp_path / "dora", SAMPLES["plain"] | {"use_dora": True})
     with pytest.raises(CoterieError, match="use_dora = True is not supported"):
         load_adapter(tmp_path / "dora", backbone.model)
 
@@ -241,7 +224,7 @@ def test_a_saved_dora_adapter_is_refused(backbone, tmp_path):
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_an_adapter_of_the_output_layer_is_refused(backbone, tmp_path):
     """The output layer runs apart from the layers that experts are attached to, so its update would be lost."""
-    make_adapter(backbone, tmp_path, {"r": 2, "target_modules": ["v_proj", "lm_head"]})
+    save_adapter(backbone.model, tmp_path, {"r": 2, "target_modules": ["v_proj", "lm_head"]})
     with pytest.raises(CoterieError, match="lm_head is the output layer, which experts cannot change"):
         load_adapter(tmp_path, backbone.model)
 

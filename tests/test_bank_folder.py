@@ -1,6 +1,5 @@
 """A bank on disk takes what was checked as a whole, refuses the rest by name and reason, and finds leaks."""
 
-import copy
 import json
 import os
 import re
@@ -10,7 +9,6 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import coterie
@@ -25,6 +23,7 @@ from coterie.experts.bank_folder import leaks, open_bank
 from coterie.experts.cards import MAX_TEXT_FILE, Card, printable, read_card, short
 from coterie.methods import add_adapters as shelving
 from coterie.methods.add_adapters import bank_add, verify_bank
+from helpers import rewrite_config, save_adapter
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 README = """---
@@ -38,26 +37,14 @@ datasets:
 """
 
 
-def make_adapter(model, folder: Path, **config) -> Path:
-    """An adapter with random factors, saved by PEFT itself."""
-    torch.manual_seed(0)
-    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM", **config))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    adapted.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink()
-    return folder
-
-
 @pytest.fixture(scope="module")
 def shelf(backbone, tmp_path_factory) -> Path:
     """A folder with two good adapters of unequal ranks and targets."""
     root = tmp_path_factory.mktemp("shelf")
-    make_adapter(backbone.model, root / "all", r=2, lora_alpha=4, target_modules="all-linear")
-    make_adapter(
-        backbone.model, root / "some", r=5, lora_alpha=5, target_modules=["v_proj"], rank_pattern={".*0.*v_proj": 7}
-    )
+    some = {"r": 5, "lora_alpha": 5, "target_modules": ["v_proj"], "rank_pattern": {".*0.*v_proj": 7}}
+    save_adapter(backbone.model, root / "all", {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"})
+    save_adapter(backbone.model, root / "some", some)
+    (root / "all" / "README.md").unlink()
     (root / "some" / "README.md").write_text(README)
     return root
 
@@ -93,11 +80,6 @@ def full(add, bank, shelf) -> Path:
 
 def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
-def rewrite_config(folder: Path, **changes) -> None:
-    file = folder / CONFIG_FILE
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def rewrite_tensor(folder: Path, change) -> None:

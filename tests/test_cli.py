@@ -1,7 +1,6 @@
 """The command line does what Python does, and bad input gets one line, exit code 2, and leaves nothing behind."""
 
 import json
-import re
 import subprocess
 import sys
 
@@ -11,19 +10,9 @@ import tiny
 from conftest import FIT, write_rows
 from coterie.methods import FAMILIES
 from coterie.mixture import Mixture
+from helpers import refused
 
 PROMPT = "add 3 4"
-
-
-def refused(result, *patterns: str) -> None:
-    """The command ended with 2 and one line on stderr that holds the patterns, and said nothing else."""
-    code, out, err = result
-    assert code == 2 and out == ""
-    lines = [line for line in re.split(r"[\r\n]+", err) if line.startswith("error: ")]
-    assert len(lines) == 1, err
-    assert "Traceback" not in err
-    for pattern in patterns:
-        assert re.search(pattern, lines[0]), lines[0]
 
 
 def flags(settings: dict[str, object]) -> list[str]:

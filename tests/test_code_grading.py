@@ -12,6 +12,7 @@ from coterie.grading import code as code_grading
 from coterie.grading.answers import Grade
 from coterie.grading.code import CodeTests, code_tests, find_code, grade_code
 from coterie.grading.sandbox import Limits
+from helpers import table
 
 DOUBLE = "def double(n):\n    return 2 * n"
 IDENTITY = "def double(n):\n    return n"
@@ -37,11 +38,6 @@ ROWS = [
         },
     ),
 ]
-
-
-def table(*rows):
-    """One test case a row: its name, then the arguments."""
-    return [pytest.param(*rest, id=name) for name, *rest in rows]
 
 
 # --------------------------------------------------------------------------------------------------------- the rows

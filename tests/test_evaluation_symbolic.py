@@ -7,9 +7,9 @@ import pytest
 
 from conftest import write_rows
 from coterie.methods.symbolic.methods import METHODS
+from helpers import refused
 from stub_server import Got, Sent, completion
 from symbolic_place import lines, respond, rows
-from test_cli import refused
 
 
 @pytest.fixture

@@ -14,12 +14,9 @@ from coterie.routers.fixed import FixedRouter, OracleRouter, SourceRouter
 from coterie.routers.gate import read_gates
 from coterie.routers.loss import CrossFitLosses, LossRouter, Ridge, fit_loss_router, predict, weigh
 from coterie.routers.table import load_router
+from helpers import normal
 
 EXPERTS = ("base", "law", "maths")
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def described(features: torch.Tensor) -> FeatureExtractor:

@@ -20,6 +20,7 @@ from coterie.mixture import Mixture
 from coterie.routers.base import RouterParts
 from coterie.routers.gate import GateRouter, spectral_router
 from coterie.routers.table import load_router
+from helpers import normal
 from tiny import delta
 
 IN, OUT, POSITIONS = 5, 4, 3
@@ -27,10 +28,6 @@ RANKS = [[2, 2, 2], [1, 3, 2], [4, None, 1], [6, 1, 2]]
 """Ranks of three experts; None does not change the layer, and 6 is more than the layer has room for."""
 LAYER = "model.layers.0.self_attn.q_proj"
 KINDS = tuple(PROTOTYPES)
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def random_pairs(ranks: list[int | None], seed: int = 0) -> list[LoraPair | None]:

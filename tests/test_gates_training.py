@@ -27,15 +27,12 @@ from coterie.routers.base import RouterParts
 from coterie.routers.gate import GateRouter, spectral_router
 from coterie.routers.table import load_router
 from coterie.settings.groups import LoraSettings, ModelSettings
+from helpers import normal
 
 NAMES = ("law", "maths", "single")
 LAYER = "model.layers.0.self_attn.q_proj"
 PLAIN = GateTraining(dropout=0.0)
 SCALING = 1.7
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def plan(**changes) -> TrainingPlan:

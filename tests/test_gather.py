@@ -26,9 +26,8 @@ from coterie.features.embedding_store import EmbeddingStore, TextEncoder, load_t
 from coterie.methods.kshot import gather_rows as gathering
 from coterie.methods.kshot.gather_rows import drawn_rows, lay_out
 from coterie.settings.groups import PlacementSettings
-from test_cli import refused
+from helpers import refused, unit
 from test_embedding import make_bert, make_tokenizer
-from test_row_selection import unit
 
 
 class WordEncoder:

@@ -11,13 +11,9 @@ import pytest
 from coterie.errors import CoterieError
 from coterie.grading import maths
 from coterie.grading.answers import Grade, answer_kind, checkable, grade, read_answer
+from helpers import table
 
 OPTIONS = "Which one?\nOptions:\n(A) a dog\n(B) a cat\n(C) a bird\n(D) a fish"
-
-
-def table(*rows):
-    """One test case a row: the trap's name, then the arguments."""
-    return [pytest.param(*rest, id=trap) for trap, *rest in rows]
 
 
 @pytest.fixture

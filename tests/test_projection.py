@@ -1,12 +1,14 @@
 """Random projections keep inner products, and are the same numbers everywhere and always."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import helpers
 from coterie.errors import CoterieError
 from coterie.features import projection
 from coterie.features.projection import (
@@ -24,8 +26,7 @@ few = settings(deadline=None, max_examples=25)
 BITS = (1 << 64) - 1
 
 
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+normal = partial(helpers.normal, dtype=torch.float64)
 
 
 def plain_splitmix64(state: int) -> int:

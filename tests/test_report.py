@@ -17,6 +17,7 @@ from coterie.report.charts import Interval, interval_chart, split_bar
 from coterie.report.examples import choose
 from coterie.report.scales import scale_around_zero
 from coterie.report.wording import fixed, short, signed
+from helpers import put
 from report_pages import HOSTILE, SHOWN, Page, answer, luminance, number, page_of, records, save, unnamed_pictures
 
 
@@ -489,18 +490,6 @@ def test_a_missing_folder_or_file_is_named_with_the_command_that_makes_it(tmp_pa
         assert str(caught.value) == f"{folder} holds no {missing}; make one with: {command}"
         save(folder, *records())
         (folder / "rows.jsonl").unlink()
-
-
-def put(*keys, value):
-    """Change one field of the evaluation (0) or of the rows (1)."""
-
-    def change(parts):
-        target = parts
-        for key in keys[:-1]:
-            target = target[key]
-        target[keys[-1]] = value
-
-    return change
 
 
 WRONG = {

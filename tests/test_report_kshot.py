@@ -12,6 +12,7 @@ from coterie.methods.kshot.gather_rows import BY_EMBEDDING, BY_TEXT
 from coterie.methods.kshot.gather_rows import SHOT as GATHERED_SHOT
 from coterie.report import draw, write_report
 from coterie.report.kshot import MARK_OF_OUTCOME
+from helpers import put
 from report_pages import HOSTILE, SHOWN, Page, drawings, number, page_of, records, save, unnamed_pictures
 
 KINDS = ("mlp.down_proj", "self_attn.q_proj")
@@ -425,16 +426,6 @@ def test_of_very_many_steps_an_even_part_with_both_ends_is_drawn(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------- errors
-
-
-def put(*keys, value):
-    def change(evaluation):
-        target = evaluation
-        for key in keys[:-1]:
-            target = target[key]
-        target[keys[-1]] = value
-
-    return change
 
 
 WRONG = {

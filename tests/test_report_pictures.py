@@ -8,6 +8,7 @@ import pytest
 
 from coterie.errors import CoterieError
 from coterie.report import write_report
+from helpers import put
 from report_pages import HOSTILE, SHOWN, Page, drawings, number, page_of, records, save, score, unnamed_pictures
 
 VARIANTS = {"elrea:top_k=1": 0.42, "elrea:top_k=2": 0.44, "elrea:d_proj=64": 0.41, "elrea:d_proj=512": 0.45}
@@ -342,16 +343,6 @@ def test_an_answer_without_likelihood_shows_its_f1_and_no_nll(page):
 def test_the_same_full_records_give_the_same_bytes(tmp_path):
     first, second = (write_report(save(tmp_path / name, *full())).read_bytes() for name in ("one", "two"))
     assert first == second
-
-
-def put(*keys, value):
-    def change(evaluation):
-        target = evaluation
-        for key in keys[:-1]:
-            target = target[key]
-        target[keys[-1]] = value
-
-    return change
 
 
 WRONG = {

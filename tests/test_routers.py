@@ -3,6 +3,7 @@
 import math
 import re
 import shutil
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import helpers
 from coterie.artifacts import read_tensors, write_tensors
 from coterie.data.batching import TokenRow
 from coterie.errors import CoterieError
@@ -24,8 +26,7 @@ PROMPT = TokenRow((1,), 1, (False,), (True,))
 weight = st.floats(0, 1e6, width=32)
 
 
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+normal = partial(helpers.normal, dtype=torch.float64)
 
 
 def routing(weights, experts=("a", "b", "c")) -> Routing:

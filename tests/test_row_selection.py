@@ -15,6 +15,7 @@ from coterie.data import row_selection
 from coterie.data.row_selection import keep_as_published, keep_greedily, select_rows
 from coterie.data.row_similarity import density_similarity, hull_similarity, similarity_by
 from coterie.settings.groups import GatherRowsSettings
+from helpers import unit
 
 RULES = ("max-cosine", "convex-hull", "kde")
 
@@ -23,10 +24,6 @@ def at(*degrees: float) -> torch.Tensor:
     """Unit vectors in the plane."""
     angles = torch.tensor(degrees, dtype=torch.float64).deg2rad()
     return torch.stack([angles.cos(), angles.sin()], dim=1).float()
-
-
-def unit(rows: int, width: int, seed: int) -> torch.Tensor:
-    return normalize(torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
 def names(count: int) -> np.ndarray:

@@ -14,14 +14,10 @@ import pytest
 from coterie.errors import CoterieError
 from coterie.grading import jail, sandbox
 from coterie.grading.sandbox import Limits, Outcome, Protection, protection, run_limited
+from helpers import table
 
 SHORT = Limits(seconds=20.0, cpu_seconds=1, memory_bytes=2**29)
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-
-
-def table(*rows):
-    """One test case a row: its name, then the arguments."""
-    return [pytest.param(*rest, id=name) for name, *rest in rows]
 
 
 def processes():

@@ -19,9 +19,9 @@ from coterie.methods.symbolic.profile import PROFILE, read_profile
 from coterie.methods.symbolic.skills import keyword_asks
 from coterie.settings.commands import ExpertPoolSettings
 from coterie.settings.groups import SamplingSettings
+from helpers import refused
 from stub_server import Got, Sent, completion
 from symbolic_place import EXPERTS, lines, question, respond, rows
-from test_cli import refused
 
 
 def test_a_profile_says_who_is_good_at_what(place, run):

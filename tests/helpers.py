@@ -1,0 +1,67 @@
+"""What several test files need alike: tables of cases, random tensors, adapters on disk, a command's refusal."""
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn.functional import normalize
+from transformers import PreTrainedModel
+
+from coterie.experts.bank import CONFIG_FILE
+
+
+def table(*rows: tuple) -> list:
+    """One test case a row: its name, then the arguments."""
+    return [pytest.param(*rest, id=name) for name, *rest in rows]
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def unit(rows: int, width: int, seed: int) -> torch.Tensor:
+    """Rows of length 1."""
+    return normalize(normal(rows, width, seed=seed), dim=1)
+
+
+def save_adapter(model: PreTrainedModel, folder: Path, config: dict[str, Any], seed: int = 0) -> PeftModel:
+    """A PEFT adapter with random factors on a copy of the base model, saved by PEFT itself."""
+    torch.manual_seed(seed)
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM", **config))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)
+    return adapted.eval()
+
+
+def rewrite_config(folder: Path, **changes: object) -> None:
+    file = folder / CONFIG_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def put(*keys: str | int, value: object):
+    """A function that changes one field of a record in place; `keys` lead to it."""
+
+    def change(record: Any) -> None:
+        for key in keys[:-1]:
+            record = record[key]
+        record[keys[-1]] = value
+
+    return change
+
+
+def refused(result: tuple[int, str, str], *patterns: str) -> None:
+    """The command ended with 2 and one line on stderr that holds the patterns, and said nothing else."""
+    code, out, err = result
+    assert code == 2 and out == "", result
+    lines = [line for line in re.split(r"[\r\n]+", err) if line.startswith("error: ")]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    for pattern in patterns:
+        assert re.search(pattern, lines[0]), lines[0]
