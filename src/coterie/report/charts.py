@@ -45,7 +45,7 @@ def interval_chart(
     """
     words = "; ".join(interval.words for interval in intervals if interval)
     bottom = len(intervals) * ROW
-    drawing = draw.picture("intervals", bottom + AXIS, f"{title}: {words}")
+    drawing = draw.picture("intervals", f"{title}: {words}", height=bottom + AXIS)
     for value in axis.marks:
         x = _across(axis, value)
         draw.add_line(drawing, "zero" if abs(value) < axis.step / 2 else "grid", (x, 0.0), (x, bottom + 3.0))
@@ -82,7 +82,7 @@ def split_bar(parts: Sequence[tuple[str, float, str]], title: str, whole: float 
 
     A label stands in its part where there is room.
     """
-    drawing = draw.picture("bar", 22, title)
+    drawing = draw.picture("bar", title, height=22)
     start = 0.0
     for kind, length, label in parts:
         share = length / whole if whole else 0.0
@@ -107,7 +107,7 @@ class Cell:
 def bar_grid(cells: Sequence[Cell], title: str) -> Markup:
     """Draw every cell's bar where its row and column meet, both in the order in which the cells name them."""
     rows, columns = (list(dict.fromkeys(names)) for names in ([c.row for c in cells], [c.column for c in cells]))
-    drawing = draw.picture("grid-of-bars", round(_TOP + _LINE * len(rows)), title)
+    drawing = draw.picture("grid-of-bars", title, height=round(_TOP + _LINE * len(rows)))
     width = (100 - _LEFT) / len(columns)
     for place, name in enumerate(columns):
         draw.add_text(drawing, "mark", _LEFT + width * (place + 0.5), 12.0, short(name, _LETTERS))

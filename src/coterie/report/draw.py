@@ -25,16 +25,13 @@ SHARED = len(OUTLINES)  # the number of the mark that all groups beyond the shap
 DISC, SQUARE, DIAMOND, PLUS, CROSS, STAR, CIRCLE = 0, 2, 3, 4, 5, 6, 8
 
 
-def picture(kind: str, height: int, title: str) -> ElementTree.Element:
-    """Start a picture of a CSS class that is as wide as its place; `title` says in words what it shows."""
-    attributes = {"class": kind, "role": "img", "width": "100%", "height": str(height), "aria-label": title}
-    return ElementTree.Element("svg", attributes)
+def picture(kind: str, title: str, *, height: int = 0, side: float = 0.0) -> ElementTree.Element:
+    """Start a picture of a CSS class; `title` says in words what it shows.
 
-
-def square_picture(kind: str, side: float, title: str) -> ElementTree.Element:
-    """Start a picture whose content, drawn on a square of `side` units, grows and shrinks as a whole."""
-    attributes = {"class": kind, "role": "img", "viewBox": f"0 0 {side:g} {side:g}", "aria-label": title}
-    return ElementTree.Element("svg", attributes)
+    It is as wide as its place and `height` px high, or else a square of `side` units that grows and shrinks as a whole.
+    """
+    size = {"width": "100%", "height": str(height)} if height else {"viewBox": f"0 0 {side:g} {side:g}"}
+    return ElementTree.Element("svg", {"class": kind, "role": "img", **size, "aria-label": title})
 
 
 def add(parent: ElementTree.Element, tag: str, kind: str = "", **attributes: str) -> ElementTree.Element:

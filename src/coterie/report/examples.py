@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import groupby
 from math import fsum
 from typing import Any
 
@@ -30,8 +29,11 @@ def examples_view(evaluation: EvaluationRecord, rows: Sequence[RowRecord]) -> di
 
 def kinds(subject: str | None, control: str) -> tuple[str, ...]:
     """List the kinds of rows in the order they are shown, the telling ones first."""
-    split = _split_kinds(subject, control) if subject else ()
-    return (*split, "methods differ", "all right", "all wrong", "not graded")
+    others = ("methods differ", "all right", "all wrong", "not graded")
+    if not subject:
+        return others
+    ours, theirs = method_name(subject), method_name(control)
+    return (f"{ours} right, {theirs} wrong", f"{ours} wrong, {theirs} right", *others)
 
 
 def kind_of(row: RowRecord, subject: str | None, control: str) -> str:
@@ -44,13 +46,7 @@ def kind_of(row: RowRecord, subject: str | None, control: str) -> str:
     ours, theirs = verdicts.get(subject or ""), verdicts.get(control)
     if ours is None or theirs is None or ours == theirs:
         return "methods differ"
-    return _split_kinds(subject or "", control)[not ours]
-
-
-def _split_kinds(subject: str, control: str) -> tuple[str, str]:
-    """Name the kinds of rows on which only one of the two is right."""
-    ours, theirs = method_name(subject), method_name(control)
-    return f"{ours} right, {theirs} wrong", f"{ours} wrong, {theirs} right"
+    return kinds(subject, control)[0 if ours else 1]
 
 
 def choose(
@@ -79,14 +75,11 @@ def choose(
 
 def alike(answers: Sequence[Answer]) -> list[list[Answer]]:
     """Group the methods that wrote the same text and were graded the same, so that a text stands on the page once."""
-
-    def shared(answer: Answer) -> tuple[object, ...]:
-        _, result = answer
-        return result.text, result.correct, result.extracted, result.cut
-
-    first_seen = {key: number for number, key in reversed(list(enumerate(map(shared, answers))))}
-    ordered = sorted(answers, key=lambda answer: first_seen[shared(answer)])
-    return [list(group) for _, group in groupby(ordered, key=shared)]
+    groups: dict[tuple[object, ...], list[Answer]] = {}
+    for method, result in answers:
+        same = (result.text, result.correct, result.extracted, result.cut)
+        groups.setdefault(same, []).append((method, result))
+    return list(groups.values())
 
 
 def weight_lines(row: RowRecord) -> list[tuple[str, float | None, float | None, bool]]:

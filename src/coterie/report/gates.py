@@ -45,16 +45,19 @@ def gates_view(gates: GateLoads | None) -> GatesView | None:
     )
     words = f"Mean load: {_shares_in_words(gates, gates)}"
     layers = sorted(gates.layers, key=lambda layer: _natural(_block_and_kind(layer.path)[0]))
+    cells = tuple((one.path, tuple(cell(wording.percent(share), share) for share in one.shares)) for one in layers)
+    entropies = tuple(wording.fixed(layer.entropy, 2) for layer in layers)
+    table = HeatMap("Layer", tuple(gates.experts), cells, ("no load", "the whole load"), entropies, "Entropy")
     steps = sorted(gates.steps, key=lambda step: step.step)
     known = [step for step in steps if step.entropy is not None]
     ends = [f"{wording.fixed(step.entropy, 2)} at step {step.step:,}" for step in (*known[:1], *known[-1:])]
     return GatesView(
-        warning=_warning(gates),
+        warning=_collapse_warning(gates),
         summary=_summary(gates),
         key=key,
         bar=split_bar([(kind, share, label) for label, kind, _, share in key], words),
         layers=_layer_grid(gates, layers) if layers else None,
-        table=_layer_table(gates, layers) if layers else None,
+        table=table if layers else None,
         steps=_steps_picture(gates, steps) if len({step.step for step in steps}) > 1 else None,
         training=f"The mean entropy went from {' to '.join(ends)}." if len(known) > 1 else "",
     )
@@ -64,7 +67,7 @@ def _shares_in_words(gates: GateLoads, load: GateLoad) -> str:
     return ", ".join(f"{name} {wording.percent(share)}" for name, share in zip(gates.experts, load.shares, strict=True))
 
 
-def _warning(gates: GateLoads) -> str:
+def _collapse_warning(gates: GateLoads) -> str:
     """Warn of gates that send nearly everything to one expert."""
     largest = max(gates.shares)
     if largest <= OVERLOAD or len(gates.experts) == 1:
@@ -121,12 +124,6 @@ def _shortened(names: Iterable[str], shorter: Callable[[str], str]) -> dict[str,
     """Shorten names, unless that would make two of them alike."""
     short = {name: shorter(name) for name in names}
     return short if len(set(short.values())) == len(short) else {name: name for name in short}
-
-
-def _layer_table(gates: GateLoads, layers: Sequence[LayerLoad]) -> HeatMap:
-    rows = tuple((layer.path, tuple(cell(wording.percent(share), share) for share in layer.shares)) for layer in layers)
-    entropies = tuple(wording.fixed(layer.entropy, 2) for layer in layers)
-    return HeatMap("Layer", tuple(gates.experts), rows, ("no load", "the whole load"), entropies, "Entropy")
 
 
 def _steps_picture(gates: GateLoads, steps: Sequence[StepLoad]) -> Markup:

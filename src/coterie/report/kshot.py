@@ -44,7 +44,10 @@ class AdapterLine:
 
 @dataclass(frozen=True)
 class SelectionView:
-    """All that the page shows of the selection; `sizes` are the similarities of the smallest and the largest mark."""
+    """All that the page shows of the selection.
+
+    `sizes` are the similarities of the smallest and the largest mark; `open` is whether the table stands open.
+    """
 
     picture: Markup | None
     key: tuple[tuple[Markup, str, int], ...]
@@ -55,11 +58,7 @@ class SelectionView:
     leaks: str
     shots: int
     chosen: tuple[str, ...]
-
-    @property
-    def open(self) -> bool:
-        """Whether the table is short enough to stand open."""
-        return len(self.lines) <= MOST_OPEN
+    open: bool
 
 
 def selection_view(selection: SelectionRecord | None) -> SelectionView | None:
@@ -87,6 +86,7 @@ def selection_view(selection: SelectionRecord | None) -> SelectionView | None:
         leaks=wording.listed([f"{one.name} ({wording.counted(one.leak, 'row')})" for one in ranked if one.leak]),
         shots=selection.shots,
         chosen=selection.chosen,
+        open=len(lines) <= MOST_OPEN,
     )
 
 
@@ -150,7 +150,12 @@ def gathering_view(gathering: GatheringRecord | None) -> GatheringView | None:
     drawn = [point.fate for point in points]
     counts = {_SHOT: len(gathering.shots), _GATHERED: 0} | {name: round(n) for name, n in gathering.fates.items()}
     lines = tuple(
-        OutcomeLine(draw.symbol(_mark(name)) if name in drawn else None, name, count, drawn.count(name))
+        OutcomeLine(
+            draw.symbol(_mark(name)) if name in drawn else None,
+            name,
+            count,
+            drawn.count(name),
+        )
         for name, count in counts.items()
         if count or name in drawn
     )
@@ -177,7 +182,12 @@ def _gathering_map(points: Sequence[PoolPoint]) -> Markup:
             tooltip += f", similarity {wording.fixed(point.similarity, 3)}"
         held.setdefault(point.fate, []).append((middle, f"{tooltip}: {point.label}" if point.label else tooltip))
     groups = [
-        Group(_mark(outcome), outcome, tuple(place for place, _ in own), tuple(tooltip for _, tooltip in own))
+        Group(
+            _mark(outcome),
+            outcome,
+            tuple(place for place, _ in own),
+            tuple(tooltip for _, tooltip in own),
+        )
         for outcome, own in held.items()
     ]
     return draw_map(groups, "Map of the pool", _MAP_SIDE)

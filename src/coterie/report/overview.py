@@ -102,12 +102,6 @@ class _Variant:
     plain: bool = False
 
 
-def is_variant(method: str, methods: Sequence[str]) -> bool:
-    """Tell whether a method is a variant of another among the methods."""
-    found = _VARIANT.fullmatch(method)
-    return found is not None and found[1] in methods
-
-
 def variant_pictures(evaluation: EvaluationRecord) -> list[VariantPictures]:
     """Draw every parameter of which a method has two variants or more, the plain method being one of them."""
     groups: dict[tuple[str, str], dict[float, _Variant]] = {}
@@ -223,8 +217,10 @@ def cost_pictures(evaluation: EvaluationRecord) -> CostPictures | None:
     Variants are left out: they have pictures of their own.
     """
     measure = "accuracy" if any(score.accuracy is not None for score in evaluation.scores()) else "nll"
-    scores = [score for score in evaluation.scores() if not is_variant(score.method, evaluation.methods)]
-    known = {score.method: value for score in scores if (value := score.value(measure)) is not None}
+    known = {score.method: value for score in evaluation.scores() if (value := score.value(measure)) is not None}
+    for method in list(known):
+        if (found := _VARIANT.fullmatch(method)) and found[1] in evaluation.methods:
+            del known[method]
     numbers = {method: number for number, method in enumerate(known, start=1)}
     special = {evaluation.control: draw.SQUARE, evaluation.subject: draw.DIAMOND}
     marks = {method: special.get(method, draw.CIRCLE) for method in known}

@@ -43,7 +43,6 @@ _FILTERS = (  # of the template, besides `cut`
     wording.source_name,
     wording.span,
     wording.share,
-    wording.share_span,
 )
 
 
@@ -56,13 +55,8 @@ def write_report(evaluation: Path) -> Path:
         CoterieError: when the records are missing or wrong, or the folder cannot be written.
     """
     path = evaluation / "report.html"
-    write_text(path, render(*read_evaluation(evaluation)))
+    write_text(path, _template().render(**view(*read_evaluation(evaluation))))
     return path
-
-
-def render(evaluation: EvaluationRecord, rows: Sequence[RowRecord]) -> str:
-    """Fill the template: the page as one text."""
-    return _template().render(**view(evaluation, rows))
 
 
 @cache

@@ -170,7 +170,7 @@ def spread_out(places: Sequence[float], least: float) -> list[float]:
 
 def _framed(kind: str, words: Sequence[str], frame: Frame, title: str) -> ElementTree.Element:
     """Start a picture with the words for both axes and the grid of the values that run upwards."""
-    drawing = draw.picture(f"plot {kind}", HEIGHT, f"{title}: {'; '.join(words)}")
+    drawing = draw.picture(f"plot {kind}", f"{title}: {'; '.join(words)}", height=HEIGHT)
     across, up = frame.words
     draw.add_text(drawing, "left side", 0.0, 12.0, up)
     draw.add_text(drawing, "right side", 100.0, HEIGHT - 2.0, f"{across}{', log scale' if frame.across.log else ''} →")
@@ -230,7 +230,7 @@ def stacked_areas(bands: Sequence[Band], words: tuple[str, str], title: str) -> 
     """
     count, width = len(bands[0].shares), 100 - _AREAS_LEFT
     bottom = _AREAS_TOP + _DEPTH
-    drawing = draw.picture("areas", _AREAS_HEIGHT, title)
+    drawing = draw.picture("areas", title, height=_AREAS_HEIGHT)
     for share in (0.0, 0.5, 1.0):
         draw.add_text(drawing, "right", _AREAS_LEFT - 1, bottom - _DEPTH * share + 4, f"{share:g}")
     step = max(1, round(round_step(float(count), _MOST_NUMBERS)))
@@ -304,7 +304,7 @@ def draw_map(groups: Sequence[Group], title: str, side: float = _SIDE) -> Markup
     Distances count on a map, directions and units do not.
     """
     words = "; ".join(group.words for group in groups)
-    drawing = draw.square_picture("map", side, f"{title}: {words}")
+    drawing = draw.picture("map", f"{title}: {words}", side=side)
     for group in sorted(groups, key=lambda group: -len(group.places)):
         singly = [([place], title) for place, title in zip(group.places, group.titles, strict=bool(group.titles))]
         for places, words in singly or [(group.places, group.words)]:

@@ -31,8 +31,15 @@ def weight_lines(answer: Mapping[str, Any]) -> list[Text]:
     weights = trace["weights"] if trace else [list(routing["weights"].values())]
     marks = expert_marks(experts)
     legend = Text("  ").join([Text.assemble((f" {mark} ", style), f" {name}") for name, (mark, style) in marks.items()])
-    pairs = zip(pieces, weights, strict=True)
-    return [legend, *(_line(piece, dict(zip(experts, row, strict=True)), marks) for piece, row in pairs)]
+    lines = [legend]
+    for piece, row in zip(pieces, weights, strict=True):
+        shown = repr(piece)[1:-1]
+        line = Text(f"{shown if len(shown) <= PIECE else shown[: PIECE - 1] + '…':{PIECE}} ")
+        for (mark, style), count in zip(marks.values(), cells(row), strict=True):
+            line.append(mark * count, style=style)
+        weight, leader = max(zip(row, experts, strict=True), key=lambda pair: pair[0])
+        lines.append(line.append(f" {leader} {weight:.2f}"))
+    return lines
 
 
 def expert_marks(experts: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -54,12 +61,3 @@ def cells(weights: Sequence[float], count: int = BAR) -> list[int]:
     for place in order[: count - sum(whole)]:
         whole[place] += 1
     return whole
-
-
-def _line(piece: str, weights: Mapping[str, float], marks: Mapping[str, tuple[str, str]]) -> Text:
-    shown = repr(piece)[1:-1]
-    line = Text(f"{shown if len(shown) <= PIECE else shown[: PIECE - 1] + '…':{PIECE}} ")
-    for (mark, style), count in zip(marks.values(), cells(list(weights.values())), strict=True):
-        line.append(mark * count, style=style)
-    leader = max(weights, key=lambda name: weights[name])
-    return line.append(f" {leader} {weights[leader]:.2f}")

@@ -121,7 +121,7 @@ def _keys(evaluation: EvaluationRecord, traces: Sequence[Trace]) -> dict[str, Ke
     """Give every expert a number and a colour in the order of the records; the colours go to those that lead most."""
     traced = dict.fromkeys(name for trace in traces for name in trace.experts)
     names = [*filter(traced.__contains__, evaluation.experts), *(n for n in traced if n not in evaluation.experts)]
-    led = _tokens_led(traces)
+    led = Counter(leader for trace in traces for leader in trace.leaders)
     largest = set(sorted(names, key=lambda name: -led[name])[: draw.SHARED])
     keys = {
         name: Key(str(number + 1), draw.css_class(number), name)
@@ -131,13 +131,10 @@ def _keys(evaluation: EvaluationRecord, traces: Sequence[Trace]) -> dict[str, Ke
     return keys | {name: shared for name in names if name not in keys}
 
 
-def _tokens_led(traces: Sequence[Trace]) -> Counter[str]:
-    return Counter(leader for trace in traces for leader in trace.leaders)
-
-
 def _switching(method: str, traces: Sequence[Trace], keys: Mapping[str, Key]) -> Switching:
     tokens, switches = sum(len(trace.pieces) for trace in traces), sum(trace.switches for trace in traces)
-    shares = {name: count / tokens for name, count in _tokens_led(traces).most_common()}
+    leaders = Counter(leader for trace in traces for leader in trace.leaders)
+    shares = {name: count / tokens for name, count in leaders.most_common()}
     led = {key: share for key, share in _summed(shares, keys).items() if share}
     words = ", ".join(f"{key.name} {wording.percent(share)}" for key, share in led.items()) or "none"
     title = f"Tokens of {wording.method_name(method)} by leading expert: {words}"

@@ -5,17 +5,17 @@ import math
 import re
 from collections.abc import Sequence
 
-from coterie.records.evaluation import Difference, EvaluationRecord, TableRow
+from coterie.records.evaluation import Difference, EvaluationRecord
 
 ABSENT = "–"
 AXES = {"accuracy": "Accuracy in %", "nll": "NLL in nats a token"}
 UNITS = {"accuracy": 100.0, "nll": 1.0}  # accuracy is drawn in per cent and points
 DECIMALS = {"accuracy": 1, "nll": 3}
 _MINUS = "\N{MINUS SIGN}"
-_RENEWED = re.compile(r"(.+):every=([1-9][0-9]{0,5}|inf)", re.DOTALL)
-_EXPERT = "expert:"
-_SAID = {"token-level-published": "token-level, published"}
-_OFTEN = {"1": "every token", "inf": "prompt only"}
+_REROUTED = re.compile(r"(.+):every=([1-9][0-9]{0,5}|inf)", re.DOTALL)
+SINGLE_EXPERT = "expert:"
+_METHOD_WORDS = {"token-level-published": "token-level, published"}
+_HOW_OFTEN = {"1": "every token", "inf": "prompt only"}
 _ENDINGS = {"1": "st", "2": "nd", "3": "rd"}
 
 
@@ -65,21 +65,11 @@ def share(value: float | None) -> str:
     return ABSENT if value is None else f"{fixed(100 * value, 0)}%"
 
 
-def share_span(ends: tuple[float, float]) -> str:
-    """Write the interval of a share in whole per cent."""
-    return f"{fixed(100 * ends[0], 0)} to {share(ends[1])}"
-
-
 def p_value(p: float | None) -> str:
     """Write a p to three decimals, and a smaller one as such."""
     if p is None:
         return ABSENT
     return "<0.001" if p < 0.001 else fixed(p, 3)
-
-
-def p_in_words(p: float) -> str:
-    """Write a p as it stands in a sentence."""
-    return p_value(p).replace("<", "below ")
 
 
 def gigabytes(count: float | None) -> str:
@@ -106,16 +96,13 @@ def source_name(source: str) -> str:
 
 def method_name(method: str) -> str:
     """Say a method's name in words where the one that commands take is terse."""
-    base, renewed = found.groups() if (found := _RENEWED.fullmatch(method)) else (method, "")
-    said = f"{base.removeprefix(_EXPERT)} alone" if base.startswith(_EXPERT) else _SAID.get(base, base)
-    return f"{said}, {_how_often(renewed)}" if renewed else said
-
-
-def _how_often(every: str) -> str:
-    if every in _OFTEN:
-        return _OFTEN[every]
-    ending = "th" if int(every) % 100 in (11, 12, 13) else _ENDINGS.get(every[-1], "th")
-    return f"every {every}{ending} token"
+    base, every = found.groups() if (found := _REROUTED.fullmatch(method)) else (method, "")
+    alone = base.startswith(SINGLE_EXPERT)
+    words = f"{base.removeprefix(SINGLE_EXPERT)} alone" if alone else _METHOD_WORDS.get(base, base)
+    if not every:
+        return words
+    ending = "th" if every[-2:] in ("11", "12", "13") else _ENDINGS.get(every[-1], "th")
+    return f"{words}, {_HOW_OFTEN.get(every, f'every {every}{ending} token')}"
 
 
 def listed(names: Sequence[str]) -> str:
@@ -156,32 +143,19 @@ def headline(evaluation: EvaluationRecord) -> str:
 
     Accuracy speaks where rows were graded, NLL otherwise.
     """
-    subject, control = evaluation.subject, evaluation.control
-    score = evaluation.score(subject) if subject else None
+    score = evaluation.score(evaluation.subject) if evaluation.subject else None
     if score and (gap := score.difference("accuracy")):
-        return _accuracy_sentence(score, gap, control)
-    if score and (gap := score.difference("nll")):
-        return _nll_sentence(score, gap, control)
-    return _neutral_sentence(evaluation)
-
-
-def _accuracy_sentence(score: TableRow, difference: Difference, control: str) -> str:
-    more = f"{fixed(abs(100 * difference.value), 1)} points {'more' if difference.value > 0 else 'fewer'} than"
-    than = more if difference.value else "as many as"
-    finding = (
-        f"{method_name(score.method)} answers {percent(score.accuracy)} of {counted(score.graded, 'graded row')} right"
-    )
-    return (
-        f"{finding}, {than} {method_name(control)}; {_certainty(difference, span(difference, 'accuracy') + ' points')}."
-    )
-
-
-def _nll_sentence(score: TableRow, difference: Difference, control: str) -> str:
-    more = f"{fixed(abs(difference.value), 4)} {'higher (worse)' if difference.value > 0 else 'lower (better)'} than"
-    than = more if difference.value else "the same as"
-    level = f"a mean NLL of {fixed(score.nll, 3)} nats a token on {counted(score.rows, 'row')}"
-    finding = f"{method_name(score.method)} has {level}"
-    return f"{finding}, {than} {method_name(control)}; {_certainty(difference, span(difference, 'nll') + ' nats')}."
+        found = f"answers {percent(score.accuracy)} of {counted(score.graded, 'graded row')} right"
+        more = f"{fixed(abs(100 * gap.value), 1)} points {'more' if gap.value > 0 else 'fewer'} than"
+        same, interval = "as many as", f"{span(gap, 'accuracy')} points"
+    elif score and (gap := score.difference("nll")):
+        found = f"has a mean NLL of {fixed(score.nll, 3)} nats a token on {counted(score.rows, 'row')}"
+        more = f"{fixed(abs(gap.value), 4)} {'higher (worse)' if gap.value > 0 else 'lower (better)'} than"
+        same, interval = "the same as", f"{span(gap, 'nll')} nats"
+    else:
+        return _neutral_sentence(evaluation)
+    than = f"{more if gap.value else same} {method_name(evaluation.control)}"
+    return f"{method_name(score.method)} {found}, {than}; {_certainty(gap, interval)}."
 
 
 def _certainty(difference: Difference, interval: str) -> str:
@@ -190,7 +164,8 @@ def _certainty(difference: Difference, interval: str) -> str:
     side = "excludes" if difference.clear else "includes"
     found = f"the 95% interval of the difference, {interval}, {side} zero" if difference.interval else ""
     sure = difference.clear if difference.p is None else difference.significant
-    tested = f"p, adjusted for all comparisons, is {p_in_words(difference.p)}" if difference.p is not None else ""
+    p = p_value(difference.p).replace("<", "below ")
+    tested = f"p, adjusted for all comparisons, is {p}" if difference.p is not None else ""
     joint = ", and " if difference.clear == sure else ", but "
     verdict = "more than chance would explain" if sure else "these rows cannot tell the two apart"
     return f"{joint.join(filter(None, (found, tested)))}: {verdict}"
@@ -204,14 +179,11 @@ def significant(evaluation: EvaluationRecord) -> str:
         tested = {method: gap for method, gap in gaps.items() if gap.p is not None}
         if tested:
             found = [method for method, gap in tested.items() if gap.significant]
-            sentences.append(f"In {name}, {len(found) or 'none'} of {counted(len(tested), 'method')} {_differ(found)}.")
+            differ = "differs" if len(found) < 2 else "differ"
+            which = f": {listed([*map(method_name, found)])}" if found else ""
+            of_all = f"{len(found) or 'none'} of {counted(len(tested), 'method')}"
+            sentences.append(f"In {name}, {of_all} {differ} significantly{which}.")
     return " ".join(sentences)
-
-
-def _differ(methods: Sequence[str]) -> str:
-    if not methods:
-        return "differs significantly"
-    return f"{'differs' if len(methods) == 1 else 'differ'} significantly: {listed([*map(method_name, methods)])}"
 
 
 def _neutral_sentence(evaluation: EvaluationRecord) -> str:
