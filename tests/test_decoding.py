@@ -11,7 +11,7 @@ from coterie.backbone.layers import ExpertLayers
 from coterie.combiners.layers import LayerCombiner
 from coterie.combiners.logits import LogitCombiner
 from coterie.combiners.table import COMBINERS
-from coterie.engine.decoding import DecodingBatch, response_logprobs
+from coterie.engine.decoding import DecodingBatch, score_responses
 from coterie.engine.text import TextStream
 from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank
@@ -199,7 +199,7 @@ def test_sampled_tokens_have_the_combined_distribution(mixture):
     rows = [[*ids, token] for token in range(vocabulary)]
     logprobs = torch.cat(
         [
-            response_logprobs(mixture.backbone, mixture.layers, plan, [plan.votes], [(row, [len(ids)])])[0][0]
+            score_responses(mixture.backbone, mixture.layers, plan, [plan.votes], [(row, [len(ids)])])[0][0].logprobs
             for row in rows
         ]
     )
@@ -274,7 +274,7 @@ def test_likelihoods_equal_those_of_the_summed_peft_models(mixture, peft_models)
     texts = [(row.ids, list(range(row.prompt_length, len(row.ids)))) for row in rows]
     uniform = torch.ones_like(weights)
     votes = [plan.votes, LogitCombiner().votes(plan, uniform)]
-    found = response_logprobs(mixture.backbone, mixture.layers, plan, votes, texts)
+    found = score_responses(mixture.backbone, mixture.layers, plan, votes, texts)
     for number, row in enumerate(rows):
         for place, share in enumerate([weights[number] / weights[number].sum(), uniform[number] / 4]):
             with torch.no_grad():
@@ -283,7 +283,7 @@ def test_likelihoods_equal_those_of_the_summed_peft_models(mixture, peft_models)
                     for name, w in zip(mixture.bank.names, share, strict=True)
                 )
             expected = [float(logits[t - 1].log_softmax(0)[row.ids[t]]) for t in texts[number][1]]
-            torch.testing.assert_close(found[place][number], torch.tensor(expected), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(found[place][number].logprobs, torch.tensor(expected), rtol=1e-4, atol=1e-4)
 
 
 def examples():

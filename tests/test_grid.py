@@ -11,7 +11,7 @@ import tiny
 from coterie.combiners.table import COMBINERS, fits, make_combiner
 from coterie.data.batching import TokenRow
 from coterie.data.examples import load_examples
-from coterie.engine.decoding import response_logprobs
+from coterie.engine.decoding import score_responses
 from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank
 from coterie.mixture import Mixture
@@ -84,7 +84,7 @@ def uncached(cell: Mixture, question, answer) -> torch.Tensor:
     plan = cell.combiner.plan(cell.router.route([prompt]).aligned(cell.bank.names))
     text = [*prompt.ids, *answer.token_ids]
     positions = range(len(prompt.ids), len(text))
-    return response_logprobs(cell.backbone, cell.layers, plan, [plan.votes], [(text, list(positions))])[0][0]
+    return score_responses(cell.backbone, cell.layers, plan, [plan.votes], [(text, list(positions))])[0][0].logprobs
 
 
 LEGAL = [

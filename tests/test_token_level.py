@@ -13,7 +13,7 @@ from coterie.backbone.layers import Weighted
 from coterie.combiners.base import RowPlan
 from coterie.data.batching import TokenRow
 from coterie.data.examples import load_examples
-from coterie.engine.decoding import response_logprobs
+from coterie.engine.decoding import score_responses
 from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank
 from coterie.features.embedding import HiddenStateEncoder, with_answers
@@ -267,8 +267,8 @@ def test_decoding_equals_a_slow_loop_without_a_cache(mixture, by_letters, every,
         earlier = weights[:1] * (len(prompt.ids) - 1) + weights[: k + 1] + weights[k : k + 1]
         of_time = torch.stack(earlier) if cache == "keep" else weights[k].expand(len(text), -1)
         plan = RowPlan((0,), Weighted(experts, of_time[None]), torch.ones(1, 1))
-        slow = response_logprobs(cell.backbone, cell.layers, plan, [plan.votes], [(text, [len(text) - 1])])
-        close(answer.logprobs[k], slow[0][0][0])
+        slow = score_responses(cell.backbone, cell.layers, plan, [plan.votes], [(text, [len(text) - 1])])
+        close(answer.logprobs[k], slow[0][0].logprobs[0])
 
 
 def test_the_cache_does_matter_where_weights_change(mixture, by_letters):

@@ -205,15 +205,3 @@ def scored_tokens(logits: Float[Tensor, "token vocabulary"], targets: Int[Tensor
     """Score tokens by the logits at their places."""
     logprobs = logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(dim=1)
     return ScoredTokens(logprobs.cpu(), (logits.argmax(dim=1) == targets).cpu())
-
-
-def response_logprobs(
-    backbone: Backbone,
-    layers: ExpertLayers,
-    plan: RowPlan,
-    votes: Sequence[Float[Tensor, "prompt row"]],
-    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
-) -> list[list[Float[Tensor, " token"]]]:
-    """Return the log-probabilities alone of what `score_responses` scores."""
-    found = score_responses(backbone, layers, plan, votes, rows)
-    return [[scored.logprobs for scored in of_vote] for of_vote in found]

@@ -40,7 +40,9 @@ def score_teacher_forced(
     while True:
         for place, number in enumerate(active):
             targets = torch.tensor(texts[number][1][known : known + rerouting.every], device=hidden.device)
-            found[number].append(_scored(backbone, hidden[place, : len(targets)], targets))
+            with torch.inference_mode():
+                logits = backbone.head(hidden[place, : len(targets)])
+                found[number].append(scored_tokens(logits, targets))
         known += rerouting.every
         staying = [place for place, number in enumerate(active) if len(texts[number][1]) > known]
         active = [active[place] for place in staying]
@@ -79,8 +81,3 @@ def _read_next(
     pieces = [[*answer[known - 1 :], *filler][:length] for _, answer in texts]
     whole = [[*prompt, *answer[: known - 1], *piece] for (prompt, answer), piece in zip(texts, pieces, strict=True)]
     return rows.by_request(rerouting.read(rows, pieces, whole, known))
-
-
-@torch.inference_mode()
-def _scored(backbone: Backbone, states: Float[Tensor, "token width"], targets: Tensor) -> ScoredTokens:
-    return scored_tokens(backbone.head(states), targets)

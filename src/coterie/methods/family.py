@@ -14,7 +14,6 @@ from coterie.experts.names import BACKBONE, NULL
 from coterie.methods.extras import AnyRun, Extra, ExtraSpec, prepare_extras
 from coterie.mixture import Mixture
 from coterie.routers.base import Router
-from coterie.routers.centroid import CentroidRouter
 from coterie.routers.derived import keep_top
 from coterie.routers.fixed import one_hot
 from coterie.routers.token import TokenLevel
@@ -177,8 +176,6 @@ def fitted_experts(mixture: Mixture) -> tuple[str, ...]:
 
 def _varied(router: Router, options: Mapping[str, str], name: str) -> Router:
     if "d_proj" in options:
-        if not isinstance(router, CentroidRouter):
-            raise CoterieError(f"{name!r}: only centroids can be compared in fewer dimensions")
         router = router.folded(int(options["d_proj"]))
     if "every" in options:
         if router.of_prompts is router:

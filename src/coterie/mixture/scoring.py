@@ -13,7 +13,7 @@ from coterie.backbone.loading import Backbone
 from coterie.combiners.base import RowPlan
 from coterie.combiners.logits import LogitCombiner
 from coterie.data.batching import TokenRow, by_length
-from coterie.engine.decoding import response_logprobs
+from coterie.engine.decoding import score_responses
 from coterie.mixture.core import Mixture
 from coterie.routers.base import Routing
 
@@ -94,9 +94,9 @@ def _score(
         for numbers in by_length(rows, BATCH):
             made, own_votes = plan(numbers)
             texts = [(rows[i].ids, answer_positions(rows[i])) for i in numbers]
-            found = response_logprobs(backbone, layers, made, own_votes, texts)
-            for vote, logprobs in enumerate(found):
-                nll[vote, numbers] = torch.stack([-values.mean() for values in logprobs])
+            found = score_responses(backbone, layers, made, own_votes, texts)
+            for vote, scored in enumerate(found):
+                nll[vote, numbers] = torch.stack([-own.logprobs.mean() for own in scored])
             tokens[numbers] = torch.tensor([float(len(positions)) for _, positions in texts])
             bar.update(len(numbers))
     return Scores(nll, tokens)

@@ -212,6 +212,14 @@ class Router(ABC):
         """The router that weighs prompts, without any re-routing around it."""
         return self
 
+    def folded(self, dimensions: int) -> "Router":
+        """Return the router that compares features in fewer dimensions.
+
+        Raises:
+            CoterieError: when it does not compare features, or they have no such dimensions.
+        """
+        raise CoterieError(f"only centroids can be compared in fewer dimensions, but router {self.kind!r} has none")
+
     def save(self, folder: Path) -> dict[str, Any]:
         """Write tensors into `folder` and return the entry for mixture.json.
 

@@ -104,14 +104,14 @@ def _ablation(
 
 def _copied(run: KshotRun, into: RunFolder, prefix: str) -> TrainedExtra:
     mixture = run.mixture
-    router = mixture.router
-    assert isinstance(router, GateRouter)  # kshot-moe has gates
-    names = {name: f"{prefix}-{name}" for name in router.gates.experts}
+    gates = mixture.router.start([]).gates
+    assert gates is not None  # kshot-moe has them
+    names = {name: f"{prefix}-{name}" for name in gates.experts}
     folders = {
         own: into.stage(f"experts/{own}", adapter_copier(run.folder / "experts" / name)) for name, own in names.items()
     }
     adapters = [mixture.bank.adapters[mixture.bank.index(name)] for name in names]
-    gates = replace(router.gates, experts=tuple(names.values()))
+    gates = replace(gates, experts=tuple(names.values()))
     return TrainedExtra(folders, GateRouter(mixture.backbone, adapters, gates))
 
 
