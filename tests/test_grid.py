@@ -144,7 +144,8 @@ def test_gates_report_their_average_weights_without_a_pass_of_their_own(grid, ro
     """A prompt is read once, whatever weighs it: one pass for it, and one for every token but the last."""
     cell = grid.mixture.replace(router=routers[router], combiner="layers")
     passes: list[int] = []
-    handle = cell.backbone.model.register_forward_pre_hook(lambda module, inputs: passes.append(1))
+    embedding = cell.backbone.model.get_input_embeddings()
+    handle = embedding.register_forward_pre_hook(lambda module, inputs: passes.append(1))
     try:
         answers = cell.generate(QUESTIONS, max_new_tokens=3, batch_size=len(QUESTIONS))
     finally:

@@ -108,7 +108,7 @@ def embeddings(mixture, files) -> dict[str, torch.Tensor]:
     found = {}
     for name, file in files.items():
         rows = [with_answers(mixture.prompts.row(example), tokenizer) for example in load_all([str(file)])]
-        found[name] = mixture.router.router.extractor.describe(rows)
+        found[name] = mixture.router.router.extractor.extract(rows)
     return found
 
 
