@@ -134,7 +134,7 @@ class HarnessModel(LM):
         if mixture.reroutes:
             return mixture.score_teacher_forced([_row(before) for before, _ in texts], [after for _, after in texts])
         contexts = [_row(before if len(before) > 1 else after) for before, after in texts]
-        plan = mixture.combiner.plan(mixture.router.route(contexts).aligned(mixture.bank.names))
+        plan = mixture.combiner.plan(mixture.router.start(contexts).aligned(mixture.bank.names))
         rows = [([*before, *after], range(len(before), len(before) + len(after))) for before, after in texts]
         return score_responses(mixture.backbone, mixture.layers, plan, [plan.votes], rows)[0]
 
