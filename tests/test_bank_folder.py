@@ -394,7 +394,7 @@ def test_a_refused_adapter_does_not_fix_the_base_model_of_a_new_bank(add, bank, 
 # --------------------------------------------------------------------------------------------------------- interruption
 
 
-@pytest.mark.parametrize("step", ["describe_adapter", "_keep"])
+@pytest.mark.parametrize("step", ["describe_adapter", "_publish"])
 def test_an_interrupted_addition_leaves_no_half_written_adapter(add, bank, shelf, monkeypatch, step):
     assert add(shelf / "all")[0] == 0
     before = files(bank)

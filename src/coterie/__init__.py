@@ -17,7 +17,6 @@ _HOMES = {
     "ExpertBank": "coterie.experts.bank",
     "load_bank": "coterie.experts.bank",
     "bank_add": "coterie.methods.add_adapters",
-    "run_bank_add": "coterie.methods.add_adapters",
     "verify_bank": "coterie.methods.add_adapters",
     "open_bank": "coterie.experts.bank_folder",
     "leaks": "coterie.experts.bank_folder",

@@ -181,7 +181,7 @@ def spread(
 def add_to_bank(settings: BankAddSettings) -> None:
     """Put adapters into a bank on disk: each is checked, then copied. To remove one, delete FOLDER/experts/NAME."""
     refused = 0
-    for adapter in coterie.run_bank_add(settings):
+    for adapter in coterie.methods.add_to_bank(settings):
         typer.echo(str(adapter), err=bool(adapter.refusal))
         refused += bool(adapter.refusal)
     raise typer.Exit(TROUBLE if refused else 0)

@@ -1,6 +1,6 @@
 """The published methods: the loops that fit them, their table, and what is trained for the others."""
 
-from coterie.experts.names import BACKBONE, BASE
+from coterie.methods.add_adapters import add_to_bank, bank_add, verify_bank
 from coterie.methods.elrea.fit import elrea, fit_elrea
 from coterie.methods.family import Family, Method, MethodGrid
 from coterie.methods.kshot.choose_adapters import select, select_adapters
@@ -14,12 +14,12 @@ from coterie.methods.token_level.fit import fit_from_adapters, fit_token_level, 
 
 # The families' functions share their names with the wings that they come from; this runs last, so the functions win.
 __all__ = [
-    "BACKBONE",
-    "BASE",
     "FAMILIES",
     "Family",
     "Method",
     "MethodGrid",
+    "add_to_bank",
+    "bank_add",
     "elrea",
     "fit_elrea",
     "fit_from_adapters",
@@ -43,4 +43,5 @@ __all__ = [
     "symbolic",
     "token_level",
     "train_extras",
+    "verify_bank",
 ]

@@ -46,7 +46,7 @@ LONGEST_REASON = 500
 
 
 @dataclass(frozen=True)
-class Shelved:
+class AddResult:
     """What became of one adapter.
 
     Attributes:
@@ -91,7 +91,7 @@ class Questions:
 
 
 @dataclass(frozen=True)
-class _Shelf:
+class _Addition:
     """A bank that is being added to; `added` collects the names that came into it."""
 
     folder: Path
@@ -101,7 +101,7 @@ class _Shelf:
     added: set[str] = field(default_factory=set)
 
 
-def bank_add(folder: str | Path, adapters: Sequence[str | Path], **settings: Any) -> list[Shelved]:  # noqa: ANN401
+def bank_add(folder: str | Path, adapters: Sequence[str | Path], **settings: Any) -> list[AddResult]:  # noqa: ANN401
     """Put adapters into a bank on disk; each is added or refused on its own.
 
     Args:
@@ -110,13 +110,13 @@ def bank_add(folder: str | Path, adapters: Sequence[str | Path], **settings: Any
         **settings: fields of `BankAddSettings` by their plain names, such as model="smollm2-135m".
 
     Raises:
-        CoterieError: for bad settings, and as `run_bank_add`.
+        CoterieError: for bad settings, and as `add_to_bank`.
     """
     flat = {"folder": str(folder), "adapters": list(map(str, adapters)), **settings}
-    return list(run_bank_add(from_flat(BankAddSettings, flat)))
+    return list(add_to_bank(from_flat(BankAddSettings, flat)))
 
 
-def run_bank_add(settings: BankAddSettings) -> Iterator[Shelved]:
+def add_to_bank(settings: BankAddSettings) -> Iterator[AddResult]:
     """Put adapters into a bank one after the other, telling of each what became of it.
 
     Raises:
@@ -126,10 +126,10 @@ def run_bank_add(settings: BankAddSettings) -> Iterator[Shelved]:
     base = _base_of(folder)
     adapters = [_named(text) for text in settings.adapters]
     questions = _read_questions(settings.trained_on, [name for name, _ in adapters])
-    shelf = _Shelf(folder, _load_base(settings, base), questions, settings.overwrite)
+    addition = _Addition(folder, _load_base(settings, base), questions, settings.overwrite)
     try:
         for name, source in adapters:
-            yield _shelve(shelf, name, source)
+            yield _add_one(addition, name, source)
     finally:
         with suppress(OSError):  # a new bank into which nothing came; others are not empty and stay
             (folder / EXPERTS).rmdir()
@@ -214,66 +214,55 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def _read_questions(values: Sequence[str], names: Sequence[str]) -> dict[str, Questions]:
+    """Read the questions of the training data that is named for adapters."""
     found = named_values(values, "trained-on")
     strange = [name for name in found if name not in names]
     if strange:
         raise CoterieError(f"--trained-on names {strange[0]!r}, but the adapters to add are {', '.join(names)}")
-    return {name: _questions_of(sources) for name, sources in found.items()}
-
-
-def _questions_of(sources: Sequence[str]) -> Questions:
-    rows, keys = 0, set()
-    for source in sources:
-        for example in stream_examples(source):
-            rows += 1
-            keys.add(text_key(question_of(example)))
-    return Questions(sources, rows, frozenset(keys))
+    questions = {}
+    for name, sources in found.items():
+        keys = [text_key(question_of(example)) for source in sources for example in stream_examples(source)]
+        questions[name] = Questions(sources, len(keys), frozenset(keys))
+    return questions
 
 
 # -------------------------------------------------------------------------------------------------------- one adapter
 
 
-def _shelve(shelf: _Shelf, name: str, source: str) -> Shelved:
+def _add_one(addition: _Addition, name: str, source: str) -> AddResult:
+    """Add one adapter, or say why not: a local folder, or from the hub its known files and no others."""
+    advice = f"{source} does not exist; give an adapter's folder or a hub id"
     try:
-        _check_name(name)
-        folder = _local(source)
+        check_domain_names([name])
+        if not name.isprintable() or len(name) > LONGEST_NAME or "=" in name:
+            raise CoterieError(f"{name!r} cannot be an adapter's name; give another one with NAME=FOLDER")
+        folder = Path(source).expanduser()
+        folder = folder if os.path.exists(folder) else hub_folder(source, list(ADAPTER_FILES), advice)
         check_files(folder)
-        if (there := _there(shelf, name, folder)) is not None:
-            return Shelved(name, there)
-        with _draft(shelf.folder, name) as draft:
-            card = _fill(draft, folder, name, source, shelf)
-            _keep(draft, shelf, name)
+        if (there := _existing_card(addition, name, folder)) is not None:
+            return AddResult(name, there)
+        with _draft(addition.folder, name) as draft:
+            card = _copy_and_check(draft, folder, name, source, addition)
+            _publish(draft, addition, name)
     except (CoterieError, OSError) as error:
-        return Shelved(name, refusal=printable(str(error), LONGEST_REASON))
-    shelf.added.add(name)
-    _tell_other_base(card, shelf.backbone.identity)
-    return Shelved(name, card, is_new=True)
+        return AddResult(name, refusal=printable(str(error), LONGEST_REASON))
+    addition.added.add(name)
+    own, wanted = card.base, addition.backbone.identity.id
+    if own is not None and Path(own).name.casefold() != Path(wanted).name.casefold():  # folders differ between machines
+        logger.info(f"note: {name} names {own} as its base model, and this bank is for {wanted}")
+    return AddResult(name, card, is_new=True)
 
 
-def _check_name(name: str) -> None:
-    check_domain_names([name])
-    if not name.isprintable() or len(name) > LONGEST_NAME or "=" in name:
-        raise CoterieError(f"{name!r} cannot be an adapter's name; give another one with NAME=FOLDER")
-
-
-def _local(source: str) -> Path:
-    """Return an adapter's folder, from the hub if it is no local one: its known files and no others."""
-    folder = Path(source).expanduser()
-    if os.path.exists(folder):
-        return folder
-    return hub_folder(source, list(ADAPTER_FILES), f"{source} does not exist; give an adapter's folder or a hub id")
-
-
-def _there(shelf: _Shelf, name: str, folder: Path) -> Card | None:
+def _existing_card(addition: _Addition, name: str, folder: Path) -> Card | None:
     """Return the card of the same adapter if the bank has it; refuse another one of that name."""
-    target = shelf.folder / EXPERTS / name
-    if not target.exists() or (shelf.overwrite and name not in shelf.added):
+    target = addition.folder / EXPERTS / name
+    if not target.exists() or (addition.overwrite and name not in addition.added):
         return None
     card = read_card(target)
     if card.sha256 != hash_adapter(folder):
-        advice = "" if shelf.overwrite else ", or add --overwrite to replace it"
+        advice = "" if addition.overwrite else ", or add --overwrite to replace it"
         raise CoterieError(f"another adapter of this name is there already; rename one with NAME=FOLDER{advice}")
-    if name in shelf.questions and name not in shelf.added:
+    if name in addition.questions and name not in addition.added:
         raise CoterieError("it is there already; add --overwrite to note what it was trained on")
     return card
 
@@ -291,15 +280,15 @@ def _draft(bank: Path, name: str) -> Iterator[Path]:
             shutil.rmtree(draft, ignore_errors=True)
 
 
-def _fill(draft: Path, folder: Path, name: str, source: str, shelf: _Shelf) -> Card:
+def _copy_and_check(draft: Path, folder: Path, name: str, source: str, addition: _Addition) -> Card:
     """Copy an adapter's files, then check the copies, so that what was checked is what is kept."""
     for file in ADAPTER_FILES:
         if (folder / file).exists():
             shutil.copyfile(folder / file, draft / file)
-    questions = shelf.questions.get(name, Questions())
+    questions = addition.questions.get(name, Questions())
     facts = {"name": name, "source": source, "rows": questions.rows, "trained_on": questions.sources}
     try:
-        card = describe_adapter(draft, shelf.backbone.model, **facts)
+        card = describe_adapter(draft, addition.backbone.model, **facts)
     except CoterieError as error:
         raise CoterieError(str(error).replace(str(draft), str(folder))) from error
     write_json(draft / CARD_FILE, card.record())
@@ -308,23 +297,13 @@ def _fill(draft: Path, folder: Path, name: str, source: str, shelf: _Shelf) -> C
     return card
 
 
-def _keep(draft: Path, shelf: _Shelf, name: str) -> None:
+def _publish(draft: Path, addition: _Addition, name: str) -> None:
     """Give a finished folder its name, in place of the one that has it."""
     target, old = draft.with_name(name), draft.with_name(f".{name}.old")
-    if not (shelf.folder / BANK_FILE).exists():
-        write_base(shelf.folder, shelf.backbone.identity)
+    if not (addition.folder / BANK_FILE).exists():
+        write_base(addition.folder, addition.backbone.identity)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         os.rename(target, old)
     os.rename(draft, target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _tell_other_base(card: Card, identity: BaseModelIdentity) -> None:
-    """Note that an adapter names another base model; only its name, since folders differ between machines."""
-    if card.base is not None and _last_part(card.base) != _last_part(identity.id):
-        logger.info(f"note: {card.name} names {card.base} as its base model, and this bank is for {identity.id}")
-
-
-def _last_part(model: str) -> str:
-    return Path(model).name.casefold()

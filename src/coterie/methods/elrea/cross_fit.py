@@ -1,12 +1,12 @@
-"""Judging a run's experts on its own training rows without judging anyone on what it has learned by heart.
+"""Cross-fitted losses: each expert's loss on training rows, measured with a copy that was trained without those rows.
 
 The rows are cut into folds, evenly within every cluster. For each fold the base adapter and every cluster's expert are
-trained once more on the other folds, and these copies are judged on the fold (cross-fitting). So every row is judged
-under every expert, and none of them has seen it.
+trained once more on the other folds, and these copies are scored on the fold.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,19 +29,25 @@ SCORES = "scores.safetensors"
 
 
 def cross_fit(run: ElreaRun, into: RunFolder) -> CrossFitLosses:
-    """Judge all experts on all training rows.
+    """Score all experts on all training rows.
 
     Raises:
         CoterieError: when there are fewer rows than folds.
     """
-    folds = assign_folds(run.labels, run.extras.judge_folds, run.settings.seed)
-    names = run.mixture.bank.names
-    parts = [_judge_fold(run, into, folds, fold) for fold in range(run.extras.judge_folds)]
-    rows = torch.cat([torch.nonzero(folds == fold).flatten() for fold in range(run.extras.judge_folds)])
-    order = rows.argsort()
-    return CrossFitLosses(
-        names, *(torch.cat([part[key] for part in parts])[order] for key in ("nll", "pairs", "tokens"))
-    )
+    count = run.extras.judge_folds
+    folds = assign_folds(run.labels, count, run.settings.seed)
+
+    def score_fold(folder: Path, fold: int) -> None:
+        mixture = _fold_mixture(run, RunFolder(output=folder, path=folder), folds != fold, fold)
+        rows = [run.kept.rows[i] for i in torch.nonzero(folds == fold).flatten().tolist()]
+        write_tensors(folder / SCORES, _score_pairs(mixture, rows, f"fold {fold + 1}"))
+
+    parts = [
+        read_tensors(into.stage(f"folds/{fold}", partial(score_fold, fold=fold)) / SCORES) for fold in range(count)
+    ]
+    order = torch.cat([torch.nonzero(folds == fold).flatten() for fold in range(count)]).argsort()
+    losses = (torch.cat([part[key] for part in parts])[order] for key in ("nll", "pairs", "tokens"))
+    return CrossFitLosses(run.mixture.bank.names, *losses)
 
 
 def assign_folds(labels: Sequence[int], count: int, seed: int) -> Tensor:
@@ -60,15 +66,6 @@ def assign_folds(labels: Sequence[int], count: int, seed: int) -> Tensor:
     return folds
 
 
-def _judge_fold(run: ElreaRun, into: RunFolder, folds: Tensor, fold: int) -> dict[str, Tensor]:
-    def make(folder: Path) -> None:
-        held = [run.kept.rows[i] for i in torch.nonzero(folds == fold).flatten().tolist()]
-        mixture = _fold_mixture(run, RunFolder(output=folder, path=folder), folds != fold, fold)
-        write_tensors(folder / SCORES, _scores(mixture, held, f"fold {fold + 1}"))
-
-    return read_tensors(into.stage(f"folds/{fold}", make) / SCORES)
-
-
 def _fold_mixture(run: ElreaRun, into: RunFolder, seen: Tensor, fold: int) -> Mixture:
     """Train the base adapter and every expert on the rows that are seen."""
     of_folds = f"fold {fold + 1} of {run.extras.judge_folds}"
@@ -84,7 +81,7 @@ def _fold_mixture(run: ElreaRun, into: RunFolder, seen: Tensor, fold: int) -> Mi
     return replace(run.mixture, bank=bank, router=uniform(bank.names))
 
 
-def _scores(mixture: Mixture, rows: Sequence[TokenRow], label: str) -> dict[str, Tensor]:
+def _score_pairs(mixture: Mixture, rows: Sequence[TokenRow], label: str) -> dict[str, Tensor]:
     """Score every expert and every even pair, in one pass over the rows."""
     count = len(mixture.bank)
     first, second = torch.triu_indices(count, count)

@@ -1,4 +1,4 @@
-"""What the methods on ELREA's clusters need beyond the fitted run: more experts, gates, lossess, fitted routers."""
+"""What the methods on ELREA's clusters need trained: experts, gates, cross-fitted losses, routers fitted to them."""
 
 import logging
 import re
@@ -70,22 +70,16 @@ def _datasets(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     sources = sorted({source for source in run.sources if source})
     if not sources:
         raise CoterieError("the training rows name no source, so there are no data sets to train adapters for")
-    names = _safe_names(sources)
+    names: dict[str, str] = {}  # of folders; equal ones are numbered
+    for source in sources:
+        plain = "dataset-" + re.sub(r"[^A-Za-z0-9._-]+", "-", source)
+        names[source] = plain if plain not in names.values() else f"{plain}-{len(names)}"
     folders = {}
     for number, source in enumerate(sources, start=1):
         rows = [row for row, own in zip(run.kept.rows, run.sources, strict=True) if own == source]
         plan = base_plan(run.settings, f"{names[source]} ({number} of {len(sources)})", keep_epochs=False)
         folders[names[source]] = train_expert(into, names[source], rows, run.backbone, plan, run.settings.lora)
     return TrainedExtra(folders, SourceRouter(names))
-
-
-def _safe_names(sources: list[str]) -> dict[str, str]:
-    """Make a folder name of every source's name; equal ones are numbered."""
-    names: dict[str, str] = {}
-    for source in sources:
-        plain = "dataset-" + re.sub(r"[^A-Za-z0-9._-]+", "-", source)
-        names[source] = plain if plain not in names.values() else f"{plain}-{len(names)}"
-    return names
 
 
 def _base(run: ElreaRun) -> Path:
@@ -111,7 +105,7 @@ def _gates(run: ElreaRun, into: RunFolder) -> TrainedExtra:
 
 
 def _judged(run: ElreaRun, into: RunFolder) -> TrainedExtra:
-    """Judge the run's experts on the training rows, each by copies that were not trained on them (cross-fitting)."""
+    """Measure the experts' losses on the training rows, with copies that were not trained on them (cross-fitting)."""
     losses = cross_fit(run, into)
     write_tensors(into.path / LOSSES, losses.tensors())
     shutil.rmtree(into.path / "folds")

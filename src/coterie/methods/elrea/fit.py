@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from coterie.artifacts import RunFolder, check_output, read_tensors, run_folder, write_jsonl
 from coterie.backbone.loading import Backbone, load_backbone
 from coterie.combiners.logits import LogitCombiner
@@ -15,19 +13,19 @@ from coterie.data.batching import PromptFormat, Tokenised, tokenise
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError
 from coterie.experts.bank import load_bank
-from coterie.experts.clustering import Clustering, cluster
+from coterie.experts.clustering import cluster
 from coterie.experts.names import BASE
 from coterie.experts.training import load_checkpoint, read_log, train_adapter
 from coterie.features.gradient import GradientFeatures, counted_blocks, write_features
 from coterie.features.growing_text import FeatureExtractor
 from coterie.methods.common import (
-    IN_MEMORY,
     adapter_copier,
     base_plan,
     cluster_record,
     cluster_rows,
     copier,
     hash_examples,
+    named_sources,
     train_clusters,
 )
 from coterie.mixture import Mixture
@@ -48,10 +46,9 @@ def elrea(model: str, data: str | Sequence[str] | Sequence[Example], *, output: 
     Raises:
         CoterieError: for bad data, settings, or an output folder that exists.
     """
-    in_memory = not isinstance(data, str) and bool(data) and isinstance(data[0], Example)
-    names = [IN_MEMORY] if in_memory else [data] if isinstance(data, str) else list(data)
-    flat = {"model": model, "data": names, "output": str(output), **settings}
-    return fit_elrea(from_flat(ElreaSettings, flat), list(data) if in_memory else None)  # pyrefly: ignore
+    named, examples = named_sources(data)
+    flat = {"model": model, "data": named, "output": str(output), **settings}
+    return fit_elrea(from_flat(ElreaSettings, flat), examples or None)
 
 
 def fit_elrea(settings: ElreaSettings, examples: list[Example] | None = None) -> Mixture:
@@ -85,15 +82,26 @@ def _check_enough(count: int, settings: ElreaSettings) -> None:
 def _fit(
     run: RunFolder, settings: ElreaSettings, backbone: Backbone, prompts: PromptFormat, kept: Tokenised
 ) -> Mixture:
-    base = _train_base(run, settings, backbone, kept)
+    # 1) the base adapter: its epochs go to `checkpoints`, its last state is the expert `base`
+    trained = run.stage(
+        "training/base",
+        lambda folder: train_adapter(backbone, kept.rows, base_plan(settings, BASE), folder, settings.lora),
+    )
+    for epoch in range(settings.training.epochs):
+        run.stage(f"checkpoints/epoch-{epoch}", copier(trained / f"epoch-{epoch}"))
+    base = run.stage(f"experts/{BASE}", adapter_copier(trained))
+    # 2) what every row's gradients at the checkpoints look like, and the clusters they make
     names = [f"epoch-{epoch}" for epoch in range(settings.training.epochs)]
     checkpoints = [load_checkpoint(run.path / "checkpoints" / name, backbone.model) for name in names]
     gradients = GradientFeatures(backbone, checkpoints, settings.features, settings.seed)
-    features = _features(run, gradients, kept)
+    prompts_alone = [row.prompt() for row in kept.rows]
+    folder = run.stage("features", lambda folder: write_features(gradients, prompts_alone, folder))
+    features = read_tensors(folder / "features.safetensors")["features"]
     centre = features.mean(dim=0) if settings.features.form == "adam-centred" else None
     shifted = features if centre is None else features - centre
     sources = [example.source for example in kept.examples]
     clustering = cluster(shifted.numpy(), settings.clustering, sources=sources, seed=settings.seed)
+    # 3) an expert for each cluster, and the router that finds it
     experts = train_clusters(run, "cluster", cluster_rows(kept.rows, clustering.labels), backbone, settings)
     record = {"checkpoints": names, "features": settings.features.model_dump(), "seed": settings.seed}
     centroids = centroids_of(shifted, clustering.labels, clustering.count)
@@ -101,32 +109,11 @@ def _fit(
     router = CentroidRouter.by_cluster(extractor, centroids, list(experts), base=BASE, centre=centre)
     bank = load_bank({BASE: base, **experts}, backbone.model)
     mixture = Mixture(backbone, bank, router, LogitCombiner(), prompts, "elrea", run.path)
-    _write_records(run, mixture, kept, clustering)
-    return mixture
-
-
-def _train_base(run: RunFolder, settings: ElreaSettings, backbone: Backbone, kept: Tokenised) -> Path:
-    """Train the base adapter; its epochs go to `checkpoints`, its last state is the expert `base`."""
-
-    def train(folder: Path) -> None:
-        train_adapter(backbone, kept.rows, base_plan(settings, BASE), folder, settings.lora)
-
-    trained = run.stage("training/base", train)
-    for epoch in range(settings.training.epochs):
-        run.stage(f"checkpoints/epoch-{epoch}", copier(trained / f"epoch-{epoch}"))
-    return run.stage(f"experts/{BASE}", adapter_copier(trained))
-
-
-def _features(run: RunFolder, gradients: GradientFeatures, kept: Tokenised) -> Tensor:
-    prompts = [row.prompt() for row in kept.rows]
-    folder = run.stage("features", lambda folder: write_features(gradients, prompts, folder))
-    return read_tensors(folder / "features.safetensors")["features"]
-
-
-def _write_records(run: RunFolder, mixture: Mixture, kept: Tokenised, clustering: Clustering) -> None:
+    # 4) the records
     labels = zip(kept.examples, clustering.labels, strict=True)
     write_jsonl(run.path / "clusters.jsonl", [cluster_record(example, f"cluster-{label}") for example, label in labels])
     logs = [entry for name in mixture.bank.names for entry in read_log(run.path / "training" / name)]
     write_jsonl(run.path / "metrics.jsonl", logs)
     mixture.write_description(run.path, {"clustering": clustering.record()})
     shutil.rmtree(run.path / "training")
+    return mixture

@@ -48,7 +48,9 @@ def similarity_router(
     plain = CentroidRouter.by_similarity(extractor, centroids, weighting=weighting, pool=pool, centre=centre)
     if settings.null_share is None:
         return plain
-    null = NullExpert(NULL, null_similarity(_own_similarities(plain, features), settings.null_share))
+    experts = list(plain.centroids)  # one that is the best on no text has no centroid
+    own = [plain.similarities(rows)[:, experts.index(name)] for name, rows in features.items() if name in experts]
+    null = NullExpert(NULL, null_similarity(torch.cat(own), settings.null_share))
     return CentroidRouter.by_similarity(extractor, centroids, weighting=weighting, pool=pool, null=null, centre=centre)
 
 
@@ -93,10 +95,3 @@ def _by_performance(mixture: Mixture, texts: Mapping[str, Tokenised], features: 
         if name not in found:
             logger.warning("the expert %s is the best on none of the texts, so it is never routed to", name)
     return found
-
-
-def _own_similarities(router: CentroidRouter, features: Features) -> Tensor:
-    """Return how similar every text is to its own expert, those of experts without centroids left out."""
-    experts = list(router.centroids)
-    own = (router.similarities(rows)[:, experts.index(name)] for name, rows in features.items() if name in experts)
-    return torch.cat(list(own))

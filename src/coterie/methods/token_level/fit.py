@@ -5,7 +5,7 @@ The adapters are trained here, or exist already; nothing else is trained.
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from coterie.experts.names import BACKBONE, NULL
 from coterie.experts.training import read_log, write_null_adapter
 from coterie.methods.common import (
     DOMAINS_FILE,
-    IN_MEMORY,
     adapter_copier,
     base_plan,
     hash_examples,
+    named_sources,
     train_expert,
 )
 from coterie.methods.family import SINGLE_EXPERT
@@ -33,7 +33,7 @@ from coterie.mixture import Mixture
 from coterie.routers.fixed import uniform
 from coterie.routers.token import TokenLevel
 from coterie.settings.commands import FromAdaptersSettings, TokenLevelSettings
-from coterie.settings.groups import ModelSettings, ReroutingSettings, SimilaritySettings, rerouting_interval
+from coterie.settings.groups import ModelSettings, rerouting_interval
 from coterie.settings.reading import from_flat
 
 METHOD = "token-level"
@@ -62,15 +62,9 @@ def token_level(model: str, data: DomainData, *, output: str | Path, **settings:
 
 def _named_sources(data: DomainData) -> tuple[list[str], dict[str, list[Example]]]:
     """Return data as NAME=SOURCE, and by name what came from memory."""
-    given: dict[str, list[Example]] = {}
-    named: list[str] = []
-    for name, source in data.items():
-        sources = [source] if isinstance(source, str) else list(source)
-        if sources and isinstance(sources[0], Example):
-            given[name] = sources  # pyrefly: ignore
-            sources = [IN_MEMORY]
-        named += [f"{name}={one}" for one in sources]
-    return named, given
+    parts = {name: named_sources(source) for name, source in data.items()}
+    named = [f"{name}={source}" for name, (sources, _) in parts.items() for source in sources]
+    return named, {name: examples for name, (_, examples) in parts.items() if examples}
 
 
 def fit_token_level(settings: TokenLevelSettings, given: Mapping[str, list[Example]] | None = None) -> Mixture:
@@ -92,8 +86,7 @@ def fit_token_level(settings: TokenLevelSettings, given: Mapping[str, list[Examp
             folders[name] = train_expert(run, name, rows.rows, backbone, plan, settings.lora)
         logs = [entry for name in kept for entry in read_log(run.path / "training" / name)]
         write_jsonl(run.path / "metrics.jsonl", logs)
-        parts = _Parts(backbone, prompts, kept, folders, settings.seed)
-        mixture = _assemble(run, parts, settings.similarity, settings.rerouting)
+        mixture = _assemble(run, backbone, prompts, kept, folders, settings)
         shutil.rmtree(run.path / "training")
     return replace(mixture, folder=output)
 
@@ -134,15 +127,9 @@ def fit_from_adapters(settings: FromAdaptersSettings, given: Mapping[str, list[E
     """
     output = Path(settings.output)
     check_output(output, overwrite=settings.overwrite)
-    bank = open_bank(settings.bank) if settings.bank else None
-    in_bank = {name: bank.folder_of(name) for name in bank.names} if bank else {}
-    adapters = _adapter_folders(settings.adapter, in_bank)
-    known = {card.name: list(card.trained_on) for card in bank.cards if card.trained_on} if bank else {}
-    sources = known | named_values(settings.centroid_data, "centroid-data")
-    _check_same_names(adapters, sources)
-    model = settings.model or (bank.base_model["id"] if bank else _base_of(adapters))
+    adapters, sources, (model, revision) = _adapters_to_join(settings)
     placement = settings.placement.model_dump()
-    backbone = load_backbone(ModelSettings(model=model, revision=settings.revision, **placement))
+    backbone = load_backbone(ModelSettings(model=model, revision=revision, **placement))
     load_bank(adapters, backbone.model)  # checks them before anything is written
     examples = _load_domains(sources, settings.limit, given or {})
     prompts = PromptFormat(backbone.tokenizer, settings.system_prompt)
@@ -151,27 +138,35 @@ def fit_from_adapters(settings: FromAdaptersSettings, given: Mapping[str, list[E
     inputs = {**_inputs(examples, backbone), **hashes}
     with run_folder(output, settings.command, settings.model_dump(), inputs) as run:
         folders = {name: run.stage(f"experts/{name}", adapter_copier(folder)) for name, folder in adapters.items()}
-        parts = _Parts(backbone, prompts, kept, folders, settings.seed)
-        mixture = _assemble(run, parts, settings.similarity, settings.rerouting)
+        mixture = _assemble(run, backbone, prompts, kept, folders, settings)
     return replace(mixture, folder=output)
 
 
-def _adapter_folders(values: Sequence[str], in_bank: Mapping[str, Path]) -> dict[str, Path]:
-    found = named_values(values, "adapter")
-    for name, folder in in_bank.items():
-        found.setdefault(name, []).append(str(folder))
-    if not found:
+def _adapters_to_join(
+    settings: FromAdaptersSettings,
+) -> tuple[dict[str, Path], dict[str, list[str]], tuple[str, str | None]]:
+    """Return the adapters' folders and the sources of their texts, by name, and the base model with its revision.
+
+    Raises:
+        CoterieError: for names that do not fit together, or where adapters name no base model, or several.
+    """
+    given = named_values(settings.adapter, "adapter")
+    sources = named_values(settings.centroid_data, "centroid-data")
+    adapters: dict[str, Path] = {}
+    base = None
+    if settings.bank is not None:
+        bank = open_bank(Path(settings.bank))
+        adapters = {name: bank.folder_of(name) for name in bank.names}
+        base = (str(bank.base_model["id"]), bank.base_model.get("revision"))
+        sources = {card.name: list(card.trained_on) for card in bank.cards if card.trained_on} | sources
+    for name, folders in given.items():
+        if len(folders) > 1 or name in adapters:
+            count = len(folders) + (name in adapters)
+            raise CoterieError(f"the adapter {name} is given {count} times; give every adapter a name of its own")
+        adapters[name] = Path(folders[0])
+    if not adapters:
         raise CoterieError("no adapter is given; add --bank FOLDER, or --adapter NAME=FOLDER for each")
-    check_domain_names(found)
-    for name, folders in found.items():
-        if len(folders) > 1:
-            raise CoterieError(
-                f"the adapter {name} is given {len(folders)} times; give every adapter a name of its own"
-            )
-    return {name: Path(folders[0]) for name, folders in found.items()}
-
-
-def _check_same_names(adapters: Mapping[str, Path], sources: Mapping[str, Sequence[str]]) -> None:
+    check_domain_names(adapters)
     lacking = [name for name in adapters if name not in sources]
     if lacking:
         raise CoterieError(
@@ -182,6 +177,9 @@ def _check_same_names(adapters: Mapping[str, Path], sources: Mapping[str, Sequen
         raise CoterieError(
             f"--centroid-data names the expert {strange[0]!r}, but there are adapters for {', '.join(adapters)} only"
         )
+    if settings.model:
+        return adapters, sources, (settings.model, settings.revision)
+    return adapters, sources, base or (_base_of(adapters), settings.revision)
 
 
 def _base_of(adapters: Mapping[str, Path]) -> str:
@@ -193,34 +191,31 @@ def _base_of(adapters: Mapping[str, Path]) -> str:
     return bases[0]
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """What a mixture is put together from: experts' folders and the texts that they were made for, by name."""
-
-    backbone: Backbone
-    prompts: PromptFormat
-    kept: Mapping[str, Tokenised]
-    folders: Mapping[str, Path]
-    seed: int
-
-
-def _assemble(run: RunFolder, parts: _Parts, similarity: SimilaritySettings, renewal: ReroutingSettings) -> Mixture:
+def _assemble(
+    run: RunFolder,
+    backbone: Backbone,
+    prompts: PromptFormat,
+    kept: Mapping[str, Tokenised],
+    folders: Mapping[str, Path],
+    settings: TokenLevelSettings | FromAdaptersSettings,
+) -> Mixture:
     """Place the centroids and write what makes a folder of experts a mixture."""
-    folders = dict(parts.folders)
-    if similarity.null_share is not None:
-        folders[NULL] = run.stage(f"experts/{NULL}", lambda folder: write_null_adapter(parts.backbone, folder))
-    bank = load_bank(folders, parts.backbone.model)
-    start = Mixture(parts.backbone, bank, uniform(bank.names), LayerCombiner(), parts.prompts, METHOD, run.path)
-    router = similarity_router(start, parts.kept, similarity, parts.seed)
-    mixture = start.replace(router=TokenLevel(router, rerouting_interval(renewal.every), renewal.cache))
-    records = [_record(example, name) for name, kept in parts.kept.items() for example in kept.examples]
+    if settings.similarity.null_share is not None:
+        null = run.stage(f"experts/{NULL}", lambda folder: write_null_adapter(backbone, folder))
+        folders = {**folders, NULL: null}
+    bank = load_bank(folders, backbone.model)
+    start = Mixture(backbone, bank, uniform(bank.names), LayerCombiner(), prompts, METHOD, run.path)
+    router = similarity_router(start, kept, settings.similarity, settings.seed)
+    rerouting = settings.rerouting
+    mixture = start.replace(router=TokenLevel(router, rerouting_interval(rerouting.every), rerouting.cache))
+    records = [
+        {"id": example.id, "source": example.source, "category": example.category, "expert": name}
+        for name, own in kept.items()
+        for example in own.examples
+    ]
     write_jsonl(run.path / DOMAINS_FILE, records)
     mixture.write_description(run.path)
     return mixture
-
-
-def _record(example: Example, expert: str) -> dict[str, str | None]:
-    return {"id": example.id, "source": example.source, "category": example.category, "expert": expert}
 
 
 def _load_domains(
