@@ -16,7 +16,7 @@ from coterie.engine.text import TextStream
 from coterie.errors import CoterieError
 from coterie.evaluation import compare
 from coterie.evaluation import shared_scores as routed
-from coterie.evaluation.answers import Task, answer
+from coterie.evaluation.answers import TestRow, answer
 from coterie.evaluation.clusters import cluster_records, feature_map
 from coterie.evaluation.shared_scores import SharedRouting, score_methods
 from coterie.methods.elrea.methods import METHODS
@@ -110,14 +110,14 @@ def test_self_consistency_answers_by_what_most_samples_are_read_as(grid, monkeyp
     drawn = cell.drawn([EXAMPLES[0]], max_new_tokens=2)[0]
     fake = [type(given)(**{**given.__dict__, "text": text}) for given, text in zip(drawn, texts, strict=True)]
     monkeypatch.setattr(Mixture, "drawn", lambda self, prompts, **options: [list(fake) for _ in prompts])
-    tasks = [Task(EXAMPLES[0], EXAMPLES[0])]
+    tests = [TestRow(EXAMPLES[0], EXAMPLES[0])]
     routing = cell.router.route(grid.own.tokens([EXAMPLES[0]]))
     chosen = {
-        answer(cell, tasks, routing, "x", 8, SamplingSettings(seed=seed)).completions[0].text for seed in range(20)
+        answer(cell, tests, routing, "x", 8, SamplingSettings(seed=seed)).completions[0].text for seed in range(20)
     }
     assert chosen == {"The answer is 7.", "so \\boxed{12}"}
     fake[1] = type(fake[1])(**{**fake[1].__dict__, "text": "who knows"})
-    assert answer(cell, tasks, routing, "x", 8, SamplingSettings()).completions[0].text == "The answer is 7."
+    assert answer(cell, tests, routing, "x", 8, SamplingSettings()).completions[0].text == "The answer is 7."
 
 
 def test_the_majority_wins_and_ties_fall_evenly_and_by_seed():
@@ -170,10 +170,10 @@ def test_weights_are_averaged_over_the_rows_of_a_source(result):
 
 def test_the_map_has_a_point_a_row_and_the_clusters_of_several_seeds(grid_folder):
     found = feature_map(grid_folder)
-    assert found["kind"] == "t-SNE" and found["seeds"] == [0, 1, 2]
-    assert len(found["points"]) == 36
-    assert all(len(point["clusters"]) == 3 for point in found["points"])
-    assert found["stability"] == pytest.approx(1) and found["agreement"] == pytest.approx([1, 1, 1])
+    assert found.kind == "t-SNE" and found.seeds == (0, 1, 2)
+    assert len(found.points) == 36
+    assert all(len(point.clusters) == 3 for point in found.points)
+    assert found.stability == pytest.approx(1) and found.agreement == pytest.approx((1, 1, 1))
     assert cluster_records(grid_folder)["composition"]["cluster-0"] == {"sum": 12}
 
 
@@ -251,11 +251,11 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(grid_folder, tmp_pa
     calls = []
     original = compare.answer
 
-    def counted(cell, tasks, routing, label, *rest):
+    def counted(cell, tests, routing, label, *rest):
         calls.append(label)
         if calls == ["base", "elrea", "moe-routing"]:
             raise KeyboardInterrupt
-        return original(cell, tasks, routing, label, *rest)
+        return original(cell, tests, routing, label, *rest)
 
     monkeypatch.setattr(compare, "answer", counted)
     with pytest.raises(KeyboardInterrupt):

@@ -13,6 +13,7 @@ from coterie.artifacts import write_json
 from coterie.errors import CoterieError
 from coterie.evaluation.seeds import format_spread, read_spread, spread
 from coterie.evaluation.table import summarise
+from coterie.records.evaluation import RowRecord
 
 
 def line(method, accuracy=None, nll=None, *, above=(None, None), source="all"):
@@ -22,7 +23,9 @@ def line(method, accuracy=None, nll=None, *, above=(None, None), source="all"):
 
 
 def evaluation(*lines, **changes):
-    return {"data": "test.jsonl", "rows": 8, "control": "base", "methods": ["ignored"], "table": list(lines), **changes}
+    shared = {"format": 1, "mixture": "runs/elrea", "data": "test.jsonl", "rows": 8, "control": "base", "sources": []}
+    methods = ["base", *(line["method"] for line in lines)]
+    return {**shared, "methods": methods, "experts": [], "table": list(lines), **changes}
 
 
 def seeds(*pairs):
@@ -57,10 +60,10 @@ def test_the_spread_of_summaries_reads_their_lines_over_all_rows():
         return {"correct": correct, "nll": nll, "tokens": 2}
 
     def one(right, nll):
-        rows = [
-            {"source": source, "methods": {"base": scored(False, 2.0), "new": scored(right, nll)}} for source in "abab"
-        ]
-        return {"rows": 4, "control": "base", "table": summarise(rows, ["base", "new"], "base", ["a", "b"])}
+        methods = {"base": scored(False, 2.0), "new": scored(right, nll)}
+        rows = [RowRecord(prompt="?", source=source, methods=methods) for source in "abab"]
+        lines = [line.plain() for line in summarise(rows, ["base", "new"], "base", ["a", "b"])]
+        return evaluation(*lines, rows=4)
 
     found = spread([one(True, 1.0), one(False, 1.5)])[1]
     assert (found["accuracy"]["min"], found["accuracy"]["max"], found["nll_difference"]["mean"]) == (0, 1, -0.75)
@@ -97,11 +100,11 @@ def test_methods_that_not_all_evaluations_have_are_left_out():
         ({"rows": 9}, "1 and 3 have 8 and 9 as rows"),
         ({"control": "new"}, "1 and 3 have 'base' and 'new' as control"),
         ({"table": []}, "no method stands in the tables of all"),
-        ({"table": None}, "evaluation 3 is no record of `coterie eval`: table: "),
-        ({"rows": "8"}, "evaluation 3 is no record of `coterie eval`: rows: "),
-        ({"table": [{**line("new"), "nll": float("nan")}]}, r"evaluation 3 .*: table\.0\.nll: "),
-        ({"table": [{**line("new"), "accuracy": "high"}]}, r"evaluation 3 .*: table\.0\.accuracy: "),
-        ({"table": [{"method": "new"}]}, r"evaluation 3 .*: table\.0\.source: "),
+        ({"table": None}, "evaluation 3, 'table': should be .*, got null; give what `coterie eval` wrote"),
+        ({"rows": "8"}, "evaluation 3, 'rows': should be a valid integer"),
+        ({"table": [{**line("new"), "nll": float("nan")}]}, "evaluation 3, 'table' 1, 'nll': should be a finite"),
+        ({"table": [{**line("new"), "accuracy": "high"}]}, "evaluation 3, 'table' 1, 'accuracy': should be a number"),
+        ({"table": [{"method": "new"}]}, "evaluation 3, 'table' 1, 'source': is missing"),
     ],
 )
 def test_what_cannot_be_compared_is_told_to_the_user(change, message):
@@ -211,7 +214,7 @@ def test_folders_that_cannot_be_compared_are_one_line_and_exit_2(run, folders, t
     for words, message in (
         (folders[:1], "at least two seeds"),
         ([*folders, folders[0].parent / "eval-1" / ".." / "eval-0"], "eval-0 is given twice"),
-        ([folders[0], tmp_path / "nowhere"], "nowhere/evaluation.json does not exist"),
+        ([folders[0], tmp_path / "nowhere"], "nowhere holds no evaluation.json; make one with"),
     ):
         code, out, err = run(*words)
         assert (code, out) == (2, "") and message in err and len(err.splitlines()) == 1

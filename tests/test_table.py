@@ -6,8 +6,19 @@ import numpy as np
 import pytest
 
 from coterie.errors import CoterieError
+from coterie.evaluation import table as summaries
 from coterie.evaluation.statistics import holm, mcnemar, paired_bootstrap, ratio_interval, sign_flip_test
-from coterie.evaluation.table import TableRow, format_table, summarise
+from coterie.records.evaluation import RowRecord, TableRow
+
+
+def summarise(rows, *arguments, **options):
+    """The summary of rows, both as plain values."""
+    records = [RowRecord(**{"prompt": "?", **row}) for row in rows]
+    return [line.plain() for line in summaries.summarise(records, *arguments, **options)]
+
+
+def format_table(lines):
+    return summaries.format_table([TableRow(**line) for line in lines])
 
 
 def result(correct=None, nll=1.0, tokens=1, **more):
@@ -241,7 +252,7 @@ GAP = {"accuracy_difference": None, "accuracy_interval": None, "accuracy_p": Non
 GAP |= {"nll_difference": None, "nll_interval": None, "nll_p": None}
 
 
-def line(method, source, graded, accuracy, nll, **more) -> TableRow:
+def line(method, source, graded, accuracy, nll, **more):
     """One line of a table; what is not given was not measured."""
     base = {"method": method, "source": source, "control": "base", "rows": 40, "graded": graded, "f1": None}
     oracle = {"oracle_share": None, "oracle_share_interval": None}

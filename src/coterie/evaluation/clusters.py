@@ -2,7 +2,6 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ from numpy.typing import NDArray
 from coterie.artifacts import read_json, read_jsonl, read_run_record, read_tensors
 from coterie.errors import CoterieError
 from coterie.experts.clustering import cluster
+from coterie.records.evaluation import FeatureMap, MapPoint
 from coterie.settings.commands import ElreaSettings
-from coterie.settings.groups import ClusterSettings
 from coterie.settings.reading import checked
 
 MOST_POINTS = 2000
@@ -30,14 +29,14 @@ def cluster_records(folder: Path | None) -> dict[str, Any]:
     rows = read_jsonl(folder / "clusters.jsonl")
     return {
         "clusters": _counts(rows, lambda row: str(row["source"] or "")),
-        "composition": _counts(rows, kind_of),
+        "composition": _counts(rows, lambda row: kind_of(row["source"], row.get("category"))),
         "clustering": read_json(folder / "mixture.json").get("clustering", {}),
     }
 
 
-def kind_of(row: Mapping[str, Any]) -> str:
-    """Name a row's source and category, as far as it has them."""
-    return " / ".join(str(part) for part in (row["source"], row.get("category")) if part)
+def kind_of(source: str | None, category: str | None) -> str:
+    """Name a source and category, as far as there are any."""
+    return " / ".join(str(part) for part in (source, category) if part)
 
 
 def _counts(rows: list[dict[str, Any]], key: Any) -> dict[str, dict[str, int]]:
@@ -47,46 +46,48 @@ def _counts(rows: list[dict[str, Any]], key: Any) -> dict[str, dict[str, int]]:
     return {name: dict(counts[name]) for name in sorted(counts, key=lambda name: (len(name), name))}
 
 
-def feature_map(folder: Path | None) -> dict[str, Any] | None:
+def feature_map(folder: Path | None) -> FeatureMap | None:
     """Lay the training rows' features out in the plane, with the clusters of several seeds (ELREA fig. 5).
 
     Every seed's clusters are fitted on another 80% of the rows. None where the folder holds no features.
     """
+    from sklearn.metrics import adjusted_rand_score
+
     if folder is None or not (folder / "features" / "features.safetensors").exists():
         return None
     rows = read_jsonl(folder / "clusters.jsonl")
     features = read_tensors(folder / "features" / "features.safetensors")["features"].numpy()
     chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:MOST_POINTS])
     features, rows = features[chosen], [rows[i] for i in chosen]
-    settings = _cluster_settings(folder, len(rows))
-    labels = _labels_by_seed(features, settings)
+    labels = _labels_by_seed(folder, features)
     kind, places = _layout(features)
-    points = [
-        {
-            "x": round(float(x), 3),
-            "y": round(float(y), 3),
-            "source": str(row["source"] or ""),
-            "category": row.get("category"),
-            "clusters": [int(own[i]) for own in labels],
-        }
+    points = tuple(
+        MapPoint(
+            x=round(float(x), 3),
+            y=round(float(y), 3),
+            source=str(row["source"] or ""),
+            category=row.get("category"),
+            clusters=tuple(int(own[i]) for own in labels),
+        )
         for i, ((x, y), row) in enumerate(zip(places, rows, strict=True))
-    ]
-    return {
-        "kind": kind,
-        "points": points,
-        "seeds": list(SEEDS[: len(labels)]),
-        "stability": _stability(labels),
-        "agreement": [_agreement(own, [str(row["source"]) for row in rows]) for own in labels],
-    }
+    )
+    sources = [str(row["source"]) for row in rows]
+    pairs = [adjusted_rand_score(one, other) for one, other in itertools.combinations(labels, 2)]
+    agreement = [float(adjusted_rand_score(sources, own)) if len(set(sources)) > 1 else None for own in labels]
+    return FeatureMap(
+        kind=kind,
+        points=points,
+        seeds=SEEDS[: len(labels)],
+        stability=float(np.mean(pairs)) if pairs else None,
+        agreement=tuple(agreement),
+    )
 
 
-def _cluster_settings(folder: Path, count: int) -> ClusterSettings:
-    record = read_run_record(folder / "run.yaml")
-    settings = checked(ElreaSettings, record["settings"]).clustering
-    return settings.model_copy(update={"cluster_sample": max(settings.clusters, int(SHARE * count))})
-
-
-def _labels_by_seed(features: NDArray, settings: ClusterSettings) -> list[NDArray]:
+def _labels_by_seed(folder: Path, features: NDArray) -> list[NDArray]:
+    """Cluster as the folder's run did, every seed on a part of the rows."""
+    settings = checked(ElreaSettings, read_run_record(folder / "run.yaml")["settings"]).clustering
+    sample = max(settings.clusters, int(SHARE * len(features)))
+    settings = settings.model_copy(update={"cluster_sample": sample})
     labels = []
     for seed in SEEDS:
         try:
@@ -107,16 +108,3 @@ def _layout(features: NDArray) -> tuple[str, NDArray]:
     first = PCA(min(PCA_FIRST, *unit.shape), random_state=0).fit_transform(unit)
     perplexity = min(PERPLEXITY, (len(unit) - 1) / 3)
     return "t-SNE", TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(first)
-
-
-def _stability(labels: list[NDArray]) -> float | None:
-    from sklearn.metrics import adjusted_rand_score
-
-    pairs = [adjusted_rand_score(one, other) for one, other in itertools.combinations(labels, 2)]
-    return float(np.mean(pairs)) if pairs else None
-
-
-def _agreement(labels: NDArray, sources: list[str]) -> float | None:
-    from sklearn.metrics import adjusted_rand_score
-
-    return float(adjusted_rand_score(sources, labels)) if len(set(sources)) > 1 else None

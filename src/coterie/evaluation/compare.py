@@ -5,40 +5,31 @@ All methods of a bank that meet in the logits share one forward pass over the re
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from coterie.artifacts import (
-    FORMAT,
-    JsonCache,
-    check_output,
-    read_json,
-    read_jsonl,
-    run_folder,
-    sha256_of,
-    write_json,
-    write_jsonl,
-)
-from coterie.data.batching import TokenRow
+from coterie.artifacts import FORMAT, JsonCache, check_output, read_json, read_jsonl, run_folder, sha256_of
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError, unknown_name
-from coterie.evaluation.answers import Answers, Task, answer
+from coterie.evaluation.answers import Answers, TestRow, answer
 from coterie.evaluation.clusters import cluster_records, feature_map, kind_of
 from coterie.evaluation.few_shot import with_shots
-from coterie.evaluation.rows import hardware_record, mean_weights, memory_bytes, merge_errors, row_record
+from coterie.evaluation.rows import hardware_record, mean_weights, memory_bytes, merge_errors, row_records
 from coterie.evaluation.shared_scores import Scored, SharedRouting, no_cache, score_methods
 from coterie.evaluation.table import format_table, summarise
 from coterie.experts.names import BASE
 from coterie.grading.grade import check_code_execution, code_notes
 from coterie.methods.common import DOMAINS_FILE, hash_examples
-from coterie.methods.family import Family, MethodGrid
+from coterie.methods.family import MethodGrid
 from coterie.methods.kshot.run import task_records
 from coterie.methods.registry import family_of, make_grid
 from coterie.mixture import Mixture
-from coterie.routers.base import Routing
+from coterie.records.evaluation import EvaluationRecord, RowRecord
+from coterie.records.files import write_evaluation
 from coterie.settings.commands import EvaluationSettings
-from coterie.settings.groups import ExtrasSettings, FewShotSettings, SamplingSettings
+from coterie.settings.groups import ExtrasSettings, FewShotSettings
 from coterie.settings.reading import from_flat
 
 logger = logging.getLogger(__name__)
@@ -49,41 +40,24 @@ TOKEN_LEVEL = "token-level"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured: `summary` is evaluation.json, `rows` is rows.jsonl."""
+    """What was measured."""
 
-    summary: dict[str, Any]
-    rows: list[dict[str, Any]]
+    record: EvaluationRecord
+    row_records: tuple[RowRecord, ...]
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """What evaluation.json holds."""
+        return self.record.plain()
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """What rows.jsonl holds."""
+        return [row.plain() for row in self.row_records]
 
     def __str__(self) -> str:
         """Return the table."""
-        return format_table(self.summary["table"])
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How methods are compared.
-
-    Attributes:
-        methods: names of the table of methods, or variants such as `elrea:top_k=2`.
-        control: the method that differences are taken to.
-        generate: whether methods answer, or only likelihoods are measured.
-        run_code: whether code that methods write is run, where rows bring tests; None refuses such rows.
-        batch_size: prompts decoded together.
-        resamples: bootstrap resamples behind every interval.
-        sampling: how tokens are chosen.
-        grid: how what methods lack is trained.
-        shots: solved examples before every question.
-    """
-
-    methods: Sequence[str]
-    control: str
-    generate: bool = True
-    run_code: bool | None = None
-    batch_size: int = 8
-    resamples: int = 2000
-    sampling: SamplingSettings = SamplingSettings()
-    grid: ExtrasSettings = ExtrasSettings()
-    shots: FewShotSettings = FewShotSettings()
+        return format_table(self.record.table)
 
 
 def evaluate(
@@ -110,9 +84,7 @@ def evaluate(
     """
     flat = {"mixture": str(mixture.folder), "data": ["(given)"], "output": "(none)"}
     named = {} if methods is None else {"methods": ",".join(methods)}
-    return compare(
-        mixture, examples, protocol_of(from_flat(EvaluationSettings, {**flat, **named, **settings}), mixture)
-    )
+    return compare(mixture, examples, resolved(from_flat(EvaluationSettings, {**flat, **named, **settings}), mixture))
 
 
 def run_evaluation(settings: EvaluationSettings) -> Evaluation:
@@ -128,15 +100,14 @@ def run_evaluation(settings: EvaluationSettings) -> Evaluation:
     examples = load_all(settings.data, settings.limit)
     check_code_execution(examples, settings.allow_code_execution)
     mixture = Mixture.from_pretrained(settings.mixture, **settings.placement.model_dump())
-    protocol = protocol_of(settings, mixture)
+    chosen = resolved(settings, mixture)
     if settings.methods == "all" and strange_sources(mixture, examples):
         logger.info("per-dataset is left out: some rows come from data sets that the mixture was not fitted on")
-        protocol = replace(protocol, methods=[name for name in protocol.methods if name != PER_DATASET])
+        kept = [name for name in method_names(chosen) if name != PER_DATASET]
+        chosen = chosen.model_copy(update={"methods": ",".join(kept)})
     with run_folder(output, "eval", settings.model_dump(), _inputs(mixture, examples)) as run:
-        result = compare(mixture, examples, protocol, run.cached)
-        result.summary["data"] = ", ".join(settings.data)
-        write_jsonl(run.path / "rows.jsonl", result.rows)
-        write_json(run.path / "evaluation.json", result.summary)
+        result = compare(mixture, examples, chosen, run.cached)
+        write_evaluation(run.path, result.record, result.row_records)
     return result
 
 
@@ -151,66 +122,44 @@ def _inputs(mixture: Mixture, examples: Sequence[Example]) -> dict[str, str]:
     }
 
 
-def protocol_of(settings: EvaluationSettings, mixture: Mixture) -> Protocol:
-    """Read how methods are compared from settings.
+def resolved(settings: EvaluationSettings, mixture: Mixture) -> EvaluationSettings:
+    """Return settings that name every method, each once, and the control: base where nothing was said.
 
     Raises:
-        CoterieError: for an unknown method, or a control that is not among them.
+        CoterieError: for an unknown method, a control that is not among them, or `every` without token-level.
     """
-    methods = _chosen_methods(settings, mixture)
-    return Protocol(
-        methods=methods,
-        control=_checked_control(settings.control, methods),
-        generate=settings.generate,
-        run_code=settings.allow_code_execution,
-        batch_size=settings.batch_size,
-        resamples=settings.resamples,
-        sampling=settings.sampling,
-        grid=settings.extras or ExtrasSettings(),
-        shots=settings.solved,
-    )
-
-
-def _chosen_methods(settings: EvaluationSettings, mixture: Mixture) -> list[str]:
     family = family_of(mixture)
     if settings.methods is None:
         names = family.usual(mixture)
     else:
-        names = (
-            list(family.methods)
-            if settings.methods == "all"
-            else [name.strip() for name in settings.methods.split(",")]
-        )
-    return check_methods(names if settings.every is None else _renewed(names, settings.every), family)
-
-
-def _renewed(names: Sequence[str], every: str) -> list[str]:
-    """Put a variant for every rhythm in the place of token-level.
-
-    Raises:
-        CoterieError: when it is not among the methods.
-    """
-    if TOKEN_LEVEL not in names:
-        raise CoterieError(f"--every {every} varies {TOKEN_LEVEL}, which is not among the methods {', '.join(names)}")
-    variants = [f"{TOKEN_LEVEL}:every={number.strip()}" for number in every.split(",")]
-    return [one for name in names for one in (variants if name == TOKEN_LEVEL else [name])]
-
-
-def check_methods(methods: Sequence[str], family: Family) -> list[str]:
-    """Return the methods, each once, in the order given.
-
-    Raises:
-        CoterieError: for an unknown method.
-    """
-    names = list(dict.fromkeys(methods))
+        names = list(family.methods) if settings.methods == "all" else method_names(settings)
+    if settings.every is not None:
+        if TOKEN_LEVEL not in names:
+            raise CoterieError(
+                f"--every {settings.every} varies {TOKEN_LEVEL}, which is not among the methods {', '.join(names)}"
+            )
+        variants = [f"{TOKEN_LEVEL}:every={number.strip()}" for number in settings.every.split(",")]
+        names = [one for name in names for one in (variants if name == TOKEN_LEVEL else [name])]
+    names = list(dict.fromkeys(names))
     for name in names:
         family.method(name)
-    return names
+    control = checked_control(settings.control, names, BASE)
+    return settings.model_copy(update={"methods": ",".join(names), "control": control})
 
 
-def _checked_control(control: str | None, methods: Sequence[str]) -> str:
+def method_names(settings: EvaluationSettings) -> list[str]:
+    """Return the methods that settings name, each once."""
+    return list(dict.fromkeys(name.strip() for name in (settings.methods or "").split(",")))
+
+
+def checked_control(control: str | None, methods: Sequence[str], usual: str) -> str:
+    """Return the method that others are compared with: the usual one where nothing was said, or else the first.
+
+    Raises:
+        CoterieError: when it is not among those compared.
+    """
     if control is None:
-        return BASE if BASE in methods else methods[0]
+        return usual if usual in methods else methods[0]
     if control not in methods:
         raise unknown_name("method to compare with among those evaluated", control, methods)
     return control
@@ -241,54 +190,82 @@ def check_sources(mixture: Mixture, examples: Sequence[Example], methods: Sequen
 
 
 def compare(
-    mixture: Mixture, examples: Sequence[Example], protocol: Protocol, cached: JsonCache = no_cache
+    mixture: Mixture, examples: Sequence[Example], settings: EvaluationSettings, cached: JsonCache = no_cache
 ) -> Evaluation:
-    """Compare methods on examples, as `evaluate` does; `cached` keeps what takes long for another try.
+    """Compare methods on examples, as `evaluate` does.
+
+    Args:
+        mixture: a fitted mixture.
+        examples: test rows.
+        settings: with the methods and the control spelled out, as `resolved` does.
+        cached: keeps what takes long for another try.
 
     Raises:
         CoterieError: when something that a method needs cannot be trained, or code would have to be run unasked.
     """
-    check_code_execution(examples, protocol.run_code)
-    check_sources(mixture, examples, protocol.methods)
-    tasks, notes = _tasks(mixture, examples, protocol.shots)
-    grid = make_grid(mixture, protocol.methods, protocol.grid)
-    token_rows = [mixture.prompts.row(task.asked) for task in tasks]
-    scored = score_methods(grid, token_rows, protocol.methods, cached)
-    answers = {
-        name: Answers.from_record(
-            cached(f"answers-{name}", lambda name=name: _answers(name, scored, tasks, protocol).record())
-        )
-        for name in protocol.methods
-        if protocol.generate
-    }
-    run_code = bool(protocol.run_code)
-    rows = [row_record(number, task, scored, answers, grid, run_code=run_code) for number, task in enumerate(tasks)]
-    routing = _routing_of_subject(grid, scored, token_rows)
-    shares = routing.normalized()
-    rows = [{**row, "weights": shares.row(number)} for number, row in enumerate(rows)]
-    lengths = [len(row.ids) for row in token_rows]
-    summary = {
-        **_facts(grid, rows, protocol),
-        **_routing_records(rows, routing),
-        "seconds": _seconds(grid, scored, answers),
-        "memory": memory_bytes(scored, lengths),
-        "merge_error": merge_errors(scored),
-        "notes": [*notes, *code_notes(examples, run_code=run_code)],
-        **cluster_records(mixture.folder),
-        **task_records(mixture.folder),
-        "map": feature_map(mixture.folder),
-    }
-    return Evaluation(summary, rows)
+    methods, control = method_names(settings), settings.control or BASE
+    check_code_execution(examples, settings.allow_code_execution)
+    check_sources(mixture, examples, methods)
+    tests, notes = _test_rows(mixture, examples, settings.solved)
+    grid = make_grid(mixture, methods, settings.extras or ExtrasSettings())
+    token_rows = [mixture.prompts.row(test.asked) for test in tests]
+    scored = score_methods(grid, token_rows, methods, cached)
+    answers = {name: _answers(name, scored, tests, settings, cached) for name in methods if settings.generate}
+    if mixture.method in scored.routed:  # the weights of the mixture's own method are recorded in any case
+        routing = scored.routed[mixture.method].routing
+    else:
+        routing = SharedRouting([row.prompt() for row in token_rows])(mixture.router).routing
+    run_code = bool(settings.allow_code_execution)
+    rows = row_records(tests, scored, answers, grid, routing, run_code=run_code)
+    sources = sorted({row.source for row in rows})
+    folder = mixture.folder
+    features = read_json(folder / "mixture.json")["router"].get("features") if folder else None
+    has_categories = any(row.category for row in rows)
+    record = EvaluationRecord(
+        format=FORMAT,
+        mixture=str(folder),
+        data=", ".join(settings.data),
+        base_model=mixture.backbone.identity.__dict__,
+        control=control,
+        routed=mixture.method,
+        methods=tuple(methods),
+        experts=mixture.bank.names,
+        rows=len(rows),
+        sources=tuple(sources),
+        settings={
+            **settings.sampling.model_dump(),
+            "generate": settings.generate,
+            "batch_size": settings.batch_size,
+        },
+        features=features or {},
+        hardware=hardware_record(),
+        table=tuple(summarise(rows, methods, control, sources, resamples=settings.resamples)),
+        routing=mean_weights(rows, routing, lambda row: row.source),
+        routing_by_category=mean_weights(rows, routing, _kind_of_row) if has_categories else {},
+        seconds=_seconds(grid, scored, answers),
+        memory=memory_bytes(scored, [len(row.ids) for row in token_rows]),
+        merge_error=merge_errors(scored),
+        notes=(*notes, *code_notes(examples, run_code=run_code)),
+        map=feature_map(folder),
+        **cluster_records(folder),
+        **task_records(folder),
+    )
+    return Evaluation(record, tuple(rows))
 
 
-def _tasks(mixture: Mixture, examples: Sequence[Example], shots: FewShotSettings) -> tuple[list[Task], list[str]]:
+def _kind_of_row(row: RowRecord) -> str:
+    return kind_of(row.source, row.category)
+
+
+def _test_rows(
+    mixture: Mixture, examples: Sequence[Example], shots: FewShotSettings
+) -> tuple[list[TestRow], list[str]]:
     """Put solved examples before every question, where there are any."""
     if not shots.few_shot:
-        return [Task(example, example) for example in examples], []
-    solved = load_all(shots.few_shot)
+        return [TestRow(example, example) for example in examples], []
     found = with_shots(
         examples,
-        solved,
+        load_all(shots.few_shot),
         count=shots.few_shot_count,
         length=lambda example: mixture.prompts.row(example).prompt_length,
         longest=shots.longest_prompt,
@@ -298,50 +275,19 @@ def _tasks(mixture: Mixture, examples: Sequence[Example], shots: FewShotSettings
         f"Up to {shots.few_shot_count} solved examples stand before a question, as many as fit into "
         f"{shots.longest_prompt} tokens: {sum(kept) / len(kept):.1f} on average, {kept.count(0)} rows have none."
     )
-    return [Task(row.example, example) for row, example in zip(found, examples, strict=True)], [note]
+    return [TestRow(row.example, example) for row, example in zip(found, examples, strict=True)], [note]
 
 
-def _answers(name: str, scored: Scored, tasks: Sequence[Task], protocol: Protocol) -> Answers:
-    routing = scored.routed[name].routing
-    return answer(scored.cells[name], tasks, routing, name, protocol.batch_size, protocol.sampling)
+def _answers(
+    name: str, scored: Scored, tests: Sequence[TestRow], settings: EvaluationSettings, cached: JsonCache
+) -> Answers:
+    """Let a method answer, or read the answers that it gave in an earlier try."""
 
+    def make() -> Any:  # noqa: ANN401 - plain values
+        routing = scored.routed[name].routing
+        return answer(scored.cells[name], tests, routing, name, settings.batch_size, settings.sampling).record()
 
-def _routing_of_subject(grid: MethodGrid, scored: Scored, rows: Sequence[TokenRow]) -> Routing:
-    """Return the weights of the mixture's own method, also where that is not among those compared."""
-    if grid.own.method in scored.routed:
-        return scored.routed[grid.own.method].routing
-    return SharedRouting([row.prompt() for row in rows])(grid.own.router).routing
-
-
-def _facts(grid: MethodGrid, rows: Sequence[Mapping[str, Any]], protocol: Protocol) -> dict[str, Any]:
-    mixture = grid.own
-    sources = sorted({row["source"] for row in rows})
-    table = summarise(rows, protocol.methods, protocol.control, sources, resamples=protocol.resamples)
-    sampling = {**protocol.sampling.model_dump(), "generate": protocol.generate, "batch_size": protocol.batch_size}
-    folder = mixture.folder
-    features = read_json(folder / "mixture.json")["router"].get("features") if folder else None
-    return {
-        "format": FORMAT,
-        "mixture": str(folder),
-        "base_model": mixture.backbone.identity.__dict__,
-        "control": protocol.control,
-        "routed": mixture.method,
-        "methods": list(protocol.methods),
-        "experts": list(mixture.bank.names),
-        "rows": len(rows),
-        "sources": sources,
-        "settings": sampling,
-        "features": features or {},
-        "hardware": hardware_record(),
-        "table": table,
-    }
-
-
-def _routing_records(rows: Sequence[Mapping[str, Any]], routing: Routing) -> dict[str, Any]:
-    return {
-        "routing": mean_weights(rows, routing, lambda row: row["source"]),
-        "routing_by_category": mean_weights(rows, routing, kind_of) if any(row["category"] for row in rows) else {},
-    }
+    return Answers.from_record(cached(f"answers-{name}", make))
 
 
 def _seconds(grid: MethodGrid, scored: Scored, answers: Mapping[str, Answers]) -> dict[str, dict[str, float]]:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
 
-from coterie.artifacts import read_json
 from coterie.errors import CoterieError
 from coterie.evaluation.statistics import excludes_zero, mean_interval
-from coterie.evaluation.table import ALL
-from coterie.evaluation.text import WIDTH, aligned, grouped, nats, percent, points, signed_nats
+from coterie.records.evaluation import OVERALL, EvaluationRecord
+from coterie.records.files import read_summary
+from coterie.records.schema import parse
+from coterie.records.wording import WIDTH, columns, grouped, nats, percent, points, signed_nats
 
 FEWEST_SEEDS = 3  # two values have a t-interval too, 13 standard errors wide: it tells nothing
 
@@ -48,33 +48,6 @@ class SpreadRow(TypedDict):
     nll_difference: Spread | None
 
 
-class _Line(BaseModel):
-    """What is read of a table's row."""
-
-    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
-
-    method: str
-    source: str
-    accuracy: float | None
-    accuracy_difference: float | None
-    nll: float | None
-    nll_difference: float | None
-
-
-class _Evaluation(BaseModel):
-    """What is read of an evaluation.json."""
-
-    model_config = ConfigDict(strict=True, frozen=True)
-
-    data: str | None = None
-    rows: int
-    control: str
-    table: list[_Line]
-
-    def overall(self) -> dict[str, _Line]:
-        return {line.method: line for line in self.table if line.source == ALL}
-
-
 def read_spread(folders: Sequence[str | Path]) -> list[SpreadRow]:
     """Read evaluation folders and compare what they measured.
 
@@ -88,7 +61,7 @@ def read_spread(folders: Sequence[str | Path]) -> list[SpreadRow]:
     for number, path in enumerate(paths):
         if path in paths[:number]:
             raise CoterieError(f"{folders[number]} is given twice; give the evaluation of another seed in its place")
-    return spread([read_json(path / "evaluation.json") for path in paths])
+    return _compared([read_summary(path) for path in paths])
 
 
 def spread(evaluations: Sequence[Mapping[str, Any]]) -> list[SpreadRow]:
@@ -104,18 +77,31 @@ def spread(evaluations: Sequence[Mapping[str, Any]]) -> list[SpreadRow]:
         CoterieError: There are fewer than two, one is no evaluation, or two differ in data, number of rows or
             control, or they share no method.
     """
+    advice = "give what `coterie eval` wrote"
+    numbered = enumerate(evaluations, start=1)
+    return _compared([parse(EvaluationRecord, own, f"evaluation {number}", advice) for number, own in numbered])
+
+
+def _compared(evaluations: Sequence[EvaluationRecord]) -> list[SpreadRow]:
     if len(evaluations) < 2:
         raise CoterieError(f"a spread needs the evaluations of at least two seeds; got {len(evaluations)}")
-    read = [_checked(evaluation, number) for number, evaluation in enumerate(evaluations, start=1)]
-    _check_same_rows(read)
-    tables = [evaluation.overall() for evaluation in read]
+    first = evaluations[0]
+    for number, other in enumerate(evaluations[1:], start=2):
+        for name in ("data", "rows", "control"):
+            ours, theirs = getattr(first, name), getattr(other, name)
+            if ours != theirs:
+                raise CoterieError(
+                    f"evaluations 1 and {number} have {ours!r} and {theirs!r} as {name}; "
+                    "give evaluations of the same rows with one control"
+                )
+    tables = [{row.method: row for row in own.table if row.source == OVERALL} for own in evaluations]
     shared = [method for method in tables[0] if all(method in table for table in tables)]
     if not shared:
         raise CoterieError("no method stands in the tables of all these evaluations; evaluate the same methods")
     return [
         {
             "method": method,
-            "control": read[0].control,
+            "control": first.control,
             "accuracy": _spread([table[method].accuracy for table in tables]),
             "accuracy_difference": _spread([table[method].accuracy_difference for table in tables]),
             "nll": _spread([table[method].nll for table in tables]),
@@ -123,32 +109,6 @@ def spread(evaluations: Sequence[Mapping[str, Any]]) -> list[SpreadRow]:
         }
         for method in shared
     ]
-
-
-def _checked(evaluation: Mapping[str, Any], number: int) -> _Evaluation:
-    try:
-        return _Evaluation(**evaluation)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise CoterieError(
-            f"evaluation {number} is no record of `coterie eval`: {place}: {first['msg']}; evaluate that mixture again"
-        ) from error
-
-
-def _check_same_rows(evaluations: Sequence[_Evaluation]) -> None:
-    first = evaluations[0]
-    for number, other in enumerate(evaluations[1:], start=2):
-        for name, ours, theirs in (
-            ("data", first.data, other.data),
-            ("rows", first.rows, other.rows),
-            ("control", first.control, other.control),
-        ):
-            if ours != theirs:
-                raise CoterieError(
-                    f"evaluations 1 and {number} have {ours!r} and {theirs!r} as {name}; "
-                    "give evaluations of the same rows with one control"
-                )
 
 
 def _spread(measured: Sequence[float | None]) -> Spread | None:
@@ -204,14 +164,14 @@ def format_spread(rows: Sequence[SpreadRow]) -> str:
     Accuracy is in percent, its differences in points; NLL in nats a token. The sentences below say for which
     differences the t-interval of the mean over seeds excludes zero.
     """
-    lists = [_list(rows, measure) for measure in _MEASURES if any(row[measure.field] for row in rows)]
+    lists = []
+    for measure in _MEASURES:
+        lines = [_cells(row["method"], found, measure) for row in rows if (found := row[measure.field])]
+        if lines:
+            title = measure.title.format(control=rows[0]["control"])
+            lists.append(f"{title}\n{columns([_HEADS, *lines], '<>>>>><', WIDTH)}")
     sentences = textwrap.fill(_conclusion(rows), WIDTH, break_on_hyphens=False)
     return "\n\n".join([*lists, sentences])
-
-
-def _list(rows: Sequence[SpreadRow], measure: _Measure) -> str:
-    lines = [_cells(row["method"], found, measure) for row in rows if (found := row[measure.field])]
-    return f"{measure.title.format(control=rows[0]['control'])}\n{aligned([_HEADS, *lines], '<>>>>><')}"
 
 
 def _cells(method: str, found: Spread, measure: _Measure) -> Sequence[str]:
@@ -234,12 +194,13 @@ def _conclusion(rows: Sequence[SpreadRow]) -> str:
     varied = [gap for gap in tested if gap not in fixed]
     clear = [gap for gap in varied if excludes_zero(gap.spread["interval"])]
     unclear = [gap for gap in varied if gap not in clear]
+    directed = [(f"{'higher' if gap.spread['mean'] > 0 else 'lower'} {gap.measure}", gap.method) for gap in clear]
     parts = {
         "It includes zero for": grouped((gap.measure, gap.method) for gap in unclear),
         "The same with every seed:": grouped((gap.measure, gap.method) for gap in fixed),
     }
     seeds, control = max(gap.spread["n"] for gap in tested), rows[0]["control"]
-    found = f"excludes zero for {grouped(map(_directed, clear))}" if clear else "excludes zero for none"
+    found = f"excludes zero for {grouped(directed)}" if clear else "excludes zero for none"
     return " ".join(
         [
             f"Over {seeds} seeds, the 95% t-interval of the mean difference to {control} {found}.",
@@ -251,7 +212,3 @@ def _conclusion(rows: Sequence[SpreadRow]) -> str:
 
 def _gaps(rows: Sequence[SpreadRow], measure: str, field: Field) -> list[_Gap]:
     return [_Gap(measure, row["method"], found) for row in rows if (found := row[field])]
-
-
-def _directed(gap: _Gap) -> tuple[str, str]:
-    return f"{'higher' if gap.spread['mean'] > 0 else 'lower'} {gap.measure}", gap.method

@@ -103,12 +103,12 @@ def mcnemar(own: Sequence[bool], control: Sequence[bool]) -> float:
     Raises:
         CoterieError: The lengths differ.
     """
+    from scipy.stats import binomtest
+
     if len(own) != len(control):
         raise CoterieError(f"McNemar's test needs the same rows for both methods; got {len(own)} and {len(control)}")
     discordant = [ours for ours, theirs in zip(own, control, strict=True) if ours != theirs]
-    count, fewer = len(discordant), min(sum(discordant), len(discordant) - sum(discordant))
-    coefficients = accumulate(range(1, fewer + 1), lambda last, k: last * (count - k + 1) // k, initial=1)
-    return min(1.0, 2 * sum(coefficients) / 2**count)
+    return float(binomtest(sum(discordant), len(discordant)).pvalue) if discordant else 1.0
 
 
 def sign_flip_test(
@@ -140,8 +140,14 @@ def sign_flip_test(
     moved = weighted[weighted != 0]  # a row without a difference has no sign to turn
     bound = abs(moved.sum()) - _ROUNDING * np.abs(moved).sum()
     if 2 ** len(moved) <= flips:
-        return float((np.abs(_all_flipped(moved)) >= bound).mean())
-    return (1 + int((np.abs(_some_flipped(moved, flips, seed)) >= bound).sum())) / (1 + flips)
+        sums = np.zeros(1)  # of every way to give signs
+        for value in moved:
+            sums = np.concatenate([sums + value, sums - value])
+        return float((np.abs(sums) >= bound).mean())
+    draw = np.random.default_rng(seed)
+    turned = [draw.integers(2, size=(size, len(moved)), dtype=np.int8) @ moved for size in _blocks(flips, len(moved))]
+    sums = moved.sum() - 2 * np.concatenate(turned)
+    return (1 + int((np.abs(sums) >= bound).sum())) / (1 + flips)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -178,7 +184,7 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tu
     return float(np.mean(values)) - reach, float(np.mean(values)) + reach
 
 
-def excludes_zero(interval: list[float] | None) -> bool:
+def excludes_zero(interval: Sequence[float] | None) -> bool:
     """Tell whether an interval is there and lies on one side of zero."""
     return interval is not None and not interval[0] <= 0 <= interval[1]
 
@@ -206,18 +212,3 @@ def _blocks(draws: int, rows: int) -> list[int]:
     """Part so many draws of all rows into blocks that fit into memory."""
     block = max(1, _DRAWS_AT_A_TIME // rows)
     return [min(block, draws - start) for start in range(0, draws, block)]
-
-
-def _all_flipped(moved: Float[np.ndarray, " row"]) -> Float[np.ndarray, " flip"]:
-    """Return the sum under each of the 2 ** row ways to give signs."""
-    sums = np.zeros(1)
-    for value in moved:
-        sums = np.concatenate([sums + value, sums - value])
-    return sums
-
-
-def _some_flipped(moved: Float[np.ndarray, " row"], flips: int, seed: int) -> Float[np.ndarray, " flip"]:
-    """Return the sum under random signs."""
-    draw = np.random.default_rng(seed)
-    turned = [draw.integers(2, size=(size, len(moved)), dtype=np.int8) @ moved for size in _blocks(flips, len(moved))]
-    return moved.sum() - 2 * np.concatenate(turned)

@@ -3,7 +3,7 @@
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,39 +17,22 @@ from coterie.evaluation.statistics import (
     ratio_interval,
     sign_flip_test,
 )
-from coterie.evaluation.text import WIDTH, aligned, far_percent, grouped, nats, p_value, percent, points, signed_nats
+from coterie.experts.names import BASE
+from coterie.records.evaluation import LEVEL, OVERALL, MethodResult, RowRecord, TableRow
+from coterie.records.wording import (
+    WIDTH,
+    columns,
+    far_percent,
+    grouped,
+    nats,
+    p_value,
+    percent,
+    points,
+    signed_nats,
+)
 
-ALL = "all"
-BASE = "base"
 ORACLE = "oracle"
 FEW_ROWS = 30  # below it a percentile interval is too narrow more often than it says
-LEVEL = 0.05
-
-
-class TableRow(TypedDict):
-    """One method on one source, or on all rows: accuracy and F1 as shares of 1, NLL in nats a token.
-
-    Differences are to the control. `accuracy_p` is McNemar's exact p-value and `nll_p` that of the paired sign-flip
-    test, each adjusted by Holm over the methods compared on this source. `oracle_share` is the share of the oracle's
-    gain in NLL over the base that the method captures.
-    """
-
-    method: str
-    source: str
-    control: str
-    rows: int
-    graded: int
-    accuracy: float | None
-    accuracy_difference: float | None
-    accuracy_interval: list[float] | None
-    accuracy_p: float | None
-    f1: float | None
-    nll: float | None
-    nll_difference: float | None
-    nll_interval: list[float] | None
-    nll_p: float | None
-    oracle_share: float | None
-    oracle_share_interval: list[float] | None
 
 
 class _Measure(NamedTuple):
@@ -83,7 +66,7 @@ class _Draws(NamedTuple):
 
 
 def summarise(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[RowRecord],
     methods: Sequence[str],
     control: str,
     sources: Sequence[str],
@@ -102,7 +85,7 @@ def summarise(
     interval is None too where the oracle's gain may be nothing.
 
     Args:
-        rows: What `rows.jsonl` holds, one object a row.
+        rows: What `rows.jsonl` holds.
         methods: The methods to sum up, in the order wanted.
         control: The method that the others are compared with.
         sources: The sources to sum up, in the order wanted.
@@ -116,67 +99,68 @@ def summarise(
     if control not in methods:
         raise unknown_name("method to compare with among those evaluated", control, methods)
     for number, row in enumerate(rows):
-        for method in {*methods} - {*row["methods"]}:
+        for method in {*methods} - {*row.methods}:
             raise CoterieError(f"row {number} has no result of the method {method!r}; evaluate it again")
-    parts: list[tuple[str, Sequence[Mapping[str, Any]]]] = [(ALL, rows)]
+    parts = [(OVERALL, list(rows))]
     if len(sources) > 1:
-        parts += [(source, [row for row in rows if row["source"] == source]) for source in sources]
+        parts += [(source, [row for row in rows if row.source == source]) for source in sources]
     draws = _Draws(resamples, seed)
     return [line for source, part in parts for line in _part(source, part, methods, control, draws)]
 
 
 def _part(
-    source: str, rows: Sequence[Mapping[str, Any]], methods: Sequence[str], control: str, draws: _Draws
+    source: str, rows: Sequence[RowRecord], methods: Sequence[str], control: str, draws: _Draws
 ) -> list[TableRow]:
-    results = {method: [row["methods"][method] for row in rows] for method in methods}
-    accuracy = {method: _accuracy(own) for method, own in results.items()}
-    nll = {method: _nll(own) for method, own in results.items()}
+    results = {method: [row.methods[method] for row in rows] for method in methods}
+    accuracy = {name: _graded([own.correct for own in found]) for name, found in results.items()}
+    f1 = {name: _graded([own.f1 for own in found]) for name, found in results.items()}
+    nll = {name: _nll(found) for name, found in results.items()}
     right, likely = _pairs(accuracy, control), _pairs(nll, control)
     right_gaps, likely_gaps = _gaps(right, draws), _gaps(likely, draws)
-    right_p, likely_p = _adjusted(right, _mcnemar), _adjusted(likely, lambda pairs: _sign_flip(pairs, draws.seed))
+    right_p = holm(
+        {name: mcnemar([v == 1 for v in pair.own], [v == 1 for v in pair.control]) for name, pair in right.items()}
+    )
+    likely_p = holm(
+        {
+            name: sign_flip_test(pair.own, pair.control, weights=pair.weights, seed=draws.seed)
+            for name, pair in likely.items()
+        }
+    )
     shares = _oracle_shares(nll, draws)
     return [
-        {
-            "method": method,
-            "source": source,
-            "control": control,
-            "rows": len(rows),
-            "graded": len(accuracy[method].values),
-            "accuracy": _mean(accuracy[method]),
-            "accuracy_difference": right_gaps[method].difference if method in right_gaps else None,
-            "accuracy_interval": _ends(right_gaps.get(method)),
-            "accuracy_p": right_p.get(method),
-            "f1": _mean(_f1(results[method])),
-            "nll": _mean(nll[method]),
-            "nll_difference": likely_gaps[method].difference if method in likely_gaps else None,
-            "nll_interval": _ends(likely_gaps.get(method)),
-            "nll_p": likely_p.get(method),
-            "oracle_share": shares[method].value if method in shares else None,
-            "oracle_share_interval": _ends(shares.get(method)),
-        }
+        TableRow(
+            method=method,
+            source=source,
+            control=control,
+            rows=len(rows),
+            graded=len(accuracy[method].values),
+            accuracy=_mean(accuracy[method]),
+            accuracy_difference=right_gaps[method].difference if method in right_gaps else None,
+            accuracy_interval=_ends(right_gaps.get(method)),
+            accuracy_p=right_p.get(method),
+            f1=_mean(f1[method]),
+            nll=_mean(nll[method]),
+            nll_difference=likely_gaps[method].difference if method in likely_gaps else None,
+            nll_interval=_ends(likely_gaps.get(method)),
+            nll_p=likely_p.get(method),
+            oracle_share=shares[method].value if method in shares else None,
+            oracle_share_interval=_ends(shares.get(method)),
+        )
         for method in methods
     ]
 
 
-def _accuracy(results: Sequence[Mapping[str, Any]]) -> _Measure:
-    graded = {
-        number: float(result["correct"]) for number, result in enumerate(results) if result["correct"] is not None
-    }
-    return _Measure(graded, dict.fromkeys(graded, 1.0))
+def _graded(grades: Sequence[bool | float | None]) -> _Measure:
+    """Return the grades by row, all of one weight; what was not graded has none."""
+    values = {number: float(grade) for number, grade in enumerate(grades) if grade is not None}
+    return _Measure(values, dict.fromkeys(values, 1.0))
 
 
-def _f1(results: Sequence[Mapping[str, Any]]) -> _Measure:
-    graded = {number: float(result["f1"]) for number, result in enumerate(results) if result.get("f1") is not None}
-    return _Measure(graded, dict.fromkeys(graded, 1.0))
-
-
-def _nll(results: Sequence[Mapping[str, Any]]) -> _Measure:
+def _nll(results: Sequence[MethodResult]) -> _Measure:
     """Return mean NLL by row, weighing its tokens; an empty response, and a method that only answers, have none."""
-    scored = {number: result for number, result in enumerate(results) if result["tokens"] and result["nll"] is not None}
-    return _Measure(
-        {number: float(result["nll"]) for number, result in scored.items()},
-        {number: float(result["tokens"]) for number, result in scored.items()},
-    )
+    scored = [(number, own.nll, own.tokens) for number, own in enumerate(results)]
+    known = [(number, nll, tokens) for number, nll, tokens in scored if tokens and nll is not None]
+    return _Measure({number: nll for number, nll, _ in known}, {number: float(tokens) for number, _, tokens in known})
 
 
 def _mean(measure: _Measure) -> float | None:
@@ -220,18 +204,6 @@ def _gaps(pairs: Mapping[str, _Pairs], draws: _Draws) -> dict[str, Interval]:
     }
 
 
-def _adjusted(pairs: Mapping[str, _Pairs], test: Callable[[_Pairs], float]) -> dict[str, float]:
-    return holm({method: test(pair) for method, pair in pairs.items()})
-
-
-def _mcnemar(pairs: _Pairs) -> float:
-    return mcnemar([value == 1 for value in pairs.own], [value == 1 for value in pairs.control])
-
-
-def _sign_flip(pairs: _Pairs, seed: int) -> float:
-    return sign_flip_test(pairs.own, pairs.control, weights=pairs.weights, seed=seed)
-
-
 def _oracle_shares(nll: Mapping[str, _Measure], draws: _Draws) -> dict[str, _Share]:
     """Return the share of the oracle's gain over the base that every other method captures, where there is a gain."""
     if not {BASE, ORACLE} <= {*nll}:
@@ -249,8 +221,8 @@ def _oracle_shares(nll: Mapping[str, _Measure], draws: _Draws) -> dict[str, _Sha
     return found
 
 
-def _ends(interval: Interval | _Share | None) -> list[float] | None:
-    return [interval.low, interval.high] if interval and np.isfinite(interval.low) else None
+def _ends(interval: Interval | _Share | None) -> tuple[float, float] | None:
+    return (interval.low, interval.high) if interval and np.isfinite(interval.low) else None
 
 
 # ----------------------------------------------------------------------------------------------------- plain text
@@ -280,55 +252,59 @@ def format_table(table: Sequence[TableRow]) -> str:
     """
     by_source: dict[str, list[TableRow]] = {}
     for row in table:
-        by_source.setdefault(row["source"], []).append(row)
+        by_source.setdefault(row.source, []).append(row)
     parts = [_part_text(source, part) for source, part in by_source.items()]
+    compared = any(row.accuracy_p is not None or row.nll_p is not None for row in table)
+    with_oracle = any(row.oracle_share is not None for row in table)
+    legend = [*((_STAR, _P) if compared else ()), *((_GAIN,) if with_oracle else ())]
     conclusion = textwrap.fill(_conclusion(table), WIDTH, break_on_hyphens=False)
-    return "\n\n".join([*parts, "\n".join([*_legend(table), conclusion])])
+    return "\n\n".join([*parts, "\n".join([*legend, conclusion])])
 
 
 def _part_text(source: str, part: Sequence[TableRow]) -> str:
-    rows, graded = part[0]["rows"], max(row["graded"] for row in part)
-    title = "all rows" if source == ALL else source or "no source"
-    lists = []
-    if graded:
-        lists.append(aligned([_ACCURACY, *map(_accuracy_cells, part)], "<><>>"))
-    if any(row["nll"] is not None for row in part):
-        lists.append(aligned([_NLL, *map(_nll_cells, part)], "<><><"))
-    return f"{title}: {rows} rows, {graded} graded\n" + "\n\n".join(lists)
+    """Write the lists of one source, each measure in one of its own."""
+    graded = max(row.graded for row in part)
+    title = "all rows" if source == OVERALL else source or "no source"
+    accuracy = [
+        (
+            row.method,
+            percent(row.accuracy),
+            _difference(row.accuracy_difference, row.accuracy_interval, points),
+            p_value(row.accuracy_p),
+            "" if row.f1 is None else percent(row.f1),
+        )
+        for row in part
+    ]
+    nll = [
+        (
+            row.method,
+            nats(row.nll),
+            _difference(row.nll_difference, row.nll_interval, signed_nats),
+            p_value(row.nll_p),
+            _with_ends(row.oracle_share, row.oracle_share_interval, far_percent),
+        )
+        for row in part
+    ]
+    lists = [columns([_ACCURACY, *accuracy], "<><>>", WIDTH)] if graded else []
+    if any(row.nll is not None for row in part):
+        lists.append(columns([_NLL, *nll], "<><><", WIDTH))
+    return f"{title}: {part[0].rows} rows, {graded} graded\n" + "\n\n".join(lists)
 
 
-def _accuracy_cells(row: TableRow) -> Sequence[str]:
-    gap = _difference(row["accuracy_difference"], row["accuracy_interval"], points)
-    f1 = "" if row["f1"] is None else percent(row["f1"])
-    return row["method"], percent(row["accuracy"]), gap, p_value(row["accuracy_p"]), f1
-
-
-def _nll_cells(row: TableRow) -> Sequence[str]:
-    gap = _difference(row["nll_difference"], row["nll_interval"], signed_nats)
-    share = _with_ends(row["oracle_share"], row["oracle_share_interval"], far_percent)
-    return row["method"], nats(row["nll"]), gap, p_value(row["nll_p"]), share
-
-
-def _difference(value: float | None, interval: list[float] | None, write: Callable[[float], str]) -> str:
+def _difference(value: float | None, interval: tuple[float, float] | None, write: Callable[[float], str]) -> str:
     text = _with_ends(value, interval, write)
     return f"{text} {'*' if excludes_zero(interval) else ' '}" if interval else text
 
 
-def _with_ends(value: float | None, interval: list[float] | None, write: Callable[[float], str]) -> str:
+def _with_ends(value: float | None, interval: tuple[float, float] | None, write: Callable[[float], str]) -> str:
     if value is None:
         return ""
     return f"{write(value)} [{', '.join(map(write, interval))}]" if interval else write(value)
 
 
-def _legend(table: Sequence[TableRow]) -> list[str]:
-    compared = any(row["accuracy_p"] is not None or row["nll_p"] is not None for row in table)
-    with_oracle = any(row["oracle_share"] is not None for row in table)
-    return [*((_STAR, _P) if compared else ()), *((_GAIN,) if with_oracle else ())]
-
-
 def _conclusion(table: Sequence[TableRow]) -> str:
     """Say which differences over all rows are significant, and which are not."""
-    tests, control, rows = _tests(table), table[0]["control"], table[0]["rows"]
+    tests, control, rows = _tests(table), table[0].control, table[0].rows
     if not tests:
         return "No two methods were measured, so there is no difference to test."
     clear = grouped((f"{test.way} {test.measure}", test.method) for test in tests if test.p < LEVEL)
@@ -343,12 +319,11 @@ def _conclusion(table: Sequence[TableRow]) -> str:
 
 
 def _tests(table: Sequence[TableRow]) -> list[_Test]:
+    """List the comparisons over all rows, those of accuracy first."""
     found = []
-    for row in table:
-        for measure, difference, p in (
-            ("accuracy", row["accuracy_difference"], row["accuracy_p"]),
-            ("NLL", row["nll_difference"], row["nll_p"]),
-        ):
-            if row["source"] == ALL and difference is not None and p is not None:
-                found.append(_Test(measure, "higher" if difference > 0 else "lower", row["method"], p))
-    return sorted(found, key=lambda test: test.measure != "accuracy")
+    for measure, name in (("accuracy", "accuracy"), ("nll", "NLL")):
+        gaps = [(row.method, row.difference(measure)) for row in table if row.source == OVERALL]
+        for method, gap in gaps:
+            if gap is not None and gap.p is not None:
+                found.append(_Test(name, "higher" if gap.value > 0 else "lower", method, gap.p))
+    return found

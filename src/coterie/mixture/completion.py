@@ -5,30 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from coterie.engine.decoding import Token
-
-
-@dataclass(frozen=True)
-class Trace:
-    """How the weights went along an answer.
-
-    Attributes:
-        experts: names.
-        pieces: the text that became certain with every token.
-        weights: normalised, of every expert at every token: those that the token was chosen with.
-    """
-
-    experts: tuple[str, ...]
-    pieces: tuple[str, ...]
-    weights: tuple[tuple[float, ...], ...]
-
-    def record(self) -> dict[str, Any]:
-        """Return it as plain values."""
-        return {"experts": list(self.experts), "pieces": list(self.pieces), "weights": [list(w) for w in self.weights]}
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> "Trace":
-        """Build from what `record` gave."""
-        return cls(tuple(record["experts"]), tuple(record["pieces"]), tuple(tuple(row) for row in record["weights"]))
+from coterie.records.evaluation import Trace
 
 
 @dataclass(frozen=True)
@@ -61,7 +38,7 @@ class Completion:
             "token_ids": list(self.token_ids),
             "logprobs": list(self.logprobs),
             "finish_reason": self.finish_reason,
-            "routing": {"weights": dict(self.weights), **({"trace": self.trace.record()} if self.trace else {})},
+            "routing": {"weights": dict(self.weights), **({"trace": self.trace.plain()} if self.trace else {})},
         }
 
 
@@ -82,7 +59,7 @@ def completion(
         used = [place for place in range(len(experts)) if any(row[place] for row in shares)]
         names = tuple(experts[place] for place in used)  # without the experts that no token has any weight on
         kept = tuple(tuple(row[place] for place in used) for row in shares)
-        trace = Trace(names, tuple(token.text for token in tokens), kept)
+        trace = Trace(experts=names, pieces=tuple(token.text for token in tokens), weights=kept)
     return Completion(
         prompt=prompt,
         text="".join(token.text for token in tokens),

@@ -25,6 +25,7 @@ from coterie.records.schema import (
     Record,
     Texts,
     Weight,
+    Whole,
 )
 from coterie.records.task import GateLoads, GatheringRecord, SelectionRecord
 
@@ -171,15 +172,24 @@ class ExpertAnswerRecord(ReplyRecord, VoteRecord):
     correct: StrictBool | None = None
 
 
+class Cost(Record):
+    """What an answer took: calls of experts and aggregator, tokens that they read and wrote, and seconds."""
+
+    calls: Whole = 0.0
+    prompt_tokens: Whole = 0.0
+    tokens: Whole = 0.0
+    seconds: Weight = 0.0
+
+
 class OutcomeRecord(Record):
-    """How the answers of recruited experts became one, and the `cost` of it all."""
+    """How the answers of recruited experts became one, and the cost of it all."""
 
     text: StrictStr = ""
     finish_reason: StrictStr | None = None
     aggregator: StrictStr
     answers: tuple[ExpertAnswerRecord, ...]
     synthesis: ReplyRecord | None = None
-    cost: Amounts = {}
+    cost: Cost = Cost()
 
 
 class RowRecord(Record):

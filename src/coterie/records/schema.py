@@ -125,7 +125,9 @@ Texts = tuple[StrictStr, ...]
 Names = Annotated[Texts, AfterValidator(lambda names: tuple(dict.fromkeys(names)))]
 """Names, each once."""
 Amounts = dict[str, Amount]
-Counts = Annotated[dict[str, Annotated[Weight, PlainSerializer(_whole)]], BeforeValidator(_without_nulls)]
+Whole = Annotated[Weight, PlainSerializer(_whole)]
+"""A whole number from 0 upwards that is read as a number like others."""
+Counts = Annotated[dict[str, Whole], BeforeValidator(_without_nulls)]
 """Whole numbers by name, without those that are null."""
 KnownAmounts = Annotated[Amounts, BeforeValidator(_without_nulls)]
 """Numbers by name, without those that are null."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -14,6 +13,7 @@ from coterie.grading.answers import read_answer
 from coterie.grading.grade import after_thinking
 from coterie.methods.symbolic.profile import tell_failures
 from coterie.mixture.scheduler import ExpertScheduler
+from coterie.records.evaluation import Cost, ExpertAnswerRecord, OutcomeRecord, ReplyRecord
 from coterie.routers.base import Routing
 from coterie.settings.groups import SamplingSettings
 
@@ -52,9 +52,10 @@ class Given:
     reading: str
     weight: float
 
-    def record(self) -> dict[str, Any]:
-        """Return it as plain values."""
-        return {"expert": self.expert, "reading": self.reading, "weight": self.weight, **self.reply.record()}
+    def record(self) -> ExpertAnswerRecord:
+        """Return it as it is recorded."""
+        own = {"expert": self.expert, "reading": self.reading, "weight": self.weight}
+        return ExpertAnswerRecord(**own, **self.reply.record())
 
 
 @dataclass(frozen=True)
@@ -88,22 +89,27 @@ class Outcome:
         texts = [made] if made else [own.reply for own in self.given if after_thinking(own.reply.text) == self.text]
         return "length" if texts and all(reply.finish_reason == "length" for reply in texts) else "stop"
 
-    def record(self) -> dict[str, Any]:
-        """Return the answer, every expert's, the synthesis and what they cost, as plain values."""
+    @property
+    def cost(self) -> Cost:
+        """What all replies took."""
         replies = self.replies
-        return {
-            "text": self.text,
-            "finish_reason": self.finish_reason,
-            "aggregator": self.aggregator,
-            "answers": [own.record() for own in self.given],
-            "synthesis": None if self.synthesis is None else self.synthesis.record(),
-            "cost": {
-                "calls": len(replies),
-                "prompt_tokens": sum(reply.prompt_tokens for reply in replies),
-                "tokens": sum(reply.tokens for reply in replies),
-                "seconds": sum(reply.seconds for reply in replies),
-            },
-        }
+        return Cost(
+            calls=len(replies),
+            prompt_tokens=sum(reply.prompt_tokens for reply in replies),
+            tokens=sum(reply.tokens for reply in replies),
+            seconds=sum(reply.seconds for reply in replies),
+        )
+
+    def record(self) -> OutcomeRecord:
+        """Return the answer, every expert's, the synthesis and what they cost, as they are recorded."""
+        return OutcomeRecord(
+            text=self.text,
+            finish_reason=self.finish_reason,
+            aggregator=self.aggregator,
+            answers=tuple(own.record() for own in self.given),
+            synthesis=None if self.synthesis is None else ReplyRecord(**self.synthesis.record()),
+            cost=self.cost,
+        )
 
 
 def answer_all(

@@ -41,8 +41,14 @@ def generate_symbolic(settings: GenerateSettings, prompts: Sequence[Prompt]) -> 
         outcomes = answer_all(scheduler, examples, {name: line_up})[name]
     recruits = [line_up.routing.row(number) for number in range(len(examples))]
     records = [
-        {"id": example.id, "prompt": example.instruction, "skills": list(own), **outcome.record(), "recruits": chosen}
-        for example, own, outcome, chosen in zip(examples, skills, outcomes, recruits, strict=True)
+        {
+            "id": example.id,
+            "prompt": example.instruction,
+            "skills": list(own),
+            **outcome.record().plain(),
+            "recruits": who,
+        }
+        for example, own, outcome, who in zip(examples, skills, outcomes, recruits, strict=True)
     ]
     _write(settings.output, records, any(reply.error for outcome in outcomes for reply in outcome.replies))
     return records
