@@ -295,7 +295,7 @@ def test_a_router_is_asked_for_by_its_name(run, grid_folder):
 
 
 def test_rerouting_flags_that_do_not_fit_are_refused(run, run_folder):
-    refused(run("generate", run_folder, PROMPT, "--cache", "keep"), "--cache says how weights are renewed; add --every")
+    refused(run("generate", run_folder, PROMPT, "--cache", "keep"), "--cache says how to re-route; add --every")
     refused(
         run("generate", run_folder, PROMPT, "--every", 0), "--every: give a number of tokens from 1 upwards, or inf"
     )

@@ -128,7 +128,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_replies_it_had(fitted, evalu
         (["--methods", "symbolic-moe,elrea"], r"no method or expert is called 'elrea'"),
         (["--methods", "symbolic-moe", "--control", "past"], r"to compare with among those evaluated is called 'past'"),
         (["--no-generate"], r"--no-generate leaves nothing to measure"),
-        (["--shots", "x.jsonl"], r"--shots does not apply"),
+        (["--few-shot", "x.jsonl"], r"--few-shot does not apply"),
     ],
 )
 def test_bad_calls_are_refused(fitted, evaluate, words, pattern):

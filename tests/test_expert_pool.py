@@ -132,7 +132,7 @@ def test_a_broken_list_is_refused(tmp_path, experts, pattern):
 
 
 def test_another_format_and_no_pool_are_told(tmp_path):
-    with pytest.raises(CoterieError, match="make it with: coterie pool init"):
+    with pytest.raises(CoterieError, match="make it with: coterie experts init"):
         read_pool(tmp_path)
     (tmp_path / "pool.json").write_text('{"format": 2}')
     with pytest.raises(CoterieError, match="has format 2, not 1"):

@@ -250,7 +250,7 @@ def test_the_key_stands_in_no_file_and_no_log(place, run, monkeypatch, caplog):
     ("words", "pattern"),
     [
         (["experts", "init", "POOL", "--expert", "a=x"], r"exists; choose another folder"),
-        (["profile", "/nowhere", "--data", "VAL"], r"make it with: coterie pool init /nowhere"),
+        (["profile", "/nowhere", "--data", "VAL"], r"make it with: coterie experts init /nowhere"),
         (["profile", "POOL", "--data", "/no.jsonl", "--overwrite"], r"/no.jsonl does not exist"),
         (["profile", "POOL", "--data", "VAL"], r"profile exists; choose another --output, or add --overwrite"),
         (

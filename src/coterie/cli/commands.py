@@ -82,7 +82,7 @@ def fit_kshot(settings: KshotSettings) -> None:
 
 @command("fit symbolic-moe", "coterie fit symbolic-moe --experts experts/ --output runs/sym")
 def fit_symbolic(settings: SymbolicSettings) -> None:
-    """Recruit a profiled pool's experts by skills, and choose who makes one answer of several (Chen et al. 2025)."""
+    """Recruit profiled experts by skills, and choose the aggregator of their answers (Chen et al. 2025)."""
     fitted = coterie.methods.fit_symbolic(settings)
     typer.echo(f"{settings.output}: {len(fitted.pool.names)} experts, {fitted.aggregator} makes one answer of theirs")
 
@@ -235,7 +235,7 @@ def init_pool(settings: ExpertPoolSettings) -> None:
 
 @command("profile", "coterie profile experts/ --data val.jsonl")
 def profile(settings: ProfileSettings, as_json: AsJson = False) -> None:
-    """Find out what every expert of a pool is good at, skill by skill, on validation questions."""
+    """Find out what every expert is good at, skill by skill, on validation questions."""
     found = coterie.methods.profile_pool(settings)
     typer.echo(json.dumps(found.record()) if as_json else str(found))
 
@@ -244,11 +244,10 @@ def profile(settings: ProfileSettings, as_json: AsJson = False) -> None:
 def repeat(record: Annotated[Path, typer.Argument(help="the run.yaml of a run folder")]) -> None:
     """Repeat a run from its record, or run a command whose settings stand in a YAML file."""
     found = read_run_record(record)
-    known = [name for name, one in COMMANDS.items() if one.repeatable]
-    if found["command"] not in known:
+    again = COMMANDS.get(found["command"])
+    if again is None or again.settings is None or again.takes_prompts:
+        known = [name for name, one in COMMANDS.items() if one.settings and not one.takes_prompts]
         raise CoterieError(f"{record} records {found['command']!r}; these can be repeated: {', '.join(known)}")
-    again = COMMANDS[found["command"]]
-    assert again.settings is not None
     again.function(checked(again.settings, found["settings"]))
 
 
@@ -289,7 +288,7 @@ def _mixture(settings: RouteSettings | GenerateSettings) -> Any:
     if routing.method:
         mixture = coterie.methods.load_grid(mixture, [routing.method]).cell(routing.method)
     if routing.cache and not routing.every:
-        raise CoterieError("--cache says how weights are renewed; add --every N")
+        raise CoterieError("--cache says how to re-route; add --every N")
     if not routing.every:
         return mixture.replace(router=routing.router, combiner=routing.combiner)
     every = rerouting_interval(routing.every)

@@ -43,24 +43,21 @@ class _ShortHelp(TyperCommand):
         super().format_help(ctx, formatter)
 
 
-def _group(help_text: str, **options: Any) -> typer.Typer:
-    return typer.Typer(help=help_text, no_args_is_help=True, **options)
-
-
-app = _group(
-    "Train, select, route, combine and serve LoRA experts for language models.",
+app = typer.Typer(
+    help="Train, select, route, combine and serve LoRA experts for language models.",
+    no_args_is_help=True,
     cls=_OrderedGroup,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
 GROUPS = {
-    "fit": _group("Make a mixture by one of the published methods."),
-    "bank": _group("Keep adapters of one base model in a folder, each checked."),
-    "experts": _group("List experts of any kind by name: adapters, models, endpoints."),
+    "fit": typer.Typer(help="Make a mixture by one of the published methods.", no_args_is_help=True),
+    "bank": typer.Typer(help="Keep adapters of one base model in a folder, each checked.", no_args_is_help=True),
+    "experts": typer.Typer(help="List experts by name: adapters, models, endpoints.", no_args_is_help=True),
 }
-for name, group in GROUPS.items():
-    app.add_typer(group, name=name, rich_help_panel=PANEL_OF[name])
+for _name, _group in GROUPS.items():
+    app.add_typer(_group, name=_name, rich_help_panel=PANEL_OF[_name])
 
 
 @dataclass(frozen=True)
@@ -70,24 +67,12 @@ class Command:
     Attributes:
         function: does it; gets the settings first, and what else the command takes by name.
         settings: their fields are its flags; None where it has none.
-        example: a call of it, shown in its help.
+        takes_prompts: whether it takes prompts besides, so that its settings do not say all that it does.
     """
 
     function: Callable[..., None]
     settings: type[Settings] | None
-    example: str
-
-    @property
-    def epilog(self) -> str:
-        """The example as it stands below a command's help, in lines that fit."""
-        kept_together = re.sub(r"(--\S+) (?!-)", "\\1\N{NO-BREAK SPACE}", self.example)  # a flag and its value
-        lines = textwrap.wrap(kept_together, 72, break_long_words=False, break_on_hyphens=False)
-        return "Example:\n\n" + " \\\n    ".join(lines).replace("\N{NO-BREAK SPACE}", " ")
-
-    @property
-    def repeatable(self) -> bool:
-        """Whether its settings say all that it does."""
-        return self.settings is not None and "prompts" not in inspect.signature(self.function).parameters
+    takes_prompts: bool
 
 
 COMMANDS: dict[str, Command] = {}
@@ -100,7 +85,7 @@ def command(name: str, example: str) -> Callable[[Function], Function]:
     def register(function: Function) -> Function:
         own = list(inspect.signature(function).parameters.values())
         kind = own.pop(0).annotation if own and own[0].name == "settings" else None
-        COMMANDS[name] = Command(function, kind, example)
+        COMMANDS[name] = Command(function, kind, any(parameter.name == "prompts" for parameter in own))
 
         def run(**values: Any) -> None:
             extra = {parameter.name: values.pop(parameter.name) for parameter in own}
@@ -114,7 +99,10 @@ def command(name: str, example: str) -> Callable[[Function], Function]:
         group, _, last = name.rpartition(" ")
         panel = None if group else PANEL_OF[name]
         place = GROUPS[group] if group else app
-        place.command(last, cls=_ShortHelp, epilog=COMMANDS[name].epilog, rich_help_panel=panel)(run)
+        bound = re.sub(r"(--\S+) (?!-)", "\\1\N{NO-BREAK SPACE}", example)  # a flag and its value stay together
+        lines = textwrap.wrap(bound, 72, break_long_words=False, break_on_hyphens=False)
+        epilog = "Example:\n\n" + " \\\n    ".join(lines).replace("\N{NO-BREAK SPACE}", " ")
+        place.command(last, cls=_ShortHelp, epilog=epilog, rich_help_panel=panel)(run)
         return function
 
     return register

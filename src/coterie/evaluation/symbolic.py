@@ -63,7 +63,7 @@ def _check_flags(settings: EvaluationSettings) -> None:
     if settings.every is not None:
         raise CoterieError(f"--every does not apply to {METHOD}, whose experts answer one by one; leave it out")
     if settings.solved.few_shot:
-        raise CoterieError(f"--shots does not apply to {METHOD}; put solved examples into the rows' prompts")
+        raise CoterieError(f"--few-shot does not apply to {METHOD}; put solved examples into the rows' prompts")
 
 
 def _evaluated(

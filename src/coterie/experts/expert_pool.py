@@ -138,7 +138,9 @@ def read_pool(folder: str | Path) -> Pool:
     """
     file = Path(folder) / POOL_FILE
     if not file.exists():
-        raise CoterieError(f"{file} does not exist; make it with: coterie pool init {folder} --expert NAME=SOURCE ...")
+        raise CoterieError(
+            f"{file} does not exist; make it with: coterie experts init {folder} --expert NAME=SOURCE ..."
+        )
     record = read_json(file)
     if record.get("format") != FORMAT:
         raise CoterieError(f"{file} has format {record.get('format')!r}, not {FORMAT}; make the pool again")
@@ -152,7 +154,7 @@ def pool_from(experts: object, place: str) -> Pool:
         CoterieError: as `read_pool`.
     """
     if not isinstance(experts, dict) or not experts:
-        raise CoterieError(f"{place} lists no experts; make it again with: coterie pool init")
+        raise CoterieError(f"{place} lists no experts; make it again with: coterie experts init")
     check_names(list(experts))
     pool = Pool(tuple(_from_record(name, entry, place) for name, entry in experts.items()))
     for expert in pool.experts:

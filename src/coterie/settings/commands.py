@@ -37,7 +37,6 @@ class ElreaSettings(Settings):
     """`coterie fit elrea`: the whole loop, from one data set to a mixture."""
 
     command = "fit elrea"
-
     model: ModelSettings
     data: list[str] = Field(min_length=1, description="training data: JSONL file or datasets source; may be repeated")
     output: str = Field(description="folder to write the mixture to")
@@ -55,7 +54,6 @@ class TokenLevelSettings(Settings):
     """`coterie fit token-level`: one adapter for each domain, and centroids to route by."""
 
     command = "fit token-level"
-
     model: ModelSettings
     data: list[str] = Field(
         min_length=1, description="NAME=SOURCE: an expert's training data, JSONL file or datasets source; repeated"
@@ -74,7 +72,6 @@ class FromAdaptersSettings(Settings):
     """`coterie fit from-adapters`: a mixture of adapters that exist already."""
 
     command = "fit from-adapters"
-
     bank: str | None = Field(None, description="folder of a bank, made by coterie bank add: all its adapters")
     adapter: list[str] = Field([], description="NAME=FOLDER: an expert, a plain PEFT folder; repeated")
     centroid_data: list[str] = Field(
@@ -99,7 +96,6 @@ class BankAddSettings(Settings):
     """`coterie bank add`: adapters into a bank on disk."""
 
     command = "bank add"
-
     folder: str = Field(description="folder of the bank; made where there is none")
     adapters: list[str] = Field(
         min_length=1, description="PEFT folders or hub ids, or NAME=FOLDER for another name than the folder's"
@@ -114,10 +110,9 @@ class BankAddSettings(Settings):
 
 
 class BankVerifySettings(Settings):
-    """`coterie bank verify`: whether a bank's adapters are what they were."""
+    """`coterie bank verify`: re-hash and re-check every adapter."""
 
     command = "bank verify"
-
     folder: str = Field(description="folder of the bank")
     placement: PlacementSettings = PlacementSettings()
 
@@ -126,7 +121,6 @@ class RouteSettings(Settings):
     """`coterie route`: the weights a prompt gets."""
 
     command = "route"
-
     mixture: str = Field(description="folder of a mixture")
     placement: PlacementSettings = PlacementSettings()
     routing: RoutingSettings = RoutingSettings()
@@ -136,7 +130,6 @@ class GenerateSettings(Settings):
     """`coterie generate`: answers of the mixture."""
 
     command = "generate"
-
     mixture: str = Field(description="folder of a mixture")
     placement: PlacementSettings = PlacementSettings()
     routing: RoutingSettings = RoutingSettings()
@@ -156,7 +149,6 @@ class EvaluationSettings(Settings):
     """`coterie eval`: methods of the table side by side on held-out rows."""
 
     command = "eval"
-
     mixture: str = Field(description="folder of a mixture")
     data: list[str] = Field(min_length=1, description="test data: JSONL file or datasets source; may be repeated")
     output: str = Field(description="folder to write the records to")
@@ -190,7 +182,6 @@ class TrainExtrasSettings(Settings):
     """`coterie train-extras`: what methods need beyond a fitted run, into the run's folder."""
 
     command = "train-extras"
-
     mixture: str = Field(description="folder of a mixture")
     methods: str = Field(
         "all", description="methods that are to be ready, separated by commas, or all; see `coterie methods`"
@@ -203,7 +194,6 @@ class ExpertPoolSettings(Settings):
     """`coterie experts init`: experts of any kind by name."""
 
     command = "experts init"
-
     folder: str = Field(description="folder of the experts")
     expert: list[str] = Field(
         min_length=1,
@@ -217,7 +207,6 @@ class ProfileSettings(Settings):
     """`coterie profile`: what experts are good at, skill by skill."""
 
     command = "profile"
-
     folder: str = Field(description="folder of the experts")
     data: list[str] = Field(min_length=1, description="validation data: JSONL file or datasets source; may be repeated")
     limit: int | None = Field(None, ge=1, description="use only the first N examples of every data source")
@@ -233,10 +222,9 @@ class ProfileSettings(Settings):
 
 
 class SymbolicSettings(Settings):
-    """`coterie fit symbolic-moe`: recruiting by skills, and who makes one answer of several (Chen et al. 2025)."""
+    """`coterie fit symbolic-moe`: recruiting by skills, and the aggregator of answers (Chen et al. 2025)."""
 
     command = "fit symbolic-moe"
-
     experts: str = Field(description="folder of experts that were profiled")
     output: str = Field(description="folder to write the method to")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
@@ -258,7 +246,6 @@ class GatherSettings(Settings):
     """`coterie gather`: rows of open data for a task of which a few examples are known."""
 
     command = "gather"
-
     shots: list[str] = Field(min_length=1, description="the task's examples: JSONL file or datasets source; repeated")
     pool: list[str] = Field(min_length=1, description="open data to choose from, as shots are given; may be repeated")
     output: str = Field(description="folder to write the chosen rows to")
@@ -278,7 +265,6 @@ class SelectSettings(Settings):
     """`coterie select`: adapters of a bank for a task of which a few examples are known (arXiv 2408.15915)."""
 
     command = "select"
-
     folder: str = Field(description="folder of a bank, made by coterie bank add")
     shots: list[str] = Field(min_length=1, description="the task's examples: JSONL file or datasets source; repeated")
     output: str = Field(description="folder to write the choice to")
@@ -294,7 +280,6 @@ class KshotSettings(Settings):
     """`coterie fit kshot-moe`: from a few examples, a bank and open data to a task's mixture (arXiv 2408.15915)."""
 
     command = "fit kshot-moe"
-
     bank: str = Field(description="folder of a bank, made by coterie bank add")
     shots: list[str] = Field(min_length=1, description="the task's examples: JSONL file or datasets source; repeated")
     output: str = Field(description="folder to write the mixture to")
