@@ -74,8 +74,9 @@ def scatter(points: Sequence[Point], frame: Frame, title: str) -> Markup:
     groups: list[list[_Labelled]] = []
     for own in sorted(labelled, key=lambda own: own.x):
         for group in groups:
-            right = max(group[-1].x, sum(_line_of_labels(group)))
-            if abs(own.y - group[-1].y) < _LABEL_HEIGHT and own.x - right < _NEAR:
+            middle, half = _line_of_labels(group)
+            room = own.x - max(group[-1].x, middle + half)
+            if room < _NEAR and abs(own.y - group[-1].y) < _LABEL_HEIGHT:
                 group.append(own)
                 break
         else:

@@ -1,4 +1,4 @@
-"""Routing that changes while a text is written: who leads which token, how often that changes, and some such texts."""
+"""Token-level routing: who leads which token, how often the leading expert switches, and some such texts."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
