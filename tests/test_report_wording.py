@@ -2,7 +2,8 @@
 
 import pytest
 
-from coterie.report.wording import listed, method_name, short
+from coterie.records.wording import listed
+from coterie.report.wording import method_name, short
 
 
 @pytest.mark.parametrize(

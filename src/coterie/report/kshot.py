@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from coterie.records.task import AdapterRecord, GatheringRecord, GroupRecord, PoolPoint, PoolSource, SelectionRecord
+from coterie.records.wording import listed
 from coterie.report import draw, wording
 from coterie.report.plots import Frame, Group, Point, draw_map, fit, scatter
 from coterie.report.scales import even_scale, scale_for
@@ -83,7 +84,7 @@ def selection_view(selection: SelectionRecord | None) -> SelectionView | None:
         lines=lines,
         groups=selection.subsets,
         halving="; ".join(rounds),
-        leaks=wording.listed([f"{one.name} ({wording.counted(one.leak, 'row')})" for one in ranked if one.leak]),
+        leaks=listed([f"{one.name} ({wording.counted(one.leak, 'row')})" for one in ranked if one.leak]),
         shots=selection.shots,
         chosen=selection.chosen,
         open=len(lines) <= MOST_OPEN,

@@ -3,9 +3,9 @@
 import json
 import math
 import re
-from collections.abc import Sequence
 
 from coterie.records.evaluation import Difference, EvaluationRecord
+from coterie.records.wording import listed
 
 ABSENT = "–"
 AXES = {"accuracy": "Accuracy in %", "nll": "NLL in nats a token"}
@@ -13,7 +13,7 @@ UNITS = {"accuracy": 100.0, "nll": 1.0}  # accuracy is drawn in per cent and poi
 DECIMALS = {"accuracy": 1, "nll": 3}
 _MINUS = "\N{MINUS SIGN}"
 _REROUTED = re.compile(r"(.+):every=([1-9][0-9]{0,5}|inf)", re.DOTALL)
-SINGLE_EXPERT = "expert:"
+_SINGLE_EXPERT = "expert:"
 _METHOD_WORDS = {"token-level-published": "token-level, published"}
 _HOW_OFTEN = {"1": "every token", "inf": "prompt only"}
 _ENDINGS = {"1": "st", "2": "nd", "3": "rd"}
@@ -97,18 +97,12 @@ def source_name(source: str) -> str:
 def method_name(method: str) -> str:
     """Say a method's name in words where the one that commands take is terse."""
     base, every = found.groups() if (found := _REROUTED.fullmatch(method)) else (method, "")
-    alone = base.startswith(SINGLE_EXPERT)
-    words = f"{base.removeprefix(SINGLE_EXPERT)} alone" if alone else _METHOD_WORDS.get(base, base)
+    alone = base.startswith(_SINGLE_EXPERT)
+    words = f"{base.removeprefix(_SINGLE_EXPERT)} alone" if alone else _METHOD_WORDS.get(base, base)
     if not every:
         return words
     ending = "th" if every[-2:] in ("11", "12", "13") else _ENDINGS.get(every[-1], "th")
     return f"{words}, {_HOW_OFTEN.get(every, f'every {every}{ending} token')}"
-
-
-def listed(names: Sequence[str]) -> str:
-    """Join names with commas and an "and", or with semicolons where a name has a comma of its own."""
-    between, last = ("; ", "; and ") if any("," in name for name in names) else (", ", " and ")
-    return last.join(filter(None, (between.join(names[:-1]), *names[-1:])))
 
 
 def amount(value: float) -> str:
