@@ -1,4 +1,4 @@
-"""Line-ups compared on held-out rows: one batch for all, plain records of who said what, and the way back in."""
+"""Methods compared on held-out rows: one batch for all, plain records of who said what, and the way back in."""
 
 import json
 import re

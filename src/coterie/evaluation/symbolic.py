@@ -1,4 +1,4 @@
-"""Line-ups of recruited experts side by side on held-out rows: all share one batch, and every expert is loaded once."""
+"""Methods of recruited experts side by side on held-out rows: all share one batch, and every expert is loaded once."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,18 +26,18 @@ def evaluate_folder(settings: EvaluationSettings) -> Evaluation:
     """Evaluate a folder made by any `coterie fit`.
 
     Raises:
-        CoterieError: as `run_evaluation` and `evaluate_line_ups`.
+        CoterieError: as `run_evaluation` and `evaluate_symbolic`.
     """
-    return evaluate_line_ups(settings) if is_symbolic(settings.mixture) else run_evaluation(settings)
+    return evaluate_symbolic(settings) if is_symbolic(settings.mixture) else run_evaluation(settings)
 
 
-def evaluate_line_ups(settings: EvaluationSettings) -> Evaluation:
-    """Compare line-ups of a run of symbolic-moe, and write the records into the output folder.
+def evaluate_symbolic(settings: EvaluationSettings) -> Evaluation:
+    """Compare methods of a run of symbolic-moe, and write the records into the output folder.
 
     An interrupted evaluation goes on with the replies that it had.
 
     Raises:
-        CoterieError: for bad data, an unknown line-up, a flag that does not apply, or an output folder that exists.
+        CoterieError: for bad data, an unknown method, a flag that does not apply, or an output folder that exists.
     """
     output = Path(settings.output)
     check_output(output, overwrite=settings.overwrite)
@@ -48,7 +48,7 @@ def evaluate_line_ups(settings: EvaluationSettings) -> Evaluation:
     examples = load_all(settings.data, settings.limit)
     check_code_execution(examples, settings.allow_code_execution)
     for name in names:  # an unknown one is told before anything is asked
-        fitted.line_up(name, [], [], settings.sampling)
+        fitted.recruiting_plan(name, [], [], settings.sampling)
     inputs = {"data": hash_examples(examples), "mixture": sha256_of(Path(settings.mixture) / "mixture.json")}
     with run_folder(output, "eval", settings.model_dump(), inputs) as run:
         cache = run.path / "working" / REPLIES
@@ -76,11 +76,11 @@ def _evaluated(
 ) -> Evaluation:
     with open_scheduler(fitted.pool, settings, cache) as scheduler:
         skills = fitted.skills(scheduler, examples)
-        line_ups = {name: fitted.line_up(name, examples, skills, settings.sampling) for name in names}
-        outcomes = answer_all(scheduler, examples, line_ups)
+        plans = {name: fitted.recruiting_plan(name, examples, skills, settings.sampling) for name in names}
+        outcomes = answer_all(scheduler, examples, plans)
         loads, peak = dict(scheduler.loads), scheduler.peak
     first, run_code = METHOD if METHOD in names else names[0], bool(settings.allow_code_execution)
-    routing = line_ups[first].routing
+    routing = plans[first].routing
     rows = []
     for number, example in enumerate(examples):
         own = {name: found[number] for name, found in outcomes.items()}

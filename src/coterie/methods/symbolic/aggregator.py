@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from coterie.combiners.aggregate import VOTES, elect
 from coterie.data.examples import Example
@@ -109,18 +107,14 @@ def judge_aggregators(
 
 
 def _elects_right(vote: str, profiled: Profiled, task: MadeUp, settings: RecruitSettings, question: Example) -> bool:
+    """Tell whether a vote finds the right answer, with the relevance that the profile of all other questions gives."""
+    skills = tuple(profiled.rows[task.number]["skills"])
+    others = profiled.profile.without(skills, profiled.scores()[:, task.number])
+    values = others.values(settings.profile)
+    weights = relevance(suitability(values, others.skills, [skills]), competency(values), settings.sampler)[0]
     readings = [read_answer(text, question.instruction) for text in task.texts]
-    weights = _weights_without(profiled, task.number, settings)
     own = [float(weights[profiled.profile.experts.index(name)]) for name in task.experts]
     return elect(vote, readings, own, question.instruction) == task.right
-
-
-def _weights_without(profiled: Profiled, number: int, settings: RecruitSettings) -> Float[Tensor, " expert"]:
-    """Return the experts' relevance for a question, by the profile of all other questions."""
-    skills = tuple(profiled.rows[number]["skills"])
-    others = profiled.profile.without(skills, profiled.scores()[:, number])
-    values = others.values(settings.profile)
-    return relevance(suitability(values, others.skills, [skills]), competency(values), settings.sampler)[0]
 
 
 def best_aggregators(judged: SkillProfile, questions: Sequence[Sequence[str]], per: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Questions to recruited experts, and their answers to one: several line-ups in one batch, each expert loaded once."""
+"""Questions to recruited experts, and their answers to one: several methods in one batch, each expert loaded once."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from coterie.settings.groups import SamplingSettings
 
 
 @dataclass(frozen=True)
-class LineUp:
+class RecruitingPlan:
     """Who answers every question, and how their answers become one.
 
     Attributes:
@@ -44,7 +44,7 @@ class LineUp:
 
 
 @dataclass(frozen=True)
-class Given:
+class ExpertAnswer:
     """One expert's answer: its reply, what was read in it, and what it weighs."""
 
     expert: str
@@ -70,7 +70,7 @@ class Outcome:
     """
 
     text: str
-    given: tuple[Given, ...]
+    given: tuple[ExpertAnswer, ...]
     aggregator: str
     synthesis: Reply | None = None
 
@@ -113,68 +113,67 @@ class Outcome:
 
 
 def answer_all(
-    scheduler: ExpertScheduler, examples: Sequence[Example], line_ups: Mapping[str, LineUp]
+    scheduler: ExpertScheduler, examples: Sequence[Example], plans: Mapping[str, RecruitingPlan]
 ) -> dict[str, list[Outcome]]:
-    """Answer all questions with all line-ups; what they share is asked once, and every group is loaded once.
+    """Answer all questions with all methods; what they share is asked once, and every group is loaded once.
 
     Args:
         scheduler: asks the experts.
         examples: the questions.
-        line_ups: by name.
+        plans: by name.
 
     Raises:
         CoterieError: when a model does not fit into memory, or replies cannot be written.
     """
-    judges = [name for line_up in line_ups.values() for name in line_up.aggregators if name not in VOTES]
+    aggregators = [name for plan in plans.values() for name in plan.aggregators if name not in VOTES]
     asked = {
-        (name, number): line_up.asks(number, example)
-        for name, line_up in line_ups.items()
+        (name, number): plan.asks(number, example)
+        for name, plan in plans.items()
         for number, example in enumerate(examples)
     }
-    flat = [ask for asks in asked.values() for ask in asks]
-    replies = scheduler.ask(flat, last=list(dict.fromkeys(judges)))
+    flat = [question for questions in asked.values() for question in questions]
+    replies = scheduler.ask(flat, last=list(dict.fromkeys(aggregators)))
     tell_failures(flat, replies)
     queue = iter(replies)
-    given = {
-        (name, number): tuple(_given(ask, next(queue), line_ups[name], number, examples[number]) for ask in asks)
-        for (name, number), asks in asked.items()
-    }
-    return _aggregated(scheduler, examples, line_ups, given)
-
-
-def _given(ask: Question, reply: Reply, line_up: LineUp, number: int, example: Example) -> Given:
-    place = line_up.routing.experts.index(ask.expert)
-    weight = float(line_up.relevance[number, place])
-    text = after_thinking(reply.text)
-    return Given(ask.expert, reply, read_answer(text, example.instruction) if text else "", weight)
+    given = {}
+    for (name, number), questions in asked.items():
+        plan, answers = plans[name], []
+        for question in questions:
+            reply = next(queue)
+            text = after_thinking(reply.text)
+            reading = read_answer(text, examples[number].instruction) if text else ""
+            weight = float(plan.relevance[number, plan.routing.experts.index(question.expert)])
+            answers.append(ExpertAnswer(question.expert, reply, reading, weight))
+        given[name, number] = tuple(answers)
+    return _aggregated(scheduler, examples, plans, given)
 
 
 def _aggregated(
     scheduler: ExpertScheduler,
     examples: Sequence[Example],
-    line_ups: Mapping[str, LineUp],
-    given: Mapping[tuple[str, int], tuple[Given, ...]],
+    plans: Mapping[str, RecruitingPlan],
+    given: Mapping[tuple[str, int], tuple[ExpertAnswer, ...]],
 ) -> dict[str, list[Outcome]]:
     """Let votes be counted, and aggregators write."""
     wanted = {
         (name, number): synthesis_ask(
-            line_ups[name].aggregators[number], examples[number], texts_of(own), line_ups[name].sampling
+            plans[name].aggregators[number], examples[number], texts_of(own), plans[name].sampling
         )
         for (name, number), own in given.items()
-        if line_ups[name].aggregators[number] not in VOTES and texts_of(own)
+        if plans[name].aggregators[number] not in VOTES and texts_of(own)
     }
     replies = dict(zip(wanted, scheduler.ask(list(wanted.values())), strict=True))
     tell_failures(list(wanted.values()), list(replies.values()))
     return {
         name: [
-            _outcome(line_up, number, given[name, number], replies.get((name, number)), example)
+            _outcome(plan, number, given[name, number], replies.get((name, number)), example)
             for number, example in enumerate(examples)
         ]
-        for name, line_up in line_ups.items()
+        for name, plan in plans.items()
     }
 
 
-def texts_of(given: Sequence[Given]) -> list[str]:
+def texts_of(given: Sequence[ExpertAnswer]) -> list[str]:
     """Return the answers that there are, without their thinking."""
     return [text for own in given if (text := after_thinking(own.reply.text))]
 
@@ -185,9 +184,9 @@ def synthesis_ask(aggregator: str, example: Example, texts: Sequence[str], sampl
 
 
 def _outcome(
-    line_up: LineUp, number: int, given: tuple[Given, ...], synthesis: Reply | None, example: Example
+    plan: RecruitingPlan, number: int, given: tuple[ExpertAnswer, ...], synthesis: Reply | None, example: Example
 ) -> Outcome:
-    aggregator = line_up.aggregators[number]
+    aggregator = plan.aggregators[number]
     if synthesis is not None and (text := after_thinking(synthesis.text)):
         return Outcome(text, given, aggregator, synthesis)
     answered = [own for own in given if after_thinking(own.reply.text)]
@@ -195,5 +194,5 @@ def _outcome(
     if not answered:
         return Outcome("", given, voting, synthesis)
     readings, weights = [own.reading for own in answered], [own.weight for own in answered]
-    elected = answered[elect(voting, readings, weights, f"{line_up.sampling.seed} {example.instruction}")]
+    elected = answered[elect(voting, readings, weights, f"{plan.sampling.seed} {example.instruction}")]
     return Outcome(after_thinking(elected.reply.text), given, voting, synthesis)

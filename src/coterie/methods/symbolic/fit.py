@@ -15,7 +15,7 @@ from coterie.errors import CoterieError, unknown_name
 from coterie.experts.expert_pool import POOL_FILE, Pool, pool_from, read_pool
 from coterie.features.skills import load_embed, nearest_skills
 from coterie.methods.symbolic.aggregator import best_aggregators, judge_aggregators, make_up
-from coterie.methods.symbolic.answer import LineUp
+from coterie.methods.symbolic.answer import RecruitingPlan
 from coterie.methods.symbolic.methods import BEST_SINGLE, METHOD, METHODS, RANDOM, SELF_CONSISTENCY
 from coterie.methods.symbolic.profile import PROFILE, REPLIES, VALIDATION, Profiled, read_profile
 from coterie.methods.symbolic.skills import find_skills, open_scheduler
@@ -95,9 +95,9 @@ class Symbolic:
         asked = self.profiled.how.skill_expert
         return asked if asked in local else local[0]
 
-    def line_up(
+    def recruiting_plan(
         self, name: str, examples: Sequence[Example], skills: Sequence[tuple[str, ...]], sampling: SamplingSettings
-    ) -> LineUp:
+    ) -> RecruitingPlan:
         """Return who answers the questions under one of the methods that are compared.
 
         Args:
@@ -117,10 +117,10 @@ class Symbolic:
         if name in (METHOD, *VOTES):
             recruits = recruit(self.profiled.profile, skills, texts, self.recruiting, sampling.seed)
             aggregators = own if name == METHOD else [name] * len(texts)
-            return LineUp(recruits.routing, recruits.relevance, aggregators, sampling)
+            return RecruitingPlan(recruits.routing, recruits.relevance, aggregators, sampling)
         if name == RANDOM:
             routing = random_recruits(self.pool.names, texts, self.recruiting, sampling.seed)
-            return LineUp(routing, torch.ones(routing.weights.shape), own, sampling)
+            return RecruitingPlan(routing, torch.ones(routing.weights.shape), own, sampling)
         if name == SELF_CONSISTENCY:
             warm = sampling.model_copy(update={"temperature": sampling.temperature or TEMPERATURE})
             return self._single(self.best_single, len(texts), SAMPLES, warm)
@@ -129,11 +129,11 @@ class Symbolic:
             raise unknown_name("method or expert", name, [*METHODS, *self.pool.names])
         return self._single(expert, len(texts), 1, sampling)
 
-    def _single(self, expert: str, count: int, answers: int, sampling: SamplingSettings) -> LineUp:
+    def _single(self, expert: str, count: int, answers: int, sampling: SamplingSettings) -> RecruitingPlan:
         weights = torch.zeros(count, len(self.pool.names))
         weights[:, self.pool.names.index(expert)] = answers
         routing = Routing(self.pool.names, weights)
-        return LineUp(routing, torch.ones(weights.shape), [MAJORITY] * count, sampling)
+        return RecruitingPlan(routing, torch.ones(weights.shape), [MAJORITY] * count, sampling)
 
     @property
     def best_single(self) -> str:
@@ -186,7 +186,9 @@ def fit_symbolic(settings: SymbolicSettings) -> Symbolic:
         raise CoterieError(
             f"the profile in {folder} is of other experts; type: coterie profile {folder} --overwrite ..."
         )
-    _check_aggregator(settings.aggregator, pool)
+    known = ["auto", *VOTES, *pool.names]
+    if settings.aggregator not in known:
+        raise unknown_name("aggregator", settings.aggregator, known)
     inputs = {"pool": sha256_of(folder / POOL_FILE), "profile": sha256_of(folder / PROFILE / "profile.json")}
     with run_folder(output, "fit symbolic-moe", settings.model_dump(), inputs) as run:
         judged = _judged(settings, pool, profiled) if settings.aggregator == "auto" else None
@@ -198,12 +200,6 @@ def fit_symbolic(settings: SymbolicSettings) -> Symbolic:
         write_jsonl(run.path / VALIDATION, profiled.rows)
         write_json(run.path / "mixture.json", fitted.record())
     return fitted
-
-
-def _check_aggregator(name: str, pool: Pool) -> None:
-    known = ["auto", *VOTES, *pool.names]
-    if name not in known:
-        raise unknown_name("aggregator", name, known)
 
 
 def _judged(settings: SymbolicSettings, pool: Pool, profiled: Profiled) -> SkillProfile | None:

@@ -150,7 +150,7 @@ def plan_work(
     Args:
         fitted: the run.
         settings: how it will answer.
-        name: of the line-up.
+        name: of the method.
         examples: the questions.
         replies: replies that are there already, which cost nothing.
 
@@ -166,8 +166,8 @@ def plan_work(
     cache = ReplyCache(replies, read_only=True)
     with ExpertScheduler(groups, identities, cache, budget, quiet=True) as scheduler:
         skills, is_exact = _skills(fitted, scheduler, counting, examples)
-        line_up = fitted.line_up(name, examples, skills, settings.sampling)
-        answer_all(scheduler, examples, {name: line_up})
+        plan = fitted.recruiting_plan(name, examples, skills, settings.sampling)
+        answer_all(scheduler, examples, {name: plan})
         held = _held(sizes, scheduler.loads)
     kinds = {expert.name: expert.kind for expert in fitted.pool.experts}
     ordered = {expert: tallies[expert] for expert in fitted.pool.names if expert in tallies}

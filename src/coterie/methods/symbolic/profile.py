@@ -120,10 +120,14 @@ def profile_pool(settings: ProfileSettings) -> Profiled:
     output = folder / PROFILE
     check_output(output, overwrite=settings.overwrite)
     examples = _usable(load_questions(settings.data, settings.limit), settings)
-    _check_experts(settings, pool)
+    if settings.skill.skills != "category":
+        ask_expert(settings.skill, pool)
+    remote = [expert.name for expert in pool.experts if expert.kind == "endpoint"]
+    if settings.score == "likelihood" and remote:
+        raise CoterieError(f"--score likelihood cannot be had from the endpoint {remote[0]!r}; take --score answers")
     options = skill_list(settings.skill, examples) if settings.skill.skills == "choice" else []
     embed = load_embed(settings.skill.encoder) if settings.skill.skills == "keywords" else None
-    inputs = {"data": hash_examples(examples), "pool": _hash(pool)}
+    inputs = {"data": hash_examples(examples), "pool": hash_json(pool.record(), ensure_ascii=True)}
     with run_folder(output, "profile", settings.model_dump(), inputs) as run:
         with open_scheduler(pool, settings, folder / REPLIES) as scheduler:
             skills = find_skills(scheduler, pool, settings.skill, examples, options)
@@ -190,18 +194,6 @@ def _usable(examples: Sequence[Example], settings: ProfileSettings) -> list[Exam
     return kept
 
 
-def _check_experts(settings: ProfileSettings, pool: Pool) -> None:
-    if settings.skill.skills != "category":
-        ask_expert(settings.skill, pool)
-    remote = [expert.name for expert in pool.experts if expert.kind == "endpoint"]
-    if settings.score == "likelihood" and remote:
-        raise CoterieError(f"--score likelihood cannot be had from the endpoint {remote[0]!r}; take --score answers")
-
-
-def _hash(pool: Pool) -> str:
-    return hash_json(pool.record(), ensure_ascii=True)  # as it was written ever since
-
-
 Replies = list[dict[str, Reply]]
 
 
@@ -218,14 +210,14 @@ def _scored(
         raise CoterieError(f"no expert answered any question; the first failed with: {replies[0].error}")
     width = len(pool.names)
     rows = [dict(zip(pool.names, replies[n * width : (n + 1) * width], strict=True)) for n in range(len(examples))]
-    scores = [[_score(row[name], example) for name in pool.names] for row, example in zip(rows, examples, strict=True)]
+
+    def score(reply: Reply, example: Example) -> float:
+        if reply.error is not None:
+            return math.nan
+        return 1.0 if is_right(reply.text, example) else -1.0
+
+    scores = [[score(row[name], example) for name in pool.names] for row, example in zip(rows, examples, strict=True)]
     return rows, torch.tensor(scores).T
-
-
-def _score(reply: Reply, example: Example) -> float:
-    if reply.error is not None:
-        return math.nan
-    return 1.0 if is_right(reply.text, example) else -1.0
 
 
 def _likelihoods(

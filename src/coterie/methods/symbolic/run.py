@@ -33,13 +33,13 @@ def generate_symbolic(settings: GenerateSettings, prompts: Sequence[Prompt]) -> 
         CoterieError: for settings that do not apply, bad prompts, or experts that have changed.
     """
     fitted = load_symbolic(settings.mixture)
-    name = line_up_name(settings.routing)
+    name = method_name(settings.routing)
     examples = [as_example(prompt, number) for number, prompt in enumerate(prompts)]
     with open_scheduler(fitted.pool, settings, replies_beside(settings.output)) as scheduler:
         skills = fitted.skills(scheduler, examples)
-        line_up = fitted.line_up(name, examples, skills, settings.sampling)
-        outcomes = answer_all(scheduler, examples, {name: line_up})[name]
-    recruits = [line_up.routing.row(number) for number in range(len(examples))]
+        plan = fitted.recruiting_plan(name, examples, skills, settings.sampling)
+        outcomes = answer_all(scheduler, examples, {name: plan})[name]
+    recruits = [plan.routing.row(number) for number in range(len(examples))]
     records = [
         {
             "id": example.id,
@@ -62,7 +62,7 @@ def plan_symbolic(settings: GenerateSettings, prompts: Sequence[Prompt]) -> Work
     """
     fitted = load_symbolic(settings.mixture)
     examples = [as_example(prompt, number) for number, prompt in enumerate(prompts)]
-    name = line_up_name(settings.routing)
+    name = method_name(settings.routing)
     return plan_work(fitted, settings, name, examples, replies_beside(settings.output))
 
 
@@ -78,7 +78,7 @@ def _write(output: str | None, records: list[dict[str, Any]], any_failed: bool) 
         kept.unlink(missing_ok=True)
 
 
-def line_up_name(routing: RoutingSettings) -> str:
+def method_name(routing: RoutingSettings) -> str:
     """Return which method answers.
 
     Raises:

@@ -121,7 +121,11 @@ def find_skills(
     expert = ask_expert(settings, pool)
     questions = [example.instruction for example in examples]
     if settings.skills == "choice":
-        return _chosen(scheduler, expert, questions, options)
+        answerer = scheduler.loaded(expert)
+        assert isinstance(answerer, LocalAnswerer)  # endpoints were refused before
+        requests = [choice_request(question, options) for question in [*questions, BLANK]]
+        found = answerer.option_logprobs(expert, requests, letters(options))
+        return chosen_skills(found[:-1], found[-1], options)
     return _named(scheduler, expert, questions)
 
 
@@ -147,13 +151,3 @@ def _named(scheduler: ExpertScheduler, expert: str, questions: Sequence[str]) ->
             len(skills),
         )
     return skills
-
-
-def _chosen(
-    scheduler: ExpertScheduler, expert: str, questions: Sequence[str], options: Sequence[str]
-) -> list[tuple[str, ...]]:
-    answerer = scheduler.loaded(expert)
-    assert isinstance(answerer, LocalAnswerer)  # endpoints were refused before
-    requests = [choice_request(question, options) for question in [*questions, BLANK]]
-    found = answerer.option_logprobs(expert, requests, letters(options))
-    return chosen_skills(found[:-1], found[-1], options)
