@@ -3,6 +3,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from importlib.resources import files
 from xml.etree import ElementTree
 
 from coterie.report import write_report
@@ -143,6 +144,10 @@ def page_of(folder, evaluation, rows):
 
 def number(text):
     return float(text.removesuffix("%").replace("−", "-"))
+
+
+def style():
+    return files("coterie.report").joinpath("style.css").read_text(encoding="utf-8")
 
 
 def luminance(colour):

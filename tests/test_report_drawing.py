@@ -2,7 +2,6 @@
 
 import math
 import re
-from importlib.resources import files
 from xml.etree import ElementTree
 
 import pytest
@@ -13,7 +12,7 @@ from coterie.report import draw
 from coterie.report.charts import split_bar
 from coterie.report.plots import Frame, Group, Point, curve, draw_map, fit, scatter, spread_out
 from coterie.report.scales import Scale, even_scale, scale_for
-from report_pages import luminance, number
+from report_pages import luminance, number, style
 
 EVEN = Scale(0.0, 10.0, (0.0, 5.0, 10.0))
 
@@ -117,10 +116,6 @@ def test_labels_that_would_touch_are_moved_apart_and_the_others_stay():
     assert [place for _, place in sorted(zip([30, 20, 25, 40], moved, strict=True))] == sorted(moved)
     gaps = [after - before for before, after in zip(sorted(moved), sorted(moved)[1:], strict=False)]
     assert min(gaps) == pytest.approx(12) and sum(moved) == pytest.approx(115)
-
-
-def style():
-    return files("coterie.report").joinpath("style.css").read_text()
 
 
 def test_twelve_marks_differ_in_outline_or_filling():

@@ -3,7 +3,6 @@
 import copy
 import json
 import re
-from importlib.resources import files
 from xml.etree import ElementTree
 
 import pytest
@@ -23,6 +22,7 @@ from report_pages import (
     records,
     save,
     score,
+    style,
     unnamed_pictures,
 )
 
@@ -314,10 +314,6 @@ def test_variants_run_from_every_token_to_the_prompts_weights_alone(tmp_path):
         "token-level, every 8th token",
         "token-level, prompt only",
     ]
-
-
-def style():
-    return files("coterie.report").joinpath("style.css").read_text(encoding="utf-8")
 
 
 def mixed(colour, paper, part):
