@@ -156,7 +156,9 @@ def choose(task: KshotTask, settings: SelectSettings | KshotSettings, cached: Js
         "shots": len(task.shots),
         "chosen": list(best[0].names),
         "adapters": _adapter_rows(scoring, names, order, best[0].names, similarity, known),
-        "subsets": [{**asdict(group), "names": list(group.names)} for group in best[:GROUPS_KEPT]],
+        "subsets": [
+            {**asdict(group), "names": list(group.names), "score": group.score} for group in best[:GROUPS_KEPT]
+        ],
         "halving": rounds,
     }
     return Selected(record, [cell for name in sorted(scoring.cells) for cell in scoring.cells[name]])
