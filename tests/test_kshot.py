@@ -91,8 +91,7 @@ def test_those_that_were_trained_on_the_task_are_chosen(bank, shots, tmp_path):
     found = coterie.select(bank, str(shots), output=tmp_path / "select", keep=2, diversity="none", **FAST)
     assert set(found.chosen) == {"pick-2", "pick-3"}
     record = selection_of(tmp_path / "select")
-    assert record == found.record and record["shots"] == 5
-    assert {one["score"] - one["rank_sum"] - one["rank_diversity"] for one in record["subsets"]} == {0}
+    assert record == found.record.plain() and record["shots"] == 5
     assert sorted(own["rank_sum"] for own in record["adapters"]) == [own["rank_sum"] for own in record["adapters"]]
     assert [own["name"] for own in record["adapters"] if own["candidate"]] == [
         own["name"] for own in record["adapters"]
@@ -136,15 +135,19 @@ def test_how_many_adapters_are_loaded_together_changes_nothing(bank, shots, tmp_
     for size in (1, 4):
         sizes.clear()
         output = tmp_path / f"select-{size}"
-        record = coterie.select(bank, str(shots), output=output, keep=2, candidates=2, group_size=size, **FAST).record
+        record = coterie.select(
+            bank, str(shots), output=output, keep=2, candidates=2, group_size=size, **FAST
+        ).record.plain()
         assert max(sizes) == max(size, 2)  # the candidates are compared together
         found[size] = [(own["name"], own["accuracy"], own["rank_sum"]) for own in record["adapters"]], record["chosen"]
     assert found[1] == found[4]
 
 
 def test_halving_ends_with_the_numbers_of_full_scoring_and_tells_whom_it_left_out(bank, shots, tmp_path):
-    full = coterie.select(bank, str(shots), output=tmp_path / "full", keep=1, candidates=2, **FAST).record
-    halved = coterie.select(bank, str(shots), output=tmp_path / "half", keep=1, candidates=2, halving=2, **FAST).record
+    full = coterie.select(bank, str(shots), output=tmp_path / "full", keep=1, candidates=2, **FAST).record.plain()
+    halved = coterie.select(
+        bank, str(shots), output=tmp_path / "half", keep=1, candidates=2, halving=2, **FAST
+    ).record.plain()
     assert [(own["shots"], own["scored"], own["kept"]) for own in halved["halving"]] == [
         (2, 6, 3),
         (4, 3, 2),
@@ -171,7 +174,7 @@ def test_planted_leaks_are_told_and_dropped_where_asked(bank, shelf, shots, tmp_
     assert row(told, "pick-2")["known_rows"] == len(known) and "pick-2" in told["chosen"]
     code, out, _ = run("select", bank, *flags, "--output", tmp_path / "dropped", "--exclude-leaks")
     dropped = selection_of(tmp_path / "dropped")
-    assert code == 0 and re.search(r"^pick-2 +knows shots or excluded rows$", out, re.MULTILINE)
+    assert code == 0 and re.search(r"^pick-2 +- +- +- +knows shots or excluded rows$", out, re.MULTILINE)
     assert row(dropped, "pick-2")["dropped"] == "leak" and "pick-2" not in dropped["chosen"]
 
 
@@ -195,16 +198,16 @@ def test_interrupted_scoring_goes_on(bank, shots, tmp_path, monkeypatch):
     first = list(scored)
     monkeypatch.setattr(selecting, "_score", until(99))
     scored.clear()
-    record = coterie.select(bank, str(shots), **options).record
+    record = coterie.select(bank, str(shots), **options).record.plain()
     assert len(first) == 2 and len(scored) == 1 and not set(first) & set(scored)
     monkeypatch.undo()
-    assert record == coterie.select(bank, str(shots), **{**options, "output": tmp_path / "again"}).record
+    assert record == coterie.select(bank, str(shots), **{**options, "output": tmp_path / "again"}).record.plain()
 
 
 def test_signals_can_be_taken_alone(bank, shots, tmp_path):
     record = coterie.select(
         bank, str(shots), output=tmp_path / "p", keep=1, rank_by="perplexity", diversity="none", **FAST
-    ).record
+    ).record.plain()
     assert all(own["accuracy"] is None and own["rank_sum"] == own["rank_perplexity"] for own in record["adapters"])
     best = min(record["adapters"], key=lambda own: own["perplexity"])
     assert record["chosen"] == [best["name"]]

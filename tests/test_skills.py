@@ -161,13 +161,13 @@ def test_a_profile_without_a_question_is_that_of_the_others(profile):
 def test_a_profile_is_read_as_it_was_written(profile):
     again = profile_from(profile.record(), "profile.json")
     assert torch.equal(again.values("shrunk"), profile.values("shrunk")) and again.skills == profile.skills
-    for broken in (
-        {},
-        {**profile.record(), "right": [[1]]},
-        {**profile.record(), "trials": None},
-        {**profile.record(), "overall_right": [NAN, 1]},
+    for broken, message in (
+        ({}, "profile.json, 'experts': is missing"),
+        ({**profile.record(), "right": [[1]]}, "profile.json: 'right' should be 2 lists of"),
+        ({**profile.record(), "trials": None}, "profile.json, 'trials': should be"),
+        ({**profile.record(), "overall_right": [NAN, 1]}, "profile.json, 'overall_right' 1: should be a finite number"),
     ):
-        with pytest.raises(CoterieError, match="profile.json holds no profile"):
+        with pytest.raises(CoterieError, match=message):
             profile_from(broken, "profile.json")
 
 

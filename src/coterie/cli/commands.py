@@ -212,7 +212,7 @@ def verify_bank(settings: BankVerifySettings) -> None:
 def select(settings: SelectSettings, as_json: AsJson = False) -> None:
     """Choose adapters of a bank for a task of which a few examples are known (2408.15915)."""
     selected = coterie.methods.select_adapters(settings)
-    typer.echo(json.dumps(selected.record) if as_json else str(selected))
+    typer.echo(json.dumps(selected.record.plain()) if as_json else str(selected))
 
 
 @command("gather", "coterie gather --shots shots.jsonl --pool dolly.jsonl --budget 1000 --output runs/gather")
@@ -237,7 +237,7 @@ def init_pool(settings: ExpertPoolSettings) -> None:
 def profile(settings: ProfileSettings, as_json: AsJson = False) -> None:
     """Find out what every expert is good at, skill by skill, on validation questions."""
     found = coterie.methods.profile_pool(settings)
-    typer.echo(json.dumps(found.record()) if as_json else str(found))
+    typer.echo(json.dumps(found.record().plain()) if as_json else str(found))
 
 
 @command("run", "coterie run runs/elrea/run.yaml")

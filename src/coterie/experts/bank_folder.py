@@ -15,6 +15,7 @@ from coterie.data.examples import Example
 from coterie.data.streaming import KEY_BYTES, question_of, text_key
 from coterie.errors import CoterieError, unknown_name
 from coterie.experts.cards import Card, printable, read_card, read_small_json, short
+from coterie.records.wording import columns
 
 BANK_FILE = "bank.json"
 EXPERTS = "experts"
@@ -72,12 +73,7 @@ class BankFolder:
 
     def __str__(self) -> str:
         """List the adapters, one a line."""
-        lines = [HEADINGS, *map(_cells, self.cards)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, ALIGNED, widths, strict=True)).rstrip()
-            for line in lines
-        )
+        return columns([HEADINGS, *map(_cells, self.cards)], ALIGNED)
 
 
 def _cells(card: Card) -> tuple[str, ...]:

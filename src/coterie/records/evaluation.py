@@ -250,36 +250,41 @@ class Clustering(Record, extra="allow"):
     adjusted_rand_index: Number = None
 
 
-class Profile(Record):
-    """What experts showed on validation questions: right answers and trials, by expert and skill and over all.
+class SkillCounts(Record):
+    """What experts showed on questions: right answers and trials, by expert and skill and over all."""
 
-    The other fields tell how it was made, so that questions are routed by it: how skills are found (`skills_by`), those
-    chosen from (`options`), the `names` they go by, what `score` counts, and what stood for each expert's weights.
-    """
-
-    format: int = FORMAT
     experts: Names
     skills: Names
     right: tuple[tuple[Amount, ...], ...]
     trials: tuple[tuple[Amount, ...], ...]
-    overall_right: tuple[Amount, ...] = ()
-    overall_trials: tuple[Amount, ...] = ()
-    skills_by: Facts = {}
-    options: Texts = ()
-    names: dict[StrictStr, StrictStr] = {}
-    score: StrictStr = ""
-    identities: dict[StrictStr, StrictStr] = {}
+    overall_right: tuple[Amount, ...]
+    overall_trials: tuple[Amount, ...]
 
     @model_validator(mode="after")
-    def _check_shapes(self) -> "Profile":
+    def _check_shapes(self) -> "SkillCounts":
         height, width = len(self.experts), len(self.skills)
         for key in ("right", "trials"):
             rows = getattr(self, key)
             if len(rows) != height or any(len(row) != width for row in rows):
                 raise ValueError(f"{key!r} should be {height} lists of {width} numbers")
-        if not {len(self.overall_right), len(self.overall_trials)} <= {0, height}:
+        if len(self.overall_right) != height or len(self.overall_trials) != height:
             raise ValueError(f"'overall_right' and 'overall_trials' should be lists of {height} numbers")
         return self
+
+
+class Profile(SkillCounts):
+    """What a pool's experts showed on validation questions, and all that questions are routed by.
+
+    That is how skills are found (`skills_by`), those that are chosen from (`options`), the `names` they go by, what
+    `score` counts, and what stood for each expert's weights.
+    """
+
+    format: int = FORMAT
+    skills_by: Facts
+    options: Texts
+    names: dict[StrictStr, StrictStr]
+    score: StrictStr
+    identities: dict[StrictStr, StrictStr]
 
 
 class EvaluationRecord(Record):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
@@ -16,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from coterie.artifacts import read_json
 from coterie.errors import CoterieError
 
 _LARGEST = 1e300  # a whole number in JSON may be longer than any float
@@ -69,6 +71,15 @@ def parse(kind: type[AnyRecord], values: object, place: str, advice: str) -> Any
         lacks = first["type"] == "missing"
         got = "got nothing" if lacks else f"got {json.dumps(first['input'], default=repr)[:60]}"
         raise CoterieError(f"{place}{where}: {'is missing' if lacks else wanted}, {got}; {advice}") from error
+
+
+def read(kind: type[AnyRecord], path: Path, advice: str) -> AnyRecord:
+    """Read a JSON file that holds one record.
+
+    Raises:
+        CoterieError: when it is missing or broken; see `parse`.
+    """
+    return parse(kind, read_json(path), str(path), advice)
 
 
 def _number(value: object) -> float | None:

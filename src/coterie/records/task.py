@@ -64,6 +64,11 @@ class SelectionRecord(Record):
     subsets: tuple[GroupRecord, ...] = ()
     halving: tuple[HalvingRound, ...] = ()
 
+    @property
+    def first(self) -> str:
+        """The adapter that ranks first."""
+        return self.adapters[0].name
+
 
 class PoolSource(Record):
     """One source of a pool: its rows, and how many of them were chosen."""

@@ -62,7 +62,8 @@ def columns(lines: Sequence[Sequence[str]], sides: str, width: int | None = None
     from rich.table import Table
     from rich.text import Text
 
-    kept = [(side, cells) for side, cells in zip(sides, zip(*lines, strict=True), strict=True) if any(cells[1:])]
+    pairs = zip(sides, zip(*lines, strict=True), strict=True)
+    kept = [(side, cells) for side, cells in pairs if len(lines) == 1 or any(cells[1:])]
     widths = [max(map(cell_len, cells)) for _, cells in kept]
     needed = sum(widths) + 2 * (len(widths) - 1)
     if width is not None and needed > width:

@@ -6,6 +6,7 @@ import re
 
 from coterie.records.evaluation import Difference, EvaluationRecord
 from coterie.records.wording import listed
+from coterie.records.wording import p_value as known_p_value
 
 ABSENT = "–"
 AXES = {"accuracy": "Accuracy in %", "nll": "NLL in nats a token"}
@@ -67,9 +68,7 @@ def share(value: float | None) -> str:
 
 def p_value(p: float | None) -> str:
     """Write a p to three decimals, and a smaller one as such."""
-    if p is None:
-        return ABSENT
-    return "<0.001" if p < 0.001 else fixed(p, 3)
+    return known_p_value(p) or ABSENT
 
 
 def gigabytes(count: float | None) -> str:

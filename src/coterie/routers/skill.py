@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from coterie.errors import CoterieError
+from coterie.records.evaluation import SkillCounts
+from coterie.records.schema import parse
 from coterie.routers.base import Routing
 from coterie.settings.groups import RecruitSettings
 
@@ -89,19 +90,11 @@ def profile_from(record: Mapping[str, Any], place: str) -> SkillProfile:
     Raises:
         CoterieError: when it is broken.
     """
-    try:
-        experts, skills = tuple(map(str, record["experts"])), tuple(map(str, record["skills"]))
-        by_skill = [torch.tensor(record[name], dtype=torch.float32) for name in ("right", "trials")]
-        overall = [torch.tensor(record[name], dtype=torch.float32) for name in ("overall_right", "overall_trials")]
-        by_skill = [tensor.reshape(len(experts), len(skills)) for tensor in by_skill]
-        overall = [tensor.reshape(len(experts)) for tensor in overall]
-        if not all(bool(tensor.isfinite().all()) for tensor in (*by_skill, *overall)):
-            raise ValueError("it holds no finite numbers")
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CoterieError(
-            f"{place} holds no profile of experts and skills; type: coterie profile --overwrite"
-        ) from error
-    return SkillProfile(experts, skills, *by_skill, *overall)
+    found = parse(SkillCounts, record, place, "type: coterie profile --overwrite")
+    shape = len(found.experts), len(found.skills)
+    right, trials = (torch.tensor(values, dtype=torch.float32).reshape(shape) for values in (found.right, found.trials))
+    overall = (torch.tensor(values, dtype=torch.float32) for values in (found.overall_right, found.overall_trials))
+    return SkillProfile(found.experts, found.skills, right, trials, *overall)
 
 
 def build_profile(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from coterie.artifacts import JsonCache, check_output, read_json, run_folder, write_json, write_jsonl
+from coterie.artifacts import JsonCache, check_output, run_folder, write_json, write_jsonl
 from coterie.data.examples import Example
 from coterie.errors import CoterieError
 from coterie.experts.adapter_selection import (
@@ -34,6 +34,9 @@ from coterie.methods.kshot.rationales import with_rationales
 from coterie.methods.kshot.task import KshotTask, open_task
 from coterie.mixture.local_answers import LocalAnswerer
 from coterie.mixture.scoring import answer_positions
+from coterie.records.schema import read
+from coterie.records.task import AdapterRecord, GroupRecord, HalvingRound, SelectionRecord
+from coterie.records.wording import columns
 from coterie.settings.commands import KshotSettings, SelectSettings
 from coterie.settings.groups import SamplingSettings, SelectAdaptersSettings
 from coterie.settings.reading import from_flat
@@ -43,6 +46,7 @@ logger = logging.getLogger(__name__)
 SELECTION_FILE = "selection.json"
 SCORES_FILE = "scores.jsonl"
 GROUPS_KEPT = 20
+_REASONS = {"leak": "knows shots or excluded rows", "halving": "left out by halving"}
 
 
 @dataclass(frozen=True)
@@ -54,33 +58,28 @@ class Selected:
         scores: what `scores.jsonl` holds: every adapter's answer to every shot that it saw.
     """
 
-    record: dict[str, Any]
+    record: SelectionRecord
     scores: list[dict[str, Any]]
 
     @property
     def chosen(self) -> list[str]:
         """Names of the chosen adapters, best first."""
-        return list(self.record["chosen"])
+        return list(self.record.chosen)
 
     def write(self, folder: Path) -> None:
         """Write `selection.json` and `scores.jsonl` into a folder."""
         write_jsonl(folder / SCORES_FILE, self.scores)
-        write_json(folder / SELECTION_FILE, self.record)
+        write_json(folder / SELECTION_FILE, self.record.plain())
 
     def __str__(self) -> str:
-        width = max(len(row["name"]) for row in self.record["adapters"])
-        head = f"{'adapter':{width}}  right  perplexity  ranks  chosen"
-        return "\n".join([head, *(_line(row, width) for row in self.record["adapters"])])
-
-
-def _line(row: dict[str, Any], width: int) -> str:
-    if row["rank_sum"] is None:
-        reason = "knows shots or excluded rows" if row["dropped"] == "leak" else "left out by halving"
-        return f"{row['name']:{width}}  {reason}"
-    right = "     -" if row["accuracy"] is None else f"{row['accuracy']:6.0%}"
-    perplexity = "-" if row["perplexity"] is None else f"{row['perplexity']:.3f}"
-    mark = "*" if row["chosen"] else ""
-    return f"{row['name']:{width}} {right}  {perplexity:>10}  {row['rank_sum']:5}  {mark}"
+        """Return a table of all adapters, best first; the last column tells why one was left out."""
+        lines = [("adapter", "right", "perplexity", "ranks", "chosen")]
+        for one in self.record.adapters:
+            right = "-" if one.accuracy is None else f"{one.accuracy:.0%}"
+            perplexity = "-" if one.perplexity is None else f"{one.perplexity:.3f}"
+            mark = _REASONS[one.dropped] if one.dropped else "*" if one.chosen else ""
+            lines.append((one.name, right, perplexity, "-" if one.rank_sum is None else f"{one.rank_sum:.0f}", mark))
+        return columns(lines, "<>>><")
 
 
 def select(folder: str | Path, shots: str | list[str], *, output: str | Path, **settings: Any) -> Selected:  # noqa: ANN401
@@ -151,27 +150,25 @@ def choose(task: KshotTask, settings: SelectSettings | KshotSettings, cached: Js
     for name, place in places.items():
         others = [places[member] for member in best[0].names if member != name]
         similarity[name] = round(float(likeness[place, others].mean()), 6) if others else 0.0
-    record = {
-        "settings": how.model_dump(exclude={"exclude"}),
-        "shots": len(task.shots),
-        "chosen": list(best[0].names),
-        "adapters": _adapter_rows(scoring, names, order, best[0].names, similarity, known),
-        "subsets": [
-            {**asdict(group), "names": list(group.names), "score": group.score} for group in best[:GROUPS_KEPT]
-        ],
-        "halving": rounds,
-    }
+    record = SelectionRecord(
+        settings=how.model_dump(exclude={"exclude"}),
+        shots=len(task.shots),
+        chosen=best[0].names,
+        adapters=tuple(_adapter_records(scoring, names, order, best[0].names, similarity, known)),
+        subsets=tuple(GroupRecord(**asdict(group)) for group in best[:GROUPS_KEPT]),
+        halving=tuple(rounds),
+    )
     return Selected(record, [cell for name in sorted(scoring.cells) for cell in scoring.cells[name]])
 
 
-def _adapter_rows(
+def _adapter_records(
     scoring: "ShotScoring",
     names: Sequence[str],
     order: Sequence[Ranked],
     chosen: Sequence[str],
     similarity: Mapping[str, float],
     known: Mapping[str, int],
-) -> list[dict[str, Any]]:
+) -> list[AdapterRecord]:
     """Return a record of every adapter: those that saw all shots, best first, then the others with why they did not."""
     bank, finished = scoring.task.bank, {one.name: one for one in order}
     trained_on = {card.name: card.rows for card in bank.cards}
@@ -182,21 +179,21 @@ def _adapter_rows(
         one, cells = finished.get(name), scoring.cells.get(name)
         has_perplexity = one is not None and one.log_perplexity < math.log(1e300)
         rows.append(
-            {
-                "name": name,
-                "accuracy": None if one is None or math.isnan(one.accuracy) else one.accuracy,
-                "perplexity": math.exp(one.log_perplexity) if one and has_perplexity else None,
-                "rank_accuracy": one and one.rank_accuracy,
-                "rank_perplexity": one and one.rank_perplexity,
-                "rank_sum": one and one.rank_sum,
-                "similarity": similarity.get(name),
-                "nll": sum(cell["nll"] for cell in cells) / len(cells) if cells else None,
-                "candidate": name in similarity,
-                "chosen": name in chosen,
-                "leak": known.get(name, 0),
-                "known_rows": trained_on[name],
-                "dropped": dropped.get(name),
-            }
+            AdapterRecord(
+                name=name,
+                accuracy=None if one is None or math.isnan(one.accuracy) else one.accuracy,
+                perplexity=math.exp(one.log_perplexity) if one and has_perplexity else None,
+                rank_accuracy=one.rank_accuracy if one else None,
+                rank_perplexity=one.rank_perplexity if one else None,
+                rank_sum=one.rank_sum if one else None,
+                similarity=similarity.get(name),
+                nll=sum(cell["nll"] for cell in cells) / len(cells) if cells else None,
+                candidate=name in similarity,
+                chosen=name in chosen,
+                leak=known.get(name, 0),
+                known_rows=trained_on[name],
+                dropped=dropped.get(name),
+            )
         )
     return rows
 
@@ -222,7 +219,7 @@ class ShotScoring:
     cached: JsonCache
     cells: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
-    def halve(self, names: Sequence[str]) -> tuple[list[Ranked], list[dict[str, Any]]]:
+    def halve(self, names: Sequence[str]) -> tuple[list[Ranked], list[HalvingRound]]:
         """Score adapters round by round; every round goes on with the better part of them and with more shots.
 
         Returns the order of those that saw all shots, best first, and a record of every round where there are several.
@@ -241,7 +238,7 @@ class ShotScoring:
         for (shots, _), count, order in zip(plan, kept, orders, strict=True):
             both = [(one.rank_sum, final[one.name]) for one in order if one.name in final]
             tau = agreement(*map(list, zip(*both, strict=True)))  # how well the round foresaw the final order
-            rounds.append({"shots": shots, "scored": len(order), "kept": count, "tau": tau})
+            rounds.append(HalvingRound(shots=shots, scored=len(order), kept=count, tau=tau))
         return orders[-1], rounds if len(rounds) > 1 else []
 
     def rank(self, names: Sequence[str], shots: int) -> list[Ranked]:
@@ -315,18 +312,10 @@ def _score(scoring: ShotScoring, names: Sequence[str], places: range) -> dict[st
     return cells
 
 
-def read_selection(folder: Path) -> dict[str, Any]:
+def read_selection(folder: Path) -> SelectionRecord:
     """Read `selection.json` of a folder.
 
     Raises:
         CoterieError: when it is missing or broken.
     """
-    record = read_json(folder / SELECTION_FILE)
-    if not isinstance(record.get("chosen"), list) or not isinstance(record.get("adapters"), list):
-        raise CoterieError(f"{folder / SELECTION_FILE} names no chosen adapters; make it again with coterie select")
-    return record
-
-
-def best_by_shots(record: dict[str, Any]) -> str:
-    """Return the adapter that ranks first in a choice's record."""
-    return str(record["adapters"][0]["name"])
+    return read(SelectionRecord, folder / SELECTION_FILE, "make it again with coterie select")

@@ -18,7 +18,6 @@ from coterie.experts.training import train_adapter
 from coterie.lora import Adapter
 from coterie.methods.common import adapter_copier, base_plan
 from coterie.methods.extras import ExtraSpec, TrainedExtra
-from coterie.methods.kshot.choose_adapters import best_by_shots
 from coterie.methods.kshot.run import KshotRun
 from coterie.methods.kshot.train import tune
 from coterie.mixture.scoring import score_votes
@@ -31,7 +30,7 @@ LORAHUB = "lorahub"
 
 def _untuned(run: KshotRun, into: RunFolder) -> TrainedExtra:
     """Take the chosen adapters, and the best single one, as the bank has them."""
-    names = dict.fromkeys([*run.selection["chosen"], best_by_shots(run.selection)])
+    names = dict.fromkeys([*run.selection.chosen, run.selection.first])
     bank = run.task.bank
     folders = {
         f"{UNTUNED}{name}": into.stage(f"experts/{UNTUNED}{name}", adapter_copier(bank.folder_of(name)))
@@ -43,7 +42,7 @@ def _untuned(run: KshotRun, into: RunFolder) -> TrainedExtra:
 def _best_tuned(run: KshotRun, into: RunFolder) -> TrainedExtra:
     """Fine-tune the single best adapter on the mixture's own rows."""
     plan = base_plan(run.settings, BEST_TUNED, keep_epochs=False)
-    start = run.task.bank.folder_of(best_by_shots(run.selection))
+    start = run.task.bank.folder_of(run.selection.first)
     backbone = run.task.backbone
     trained = into.stage("training/best", lambda folder: train_adapter(backbone, run.rows, plan, folder, start))
     return TrainedExtra({BEST_TUNED: into.stage(f"experts/{BEST_TUNED}", adapter_copier(trained))})
@@ -52,7 +51,7 @@ def _best_tuned(run: KshotRun, into: RunFolder) -> TrainedExtra:
 def _lorahub(run: KshotRun, into: RunFolder) -> TrainedExtra:
     """Search weights of the candidates' factors without gradients (LoraHub, arXiv 2307.13269)."""
     task = run.task
-    names = [row["name"] for row in run.ranking if row["candidate"]]
+    names = [own.name for own in run.ranking if own.candidate]
     adapters = load_bank({name: task.bank.folder_of(name) for name in names}, task.backbone.model).adapters
     rows = task.rows(task.shots, run.settings.training.max_length)
     alone = torch.ones(1, len(rows), 1)
@@ -85,7 +84,7 @@ def _write_composed(run: KshotRun, name: str, into: RunFolder, adapter: Adapter)
 
 def _ablation(
     prefix: str,
-    experts: Callable[[KshotRun], list[str]] = lambda run: list(run.selection["chosen"]),
+    experts: Callable[[KshotRun], list[str]] = lambda run: list(run.selection.chosen),
     data: Callable[[KshotRun], list[Example]] = lambda run: run.gathered,
 ) -> ExtraSpec[KshotRun]:
     """Train a mixture as the run did, but from other experts or on other rows beside the shots."""
@@ -93,11 +92,11 @@ def _ablation(
     def make(run: KshotRun, into: RunFolder) -> TrainedExtra:
         names = experts(run)
         added = data(run)
-        if set(names) == set(run.selection["chosen"]) and added == run.gathered:
+        if set(names) == set(run.selection.chosen) and added == run.gathered:
             return _copied(run, into, prefix)  # the same mixture: training it again would give it again
         origins = {f"{prefix}-{name}": name for name in names}
         tuned = tune(into.path, run.task, origins, run.tokenised(added), run.settings)
-        return TrainedExtra(tuned.experts, tuned.router, {"gates": tuned.record})
+        return TrainedExtra(tuned.experts, tuned.router, {"gates": tuned.record.plain()})
 
     return ExtraSpec(make)
 
@@ -117,13 +116,13 @@ def _copied(run: KshotRun, into: RunFolder, prefix: str) -> TrainedExtra:
 
 def _first(run: KshotRun, *signals: str) -> list[str]:
     """Return as many adapters as were chosen, best by these numbers alone."""
-    order = sorted(run.ranking, key=lambda row: (*(row[signal] for signal in signals), row["name"]))
-    return [row["name"] for row in order[: len(run.selection["chosen"])]]
+    order = sorted(run.ranking, key=lambda own: (*(getattr(own, signal) for signal in signals), own.name))
+    return [own.name for own in order[: len(run.selection.chosen)]]
 
 
 def _random_experts(run: KshotRun) -> list[str]:
-    names = sorted(row["name"] for row in run.selection["adapters"] if row["dropped"] != "leak")
-    return random.Random(run.settings.seed).sample(names, len(run.selection["chosen"]))
+    names = sorted(own.name for own in run.selection.adapters if own.dropped != "leak")
+    return random.Random(run.settings.seed).sample(names, len(run.selection.chosen))
 
 
 def _random_rows(run: KshotRun) -> list[Example]:

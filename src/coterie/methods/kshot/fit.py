@@ -67,7 +67,7 @@ def fit_kshot(settings: KshotSettings) -> Mixture:
     pools = {f"pool {name}": sha256_of(Path(name)) for name in settings.pool if Path(name).is_file()}
     with run_folder(output, f"fit {METHOD}", settings.model_dump(), {**task.inputs(), **pools}) as run:
         selection = run.stage(SELECTION, lambda folder: choose(task, settings, run.cached).write(folder))
-        chosen = list(read_selection(selection)["chosen"])
+        chosen = list(read_selection(selection).chosen)
         gathered = _gathered(run, task, settings) if settings.pool else []
         rows = task.rows([*task.shots, *gathered], settings.training.max_length)
         mixture = _tuned(run, task, chosen, rows, settings)

@@ -35,6 +35,7 @@ from coterie.data.streaming import (
 from coterie.errors import CoterieError
 from coterie.features.embedding_store import EmbeddingStore, TextEncoder, load_text_encoder
 from coterie.methods.common import IN_MEMORY, hash_examples, named_sources
+from coterie.records.task import GatheringRecord, PoolPoint, PoolSource, Quantiles, ShotServed
 from coterie.settings.commands import GatherSettings
 from coterie.settings.reading import from_flat
 
@@ -201,7 +202,7 @@ def write_gathered(folder: Path, data: OpenData, encoder: TextEncoder, settings:
     examples = dict(data.index.read(data.fresh[np.union1d(selection.rows, drawn)]))
     write_jsonl(folder / GATHERED_FILE, _records(data, selection, examples))
     points = _map(data, lay_out(shots, pool, drawn), selection, drawn, examples)
-    write_json(folder / SUMMARY_FILE, {**_summary(data, selection, settings), "map": points})
+    write_json(folder / SUMMARY_FILE, _summary(data, selection, settings, points).plain())
 
 
 def _embed_missing(data: OpenData, store: EmbeddingStore, block_rows: int) -> None:
@@ -233,34 +234,37 @@ def _records(data: OpenData, selection: RowSelection, examples: Mapping[int, Exa
     ]
 
 
-def _summary(data: OpenData, selection: RowSelection, settings: GatherSettings) -> dict[str, Any]:
+def _summary(
+    data: OpenData, selection: RowSelection, settings: GatherSettings, points: Sequence[PoolPoint]
+) -> GatheringRecord:
     """Return what `gather.json` holds; the fates of the rows add up to their number."""
     index, measured = data.index, selection.measured
     pools = np.bincount(index.pool_of(data.fresh[selection.rows]), minlength=len(index.pools)).tolist()
     shots = np.bincount(measured.nearest[selection.rows], minlength=len(data.shots)).tolist()
     outcomes = {name: int((index.kinds == kind).sum()) for kind, name in BY_TEXT.items()}
     outcomes |= {name: int((selection.outcomes == own).sum()) for own, name in BY_EMBEDDING.items()}
-    return {
+    return GatheringRecord(
         **settings.rows.model_dump(exclude={"block_rows"}),
-        "encoder": settings.encoder,
-        "rows": len(index),
-        "fates": outcomes,
-        "pools": [
-            {"pool": name, "rows": rows, "chosen": chosen}
+        encoder=settings.encoder,
+        rows=len(index),
+        fates=outcomes,
+        pools=tuple(
+            PoolSource(pool=name, rows=rows, chosen=chosen)
             for name, rows, chosen in zip(index.pools, np.diff(index.starts).tolist(), pools, strict=True)
-        ],
-        "shots": [{"id": shot.id, "nearest_of_chosen": n} for shot, n in zip(data.shots, shots, strict=True)],
-        "excluded_rows": len(data.excluded),
-        "similarity_quantiles": {
-            "levels": QUANTILES.round(2).tolist(),
-            "compared": _quantiles(measured.similarity),
-            "chosen": _quantiles(measured.similarity[selection.rows]),
-        },
-    }
+        ),
+        shots=tuple(ShotServed(id=shot.id, nearest_of_chosen=n) for shot, n in zip(data.shots, shots, strict=True)),
+        excluded_rows=len(data.excluded),
+        similarity_quantiles=Quantiles(
+            levels=tuple(QUANTILES.round(2).tolist()),
+            compared=_quantiles(measured.similarity),
+            chosen=_quantiles(measured.similarity[selection.rows]),
+        ),
+        map=tuple(points),
+    )
 
 
-def _quantiles(values: Float[np.ndarray, " row"]) -> list[float]:
-    return np.quantile(values, QUANTILES).round(row_selection.DECIMALS).tolist()
+def _quantiles(values: Float[np.ndarray, " row"]) -> tuple[float, ...]:
+    return tuple(np.quantile(values, QUANTILES).round(row_selection.DECIMALS).tolist())
 
 
 # -------------------------------------------------------------------------------------------------- a map of the pool
@@ -305,19 +309,19 @@ def _map(
     selection: RowSelection,
     drawn: Int[np.ndarray, " drawn"],
     examples: Mapping[int, Example],
-) -> list[dict[str, Any]]:
+) -> list[PoolPoint]:
     """Return the points of the map: the examples, then the drawn rows; a label is how a text begins."""
     points: list[tuple[str, float | None, Example]] = [(SHOT, None, shot) for shot in data.shots]
     for row, number in zip(drawn, data.fresh[drawn].tolist(), strict=True):
         fate, similarity = BY_EMBEDDING[int(selection.outcomes[row])], float(selection.measured.similarity[row])
         points.append((fate, similarity, examples[number]))
     return [
-        {
-            "x": x,
-            "y": y,
-            "fate": fate,
-            "similarity": similarity,
-            "label": " ".join(text_of(example).split())[:LABEL_LETTERS],
-        }
+        PoolPoint(
+            x=x,
+            y=y,
+            fate=fate,
+            similarity=similarity,
+            label=" ".join(text_of(example).split())[:LABEL_LETTERS],
+        )
         for (x, y), (fate, similarity, example) in zip([*places[0], *places[1]], points, strict=True)
     ]

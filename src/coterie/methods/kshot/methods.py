@@ -1,13 +1,12 @@
 """Methods on what `coterie fit kshot-moe` has made for one task: the mixture, its rivals and its ablations."""
 
-from typing import Any
-
 from coterie.experts.names import BACKBONE
 from coterie.methods.family import CONTROL, Family, Method, MethodGrid, single
-from coterie.methods.kshot.choose_adapters import best_by_shots, read_selection
+from coterie.methods.kshot.choose_adapters import read_selection
 from coterie.methods.kshot.extras import BEST_TUNED, EXTRAS, LORAHUB, UNTUNED
 from coterie.methods.kshot.fit import METHOD, SELECTION
 from coterie.methods.kshot.run import KshotRun, open_run
+from coterie.records.task import SelectionRecord
 from coterie.routers.base import Router
 from coterie.routers.fixed import one_hot, uniform
 from coterie.routers.gate import spectral_router
@@ -17,17 +16,17 @@ CHOSEN = "chosen by shots, fine-tuned"
 UNTRAINED = "chosen by shots, as they are"
 
 
-def _selection(grid: MethodGrid) -> dict[str, Any]:
+def _selection(grid: MethodGrid) -> SelectionRecord:
     assert grid.own.folder is not None  # it was loaded from one
     return read_selection(grid.own.folder / SELECTION)
 
 
 def _untuned(grid: MethodGrid) -> list[str]:
-    return [f"{UNTUNED}{name}" for name in _selection(grid)["chosen"]]
+    return [f"{UNTUNED}{name}" for name in _selection(grid).chosen]
 
 
 def _best_by_shots(grid: MethodGrid) -> Router:
-    return one_hot(f"{UNTUNED}{best_by_shots(_selection(grid))}", grid.mixture.bank.names)
+    return one_hot(f"{UNTUNED}{_selection(grid).first}", grid.mixture.bank.names)
 
 
 def _arrow(grid: MethodGrid) -> Router:

@@ -5,7 +5,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from coterie.artifacts import read_json
 from coterie.data.batching import TokenRow
 from coterie.data.examples import Example, load_examples
 from coterie.errors import CoterieError
@@ -16,6 +15,8 @@ from coterie.methods.kshot.gather_rows import GATHERED_FILE, SUMMARY_FILE
 from coterie.methods.kshot.task import KshotTask, open_task
 from coterie.methods.kshot.train import GATES_FILE
 from coterie.mixture import Mixture
+from coterie.records.schema import Record, read
+from coterie.records.task import AdapterRecord, GateLoads, GatheringRecord, SelectionRecord
 from coterie.settings.commands import KshotSettings
 from coterie.settings.groups import ExtrasSettings
 
@@ -64,14 +65,14 @@ class KshotRun(FittedRun[KshotSettings]):
         return self.task.rows([*self.task.shots, *added], self.settings.training.max_length)
 
     @cached_property
-    def selection(self) -> dict[str, Any]:
+    def selection(self) -> SelectionRecord:
         """Which experts were chosen, and why."""
         return read_selection(self.folder / SELECTION)
 
     @property
-    def ranking(self) -> list[dict[str, Any]]:
+    def ranking(self) -> list[AdapterRecord]:
         """Every adapter that saw all shots, best first."""
-        return [row for row in self.selection["adapters"] if row["rank_sum"] is not None]
+        return [own for own in self.selection.adapters if own.rank_sum is not None]
 
 
 def open_run(mixture: Mixture, extras: ExtrasSettings) -> KshotRun:
@@ -85,9 +86,12 @@ def open_run(mixture: Mixture, extras: ExtrasSettings) -> KshotRun:
 
 def task_records(folder: Path | None) -> dict[str, Any]:
     """Read how a task's mixture came about, where its folder tells: the choice, the gathered rows, the gates."""
-    files = {
-        "selection": f"{SELECTION}/{SELECTION_FILE}",
-        "gathering": f"{GATHERED}/{SUMMARY_FILE}",
-        "gates": GATES_FILE,
+    if folder is None:
+        return {}
+    records: dict[str, tuple[Path, type[Record]]] = {
+        "selection": (folder / SELECTION / SELECTION_FILE, SelectionRecord),
+        "gathering": (folder / GATHERED / SUMMARY_FILE, GatheringRecord),
+        "gates": (folder / GATES_FILE, GateLoads),
     }
-    return {key: read_json(folder / file) for key, file in files.items() if folder and (folder / file).exists()}
+    advice = f"make the mixture again with coterie fit {METHOD}"
+    return {name: read(kind, file, advice) for name, (file, kind) in records.items() if file.exists()}

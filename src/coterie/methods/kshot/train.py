@@ -17,6 +17,7 @@ from coterie.experts.gates_training import TrainedMixture, collapsed, start_gate
 from coterie.experts.training import read_log
 from coterie.methods.common import base_plan
 from coterie.methods.kshot.task import KshotTask
+from coterie.records.task import GateLoads, LayerLoad, StepLoad
 from coterie.routers.gate import GateRouter
 from coterie.settings.commands import KshotSettings
 
@@ -37,7 +38,7 @@ class Tuned:
 
     experts: Mapping[str, Path]
     router: GateRouter
-    record: dict[str, Any]
+    record: GateLoads
 
 
 def tune(
@@ -74,7 +75,7 @@ def tune(
         folders[name] = folder / "experts" / name
         write_adapter(folders[name], read_json(bank.folder_of(origin) / CONFIG_FILE), adapter)
     record = _gate_record(trained, folder)
-    write_json(folder / GATES_FILE, record)
+    write_json(folder / GATES_FILE, record.plain())
     if (taken := collapsed(trained.load, trained.gates.experts)) is not None:
         logger.warning(
             "the gates give more than 90%% of all weight to %s; the others are hardly used: add --balance 0.01, or "
@@ -90,26 +91,26 @@ def gate_options(settings: KshotSettings, experts: int) -> dict[str, Any]:
     return {"top_k": min(settings.gates.top_k_experts, experts), "score": score}
 
 
-def _gate_record(trained: TrainedMixture, folder: Path) -> dict[str, Any]:
+def _gate_record(trained: TrainedMixture, folder: Path) -> GateLoads:
     """Return how tokens were spread over the experts: in all, by layer, and along the training."""
     loads = torch.stack(list(trained.load.values()))
     steps = [
-        {"step": entry["step"], "load": entry["expert_load"], "entropy": entry["gate_entropy"]}
+        StepLoad(step=entry["step"], load=entry["expert_load"], entropy=entry["gate_entropy"])
         for entry in read_log(folder)
         if "expert_load" in entry
     ]
-    return {
-        "experts": list(trained.gates.experts),
-        "top_k": trained.gates.top_k,
-        "load": _plain(loads.mean(dim=0)),
-        "entropy": sum(trained.entropy.values()) / len(trained.entropy),
-        "layers": [
-            {"path": path, "load": _plain(load), "entropy": trained.entropy[path]}
+    return GateLoads(
+        experts=trained.gates.experts,
+        top_k=trained.gates.top_k,
+        load=_plain(loads.mean(dim=0)),
+        entropy=sum(trained.entropy.values()) / len(trained.entropy),
+        layers=tuple(
+            LayerLoad(path=path, load=_plain(load), entropy=trained.entropy[path])
             for path, load in trained.load.items()
-        ],
-        "steps": steps,
-    }
+        ),
+        steps=tuple(steps),
+    )
 
 
-def _plain(values: Tensor) -> list[float]:
-    return [round(value, 6) for value in values.tolist()]
+def _plain(values: Tensor) -> tuple[float, ...]:
+    return tuple(round(value, 6) for value in values.tolist())

@@ -196,7 +196,7 @@ def fit_symbolic(settings: SymbolicSettings) -> Symbolic:
         if judged is not None:
             chosen = best_aggregators(judged, [()], "task")[0]
         fitted = Symbolic(pool, profiled, settings.recruiting, judged, chosen, settings.aggregator_for)
-        write_json(run.path / "profile.json", profiled.record())
+        write_json(run.path / "profile.json", profiled.record().plain())
         write_jsonl(run.path / VALIDATION, profiled.rows)
         write_json(run.path / "mixture.json", fitted.record())
     return fitted

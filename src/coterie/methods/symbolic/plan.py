@@ -19,6 +19,7 @@ from coterie.methods.symbolic.fit import Symbolic
 from coterie.methods.symbolic.skills import ask_expert, groups_for, keyword_asks
 from coterie.mixture.memory import budget_of
 from coterie.mixture.scheduler import GIB, ExpertScheduler
+from coterie.records.wording import columns
 from coterie.settings.commands import GenerateSettings
 
 CHARACTERS_PER_TOKEN = 4.0  # where the profile's replies do not tell
@@ -96,21 +97,17 @@ class WorkPlan:
         ]
         limit = "one at a time" if self.budget is None else f"of {_gib(self.budget)} that there may be"
         sure = "" if self.is_exact else " (skills are not known yet: recruits as on the validation questions)"
-        parts = [f"{self.questions} questions{sure}", _columns([heads, *lines])]
+        parts = [f"{self.questions} questions{sure}", columns([heads, *lines], "<<<<<<")]
         if loads:
-            parts += [_columns([["loaded", "for", "loads", "memory"], *loads]), f"memory: {_gib(self.peak)} {limit}"]
+            parts += [
+                columns([["loaded", "for", "loads", "memory"], *loads], "<<<<"),
+                f"memory: {_gib(self.peak)} {limit}",
+            ]
         return "\n\n".join(parts)
 
 
 def _gib(size: int | None) -> str:
     return "unknown" if size is None else f"{size / GIB:.2f} GiB"
-
-
-def _columns(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
 
 
 class _Counting:

@@ -16,7 +16,6 @@ from coterie.artifacts import (
     FORMAT,
     check_output,
     hash_json,
-    read_json,
     read_jsonl,
     run_folder,
     write_json,
@@ -32,6 +31,9 @@ from coterie.methods.common import hash_examples
 from coterie.methods.symbolic.skills import ask_expert, find_skills, load_questions, open_scheduler, skill_list
 from coterie.mixture.local_answers import LocalAnswerer
 from coterie.mixture.scheduler import ExpertScheduler
+from coterie.records.evaluation import Profile
+from coterie.records.schema import read
+from coterie.records.wording import columns
 from coterie.routers.skill import SkillProfile, build_profile, credit_from_likelihood, profile_from
 from coterie.settings.commands import ProfileSettings
 from coterie.settings.groups import SkillSettings
@@ -78,23 +80,19 @@ class Profiled:
             [name, f"{share:.0%}", *(f"{values[number, place]:+.3g}" for place in order)]
             for number, (name, share) in enumerate(zip(profile.experts, profile.accuracy.tolist(), strict=True))
         ]
-        widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
-        return "\n".join(
-            "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in [heads, *lines]
-        )
+        return columns([heads, *lines], "<" * len(heads))
 
-    def record(self) -> dict[str, Any]:
-        """Return all but the rows as plain values."""
-        return {
-            "format": FORMAT,
+    def record(self) -> Profile:
+        """Return all but the rows as they are recorded."""
+        return Profile(
+            format=FORMAT,
             **self.profile.record(),
-            "skills_by": self.how.model_dump(),
-            "options": list(self.options),
-            "names": dict(self.names),
-            "score": self.score,
-            "identities": dict(self.identities),
-        }
+            skills_by=self.how.model_dump(),
+            options=self.options,
+            names=dict(self.names),
+            score=self.score,
+            identities=dict(self.identities),
+        )
 
     def questions(self) -> list[Example]:
         """Return the validation questions."""
@@ -139,7 +137,7 @@ def profile_pool(settings: ProfileSettings) -> Profiled:
         identities = {expert.name: expert.identity for expert in pool.experts}
         made = Profiled(profile, settings.skill, tuple(options), names, settings.score, identities, rows)
         write_jsonl(run.path / VALIDATION, rows)
-        write_json(run.path / "profile.json", made.record())
+        write_json(run.path / "profile.json", made.record().plain())
     return made
 
 
@@ -152,18 +150,13 @@ def read_profile(folder: Path) -> Profiled:
     path = folder / "profile.json"
     if not path.exists():
         raise CoterieError(f"{path} does not exist; make it with: coterie profile {folder.parent} --data val.jsonl")
-    record = read_json(path)
-    profile = profile_from(record, str(path))
-    try:
-        how = checked(SkillSettings, record["skills_by"])
-        options, names, score = tuple(record["options"]), dict(record["names"]), str(record["score"])
-        identities = dict(record["identities"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CoterieError(f"{path} is broken ({error}); type: coterie profile --overwrite") from error
+    record = read(Profile, path, "type: coterie profile --overwrite")
+    profile = profile_from(record.plain(), str(path))
     rows = read_jsonl(folder / VALIDATION)
     if not all(_is_row(row, profile.experts) for row in rows):
         raise CoterieError(f"{folder / VALIDATION} does not fit {path}; type: coterie profile --overwrite")
-    return Profiled(profile, how, options, names, score, identities, rows)
+    how = checked(SkillSettings, record.skills_by)
+    return Profiled(profile, how, record.options, record.names, record.score, record.identities, rows)
 
 
 def _is_row(row: object, experts: Sequence[str]) -> bool:
