@@ -211,6 +211,7 @@ def test_signals_can_be_taken_alone(bank, shots, tmp_path):
     assert all(own["accuracy"] is None and own["rank_sum"] == own["rank_perplexity"] for own in record["adapters"])
     best = min(record["adapters"], key=lambda own: own["perplexity"])
     assert record["chosen"] == [best["name"]]
+    assert [own["score"] for own in record["subsets"]] == sorted(own["rank_sum"] for own in record["subsets"])
 
 
 def test_bad_calls_get_one_line(bank, shots, tmp_path, run):

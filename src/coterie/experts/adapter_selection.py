@@ -160,17 +160,14 @@ class AdapterGroup:
         rank_sum: of its members together.
         similarity: mean over its pairs.
         rank_diversity: 1 for the least similar group of this size; 0 where diversity does not count.
+        score: sum of both ranks, of which the chosen group has the least.
     """
 
     names: tuple[str, ...]
     rank_sum: int
     similarity: float
     rank_diversity: int
-
-    @property
-    def score(self) -> int:
-        """What the chosen group has least of."""
-        return self.rank_sum + self.rank_diversity
+    score: int
 
 
 def groups(
@@ -204,8 +201,9 @@ def groups(
     ranks = _ranks(means) if diverse else [0] * len(members)
     found = []
     for places, mean, rank in zip(members.tolist(), means, ranks, strict=True):
-        own = [candidates[place] for place in places]
-        found.append(AdapterGroup(tuple(one.name for one in own), sum(one.rank_sum for one in own), mean, rank))
+        names = tuple(candidates[place].name for place in places)
+        rank_sum = sum(candidates[place].rank_sum for place in places)
+        found.append(AdapterGroup(names, rank_sum, mean, rank, rank_sum + rank))
     return sorted(found, key=lambda group: (group.score, group.rank_sum, group.similarity, group.names))
 
 
