@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
 from coterie.experts.bank import CONFIG_FILE
+from coterie.mixture import Completion
 
 
 def table(*rows: tuple) -> list:
@@ -27,6 +29,18 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
 def unit(rows: int, width: int, seed: int) -> torch.Tensor:
     """Rows of length 1."""
     return normalize(normal(rows, width, seed=seed), dim=1)
+
+
+def close(one: Any, other: Any) -> None:
+    """Equal up to what another order of the same sums makes of float32."""
+    torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other), rtol=1e-3, atol=1e-4)
+
+
+def same_answers(found: Iterable[Completion], wanted: Iterable[Completion]) -> None:
+    """The same tokens, with close log-probabilities."""
+    for one, other in zip(found, wanted, strict=True):
+        assert one.token_ids == other.token_ids
+        close(one.logprobs, other.logprobs)
 
 
 def save_adapter(model: PreTrainedModel, folder: Path, config: dict[str, Any], seed: int = 0) -> PeftModel:

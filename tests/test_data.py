@@ -19,7 +19,6 @@ from coterie.errors import CoterieError
 
 TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
 ROW = {"instruction": "Why?", "response": "Because."}
-SYSTEM = {"role": "system", "content": "Be brief."}
 
 FORMS = {
     "instruction": ROW,

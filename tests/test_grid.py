@@ -23,6 +23,7 @@ from coterie.routers.fixed import uniform
 from coterie.routers.gate import spectral_router
 from coterie.routers.table import ROUTERS
 from coterie.routers.token import TokenLevel
+from helpers import same_answers
 
 QUESTIONS = load_examples(tiny.make_rows(4, seed=11))
 TOKENS = 6
@@ -111,10 +112,7 @@ def test_step_by_step_with_the_cache_equals_the_whole_text_at_once(grid, routers
 @pytest.mark.parametrize("router", [kind for kind in ROUTERS if kind not in IN_LAYERS])
 def test_mixing_weights_equals_mixing_in_the_layers(grid, routers, router):
     inside, merged = (grid.mixture.replace(router=routers[router], combiner=name) for name in ("layers", "weights"))
-    pairs = zip(*(cell.generate(QUESTIONS, max_new_tokens=TOKENS) for cell in (inside, merged)), strict=True)
-    for one, other in pairs:
-        assert one.token_ids == other.token_ids
-        torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), rtol=1e-3, atol=1e-4)
+    same_answers(*(cell.generate(QUESTIONS, max_new_tokens=TOKENS) for cell in (inside, merged)))
 
 
 @pytest.mark.parametrize("combiner", [name for name in COMBINERS if name != "texts"])
@@ -123,9 +121,7 @@ def test_one_hot_weights_are_that_expert_alone_at_every_depth(grid, combiner, ex
     """The backbone's row is the base model itself: an expert without updates leaves every layer as it is."""
     wanted = grid.mixture.replace(router=expert, combiner="logits").generate(QUESTIONS, max_new_tokens=TOKENS)
     found = grid.mixture.replace(router=expert, combiner=combiner).generate(QUESTIONS, max_new_tokens=TOKENS)
-    for one, other in zip(found, wanted, strict=True):
-        assert one.token_ids == other.token_ids
-        torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), rtol=1e-3, atol=1e-4)
+    same_answers(found, wanted)
 
 
 @pytest.mark.parametrize("router", IN_LAYERS)
@@ -133,10 +129,7 @@ def test_gates_find_their_experts_by_name_in_a_bank_of_another_order(grid, route
     bank = grid.mixture.bank
     turned = replace(grid.mixture, bank=ExpertBank(bank.names[::-1], bank.adapters[::-1]))
     cells = [mixture.replace(router=routers[router], combiner="layers") for mixture in (grid.mixture, turned)]
-    one, other = (cell.generate(QUESTIONS, max_new_tokens=TOKENS) for cell in cells)
-    for a, b in zip(one, other, strict=True):
-        assert a.token_ids == b.token_ids
-        torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=1e-3, atol=1e-4)
+    same_answers(*(cell.generate(QUESTIONS, max_new_tokens=TOKENS) for cell in cells))
 
 
 @pytest.mark.parametrize("router", IN_LAYERS)

@@ -231,6 +231,13 @@ else:
 """
 
 
+def refuses(attempt: str, victim: Path) -> None:
+    """The sandbox refuses what a program attempts on a file, which stays as it was."""
+    victim.write_text("untouched")
+    assert run_limited(REFUSED.format(attempt=attempt, victim=str(victim))) == Outcome("passed", "")
+    assert victim.read_text() == "untouched"
+
+
 @pytest.mark.parametrize(
     "attempt",
     table(
@@ -253,11 +260,7 @@ else:
     ),
 )
 def test_processes_network_and_others_are_out_of_reach(filtered, tmp_path, attempt):
-    victim = tmp_path / "victim"
-    victim.write_text("untouched")
-    program = REFUSED.format(attempt=attempt, victim=str(victim))
-    assert run_limited(program) == Outcome("passed", "")
-    assert victim.read_text() == "untouched"
+    refuses(attempt, tmp_path / "victim")
 
 
 @pytest.mark.parametrize(
@@ -278,11 +281,7 @@ def test_processes_network_and_others_are_out_of_reach(filtered, tmp_path, attem
     ),
 )
 def test_files_are_neither_made_nor_changed_nor_removed(landlocked, tmp_path, attempt):
-    victim = tmp_path / "victim"
-    victim.write_text("untouched")
-    program = REFUSED.format(attempt=attempt, victim=str(victim))
-    assert run_limited(program) == Outcome("passed", "")
-    assert victim.read_text() == "untouched"
+    refuses(attempt, tmp_path / "victim")
     assert os.listdir(tmp_path) == ["victim"]
 
 

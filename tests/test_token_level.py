@@ -33,6 +33,7 @@ from coterie.routers.feature import growing_text_extractor
 from coterie.routers.fixed import uniform
 from coterie.routers.table import load_router
 from coterie.routers.token import TokenLevel
+from helpers import close, same_answers
 
 QUESTIONS = load_examples(tiny.make_rows(4, seed=5))
 TOKENS = 7
@@ -71,10 +72,6 @@ def by_states(mixture):
 @pytest.fixture(params=["letters", "states"])
 def router(request, by_letters, by_states):
     return by_letters if request.param == "letters" else by_states
-
-
-def close(one, other) -> None:
-    torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other), rtol=1e-3, atol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------- the weighting
@@ -190,9 +187,8 @@ def test_without_renewal_it_is_the_routing_of_the_prompt(mixture, router):
     ):
         assert found == other
     late = layers(mixture, router, every=TOKENS).generate(QUESTIONS, max_new_tokens=TOKENS)
+    same_answers(late, wanted)
     for found, other in zip(late, wanted, strict=True):
-        assert found.token_ids == other.token_ids
-        close(found.logprobs, other.logprobs)
         assert found.weights == pytest.approx(other.weights, abs=1e-5)
 
 
@@ -240,9 +236,7 @@ def test_a_cache_that_is_kept_or_recomputed_is_the_same_for_constant_weights(mix
     wanted = mixture.replace(router="uniform", combiner="layers").generate(QUESTIONS, max_new_tokens=TOKENS)
     for cache in ("keep", "recompute"):
         cell = layers(mixture, uniform(mixture.bank.names), every=every, cache=cache)
-        for found, other in zip(cell.generate(QUESTIONS, max_new_tokens=TOKENS), wanted, strict=True):
-            assert found.token_ids == other.token_ids
-            close(found.logprobs, other.logprobs)
+        same_answers(cell.generate(QUESTIONS, max_new_tokens=TOKENS), wanted)
 
 
 def slow_weights(cell, question, answer) -> list[torch.Tensor]:
@@ -308,9 +302,7 @@ def test_merging_anew_equals_mixing_in_the_layers(mixture, router):
         mixture.replace(router=TokenLevel(router, 1), combiner=name).generate(QUESTIONS, max_new_tokens=TOKENS)
         for name in ("layers", "weights")
     )
-    for one, other in zip(inside, merged, strict=True):
-        assert one.token_ids == other.token_ids
-        close(one.logprobs, other.logprobs)
+    same_answers(inside, merged)
 
 
 def test_the_published_merge_is_another_mixture(mixture, by_letters):
@@ -326,18 +318,15 @@ def test_a_temperature_near_zero_is_the_most_similar_expert_alone(mixture):
     router = TokenLevel(CentroidRouter.by_similarity(describe, centroids, weighting=Weighting(1e-4)), every=1)
     found = mixture.replace(router=router, combiner="layers").generate(QUESTIONS, max_new_tokens=TOKENS)
     wanted = mixture.replace(router=mixture.bank.names[1], combiner="logits").generate(QUESTIONS, max_new_tokens=TOKENS)
-    for one, other in zip(found, wanted, strict=True):
-        assert one.token_ids == other.token_ids
-        close(one.logprobs, other.logprobs)
+    same_answers(found, wanted)
 
 
 def test_experts_are_found_by_name_in_a_bank_of_another_order(mixture, router):
     bank = mixture.bank
     turned = replace(mixture, bank=ExpertBank(bank.names[::-1], bank.adapters[::-1]))
     one, other = (layers(m, router, every=1).generate(QUESTIONS, max_new_tokens=TOKENS) for m in (mixture, turned))
+    same_answers(one, other)
     for a, b in zip(one, other, strict=True):
-        assert a.token_ids == b.token_ids
-        close(a.logprobs, b.logprobs)
         assert a.weights == pytest.approx(b.weights, abs=1e-5)
 
 
