@@ -135,7 +135,7 @@ def test_methods_that_only_answer_have_no_likelihood(result):
 
 
 def test_the_error_of_the_merge_is_recorded(grid, result, scored):
-    weights = scored[1].routed["moe-merging"].routing.for_experts(grid.mixture.bank.names)
+    weights = scored[1].routed["moe-merging"].routing.aligned(grid.mixture.bank.names).weights
     cell = grid.cell("moe-merging")
     assert isinstance(cell.combiner, WeightCombiner)
     errors = [cell.layers.merge_error(tuple(row), "factors") for row in weights.tolist()]

@@ -113,7 +113,7 @@ def test_even_pairs_are_single_experts_and_halves():
 def test_votes_of_one_pass_equal_a_pass_each(grid):
     rows = [grid.own.prompts.row(example) for example in load_examples(tiny.make_rows(5, seed=2))]
     routings = [uniform(grid.fitted).route(rows), grid.own.router.route([row.prompt() for row in rows])]
-    votes = torch.stack([routing.for_experts(grid.mixture.bank.names) for routing in routings])
+    votes = torch.stack([routing.aligned(grid.mixture.bank.names).weights for routing in routings])
     together = score_votes(grid.own.backbone, grid.mixture.layers, grid.mixture.bank.names, rows, votes, "both")
     for number, routing in enumerate(routings):
         alone = score(grid.mixture, rows, routing, "one")

@@ -379,13 +379,13 @@ def test_changed_weights_keep_experts_and_similarities_and_leave_the_first_alone
 @few
 @given(names=st.permutations(["a", "b", "c", "d", "e"]))
 def test_weights_follow_the_names_and_experts_that_are_not_routed_get_none(names):
-    found = routing([[1.0, 2.0, 3.0]]).for_experts(names)
+    found = routing([[1.0, 2.0, 3.0]]).aligned(names).weights
     assert dict(zip(names, found[0].tolist(), strict=True)) == {"a": 1, "b": 2, "c": 3, "d": 0, "e": 0}
 
 
 def test_an_expert_that_the_bank_lacks_is_told():
     with pytest.raises(CoterieError, match="the router knows experts that the bank does not hold: a, c"):
-        routing([[1.0, 2.0, 3.0]]).for_experts(["b", "d"])
+        routing([[1.0, 2.0, 3.0]]).aligned(["b", "d"])
 
 
 def test_a_row_is_one_requests_weights_by_name():

@@ -401,10 +401,10 @@ def test_a_router_without_a_way_of_its_own_routes_the_text_again(mixture):
             return Routing(mixture.bank.names[:2], torch.tensor([[float(len(p.ids)), 1.0] for p in read]))
 
     prompts = mixture.tokens(QUESTIONS[:2])
-    follower = Length().follow(prompts)
-    follower.texts.append([[1, 2], [3, 4]])
-    follower.texts.keep([1])
-    assert follower.routing().weights[0, 0] == len(prompts[1].ids) + 2
+    texts = Length().growing(prompts)
+    texts.append([[1, 2], [3, 4]])
+    texts.keep([1])
+    assert Length().weigh(texts.features()).weights[0, 0] == len(prompts[1].ids) + 2
 
 
 # ------------------------------------------------------------------------------------------------------ files, errors

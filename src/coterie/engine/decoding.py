@@ -117,7 +117,7 @@ class DecodingBatch:
                 self._active = [self._active[place] for place in staying]
                 self._rows.keep(staying)
                 if self._rerouting is not None:
-                    self._rerouting.follower.texts.keep(staying)
+                    self._rerouting.texts.keep(staying)
             chosen = [request.ids[-1:] for request in self._active]
             if self._rerouting is None:
                 hidden = self._rows.read(chosen)

@@ -22,7 +22,7 @@ def score_teacher_forced(
 
     Tokens that share their weights are read together, so this takes a forward pass for every re-routing, not for
     every token.
-    A follower may need gradients, so inference mode is on for the model's own passes only.
+    Weighing may need gradients, so inference mode is on for the model's own passes only.
 
     Args:
         backbone: the base model.
@@ -49,7 +49,7 @@ def score_teacher_forced(
         if not active:
             return [ScoredTokens(*map(torch.cat, zip(*parts, strict=True))) for parts in found]
         rows.keep(staying)
-        rerouting.follower.texts.keep(staying)
+        rerouting.texts.keep(staying)
         hidden = _read_next(backbone, rows, rerouting, [texts[number] for number in active], known)
 
 
@@ -67,8 +67,8 @@ def _read_first(
     starts = [total - len(own) - 1 for own in shared]  # rows are padded on the left
     columns = [[min(start + place, total - 1) for place in range(longest + 1)] for start in starts]
     states = torch.stack([own[places] for own, places in zip(hidden, columns, strict=True)])
-    rerouting.follower.texts.append(shared)
-    rerouting.follower.texts.append_states(states[:, 1:])
+    rerouting.texts.append(shared)
+    rerouting.texts.append_states(states[:, 1:])
     return states
 
 

@@ -97,7 +97,7 @@ def merge_errors(scored: Scored) -> dict[str, float]:
     errors = {}
     for name, cell in scored.cells.items():
         if cell.combiner.approximates:
-            weights = scored.routed[name].routing.for_experts(cell.bank.names)[:MERGES_MEASURED]
+            weights = scored.routed[name].routing.aligned(cell.bank.names).weights[:MERGES_MEASURED]
             found = [cell.layers.merge_error(tuple(row), cell.combiner.approximates) for row in weights.tolist()]
             errors[name] = sum(found) / len(found)
     return errors
@@ -116,7 +116,7 @@ def memory_bytes(scored: Scored, lengths: Sequence[int]) -> dict[str, int]:
         model: Any = cell.backbone.model
         routing = scored.routed[name].routing
         base = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        used = (routing.for_experts(cell.bank.names) > 0).any(dim=0)
+        used = (routing.aligned(cell.bank.names).weights > 0).any(dim=0)
         adapters = [adapter for adapter, is_used in zip(cell.bank.adapters, used.tolist(), strict=True) if is_used]
         experts = sum(pair.down.numel() + pair.up.numel() for adapter in adapters for pair in adapter.values())
         plan = cell.combiner.plan(routing.aligned(cell.bank.names))

@@ -103,7 +103,7 @@ def _score_logits(grid: MethodGrid, rows: Sequence[TokenRow], routed: Mapping[st
     """Score all methods that meet in the logits, and each fitted expert alone, in one pass."""
     bank = grid.mixture.bank
     alone = torch.eye(len(bank))[[bank.index(name) for name in grid.fitted]]  # [fitted, E]
-    own = [routed[name].routing.for_experts(bank.names) for name in routed]
+    own = [routed[name].routing.aligned(bank.names).weights for name in routed]
     votes = torch.stack([*own, *(row.expand(len(rows), -1) for row in alone)])
     started = time.perf_counter()
     found = score_votes(

@@ -1,39 +1,37 @@
 """Features of texts, and of texts that grow token by token, for routing that follows them (Belofsky 2023)."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from coterie.data.batching import TokenRow
-from coterie.features.embedding import HiddenStateEncoder
+from coterie.features.embedding import Encoder, HiddenStateEncoder
 
 
-@runtime_checkable
-class GrowingFeatures(Protocol):
+class GrowingFeatures(ABC):
     """A batch of texts and what is read off them, while answers are written below their prompts."""
 
+    @abstractmethod
     def features(self) -> Any:
         """Read every text as far as it is known."""
-        ...
 
-    def append(self, tokens: Sequence[Sequence[int]]) -> None:
-        """Append tokens to every text (called before the model's forward pass over them)."""
-        ...
+    def append(self, tokens: Sequence[Sequence[int]]) -> None:  # noqa: B027
+        """Append tokens to every text, before the model's forward pass over them; by default they do not count."""
 
-    def append_states(self, states: Float[Tensor, "row position width"]) -> None:
-        """Append the model's last hidden states at the tokens of its last forward pass."""
-        ...
+    def append_states(self, states: Float[Tensor, "row position width"]) -> None:  # noqa: B027
+        """Append the last hidden states of the model's last forward pass; by default they do not count."""
 
+    @abstractmethod
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all texts but these."""
-        ...
 
 
-class WholeTexts:
+class WholeTexts(GrowingFeatures):
     """Texts that are read anew, as a whole, whenever they are asked for: what a bidirectional encoder needs."""
 
     def __init__(self, read: Callable[[Sequence[TokenRow]], Any], prompts: Sequence[TokenRow]) -> None:
@@ -49,15 +47,12 @@ class WholeTexts:
         """Append tokens to every text."""
         self._rows = [row.extended(own) for row, own in zip(self._rows, tokens, strict=True)]
 
-    def append_states(self, states: Float[Tensor, "row position width"]) -> None:
-        """Do nothing: the text is all that counts."""
-
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all texts but these."""
         self._rows = [self._rows[row] for row in rows]
 
 
-class AveragedStates:
+class AveragedStates(GrowingFeatures):
     """Texts whose embedding is the mean of hidden states that the running model computes anyway.
 
     A prompt's states come from the base model alone, those of the answer from the model as it runs, experts included:
@@ -72,9 +67,6 @@ class AveragedStates:
     def features(self) -> Float[Tensor, "row dimension"]:
         """Average the states of the last tokens of every text, as many as the encoder's window has."""
         return torch.stack([self._encoder.mean(states) for states in self._states])
-
-    def append(self, tokens: Sequence[Sequence[int]]) -> None:
-        """Do nothing: a token counts by its state."""
 
     def append_states(self, states: Float[Tensor, "row position width"]) -> None:
         """Append the states, and forget those that the window has left behind."""
@@ -94,18 +86,14 @@ class FeatureExtractor:
         name: gradient, embedding or growing-text.
         extract: turns prompts into features (row, dimension), not necessarily of unit length.
         record: what it was made from, for mixture.json.
-        growing: follows prompts whose answers are written; None: the features are extracted again from the whole text.
+        encoder: where features are embeddings: what embeds.
     """
 
     name: str
     extract: Callable[[Sequence[TokenRow]], Tensor]
     record: Mapping[str, Any]
-    growing: Callable[[Sequence[TokenRow]], GrowingFeatures] | None = None
+    encoder: Encoder | None = None
 
     def __call__(self, prompts: Sequence[TokenRow]) -> Float[Tensor, "row dimension"]:
         """Extract the features of prompts, in float32 on the CPU."""
         return self.extract(prompts).float().cpu()
-
-    def follow(self, prompts: Sequence[TokenRow]) -> GrowingFeatures:
-        """Extract the features of prompts, and go on while their answers are written."""
-        return self.growing(prompts) if self.growing else WholeTexts(self, prompts)

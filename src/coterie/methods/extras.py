@@ -196,4 +196,4 @@ def read_losses(extra: Extra) -> CrossFitLosses:
         CoterieError: when the file is missing or broken.
     """
     record = read_json(extra.folder / RECORD)
-    return CrossFitLosses.from_tensors(tuple(record["judged"]), read_tensors(extra.folder / LOSSES))
+    return CrossFitLosses(tuple(record["judged"]), **read_tensors(extra.folder / LOSSES))

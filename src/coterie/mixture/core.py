@@ -127,10 +127,10 @@ class Mixture(StoredMixture):
         return spectral_router(name, self.backbone, self.bank, null=idle[0] if idle else None)
 
     def _start(self, rows: Sequence[TokenRow], routing: Routing | None) -> tuple[Routing, Rerouting | None]:
-        """Say who weighs the experts: a follower where weights change, else whoever gave `routing`, else the router."""
+        """Say who weighs the experts: the router where weights change, else whoever gave `routing`, else the router."""
         if self.router.every is not None:
-            follower, recompute = self.router.follow(rows), self.router.cache == "recompute"
-            rerouting = Rerouting(follower, self.bank.names, self.router.every, recompute)
+            router, recompute = self.router, self.router.cache == "recompute"
+            rerouting = Rerouting(router.growing(rows), router.weigh, self.bank.names, self.router.every, recompute)
             return rerouting.routing(), rerouting
         return self.router.start(rows) if routing is None else routing, None
 

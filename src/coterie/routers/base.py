@@ -1,16 +1,14 @@
 """`Routing`, the one value that every router returns, and the contract of routers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from coterie.artifacts import read_tensors
 from coterie.backbone.gates import Gates
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow
@@ -82,20 +80,12 @@ class Routing:
         Raises:
             CoterieError: when a routed expert is not in the bank.
         """
-        return replace(self, experts=tuple(names), weights=self.for_experts(names))
-
-    def for_experts(self, names: Sequence[str]) -> Float[Tensor, "request expert"]:
-        """Return the weights with columns in the order of `names`; experts that were not routed get 0.
-
-        Raises:
-            CoterieError: when a routed expert is not among them.
-        """
         missing = set(self.experts) - set(names)
         if missing:
             raise CoterieError(f"the router knows experts that the bank does not hold: {', '.join(sorted(missing))}")
-        result = self.weights.new_zeros(len(self.weights), len(names))
-        result[:, [list(names).index(name) for name in self.experts]] = self.weights
-        return result
+        weights = self.weights.new_zeros(len(self.weights), len(names))
+        weights[:, [list(names).index(name) for name in self.experts]] = self.weights
+        return replace(self, experts=tuple(names), weights=weights)
 
     def take(self, requests: Sequence[int]) -> "Routing":
         """Keep these requests, in this order."""
@@ -106,23 +96,6 @@ class Routing:
     def row(self, request: int) -> dict[str, float]:
         """Return one request's weights by expert name."""
         return dict(zip(self.experts, self.weights[request].tolist(), strict=True))
-
-
-@dataclass(frozen=True)
-class Follower:
-    """The weights of a batch of requests whose texts grow.
-
-    Attributes:
-        texts: what is known of the texts; it is told of new tokens and states, and of requests that leave.
-        weigh: turns the texts' features into weights.
-    """
-
-    texts: GrowingFeatures
-    weigh: Callable[[Any], Routing]
-
-    def routing(self) -> Routing:
-        """Weigh the experts for every text as far as it is known."""
-        return self.weigh(self.texts.features())
 
 
 @dataclass(frozen=True)
@@ -153,10 +126,6 @@ class RouterParts:
         if self.inner is None:
             raise KeyError("of")
         return self.inner
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """Read one of the router's tensor files."""
-        return read_tensors(self.folder / f"{name}.safetensors")
 
 
 class Router(ABC):
@@ -202,10 +171,6 @@ class Router(ABC):
     def growing(self, prompts: Sequence[TokenRow]) -> GrowingFeatures:
         """Read prompts, and go on while their answers are written; by default each text again as a whole."""
         return WholeTexts(self.read, prompts)
-
-    def follow(self, prompts: Sequence[TokenRow]) -> Follower:
-        """Start to follow prompts whose answers are going to be written."""
-        return Follower(self.growing(prompts), self.weigh)
 
     @property
     def of_prompts(self) -> "Router":

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from coterie.artifacts import read_tensors
 from coterie.errors import CoterieError
 from coterie.features.growing_text import FeatureExtractor
 from coterie.routers.base import RouterParts, Routing
@@ -132,6 +133,7 @@ class CentroidRouter(FeatureRouter):
         super().__init__(extractor, centre)
         self.kind = kind
         self.centroids = {name: rows.float() for name, rows in centroids.items()}
+        self.experts = tuple(centroids)
         self.pool: Pool = pool
         self.weighting = weighting
         self.base = base
@@ -192,11 +194,6 @@ class CentroidRouter(FeatureRouter):
             raise CoterieError("routing by similarity needs at least one expert with a centroid")
         return cls(SIMILARITY, extractor, centroids, pool=pool, weighting=weighting, null=null, centre=centre)
 
-    @property
-    def experts(self) -> tuple[str, ...]:
-        """The experts that have centroids."""
-        return tuple(self.centroids)
-
     def similarities(self, features: Float[Tensor, "row dimension"]) -> Float[Tensor, "row expert"]:
         """Return every expert's cosine to centred features."""
         single = self.pool == "single"
@@ -208,8 +205,9 @@ class CentroidRouter(FeatureRouter):
             return found[0]
         return torch.stack([c.amax(dim=-1) if self.pool == "nearest" else c.mean(dim=-1) for c in found], dim=-1)
 
-    def _weigh(self, features: Float[Tensor, "row dimension"]) -> Routing:
-        found, names = self.similarities(features), self.experts
+    def weigh(self, read: Float[Tensor, "row dimension"]) -> Routing:
+        """Weigh the experts for prompts with these features."""
+        found, names = self.similarities(self._centred(read)), self.experts
         if self.null:
             found = torch.cat([found, torch.full_like(found[:, :1], self.null.similarity)], dim=1)
             names = (*names, self.null.name)
@@ -234,13 +232,13 @@ class CentroidRouter(FeatureRouter):
         """Write the centroids, named by expert, and return the entry for mixture.json."""
         file, prefix = PLACES[self.kind]
         rows = {name: own[0] if self.pool == "single" else own for name, own in self.centroids.items()}
-        self._write(folder / f"{file}.safetensors", {f"{prefix}.{name}": own for name, own in rows.items()})
+        tensors = {f"{prefix}.{name}": own for name, own in rows.items()}
         if self.kind == SIMILARITY:
             null = {"name": self.null.name, "similarity": self.null.similarity} if self.null else None
             fields = {"temperature": self.weighting.temperature, "nearest": self.pool == "nearest", "null": null}
         else:
             fields = {} if self.base is None else {"base": self.base}
-        return self._entry(experts=list(self.experts), **fields)
+        return self._save(folder / f"{file}.safetensors", tensors, experts=list(self.experts), **fields)
 
     @classmethod
     def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "CentroidRouter":
@@ -250,7 +248,7 @@ class CentroidRouter(FeatureRouter):
             CoterieError: when an expert has no centroid, or the encoder has other dimensions than the centroids.
         """
         kind = str(record["kind"])
-        tensors = parts.tensors(PLACES[kind][0])
+        tensors = read_tensors(parts.folder / f"{PLACES[kind][0]}.safetensors")
         centroids = {str(name): _centroids(kind, str(name), tensors) for name in record["experts"]}
         centre = tensors.get("centre")
         if kind == PERFORMANCE:

@@ -1,8 +1,6 @@
 """Routers that look at a prompt through a feature: a gradient, an embedding."""
 
-from abc import abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import partial
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from coterie.experts.training import load_checkpoint
 from coterie.features.embedding import Encoder, HiddenStateEncoder, load_encoder
 from coterie.features.gradient import GradientFeatures
 from coterie.features.growing_text import AveragedStates, FeatureExtractor, GrowingFeatures
-from coterie.routers.base import Router, RouterParts, Routing
+from coterie.routers.base import Router, RouterParts
 from coterie.settings.groups import FeatureSettings
 
 
@@ -38,22 +36,17 @@ class FeatureRouter(Router):
         """What the features are made from."""
         return self.extractor.name, repr(sorted(self.extractor.record.items()))
 
-    def weigh(self, read: Float[Tensor, "row dimension"]) -> Routing:
-        """Weigh the experts for prompts with these features."""
-        return self._weigh(read if self.centre is None else read - self.centre)
-
     def growing(self, prompts: Sequence[TokenRow]) -> GrowingFeatures:
-        """Extract features in the extractor's own way of following texts."""
-        return self.extractor.follow(prompts)
+        """Follow texts by the states that the base model computes anyway, where those are what is embedded."""
+        encoder = self.extractor.encoder
+        return AveragedStates(encoder, prompts) if isinstance(encoder, HiddenStateEncoder) else super().growing(prompts)
 
-    @abstractmethod
-    def _weigh(self, features: Float[Tensor, "row dimension"]) -> Routing:
-        """Weigh the experts for features that are centred already."""
+    def _centred(self, features: Float[Tensor, "row dimension"]) -> Float[Tensor, "row dimension"]:
+        return features if self.centre is None else features - self.centre
 
-    def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+    def _save(self, path: Path, tensors: Mapping[str, Tensor], **fields: Any) -> dict[str, Any]:
+        """Write tensors and the centre; return the entry with these fields and what the features are made from."""
         write_tensors(path, tensors if self.centre is None else {**tensors, "centre": self.centre})
-
-    def _entry(self, **fields: Any) -> dict[str, Any]:
         return {"kind": self.kind, "description": self.extractor.name, **fields, **self.extractor.record}
 
 
@@ -65,19 +58,11 @@ def load_extractor(record: Mapping[str, Any], parts: RouterParts) -> FeatureExtr
     """
     if record.get("description", "gradient") == "embedding":
         return embedding_extractor(record["encoder"], parts.backbone)
-    return gradient_extractor(record, parts.run, parts.backbone)
-
-
-def gradient_extractor(record: Mapping[str, Any], run: Path, backbone: Backbone) -> FeatureExtractor:
-    """Extract prompts' gradients at a run's checkpoints.
-
-    Raises:
-        CoterieError: for a bad name, or a checkpoint that is missing or broken.
-    """
     kept = {key: record[key] for key in ("checkpoints", "features", "seed")}
     check_names(kept["checkpoints"])
-    checkpoints = [load_checkpoint(run / "checkpoints" / name, backbone.model) for name in kept["checkpoints"]]
-    features = GradientFeatures(backbone, checkpoints, FeatureSettings(**kept["features"]), kept["seed"])
+    folder = parts.run / "checkpoints"
+    checkpoints = [load_checkpoint(folder / name, parts.backbone.model) for name in kept["checkpoints"]]
+    features = GradientFeatures(parts.backbone, checkpoints, FeatureSettings(**kept["features"]), kept["seed"])
     return FeatureExtractor("gradient", features, kept)
 
 
@@ -88,7 +73,7 @@ def embedding_extractor(name: str, backbone: Backbone) -> FeatureExtractor:
         CoterieError: when there is no such encoder.
     """
     encoder = load_encoder(name, backbone)
-    return FeatureExtractor("embedding", encoder.rows, {"encoder": name}, _states_of(encoder))
+    return FeatureExtractor("embedding", encoder.rows, {"encoder": name}, encoder)
 
 
 def growing_text_extractor(name: str, window: int | None, backbone: Backbone) -> tuple[FeatureExtractor, Encoder]:
@@ -99,9 +84,4 @@ def growing_text_extractor(name: str, window: int | None, backbone: Backbone) ->
     """
     encoder = load_encoder(name, backbone, tail=True, window=window)
     record = {"encoder": name, "window": window}
-    return FeatureExtractor("growing-text", encoder.rows, record, _states_of(encoder)), encoder
-
-
-def _states_of(encoder: Encoder) -> Callable[[Sequence[TokenRow]], GrowingFeatures] | None:
-    """The base model's own states need not be computed again while it writes; other encoders read the whole text."""
-    return partial(AveragedStates, encoder) if isinstance(encoder, HiddenStateEncoder) else None
+    return FeatureExtractor("growing-text", encoder.rows, record, encoder), encoder

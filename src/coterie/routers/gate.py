@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from coterie.artifacts import write_tensors
+from coterie.artifacts import read_tensors, write_tensors
 from coterie.backbone.gates import Gates, MeanWeights
 from coterie.backbone.layers import ExpertLayers, Gated, linear_shapes
 from coterie.backbone.loading import Backbone
@@ -116,7 +116,8 @@ class GateRouter(Router):
                 how |= {"null": str(null["name"]), "null_cosine": float(null["cosine"])}
             return spectral_router(record["kind"], parts.backbone, parts.bank, names, **how)
         adapters = [parts.bank.adapters[parts.bank.index(name)] for name in names]
-        gates = read_gates(parts.tensors("gates"), names, str(record.get("score", "linear")), **how)
+        layers = read_tensors(parts.folder / "gates.safetensors")
+        gates = read_gates(layers, names, str(record.get("score", "linear")), **how)
         return cls(parts.backbone, adapters, gates)
 
 
@@ -142,17 +143,6 @@ def read_gates(
             )
     layers = {path: gate.float() for path, gate in tensors.items()}
     return Gates(tuple(experts), layers, score, top_k, temperature)
-
-
-def null_floor(gate: Tensor, place: int, cosine: float) -> Float[Tensor, " expert"]:
-    """Return what the score of the null expert, at this place, gains for every unit of the input's norm.
-
-    It is `cosine` times the largest score that any expert gives to an input of length 1: that is 1 for Arrow, and the
-    largest singular value of all updates for SpectR. The first row of every prototype is its longest.
-    """
-    floor = torch.zeros(len(gate))
-    floor[place] = cosine * gate.reshape(len(gate), -1, gate.shape[-1])[:, 0].norm(dim=-1).max()
-    return floor
 
 
 def spectral_router(
@@ -195,7 +185,14 @@ def spectral_router(
     if not paths:
         raise CoterieError(f"{kind!r} routes by the experts' updates, but none of them changes any layer; add another")
     layers = {path: prototypes(kind, [adapter.get(path) for adapter in chosen.adapters]) for path in paths}
-    floors = {path: null_floor(gate, chosen.index(null), null_cosine) for path, gate in layers.items()} if null else {}
+    floors = {}
+    if null is not None:
+        for path, gate in layers.items():
+            # The largest score that any expert gives to an input of length 1, by the first, longest row of its
+            # prototype: 1 for Arrow, the largest singular value of all updates for SpectR.
+            largest = gate.reshape(len(gate), -1, gate.shape[-1])[:, 0].norm(dim=-1).max()
+            floors[path] = torch.zeros(len(gate))
+            floors[path][chosen.index(null)] = null_cosine * largest
     gates = Gates(chosen.names, layers, kind, top_k, temperature, floors)
     named = {"name": null, "cosine": null_cosine} if null else None
     return GateRouter(backbone, chosen.adapters, gates, kind, named)

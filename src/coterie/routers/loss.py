@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from coterie.artifacts import read_tensors
 from coterie.errors import CoterieError
 from coterie.features.growing_text import FeatureExtractor
 from coterie.routers.base import RouterParts, Routing
@@ -59,15 +60,6 @@ class CrossFitLosses:
         totals = (self.nll * self.tokens[:, None]).sum(dim=0)
         return self.experts[int(totals.argmin())]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return what a file keeps, rows and columns in the order of the experts."""
-        return {"nll": self.nll, "pairs": self.pairs, "tokens": self.tokens}
-
-    @classmethod
-    def from_tensors(cls, experts: tuple[str, ...], tensors: Mapping[str, Tensor]) -> "CrossFitLosses":
-        """Build from what `tensors` gave."""
-        return cls(experts, tensors["nll"], tensors["pairs"], tensors["tokens"])
-
 
 class Ridge(NamedTuple):
     """A linear prediction from unit features: `unit @ weight.T + bias`, in nats relative to the experts' mean."""
@@ -109,21 +101,22 @@ class LossRouter(FeatureRouter):
         self.experts = tuple(experts)
         self.sharpness = sharpness
 
-    def _weigh(self, features: Float[Tensor, "row dimension"]) -> Routing:
+    def weigh(self, read: Float[Tensor, "row dimension"]) -> Routing:
         """Weigh by predicted losses; similarities are those, negated."""
-        predicted = predict(self.ridge, features)
+        predicted = predict(self.ridge, self._centred(read))
         similarities = dict(zip(self.experts, -predicted.T, strict=True))
         return Routing(self.experts, weigh(predicted, self.sharpness), similarities)
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the regression and return the entry for mixture.json."""
-        self._write(folder / "loss.safetensors", {"weight": self.ridge.weight, "bias": self.ridge.bias})
-        return self._entry(experts=list(self.experts), sharpness=self.sharpness)
+        tensors = {"weight": self.ridge.weight, "bias": self.ridge.bias}
+        experts = list(self.experts)
+        return self._save(folder / "loss.safetensors", tensors, experts=experts, sharpness=self.sharpness)
 
     @classmethod
     def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "LossRouter":
         """Build it from its entry and its tensors."""
-        tensors = parts.tensors("loss")
+        tensors = read_tensors(parts.folder / "loss.safetensors")
         ridge = Ridge(tensors["weight"].float(), tensors["bias"].float())
         extractor, sharpness = load_extractor(record, parts), float(record["sharpness"])
         return cls(extractor, ridge, record["experts"], sharpness, tensors.get("centre"))

@@ -107,7 +107,7 @@ def _gates(run: ElreaRun, into: RunFolder) -> TrainedExtra:
 def _judged(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Measure the experts' losses on the training rows, with copies that were not trained on them (cross-fitting)."""
     losses = cross_fit(run, into)
-    write_tensors(into.path / LOSSES, losses.tensors())
+    write_tensors(into.path / LOSSES, {"nll": losses.nll, "pairs": losses.pairs, "tokens": losses.tokens})
     shutil.rmtree(into.path / "folds")
     return TrainedExtra({}, None, {"judged": list(losses.experts), "best_single": losses.best_single()})
 
