@@ -13,7 +13,6 @@ from coterie.errors import CoterieError
 from coterie.experts.adapter_selection import (
     Ranked,
     ShotScores,
-    accuracies,
     agreement,
     groups,
     halving_rounds,
@@ -33,8 +32,8 @@ def scores_of(correct, nll, tokens=None) -> ShotScores:
 
 
 def test_accuracy_counts_only_the_shots_that_can_be_graded():
-    found = accuracies(scores_of([[1.0, NAN, 0.0], [1.0, NAN, 1.0]], [[1.0] * 3] * 2))
-    assert found.tolist() == [0.5, 1.0]
+    found = ranked(["a", "b"], scores_of([[1.0, NAN, 0.0], [1.0, NAN, 1.0]], [[1.0] * 3] * 2))
+    assert {one.name: one.accuracy for one in found} == {"a": 0.5, "b": 1.0}
 
 
 def test_perplexity_is_the_mean_over_shots_of_the_exponential_and_the_sum_weighs_tokens():

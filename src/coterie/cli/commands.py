@@ -194,7 +194,7 @@ def list_bank(
 ) -> None:
     """List the adapters of a bank."""
     found = coterie.open_bank(folder)
-    for line in [json.dumps(card.record()) for card in found.cards] if as_json else [found]:
+    for line in [json.dumps(vars(card)) for card in found.cards] if as_json else [found]:
         typer.echo(line)
 
 

@@ -35,11 +35,6 @@ class ShotScores(NamedTuple):
     """Tokens of the rationale."""
 
 
-def accuracies(scores: ShotScores) -> Float[Tensor, " adapter"]:
-    """Return the share of right answers among the shots that can be graded; NaN where none can."""
-    return scores.correct.nanmean(dim=1)
-
-
 def log_perplexities(scores: ShotScores, of: str = "mean") -> Float[Tensor, " adapter"]:
     """Return the logarithm of every adapter's reasoning perplexity, averaged over the shots.
 
@@ -82,7 +77,8 @@ def ranked(names: Sequence[str], scores: ShotScores, *, by: str = "both", perple
         by: `both` ranks (the paper's), `accuracy` or `perplexity` alone.
         perplexity_of: as for `log_perplexities`.
     """
-    accuracy, perplexity = _rounded(accuracies(scores)), _rounded(log_perplexities(scores, perplexity_of))
+    accuracy = _rounded(scores.correct.nanmean(dim=1))  # among the shots that can be graded; NaN where none can
+    perplexity = _rounded(log_perplexities(scores, perplexity_of))
     by_accuracy = _ranks([0.0 if math.isnan(value) else -value for value in accuracy])
     by_perplexity = _ranks(perplexity)
     found = []

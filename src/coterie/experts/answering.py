@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from coterie.artifacts import hash_json
 from coterie.data.examples import Message
@@ -56,10 +56,6 @@ class Reply:
     finish_reason: Literal["stop", "length", "failed"] = "stop"
     seconds: float = 0.0
     error: str | None = None
-
-    def record(self) -> dict[str, Any]:
-        """Return it as plain values."""
-        return asdict(self)
 
 
 def failed(reason: object, seconds: float = 0.0) -> Reply:

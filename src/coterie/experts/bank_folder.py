@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coterie.artifacts import FORMAT, write_json
+from coterie.artifacts import FORMAT
 from coterie.backbone.loading import BaseModelIdentity, identity_from, identity_record
 from coterie.data.examples import Example
 from coterie.data.streaming import KEY_BYTES, question_of, text_key
@@ -73,14 +73,13 @@ class BankFolder:
 
     def __str__(self) -> str:
         """List the adapters, one a line."""
-        return columns([HEADINGS, *map(_cells, self.cards)], ALIGNED)
-
-
-def _cells(card: Card) -> tuple[str, ...]:
-    data = ", ".join(card.datasets)
-    rows = "unknown" if card.rows is None else str(card.rows)
-    texts = (printable(text or "unknown", 32) for text in (card.licence, data))
-    return (printable(card.name, 32), str(card.rank), str(card.layers), short(card.parameters), *texts, rows)
+        lines = [HEADINGS]
+        for card in self.cards:
+            licence, data = (printable(text or "unknown", 32) for text in (card.licence, ", ".join(card.datasets)))
+            rows = "unknown" if card.rows is None else str(card.rows)
+            size = (str(card.rank), str(card.layers), short(card.parameters))
+            lines.append((printable(card.name, 32), *size, licence, data, rows))
+        return columns(lines, ALIGNED)
 
 
 def open_bank(path: str | Path) -> BankFolder:
@@ -116,21 +115,11 @@ def read_base(folder: Path) -> BaseModelIdentity:
     return identity_from(base)
 
 
-def write_base(folder: Path, identity: BaseModelIdentity) -> None:
-    """Make a folder a bank."""
-    write_json(folder / BANK_FILE, {"format": FORMAT, "base_model": identity_record(identity)})
-
-
 def list_names(folder: Path) -> list[str]:
     """Return the names of a bank's adapters, sorted; folders that are only being written are left out."""
     experts = folder / EXPERTS
     found = experts.iterdir() if experts.is_dir() else ()
     return sorted(path.name for path in found if path.is_dir() and not path.name.startswith("."))
-
-
-def write_questions(folder: Path, keys: frozenset[bytes]) -> None:
-    """Write the keys of an adapter's training questions into its folder."""
-    write_json(folder / QUESTIONS_FILE, {"keys": sorted(key.hex() for key in keys)})
 
 
 def read_questions(folder: Path) -> frozenset[bytes]:

@@ -1,7 +1,7 @@
 """Cards: what is known of every adapter of a bank, read from its files; no code is run and nothing is unpickled."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,6 @@ class Card:
     def __str__(self) -> str:
         """Tell the adapter's size."""
         return f"rank {self.rank}, {self.layers} layers, {short(self.parameters)} parameters"
-
-    def record(self) -> dict[str, Any]:
-        """Return the card as plain values."""
-        return asdict(self)
 
 
 _CARD = TypeAdapter(Card)
@@ -125,20 +121,16 @@ def check_files(folder: Path) -> None:
     for file, limit in ((folder / name, limit) for name, limit in ADAPTER_FILES.items()):
         if not file.exists():
             continue
-        if not _lies_inside(file):
+        # the hub's cache keeps the files of its snapshots as links to blobs beside them
+        target, own = file.resolve(), file.parent.resolve()
+        is_blob = own.parent.name == "snapshots" and target.parent == own.parent.parent / "blobs"
+        if target.parent != own and not is_blob:
             raise CoterieError(f"{file} is a link to another folder, which is not followed; put the file itself there")
         if not file.is_file():
             raise CoterieError(f"{file} is not a regular file; get the adapter again")
         size = file.stat().st_size
         if size > limit:
             raise CoterieError(f"{file} has {size:,} bytes, more than the {limit:,} that are accepted; check the file")
-
-
-def _lies_inside(file: Path) -> bool:
-    """Tell whether a file lies in its folder, or is kept where the hub's cache keeps the files of its snapshots."""
-    target, folder = file.resolve(), file.parent.resolve()
-    is_blob = folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
-    return target.parent == folder or is_blob
 
 
 def hash_adapter(folder: Path) -> str:

@@ -87,10 +87,15 @@ def cluster(
         )
     for round_number in range(1, settings.cluster_rounds):
         labels = _resplit(prepared, labels, settings.clusters - round_number, settings, seed)
-    labels = _by_size(labels)
-    result = Clustering(
-        tuple(labels.tolist()), int(labels.max()) + 1, settings.cluster_method, _agreement(labels, sources)
-    )
+    # numbered from the largest to the smallest, ties by their first row
+    values, first, inverse, counts = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
+    labels = np.argsort(np.lexsort((first, -counts)))[inverse]
+    agreement = None
+    if len(set(sources)) > 1:
+        from sklearn.metrics import adjusted_rand_score
+
+        agreement = float(adjusted_rand_score([source or "" for source in sources], labels))
+    result = Clustering(tuple(labels.tolist()), len(values), settings.cluster_method, agreement)
     for line in describe(result, sources):
         logger.info(line)
     return result
@@ -131,11 +136,18 @@ def _split(features: NDArray, target: int, settings: ClusterSettings, seed: int)
     sample = features[np.sort(generator.choice(len(features), size, replace=False))]
     if settings.cluster_method.startswith("birch"):
         return _birch(sample, features, target, settings.cluster_threshold)
-    if settings.cluster_method.startswith("spherical"):
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    is_spherical = settings.cluster_method.startswith("spherical")
+    if is_spherical:
         sample, features = _unit(sample), _unit(features)
-        centres = spherical_centres(sample, _k_means(sample, target, seed).cluster_centers_)
-        return np.argmax(features @ centres.T, axis=1)
-    return np.asarray(_k_means(sample, target, seed).predict(features))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters: told by the caller
+        means = KMeans(target, n_init=10, random_state=seed).fit(sample)
+    if is_spherical:
+        return np.argmax(features @ spherical_centres(sample, means.cluster_centers_).T, axis=1)
+    return np.asarray(means.predict(features))
 
 
 def _birch(sample: NDArray, features: NDArray, target: int, threshold: float | None) -> Int[NDArray, " row"]:
@@ -174,15 +186,6 @@ def leaf_radius(sample: Float[NDArray[np.floating], "row dimension"]) -> float:
     return float(np.sqrt(np.median(apart)) / 2) if len(apart) else 1.0
 
 
-def _k_means(sample: NDArray, target: int, seed: int) -> Any:  # a fitted KMeans; sklearn is imported where it is used
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters: told by the caller
-        return KMeans(target, n_init=10, random_state=seed).fit(sample)
-
-
 def spherical_centres(
     rows: Float[NDArray[np.floating], "row dimension"], centres: Float[NDArray[np.floating], "cluster dimension"]
 ) -> Float[NDArray[np.floating], "cluster dimension"]:
@@ -217,20 +220,3 @@ def _resplit(features: NDArray, labels: NDArray, target: int, settings: ClusterS
         if len(np.unique(parts)) == target:
             result[members] = np.where(parts == 0, group, result.max() + parts)
     return result
-
-
-def _by_size(labels: NDArray) -> NDArray:
-    """Number clusters from the largest to the smallest, ties by their first row."""
-    values, first, inverse, counts = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
-    order = np.lexsort((first, -counts))
-    rank = np.empty(len(values), dtype=int)
-    rank[order] = np.arange(len(values))
-    return rank[inverse]
-
-
-def _agreement(labels: NDArray, sources: Sequence[str | None]) -> float | None:
-    if len(set(sources)) < 2:
-        return None
-    from sklearn.metrics import adjusted_rand_score
-
-    return float(adjusted_rand_score([source or "" for source in sources], labels))

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx2
@@ -30,19 +30,21 @@ REFUSED = frozenset({401, 403, 404})
 CHARACTERS_PER_TOKEN = 4  # where a server does not count
 
 
+@dataclass(eq=False)
 class Trouble(Exception):
     """A request without an answer.
 
     Attributes:
+        reason: why there is none.
         again: whether another try may help.
-        pause: seconds that the server questions to wait for.
+        pause: seconds that the server asks to wait for.
         for_all: whether no question to this expert can succeed.
     """
 
-    def __init__(self, reason: str, *, again: bool = False, pause: float = 0.0, for_all: bool = False) -> None:
-        """Store the reason and what follows from it."""
-        super().__init__(reason)
-        self.again, self.pause, self.for_all = again, pause, for_all
+    reason: str
+    again: bool = field(default=False, kw_only=True)
+    pause: float = field(default=0.0, kw_only=True)
+    for_all: bool = field(default=False, kw_only=True)
 
 
 def key_variable(expert: str) -> str:
@@ -50,35 +52,20 @@ def key_variable(expert: str) -> str:
     return "COTERIE_KEY_" + re.sub(r"[^A-Za-z0-9]", "_", expert).upper()
 
 
-def api_key(expert: str) -> str | None:
-    """Read an endpoint's key from the environment; servers without one need none.
-
-    Raises:
-        CoterieError: when it holds what no header takes; the key itself is not shown.
-    """
-    key = os.environ.get(key_variable(expert), "").strip()
-    if not re.fullmatch(r"[!-~]*", key):
-        raise CoterieError(
-            f"the key in {key_variable(expert)} holds spaces or characters beyond ASCII; set it to the bare key"
-        )
-    return key or None
-
-
+@dataclass(eq=False)
 class Pace:
     """Spreads requests of all threads over time."""
 
-    def __init__(self, per_minute: int | None) -> None:
-        """Store the least time between two requests."""
-        self._gap = 60 / per_minute if per_minute else 0.0
-        self._next = 0.0
-        self._lock = threading.Lock()
+    per_minute: int | None
+    _next: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def turn(self) -> float:
         """Take the next free moment and return the seconds until then."""
         with self._lock:
             now = time.monotonic()
             mine = max(now, self._next)
-            self._next = mine + self._gap
+            self._next = mine + (60 / self.per_minute if self.per_minute else 0.0)
         return mine - now
 
 
@@ -95,7 +82,7 @@ class EndpointAnswerer:
     """Asks one model behind an OpenAI-compatible server."""
 
     def __init__(self, endpoint: Endpoint, work: ExpertServingSettings, *, first_pause: float = 1.0) -> None:
-        """Read the key; nothing is asked yet.
+        """Read the key from the environment; servers without one need none, and nothing is asked yet.
 
         Args:
             endpoint: the server and model.
@@ -103,12 +90,15 @@ class EndpointAnswerer:
             first_pause: seconds before the second try; each further pause is twice as long.
 
         Raises:
-            CoterieError: as `api_key`.
+            CoterieError: when the key holds what no header takes; the key itself is not shown.
         """
         self._endpoint = endpoint
         self._work = work
         self._first_pause = first_pause
-        self._key = api_key(endpoint.expert)
+        variable = key_variable(endpoint.expert)
+        self._key = os.environ.get(variable, "").strip()
+        if not re.fullmatch(r"[!-~]*", self._key):
+            raise CoterieError(f"the key in {variable} holds spaces or characters beyond ASCII; set it to the bare key")
         self._pace = Pace(work.requests_per_minute)
         self._closed = threading.Event()
         self._hopeless: str | None = None
@@ -168,8 +158,8 @@ class EndpointAnswerer:
         except Trouble as trouble:
             self._failures += trouble.again
             if self._hopeless is None and (trouble.for_all or self._failures >= HOPELESS):
-                self._hopeless = str(trouble)
-            return failed(self._redacted(str(trouble)), time.monotonic() - started)
+                self._hopeless = trouble.reason
+            return failed(self._redacted(trouble.reason), time.monotonic() - started)
         self._failures = 0
         return reply
 

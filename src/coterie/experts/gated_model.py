@@ -1,6 +1,6 @@
 """The base model with experts weighed inside its layers, by a gate at every layer and token, as it is trained."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -186,25 +186,13 @@ class GatedModel(nn.Module):
         logits_to_keep: Tensor,
         labels: Tensor,
         num_items_in_batch: Tensor | int | None = None,
-        **_: Tensor,
+        **_unused: Tensor,
     ) -> dict[str, Tensor]:
         """Return the mean loss over labelled tokens, and what balance adds; shapes as `TrainingCollator` makes them."""
-        backbone, linear, _gates = self._held
-        penalties: list[Tensor] = []
-        with updating(linear, self._mixing(attention_mask.bool(), penalties)):
-            hidden = backbone.hidden(input_ids, attention_mask, position_ids)
-        logits = backbone.head(hidden[:, logits_to_keep])
-        total = nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        labelled = (labels != IGNORED).sum()
-        if penalties:  # weighed as the mean over tokens is, so that micro-batches add up to one batch
-            total = total + labelled * self.balance * torch.stack(penalties).mean()
-        return {"loss": total / (labelled if num_items_in_batch is None else num_items_in_batch)}
-
-    def _mixing(self, real: Tensor, penalties: list[Tensor]) -> Callable[[str, Tensor], Tensor]:
-        gates = self.gates()
+        backbone, linear, _ = self._held
+        gates, real = self.gates(), attention_mask.bool()
         layers = {path: (number, layer) for number, (path, layer) in enumerate(self._layers())}
+        penalties: list[Tensor] = []
 
         def mix(path: str, x: Tensor) -> Tensor:
             number, layer = layers[path]
@@ -216,4 +204,13 @@ class GatedModel(nn.Module):
             pair = StackedPair(layer.down, layer.up * layer.scalings)
             return apply_weighted(self.dropout(x.to(pair.down.dtype)), pair, weighing.weights)
 
-        return mix
+        with updating(linear, mix):
+            hidden = backbone.hidden(input_ids, attention_mask, position_ids)
+        logits = backbone.head(hidden[:, logits_to_keep])
+        total = nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        labelled = (labels != IGNORED).sum()
+        if penalties:  # weighed as the mean over tokens is, so that micro-batches add up to one batch
+            total = total + labelled * self.balance * torch.stack(penalties).mean()
+        return {"loss": total / (labelled if num_items_in_batch is None else num_items_in_batch)}

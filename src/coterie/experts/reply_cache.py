@@ -53,7 +53,7 @@ class ReplyCache:
         """
         if reply.error is not None:
             return
-        line = json.dumps({"key": key, **reply.record()}, ensure_ascii=False) + "\n"
+        line = json.dumps({"key": key, **vars(reply)}, ensure_ascii=False) + "\n"
         with self._lock:
             self._replies[key] = reply
             if self.path is None:

@@ -20,8 +20,9 @@ from coterie.backbone.layers import linear_shapes
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import IGNORED, TokenRow, pad
 from coterie.errors import CoterieError
-from coterie.experts.bank import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, load_adapter
+from coterie.experts.bank import CONFIG_FILE, load_adapter, write_adapter
 from coterie.features.gradient import AdamState, Checkpoint, Moments
+from coterie.lora import LoraPair
 from coterie.settings.groups import LoraSettings
 
 logger = logging.getLogger(__name__)
@@ -69,10 +70,25 @@ def train_adapter(
         CoterieError: when the loss is not finite.
     """
     set_seed(plan.seed)
-    with _adapted(backbone, start) as model:
+    if isinstance(start, LoraSettings):
+        targets = start.target_modules
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=start.rank,
+            lora_alpha=start.alpha or 4 * start.rank,
+            lora_dropout=start.dropout,
+            target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
+        )
+        model = get_peft_model(backbone.model, config)
+    else:
+        model = PeftModel.from_pretrained(backbone.model, start, is_trainable=True)
+    try:
         keeper = _EpochKeeper(folder, plan, backbone.identity.id)
         with trained(backbone, model, rows, plan, folder, keeper):
             save_adapter(model, folder, backbone.identity.id)
+    finally:
+        model.unload()
+        backbone.model.eval()
 
 
 @contextmanager
@@ -106,12 +122,13 @@ def trained(
     whole = [path for path in checkpoints if (path / "trainer_state.json").exists()]  # a checkpoint's last file
     for path in set(checkpoints) - set(whole):
         shutil.rmtree(path)
-    bar = _ProgressBar(plan.label)
+    bar = _ProgressBar()
     trainer = make_trainer(backbone, model, rows, plan, working, [callback, bar])
     try:
         trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
     finally:
-        bar.close()
+        if bar.training_bar is not None:  # leaves the line, also when an error stopped the training
+            bar.training_bar.close()
     yield
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     log = [{"stage": plan.label, **{key: entry[key] for key in (*LOGGED, *also)}} for entry in history]
@@ -123,10 +140,10 @@ def save_adapter(model: PeftModel, folder: Path, base_id: str) -> None:
     """Save as PEFT does, with the base model's own name and everything in a fixed order."""
     model.save_pretrained(str(folder), save_embedding_layers=False)  # they are frozen; 'auto' would ask the hub
     (folder / "README.md").unlink(missing_ok=True)
-    config = read_json(folder / "adapter_config.json")
+    config = read_json(folder / CONFIG_FILE)
     config["base_model_name_or_path"] = base_id
     config["target_modules"] = sorted(config["target_modules"])  # a set, so its order is another in every process
-    write_json(folder / "adapter_config.json", dict(sorted(config.items())))
+    write_json(folder / CONFIG_FILE, dict(sorted(config.items())))
 
 
 def write_null_adapter(backbone: Backbone, folder: Path) -> None:
@@ -140,32 +157,7 @@ def write_null_adapter(backbone: Backbone, folder: Path) -> None:
         "lora_alpha": 1,
         "target_modules": [path],
     }
-    key = f"{KEY_PREFIX}{path}.lora_"
-    factors = {f"{key}A.weight": torch.zeros(1, width_in), f"{key}B.weight": torch.zeros(width_out, 1)}
-    write_json(folder / CONFIG_FILE, config)
-    write_tensors(folder / WEIGHTS_FILE, factors)
-
-
-@contextmanager
-def _adapted(backbone: Backbone, start: Path | LoraSettings) -> Iterator[PeftModel]:
-    """Put an adapter into the base model for training, and take it out again."""
-    if isinstance(start, LoraSettings):
-        targets = start.target_modules
-        config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=start.rank,
-            lora_alpha=start.alpha or 4 * start.rank,
-            lora_dropout=start.dropout,
-            target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
-        )
-        model = get_peft_model(backbone.model, config)
-    else:
-        model = PeftModel.from_pretrained(backbone.model, start, is_trainable=True)
-    try:
-        yield model
-    finally:
-        model.unload()
-        backbone.model.eval()
+    write_adapter(folder, config, {path: LoraPair(torch.zeros(1, width_in), torch.zeros(1, width_out))})
 
 
 def make_trainer(
@@ -244,21 +236,12 @@ class _FiniteLoss(TrainerCallback):
 class _ProgressBar(ProgressCallback):
     """A bar with the time left and the loss, on stderr; stdout is for results."""
 
-    def __init__(self, label: str) -> None:
-        super().__init__()
-        self.label = label
-
-    def close(self) -> None:
-        """Leave the line, also when the training was stopped by an error."""
-        if self.training_bar is not None:
-            self.training_bar.close()
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:
-            self.training_bar.set_description(f"training {self.label}")
+            self.training_bar.set_description(f"training {args.run_name}")
 
     def on_log(
         self,
@@ -281,11 +264,6 @@ class _EpochKeeper(TrainerCallback):
     base_id: str
     rates: list[float] = field(default_factory=list)
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.rates = []
-
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -294,6 +272,7 @@ class _EpochKeeper(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        rates, self.rates = self.rates, []
         if not self.plan.keep_epochs:
             return
         target = self.folder / f"epoch-{round(state.epoch or 0) - 1}"
@@ -301,7 +280,7 @@ class _EpochKeeper(TrainerCallback):
         shutil.rmtree(temporary, ignore_errors=True)
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])  # accelerate wraps it
         save_adapter(kwargs["model"], temporary, self.base_id)
-        _save_adam(kwargs["model"], optimizer, self.rates, state.global_step, temporary)
+        _save_adam(kwargs["model"], optimizer, rates, state.global_step, temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
 

@@ -11,18 +11,17 @@ from typing import Any
 
 from torch import nn
 
-from coterie.artifacts import disk_errors, hub_folder, write_json
-from coterie.backbone.loading import Backbone, BaseModelIdentity, load_backbone
+from coterie.artifacts import FORMAT, disk_errors, hub_folder, write_json
+from coterie.backbone.loading import Backbone, BaseModelIdentity, identity_record, load_backbone
 from coterie.data.streaming import question_of, stream_examples, text_key
 from coterie.errors import CoterieError
 from coterie.experts.bank_folder import (
     BANK_FILE,
     EXPERTS,
+    QUESTIONS_FILE,
     list_names,
     read_base,
     read_questions,
-    write_base,
-    write_questions,
 )
 from coterie.experts.cards import (
     ADAPTER_FILES,
@@ -167,7 +166,7 @@ def _trouble(folder: Path, model: nn.Module) -> str | None:
             return f"it has more questions than the {card.rows} training rows on its card; add it again"
     except (CoterieError, OSError) as error:
         return printable(str(error), LONGEST_REASON)
-    wrong = [fact for fact, value in found.record().items() if value != card.record()[fact]]
+    wrong = [fact for fact, value in vars(found).items() if value != vars(card)[fact]]
     return f"its card has another {', '.join(wrong)} than its files; add it again with --overwrite" if wrong else None
 
 
@@ -291,9 +290,9 @@ def _copy_and_check(draft: Path, folder: Path, name: str, source: str, addition:
         card = describe_adapter(draft, addition.backbone.model, **facts)
     except CoterieError as error:
         raise CoterieError(str(error).replace(str(draft), str(folder))) from error
-    write_json(draft / CARD_FILE, card.record())
+    write_json(draft / CARD_FILE, vars(card))
     if questions.rows is not None:
-        write_questions(draft, questions.keys)
+        write_json(draft / QUESTIONS_FILE, {"keys": sorted(key.hex() for key in questions.keys)})
     return card
 
 
@@ -301,7 +300,8 @@ def _publish(draft: Path, addition: _Addition, name: str) -> None:
     """Give a finished folder its name, in place of the one that has it."""
     target, old = draft.with_name(name), draft.with_name(f".{name}.old")
     if not (addition.folder / BANK_FILE).exists():
-        write_base(addition.folder, addition.backbone.identity)
+        bank = {"format": FORMAT, "base_model": identity_record(addition.backbone.identity)}
+        write_json(addition.folder / BANK_FILE, bank)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         os.rename(target, old)

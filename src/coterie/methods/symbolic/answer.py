@@ -55,7 +55,7 @@ class ExpertAnswer:
     def record(self) -> ExpertAnswerRecord:
         """Return it as it is recorded."""
         own = {"expert": self.expert, "reading": self.reading, "weight": self.weight}
-        return ExpertAnswerRecord(**own, **self.reply.record())
+        return ExpertAnswerRecord(**own, **vars(self.reply))
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Outcome:
             finish_reason=self.finish_reason,
             aggregator=self.aggregator,
             answers=tuple(own.record() for own in self.given),
-            synthesis=None if self.synthesis is None else ReplyRecord(**self.synthesis.record()),
+            synthesis=None if self.synthesis is None else ReplyRecord(**vars(self.synthesis)),
             cost=self.cost,
         )
 

@@ -258,5 +258,5 @@ def _row(
         "answers": list(example.answers) or None,
         "skills": list(skills[number]),
         "scores": {name: None if math.isnan(score) else score for name, score in own.items()},
-        "replies": {name: reply.record() for name, reply in replies[number].items()},
+        "replies": {name: vars(reply) for name, reply in replies[number].items()},
     }
