@@ -157,10 +157,10 @@ def longest_prefix(text):
     for end in range(len(lines), 0, -1):
         code = "\n".join(lines[:end])
         try:
-            tree = ast.parse(code)
+            ast.parse(code)
         except SyntaxError:
             continue
-        return code_grading._without_idle_end(code, tree)
+        return code_grading._longest_code(code)[0]
     return None
 
 

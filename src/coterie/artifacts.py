@@ -199,16 +199,12 @@ def environment_record() -> dict[str, Any]:
     with suppress(OSError, subprocess.CalledProcessError):  # no git, no repository, or no commit yet
         git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         commit = git.stdout.strip()
-    return {"versions": versions, "python": platform.python_version(), "machine": hardware_name(), "git": commit}
-
-
-def hardware_name() -> str:
-    """Name the processor and its core count, as results are quoted with it."""
-    model = platform.processor() or platform.machine()
+    processor = platform.processor() or platform.machine()
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    return f"{model}, {os.cpu_count()} cores"
+        processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
+    machine = f"{processor}, {os.cpu_count()} cores"
+    return {"versions": versions, "python": platform.python_version(), "machine": machine, "git": commit}
 
 
 @dataclass(frozen=True)

@@ -103,11 +103,11 @@ class PromptFormat:
         is_response: list[bool] = []
         is_user_text: list[bool] = []
         prompt_length = 0
-        messages = example.messages
+        messages, plain = example.messages, self.tokenizer.chat_template is None
         if self.system_prompt is not None and messages[0].role != "system":
             messages = (Message("system", self.system_prompt), *messages)
         for text, role, spans in self._segments(messages):
-            encoding = self.tokenizer(text, add_special_tokens=self._plain and not ids, return_offsets_mapping=True)
+            encoding = self.tokenizer(text, add_special_tokens=plain and not ids, return_offsets_mapping=True)
             tokens, offsets = encoding["input_ids"], encoding["offset_mapping"]
             if role == "prompt":
                 prompt_length = len(ids) + len(tokens)
@@ -117,10 +117,6 @@ class PromptFormat:
         if example.response is None:
             prompt_length = len(ids)
         return TokenRow(tuple(ids), prompt_length, tuple(is_response), tuple(is_user_text), example.source)
-
-    @property
-    def _plain(self) -> bool:
-        return self.tokenizer.chat_template is None
 
     def _segments(self, messages: tuple[Message, ...]) -> Iterator[tuple[str, str, list[tuple[int, int]]]]:
         """Yield the text of every prompt and every answer in turn, with the spans that the user wrote."""
@@ -144,7 +140,7 @@ class PromptFormat:
                 start = index + 1
 
     def _render(self, messages: Sequence[Message], *, generation: bool) -> str:
-        if self._plain:
+        if self.tokenizer.chat_template is None:
             ends = {"assistant": str(self.tokenizer.eos_token or "")}
             return "".join(m.content + ends.get(m.role, "\n") for m in messages)
         turns = [{"role": m.role, "content": m.content} for m in messages]
@@ -168,21 +164,17 @@ class PromptFormat:
         Searching would find the same words in the template or the system prompt; so the template is rendered once more
         with a mark in the user's place, and what stands around the marks tells where the user's text is.
         """
-        for message in messages[start:]:
-            if message.role != "user" and message.content.strip() not in text:
-                raise self._changed(message)
-        contents = [message.content for message in messages[start:] if message.role == "user"]
+        asked = [message for message in messages[start:] if message.role == "user"]
+        others = [message for message in messages[start:] if message.role != "user"]
+        changed = [message for message in others if message.content.strip() not in text]
         marked = [Message(m.role, USER_MARK) if m.role == "user" and n >= start else m for n, m in enumerate(messages)]
         around = self._continued(written, self._render(marked, generation=True)).split(USER_MARK)
         for as_written in (str, str.strip, str.lstrip, str.rstrip):  # templates differ in what they trim
-            places = _places(text, around, list(map(as_written, contents)))
-            if places is not None:
+            places = _places(text, around, [as_written(message.content) for message in asked])
+            if places is not None and not changed:
                 return places
-        raise self._changed(next(message for message in messages[start:] if message.role == "user"))
-
-    @staticmethod
-    def _changed(message: Message) -> CoterieError:
-        return CoterieError(f"this model's chat template changes what a {message.role} wrote: {message.content[:40]!r}")
+        first = [*changed, *asked][0]
+        raise CoterieError(f"this model's chat template changes what a {first.role} wrote: {first.content[:40]!r}")
 
 
 def _places(text: str, around: Sequence[str], contents: Sequence[str]) -> list[tuple[int, int]] | None:

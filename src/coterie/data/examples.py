@@ -193,12 +193,15 @@ def _to_example(row: Mapping[str, Any], place: str, default_id: str, need_respon
         if message.role != "system" and not message.content.strip():
             part = "response" if message.role == "assistant" else "prompt"
             raise CoterieError(f"{place} has an empty {part}; fill it in or delete the row")
+    source, category, answer = (
+        None if row.get(field) is None else str(row[field]) for field in ("source", "category", "answer")
+    )
     example = Example(
         id=str(row["id"]) if row.get("id") is not None else default_id,
         messages=messages,
-        source=_optional_text(row, "source"),
-        category=_optional_text(row, "category"),
-        answer=_optional_text(row, "answer"),
+        source=source,
+        category=category,
+        answer=answer,
         answers=_answers(row, place),
         tests=_tests(row, place),
     )
@@ -214,10 +217,6 @@ def _check_characters(place: str, *texts: str) -> None:
     except UnicodeEncodeError as error:
         bad = error.object[error.start]
         raise CoterieError(f"{place} holds the half character {bad!r}; mend or delete it") from error
-
-
-def _optional_text(row: Mapping[str, Any], field: str) -> str | None:
-    return None if row.get(field) is None else str(row[field])
 
 
 def _answers(row: Mapping[str, Any], place: str) -> tuple[str, ...]:

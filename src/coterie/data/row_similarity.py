@@ -30,12 +30,7 @@ def similarity_by(rule: SimilarityRule, shots: Float[Tensor, "shot dimension"], 
         return partial(density_similarity, gamma=gamma)
     if rule == "convex-hull":
         return partial(hull_similarity, gram=shots.double() @ shots.double().T)
-    return max_cosine
-
-
-def max_cosine(cosines: Float[Tensor, "row shot"]) -> Float[Tensor, " row"]:
-    """Return the cosine to the nearest example."""
-    return cosines.amax(dim=1)
+    return partial(torch.amax, dim=1)  # the cosine to the nearest example
 
 
 def density_similarity(cosines: Float[Tensor, "row shot"], gamma: float) -> Float[Tensor, " row"]:

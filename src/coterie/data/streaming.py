@@ -84,14 +84,16 @@ class PoolIndex:
         wanted = np.zeros(len(self), dtype=bool)
         wanted[numbers] = True
         rows = chain.from_iterable(stream_examples(pool, self.limit) for pool in self.pools.values())
+        names = ", ".join(self.pools)
+        changed = CoterieError(f"the pool changed while it was read ({names}); start again when it is complete")
         count = 0
         for count, example in enumerate(rows, start=1):
             if count <= len(self) and wanted[count - 1]:
                 if as_keys(text_key(text_of(example)))[0] != self.texts[count - 1]:
-                    raise _changed(self.pools)
+                    raise changed
                 yield count - 1, example
         if count != len(self):
-            raise _changed(self.pools)
+            raise changed
 
     def pool_of(self, numbers: Int[np.ndarray, " wanted"]) -> Int[np.ndarray, " wanted"]:
         """Return which pool every one of these rows stands in."""
@@ -122,7 +124,3 @@ def index_pools(
     order = np.lexsort((by_record, by_text))
     found[order[1:][by_text[order][1:] == by_text[order][:-1]]] = COPY
     return PoolIndex(pools, limit, by_text, by_record, found, np.array(starts))
-
-
-def _changed(pools: Mapping[str, ExampleSource]) -> CoterieError:
-    return CoterieError(f"the pool changed while it was read ({', '.join(pools)}); start again when it is complete")

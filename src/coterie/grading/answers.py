@@ -88,9 +88,13 @@ def grade(
     if kind == "maths":
         found = _find_expression(text)
         return Grade(same_expression(answer, found), found[:LONGEST_EXPRESSION]) if found else Grade(False, None)
-    if answers or _is_no_answer(answer):
-        return _grade_spans(text, answers or (answer,))
-    return _grade_text(text, answer)
+    if not answers and not _is_no_answer(answer):
+        return _grade_text(text, answer)
+    scored = [(candidate, _span_score(answers or (answer,), candidate)) for candidate in _text_candidates(text)]
+    if not scored:
+        return Grade(False, None, 0.0)
+    best, score = max(scored, key=lambda pair: pair[1].exact)
+    return Grade(score.exact, best[:LONGEST_EXPRESSION], score.f1)
 
 
 def read_answer(text: str, prompt: str = "") -> str:
@@ -338,13 +342,3 @@ def _span_score(answers: Sequence[str], candidate: str) -> _SpanScore:
         return _SpanScore(True, 1.0)
     shared = (2 * (Counter(words) & Counter(got)).total() / (len(words) + len(got)) for words in wanted)
     return _SpanScore(False, 0.0 if refuses else max(shared))
-
-
-def _grade_spans(text: str, answers: Sequence[str]) -> Grade:
-    """Compare with all accepted answers."""
-    candidates = _text_candidates(text)
-    if not candidates:
-        return Grade(False, None, 0.0)
-    scored = [(candidate, _span_score(answers, candidate)) for candidate in candidates]
-    best, score = max(scored, key=lambda pair: pair[1].exact)
-    return Grade(score.exact, best[:LONGEST_EXPRESSION], score.f1)

@@ -9,7 +9,7 @@ import itertools
 import re
 import textwrap
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,55 +90,45 @@ def find_code(text: str, entry_point: str) -> str | None:
     candidates = [*fenced, text, *(text[match.start() :] for match in beginnings)]
     first = None
     for candidate in candidates:  # most likely first
-        code = _longest_code(candidate[:LONGEST_CODE])
-        if code and _defines(code, entry_point):
+        code, body = _longest_code(candidate[:LONGEST_CODE])
+        if _defines(body, entry_point):
             return code
         first = first or code
     return first
 
 
-def _parsed(code: str) -> ast.Module | SyntaxError | None:
-    """Return the syntax tree, the error where it has none, or None where the parser itself gives up."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the escapes and comparisons of a stranger
-            return ast.parse(code)
-    except SyntaxError as error:
-        return error
-    except (ValueError, RecursionError, MemoryError):
-        return None
-
-
-def _longest_code(text: str) -> str | None:
+def _longest_code(text: str) -> tuple[str | None, list[ast.stmt]]:
     """Return the longest run of lines from the first that parses, without the names and constants at its end.
 
     The line of the error is where to cut: no longer run can parse. A cut may uncover an error further up.
+
+    Returns:
+        The code, None where nothing parses, and its statements.
     """
     lines = text.split("\n")
     for _ in range(min(MOST_CUTS, MOST_PARSED // max(1, len(text)))):
-        tree = _parsed("\n".join(lines))
-        if isinstance(tree, ast.Module):
-            return _without_idle_end("\n".join(lines), tree)
-        if tree is None or not tree.lineno:
-            return None
-        del lines[min(tree.lineno, len(lines)) - 1 :]
-    return None
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about the escapes and comparisons of a stranger
+                body = ast.parse("\n".join(lines)).body
+        except SyntaxError as error:
+            if not error.lineno:
+                break
+            del lines[min(error.lineno, len(lines)) - 1 :]
+            continue
+        except (ValueError, RecursionError, MemoryError):  # the parser itself gives up
+            break
+        # Statements that only name things, such as `[DONE]` or a word of prose.
+        while body and isinstance(body[-1], ast.Expr) and not any(isinstance(n, ast.Call) for n in ast.walk(body[-1])):
+            body.pop()
+        return ("\n".join(lines[: body[-1].end_lineno]) if body else None), body
+    return None, []
 
 
-def _without_idle_end(code: str, tree: ast.Module) -> str | None:
-    """Drop statements at the end that only name things, such as `[DONE]` or a word of prose; None if nothing stays."""
-    body = tree.body
-    while body and isinstance(body[-1], ast.Expr) and not any(isinstance(n, ast.Call) for n in ast.walk(body[-1])):
-        body.pop()
-    return "\n".join(code.split("\n")[: body[-1].end_lineno]) if body else None
-
-
-def _defines(code: str, name: str) -> bool:
-    """Tell whether code defines a name at its top level, by def, class or assignment."""
-    tree = _parsed(code)
-    assert isinstance(tree, ast.Module), "only code that parses is asked about"
+def _defines(body: Sequence[ast.stmt], name: str) -> bool:
+    """Tell whether statements define a name at the top level, by def, class or assignment."""
     defined: set[str] = set()
-    for statement in tree.body:
+    for statement in body:
         match statement:
             case ast.FunctionDef(name=own) | ast.AsyncFunctionDef(name=own) | ast.ClassDef(name=own):
                 defined.add(own)

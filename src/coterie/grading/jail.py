@@ -51,13 +51,6 @@ def _limit(which: int, soft: int, hard: int) -> None:
     resource.setrlimit(which, (soft, hard))
 
 
-def forbid_processes() -> None:
-    """Forbid new processes (on Linux threads too) to whoever is not root; for systems without the filter below."""
-    import resource
-
-    _limit(resource.RLIMIT_NPROC, 1, 1)
-
-
 # ---------------------------------------------------------------------------------------------- limits of Linux's own
 
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
@@ -216,19 +209,11 @@ def confine(cpu_seconds: int, memory_bytes: int) -> list[str]:
     limit_resources(cpu_seconds, memory_bytes)
     landlocked = unprivileged and forbid_writing()
     filtered = unprivileged and filter_system_calls()
-    if not filtered:
-        forbid_processes()
+    if not filtered:  # then no new processes, on Linux no threads either, for whoever is not root
+        import resource
+
+        _limit(resource.RLIMIT_NPROC, 1, 1)
     return ["landlock"] * landlocked + ["seccomp"] * filtered
-
-
-def _silence() -> int:
-    """Point the three standard streams at the null device; return a new descriptor for the old output."""
-    report = os.dup(1)
-    null = os.open(os.devnull, os.O_RDWR)
-    for stream in range(3):
-        os.dup2(null, stream)
-    os.close(null)
-    return report
 
 
 def _described(error: BaseException) -> str:
@@ -248,7 +233,10 @@ def main() -> NoReturn:
     to its end gets the secret told: leaving the process by any other way leaves the report without it.
     """
     request = json.loads(sys.stdin.buffer.read())
-    report = _silence()
+    report, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):  # the three standard streams
+        os.dup2(null, stream)
+    os.close(null)
     os.environ.clear()
     standing = confine(request["cpu_seconds"], request["memory_bytes"])
     os.write(report, f"{' '.join(['started', *standing])}\n".encode())

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 from coterie.errors import CoterieError
@@ -168,6 +169,7 @@ def same_expression(answer: str, candidate: str) -> bool:
 # -------------------------------------------------------------------------------------------------- as expressions
 
 
+@dataclass(eq=False)
 class ValueComparer:
     """Compares expressions by value in one worker process, started at the first comparison.
 
@@ -175,11 +177,9 @@ class ValueComparer:
     The timer is ours because math-verify's own uses SIGALRM, which fails outside the main thread.
     """
 
-    def __init__(self, seconds: float = SECONDS_PER_ITEM) -> None:
-        """Keep the time that an item may take; nothing is started yet."""
-        self.seconds = seconds
-        self._lock = threading.Lock()
-        self._worker: subprocess.Popen[str] | None = None
+    seconds: float = SECONDS_PER_ITEM
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _worker: "subprocess.Popen[str] | None" = None
 
     def same(self, answer: str, candidate: str) -> bool:
         """Tell whether the candidate has the value of the answer; False if the worker overruns or dies.

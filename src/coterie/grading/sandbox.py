@@ -114,7 +114,8 @@ def run_limited(program: str, limits: Limits | None = None) -> Outcome:
         return Outcome("killed", f"ended by the signal {name}")
     if len(reply.lines) == 1:
         return Outcome("failed", f"the program left with status {reply.code} before its end")
-    return Outcome("out-of-memory" if last == "MemoryError" else "failed", _printable(last))
+    shown = "".join(letter if letter.isprintable() else " " for letter in last[: jail.LONGEST_DETAIL])
+    return Outcome("out-of-memory" if last == "MemoryError" else "failed", shown)
 
 
 @functools.cache
@@ -127,11 +128,6 @@ def protection() -> Protection:
     standing = _run("", "", Limits()).lines[0].split()
     filtered = "seccomp" in standing
     return Protection(processes=filtered, network=filtered, files="landlock" in standing)
-
-
-def _printable(text: str) -> str:
-    """Make safe to show what the program may have written itself."""
-    return "".join(letter if letter.isprintable() else " " for letter in text[: jail.LONGEST_DETAIL])
 
 
 # -------------------------------------------------------------------------------------------------------- the child

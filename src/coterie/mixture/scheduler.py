@@ -9,6 +9,7 @@ import gc
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from tqdm.auto import tqdm
@@ -24,7 +25,7 @@ class _Unwritable(Exception):
     """A reply that could not be kept: no fault of the expert's."""
 
 
-class ExpertScheduler:
+class ExpertScheduler(AbstractContextManager["ExpertScheduler"]):
     """Loads groups of experts within a memory budget, each at most once where it can, and batches their questions.
 
     Attributes:
@@ -60,10 +61,6 @@ class ExpertScheduler:
         self._held: dict[str, tuple[Answerer, int]] = {}
         self._remote: dict[str, Answerer] = {}
         self._later: set[str] = set()
-
-    def __enter__(self) -> "ExpertScheduler":
-        """Begin."""
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Free everything."""
@@ -109,7 +106,6 @@ class ExpertScheduler:
                 self._remote[group.name] = group.load()
             return self._remote[group.name]
         if group.name not in self._held:
-            self._check_size(group)
             need = self._need(group)
             for name in sorted(self._held, key=lambda name: name in self._later):  # the oldest first
                 if self._budget is None or self._taken() + need > self._budget:
@@ -128,10 +124,9 @@ class ExpertScheduler:
         unwritable: list[Exception] = []
         groups = {group.name: group for group in self._groups.values() if group.name in shares}.values()
         local = [group for group in groups if not group.is_remote]
-        for group in local:
-            self._check_size(group)
+        needs = {group.name: self._need(group) for group in local}
         # What is loaded already comes first, then the largest; what is needed afterwards, at the end.
-        local.sort(key=lambda group: (group.name in self._later, group.name not in self._held, -self._need(group)))
+        local.sort(key=lambda group: (group.name in self._later, group.name not in self._held, -needs[group.name]))
 
         def answer_remotely(group: ExpertGroup) -> None:
             try:
@@ -185,19 +180,18 @@ class ExpertScheduler:
             for bar in bars.values():
                 bar.close()
 
-    def _need(self, group: ExpertGroup) -> int:
-        return group.size if group.size is not None else self._budget or 0
-
     def _taken(self) -> int:
         return sum(size for _, size in self._held.values())
 
-    def _check_size(self, group: ExpertGroup) -> None:
-        need = self._need(group)
+    def _need(self, group: ExpertGroup) -> int:
+        """Return the bytes that a group takes, all there are where that is not known; refuse more than that."""
+        need = group.size if group.size is not None else self._budget or 0
         if self._budget is not None and need > self._budget:
             raise CoterieError(
                 f"{group.name} needs about {need / GIB:.2g} GiB, and there may be {self._budget / GIB:.2g}; "
                 "raise --memory, or take a smaller --dtype or --batch-size"
             )
+        return need
 
     def _free(self, name: str) -> None:
         answerer, _ = self._held.pop(name)
