@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from coterie.methods import listed
+from coterie.methods.family import SINGLE_EXPERT
+
 PROJECT = Path(__file__).parents[1]
 PACKAGE = PROJECT / "src" / "coterie"
 ARCHITECTURE = (PROJECT / "docs" / "architecture.md").read_text()
@@ -59,3 +62,25 @@ def test_a_place_that_is_gone_is_found():
         "routers/base.py::Nobody",
         "routers/nowhere.py",
     ]
+
+
+def tables_of_methods(text: str) -> list[dict[str, str]]:
+    """The combiner of every method of every table whose first column is `method`, as written in a document."""
+    tables = []
+    for body in re.findall(r"^\| method \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", text, flags=re.MULTILINE):
+        cells = [line.strip("|\n").split("|") for line in body.splitlines()]
+        tables.append({name: row[-1].strip() for row in cells for name in re.findall(r"`([^`]+)`", row[0])})
+    return tables
+
+
+def test_the_readme_lists_the_methods_that_there_are_and_where_their_experts_meet():
+    families = list(dict.fromkeys(row["on"] for row in listed()))
+    tables = tables_of_methods((PROJECT / "README.md").read_text())
+    assert len(tables) == len(families) == 4
+    for family, table in zip(families, tables, strict=True):
+        combiners = {row["method"]: row["combiner"] for row in listed() if row["on"] == family}
+        table.pop(f"{SINGLE_EXPERT}:NAME", None)
+        assert set(table) | {"backbone"} == set(combiners) | {"backbone"}  # the base model stands in one table for all
+        for name, told in table.items():
+            plain = re.sub(r" \(`(.*)`\)", r":\1", told)  # weights (`factors`)
+            assert plain.split(": ")[0] == combiners[name].split(": ")[0], f"{family}: {name}"

@@ -24,7 +24,7 @@ def evaluate(fitted, run):
     return command
 
 
-def test_all_line_ups_are_compared_in_one_batch(fitted, evaluate):
+def test_all_methods_are_compared_in_one_batch(fitted, evaluate):
     before = fitted.asked()
     code, out, _ = evaluate("--json")
     summary = json.loads(out)

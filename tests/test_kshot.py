@@ -92,6 +92,7 @@ def test_those_that_were_trained_on_the_task_are_chosen(bank, shots, tmp_path):
     assert set(found.chosen) == {"pick-2", "pick-3"}
     record = selection_of(tmp_path / "select")
     assert record == found.record.plain() and record["shots"] == 5
+    assert {one["score"] - one["rank_sum"] - one["rank_diversity"] for one in record["subsets"]} == {0}
     assert sorted(own["rank_sum"] for own in record["adapters"]) == [own["rank_sum"] for own in record["adapters"]]
     assert [own["name"] for own in record["adapters"] if own["candidate"]] == [
         own["name"] for own in record["adapters"]

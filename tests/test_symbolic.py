@@ -211,7 +211,7 @@ def test_the_same_seed_gives_the_same_recruits(fitted, run):
     assert recruits(1) == recruits(1) != recruits(2)
 
 
-def test_another_line_up_answers_by_name(fitted, run):
+def test_another_method_answers_by_name(fitted, run):
     asked = ("generate", fitted.folder / "run", question("history", 7), "--json", "--method")
     assert json.loads(run(*asked, "best-single")[1])["recruits"] == {"maths": 1, "past": 0, "judge": 0}
     assert json.loads(run(*asked, "past")[1])["text"] == "The answer is 107."

@@ -25,7 +25,6 @@ _HOMES = {
     "Completion": "coterie.mixture",
     "evaluate": "coterie.evaluation.compare",
     "HarnessModel": "coterie.evaluation.harness",
-    "run_evaluation": "coterie.evaluation.compare",
     "evaluate_folder": "coterie.evaluation.symbolic",
     "spread": "coterie.evaluation.seeds",
     "read_spread": "coterie.evaluation.seeds",

@@ -18,13 +18,13 @@ class AdapterRecord(Record):
     """
 
     name: StrictStr
-    accuracy: Number = None
-    perplexity: Number = None
-    rank_accuracy: Rank = None
-    rank_perplexity: Rank = None
-    rank_sum: Rank = None
-    similarity: Number = None
-    nll: Number = None
+    accuracy: Number
+    perplexity: Number
+    rank_accuracy: Rank
+    rank_perplexity: Rank
+    rank_sum: Rank
+    similarity: Number
+    nll: Number
     candidate: StrictBool = False
     chosen: StrictBool = False
     leak: Count = 0
@@ -36,10 +36,10 @@ class GroupRecord(Record):
     """Candidates as a group: the best group has the smallest score, the sum of its two ranks."""
 
     names: Names
-    rank_sum: Rank = None
-    similarity: Number = None
-    rank_diversity: Rank = None
-    score: Rank = None
+    rank_sum: Rank
+    similarity: Number
+    rank_diversity: Rank
+    score: Rank
 
 
 class HalvingRound(Record):
