@@ -155,7 +155,7 @@ def choose(task: KshotTask, settings: SelectSettings | KshotSettings, cached: Js
         shots=len(task.shots),
         chosen=best[0].names,
         adapters=tuple(_adapter_records(scoring, names, order, best[0].names, similarity, known)),
-        subsets=tuple(GroupRecord(**asdict(group), score=group.score) for group in best[:GROUPS_KEPT]),
+        subsets=tuple(GroupRecord(**asdict(group)) for group in best[:GROUPS_KEPT]),
         halving=tuple(rounds),
     )
     return Selected(record, [cell for name in sorted(scoring.cells) for cell in scoring.cells[name]])
