@@ -13,6 +13,7 @@ import coterie
 from coterie.artifacts import read_run_record, write_jsonl
 from coterie.cli.table import COMMANDS, app, command
 from coterie.errors import CoterieError
+from coterie.records.wording import columns
 from coterie.settings.commands import (
     BankAddSettings,
     BankVerifySettings,
@@ -45,9 +46,10 @@ Input = Annotated[str | None, typer.Option(help="JSONL file with a prompt a line
 @command("methods", "coterie methods --json")
 def list_methods(as_json: AsJson = False) -> None:
     """List the methods: where their experts come from, how prompts find them, where they meet."""
-    for row in coterie.methods.listed():
-        line = f"{row['on']:12} {row['method']:22} {row['combiner']:31} {row['router']:51} {row['bank']}"
-        typer.echo(json.dumps(row) if as_json else line)
+    rows = coterie.methods.listed()
+    heads = ("on", "method", "combiner", "router", "bank")
+    table = columns([heads, *([row[head] for head in heads] for row in rows)], "<<<<<")
+    typer.echo("\n".join(map(json.dumps, rows)) if as_json else table)
 
 
 @command("fit elrea", "coterie fit elrea --model smollm2-135m --data train.jsonl --output runs/elrea")
