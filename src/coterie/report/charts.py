@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from xml.etree import ElementTree
 
 from markupsafe import Markup
 
@@ -49,32 +48,30 @@ def interval_chart(
     for value in axis.marks:
         x = _across(axis, value)
         draw.add_line(drawing, "zero" if abs(value) < axis.step / 2 else "grid", (x, 0.0), (x, bottom + 3.0))
-        draw.add_text(drawing, "mark", x, bottom + 16.0, plain(value, axis.step))
+        draw.add_text(drawing, "mark", x, bottom + 16.0, plain(value, axis.decimals))
     for x, kind, words in zip((_MARGIN, 50.0, 100 - _MARGIN), ("left", "mark", "right"), sides, strict=True):
         draw.add_text(drawing, f"{kind} side", x, bottom + 33.0, words)
     for number, interval in enumerate(intervals):
-        if interval:
-            _draw_interval(drawing, interval, axis, number * ROW + ROW / 2)
+        if interval is None:
+            continue
+        y, value = number * ROW + ROW / 2, plain(interval.value, axis.decimals)
+        group = draw.add(drawing, "g", "clear" if interval.clear else "open")
+        draw.add(group, "title").text = interval.words
+        # A value beyond the axis is written at the end it lies beyond, with an arrow.
+        if interval.value > axis.high:
+            draw.add_text(group, "right far", 100 - _MARGIN, y + 4, f"{value} →")
+        elif interval.value < axis.low:
+            draw.add_text(group, "left far", _MARGIN, y + 4, f"← {value}")
+        else:
+            if interval.ends:
+                left, right = (_across(axis, min(max(end, axis.low), axis.high)) for end in interval.ends)
+                draw.add_line(group, "interval", (left, y), (right, y))
+            draw.add(group, "circle", cx=draw.percent(_across(axis, interval.value)), cy=f"{y:.1f}", r="4.5")
     return draw.markup(drawing)
 
 
 def _across(axis: Scale, value: float) -> float:
     return _MARGIN + (100 - 2 * _MARGIN) * axis.share(value)
-
-
-def _draw_interval(drawing: ElementTree.Element, interval: Interval, axis: Scale, y: float) -> None:
-    group = draw.add(drawing, "g", "clear" if interval.clear else "open")
-    draw.add(group, "title").text = interval.words
-    # A value beyond the axis is written at the end it lies beyond, with an arrow.
-    if interval.value > axis.high:
-        draw.add_text(group, "right far", _across(axis, axis.high), y + 4, f"{plain(interval.value, axis.step)} →")
-    elif interval.value < axis.low:
-        draw.add_text(group, "left far", _across(axis, axis.low), y + 4, f"← {plain(interval.value, axis.step)}")
-    else:
-        if interval.ends:
-            left, right = (_across(axis, min(max(end, axis.low), axis.high)) for end in interval.ends)
-            draw.add_line(group, "interval", (left, y), (right, y))
-        draw.add(group, "circle", cx=draw.percent(_across(axis, interval.value)), cy=f"{y:.1f}", r="4.5")
 
 
 def split_bar(parts: Sequence[tuple[str, float, str]], title: str, whole: float = 1.0) -> Markup:

@@ -87,7 +87,7 @@ def composition(evaluation: EvaluationRecord) -> list[Cluster]:
         ]
         if rest := ranked[len(named) :]:
             parts.append(Part("…", _REST, f"{len(rest)} more", fsum(count for count, _ in rest) / total))
-        words = ", ".join(f"{part.name} {wording.percent(part.share)}" for part in parts)
+        words = wording.percents((part.name, part.share) for part in parts)
         bar = split_bar([(part.kind, part.share, part.label) for part in parts], f"{name}: {words}")
         clusters.append(Cluster(name, wording.amount(total), bar, tuple(parts)))
     return clusters
@@ -101,7 +101,7 @@ def map_panels(evaluation: EvaluationRecord) -> MapPanels | None:
     count = min(len(found.points), MOST_DRAWN)
     places = [found.points[number * len(found.points) // count] for number in range(count)]
     middles = fit([(place.x, place.y) for place in places])
-    panels = []
+    shown = []
     for number, (seed, agreement) in enumerate(zip_longest(found.seeds, found.agreement[: len(found.seeds)])):
         if number == _MOST_SEEDS:
             break
@@ -111,11 +111,15 @@ def map_panels(evaluation: EvaluationRecord) -> MapPanels | None:
         # alike thus give them the same marks, whatever they call their clusters.
         largest = {label for label, _ in Counter(labels).most_common(draw.SHARED)}
         numbers = {label: mark for mark, label in enumerate(filter(largest.__contains__, dict.fromkeys(labels)))}
-        groups = _groups(labels, middles, numbers)
-        panels.append(_panel(f"{found.kind} of the rows by cluster", f"Seed {seed}", detail, groups))
-    sources = _groups([wording.source_name(p.source) for p in places], middles, _source_numbers(evaluation))
-    by_source = _panel(f"{found.kind} of the rows", "By source", "", sources)
-    return MapPanels(count, len(found.points), (*panels, by_source))
+        shown.append((" by cluster", f"Seed {seed}", detail, _groups(labels, middles, numbers)))
+    sources = [wording.source_name(place.source) for place in places]
+    shown.append(("", "By source", "", _groups(sources, middles, _source_numbers(evaluation))))
+    panels = []
+    for by, name, detail, groups in shown:
+        title = ", ".join(filter(None, (f"{found.kind} of the rows{by}", name.lower(), detail)))
+        key = tuple((draw.symbol(group.mark), group.name, len(group.places)) for group in groups)
+        panels.append(MapPanel(name, detail, draw_map(groups, title), key))
+    return MapPanels(count, len(found.points), tuple(panels))
 
 
 def _groups(names: Sequence[str], middles: Sequence[tuple[float, float]], numbers: Mapping[str, int]) -> list[Group]:
@@ -127,12 +131,6 @@ def _groups(names: Sequence[str], middles: Sequence[tuple[float, float]], number
         group = (draw.SHARED, together) if name in shared else (numbers[name], name)
         held.setdefault(group, []).append(middle)
     return [Group(number, name, tuple(places)) for (number, name), places in sorted(held.items())]
-
-
-def _panel(title: str, name: str, detail: str, groups: Sequence[Group]) -> MapPanel:
-    key = tuple((draw.symbol(group.mark), group.name, len(group.places)) for group in groups)
-    heading = ", ".join(filter(None, (title, name.lower(), detail)))
-    return MapPanel(name, detail, draw_map(groups, heading), key)
 
 
 def _source_numbers(evaluation: EvaluationRecord) -> dict[str, int]:

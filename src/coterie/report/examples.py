@@ -9,9 +9,6 @@ from coterie.records.evaluation import EvaluationRecord, MethodResult, RowRecord
 from coterie.report.wording import method_name
 
 MOST = 12
-
-Answer = tuple[str, MethodResult]
-"""A method's name, and what it wrote."""
 MOST_WEIGHTS = 6  # experts named one by one in an example
 
 
@@ -21,8 +18,11 @@ def examples_view(evaluation: EvaluationRecord, rows: Sequence[RowRecord]) -> di
     order = {method: number for number, method in enumerate(evaluation.methods)}
     shown = []
     for kind, row in choose(rows, subject, control):
-        answers = sorted(row.methods.items(), key=lambda answer: order.get(answer[0], len(order)))
-        shown.append({"kind": kind, "row": row, "answers": alike(answers), "weights": weight_lines(row)})
+        # Methods that wrote the same text and were graded the same share a group: a text stands on the page once.
+        groups: dict[tuple[object, ...], list[tuple[str, MethodResult]]] = {}
+        for method, own in sorted(row.methods.items(), key=lambda answer: order.get(answer[0], len(order))):
+            groups.setdefault((own.text, own.correct, own.extracted, own.cut), []).append((method, own))
+        shown.append({"kind": kind, "row": row, "answers": [*groups.values()], "weights": weight_lines(row)})
     counts = Counter(kind_of(row, subject, control) for row in rows)
     return {"examples": shown, "tally": [(kind, counts[kind]) for kind in kinds(subject, control) if counts[kind]]}
 
@@ -71,15 +71,6 @@ def choose(
         shown[row.source] += 1
         chosen.append((kind, row))
     return sorted(chosen, key=lambda pair: order.index(pair[0]))
-
-
-def alike(answers: Sequence[Answer]) -> list[list[Answer]]:
-    """Group the methods that wrote the same text and were graded the same, so that a text stands on the page once."""
-    groups: dict[tuple[object, ...], list[Answer]] = {}
-    for method, result in answers:
-        same = (result.text, result.correct, result.extracted, result.cut)
-        groups.setdefault(same, []).append((method, result))
-    return list(groups.values())
 
 
 def weight_lines(row: RowRecord) -> list[tuple[str, float | None, float | None, bool]]:

@@ -4,10 +4,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import log
+from operator import itemgetter
 
 from markupsafe import Markup
 
-from coterie.records.task import GateLoad, GateLoads, LayerLoad, StepLoad
+from coterie.records.task import GateLoads, LayerLoad, StepLoad
 from coterie.report import draw, wording
 from coterie.report.charts import Cell, bar_grid, split_bar
 from coterie.report.heatmaps import HeatMap, cell
@@ -43,16 +44,20 @@ def gates_view(gates: GateLoads | None) -> GatesView | None:
         (str(number + 1), draw.css_class(number), name, share)
         for number, (name, share) in enumerate(zip(gates.experts, gates.shares, strict=True))
     )
-    words = f"Mean load: {_shares_in_words(gates, gates)}"
+    words = f"Mean load: {wording.percents(zip(gates.experts, gates.shares, strict=True))}"
     layers = sorted(gates.layers, key=lambda layer: _natural(_block_and_kind(layer.path)[0]))
     cells = tuple((one.path, tuple(cell(wording.percent(share), share) for share in one.shares)) for one in layers)
     entropies = tuple(wording.fixed(layer.entropy, 2) for layer in layers)
     table = HeatMap("Layer", tuple(gates.experts), cells, ("no load", "the whole load"), entropies, "Entropy")
     steps = sorted(gates.steps, key=lambda step: step.step)
     known = [step for step in steps if step.entropy is not None]
+    warning, (largest, leader) = "", max(zip(gates.shares, gates.experts, strict=True), key=itemgetter(0))
+    if largest > OVERLOAD and len(gates.experts) > 1:
+        carried = f"{leader} carries {wording.percent(largest)} of the load"
+        warning = f"{carried}: next to it, the other experts hardly count."
     ends = [f"{wording.fixed(step.entropy, 2)} at step {step.step:,}" for step in (*known[:1], *known[-1:])]
     return GatesView(
-        warning=_collapse_warning(gates),
+        warning=warning,
         summary=_summary(gates),
         key=key,
         bar=split_bar([(kind, share, label) for label, kind, _, share in key], words),
@@ -61,19 +66,6 @@ def gates_view(gates: GateLoads | None) -> GatesView | None:
         steps=_steps_picture(gates, steps) if len({step.step for step in steps}) > 1 else None,
         training=f"The mean entropy went from {' to '.join(ends)}." if len(known) > 1 else "",
     )
-
-
-def _shares_in_words(gates: GateLoads, load: GateLoad) -> str:
-    return ", ".join(f"{name} {wording.percent(share)}" for name, share in zip(gates.experts, load.shares, strict=True))
-
-
-def _collapse_warning(gates: GateLoads) -> str:
-    """Warn of gates that send nearly everything to one expert."""
-    largest = max(gates.shares)
-    if largest <= OVERLOAD or len(gates.experts) == 1:
-        return ""
-    name = gates.experts[gates.shares.index(largest)]
-    return f"{name} carries {wording.percent(largest)} of the load: next to it, the other experts hardly count."
 
 
 def _summary(gates: GateLoads) -> str:
@@ -87,7 +79,7 @@ def _summary(gates: GateLoads) -> str:
         sentences.append(f"The mean entropy of the gates is {entropy} nats; it would be {most}.")
     if over:
         layers = f"{over:,} of {wording.counted(len(gates.layers), 'layer')}"
-        sentences.append(f"In {layers} one expert carries more than {wording.share(OVERLOAD)}.")
+        sentences.append(f"In {layers} one expert carries more than {wording.percent(OVERLOAD, 0)}.")
     return " ".join(sentences)
 
 
@@ -101,7 +93,7 @@ def _layer_grid(gates: GateLoads, layers: Sequence[LayerLoad]) -> Markup:
         block, kind = _block_and_kind(layer.path)
         shares = [(draw.css_class(number), share) for number, share in enumerate(layer.shares)]
         entropy = "" if layer.entropy is None else f", entropy {wording.fixed(layer.entropy, 2)}"
-        words = f"{layer.path}: {_shares_in_words(gates, layer)}{entropy}"
+        words = f"{layer.path}: {wording.percents(zip(gates.experts, layer.shares, strict=True))}{entropy}"
         cells.append(Cell(block, kind, tuple(shares), words, max(layer.shares) > OVERLOAD))
     rows = _shortened({cell.row for cell in cells}, lambda name: name.rpartition(".")[2])
     columns = _shortened({cell.column for cell in cells}, lambda name: name.rpartition(".")[2].removesuffix(_SUFFIX))

@@ -152,7 +152,7 @@ def gathering_view(gathering: GatheringRecord | None) -> GatheringView | None:
     counts = {_SHOT: len(gathering.shots), _GATHERED: 0} | {name: round(n) for name, n in gathering.fates.items()}
     lines = tuple(
         OutcomeLine(
-            draw.symbol(_mark(name)) if name in drawn else None,
+            draw.symbol(MARK_OF_OUTCOME.get(name, draw.SHARED)) if name in drawn else None,
             name,
             count,
             drawn.count(name),
@@ -170,10 +170,6 @@ def gathering_view(gathering: GatheringRecord | None) -> GatheringView | None:
     )
 
 
-def _mark(outcome: str) -> int:
-    return MARK_OF_OUTCOME.get(outcome, draw.SHARED)
-
-
 def _gathering_map(points: Sequence[PoolPoint]) -> Markup:
     """Draw every point with a tooltip of its own: its outcome, its similarity, and how its text begins."""
     held: dict[str, list[tuple[tuple[float, float], str]]] = {}
@@ -184,7 +180,7 @@ def _gathering_map(points: Sequence[PoolPoint]) -> Markup:
         held.setdefault(point.fate, []).append((middle, f"{tooltip}: {point.label}" if point.label else tooltip))
     groups = [
         Group(
-            _mark(outcome),
+            MARK_OF_OUTCOME.get(outcome, draw.SHARED),
             outcome,
             tuple(place for place, _ in own),
             tuple(tooltip for _, tooltip in own),

@@ -20,6 +20,7 @@ _ANSWERING = ("generate", "score")  # the stages of `seconds` that answer the te
 _VARIANT = re.compile(r"([^:]+):([^:=,]+)=([^:=,]+)")  # method:parameter=value
 _ALL_EXPERTS = "top_k"  # the parameter whose plain method takes every expert
 _EVERY = "every"  # the parameter (tokens) whose plain method is 1, and which may be infinite
+_GIGABYTE = 1e9
 _BEYOND = 2  # an infinite value is drawn at so many times the largest finite one
 
 
@@ -37,11 +38,15 @@ def difference_panels(evaluation: EvaluationRecord, sources: Sequence[str]) -> l
     """Draw the differences of every method to the control, all sources given on the same axes."""
     compared = {source: [s for s in evaluation.scores(source) if s.method != evaluation.control] for source in sources}
     scores = [score for of_source in compared.values() for score in of_source]
-    axes = {
-        measure: _difference_axis(scores, measure)
-        for measure in MEASURES
-        if any(score.difference(measure) for score in scores)
-    }
+    axes = {}
+    for measure in MEASURES:
+        gaps = [gap for score in scores if (gap := score.difference(measure))]
+        if gaps:
+            reaches = [[wording.UNITS[measure] * end for end in (gap.value, *(gap.interval or ()))] for gap in gaps]
+            sizes = [max(map(abs, ends)) for ends in reaches]
+            most = FAR * median(sizes)  # what lies beyond is written at the end of the axis
+            kept = [ends for ends, size in zip(reaches, sizes, strict=True) if size <= most or not most]
+            axes[measure] = scale_around_zero(end for ends in kept for end in ends)
     return [
         Panels(
             name="All rows" if source == OVERALL else wording.source_name(source),
@@ -57,28 +62,19 @@ def difference_panels(evaluation: EvaluationRecord, sources: Sequence[str]) -> l
     ]
 
 
-def _difference_axis(scores: Sequence[TableRow], measure: str) -> Scale:
-    """Choose an axis for most differences; those that are many times as large as most are written at its end."""
-    gaps = [gap for score in scores if (gap := score.difference(measure))]
-    reaches = [[wording.UNITS[measure] * end for end in (gap.value, *(gap.interval or ()))] for gap in gaps]
-    sizes = [max(map(abs, ends)) for ends in reaches]
-    most = FAR * median(sizes)
-    kept = (ends for ends, size in zip(reaches, sizes, strict=True) if size <= most or not most)
-    return scale_around_zero(end for ends in kept for end in ends)
-
-
 def _difference_picture(scores: Sequence[TableRow], measure: str, axis: Scale, control: str) -> Markup:
     where = "all rows" if scores[0].source == OVERALL else wording.source_name(scores[0].source)
     name = "Accuracy, points" if measure == "accuracy" else "NLL, nats a token"
     sides = ("← worse", "points", "better →") if measure == "accuracy" else ("← better", "nats a token", "worse →")
-    write, unit = wording.points if measure == "accuracy" else wording.nats, wording.UNITS[measure]
+    unit = wording.UNITS[measure]
     intervals: list[Interval | None] = []
     for score in scores:
         if (gap := score.difference(measure)) is None:
             intervals.append(None)
             continue
         ends = (unit * gap.interval[0], unit * gap.interval[1]) if gap.interval else None
-        words = f"{wording.method_name(score.method)} {write(gap.value)} ({wording.span(gap, measure)})"
+        difference = f"{wording.above(gap.value, measure)} ({wording.span(gap, measure)})"
+        words = f"{wording.method_name(score.method)} {difference}"
         intervals.append(Interval(unit * gap.value, ends, gap.clear, words))
     return interval_chart(intervals, axis, sides, f"{name} above {wording.method_name(control)}, {where}")
 
@@ -108,7 +104,11 @@ def variant_pictures(evaluation: EvaluationRecord) -> list[VariantPictures]:
     for method in evaluation.methods:
         if found := _VARIANT.fullmatch(method):
             base, parameter, text = found.groups()
-            if (value := _number(parameter, text)) is not None:
+            try:
+                value = float(text)
+            except ValueError:
+                continue
+            if math.isfinite(value) or (parameter, text) == (_EVERY, "inf"):
                 groups.setdefault((base, parameter), {})[value] = _Variant(value, method, _label(value))
     shown = []
     for (base, parameter), variants in groups.items():
@@ -120,15 +120,6 @@ def variant_pictures(evaluation: EvaluationRecord) -> list[VariantPictures]:
         pictures = [(measure, _variant_picture(evaluation, words, way, measure)) for measure in MEASURES]
         shown.append(VariantPictures(base, words, tuple((measure, drawn) for measure, drawn in pictures if drawn)))
     return [variants for variants in shown if variants.pictures]
-
-
-def _number(parameter: str, text: str) -> float | None:
-    """Read a parameter's value; None where it is no number."""
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) or (parameter, text) == (_EVERY, "inf") else None
 
 
 def _label(value: float) -> str:
@@ -196,8 +187,8 @@ def cost_table(evaluation: EvaluationRecord) -> list[dict[str, Any]]:
                 "score": stages.get("score"),
                 "total": total,
                 "a_row": total / evaluation.rows if total is not None and evaluation.rows else None,
-                "memory": evaluation.memory.get(method),
-                "bar": split_bar(parts, f"{wording.method_name(method)}: {wording.seconds(total)} seconds", longest),
+                "memory": evaluation.memory[method] / _GIGABYTE if method in evaluation.memory else None,
+                "bar": split_bar(parts, f"{wording.method_name(method)}: {wording.amount(total, 1)} seconds", longest),
             }
         )
     return table
@@ -228,7 +219,7 @@ def cost_pictures(evaluation: EvaluationRecord) -> CostPictures | None:
     rows = evaluation.rows
     costs: dict[str, Mapping[str, float]] = {
         "Seconds to answer a row": {method: seconds / rows for method, seconds in spent.items() if seconds and rows},
-        "Memory in GB": {method: held / 1e9 for method, held in evaluation.memory.items()},
+        "Memory in GB": {method: held / _GIGABYTE for method, held in evaluation.memory.items()},
     }
     pictures = []
     for title, cost in costs.items():

@@ -29,20 +29,17 @@ MOST_OPEN_SOURCES = 6  # the pictures of more sources than these are folded away
 MOST_NAMED = 8  # sources named among the facts; more are counted
 
 _FILTERS = (  # of the template, besides `cut`
+    wording.above,
+    wording.amount,
     wording.counted,
     wording.fixed,
-    wording.gigabytes,
     wording.method_name,
-    wording.nats,
     wording.p_value,
     wording.percent,
     wording.perplexity,
-    wording.points,
-    wording.seconds,
     wording.short,
     wording.source_name,
     wording.span,
-    wording.share,
 )
 
 

@@ -65,7 +65,6 @@ class Point:
 def scatter(points: Sequence[Point], frame: Frame, title: str) -> Markup:
     """Draw points, each with its label beside it; neighbours have theirs in one line above them, from left to right."""
     drawing = _framed("scatter", [point.words for point in points], frame, title)
-    _add_numbers_across(drawing, frame, [(mark, f"{mark:,.10g}") for mark in frame.across.marks])
     labelled = []
     for point in points:
         place = _add_point(drawing, point, frame)
@@ -112,8 +111,8 @@ def curve(points: Sequence[Point], frame: Frame, title: str, level: float | None
 
     `level` is a value that is drawn dashed across the whole picture.
     """
-    drawing = _framed("curve", [point.words for point in points], frame, title)
-    _add_numbers_across(drawing, frame, [(point.x, point.label) for point in points])
+    numbers = [(point.x, point.label) for point in points]
+    drawing = _framed("curve", [point.words for point in points], frame, title, numbers)
     if level is not None:
         _, y = frame.place(points[0].x, level)
         draw.add_line(drawing, "level", (0.0, y), (100.0, y))
@@ -140,7 +139,6 @@ class Line:
 def lines(drawn: Sequence[Line], frame: Frame, title: str) -> Markup:
     """Draw lines over the same steps, each with its label at its right end."""
     drawing = _framed("lines", [line.words for line in drawn], frame, title)
-    _add_numbers_across(drawing, frame, [(mark, f"{mark:,.10g}") for mark in frame.across.marks])
     inside = _add_stretched(drawing, (_LEFT, _TOP, _RIGHT - _LEFT, _BOTTOM - _TOP), (1000, 1000))
     for line in drawn:
         way = " ".join(
@@ -169,8 +167,13 @@ def spread_out(places: Sequence[float], least: float) -> list[float]:
     return moved
 
 
-def _framed(kind: str, words: Sequence[str], frame: Frame, title: str) -> ElementTree.Element:
-    """Start a picture with the words for both axes and the grid of the values that run upwards."""
+def _framed(
+    kind: str, words: Sequence[str], frame: Frame, title: str, numbers: Sequence[tuple[float, str]] = ()
+) -> ElementTree.Element:
+    """Start a picture with the words for both axes, the grid of the values that run upwards, and numbers under it.
+
+    The numbers are (value, text), by default those of the scale.
+    """
     drawing = draw.picture(f"plot {kind}", f"{title}: {'; '.join(words)}", height=HEIGHT)
     across, up = frame.words
     draw.add_text(drawing, "left side", 0.0, 12.0, up)
@@ -179,18 +182,14 @@ def _framed(kind: str, words: Sequence[str], frame: Frame, title: str) -> Elemen
         _, y = frame.place(frame.across.low, value)
         draw.add_line(drawing, "grid", (0.0, y), (100.0, y))
         draw.add_text(drawing, "left", 0.0, y - 3, fixed(value, frame.up.decimals))
-    return drawing
-
-
-def _add_numbers_across(drawing: ElementTree.Element, frame: Frame, numbers: Sequence[tuple[float, str]]) -> None:
-    """Write numbers under the picture, from the right, and leave out those that would touch the one before."""
-    free = 200.0
-    for value, text in sorted(numbers, reverse=True):
+    free = 200.0  # from the right, those that would touch the one before are left out
+    for value, text in sorted(numbers or [(mark, f"{mark:,.10g}") for mark in frame.across.marks], reverse=True):
         x, _ = frame.place(value, frame.up.low)
         draw.add_line(drawing, "tick", (x, _BOTTOM), (x, _BOTTOM + 4))
         if free - x >= max(_CLOSE, _LETTER * len(text)):
             draw.add_text(drawing, "mark", x, _BOTTOM + 17, text)
             free = x
+    return drawing
 
 
 def _add_point(drawing: ElementTree.Element, point: Point, frame: Frame) -> ElementTree.Element:
@@ -245,22 +244,17 @@ def stacked_areas(bands: Sequence[Band], words: tuple[str, str], title: str) -> 
     columns = zip(*(band.shares for band in bands), strict=True)
     tops = list(zip(*map(accumulate, columns), strict=True))
     for band, heights in reversed(list(zip(bands, tops, strict=True))):  # each covers the lower part of the one above
-        path = draw.add(inside, "path", f"part {band.kind}", d=_outline(heights))
+        way, end = "M0 100", 0  # in units of a step and of a hundredth; equal neighbours are one column
+        for level, same in groupby(f"{100 * (1 - height):.1f}" for height in heights):
+            end += len(list(same))
+            way += f"V{level}H{end}"
+        path = draw.add(inside, "path", f"part {band.kind}", d=f"{way}V100z")
         draw.add(path, "title").text = band.name
     for band, heights in zip(bands, tops, strict=True):
         if (middle := _room_for_label(band)) is not None:
             y = bottom - _DEPTH * (heights[middle] - band.shares[middle] / 2)
             draw.add_text(drawing, "mark on", _AREAS_LEFT + width * (middle + 0.5) / count, y + 4, band.label)
     return draw.markup(drawing)
-
-
-def _outline(heights: Sequence[float]) -> str:
-    """Outline columns down to the ground, in units of a step and of a hundredth; equal neighbours are one column."""
-    way, end = "M0 100", 0
-    for level, same in groupby(f"{100 * (1 - height):.1f}" for height in heights):
-        end += len(list(same))
-        way += f"V{level}H{end}"
-    return f"{way}V100z"
 
 
 def _room_for_label(band: Band) -> int | None:
@@ -283,11 +277,6 @@ class Group:
     places: tuple[tuple[float, float], ...]
     titles: tuple[str, ...] = ()
 
-    @property
-    def words(self) -> str:
-        """The name and the number of points."""
-        return f"{self.name} {len(self.places):,}"
-
 
 def fit(places: Sequence[tuple[float, float]], side: float = _SIDE) -> list[tuple[float, float]]:
     """Move and scale places so that they fill a square, both directions by the same factor."""
@@ -304,11 +293,11 @@ def draw_map(groups: Sequence[Group], title: str, side: float = _SIDE) -> Markup
 
     Distances count on a map, directions and units do not.
     """
-    words = "; ".join(group.words for group in groups)
-    drawing = draw.picture("map", f"{title}: {words}", side=side)
-    for group in sorted(groups, key=lambda group: -len(group.places)):
+    counted = [(group, f"{group.name} {len(group.places):,}") for group in groups]
+    drawing = draw.picture("map", f"{title}: {'; '.join(words for _, words in counted)}", side=side)
+    for group, words in sorted(counted, key=lambda pair: -len(pair[0].places)):
         singly = [([place], title) for place, title in zip(group.places, group.titles, strict=bool(group.titles))]
-        for places, words in singly or [(group.places, group.words)]:
+        for places, tooltip in singly or [(group.places, words)]:
             path = draw.add_marks(drawing, group.mark, places)
-            draw.add(path, "title").text = words
+            draw.add(path, "title").text = tooltip
     return draw.markup(drawing)

@@ -136,7 +136,7 @@ def _switching(method: str, traces: Sequence[Trace], keys: Mapping[str, Key]) ->
     leaders = Counter(leader for trace in traces for leader in trace.leaders)
     shares = {name: count / tokens for name, count in leaders.most_common()}
     led = {key: share for key, share in _summed(shares, keys).items() if share}
-    words = ", ".join(f"{key.name} {wording.percent(share)}" for key, share in led.items()) or "none"
+    words = wording.percents((key.name, share) for key, share in led.items()) or "none"
     title = f"Tokens of {wording.method_name(method)} by leading expert: {words}"
     return Switching(
         method=method,

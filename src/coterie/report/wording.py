@@ -1,8 +1,8 @@
 """Numbers and findings in words: one way to write each kind of number, and the sentence the page opens with."""
 
 import json
-import math
 import re
+from collections.abc import Iterable
 
 from coterie.records.evaluation import Difference, EvaluationRecord
 from coterie.records.wording import listed
@@ -35,45 +35,34 @@ def signed(value: float | None, decimals: int) -> str:
     return text if value is None or value < 0 or float(text) == 0 else f"+{text}"
 
 
-def plain(value: float, step: float) -> str:
-    """Write an axis' number with the decimals its step needs; zero is bare."""
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    return signed(value, decimals) if abs(value) > step / 2 else "0"
+def plain(value: float, decimals: int) -> str:
+    """Write an axis' number with its sign; zero is bare."""
+    return signed(value, decimals) if round(value, decimals) else "0"
 
 
-def percent(share: float | None) -> str:
-    """Write a share of 1 in per cent."""
-    return ABSENT if share is None else f"{fixed(100 * share, 1)}%"
+def percent(share: float | None, decimals: int = 1) -> str:
+    """Write a share of 1 in per cent; it may be negative or above 1."""
+    return ABSENT if share is None else f"{fixed(100 * share, decimals)}%"
 
 
-def points(share: float) -> str:
-    """Write a difference of two shares in points."""
-    return signed(100 * share, 1)
+def above(value: float, measure: str) -> str:
+    """Write a difference to the control: of `accuracy` in points, of `nll` in nats."""
+    return signed(UNITS[measure] * value, 1 if measure == "accuracy" else 4)
 
 
-def nats(value: float) -> str:
-    """Write a difference of NLL."""
-    return signed(value, 4)
+def amount(value: float | None, decimals: int = 0) -> str:
+    """Write a count or a measured quantity, its thousands set apart."""
+    return ABSENT if value is None else f"{value:,.{decimals}f}"
 
 
-def seconds(value: float | None) -> str:
-    """Write seconds to the tenth."""
-    return ABSENT if value is None else f"{value:,.1f}"
-
-
-def share(value: float | None) -> str:
-    """Write a share of 1 in whole per cent; it may be negative or above 1."""
-    return ABSENT if value is None else f"{fixed(100 * value, 0)}%"
+def percents(shares: Iterable[tuple[str, float]]) -> str:
+    """Write names, each with its share of 1."""
+    return ", ".join(f"{name} {percent(share)}" for name, share in shares)
 
 
 def p_value(p: float | None) -> str:
     """Write a p to three decimals, and a smaller one as such."""
     return known_p_value(p) or ABSENT
-
-
-def gigabytes(count: float | None) -> str:
-    """Write bytes as gigabytes (10^9)."""
-    return ABSENT if count is None else f"{count / 1e9:,.2f}"
 
 
 def perplexity(value: float | None) -> str:
@@ -104,11 +93,6 @@ def method_name(method: str) -> str:
     return f"{words}, {_HOW_OFTEN.get(every, f'every {every}{ending} token')}"
 
 
-def amount(value: float) -> str:
-    """Write a count."""
-    return f"{value:,.0f}"
-
-
 def counted(number: int, noun: str) -> str:
     """Write a number with its noun, in the plural where it needs one."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
@@ -127,8 +111,7 @@ def span(difference: Difference | None, measure: str) -> str:
     """Write the interval of a difference of `accuracy` (in points) or `nll`."""
     if difference is None or difference.interval is None:
         return ABSENT
-    write = points if measure == "accuracy" else nats
-    return " to ".join(write(end) for end in difference.interval)
+    return " to ".join(above(end, measure) for end in difference.interval)
 
 
 def headline(evaluation: EvaluationRecord) -> str:
