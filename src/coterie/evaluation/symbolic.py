@@ -17,7 +17,7 @@ from coterie.methods.symbolic.fit import Symbolic, is_symbolic, load_symbolic
 from coterie.methods.symbolic.methods import BEST_SINGLE, METHOD, METHODS
 from coterie.methods.symbolic.profile import REPLIES
 from coterie.methods.symbolic.skills import open_scheduler
-from coterie.records.evaluation import Cost, EvaluationRecord, OutcomeRecord, RowRecord
+from coterie.records.evaluation import Clustering, Cost, EvaluationRecord, OutcomeRecord, RowRecord
 from coterie.records.files import write_evaluation
 from coterie.settings.commands import EvaluationSettings
 
@@ -87,12 +87,15 @@ def _evaluated(
         counts = routing.row(number)
         total = sum(counts.values()) or 1.0
         results = {
-            name: method_result(one.text, example, run_code=run_code, finish_reason=one.finish_reason)
+            name: method_result(
+                one.text, example, run_code=run_code, nll=None, tokens=0, finish_reason=one.finish_reason
+            )
             for name, one in own.items()
         }
         row = RowRecord(
             **question_fields(example),
             skills=skills[number],
+            expert_nll={},
             methods=results,
             weights={name: count / total for name, count in counts.items()},
             recruited=_with_verdicts(own[first], example, run_code=run_code),
@@ -114,12 +117,18 @@ def _evaluated(
         rows=len(rows),
         sources=tuple(sources),
         settings={**settings.sampling.model_dump(), "generate": True, "batch_size": settings.batch_size},
+        features={},
         hardware=hardware_record(),
         table=tuple(summarise(rows, names, control, sources, resamples=settings.resamples)),
         routing=mean_weights(rows, routing, lambda row: row.source),
         routing_by_category=mean_weights(rows, routing, lambda row: row.category or "-") if has_categories else {},
         seconds={name: {"generate": sum(cost.seconds for cost in own)} for name, own in costs.items()},
         notes=(*_notes(fitted, outcomes), *code_notes(examples, run_code=run_code)),
+        memory={},
+        merge_error={},
+        clusters={},
+        composition={},
+        clustering=Clustering(),
         profile=fitted.profiled.record(),
         aggregator=fitted.aggregator,
         recruits=dict(zip(routing.experts, routing.weights.sum(dim=0).tolist(), strict=True)),
