@@ -160,7 +160,7 @@ def test_updates_of_zero_are_the_base_model_to_the_last_bit(backbone, experts):
 
 
 def test_an_expert_without_layers_is_the_base_model(backbone, experts):
-    both = experts.with_expert("backbone", {})
+    both = ExpertBank((*experts.names, "backbone"), (*experts.adapters, {}))
     assert (len(both), both.index("backbone")) == (len(experts) + 1, len(experts))
     found = run(backbone, both.adapters, ByExpert((0, len(experts)), (1, 1)), 2)
     torch.testing.assert_close(found[1:], base_logits(backbone), rtol=1e-5, atol=1e-5)
@@ -405,7 +405,7 @@ def test_experts_need_names_of_their_own(experts):
     with pytest.raises(CoterieError, match="a name of their own each, got a"):
         ExpertBank(("a",), experts.adapters[:2])
     with pytest.raises(CoterieError, match="a name of their own each"):
-        experts.with_expert("plain", {})
+        ExpertBank((*experts.names, "plain"), (*experts.adapters, {}))
 
 
 def test_an_unknown_expert_is_told_with_the_nearest_name(experts):

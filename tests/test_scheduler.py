@@ -247,7 +247,7 @@ def test_replies_of_other_weights_are_not_taken(tmp_path):
 @pytest.fixture
 def local(mixture: Mixture) -> LocalAnswerer:
     """The fitted run's experts and the base model itself, as a pool's group."""
-    bank = mixture.bank.with_expert("plain", {})
+    bank = ExpertBank((*mixture.bank.names, "plain"), (*mixture.bank.adapters, {}))
     return LocalAnswerer(mixture.backbone, bank, dict.fromkeys(bank.names, mixture.prompts), batch_size=4)
 
 

@@ -248,22 +248,20 @@ def _messages(row: Mapping[str, Any], place: str) -> tuple[Message, ...]:
     if row.get("messages") is not None:  # tables fill in what a row lacks with nulls
         return _turns(row["messages"], place)
     for question, reply in (("instruction", "response"), ("prompt", "completion")):
-        if row.get(question) is not None:
-            turns = [*_part(row[question], "user", place, question)]
-            if row.get(reply) is not None:
-                turns += _part(row[reply], "assistant", place, reply)
-            return tuple(turns)
+        if row.get(question) is None:
+            continue
+        turns: list[Message] = []
+        for part, role in ((question, "user"), (reply, "assistant")):
+            value = row.get(part)
+            if isinstance(value, str):
+                turns.append(Message(role, value))
+            elif isinstance(value, list):  # of messages, as some prompt+completion data has it
+                turns += _turns(value, place)
+            elif value is not None:
+                raise CoterieError(f"{place}: {part} must be a text, but is a {type(value).__name__}")
+        return tuple(turns)
     filled = ", ".join(str(field) for field, value in row.items() if value is not None)
     raise CoterieError(f"{place} has the fields {filled or '(none)'}; rows have the form {FORMS}")
-
-
-def _part(value: object, role: str, place: str, field: str) -> tuple[Message, ...]:
-    """Read a text, or a list of messages as some prompt+completion data has it."""
-    if isinstance(value, str):
-        return (Message(role, value),)
-    if isinstance(value, list):
-        return _turns(value, place)
-    raise CoterieError(f"{place}: {field} must be a text, but is a {type(value).__name__}")
 
 
 def _turns(value: object, place: str) -> tuple[Message, ...]:

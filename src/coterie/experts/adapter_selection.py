@@ -7,7 +7,7 @@ rounding of a machine decides.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -113,13 +113,17 @@ def similarities(adapters: Sequence[Adapter], of: str = "updates") -> Float[Tens
     Raises:
         CoterieError: for another way to compare.
     """
-    if of not in COSINES:
-        raise unknown_name("way to compare adapters", of, COSINES)
+    if of not in ("updates", "factors"):
+        raise unknown_name("way to compare adapters", of, ("updates", "factors"))
     total, layers = torch.zeros(2, len(adapters), len(adapters), dtype=torch.float64)
     for path in sorted({path for adapter in adapters for path in adapter}):
         pair = StackedPair(*(side.double() for side in stack([adapter.get(path) for adapter in adapters])))
         changes = torch.tensor([path in adapter for adapter in adapters])
-        total += COSINES[of](pair)
+        if of == "updates":
+            total += _cosines_of_updates(pair)
+        else:  # smaller ranks are filled up with zeros
+            downs, ups = (normalize(side.flatten(1), dim=1) for side in pair)
+            total += ((downs @ downs.T).abs() + (ups @ ups.T).abs()) / 2
         layers += changes[:, None] | changes[None]
     return (total / layers.clamp(min=1)).float()
 
@@ -132,16 +136,6 @@ def _cosines_of_updates(pair: StackedPair) -> Float[Tensor, "adapter adapter"]:
     inner = products.unflatten(0, (experts, rank)).unflatten(-1, (experts, rank)).sum(dim=(1, 3))
     norms = inner.diagonal().clamp(min=0).sqrt()
     return inner / (norms[:, None] * norms[None]).clamp(min=torch.finfo(inner.dtype).tiny)
-
-
-def _cosines_of_factors(pair: StackedPair) -> Float[Tensor, "adapter adapter"]:
-    """Compare factors as they stand; smaller ranks are filled up with zeros."""
-    flat = [normalize(side.flatten(1), dim=1) for side in pair]
-    return sum(((side @ side.T).abs() for side in flat), torch.zeros(())) / 2
-
-
-COSINES: dict[str, Callable[[StackedPair], Tensor]] = {"updates": _cosines_of_updates, "factors": _cosines_of_factors}
-"""How a layer's matrices are compared, by name."""
 
 
 # ----------------------------------------------------------------------------------------------------------- groups

@@ -68,10 +68,6 @@ class ExpertBank:
             raise unknown_name("expert", name, self.names)
         return self.names.index(name)
 
-    def with_expert(self, name: str, adapter: Adapter) -> "ExpertBank":
-        """Return a bank with one more expert at the end."""
-        return ExpertBank((*self.names, name), (*self.adapters, adapter))
-
 
 def load_bank(folders: Mapping[str, Path], model: nn.Module) -> ExpertBank:
     """Load experts from PEFT folders and check that they fit the base model.
@@ -181,25 +177,25 @@ def _check_patterns(config: Mapping[str, Any], file: Path) -> None:
 
 
 def _scaling(config: Mapping[str, Any], path: str, rank: int, file: Path) -> float:
-    """Return alpha / r (or alpha / sqrt(r) for rsLoRA) as PEFT computes it, patterns included."""
+    """Return alpha / r (or alpha / sqrt(r) for rsLoRA) as PEFT computes it.
+
+    A layer is looked up as PEFT does: a pattern's key is a regular expression for the end of the path.
+    """
+    from peft.utils.other import get_pattern_key
+
+    found: list[Any] = []
     try:
-        wanted = _by_pattern(config.get("rank_pattern"), path, config.get("r"))
-        alpha = _by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha"))
+        for field, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+            pattern = config.get(field) or {}
+            found.append(pattern.get(get_pattern_key(list(pattern), path), config.get(default)))
     except (AttributeError, TypeError, OverflowError, re.error) as error:
         raise CoterieError(
             f"{file}: rank_pattern or alpha_pattern is broken ({error}); get the adapter again"
         ) from error
+    wanted, alpha = found
     if wanted != rank or not isinstance(alpha, (int, float)) or not abs(alpha) <= sys.float_info.max:
         raise CoterieError(f"{file}: r = {wanted!r} and lora_alpha = {alpha!r} do not fit {path}, whose rank is {rank}")
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
-
-
-def _by_pattern(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:  # noqa: ANN401 - JSON values
-    """Look a layer up as PEFT does: a pattern's key is a regular expression for the end of the path."""
-    from peft.utils.other import get_pattern_key
-
-    pattern = pattern or {}
-    return pattern.get(get_pattern_key(list(pattern), path), default)
 
 
 def check_names(names: Sequence[str]) -> None:

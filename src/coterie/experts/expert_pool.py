@@ -158,7 +158,17 @@ def pool_from(experts: object, place: str) -> Pool:
     check_names(list(experts))
     pool = Pool(tuple(_from_record(name, entry, place) for name, entry in experts.items()))
     for expert in pool.experts:
-        _check_unchanged(expert, place)
+        if expert.kind == "endpoint" or expert.sha256 is None:
+            continue
+        folder = Path(expert.source)
+        if expert.kind == "adapter" and not (folder / WEIGHTS_FILE).is_file():
+            raise CoterieError(f"the adapter of {expert.name!r} is not in {folder} any more; make the pool again")
+        found = _adapter_hash(folder, expert.model) if expert.kind == "adapter" else local_weights(expert.model)
+        if found != expert.sha256:
+            raise CoterieError(
+                f"{expert.name!r} ({expert.source}) has other weights than when {place} was written; make the pool "
+                "again with --overwrite, and its profile too"
+            )
     return pool
 
 
@@ -191,17 +201,3 @@ def _checked(expert: PoolExpert) -> PoolExpert:
             "leave it out and put the key into the environment"
         )
     return expert
-
-
-def _check_unchanged(expert: PoolExpert, place: str) -> None:
-    if expert.kind == "endpoint" or expert.sha256 is None:
-        return
-    folder = Path(expert.source)
-    if expert.kind == "adapter" and not (folder / WEIGHTS_FILE).is_file():
-        raise CoterieError(f"the adapter of {expert.name!r} is not in {folder} any more; make the pool again")
-    found = _adapter_hash(folder, expert.model) if expert.kind == "adapter" else local_weights(expert.model)
-    if found != expert.sha256:
-        raise CoterieError(
-            f"{expert.name!r} ({expert.source}) has other weights than when {place} was written; make the pool again "
-            "with --overwrite, and its profile too"
-        )

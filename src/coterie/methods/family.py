@@ -128,9 +128,9 @@ class MethodGrid:
     def mixture(self) -> Mixture:
         """The mixture with all experts in its bank, and the base model itself as one that changes nothing."""
         bank = self.own.bank
-        for extra in self.extras.values():
-            bank = ExpertBank((*bank.names, *extra.bank.names), (*bank.adapters, *extra.bank.adapters))
-        return replace(self.own, bank=bank.with_expert(BACKBONE, {}))
+        for more in (*(extra.bank for extra in self.extras.values()), ExpertBank((BACKBONE,), ({},))):
+            bank = ExpertBank((*bank.names, *more.names), (*bank.adapters, *more.adapters))
+        return replace(self.own, bank=bank)
 
     @property
     def fitted(self) -> tuple[str, ...]:
