@@ -118,13 +118,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def hub_folder(source: str, patterns: list[str], advice: str) -> Path:
     """Download a repository of the hub and return its folder: files that match the patterns, and no others.
 
-    Args:
-        source: hub id, OWNER/NAME.
-        patterns: of file names.
-        advice: told where the source can be no hub id.
-
     Raises:
-        CoterieError: when it is no hub id, or cannot be had.
+        CoterieError: with the advice when the source is no hub id, OWNER/NAME; or when it cannot be had.
     """
     if source.count("/") != 1 or source.startswith((".", "/", "~")) or Path(source).parent.is_dir():
         raise CoterieError(advice)
@@ -270,11 +265,7 @@ def run_folder(
 ) -> Iterator[RunFolder]:
     """Open the partial folder of a run, new or interrupted, and finish it when the body is through.
 
-    Args:
-        output: the run's final folder.
-        command: the command line's name of the run, such as "fit elrea".
-        settings: the full settings, as plain values.
-        inputs: content hash of every input, by name.
+    The command has its name of the command line, such as "fit elrea"; inputs are content hashes by name.
 
     Raises:
         CoterieError: when an unfinished run with other settings or inputs is in the way.

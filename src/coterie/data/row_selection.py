@@ -83,15 +83,9 @@ def select_rows(
     """Choose rows of the pool; time grows linearly with it.
 
     Rows too near to an example or to an excluded row go first. The others are taken from the most similar on, as
-    `settings.dedup` says.
-
-    Args:
-        pool: embeddings of the pool.
-        shots: embeddings of the examples.
-        keys: anything that can be sorted and names a row wherever it stands, such as a hash of its content: of rows
-            that are equally similar, the one with the smaller key goes first.
-        settings: budget, thresholds and rules.
-        excluded: embeddings of rows that must not be found again, such as a test set's.
+    `settings.dedup` says. Excluded rows are those that must not be found again, such as a test set's. Keys are anything
+    that can be sorted and names a row wherever it stands, such as a hash of its content: of rows that are equally
+    similar, the one with the smaller key goes first.
     """
     measured = measure_rows(pool, shots, settings, excluded)
     outcomes = np.full(len(pool), LEFT, dtype=np.int8)

@@ -47,11 +47,8 @@ def hull_similarity(cosines: Float[Tensor, "row shot"], gram: Float[Tensor, "sho
     """Return 1 - d^2 / 2 for the distance d of every row to the convex hull of the examples.
 
     Weight moves between the pair of examples that gains most by it, for all rows at once, until the best such gain
-    certifies that no point of the hull is nearer by more than `HULL_TOLERANCE`.
-
-    Args:
-        cosines: of rows and examples.
-        gram: cosines between the examples.
+    certifies that no point of the hull is nearer by more than `HULL_TOLERANCE`. The
+    cosines between examples are in `gram`.
     """
     result = torch.empty(len(cosines), dtype=cosines.dtype)
     rows = torch.arange(len(cosines))

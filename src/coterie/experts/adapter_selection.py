@@ -38,10 +38,8 @@ class ShotScores(NamedTuple):
 def log_perplexities(scores: ShotScores, of: str = "mean") -> Float[Tensor, " adapter"]:
     """Return the logarithm of every adapter's reasoning perplexity, averaged over the shots.
 
-    Args:
-        scores: what was measured.
-        of: a shot's perplexity is the exponential of its `mean` NLL per token, as the published code has it, or of the
-            `sum` over its tokens, as the paper writes it; long rationales rule that one.
+    A shot's perplexity is the exponential of its `mean` NLL per token, as the published code has it, or of the `sum`
+    over its tokens, as the paper writes it; long rationales rule that one.
     """
     exponents = scores.nll if of == "mean" else scores.nll * scores.tokens
     return exponents.double().logsumexp(dim=1).float() - math.log(exponents.shape[1])
@@ -69,13 +67,9 @@ class Ranked:
 
 
 def ranked(names: Sequence[str], scores: ShotScores, *, by: str = "both", perplexity_of: str = "mean") -> list[Ranked]:
-    """Rank adapters, best first.
+    """Rank adapters, best first, by `both` ranks (the paper's), by `accuracy` or by `perplexity` alone.
 
-    Args:
-        names: of the adapters, in the order of the scores.
-        scores: on the shots.
-        by: `both` ranks (the paper's), `accuracy` or `perplexity` alone.
-        perplexity_of: as for `log_perplexities`.
+    The names stand in the order of the scores; `perplexity_of` is the `of` of `log_perplexities`.
     """
     accuracy = _rounded(scores.correct.nanmean(dim=1))  # among the shots that can be graded; NaN where none can
     perplexity = _rounded(log_perplexities(scores, perplexity_of))
@@ -166,13 +160,7 @@ def groups(
     """Compare all groups of one size, best first.
 
     The paper ranks groups by the inverse of their mean similarity, which means nothing where that is negative; the
-    smallest mean similarity first is the same order where it does.
-
-    Args:
-        candidates: adapters to choose from.
-        similarity: how alike they are, in their order.
-        size: members of a group.
-        diverse: whether diversity counts.
+    smallest mean similarity first is the same order where it does. It counts only if groups shall be `diverse`.
 
     Raises:
         CoterieError: when there are fewer candidates, or too many groups to compare.

@@ -25,10 +25,9 @@ class Question:
     sampling: SamplingSettings
 
     def key(self, identity: str) -> str:
-        """Hash all that the reply depends on; the seed of greedy decoding is no part of it.
+        """Hash all that the reply depends on; `identity` stands for the expert's weights.
 
-        Args:
-            identity: what stands for the expert's weights.
+        The seed of greedy decoding is no part of it.
         """
         sampling = self.sampling.model_dump()
         if not self.sampling.temperature:

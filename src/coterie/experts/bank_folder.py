@@ -139,17 +139,10 @@ def read_questions(folder: Path) -> frozenset[bytes]:
 
 
 def leaks(bank: BankFolder, examples: Sequence[Example]) -> dict[str, int]:
-    """Find the adapters that are known to have been trained on questions of these examples.
+    """Find the adapters that are known to have been trained on questions of these examples, and on how many.
 
-    A question counts as the same whatever its letter case and white space. An adapter whose training questions are
-    unknown is never reported: that it is missing says nothing.
-
-    Args:
-        bank: the adapters.
-        examples: such as a task's shots or test set.
-
-    Returns:
-        How many of the examples each of these adapters knows, by name.
+    The examples are such as a task's shots or test set. A question counts as the same whatever its letter case and
+    white space. An adapter whose training questions are unknown is never reported: that it is missing says nothing.
 
     Raises:
         CoterieError: when the file of an adapter's questions is missing or broken.

@@ -71,15 +71,7 @@ def describe_adapter(
     rows: int | None = None,
     trained_on: Sequence[str] = (),
 ) -> Card:
-    """Check an adapter against the base model and make its card.
-
-    Args:
-        folder: holds its files, which `check_files` has seen.
-        model: the base model.
-        name: its name in the bank.
-        source: where it came from.
-        rows: training rows whose questions are known.
-        trained_on: where those rows came from.
+    """Check an adapter, whose files `check_files` has seen, against the base model and make its card.
 
     Raises:
         CoterieError: as `load_adapter`.

@@ -84,10 +84,7 @@ class EndpointAnswerer:
     def __init__(self, endpoint: Endpoint, work: ExpertServingSettings, *, first_pause: float = 1.0) -> None:
         """Read the key from the environment; servers without one need none, and nothing is asked yet.
 
-        Args:
-            endpoint: the server and model.
-            work: how many requests at a time, how long, and how often again.
-            first_pause: seconds before the second try; each further pause is twice as long.
+        The second try comes after `first_pause` seconds; each further pause is twice as long.
 
         Raises:
             CoterieError: when the key holds what no header takes; the key itself is not shown.

@@ -114,12 +114,9 @@ class GatedLayer(nn.Module):
     scalings: Tensor
 
     def __init__(self, pairs: Sequence[LoraPair | None], gate: Tensor, *, trained: bool) -> None:
-        """Copy the gate and the updates.
+        """Copy the gate and the updates, one per expert, of which None does not change the layer.
 
-        Args:
-            pairs: one per expert; None does not change the layer.
-            gate: of any score.
-            trained: whether the factors are parameters.
+        The factors are parameters where they are `trained`, as the gate always is.
         """
         super().__init__()
         self._start = tuple(pairs)

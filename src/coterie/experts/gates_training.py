@@ -109,18 +109,10 @@ def train_mixture(
     folder: Path,
     training: GateTraining,
 ) -> TrainedMixture:
-    """Train the gates and optionally the adapters, starting from the given ones.
+    """Train the gates and optionally the adapters, starting from the given ones, of any ranks and layers.
 
-    An interrupted training goes on from its last full epoch in `folder`, and ends with the same numbers.
-
-    Args:
-        backbone: the base model, which stays as it is.
-        adapters: one per expert, of any ranks and layers.
-        gates: of the same experts, for example from `start_gates`.
-        rows: what is trained on.
-        plan: as for any adapter; `keep_epochs` does nothing here.
-        folder: where the log is left.
-        training: what is trained beyond the gates, and how.
+    An interrupted training goes on from its last full epoch in `folder`, where the log is left too, and ends with the
+    same numbers. The plan's `keep_epochs` does nothing here.
 
     Raises:
         CoterieError: when the loss is not finite, or no expert changes any layer.

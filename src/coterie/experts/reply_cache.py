@@ -18,12 +18,7 @@ class ReplyCache:
     """
 
     def __init__(self, path: Path | None = None, *, read_only: bool = False) -> None:
-        """Read the replies of an earlier run.
-
-        Args:
-            path: the file; without one, replies are only kept in memory.
-            read_only: keep new replies in memory, though there is a file.
-        """
+        """Read the replies of an earlier run; without a file, or `read_only`, new ones are kept in memory alone."""
         self.path = None if read_only else path
         self._lock = threading.Lock()
         self._replies: dict[str, Reply] = {}

@@ -103,16 +103,8 @@ def trained(
 ) -> Iterator[None]:
     """Train a model, from its last full epoch in `folder` if there is one, and keep the result in the body.
 
-    The log is left in `folder`, one entry a step. What an interrupted training goes on from is deleted last.
-
-    Args:
-        backbone: the base model.
-        model: takes what `TrainingCollator` makes and returns a loss.
-        rows: what is trained on.
-        plan: how.
-        folder: where the training works, and leaves its log.
-        callback: joins the training.
-        also: what else is taken from the trainer's log, by name.
+    The log is left in `folder`, one entry a step, with what `also` names of the trainer's own log. What an interrupted
+    training goes on from is deleted last. The model takes what `TrainingCollator` makes and returns a loss.
 
     Raises:
         CoterieError: when the loss is not finite.

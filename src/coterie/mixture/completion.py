@@ -47,11 +47,8 @@ def completion(
 ) -> Completion:
     """Put an answer together.
 
-    Args:
-        prompt: the question.
-        tokens: the answer's.
-        weights: normalised weights of the prompt by expert; None where the tokens bring their own.
-        experts: names of those whose weights the tokens bring.
+    The weights are the prompt's, normalised, by expert; None where the tokens bring their own, in the order of
+    `experts`.
     """
     trace = None
     if weights is None:

@@ -123,9 +123,7 @@ class StoredMixture:
     def write_description(self, folder: Path, facts: Mapping[str, Any] | None = None) -> None:
         """Write `mixture.json`, the router's tensors and the model card; the experts' folders are there already.
 
-        Args:
-            folder: where to.
-            facts: what else is known of the mixture and is only kept, such as how its clusters were made.
+        The facts are what else is known of the mixture and is only kept, such as how its clusters were made.
         """
         write_json(
             folder / "mixture.json",

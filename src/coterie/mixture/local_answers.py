@@ -69,11 +69,11 @@ class LocalAnswerer:
         broken: Mapping[str, str] | None = None,
         batch_size: int = 8,
     ) -> None:
-        """Stack the experts.
+        """Stack the experts, of which an empty adapter stands for the base model itself.
 
         Args:
             backbone: the base model.
-            bank: its experts; an empty adapter stands for the base model itself.
+            bank: its experts.
             prompts: how each expert's questions are rendered.
             broken: experts that could not be loaded, and why.
             batch_size: questions that are decoded together.

@@ -39,12 +39,7 @@ def groups_of(
 ) -> list[ExpertGroup]:
     """Put the experts of one base model into one group, and every endpoint into its own.
 
-    Args:
-        pool: the experts.
-        placement: how base models are held in memory.
-        work: how endpoints are asked.
-        batch_size: questions that are decoded together.
-        new_tokens: longest answer, which memory is estimated for.
+    Memory is estimated for batches of this size and answers of at most `new_tokens`.
 
     Raises:
         CoterieError: when a model does not exist.
@@ -70,16 +65,9 @@ def groups_of(
 def needed_bytes(
     model: str, experts: Mapping[str, LocalExpert], placement: PlacementSettings, cached_tokens: int
 ) -> int | None:
-    """Estimate what a base model takes with its experts and a full cache, from the heads of its files.
+    """Estimate the bytes of a base model with its experts and a full cache, from the heads of its files.
 
-    Args:
-        model: the base model.
-        experts: on it.
-        placement: how it is held in memory.
-        cached_tokens: tokens in the cache, over all rows of a batch.
-
-    Returns:
-        bytes, or None for a model that is not on this machine yet.
+    The cache holds so many tokens over all rows of a batch. None: the model is not on this machine yet.
 
     Raises:
         CoterieError: when there is no such model.

@@ -68,13 +68,7 @@ def score_votes(
 ) -> Scores:
     """Score references under many weightings of the experts' logits; one forward pass serves them all.
 
-    Args:
-        backbone: the base model.
-        layers: the experts.
-        names: theirs, in the order of the layers.
-        rows: references.
-        weights: of the experts, for every vote and row.
-        label: what the progress bar calls it; without one no progress is shown.
+    The experts' names stand in the order of the layers. Without a label no progress is shown.
     """
     combiner = LogitCombiner()
 
