@@ -292,8 +292,12 @@ def run_folder(
 def _check_same_run(partial: Path, record: Mapping[str, Any]) -> None:
     if not (partial / "run.yaml").exists():
         return
-    before = read_run_record(partial / "run.yaml")
-    ours, theirs = _comparable(record), _comparable(before)
+    tries = []
+    for one in (record, read_run_record(partial / "run.yaml")):
+        values = current_names(one["command"], flat_values(one["settings"]))  # as settings are called today
+        values.pop("overwrite", None)  # the tries at one run may differ in it
+        tries.append({**one, "settings": values})
+    ours, theirs = tries
     for name in theirs["settings"].keys() - ours["settings"].keys():
         if is_old(record["command"], name):  # the run began when this flag was this command's
             del theirs["settings"][name]
@@ -303,12 +307,6 @@ def _check_same_run(partial: Path, record: Mapping[str, Any]) -> None:
             f"{partial} holds an unfinished run with other {' and '.join(different)}; "
             f"finish that one with its own settings, or delete the folder"
         )
-
-
-def _comparable(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what may differ between the tries at one run, and name settings as they are called today."""
-    settings = current_names(record["command"], flat_values(record["settings"]))
-    return {**record, "settings": {name: value for name, value in settings.items() if name != "overwrite"}}
 
 
 def read_run_record(path: Path) -> dict[str, Any]:

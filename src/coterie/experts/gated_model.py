@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -148,32 +147,30 @@ class GatedModel(nn.Module):
         """Copy the experts and the gates."""
         super().__init__()
         self.paths = changed_paths(adapters)
-        self.mixed = nn.ModuleList(
-            GatedLayer([adapter.get(path) for adapter in adapters], gates.layers[path], trained=training.experts)
+        layers = {
+            path: GatedLayer([adapter.get(path) for adapter in adapters], gates.layers[path], trained=training.experts)
             for path in self.paths
-        )
+        }
+        self.mixed = nn.ModuleList(layers.values())
         self.dropout = nn.Dropout(training.dropout)
         self.balance = training.balance
         self.step, self.epoch = (Tally(len(self.paths), len(adapters)) for _ in range(2))
-        linear = linear_layers(backbone.model)
-        self._held = (backbone, {path: linear[path] for path in self.paths}, gates)  # hidden from `parameters`
+        every = linear_layers(backbone.model)
+        linear = {path: every[path] for path in self.paths}
+        self._held = (backbone, linear, gates, layers)  # hidden from `parameters`
         self.to(backbone.device)
 
     def gates(self) -> Gates:
         """Return the gates as they are now."""
-        start = self._held[2]
-        layers: dict[str, Tensor] = {path: layer.gate for path, layer in self._layers()}
-        return replace(start, layers={**start.layers, **layers})
+        _, _, start, layers = self._held
+        return replace(start, layers={**start.layers, **{path: layer.gate for path, layer in layers.items()}})
 
     def adapters(self) -> tuple[Adapter, ...]:
         """Return the experts as they are now, on the CPU."""
-        pairs = {path: layer.pairs() for path, layer in self._layers()}
-        every = range(len(self._held[2].experts))
+        _, _, start, layers = self._held
+        pairs = {path: layer.pairs() for path, layer in layers.items()}
+        every = range(len(start.experts))
         return tuple({path: pair for path, own in pairs.items() if (pair := own[n]) is not None} for n in every)
-
-    def _layers(self) -> list[tuple[str, GatedLayer]]:
-        layers: Any = self.mixed
-        return list(zip(self.paths, layers, strict=True))
 
     def forward(
         self,
@@ -186,16 +183,16 @@ class GatedModel(nn.Module):
         **_unused: Tensor,
     ) -> dict[str, Tensor]:
         """Return the mean loss over labelled tokens, and what balance adds; shapes as `TrainingCollator` makes them."""
-        backbone, linear, _ = self._held
+        backbone, linear, _, layers = self._held
         gates, real = self.gates(), attention_mask.bool()
-        layers = {path: (number, layer) for number, (path, layer) in enumerate(self._layers())}
+        numbers = {path: number for number, path in enumerate(self.paths)}
         penalties: list[Tensor] = []
 
         def mix(path: str, x: Tensor) -> Tensor:
-            number, layer = layers[path]
+            layer = layers[path]
             with torch.autocast(x.device.type, enabled=False):  # a choice of experts must not hang on rounding
                 weighing = gates.weigh(path, x)
-            self.step.count(number, weighing.weights, real)
+            self.step.count(numbers[path], weighing.weights, real)
             if self.balance:
                 penalties.append(balance_loss(weighing, real))
             pair = StackedPair(layer.down, layer.up * layer.scalings)

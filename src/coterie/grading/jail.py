@@ -26,31 +26,6 @@ PROGRAM = "program.py"
 OPEN_FILES = 64
 LONGEST_DETAIL = 500
 
-# ------------------------------------------------------------------------------------------------- limits of resources
-
-
-def limit_resources(cpu_seconds: int, memory_bytes: int) -> None:
-    """Put on the limits that every Unix has. macOS ignores the one on memory."""
-    import resource
-
-    _limit(resource.RLIMIT_CPU, cpu_seconds, cpu_seconds + 1)  # SIGXCPU, which tells what happened; then SIGKILL
-    _limit(resource.RLIMIT_CORE, 0, 0)
-    _limit(resource.RLIMIT_FSIZE, 0, 0)
-    _limit(resource.RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES)
-    if sys.platform != "darwin":
-        _limit(resource.RLIMIT_AS, memory_bytes, memory_bytes)
-
-
-def _limit(which: int, soft: int, hard: int) -> None:
-    """Set a limit, or keep a lower one that is there already."""
-    import resource
-
-    highest = resource.getrlimit(which)[1]
-    if highest != resource.RLIM_INFINITY:
-        soft, hard = min(soft, highest), min(hard, highest)
-    resource.setrlimit(which, (soft, hard))
-
-
 # ---------------------------------------------------------------------------------------------- limits of Linux's own
 
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
@@ -203,15 +178,30 @@ def filter_system_calls() -> bool:
 # ---------------------------------------------------------------------------------------------------------- the run
 
 
+def _limit(which: int, soft: int, hard: int) -> None:
+    """Set a limit on resources, or keep a lower one that is there already."""
+    import resource
+
+    highest = resource.getrlimit(which)[1]
+    if highest != resource.RLIM_INFINITY:
+        soft, hard = min(soft, highest), min(hard, highest)
+    resource.setrlimit(which, (soft, hard))
+
+
 def confine(cpu_seconds: int, memory_bytes: int) -> list[str]:
     """Put on every limit this system has; return which of `landlock` and `seccomp` stand."""
+    import resource
+
     unprivileged = sys.platform == "linux" and give_up_privileges()
-    limit_resources(cpu_seconds, memory_bytes)
+    _limit(resource.RLIMIT_CPU, cpu_seconds, cpu_seconds + 1)  # SIGXCPU, which tells what happened; then SIGKILL
+    _limit(resource.RLIMIT_CORE, 0, 0)
+    _limit(resource.RLIMIT_FSIZE, 0, 0)
+    _limit(resource.RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES)
+    if sys.platform != "darwin":  # which ignores this one
+        _limit(resource.RLIMIT_AS, memory_bytes, memory_bytes)
     landlocked = unprivileged and forbid_writing()
     filtered = unprivileged and filter_system_calls()
     if not filtered:  # then no new processes, on Linux no threads either, for whoever is not root
-        import resource
-
         _limit(resource.RLIMIT_NPROC, 1, 1)
     return ["landlock"] * landlocked + ["seccomp"] * filtered
 

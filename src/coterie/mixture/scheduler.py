@@ -108,11 +108,11 @@ class ExpertScheduler(AbstractContextManager["ExpertScheduler"]):
         if group.name not in self._held:
             need = self._need(group)
             for name in sorted(self._held, key=lambda name: name in self._later):  # the oldest first
-                if self._budget is None or self._taken() + need > self._budget:
+                if self._budget is None or sum(size for _, size in self._held.values()) + need > self._budget:
                     self._free(name)
             self.loads[group.name] += 1
             self._held[group.name] = (group.load(), need)
-            self.peak = max(self.peak, self._taken())
+            self.peak = max(self.peak, sum(size for _, size in self._held.values()))
         return self._held[group.name][0]
 
     def _answer(self, missing: Mapping[str, Question]) -> dict[str, Reply]:
@@ -179,9 +179,6 @@ class ExpertScheduler(AbstractContextManager["ExpertScheduler"]):
         finally:
             for bar in bars.values():
                 bar.close()
-
-    def _taken(self) -> int:
-        return sum(size for _, size in self._held.values())
 
     def _need(self, group: ExpertGroup) -> int:
         """Return the bytes that a group takes, all there are where that is not known; refuse more than that."""
