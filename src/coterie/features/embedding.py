@@ -86,15 +86,22 @@ class SentenceEncoder:
             _check_modules(folder)
             self._pooling = _pooling(folder)
             self._model = _load_model(folder).to(device).eval()
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, truncation_side=side)
-            longest = _window(folder, self._model.config, self._tokenizer)
+            own: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, truncation_side=side)
+            asked = folder / "sentence_bert_config.json"
+            limits = [
+                read_json(asked).get("max_seq_length") if asked.exists() else None,
+                own.model_max_length,
+                getattr(self._model.config, "max_position_embeddings", None),  # RoBERTa's alone is two too many
+            ]
+            longest = min(limit for limit in limits if limit is not None)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             first = first_line(error).rstrip(".")
             raise CoterieError(
                 f"the encoder in {folder} cannot be loaded: {first}; "
                 "give a folder with config.json, tokenizer.json and model.safetensors"
             ) from error
-        self._prompt_tokenizer: PreTrainedTokenizerBase | Any = self._tokenizer if tokenizer is None else tokenizer
+        self._tokenizer = own
+        self._prompt_tokenizer: PreTrainedTokenizerBase | Any = own if tokenizer is None else tokenizer
         self.window = longest if window is None else min(window, longest)
         self.dimensions: int = self._model.config.hidden_size
 
@@ -269,11 +276,3 @@ def _load_model(folder: Path) -> Any:
     if model.config.is_encoder_decoder:
         raise ValueError(f"{model.config.model_type} has a decoder")
     return model
-
-
-def _window(folder: Path, config: Any, tokenizer: Any) -> int:
-    """Return the least of what the folder's files allow (RoBERTa's configuration alone would allow two too many)."""
-    path = folder / "sentence_bert_config.json"
-    asked = read_json(path).get("max_seq_length") if path.exists() else None
-    limits = [asked, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
-    return min(limit for limit in limits if limit is not None)

@@ -90,7 +90,7 @@ class EmbeddingStore:
 
     def missing(self, keys: Keys) -> Bool[np.ndarray, " text"]:
         """Tell which of these texts were never embedded."""
-        return _Shards(self.folder, self._encode.dimensions).find(keys) < 0
+        return StoredRows(self.folder, keys, self._encode.dimensions).places < 0
 
     def add(self, texts: Sequence[str]) -> None:
         """Embed texts and keep the embeddings as one shard.
@@ -121,52 +121,43 @@ class EmbeddingStore:
         Raises:
             CoterieError: when one of them is not there.
         """
-        shards = _Shards(self.folder, self._encode.dimensions)
-        places = shards.find(keys)
-        if (places < 0).any():
+        rows = StoredRows(self.folder, keys, self._encode.dimensions)
+        if (rows.places < 0).any():
             raise CoterieError(f"{self.folder} lost embeddings while they were needed; start again")
-        return StoredRows(shards, places, self._encode.dimensions)
+        return rows
 
 
-class _Shards:
-    """Where every key stands: places count through all shards, one after the other."""
-
-    def __init__(self, folder: Path, dimensions: int) -> None:
-        self.files = sorted(folder.glob("*.safetensors"))
-        found = [as_keys(b"")]
-        for file in self.files:
-            with _shard_errors(file), safe_open(file, "pt") as shard:
-                keys = shard.get_tensor("keys")
-                shape = shard.get_slice("embeddings").get_shape()
-            if shape != [len(keys), dimensions] or keys.shape[1:] != (KEY_BYTES,):
-                raise CoterieError(f"{file} holds no embeddings of this encoder; delete the file, it is made again")
-            found.append(as_keys(keys.numpy().tobytes()))
-        self.starts = np.cumsum(list(map(len, found)))
-        joined = np.concatenate(found)
-        self._order = np.argsort(joined, kind="stable")
-        self._sorted = joined[self._order]
-
-    def find(self, keys: Keys) -> Int[np.ndarray, " text"]:
-        """Return the place of every key; -1 where it is nowhere."""
-        if not len(self._sorted):
-            return np.full(len(keys), -1)
-        spot = np.searchsorted(self._sorted, keys).clip(max=len(self._sorted) - 1)
-        return np.where(self._sorted[spot] == keys, self._order[spot], -1)
-
-
-@dataclass(frozen=True)
 class StoredRows:
     """Embeddings that stay on disk; `rows[numbers]` and `rows[start:stop]` read them.
 
     Attributes:
-        shards: the files.
-        places: where every row stands in them.
+        places: where every row stands, counted through all shards, one after the other; -1 where it is nowhere.
         dimensions: of an embedding.
     """
 
-    shards: _Shards
-    places: Int[np.ndarray, " row"]
-    dimensions: int
+    def __init__(self, folder: Path, keys: Keys, dimensions: int) -> None:
+        """Find the places of these keys in the shards of a folder.
+
+        Raises:
+            CoterieError: when a shard is broken or of another encoder.
+        """
+        self.dimensions = dimensions
+        self._files = sorted(folder.glob("*.safetensors"))
+        found = [as_keys(b"")]
+        for file in self._files:
+            with _shard_errors(file), safe_open(file, "pt") as shard:
+                own = shard.get_tensor("keys")
+                shape = shard.get_slice("embeddings").get_shape()
+            if shape != [len(own), dimensions] or own.shape[1:] != (KEY_BYTES,):
+                raise CoterieError(f"{file} holds no embeddings of this encoder; delete the file, it is made again")
+            found.append(as_keys(own.numpy().tobytes()))
+        self._starts = np.cumsum(list(map(len, found)))
+        known = np.concatenate(found)
+        self.places: Int[np.ndarray, " row"] = np.full(len(keys), -1)
+        if len(known):
+            order = np.argsort(known, kind="stable")
+            spot = np.searchsorted(known, keys, sorter=order).clip(max=len(known) - 1)
+            self.places = np.where(known[order[spot]] == keys, order[spot], -1)
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -177,13 +168,14 @@ class StoredRows:
         places = self.places[rows]
         result = torch.empty(len(places), self.dimensions)
         order = np.argsort(places, kind="stable")
-        shards = np.searchsorted(self.shards.starts, places[order], side="right") - 1
+        shards = np.searchsorted(self._starts, places[order], side="right") - 1
         for shard in np.unique(shards):
             wanted = order[shards == shard]
-            inside = places[wanted] - self.shards.starts[shard]
+            inside = places[wanted] - self._starts[shard]
             cuts = np.flatnonzero(np.diff(inside) != 1) + 1  # between runs of neighbours, each read in one piece
-            with _shard_errors(self.shards.files[shard]), safe_open(self.shards.files[shard], "pt") as file:
-                vectors = file.get_slice("embeddings")
+            file = self._files[shard]
+            with _shard_errors(file), safe_open(file, "pt") as held:
+                vectors = held.get_slice("embeddings")
                 for run, targets in zip(np.split(inside, cuts), np.split(wanted, cuts), strict=True):
                     result[torch.from_numpy(targets)] = vectors[int(run[0]) : int(run[-1]) + 1]
         return result

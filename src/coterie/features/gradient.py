@@ -6,8 +6,8 @@ what one backward pass brings by, turned into the step that Adam would take, pro
 than one layer's gradients of one batch exist at any time.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -142,31 +142,25 @@ class GradientFeatures:
     def _batch(self, rows: Sequence[TokenRow], checkpoint: Checkpoint, layers: ExpertLayers) -> Tensor:
         batch = pad([row.ids for row in rows], self.backbone.tokenizer.pad_token_id, device=self.backbone.device)
         weights = loss_weights(rows, batch, self.settings.loss_on)
-        collector = _Collector(checkpoint, self.projection, self.settings.form, len(rows), self.backbone.device)
+        total = torch.zeros(len(rows), self.settings.d_proj, device=self.backbone.device)
+        collector = _Collector(checkpoint, self.projection, self.settings.form, total)
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(layers.attached())
             stack.enter_context(layers.choosing(ByExpert((0,), (len(rows),))))
-            stack.enter_context(self._graph_from(self.backbone.blocks[self._blocks.start]))
-            stack.enter_context(collector.listening(self._modules))
+            first = self.backbone.blocks[self._blocks.start]
+            stack.callback(first.register_forward_pre_hook(_start_graph, with_kwargs=True).remove)
+            for path, module in self._modules.items():
+                stack.callback(module.register_forward_hook(partial(collector.keep_input, path)).remove)
             _backward(self.backbone, batch, weights)
-        return collector.total
+        return total
 
-    @staticmethod
-    @contextmanager
-    def _graph_from(block: nn.Module) -> Iterator[None]:
-        """Start the autograd graph at this block's input: nothing before it needs a gradient."""
 
-        def require_grad(module: nn.Module, inputs: tuple, options: dict) -> tuple[tuple, dict]:
-            if inputs:
-                return (inputs[0].detach().requires_grad_(), *inputs[1:]), options
-            return inputs, {**options, "hidden_states": options["hidden_states"].detach().requires_grad_()}
-
-        handle = block.register_forward_pre_hook(require_grad, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
+def _start_graph(block: nn.Module, inputs: tuple, options: dict) -> tuple[tuple, dict]:
+    """Start the autograd graph at this block's input: nothing before it needs a gradient."""
+    if inputs:
+        return (inputs[0].detach().requires_grad_(), *inputs[1:]), options
+    return inputs, {**options, "hidden_states": options["hidden_states"].detach().requires_grad_()}
 
 
 def loss_weights(rows: Sequence[TokenRow], batch: Batch, loss_on: str) -> Float[Tensor, "row position"]:
@@ -198,40 +192,32 @@ def _backward(backbone: Backbone, batch: Batch, weights: Float[Tensor, "row posi
         states.backward(leaf.grad)
 
 
+@dataclass(frozen=True)
 class _Collector:
     """Listens to a backward pass and adds up the projected directions of every row."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, projection: Projection, form: str, rows: int, device: torch.device
-    ) -> None:
-        self._checkpoint = checkpoint
-        self._projection = projection
-        self._form = form
-        self.total = torch.zeros(rows, projection.d_proj, device=device)
+    checkpoint: Checkpoint
+    projection: Projection
+    form: str
+    total: Float[Tensor, "row d_proj"]
 
-    @contextmanager
-    def listening(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Keep the input of every module in the forward pass, until the gradient of its output comes by."""
-
-        def keep_input(path: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x = inputs[0].detach()
-            output.register_hook(lambda gradient: self._collect(path, x.float(), gradient.float()))
-
-        with ExitStack() as stack:
-            for path, module in modules.items():
-                stack.callback(module.register_forward_hook(partial(keep_input, path)).remove)
-            yield
+    def keep_input(self, path: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keep the input of a module in the forward pass, until the gradient of its output comes by."""
+        x = inputs[0].detach()
+        output.register_hook(lambda gradient: self.collect(path, x.float(), gradient.float()))
 
     @torch.no_grad()
-    def _collect(self, path: str, x: Float[Tensor, "row position in"], g: Float[Tensor, "row position out"]) -> None:
-        pair = self._checkpoint.adapter[path]
+    def collect(self, path: str, x: Float[Tensor, "row position in"], g: Float[Tensor, "row position out"]) -> None:
+        """Form the gradients of a module's two factors, and add up what they become."""
+        pair = self.checkpoint.adapter[path]
         down, up = pair.down.to(x), pair.up.to(x)
-        self._add(f"{path}.lora_A", (g @ up.T).mT @ x)  # [row, R, I]
-        self._add(f"{path}.lora_B", g.mT @ (x @ down.T) * pair.scaling)  # [row, O, R]
-
-    def _add(self, name: str, gradient: Float[Tensor, "row a b"]) -> None:
-        direction = gradient if self._form == "sgd" else adam_step(gradient, name, self._checkpoint.adam)
-        self.total += self._projection(name, direction.flatten(1)).to(self.total.device)
+        gradients = {
+            f"{path}.lora_A": (g @ up.T).mT @ x,  # [row, R, I]
+            f"{path}.lora_B": g.mT @ (x @ down.T) * pair.scaling,  # [row, O, R]
+        }
+        for name, gradient in gradients.items():
+            direction = gradient if self.form == "sgd" else adam_step(gradient, name, self.checkpoint.adam)
+            self.total.add_(self.projection(name, direction.flatten(1)).to(self.total.device))
 
 
 def write_features(features: GradientFeatures, rows: Sequence[TokenRow], folder: Path) -> None:

@@ -79,7 +79,7 @@ class RademacherProjection(Projection):
         return result / math.sqrt(self.d_proj)
 
     def signs(self, key: int, start: int, count: int, device: torch.device) -> Float[Tensor, "count d_proj"]:
-        """Generate the rows `start .. start + count` of the +-1 matrix, one per element of the input."""
+        """Generate the rows `start .. start + count` of the +-1 matrix, one an element of the input."""
         words = -(-self.d_proj // SIGNS_PER_HASH)
         elements = torch.arange(start, start + count, device=device)[:, None]
         bits = splitmix64(elements * words + torch.arange(words, device=device), key)  # [count, words]
@@ -97,25 +97,21 @@ class SketchProjection(Projection):
     """
 
     _plans: dict[tuple[str, int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    """For every slot of every run: the element that goes there, past the end a zero, and its sign."""
 
     def __call__(self, name: str, values: Float[Tensor, "row size"]) -> Float[Tensor, "row d_proj"]:
         """Project rows of the tensor called `name`, flattened; its shuffles are made when it is first seen."""
-        kind = name, values.shape[1], values.device
-        if kind not in self._plans:
-            self._plans[kind] = self._plan(*kind)
-        source, signs = self._plans[kind]
-        padded = torch.nn.functional.pad(values, (0, signs.numel() - values.shape[1]))
-        return (padded[:, source] * signs).unflatten(1, (-1, self.d_proj)).sum(dim=1)
-
-    def _plan(self, name: str, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return, for every slot of every run, the element that goes there and its sign; slots past the end are 0."""
+        size, device = values.shape[1], values.device
         runs = -(-size // self.d_proj)
-        elements = torch.arange(runs * self.d_proj, device=device)
-        bits = splitmix64(elements, projection_key(self.seed, name))
-        order = _shift_right(bits, 1).unflatten(0, (runs, self.d_proj)).argsort(dim=1, stable=True)
-        source = (order + torch.arange(runs, device=device)[:, None] * self.d_proj).flatten()
-        signs = (bits[source] & 1).float().mul_(2).sub_(1)
-        return source, signs
+        if (name, size, device) not in self._plans:
+            elements = torch.arange(runs * self.d_proj, device=device)
+            bits = splitmix64(elements, projection_key(self.seed, name))
+            order = _shift_right(bits, 1).unflatten(0, (runs, self.d_proj)).argsort(dim=1, stable=True)
+            source = (order + torch.arange(runs, device=device)[:, None] * self.d_proj).flatten()
+            self._plans[name, size, device] = source, (bits[source] & 1).float().mul_(2).sub_(1)
+        source, signs = self._plans[name, size, device]
+        padded = torch.nn.functional.pad(values, (0, runs * self.d_proj - size))
+        return (padded[:, source] * signs).unflatten(1, (runs, self.d_proj)).sum(dim=1)
 
 
 PROJECTIONS: dict[str, type[Projection]] = {"sketch": SketchProjection, "rademacher": RademacherProjection}
