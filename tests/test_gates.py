@@ -118,7 +118,7 @@ OTHER = LoraPair(torch.tensor([[0.0, -3.0]]), torch.tensor([[1.0]]))
 def test_the_weights_of_worked_numbers(score, options, expected):
     gates = Gates(("a", "b"), {"x": prototypes(score, [ONE, OTHER])}, score, **options)
     x = torch.tensor([[[1.0, -2.0], [-1.0, -2.0]]])
-    torch.testing.assert_close(gates.weights("x", x), torch.tensor([[expected, expected]]))
+    torch.testing.assert_close(gates.weigh("x", x).weights, torch.tensor([[expected, expected]]))
 
 
 def test_learned_gates_keep_the_sign_of_their_scores():
@@ -130,13 +130,13 @@ def test_learned_gates_keep_the_sign_of_their_scores():
 def test_the_score_of_an_expert_that_leaves_the_layer_alone_is_zero_and_counts():
     """Scores 1 and 0."""
     gates = Gates(("a", "b"), {"x": prototypes("arrow", [ONE, None])}, "arrow")
-    found = gates.weights("x", torch.tensor([[[1.0, 5.0]]]))
+    found = gates.weigh("x", torch.tensor([[[1.0, 5.0]]])).weights
     torch.testing.assert_close(found, torch.tensor([[[0.73105858, 0.26894142]]]))
 
 
 def test_equal_scores_keep_the_earlier_experts():
     gates = Gates(tuple("abc"), {"x": torch.zeros(3, IN)}, top_k=2)
-    assert gates.weights("x", normal(1, 1, IN)).tolist() == [[[0.5, 0.5, 0.0]]]
+    assert gates.weigh("x", normal(1, 1, IN)).weights.tolist() == [[[0.5, 0.5, 0.0]]]
 
 
 @pytest.mark.parametrize("score", ["linear", *KINDS])
@@ -270,7 +270,7 @@ def test_the_routing_is_the_average_of_the_weights_that_acted(backbone, bank, ki
         handle.remove()
     assert len(caught) == 14
     single = [
-        router.gates.weights(path, x[:, i : i + 1])[0, 0] for path, x in caught.items() for i in range(x.shape[1])
+        router.gates.weigh(path, x[:, i : i + 1]).weights[0, 0] for path, x in caught.items() for i in range(x.shape[1])
     ]
     routing = router.route(PROMPTS)
     torch.testing.assert_close(routing.weights[0], torch.stack(single).mean(dim=0))
@@ -313,7 +313,7 @@ def test_the_null_expert_takes_what_no_expert_answers_and_leaves_what_one_does(b
     assert gates.experts == ("law", "maths", "null")
     strange = away_from(gates, LAYER)
     strongest = torch.linalg.svd(delta(bank.adapters[1][LAYER])).Vh[0]
-    found = gates.weights(LAYER, torch.stack([strange, 100 * strange, strongest, -5 * strongest])[None])
+    found = gates.weigh(LAYER, torch.stack([strange, 100 * strange, strongest, -5 * strongest])[None]).weights
     assert found[0].tolist() == [[0, 0, 1], [0, 0, 1], [0, 1, 0], [0, 1, 0]]
 
 
@@ -331,7 +331,7 @@ def test_arrows_null_expert_wins_below_its_cosine(backbone, bank, cosine, winner
     gates = spectral_router("arrow", backbone, bank, ["law"], top_k=1, null="null", null_cosine=cosine).gates
     aside = torch.nn.functional.normalize(away_from(gates, LAYER), dim=0)
     x = 7 * (0.3 * gates.layers[LAYER][0] - (1 - 0.3**2) ** 0.5 * aside)
-    assert gates.experts[int(gates.weights(LAYER, x[None, None]).argmax())] == winner
+    assert gates.experts[int(gates.weigh(LAYER, x[None, None]).weights.argmax())] == winner
 
 
 @pytest.mark.parametrize(("cosine", "winner"), [(0.29, "maths"), (0.31, "null")])
@@ -343,7 +343,7 @@ def test_spectrs_null_expert_wins_below_its_share_of_the_strongest_answer(backbo
     aside = torch.nn.functional.normalize(away_from(gates, LAYER), dim=0)
     strongest = torch.linalg.svd(delta(bank.adapters[1][LAYER])).Vh[0]
     x = 7 * (0.3 * strongest - (1 - 0.3**2) ** 0.5 * aside)
-    assert gates.experts[int(gates.weights(LAYER, x[None, None]).argmax())] == winner
+    assert gates.experts[int(gates.weigh(LAYER, x[None, None]).weights.argmax())] == winner
 
 
 @pytest.mark.parametrize("kind", KINDS)

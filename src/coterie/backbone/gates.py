@@ -80,20 +80,16 @@ class Gates:
     def weigh(self, path: str, x: Float[Tensor, "row position in"]) -> Weighing:
         """Choose and weigh a layer's experts at every token; of equal scores, the earlier expert's is chosen."""
         logits = self.scores(path, x) / self.temperature
-        order = logits.argsort(dim=-1, descending=True, stable=True)
-        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order[..., : self._kept], True)
+        order = logits.argsort(dim=-1, descending=True, stable=True)[..., : self.top_k]
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, True)
         return Weighing(logits, chosen, logits.masked_fill(~chosen, -math.inf).softmax(dim=-1))
-
-    def weights(self, path: str, x: Float[Tensor, "row position in"]) -> Float[Tensor, "row position expert"]:
-        """Return a layer's weights alone, summing to 1 at every token."""
-        return self.weigh(path, x).weights
 
     def apply(
         self, path: str, x: Float[Tensor, "row position in"], pair: StackedPair, seen: "MeanWeights | None" = None
     ) -> Float[Tensor, "row position out"]:
         """Apply the exact mixture of the experts' updates of a layer, weighed anew at every token; `seen` averages."""
-        apply = apply_weighted if self._kept == len(self.experts) else apply_chosen
-        weights = self.weights(path, x)
+        apply = apply_weighted if self.top_k in (None, len(self.experts)) else apply_chosen
+        weights = self.weigh(path, x).weights
         if seen is not None:
             seen.add(weights)
         return apply(x, pair, weights)
@@ -102,10 +98,6 @@ class Gates:
         """Return the same gates on a device."""
         layers, floors = ({path: t.to(device) for path, t in side.items()} for side in (self.layers, self.floors))
         return replace(self, layers=layers, floors=floors)
-
-    @property
-    def _kept(self) -> int:
-        return self.top_k or len(self.experts)
 
 
 class MeanWeights:

@@ -6,9 +6,9 @@ are added to its output in batched products.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -94,17 +94,14 @@ def updating(modules: Mapping[str, nn.Module], update: Callable[[str, Tensor], T
         update: None leaves the output as it is.
     """
 
-    def hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def add_update(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            change = update(path, inputs[0])
-            if change is None:
-                return output
-            change = change.to(output.dtype)
-            return output + change if torch.is_grad_enabled() else output.add_(change)
+    def add_update(path: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        change = update(path, inputs[0])
+        if change is None:
+            return output
+        change = change.to(output.dtype)
+        return output + change if torch.is_grad_enabled() else output.add_(change)
 
-        return add_update
-
-    handles = [module.register_forward_hook(hook(path)) for path, module in modules.items()]
+    handles = [module.register_forward_hook(partial(add_update, path)) for path, module in modules.items()]
     try:
         yield
     finally:
@@ -127,26 +124,22 @@ class ExpertLayers:
             dtype: of the updates; the base model's by default.
         """
         modules = linear_layers(model)
-        changed = sorted({path for adapter in adapters for path in adapter})
-        self.size = len(adapters)
-        self._model = model
-        self._modules = {path: modules[path] for path in changed}
+        self.model = model
+        self.adapters = tuple(adapters)
+        self.paths = tuple(sorted({path for adapter in adapters for path in adapter}))
+        """Module paths of the layers that some expert changes."""
+        self._modules = {path: modules[path] for path in self.paths}
         self._dtype = dtype or next(model.parameters()).dtype
-        self._adapters = tuple(adapters)
         self._subset = lru_cache(maxsize=8)(self._select)
         self._merged = lru_cache(maxsize=2)(self._merge)
         self.merged = lru_cache(maxsize=MERGED_KEPT)(self._merge_row)
         self._choice: Choice | None = None
         self._seen: MeanWeights | None = None
 
-    def are_of(self, model: nn.Module, adapters: Sequence[Adapter]) -> bool:
-        """Tell whether they are the updates of these very adapters on this model."""
-        return self._model is model and self._adapters is adapters
-
     @cached_property
     def _stacks(self) -> dict[str, StackedPair]:
         """The updates, stacked when they are used first."""
-        return {path: self._stacked(path, self._adapters) for path in self._modules}
+        return {path: self._stacked(path, self.adapters) for path in self.paths}
 
     def _stacked(self, path: str, adapters: Sequence[Mapping[str, LoraPair | None]]) -> StackedPair:
         device = next(self._modules[path].parameters()).device
@@ -154,7 +147,7 @@ class ExpertLayers:
         return StackedPair(*(tensor.to(device, self._dtype) for tensor in pair))
 
     def _select(self, experts: tuple[int, ...]) -> dict[str, StackedPair]:
-        if experts == tuple(range(self.size)):
+        if experts == tuple(range(len(self.adapters))):
             return self._stacks
         index = list(experts)
         return {path: StackedPair(pair.down[index], pair.up[index]) for path, pair in self._stacks.items()}
@@ -163,7 +156,7 @@ class ExpertLayers:
         """Merge all experts once for every row of weights, in float32."""
         merged = [self.merged(row, how) for row in weights]
         paths = {path for adapter in merged for path in adapter}
-        return {path: self._stacked(path, merged) for path in self._modules if path in paths}
+        return {path: self._stacked(path, merged) for path in self.paths if path in paths}
 
     def _merge_row(self, weights: tuple[float, ...], how: str = "exact") -> Adapter:
         """Return one adapter in place of all, with these weights (one an expert), merged layer by layer.
@@ -171,9 +164,9 @@ class ExpertLayers:
         Raises:
             CoterieError: as `coterie.lora.merge`.
         """
-        used = [(adapter, weight) for adapter, weight in zip(self._adapters, weights, strict=True) if weight]
+        used = [(adapter, weight) for adapter, weight in zip(self.adapters, weights, strict=True) if weight]
         result = {}
-        for path in self._modules:
+        for path in self.paths:
             present = [(adapter[path], weight) for adapter, weight in used if path in adapter]
             if present:
                 result[path] = merge([pair for pair, _ in present], torch.tensor([w for _, w in present]), how)
@@ -186,20 +179,9 @@ class ExpertLayers:
         distance = sum(squared_distance(other[path], pair) for path, pair in exact.items())
         return math.sqrt(distance / size) if size else 0.0
 
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """Module paths of the layers that some expert changes."""
-        return tuple(self._modules)
-
-    def changes(self, module: nn.Module) -> bool:
-        """Tell whether some expert changes this layer."""
-        return any(module is other for other in self._modules.values())
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> AbstractContextManager[None]:
         """Attach the experts to the base model until the `with` ends."""
-        with updating(self._modules, self._update):
-            yield
+        return updating(self._modules, self._update)
 
     @contextmanager
     def choosing(self, choice: Choice, seen: MeanWeights | None = None) -> Iterator[None]:

@@ -3,7 +3,7 @@
 import json
 import logging
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -275,8 +275,3 @@ def check_identity(wanted: BaseModelIdentity, found: BaseModelIdentity, holder: 
             f"{holder} was trained on {wanted.id} (sha256 {wanted.sha256[:12]}), but the base model loaded is "
             f"{found.id} (sha256 {found.sha256[:12]}); load that model, or fit again"
         )
-
-
-def identity_record(identity: BaseModelIdentity) -> dict[str, Any]:
-    """Return the identity as plain values for a record."""
-    return asdict(identity)

@@ -19,13 +19,11 @@ class LayerCombiner(Combiner):
 
     def plan(self, routing: Routing) -> RowPlan:
         """One row for every prompt, mixed by its weights; experts without any weight are not computed."""
+        if routing.gates:
+            choice: Choice = Gated(tuple(map(routing.experts.index, routing.gates.experts)), routing.gates)
+        else:
+            used = (routing.weights > 0).any(dim=0)
+            experts = tuple(used.nonzero().flatten().tolist()) or (0,)  # a mixture of nothing still needs a column
+            choice = Weighted(experts, routing.weights[:, None, list(experts)].float())
         count = len(routing.weights)
-        return RowPlan(tuple(range(count)), _choice(routing), torch.eye(count))
-
-
-def _choice(routing: Routing) -> Choice:
-    if routing.gates:
-        return Gated(tuple(map(routing.experts.index, routing.gates.experts)), routing.gates)
-    used = (routing.weights > 0).any(dim=0)
-    experts = tuple(used.nonzero().flatten().tolist()) or (0,)  # a mixture of nothing still needs a column
-    return Weighted(experts, routing.weights[:, None, list(experts)].float())
+        return RowPlan(tuple(range(count)), choice, torch.eye(count))

@@ -4,16 +4,14 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 
-from coterie.combiners.base import Combiner, RowPlan
 from coterie.combiners.logits import LogitCombiner
-from coterie.routers.base import Routing
 from coterie.settings.groups import SamplingSettings
 
 SAMPLES = 5
 TEMPERATURE = 1.0
 
 
-class TextCombiner(Combiner):
+class TextCombiner(LogitCombiner):
     """Samples several answers from the combined logits and lets them vote (Self-Consistency, arXiv 2203.11171).
 
     ELREA's baseline draws 5 samples at temperature 1 and breaks ties at random; here ties fall by a seeded draw.
@@ -22,22 +20,13 @@ class TextCombiner(Combiner):
     kind = "texts"
     finishes_answers = True
 
-    def __init__(self, samples: int = SAMPLES, temperature: float = TEMPERATURE) -> None:
-        """Store how many answers are drawn, and how freely."""
-        self.samples = samples
-        self.temperature = temperature
-
-    def plan(self, routing: Routing) -> RowPlan:
-        """The rows of a single sample: experts with a weight, side by side."""
-        return LogitCombiner().plan(routing)
-
     def draws(self, settings: SamplingSettings) -> list[SamplingSettings]:
-        """Return the settings of every sample: a seed of its own, this temperature unless another was asked for."""
-        temperature = settings.temperature or self.temperature
-        first = settings.seed * self.samples
+        """Return the settings of every sample: a seed of its own, temperature 1 unless another was asked for."""
+        temperature = settings.temperature or TEMPERATURE
+        first = settings.seed * SAMPLES
         return [
             settings.model_copy(update={"temperature": temperature, "seed": first + number})
-            for number in range(self.samples)
+            for number in range(SAMPLES)
         ]
 
 

@@ -1,6 +1,5 @@
 """A KV cache that grows in place instead of copying itself at every token."""
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
@@ -50,8 +49,3 @@ def make_cache(config: PretrainedConfig) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
-
-
-def keep_rows(cache: DynamicCache, rows: list[int], device: torch.device) -> None:
-    """Drop all rows but these."""
-    cache.batch_select_indices(torch.tensor(rows, device=device))

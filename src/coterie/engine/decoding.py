@@ -91,7 +91,7 @@ class DecodingBatch:
             rerouting: how the weights change later; None for not at all.
         """
         self._backbone = backbone
-        self._rows = CachedRows(backbone, layers, combiner, routing)
+        self.rows = CachedRows(backbone, layers, combiner, routing)
         self._settings = settings
         self._rerouting = rerouting
         self._active = [
@@ -99,31 +99,26 @@ class DecodingBatch:
             for number, ids in enumerate(prompts)
         ]
 
-    @property
-    def gate_weights(self) -> Float[Tensor, "request expert"] | None:
-        """What gates weighed on average over every prompt, once that was read; None where there are no gates."""
-        return self._rows.gate_weights
-
     def run(self) -> Iterator[Token]:
         """Yield tokens step by step, in the order of the requests within a step."""
-        hidden = self._rows.read([request.ids for request in self._active])
+        hidden = self.rows.read([request.ids for request in self._active])
         for written in itertools.count(1):
-            tokens = self._choose(combined_logits(self._backbone, hidden[:, -1], self._rows.plan.votes))
+            tokens = self._choose(combined_logits(self._backbone, hidden[:, -1], self.rows.plan.votes))
             yield from tokens
             staying = [place for place, token in enumerate(tokens) if token.finish_reason is None]
             if not staying:
                 return
             if len(staying) < len(self._active):
                 self._active = [self._active[place] for place in staying]
-                self._rows.keep(staying)
+                self.rows.keep(staying)
                 if self._rerouting is not None:
                     self._rerouting.texts.keep(staying)
             chosen = [request.ids[-1:] for request in self._active]
             if self._rerouting is None:
-                hidden = self._rows.read(chosen)
+                hidden = self.rows.read(chosen)
             else:
                 texts = [request.ids for request in self._active]
-                hidden = self._rerouting.read(self._rows, chosen, texts, written)
+                hidden = self._rerouting.read(self.rows, chosen, texts, written)
 
     @torch.inference_mode()
     def _choose(self, logits: Float[Tensor, "prompt vocabulary"]) -> list[Token]:
@@ -138,7 +133,7 @@ class DecodingBatch:
         tokens = [self._advance(request, token, logprob) for request, token, logprob in triples]
         if self._rerouting is None:
             return tokens
-        shares = self._rows.routing.normalized().weights.tolist()
+        shares = self.rows.routing.normalized().weights.tolist()
         return [token._replace(weights=tuple(row)) for token, row in zip(tokens, shares, strict=True)]
 
     def _advance(self, request: _Request, token: int, logprob: float) -> Token:

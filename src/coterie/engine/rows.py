@@ -11,7 +11,7 @@ from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone
 from coterie.combiners.base import Combiner, RowPlan, kept_rows
 from coterie.data.batching import pad
-from coterie.engine.cache import keep_rows, make_cache
+from coterie.engine.cache import make_cache
 from coterie.routers.base import Routing
 
 
@@ -89,5 +89,5 @@ class CachedRows:
     def _select(self, rows: list[int], plan: RowPlan) -> None:
         self.plan = plan
         if rows != list(range(len(self._mask))):
-            keep_rows(self._cache, rows, self._mask.device)
+            self._cache.batch_select_indices(torch.tensor(rows, device=self._mask.device))
             self._mask = self._mask[rows]

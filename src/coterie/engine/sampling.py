@@ -31,11 +31,8 @@ class Sampler:
             if settings.top_p < 1:
                 self._processors.append(TopPLogitsWarper(settings.top_p))
             self._generator = torch.Generator().manual_seed(settings.seed)
-
-    @property
-    def plain(self) -> bool:
+        self.plain = self.greedy and not self._processors
         """Whether the token is just the argmax, so that a whole batch can be chosen at once."""
-        return self.greedy and not self._processors
 
     def choose(self, logits: Float[Tensor, " vocabulary"], text: Int[Tensor, " position"]) -> int:
         """Choose a token, given the request's tokens so far (prompt included, no padding)."""

@@ -44,13 +44,20 @@ def score_teacher_forced(
                 logits = backbone.head(hidden[place, : len(targets)])
                 found[number].append(scored_tokens(logits, targets))
         known += rerouting.every
-        staying = [place for place, number in enumerate(active) if len(texts[number][1]) > known]
-        active = [active[place] for place in staying]
+        places = [place for place, number in enumerate(active) if len(texts[number][1]) > known]
+        active = [active[place] for place in places]
         if not active:
             return [ScoredTokens(*map(torch.cat, zip(*parts, strict=True))) for parts in found]
-        rows.keep(staying)
-        rerouting.texts.keep(staying)
-        hidden = _read_next(backbone, rows, rerouting, [texts[number] for number in active], known)
+        rows.keep(places)
+        rerouting.texts.keep(places)
+        # The next tokens that share their weights; an answer that ends among them is filled up.
+        staying = [texts[number] for number in active]
+        length = min(rerouting.every, max(len(answer) for _, answer in staying) - known)
+        filler = [backbone.tokenizer.pad_token_id] * length
+        pieces = [[*answer[known - 1 :], *filler][:length] for _, answer in staying]
+        pairs = zip(staying, pieces, strict=True)
+        whole = [[*prompt, *answer[: known - 1], *piece] for (prompt, answer), piece in pairs]
+        hidden = rows.by_request(rerouting.read(rows, pieces, whole, known))
 
 
 def _read_first(
@@ -70,14 +77,3 @@ def _read_first(
     rerouting.texts.append(shared)
     rerouting.texts.append_states(states[:, 1:])
     return states
-
-
-def _read_next(
-    backbone: Backbone, rows: CachedRows, rerouting: Rerouting, texts: Sequence[Text], known: int
-) -> Float[Tensor, "request position width"]:
-    """Read the next answer tokens that share their weights; an answer that ends among them is filled up."""
-    length = min(rerouting.every, max(len(answer) for _, answer in texts) - known)
-    filler = [backbone.tokenizer.pad_token_id] * length
-    pieces = [[*answer[known - 1 :], *filler][:length] for _, answer in texts]
-    whole = [[*prompt, *answer[: known - 1], *piece] for (prompt, answer), piece in zip(texts, pieces, strict=True)]
-    return rows.by_request(rerouting.read(rows, pieces, whole, known))

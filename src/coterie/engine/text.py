@@ -41,7 +41,10 @@ class TextStream:
         if final or not after.endswith(UNFINISHED):
             self._settled_text += after[len(before) :]
             self._settled = len(self._ids)
-        end = len(self._settled_text) if final else self._certain_length()
+        end = len(self._settled_text)
+        if not final:  # an end that may be the beginning of a stop string is held back
+            begun = (n for stop in self._stop for n in range(1, len(stop)) if self._settled_text.endswith(stop[:n]))
+            end -= max(begun, default=0)
         for stop in self._stop:
             found = self._settled_text.find(stop)
             if found >= 0:
@@ -52,12 +55,3 @@ class TextStream:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-    def _certain_length(self) -> int:
-        """Hold back an end that may be the beginning of a stop string."""
-        text = self._settled_text
-        longest = max(
-            (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])),
-            default=0,
-        )
-        return len(text) - longest

@@ -5,12 +5,12 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from coterie.artifacts import FORMAT
-from coterie.backbone.loading import BaseModelIdentity, identity_from, identity_record
+from coterie.backbone.loading import BaseModelIdentity, identity_from
 from coterie.data.examples import Example
 from coterie.data.streaming import KEY_BYTES, question_of, text_key
 from coterie.errors import CoterieError, unknown_name
@@ -89,7 +89,7 @@ def open_bank(path: str | Path) -> BankFolder:
         CoterieError: when it is missing, no bank, or broken.
     """
     folder = Path(path)
-    base = identity_record(read_base(folder))
+    base = asdict(read_base(folder))
     return BankFolder(folder, base, tuple(read_card(folder / EXPERTS / name) for name in list_names(folder)))
 
 

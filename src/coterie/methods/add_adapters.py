@@ -5,14 +5,14 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from coterie.artifacts import FORMAT, disk_errors, hub_folder, write_json
-from coterie.backbone.loading import Backbone, BaseModelIdentity, identity_record, load_backbone
+from coterie.backbone.loading import Backbone, BaseModelIdentity, load_backbone
 from coterie.data.streaming import question_of, stream_examples, text_key
 from coterie.errors import CoterieError
 from coterie.experts.bank_folder import (
@@ -300,7 +300,7 @@ def _publish(draft: Path, addition: _Addition, name: str) -> None:
     """Give a finished folder its name, in place of the one that has it."""
     target, old = draft.with_name(name), draft.with_name(f".{name}.old")
     if not (addition.folder / BANK_FILE).exists():
-        bank = {"format": FORMAT, "base_model": identity_record(addition.backbone.identity)}
+        bank = {"format": FORMAT, "base_model": asdict(addition.backbone.identity)}
         write_json(addition.folder / BANK_FILE, bank)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

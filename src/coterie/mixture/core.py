@@ -48,7 +48,7 @@ class Mixture(StoredMixture):
         """
         check_fit(self.router, self.combiner)
         model, adapters = self.backbone.model, self.bank.adapters
-        if self.layers is None or not self.layers.are_of(model, adapters):
+        if self.layers is None or self.layers.model is not model or self.layers.adapters is not adapters:
             object.__setattr__(self, "layers", ExpertLayers(model, adapters))
 
     def tokens(self, prompts: Sequence[Prompt]) -> list[TokenRow]:
@@ -217,8 +217,8 @@ class Mixture(StoredMixture):
             tokens: list[list[Token]] = [[] for _ in batch]
             for token in decoding.run():
                 tokens[token.request].append(token)
-            if decoding.gate_weights is not None and not is_known:
-                started = replace(started, weights=decoding.gate_weights)
+            if decoding.rows.gate_weights is not None and not is_known:
+                started = replace(started, weights=decoding.rows.gate_weights)
             weights = None if self.reroutes else started.normalized()
             result += [
                 completion(questions[i], own, weights.row(i - first) if weights else None, self.bank.names)

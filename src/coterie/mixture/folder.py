@@ -2,12 +2,12 @@
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from coterie.artifacts import FORMAT, hub_folder, read_json, write_json, write_text
-from coterie.backbone.loading import Backbone, check_identity, identity_from, identity_record, load_backbone
+from coterie.backbone.loading import Backbone, check_identity, identity_from, load_backbone
 from coterie.combiners.base import Combiner
 from coterie.combiners.table import make_combiner
 from coterie.data.batching import PromptFormat
@@ -130,7 +130,7 @@ class StoredMixture:
             {
                 "format": FORMAT,
                 "method": self.method,
-                "base_model": identity_record(self.backbone.identity),
+                "base_model": asdict(self.backbone.identity),
                 "system_prompt": self.prompts.system_prompt,
                 "experts": list(self.bank.names),
                 "router": self.router.save(folder / "router"),
