@@ -70,22 +70,18 @@ class RademacherProjection(Projection):
 
     def __call__(self, name: str, values: Float[Tensor, "row size"]) -> Float[Tensor, "row d_proj"]:
         """Project rows of the tensor called `name`, flattened."""
-        key = projection_key(self.seed, name)
+        key, device = projection_key(self.seed, name), values.device
+        words = -(-self.d_proj // SIGNS_PER_HASH)
+        word, place = torch.arange(words, device=device), torch.arange(SIGNS_PER_HASH, device=device)
         width = max(1, BLOCK_ELEMENTS // self.d_proj)
         result = values.new_zeros(len(values), self.d_proj)
         for start in range(0, values.shape[1], width):
             block = values[:, start : start + width]
-            result += block @ self.signs(key, start, block.shape[1], values.device).to(values.dtype)
+            elements = torch.arange(start, start + block.shape[1], device=device)[:, None]
+            bits = splitmix64(elements * words + word, key)  # [element, word]
+            signs = ((bits.unsqueeze(-1) >> place) & 1).float().mul_(2).sub_(1).flatten(1)[:, : self.d_proj]
+            result += block @ signs.to(values.dtype)
         return result / math.sqrt(self.d_proj)
-
-    def signs(self, key: int, start: int, count: int, device: torch.device) -> Float[Tensor, "count d_proj"]:
-        """Generate the rows `start .. start + count` of the +-1 matrix, one an element of the input."""
-        words = -(-self.d_proj // SIGNS_PER_HASH)
-        elements = torch.arange(start, start + count, device=device)[:, None]
-        bits = splitmix64(elements * words + torch.arange(words, device=device), key)  # [count, words]
-        places = torch.arange(SIGNS_PER_HASH, device=device)
-        signs = ((bits.unsqueeze(-1) >> places) & 1).float().mul_(2).sub_(1)
-        return signs.flatten(1)[:, : self.d_proj]
 
 
 @dataclass

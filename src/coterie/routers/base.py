@@ -198,7 +198,7 @@ class Router(ABC):
         """Build a router from its entry and its tensors, as `save` wrote them.
 
         Raises:
-            CoterieError: when a part is missing or broken; KeyError, TypeError and ValueError are told as that too.
+            CoterieError: when a part is broken; `load_router` tells a KeyError, TypeError or ValueError as that too.
         """
         raise NotImplementedError
 

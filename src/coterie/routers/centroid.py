@@ -126,9 +126,9 @@ class CentroidRouter(FeatureRouter):
             centroids: of every expert; their lengths do not matter.
             pool: how an expert's centroids make one similarity.
             weighting: how similarities become weights.
-            base: an expert that gets 1 - the largest cosine on top, and stands first; None for none.
-            null: an expert that takes over where nothing is similar; None for none.
-            centre: training mean, subtracted from every feature; None for none.
+            base: an expert that gets 1 - the largest cosine on top, and stands first.
+            null: an expert that takes over where nothing is similar.
+            centre: training mean, subtracted from every feature.
         """
         super().__init__(extractor, centre)
         self.kind = kind
@@ -242,14 +242,19 @@ class CentroidRouter(FeatureRouter):
 
     @classmethod
     def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "CentroidRouter":
-        """Build the router from its entry in mixture.json and its tensors.
-
-        Raises:
-            CoterieError: when an expert has no centroid, or the encoder has other dimensions than the centroids.
-        """
+        """Build it; refuse an expert without centroids, or an encoder of other dimensions than theirs."""
         kind = str(record["kind"])
-        tensors = read_tensors(parts.folder / f"{PLACES[kind][0]}.safetensors")
-        centroids = {str(name): _centroids(kind, str(name), tensors) for name in record["experts"]}
+        file, prefix = PLACES[kind]
+        tensors = read_tensors(parts.folder / f"{file}.safetensors")
+        dimensions = 1 if prefix == "centroid" else 2  # a single centroid stands there without its axis
+        centroids = {}
+        for name in map(str, record["experts"]):
+            found = tensors.get(f"{prefix}.{name}")
+            if found is None or found.dim() != dimensions or not len(found) or not bool(torch.isfinite(found).all()):
+                raise CoterieError(
+                    f"router/{file}.safetensors has no proper centroids for the expert {name!r}; fit the mixture again"
+                )
+            centroids[name] = found[None] if dimensions == 1 else found
         centre = tensors.get("centre")
         if kind == PERFORMANCE:
             return cls(kind, load_extractor(record, parts), centroids, pool="mean", centre=centre)
@@ -266,17 +271,6 @@ class CentroidRouter(FeatureRouter):
             null=NullExpert(str(null["name"]), float(null["similarity"])) if null else None,
             centre=centre,
         )
-
-
-def _centroids(kind: str, name: str, tensors: Mapping[str, Tensor]) -> Float[Tensor, "centroid dimension"]:
-    file, prefix = PLACES[kind]
-    found = tensors.get(f"{prefix}.{name}")
-    dimensions = 1 if prefix == "centroid" else 2
-    if found is None or found.dim() != dimensions or not len(found) or not bool(torch.isfinite(found).all()):
-        raise CoterieError(
-            f"router/{file}.safetensors has no proper centroids for the expert {name!r}; fit the mixture again"
-        )
-    return found[None] if dimensions == 1 else found
 
 
 def check_dimensions(encoder: str, dimensions: int, centroids: Centroids) -> None:

@@ -82,14 +82,7 @@ class LossRouter(FeatureRouter):
         sharpness: float,
         centre: Float[Tensor, " dimension"] | None = None,
     ) -> None:
-        """Store the regression.
-
-        Args:
-            extractor: turns prompts into features.
-            ridge: predicts the loss of each of `experts`.
-            experts: names.
-            sharpness: how strongly weights follow predictions, per nat.
-            centre: training mean, subtracted from every feature; None for none.
+        """Store the regression for the losses of `experts`; weights follow them by `sharpness`, per nat.
 
         Raises:
             CoterieError: when names and predictions do not match.
