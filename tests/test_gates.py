@@ -123,7 +123,7 @@ def test_the_weights_of_worked_numbers(score, options, expected):
 
 def test_learned_gates_keep_the_sign_of_their_scores():
     """Scores 1 and -2: 1 / (1 + e^-3)."""
-    found = Gates(("a", "b"), {"x": torch.eye(2)}).weights("x", torch.tensor([[[1.0, -2.0]]]))
+    found = Gates(("a", "b"), {"x": torch.eye(2)}).weigh("x", torch.tensor([[[1.0, -2.0]]])).weights
     torch.testing.assert_close(found, torch.tensor([[[0.95257413, 0.04742587]]]))
 
 

@@ -138,6 +138,7 @@ class Router(ABC):
         every: tokens of an answer that share weights; None where the prompt's weights stay.
         cache: `keep` what earlier weights left in the KV cache, or `recompute` it.
         needs_references: it looks at the losses of the reference answers, so it works in evaluations only.
+        saved: its attributes that mixture.json keeps, and `__init__` takes, as they are.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ()
@@ -146,6 +147,7 @@ class Router(ABC):
     every: int | None = None
     cache: str = "keep"
     needs_references: ClassVar[bool] = False
+    saved: ClassVar[tuple[str, ...]] = ()
 
     def route(self, prompts: Sequence[TokenRow]) -> Routing:
         """Weigh the experts for every prompt."""
@@ -191,7 +193,9 @@ class Router(ABC):
         Raises:
             CoterieError: when it is of those that are never saved.
         """
-        raise CoterieError(f"router {self.kind!r} lives in this process alone and is not saved; choose another one")
+        if not self.kinds:
+            raise CoterieError(f"router {self.kind!r} lives in this process alone and is not saved; choose another one")
+        return {"kind": self.kind, **{name: getattr(self, name) for name in self.saved}}
 
     @classmethod
     def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "Router":
@@ -200,7 +204,7 @@ class Router(ABC):
         Raises:
             CoterieError: when a part is broken; `load_router` tells a KeyError, TypeError or ValueError as that too.
         """
-        raise NotImplementedError
+        return cls(**{name: record[name] for name in cls.saved})
 
 
 class Wrapper(Router):
@@ -226,3 +230,12 @@ class Wrapper(Router):
     def growing(self, prompts: Sequence[TokenRow]) -> GrowingFeatures:
         """Follow texts as the wrapped router does."""
         return self.router.growing(prompts)
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write the wrapped router's tensors and return the entry for mixture.json, with the wrapped one's in it."""
+        return {**super().save(folder), "of": self.router.save(folder)}
+
+    @classmethod
+    def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "Wrapper":
+        """Build it from its entry, around the router that was built already."""
+        return cls(parts.wrapped, **{name: record[name] for name in cls.saved})

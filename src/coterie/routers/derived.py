@@ -1,11 +1,10 @@
 """Another router's weights, changed: scaled to sum 1, or only the largest kept."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from coterie.data.batching import TokenRow
-from coterie.routers.base import Router, RouterParts, Routing, Wrapper
+from coterie.routers.base import Router, Routing, Wrapper
 from coterie.routers.token import TokenLevel
 
 
@@ -14,6 +13,7 @@ class DerivedRouter(Wrapper):
 
     kind = "derived"
     kinds = (kind,)
+    saved = ("top_k", "normalised")
 
     def __init__(self, router: Router, *, top_k: int | None = None, normalised: bool = False) -> None:
         """Store the changes.
@@ -26,8 +26,8 @@ class DerivedRouter(Wrapper):
         super().__init__(router)
         self.grain = router.grain
         self.every, self.cache = router.every, router.cache
-        self._top_k = top_k
-        self._normalised = normalised
+        self.top_k = top_k
+        self.normalised = normalised
 
     def weigh(self, read: Any) -> Routing:
         """Change the weights that the wrapped router gives.
@@ -42,19 +42,8 @@ class DerivedRouter(Wrapper):
         return self._change(self.router.start(prompts))
 
     def _change(self, routing: Routing) -> Routing:
-        kept = routing if self._top_k is None else routing.top(self._top_k)
-        return kept.normalized() if self._normalised else kept
-
-    def save(self, folder: Path) -> dict[str, Any]:
-        """Write the wrapped router's tensors and return the entry for mixture.json."""
-        changes = {"top_k": self._top_k, "normalised": self._normalised}
-        return {"kind": self.kind, **changes, "of": self.router.save(folder)}
-
-    @classmethod
-    def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "DerivedRouter":
-        """Build it from its entry, around the router that was built already."""
-        top_k = None if record["top_k"] is None else int(record["top_k"])
-        return cls(parts.wrapped, top_k=top_k, normalised=bool(record["normalised"]))
+        kept = routing if self.top_k is None else routing.top(self.top_k)
+        return kept.normalized() if self.normalised else kept
 
 
 def keep_top(router: Router, k: int) -> Router:

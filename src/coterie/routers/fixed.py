@@ -1,8 +1,7 @@
 """Routers that read no prompt's text: fixed weights, the prompt's own data set, or its reference answer (oracle)."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Never
+from typing import Never
 
 import torch
 from jaxtyping import Float
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from coterie.data.batching import TokenRow
 from coterie.errors import CoterieError, unknown_name
-from coterie.routers.base import Router, RouterParts, Routing
+from coterie.routers.base import Router, Routing
 
 
 class FixedRouter(Router):
@@ -18,6 +17,7 @@ class FixedRouter(Router):
 
     kind = "fixed"
     kinds = (kind,)
+    saved = ("weights",)
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         """Store one weight per expert name.
@@ -33,15 +33,6 @@ class FixedRouter(Router):
     def weigh(self, read: Sequence[TokenRow]) -> Routing:
         """Return the stored weights for every prompt."""
         return self._row.take([0] * len(read))
-
-    def save(self, folder: Path) -> dict[str, Any]:
-        """Return the entry for mixture.json; there are no tensors."""
-        return {"kind": self.kind, "weights": self.weights}
-
-    @classmethod
-    def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "FixedRouter":
-        """Build it from its entry."""
-        return cls({str(name): float(weight) for name, weight in record["weights"].items()})
 
 
 def uniform(experts: Sequence[str]) -> FixedRouter:
@@ -69,6 +60,7 @@ class SourceRouter(Router):
 
     kind = "source"
     kinds = (kind,)
+    saved = ("experts",)
 
     def __init__(self, experts: Mapping[str, str]) -> None:
         """Store the expert's name of every source.
@@ -97,15 +89,6 @@ class SourceRouter(Router):
                 )
             weights[number, names.index(self.experts[prompt.source])] = 1.0
         return Routing(tuple(names), weights)
-
-    def save(self, folder: Path) -> dict[str, Any]:
-        """Return the entry for mixture.json; there are no tensors."""
-        return {"kind": self.kind, "experts": self.experts}
-
-    @classmethod
-    def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "SourceRouter":
-        """Build it from its entry."""
-        return cls({str(source): str(name) for source, name in record["experts"].items()})
 
 
 class OracleRouter(Router):

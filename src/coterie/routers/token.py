@@ -1,11 +1,9 @@
 """Routing again while an answer is written (Belofsky 2023): a wrapper around any router of prompts."""
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from coterie.errors import CoterieError
-from coterie.routers.base import Router, RouterParts, Wrapper
+from coterie.routers.base import Router, Wrapper
 from coterie.settings.groups import CacheUse
 
 
@@ -19,6 +17,7 @@ class TokenLevel(Wrapper):
 
     kind = "token-level"
     kinds = (kind,)
+    saved = ("every", "cache")
 
     def __init__(self, router: Router, every: int | None = 1, cache: str = "keep") -> None:
         """Wrap a router.
@@ -49,13 +48,3 @@ class TokenLevel(Wrapper):
     def of_prompts(self) -> Router:
         """The wrapped router."""
         return self.router
-
-    def save(self, folder: Path) -> dict[str, Any]:
-        """Write the wrapped router's tensors and return the entry for mixture.json."""
-        return {"kind": self.kind, "every": self.every, "cache": self.cache, "of": self.router.save(folder)}
-
-    @classmethod
-    def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "TokenLevel":
-        """Build it from its entry, around the router that was built already."""
-        every = None if record["every"] is None else int(record["every"])
-        return cls(parts.wrapped, every, record["cache"])
