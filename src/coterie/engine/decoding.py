@@ -86,7 +86,7 @@ class DecodingBatch:
             layers: the bank's experts.
             combiner: where experts meet.
             prompts: token ids of every request.
-            routing: of every request, with the bank's experts in the bank's order.
+            routing: of every request, as `CachedRows` takes it.
             settings: how tokens are chosen.
             rerouting: how the weights change later; None for not at all.
         """

@@ -19,14 +19,7 @@ class CachedRows:
     """Rows that have read their requests' texts so far; requests can leave, and their weights can change."""
 
     def __init__(self, backbone: Backbone, layers: ExpertLayers, combiner: Combiner, routing: Routing) -> None:
-        """Plan the rows; nothing has been read yet.
-
-        Args:
-            backbone: the base model.
-            layers: the bank's experts.
-            combiner: where experts meet.
-            routing: of every request, with the bank's experts in the bank's order.
-        """
+        """Plan the rows; nothing has been read yet. The routing has the bank's experts in the bank's order."""
         self._backbone = backbone
         self._layers = layers
         self._combiner = combiner

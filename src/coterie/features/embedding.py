@@ -72,9 +72,8 @@ class SentenceEncoder:
                 the mean of all tokens (the default) or the first token.
             tokenizer: the base model's, which turns the tokens of prompts back into text; plain texts need none.
             name: of this encoder; None for the folder's path.
-            tail: read the last `window` tokens of a longer text instead of the first, so that a text that grows keeps
-                moving its embedding.
-            window: read so many tokens at most; None, or more than the encoder can read, for all that it can.
+            tail: read the last `window` tokens of a longer text instead of the first: a growing text keeps moving.
+            window: read so many tokens at most; None for all that the encoder can read.
             device: where it runs.
 
         Raises:
@@ -137,8 +136,8 @@ class HiddenStateEncoder:
 
         Args:
             backbone: the base model.
-            tail: of a text that is longer than the base model can read, read the end instead of the beginning.
-            window: average the states of so many of the text's own tokens at most, the last ones; None for all.
+            tail: of a longer text than the base model can read, read the end instead of the beginning.
+            window: average the states of the last so many of the text's own tokens; None for all.
         """
         config = backbone.model.config.get_text_config()
         longest = getattr(config, "max_position_embeddings", backbone.tokenizer.model_max_length)

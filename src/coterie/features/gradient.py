@@ -103,13 +103,7 @@ class GradientFeatures:
     def __init__(
         self, backbone: Backbone, checkpoints: Sequence[Checkpoint], settings: FeatureSettings, seed: int = 0
     ) -> None:
-        """Prepare one attachable adapter per checkpoint.
-
-        Args:
-            backbone: the frozen base model.
-            checkpoints: the base adapter and Adam's state, one per epoch.
-            settings: form, projection, blocks and tokens that carry loss.
-            seed: of the projection.
+        """Prepare one attachable adapter per checkpoint, of which there is one an epoch; the seed is the projection's.
 
         Raises:
             CoterieError: for blocks that the model does not have, or in which no adapted layer lies.
