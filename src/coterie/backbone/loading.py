@@ -107,9 +107,12 @@ def load_backbone(settings: ModelSettings) -> Backbone:
     """
     device = _pick_device(settings.device)
     folder, revision = _locate(settings)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": folder, "revision": revision}
+    if isinstance(folder, Path) and folder.is_file():
+        source |= {"pretrained_model_name_or_path": folder.parent, "gguf_file": folder.name}
     try:
-        model = _load_model(folder, settings, device, revision)
-        tokenizer: Any = AutoTokenizer.from_pretrained(**_source(folder), revision=revision)
+        model = _load_model(source, settings, device)
+        tokenizer: Any = AutoTokenizer.from_pretrained(**source)
     except (OSError, ValueError, KeyError) as error:
         raise CoterieError(f"the base model {settings.model!r} cannot be loaded: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
@@ -147,19 +150,11 @@ def _locate(settings: ModelSettings) -> tuple[str | Path, str | None]:
     return name, settings.revision
 
 
-def _source(location: str | Path) -> dict[str, Any]:
-    if isinstance(location, Path) and location.is_file():
-        return {"pretrained_model_name_or_path": location.parent, "gguf_file": location.name}
-    return {"pretrained_model_name_or_path": location}
-
-
-def _load_model(
-    location: str | Path, settings: ModelSettings, device: torch.device, revision: str | None
-) -> PreTrainedModel:
+def _load_model(source: dict[str, Any], settings: ModelSettings, device: torch.device) -> PreTrainedModel:
     dtype = settings.dtype
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
-    options: dict[str, Any] = {**_source(location), "dtype": dtype, "revision": revision}
+    options: dict[str, Any] = {**source, "dtype": dtype}
     if settings.load_in_4bit:
         return AutoModelForCausalLM.from_pretrained(
             **options, quantization_config=_four_bits(dtype), device_map={"": device}
