@@ -26,7 +26,7 @@ class DerivedRouter(Wrapper):
         super().__init__(router)
         self.grain = router.grain
         self.every, self.cache = router.every, router.cache
-        self.top_k = top_k
+        self.top_k = None if top_k is None else int(top_k)
         self.normalised = normalised
 
     def weigh(self, read: Any) -> Routing:

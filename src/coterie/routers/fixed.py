@@ -1,7 +1,7 @@
 """Routers that read no prompt's text: fixed weights, the prompt's own data set, or its reference answer (oracle)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Never
+from typing import Any, Never
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from coterie.data.batching import TokenRow
 from coterie.errors import CoterieError, unknown_name
-from coterie.routers.base import Router, Routing
+from coterie.routers.base import Router, RouterParts, Routing
 
 
 class FixedRouter(Router):
@@ -33,6 +33,11 @@ class FixedRouter(Router):
     def weigh(self, read: Sequence[TokenRow]) -> Routing:
         """Return the stored weights for every prompt."""
         return self._row.take([0] * len(read))
+
+    @classmethod
+    def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "FixedRouter":
+        """Build it from its entry, whose weights must be numbers."""
+        return cls({name: float(weight) for name, weight in record["weights"].items()})
 
 
 def uniform(experts: Sequence[str]) -> FixedRouter:
