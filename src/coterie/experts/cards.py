@@ -54,10 +54,6 @@ class Card:
     rows: int | None
     trained_on: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        """Tell the adapter's size."""
-        return f"rank {self.rank}, {self.layers} layers, {short(self.parameters)} parameters"
-
 
 _CARD = TypeAdapter(Card)
 

@@ -43,10 +43,6 @@ class Clustering:
     method: str = "birch"
     adjusted_rand_index: float | None = None
 
-    def members(self, cluster: int) -> list[int]:
-        """Return the row numbers of a cluster."""
-        return [row for row, label in enumerate(self.labels) if label == cluster]
-
     def sizes(self) -> list[int]:
         """Return the number of rows of each cluster."""
         counts = Counter(self.labels)
@@ -105,8 +101,8 @@ def describe(clustering: Clustering, sources: Sequence[str | None] = ()) -> list
     """Say how large every cluster is and which sources it is made of, largest share first."""
     lines = []
     for number, size in enumerate(clustering.sizes()):
-        parts = Counter(sources[row] or "-" for row in clustering.members(number)) if sources else Counter()
-        made_of = ", ".join(f"{name} {count}" for name, count in parts.most_common())
+        own = [source or "-" for source, label in zip(sources, clustering.labels, strict=False) if label == number]
+        made_of = ", ".join(f"{name} {count}" for name, count in Counter(own).most_common())
         lines.append(f"cluster-{number}: {size} rows" + (f" ({made_of})" if any(sources) else ""))
     if clustering.adjusted_rand_index is not None:
         lines.append(f"adjusted Rand index of clusters and sources: {clustering.adjusted_rand_index:.2f}")

@@ -32,6 +32,7 @@ from coterie.experts.cards import (
     hash_adapter,
     printable,
     read_card,
+    short,
 )
 from coterie.methods.token_level.fit import check_domain_names, named_values
 from coterie.settings.commands import BankAddSettings
@@ -65,7 +66,10 @@ class AddResult:
         name = printable(self.name, LONGEST_NAME)
         if self.refusal:
             return f"refused {name}: {self.refusal}"
-        return f"added {name}: {self.card}" if self.is_new else f"{name} is there already, with the same files"
+        if self.card is None or not self.is_new:
+            return f"{name} is there already, with the same files"
+        size = f"rank {self.card.rank}, {self.card.layers} layers, {short(self.card.parameters)} parameters"
+        return f"added {name}: {size}"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The likelihood of reference answers under a mixture, or under many weightings of its experts at once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone
-from coterie.combiners.base import RowPlan
+from coterie.combiners.base import Combiner
 from coterie.combiners.logits import LogitCombiner
 from coterie.data.batching import TokenRow, by_length
 from coterie.engine.decoding import score_responses
@@ -18,8 +18,6 @@ from coterie.mixture.core import Mixture
 from coterie.routers.base import Routing
 
 BATCH = 8
-Planner = Callable[[list[int]], tuple[RowPlan, list[Tensor]]]
-"""Plans the rows with these numbers, and the votes over the plan's rows that are wanted."""
 
 
 class Scores(NamedTuple):
@@ -37,12 +35,7 @@ def score(mixture: Mixture, rows: Sequence[TokenRow], routing: Routing, label: s
     if mixture.reroutes:
         return _score_rerouted(mixture, rows, label)
     aligned = routing.aligned(mixture.bank.names)
-
-    def plan(numbers: list[int]) -> tuple[RowPlan, list[Tensor]]:
-        made = mixture.combiner.plan(aligned.take(numbers))
-        return made, [made.votes]
-
-    return _score(mixture.backbone, mixture.layers, rows, plan, votes=1, label=label)
+    return _score(mixture.backbone, mixture.layers, mixture.combiner, aligned, rows, None, label)
 
 
 def _score_rerouted(mixture: Mixture, rows: Sequence[TokenRow], label: str) -> Scores:
@@ -70,25 +63,30 @@ def score_votes(
 
     The experts' names stand in the order of the layers. Without a label no progress is shown.
     """
-    combiner = LogitCombiner()
-
-    def plan(numbers: list[int]) -> tuple[RowPlan, list[Tensor]]:
-        own = weights[:, numbers]
-        made = combiner.plan(Routing(names, own.sum(dim=0)))
-        return made, [combiner.votes(made, vote) for vote in own]
-
-    return _score(backbone, layers, rows, plan, votes=len(weights), label=label)
+    together = Routing(names, weights.sum(dim=0))  # runs every expert that some vote has a weight on
+    return _score(backbone, layers, LogitCombiner(), together, rows, weights, label)
 
 
 def _score(
-    backbone: Backbone, layers: ExpertLayers, rows: Sequence[TokenRow], plan: Planner, *, votes: int, label: str
+    backbone: Backbone,
+    layers: ExpertLayers,
+    combiner: Combiner,
+    routing: Routing,
+    rows: Sequence[TokenRow],
+    weights: Float[Tensor, "vote row expert"] | None,
+    label: str,
 ) -> Scores:
-    nll, tokens = torch.zeros(votes, len(rows)), torch.zeros(len(rows))
+    """Score references under the combiner's own votes, or under those of other weights over the rows that it plans."""
+    nll, tokens = torch.zeros(1 if weights is None else len(weights), len(rows)), torch.zeros(len(rows))
     with tqdm(total=len(rows), desc=f"likelihood of {label}", unit="row", disable=not label) as bar:
         for numbers in by_length(rows, BATCH):
-            made, own_votes = plan(numbers)
+            plan = combiner.plan(routing.take(numbers))
+            if weights is None:
+                own_votes = [plan.votes]
+            else:
+                own_votes = [LogitCombiner().votes(plan, vote) for vote in weights[:, numbers]]
             texts = [(rows[i].ids, answer_positions(rows[i])) for i in numbers]
-            found = score_responses(backbone, layers, made, own_votes, texts)
+            found = score_responses(backbone, layers, plan, own_votes, texts)
             for vote, scored in enumerate(found):
                 nll[vote, numbers] = torch.stack([-own.logprobs.mean() for own in scored])
             tokens[numbers] = torch.tensor([float(len(positions)) for _, positions in texts])
