@@ -288,7 +288,7 @@ def test_the_environment_is_known_without_git_or_a_commit(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("name", ["part", "deep/part"])
 def test_a_stage_is_done_once(name, tmp_path):
-    run = RunFolder(tmp_path / "run", tmp_path / "run.partial")
+    run = RunFolder(tmp_path / "run.partial")
     calls = []
     for _ in range(2):
         done = run.stage(name, lambda folder: (calls.append(folder), write_text(folder / "file", "x"))[0])
@@ -299,14 +299,14 @@ def test_a_stage_is_done_once(name, tmp_path):
 def test_a_stage_appears_at_once_as_its_working_folder_with_another_name(tmp_path):
     """A copy could be interrupted half way, and would be taken as done."""
     numbers = []
-    run = RunFolder(tmp_path / "run", tmp_path / "run.partial")
+    run = RunFolder(tmp_path / "run.partial")
     done = run.stage("part", lambda folder: numbers.append(folder.stat().st_ino))
     assert numbers == [done.stat().st_ino]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, CoterieError])
 def test_an_interrupted_stage_goes_on_with_what_it_left(error, tmp_path):
-    run = RunFolder(tmp_path / "run", tmp_path / "run.partial")
+    run = RunFolder(tmp_path / "run.partial")
 
     def interrupted(folder: Path) -> None:
         write_text(folder / "first", "1")
@@ -323,14 +323,14 @@ def test_an_interrupted_stage_goes_on_with_what_it_left(error, tmp_path):
 
 
 def test_a_full_disk_within_a_stage_is_told(tmp_path):
-    run = RunFolder(tmp_path / "run", tmp_path / "run.partial")
+    run = RunFolder(tmp_path / "run.partial")
     with pytest.raises(CoterieError, match="no space left on the disk while writing .*working/part"):
         run.stage("part", disk_is_full)
 
 
 def test_errors_of_the_user_keep_their_words_on_the_way_out_of_a_stage(tmp_path):
     with pytest.raises(CoterieError, match="^something the user can fix$"):
-        RunFolder(tmp_path / "run", tmp_path / "run.partial").stage("part", fails)
+        RunFolder(tmp_path / "run.partial").stage("part", fails)
 
 
 @pytest.mark.parametrize("stop", [fails, is_stopped], ids=["error", "interrupt"])

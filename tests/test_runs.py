@@ -13,8 +13,8 @@ from peft import PeftModel
 
 import tiny
 from conftest import write_rows
-from coterie import methods
-from coterie.artifacts import RunFolder, read_json, read_tensors
+from coterie import artifacts, methods
+from coterie.artifacts import read_json, read_tensors
 from coterie.errors import CoterieError
 from coterie.experts import training
 from coterie.features import gradient
@@ -76,7 +76,7 @@ KILLED_AT = {
     "before clustering": (fitting, "cluster", 0),
     "before the second expert": (stages, "train_adapter", 1),
     "before the records": (fitting, "write_jsonl", 0),
-    "before the last rename": (RunFolder, "finish", 0),
+    "before the last rename": (artifacts, "check_output", 0),
 }
 
 

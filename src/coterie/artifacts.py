@@ -204,9 +204,8 @@ def environment_record() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run folder under construction: `path` is the partial folder that becomes `output`."""
+    """A run folder under construction."""
 
-    output: Path
     path: Path
 
     def stage(self, name: str, make: Callable[[Path], None]) -> Path:
@@ -230,19 +229,6 @@ class RunFolder:
         if not file.exists():
             write_json(file, {"value": make()})
         return read_json(file)["value"]
-
-    def finish(self) -> None:
-        """Drop the working folder and give the run its own name, in place of an older run.
-
-        Raises:
-            CoterieError: when something that no run has made stands there by now; the partial folder stays.
-        """
-        shutil.rmtree(self.path / "working", ignore_errors=True)
-        with disk_errors(self.output):
-            check_output(self.output, overwrite=True)  # something else may have come there meanwhile
-            if self.output.exists():  # the caller asked for overwriting, and the new run is complete
-                shutil.rmtree(self.output)
-            self.path.rename(self.output)
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
@@ -268,7 +254,8 @@ def run_folder(
     The command has its name of the command line, such as "fit elrea"; inputs are content hashes by name.
 
     Raises:
-        CoterieError: when an unfinished run with other settings or inputs is in the way.
+        CoterieError: when an unfinished run with other settings or inputs is in the way, or when at the end something
+            that no run has made stands under the run's name; the partial folder stays.
     """
     partial = output.with_name(output.name + ".partial")
     record = {"format": FORMAT, "command": command, "settings": dict(settings), "inputs": dict(inputs)}
@@ -279,10 +266,14 @@ def run_folder(
         started = datetime.now(UTC).isoformat(timespec="seconds")
         text = yaml.safe_dump({**record, "started": started, **environment_record()}, sort_keys=False)
         write_text(partial / "run.yaml", text)
-    run = RunFolder(output=output, path=partial)
     try:
-        yield run
-        run.finish()
+        yield RunFolder(partial)
+        shutil.rmtree(partial / "working", ignore_errors=True)
+        with disk_errors(output):
+            check_output(output, overwrite=True)  # something else may have come there meanwhile
+            if output.exists():  # the caller asked for overwriting, and the new run is complete
+                shutil.rmtree(output)
+            partial.rename(output)
     except (CoterieError, KeyboardInterrupt):
         if not any(path.is_file() and path.name != "run.yaml" for path in partial.rglob("*")):  # nothing to resume
             shutil.rmtree(partial, ignore_errors=True)

@@ -147,7 +147,7 @@ def _check_same(folder: Path, settings: ExtrasSettings, fields: Iterable[str]) -
 def _train(run: AnyRun, name: str, spec: ExtraSpec[AnyRun]) -> None:
     def make(working: Path) -> None:
         started = time.perf_counter()
-        made = spec.make(run, RunFolder(output=working, path=working))
+        made = spec.make(run, RunFolder(working))
         shutil.rmtree(working / "training", ignore_errors=True)
         shutil.rmtree(working / "working", ignore_errors=True)
         record = {
@@ -160,7 +160,7 @@ def _train(run: AnyRun, name: str, spec: ExtraSpec[AnyRun]) -> None:
         }
         write_json(working / RECORD, record)
 
-    RunFolder(output=run.folder, path=run.folder).stage(f"methods/{name}", make)
+    RunFolder(run.folder).stage(f"methods/{name}", make)
     with suppress(OSError):  # another extra may be under way in there
         (run.folder / "working" / "methods").rmdir()
         (run.folder / "working").rmdir()

@@ -38,7 +38,7 @@ def cross_fit(run: ElreaRun, into: RunFolder) -> CrossFitLosses:
     folds = assign_folds(run.labels, count, run.settings.seed)
 
     def score_fold(folder: Path, fold: int) -> None:
-        mixture = _fold_mixture(run, RunFolder(output=folder, path=folder), folds != fold, fold)
+        mixture = _fold_mixture(run, RunFolder(folder), folds != fold, fold)
         rows = [run.kept.rows[i] for i in torch.nonzero(folds == fold).flatten().tolist()]
         write_tensors(folder / SCORES, _score_pairs(mixture, rows, f"fold {fold + 1}"))
 
