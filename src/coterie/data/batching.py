@@ -165,16 +165,18 @@ class PromptFormat:
         with a mark in the user's place, and what stands around the marks tells where the user's text is.
         """
         asked = [message for message in messages[start:] if message.role == "user"]
-        others = [message for message in messages[start:] if message.role != "user"]
-        changed = [message for message in others if message.content.strip() not in text]
-        marked = [Message(m.role, USER_MARK) if m.role == "user" and n >= start else m for n, m in enumerate(messages)]
-        around = self._continued(written, self._render(marked, generation=True)).split(USER_MARK)
-        for as_written in (str, str.strip, str.lstrip, str.rstrip):  # templates differ in what they trim
-            places = _places(text, around, [as_written(message.content) for message in asked])
-            if places is not None and not changed:
-                return places
-        first = [*changed, *asked][0]
-        raise CoterieError(f"this model's chat template changes what a {first.role} wrote: {first.content[:40]!r}")
+        changed = next((m for m in messages[start:] if m.role != "user" and m.content.strip() not in text), None)
+        if changed is None:
+            mark = [
+                Message(m.role, USER_MARK) if m.role == "user" and n >= start else m for n, m in enumerate(messages)
+            ]
+            around = self._continued(written, self._render(mark, generation=True)).split(USER_MARK)
+            for as_written in (str, str.strip, str.lstrip, str.rstrip):  # templates differ in what they trim
+                places = _places(text, around, [as_written(message.content) for message in asked])
+                if places is not None:
+                    return places
+            changed = asked[0]
+        raise CoterieError(f"this model's chat template changes what a {changed.role} wrote: {changed.content[:40]!r}")
 
 
 def _places(text: str, around: Sequence[str], contents: Sequence[str]) -> list[tuple[int, int]] | None:
