@@ -1,16 +1,16 @@
 """What methods share: training plans from settings, and experts of clusters continued from the base adapter."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from coterie.artifacts import RunFolder, hash_json
+from coterie.artifacts import RunFolder, hash_json, write_jsonl
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow
-from coterie.data.examples import Example
-from coterie.experts.names import BASE
-from coterie.experts.training import TrainingPlan, train_adapter
+from coterie.data.examples import Example, load_examples
+from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE
+from coterie.experts.training import TrainingPlan, read_log, train_adapter
 from coterie.settings.commands import ElreaSettings, KshotSettings, TokenLevelSettings
 from coterie.settings.groups import LoraSettings
 
@@ -29,12 +29,21 @@ def named_sources(data: str | Sequence[str] | Sequence[Example]) -> tuple[list[s
     return ([IN_MEMORY], examples) if examples else ([str(source) for source in data], [])
 
 
+def load_questions(sources: Sequence[str], limit: int | None = None) -> list[Example]:
+    """Load rows that need not have a response.
+
+    Raises:
+        CoterieError: as `load_examples`.
+    """
+    return [example for source in sources for example in load_examples(source, limit, need_response=False)]
+
+
 def base_plan(
     settings: ElreaSettings | TokenLevelSettings | KshotSettings,
     label: str,
     *,
     seed: int | None = None,
-    keep_epochs: bool = True,
+    keep_epochs: bool = False,
 ) -> TrainingPlan:
     """Return how an adapter is trained by a run's own training settings, with the run's seed or one of its own."""
     training = settings.training
@@ -50,43 +59,33 @@ def base_plan(
     )
 
 
-def expert_plan(settings: ElreaSettings, label: str) -> TrainingPlan:
-    """Return how an expert is continued from the base adapter."""
-    plan = base_plan(settings, label, keep_epochs=False)
-    return replace(plan, epochs=settings.experts.expert_epochs, learning_rate=settings.experts.expert_learning_rate)
-
-
-def cluster_rows(rows: Sequence[TokenRow], labels: Sequence[int]) -> list[list[TokenRow]]:
-    """Return the rows of every cluster, from 0 to the largest label."""
-    groups: list[list[TokenRow]] = [[] for _ in range(max(labels) + 1)]
-    for row, label in zip(rows, labels, strict=True):
-        groups[label].append(row)
-    return groups
-
-
-def cluster_record(example: Example, cluster: str) -> dict[str, str | None]:
-    """Return what `clusters.jsonl` keeps of a row."""
-    return {"id": example.id, "source": example.source, "category": example.category, "cluster": cluster}
+def origin(example: Example) -> dict[str, str | None]:
+    """Return what records keep of a row: what it is called and where it comes from."""
+    return {"id": example.id, "source": example.source, "category": example.category}
 
 
 def train_clusters(
     run: RunFolder,
     prefix: str,
-    groups: Sequence[Sequence[TokenRow]],
+    rows: Sequence[TokenRow],
+    labels: Sequence[int],
+    count: int,
     backbone: Backbone,
     settings: ElreaSettings,
-    base: Path | None = None,
+    base: Path,
 ) -> dict[str, Path]:
-    """Continue the base adapter on every group of rows; return the experts' folders by name, `<prefix>-<number>`.
+    """Continue the base adapter on every cluster's rows; return the experts' folders by name, `<prefix>-<number>`.
 
-    A group without rows gets a copy of the base adapter (`base`; by default the run's own expert of that name).
+    A cluster without rows gets the base adapter itself.
     """
-    start = base or run.path / "experts" / BASE
+    how = settings.experts
     folders = {}
-    for number, rows in enumerate(groups):
+    for number in range(count):
         name = f"{prefix}-{number}"
-        plan = expert_plan(settings, f"{name} ({number + 1} of {len(groups)})")
-        folders[name] = train_expert(run, name, rows, backbone, plan, start) if rows else start
+        own = [row for row, label in zip(rows, labels, strict=True) if label == number]
+        plan = base_plan(settings, f"{name} ({number + 1} of {count})")
+        plan = replace(plan, epochs=how.expert_epochs, learning_rate=how.expert_learning_rate)
+        folders[name] = train_expert(run, name, own, backbone, plan, base) if own else base
     return folders
 
 
@@ -100,26 +99,24 @@ def train_expert(
 ) -> Path:
     """Train one expert and return its folder, `experts/<name>` of the run; `start` is as for `train_adapter`."""
     trained = run.stage(f"training/{name}", lambda folder: train_adapter(backbone, rows, plan, folder, start))
-    return run.stage(f"experts/{name}", adapter_copier(trained))
+    return copy_expert(run, name, trained)
 
 
-def copier(source: Path) -> Callable[[Path], None]:
-    """Return a stage that copies a whole folder."""
-
-    def copy(folder: Path) -> None:
-        shutil.copytree(source, folder, dirs_exist_ok=True)
-
-    return copy
-
-
-def adapter_copier(source: Path) -> Callable[[Path], None]:
-    """Return a stage that copies the two files of a PEFT adapter."""
+def copy_expert(run: RunFolder, name: str, adapter: Path) -> Path:
+    """Copy the two files of a PEFT adapter to `experts/<name>` of the run, and return that folder."""
 
     def copy(folder: Path) -> None:
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            shutil.copy(source / name, folder / name)
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            shutil.copy(adapter / file, folder / file)
 
-    return copy
+    return run.stage(f"experts/{name}", copy)
+
+
+def close_training(run: RunFolder, trainings: Iterable[str]) -> None:
+    """Join the logs of a run's trainings in `metrics.jsonl` and drop their folders: the last step of a run."""
+    logs = [entry for name in trainings for entry in read_log(run.path / "training" / name)]
+    write_jsonl(run.path / "metrics.jsonl", logs)
+    shutil.rmtree(run.path / "training")
 
 
 def hash_examples(examples: Sequence[Example]) -> str:

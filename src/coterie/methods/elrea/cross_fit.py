@@ -18,7 +18,7 @@ from coterie.data.batching import TokenRow
 from coterie.errors import CoterieError
 from coterie.experts.bank import load_bank
 from coterie.experts.names import BASE
-from coterie.methods.common import base_plan, cluster_rows, train_clusters, train_expert
+from coterie.methods.common import base_plan, train_clusters, train_expert
 from coterie.methods.elrea.run import ElreaRun
 from coterie.mixture import Mixture
 from coterie.mixture.scoring import score_votes
@@ -71,12 +71,10 @@ def _fold_mixture(run: ElreaRun, into: RunFolder, seen: Tensor, fold: int) -> Mi
     of_folds = f"fold {fold + 1} of {run.extras.judge_folds}"
     numbers = torch.nonzero(seen).flatten().tolist()
     rows = [run.kept.rows[i] for i in numbers]
-    plan = base_plan(run.settings, f"base, {of_folds}", keep_epochs=False)
+    plan = base_plan(run.settings, f"base, {of_folds}")
     base = train_expert(into, BASE, rows, run.backbone, plan, run.settings.lora)
-    labels = [run.labels[i] for i in numbers]
-    groups = cluster_rows(rows, labels)
-    groups += [[] for _ in range(max(run.labels) + 1 - len(groups))]
-    experts = train_clusters(into, "cluster", groups, run.backbone, run.settings, base)
+    labels, count = [run.labels[i] for i in numbers], max(run.labels) + 1
+    experts = train_clusters(into, "cluster", rows, labels, count, run.backbone, run.settings, base)
     bank = load_bank({BASE: base, **experts}, run.backbone.model)
     return replace(run.mixture, bank=bank, router=uniform(bank.names))
 

@@ -3,7 +3,7 @@
 import logging
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from coterie.errors import CoterieError
 from coterie.experts.clustering import cluster
 from coterie.experts.gates_training import train_gates
 from coterie.experts.names import BASE
-from coterie.methods.common import base_plan, cluster_record, cluster_rows, train_clusters, train_expert
+from coterie.methods.common import base_plan, origin, train_clusters, train_expert
 from coterie.methods.elrea.cross_fit import cross_fit
 from coterie.methods.elrea.run import ElreaRun
 from coterie.methods.extras import LOSSES, ExtraSpec, TrainedExtra, load_extra, read_losses
@@ -33,21 +33,15 @@ def _random_clusters(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Train experts on clusters of the same sizes whose members are drawn at random (ELREA's Random Cluster)."""
     generator = torch.Generator().manual_seed(run.settings.seed)
     order = torch.randperm(len(run.labels), generator=generator).tolist()
-    labels = [run.labels[i] for i in order]
-    groups = cluster_rows(run.kept.rows, labels)
-    _write_clusters(run, into, labels, "random")
-    return TrainedExtra(train_clusters(into, "random", groups, run.backbone, run.settings, _base(run)))
+    return TrainedExtra(_cluster_experts(run, into, "random", [run.labels[i] for i in order]))
 
 
 def _embedding_clusters(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Cluster and route by sentence embeddings (ELREA's Instruction Embedding)."""
     extractor = embedding_extractor(run.extras.encoder, run.backbone)
-    features = extractor(run.prompts)
-    seed = run.settings.seed
-    clustering = cluster(features.numpy(), run.settings.clustering, sources=run.sources, seed=seed)
-    groups = cluster_rows(run.kept.rows, clustering.labels)
-    _write_clusters(run, into, clustering.labels, "embedding")
-    experts = train_clusters(into, "embedding", groups, run.backbone, run.settings, _base(run))
+    features = extractor([row.prompt() for row in run.kept.rows])
+    clustering = cluster(features.numpy(), run.settings.clustering, sources=run.sources, seed=run.settings.seed)
+    experts = _cluster_experts(run, into, "embedding", clustering.labels)
     centroids = centroids_of(features, clustering.labels, clustering.count)
     router = CentroidRouter.by_cluster(extractor, centroids, list(experts), base=BASE)
     return TrainedExtra(experts, router, {"clustering": clustering.record()})
@@ -60,7 +54,7 @@ def _seeds(run: ElreaRun, into: RunFolder) -> TrainedExtra:
         name = f"seed-{number}"
         seed = run.settings.seed + number
         label = f"{name} ({number} of {run.extras.ensemble_size - 1})"
-        plan = base_plan(run.settings, label, seed=seed, keep_epochs=False)
+        plan = base_plan(run.settings, label, seed=seed)
         experts[name] = train_expert(into, name, run.kept.rows, run.backbone, plan, run.settings.lora)
     return TrainedExtra(experts)
 
@@ -77,19 +71,17 @@ def _datasets(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     folders = {}
     for number, source in enumerate(sources, start=1):
         rows = [row for row, own in zip(run.kept.rows, run.sources, strict=True) if own == source]
-        plan = base_plan(run.settings, f"{names[source]} ({number} of {len(sources)})", keep_epochs=False)
+        plan = base_plan(run.settings, f"{names[source]} ({number} of {len(sources)})")
         folders[names[source]] = train_expert(into, names[source], rows, run.backbone, plan, run.settings.lora)
     return TrainedExtra(folders, SourceRouter(names))
 
 
-def _base(run: ElreaRun) -> Path:
-    return run.folder / "experts" / BASE
-
-
-def _write_clusters(run: ElreaRun, into: RunFolder, labels: Iterable[int], prefix: str) -> None:
+def _cluster_experts(run: ElreaRun, into: RunFolder, prefix: str, labels: Sequence[int]) -> dict[str, Path]:
     rows = zip(run.kept.examples, labels, strict=True)
-    records = [cluster_record(example, f"{prefix}-{label}") for example, label in rows]
+    records = [{**origin(example), "cluster": f"{prefix}-{label}"} for example, label in rows]
     write_jsonl(into.path / "clusters.jsonl", records)
+    base, count = run.folder / "experts" / BASE, max(labels) + 1
+    return train_clusters(into, prefix, run.kept.rows, labels, count, run.backbone, run.settings, base)
 
 
 # --------------------------------------------------------------------------------------------- gates, fitted routers
@@ -98,7 +90,7 @@ def _write_clusters(run: ElreaRun, into: RunFolder, labels: Iterable[int], prefi
 def _gates(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Train a gate per layer on the frozen experts (ELREA's MoLE: whole training set, 1 epoch)."""
     settings, bank = run.extras, run.mixture.bank
-    plan = base_plan(run.settings, "gates", keep_epochs=False)
+    plan = base_plan(run.settings, "gates")
     plan = replace(plan, epochs=settings.gate_epochs, learning_rate=settings.gate_learning_rate)
     layers = train_gates(run.backbone, bank.adapters, run.kept.rows, plan, into.path)
     return TrainedExtra({}, GateRouter(run.backbone, bank.adapters, Gates(bank.names, layers)))

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,16 @@ from coterie.errors import CoterieError
 from coterie.experts.bank import load_bank
 from coterie.experts.clustering import cluster
 from coterie.experts.names import BASE
-from coterie.experts.training import load_checkpoint, read_log, train_adapter
+from coterie.experts.training import load_checkpoint, train_adapter
 from coterie.features.gradient import GradientFeatures, counted_blocks, write_features
 from coterie.features.growing_text import FeatureExtractor
 from coterie.methods.common import (
-    adapter_copier,
     base_plan,
-    cluster_record,
-    cluster_rows,
-    copier,
+    close_training,
+    copy_expert,
     hash_examples,
     named_sources,
+    origin,
     train_clusters,
 )
 from coterie.mixture import Mixture
@@ -85,13 +85,15 @@ def _fit(
     # 1) the base adapter: its epochs go to `checkpoints`, its last state is the expert `base`
     trained = run.stage(
         "training/base",
-        lambda folder: train_adapter(backbone, kept.rows, base_plan(settings, BASE), folder, settings.lora),
+        lambda folder: train_adapter(
+            backbone, kept.rows, base_plan(settings, BASE, keep_epochs=True), folder, settings.lora
+        ),
     )
-    for epoch in range(settings.training.epochs):
-        run.stage(f"checkpoints/epoch-{epoch}", copier(trained / f"epoch-{epoch}"))
-    base = run.stage(f"experts/{BASE}", adapter_copier(trained))
-    # 2) what every row's gradients at the checkpoints look like, and the clusters they make
     names = [f"epoch-{epoch}" for epoch in range(settings.training.epochs)]
+    for name in names:
+        run.stage(f"checkpoints/{name}", partial(shutil.copytree, trained / name, dirs_exist_ok=True))
+    base = copy_expert(run, BASE, trained)
+    # 2) what every row's gradients at the checkpoints look like, and the clusters they make
     checkpoints = [load_checkpoint(run.path / "checkpoints" / name, backbone.model) for name in names]
     gradients = GradientFeatures(backbone, checkpoints, settings.features, settings.seed)
     prompts_alone = [row.prompt() for row in kept.rows]
@@ -102,7 +104,7 @@ def _fit(
     sources = [example.source for example in kept.examples]
     clustering = cluster(shifted.numpy(), settings.clustering, sources=sources, seed=settings.seed)
     # 3) an expert for each cluster, and the router that finds it
-    experts = train_clusters(run, "cluster", cluster_rows(kept.rows, clustering.labels), backbone, settings)
+    experts = train_clusters(run, "cluster", kept.rows, clustering.labels, clustering.count, backbone, settings, base)
     record = {"checkpoints": names, "features": settings.features.model_dump(), "seed": settings.seed}
     centroids = centroids_of(shifted, clustering.labels, clustering.count)
     extractor = FeatureExtractor("gradient", gradients, record)
@@ -111,9 +113,8 @@ def _fit(
     mixture = Mixture(backbone, bank, router, LogitCombiner(), prompts, "elrea", run.path)
     # 4) the records
     labels = zip(kept.examples, clustering.labels, strict=True)
-    write_jsonl(run.path / "clusters.jsonl", [cluster_record(example, f"cluster-{label}") for example, label in labels])
-    logs = [entry for name in mixture.bank.names for entry in read_log(run.path / "training" / name)]
-    write_jsonl(run.path / "metrics.jsonl", logs)
+    records = [{**origin(example), "cluster": f"cluster-{label}"} for example, label in labels]
+    write_jsonl(run.path / "clusters.jsonl", records)
     mixture.write_description(run.path, {"clustering": clustering.record()})
-    shutil.rmtree(run.path / "training")
+    close_training(run, mixture.bank.names)
     return mixture

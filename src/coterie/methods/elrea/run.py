@@ -7,7 +7,7 @@ from torch import Tensor
 
 from coterie.artifacts import read_jsonl, read_tensors
 from coterie.backbone.loading import Backbone
-from coterie.data.batching import Tokenised, TokenRow, tokenise
+from coterie.data.batching import Tokenised, tokenise
 from coterie.data.examples import load_all
 from coterie.errors import CoterieError
 from coterie.methods.common import IN_MEMORY, hash_examples
@@ -56,11 +56,6 @@ class ElreaRun(FittedRun[ElreaSettings]):
                 "training rows; get the folder again, or fit again"
             )
         return [int(number) for number in numbers]
-
-    @cached_property
-    def prompts(self) -> list[TokenRow]:
-        """The training rows without their answers."""
-        return [row.prompt() for row in self.kept.rows]
 
     @cached_property
     def sources(self) -> list[str | None]:

@@ -106,10 +106,7 @@ def select_adapters(settings: SelectSettings) -> Selected:
     """
     output = Path(settings.output)
     check_output(output, overwrite=settings.overwrite)
-    exclude = settings.adapters.exclude
-    task = open_task(
-        settings.folder, settings.shots, exclude, settings.limit, settings.placement, settings.system_prompt
-    )
+    task = open_task(settings.folder, settings, settings.system_prompt)
     with run_folder(output, "select", settings.model_dump(), task.inputs()) as run:
         selected = choose(task, settings, run.cached)
         selected.write(run.path)

@@ -14,9 +14,8 @@ from coterie.data.streaming import FRESH, index_pools
 from coterie.errors import CoterieError
 from coterie.experts.bank import load_bank, write_adapter
 from coterie.experts.lorahub import SearchPlan, compose, search_weights
-from coterie.experts.training import train_adapter
 from coterie.lora import Adapter
-from coterie.methods.common import adapter_copier, base_plan
+from coterie.methods.common import base_plan, copy_expert, train_expert
 from coterie.methods.extras import ExtraSpec, TrainedExtra
 from coterie.methods.kshot.run import KshotRun
 from coterie.methods.kshot.train import tune
@@ -32,20 +31,16 @@ def _untuned(run: KshotRun, into: RunFolder) -> TrainedExtra:
     """Take the chosen adapters, and the best single one, as the bank has them."""
     names = dict.fromkeys([*run.selection.chosen, run.selection.first])
     bank = run.task.bank
-    folders = {
-        f"{UNTUNED}{name}": into.stage(f"experts/{UNTUNED}{name}", adapter_copier(bank.folder_of(name)))
-        for name in names
-    }
-    return TrainedExtra(folders)
+    return TrainedExtra(
+        {f"{UNTUNED}{name}": copy_expert(into, f"{UNTUNED}{name}", bank.folder_of(name)) for name in names}
+    )
 
 
 def _best_tuned(run: KshotRun, into: RunFolder) -> TrainedExtra:
     """Fine-tune the single best adapter on the mixture's own rows."""
-    plan = base_plan(run.settings, BEST_TUNED, keep_epochs=False)
-    start = run.task.bank.folder_of(run.selection.first)
-    backbone = run.task.backbone
-    trained = into.stage("training/best", lambda folder: train_adapter(backbone, run.rows, plan, folder, start))
-    return TrainedExtra({BEST_TUNED: into.stage(f"experts/{BEST_TUNED}", adapter_copier(trained))})
+    plan = base_plan(run.settings, BEST_TUNED)
+    rows, start = run.tokenised(run.gathered), run.task.bank.folder_of(run.selection.first)
+    return TrainedExtra({BEST_TUNED: train_expert(into, BEST_TUNED, rows, run.task.backbone, plan, start)})
 
 
 def _lorahub(run: KshotRun, into: RunFolder) -> TrainedExtra:
@@ -53,7 +48,7 @@ def _lorahub(run: KshotRun, into: RunFolder) -> TrainedExtra:
     task = run.task
     names = [own.name for own in run.ranking if own.candidate]
     adapters = load_bank({name: task.bank.folder_of(name) for name in names}, task.backbone.model).adapters
-    rows = task.rows(task.shots, run.settings.training.max_length)
+    rows = run.tokenised([])
     alone = torch.ones(1, len(rows), 1)
 
     def shots_nll(weights: Sequence[float]) -> float:
@@ -106,9 +101,7 @@ def _copied(run: KshotRun, into: RunFolder, prefix: str) -> TrainedExtra:
     gates = mixture.router.start([]).gates
     assert gates is not None  # kshot-moe has them
     names = {name: f"{prefix}-{name}" for name in gates.experts}
-    folders = {
-        own: into.stage(f"experts/{own}", adapter_copier(run.folder / "experts" / name)) for name, own in names.items()
-    }
+    folders = {own: copy_expert(into, own, run.folder / "experts" / name) for name, own in names.items()}
     adapters = [mixture.bank.adapters[mixture.bank.index(name)] for name in names]
     gates = replace(gates, experts=tuple(names.values()))
     return TrainedExtra(folders, GateRouter(mixture.backbone, adapters, gates))

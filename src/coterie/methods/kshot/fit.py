@@ -8,13 +8,13 @@ from typing import Any
 
 from coterie.artifacts import RunFolder, check_output, read_tensors, run_folder, sha256_of, write_jsonl
 from coterie.combiners.layers import LayerCombiner
-from coterie.data.batching import TokenRow
+from coterie.data.batching import TokenRow, tokenise
 from coterie.data.examples import Example, load_examples
 from coterie.experts.bank import load_bank
 from coterie.experts.training import read_log
 from coterie.features.embedding import HIDDEN
 from coterie.features.embedding_store import hidden_encoder, load_text_encoder
-from coterie.methods.common import adapter_copier, named_sources
+from coterie.methods.common import copy_expert, named_sources
 from coterie.methods.kshot.choose_adapters import choose, read_selection
 from coterie.methods.kshot.gather_rows import GATHERED_FILE, load_open_data, write_gathered
 from coterie.methods.kshot.task import KshotTask, open_task
@@ -56,20 +56,13 @@ def fit_kshot(settings: KshotSettings) -> Mixture:
     """
     output = Path(settings.output)
     check_output(output, overwrite=settings.overwrite)
-    task = open_task(
-        settings.bank,
-        settings.shots,
-        settings.adapters.exclude,
-        settings.limit,
-        settings.placement,
-        settings.training.system_prompt,
-    )
+    task = open_task(settings.bank, settings, settings.training.system_prompt)
     pools = {f"pool {name}": sha256_of(Path(name)) for name in settings.pool if Path(name).is_file()}
     with run_folder(output, f"fit {METHOD}", settings.model_dump(), {**task.inputs(), **pools}) as run:
         selection = run.stage(SELECTION, lambda folder: choose(task, settings, run.cached).write(folder))
         chosen = list(read_selection(selection).chosen)
         gathered = _gathered(run, task, settings) if settings.pool else []
-        rows = task.rows([*task.shots, *gathered], settings.training.max_length)
+        rows = tokenise(task.prompts, [*task.shots, *gathered], settings.training.max_length).rows
         mixture = _tuned(run, task, chosen, rows, settings)
     return replace(mixture, folder=output)
 
@@ -107,7 +100,7 @@ def _tuned(
         tune(folder, task, dict(zip(chosen, chosen, strict=True)), rows, settings).router.save(folder)
 
     tuned = run.stage(TUNED, make)
-    folders = {name: run.stage(f"experts/{name}", adapter_copier(tuned / "experts" / name)) for name in chosen}
+    folders = {name: copy_expert(run, name, tuned / "experts" / name) for name in chosen}
     experts = load_bank(folders, task.backbone.model)
     gates = read_gates(read_tensors(tuned / "gates.safetensors"), experts.names, **gate_options(settings, len(experts)))
     router = GateRouter(task.backbone, experts.adapters, gates)

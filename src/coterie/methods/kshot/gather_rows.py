@@ -34,7 +34,7 @@ from coterie.data.streaming import (
 )
 from coterie.errors import CoterieError
 from coterie.features.embedding_store import EmbeddingStore, TextEncoder, load_text_encoder
-from coterie.methods.common import IN_MEMORY, hash_examples, named_sources
+from coterie.methods.common import IN_MEMORY, hash_examples, load_questions, named_sources
 from coterie.records.task import GatheringRecord, PoolPoint, PoolSource, Quantiles, ShotServed
 from coterie.settings.commands import GatherSettings
 from coterie.settings.reading import from_flat
@@ -129,9 +129,7 @@ def load_open_data(settings: GatherSettings, given: Mapping[str, list[Example]])
         CoterieError: for bad data.
     """
     shots = given.get("shots") or [row for source in settings.shots for row in load_examples(source)]
-    excluded = given.get("exclude") or [
-        row for source in settings.exclude for row in load_examples(source, need_response=False)
-    ]
+    excluded = given.get("exclude") or load_questions(settings.exclude)
     pools = {IN_MEMORY: given["pool"]} if "pool" in given else {source: source for source in settings.pool}
     return OpenData(shots, excluded, index_pools(pools, settings.limit, shots, excluded))
 

@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from coterie.data.batching import TokenRow
+from coterie.data.batching import TokenRow, tokenise
 from coterie.data.examples import Example, load_examples
 from coterie.errors import CoterieError
 from coterie.methods.extras import FittedRun, reopen
@@ -33,15 +33,7 @@ class KshotRun(FittedRun[KshotSettings]):
             CoterieError: when one of them is gone, or has changed.
         """
         settings = self.settings
-        task = open_task(
-            settings.bank,
-            settings.shots,
-            settings.adapters.exclude,
-            settings.limit,
-            settings.placement,
-            settings.training.system_prompt,
-            self.mixture.backbone,
-        )
+        task = open_task(settings.bank, settings, settings.training.system_prompt, self.mixture.backbone)
         changed = [name for name, value in task.inputs().items() if self.inputs.get(name) != value]
         if changed:
             raise CoterieError(
@@ -55,14 +47,9 @@ class KshotRun(FittedRun[KshotSettings]):
         file = self.folder / GATHERED / GATHERED_FILE
         return load_examples(file) if file.exists() else []
 
-    @cached_property
-    def rows(self) -> list[TokenRow]:
-        """The run's training rows."""
-        return self.tokenised(self.gathered)
-
     def tokenised(self, added: list[Example]) -> list[TokenRow]:
         """Tokenise the shots and other rows beside them, in the run's order."""
-        return self.task.rows([*self.task.shots, *added], self.settings.training.max_length)
+        return tokenise(self.task.prompts, [*self.task.shots, *added], self.settings.training.max_length).rows
 
     @cached_property
     def selection(self) -> SelectionRecord:

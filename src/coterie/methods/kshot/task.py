@@ -1,15 +1,15 @@
 """A task of which a few examples are known, and the bank of adapters that could serve it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from coterie.backbone.loading import Backbone, check_identity, identity_from, load_backbone
-from coterie.data.batching import PromptFormat, TokenRow, tokenise
-from coterie.data.examples import Example, load_all, load_examples
+from coterie.data.batching import PromptFormat
+from coterie.data.examples import Example, load_all
 from coterie.experts.bank_folder import BankFolder, open_bank
-from coterie.methods.common import hash_examples
-from coterie.settings.groups import ModelSettings, PlacementSettings
+from coterie.methods.common import hash_examples, load_questions
+from coterie.settings.commands import KshotSettings, SelectSettings
+from coterie.settings.groups import ModelSettings
 
 
 @dataclass(frozen=True)
@@ -36,43 +36,24 @@ class KshotTask:
         data = {"shots": hash_examples(self.shots), "exclude": hash_examples(self.excluded)}
         return {"base_model": self.backbone.identity.sha256, **data, **adapters}
 
-    def rows(self, examples: Sequence[Example], max_length: int) -> list[TokenRow]:
-        """Tokenise training rows.
-
-        Raises:
-            CoterieError: when none is short enough.
-        """
-        return tokenise(self.prompts, examples, max_length).rows
-
 
 def open_task(
     bank: str,
-    shots: Sequence[str],
-    exclude: Sequence[str],
-    limit: int | None,
-    placement: PlacementSettings,
+    settings: SelectSettings | KshotSettings,
     system_prompt: str | None,
     backbone: Backbone | None = None,
 ) -> KshotTask:
-    """Load a task's examples, and open a bank for it.
-
-    Args:
-        bank: its folder.
-        shots: sources of the examples.
-        exclude: sources of rows that must not be known.
-        limit: most examples of every source.
-        placement: how the base model is held in memory.
-        system_prompt: of every prompt; None for the template's own.
-        backbone: the base model, if it is loaded already.
+    """Load a task's examples, and open a bank for it; the base model may be loaded already.
 
     Raises:
         CoterieError: for bad data, a broken bank, or a base model that cannot be had or is another one by now.
     """
-    excluded = [row for source in exclude for row in load_examples(source, need_response=False)]
-    examples = load_all(shots, limit)
+    excluded = load_questions(settings.adapters.exclude)
+    examples = load_all(settings.shots, settings.limit)
     opened = open_bank(Path(bank))
     wanted = identity_from(opened.base_model)
     if backbone is None:
-        backbone = load_backbone(ModelSettings(model=wanted.id, revision=wanted.revision, **placement.model_dump()))
+        placement = settings.placement.model_dump()
+        backbone = load_backbone(ModelSettings(model=wanted.id, revision=wanted.revision, **placement))
     check_identity(wanted, backbone.identity, bank)
     return KshotTask(opened, backbone, PromptFormat(backbone.tokenizer, system_prompt), examples, excluded)

@@ -68,7 +68,7 @@ def tune(
     top_k = gate_options(settings, len(adapters))["top_k"]
     gates = start_gates(how.gate_start, backbone, adapters.adapters, adapters.names, top_k=top_k, seed=settings.seed)
     training = GateTraining(experts=how.train == "all", dropout=how.expert_dropout, balance=how.balance)
-    plan = base_plan(settings, f"mixture of {', '.join(adapters.names)}", keep_epochs=False)
+    plan = base_plan(settings, f"mixture of {', '.join(adapters.names)}")
     trained = train_mixture(backbone, adapters.adapters, gates, rows, plan, folder, training)
     folders = {}
     for (name, origin), adapter in zip(experts.items(), trained.adapters, strict=True):

@@ -27,8 +27,8 @@ from coterie.experts.answering import Question, Reply
 from coterie.experts.expert_pool import Pool, read_pool
 from coterie.features.skills import load_embed, merge_synonyms
 from coterie.grading.grade import is_right
-from coterie.methods.common import hash_examples
-from coterie.methods.symbolic.skills import ask_expert, find_skills, load_questions, open_scheduler, skill_list
+from coterie.methods.common import hash_examples, load_questions, origin
+from coterie.methods.symbolic.skills import ask_expert, find_skills, open_scheduler, skill_list
 from coterie.mixture.local_answers import LocalAnswerer
 from coterie.mixture.scheduler import ExpertScheduler
 from coterie.records.evaluation import Profile
@@ -250,9 +250,7 @@ def _row(
 ) -> dict[str, Any]:
     own = {name: float(score) for name, score in zip(pool.names, scores[:, number], strict=True)}
     return {
-        "id": example.id,
-        "source": example.source,
-        "category": example.category,
+        **origin(example),
         "messages": [{"role": message.role, "content": message.content} for message in example.prompt],
         "answer": example.answer,
         "answers": list(example.answers) or None,

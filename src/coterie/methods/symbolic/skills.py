@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from coterie.data.examples import Example, from_prompt, load_examples
+from coterie.data.examples import Example, from_prompt
 from coterie.errors import CoterieError
 from coterie.experts.answering import ExpertGroup, Question
 from coterie.experts.expert_pool import Pool
@@ -58,15 +58,6 @@ def groups_for(pool: Pool, settings: Working) -> list[ExpertGroup]:
     """
     new_tokens = settings.sampling.max_new_tokens
     return groups_of(pool, settings.placement, settings.serving, batch_size=settings.batch_size, new_tokens=new_tokens)
-
-
-def load_questions(sources: Sequence[str], limit: int | None = None) -> list[Example]:
-    """Load rows that need not have a response.
-
-    Raises:
-        CoterieError: as `load_examples`.
-    """
-    return [example for source in sources for example in load_examples(source, limit, need_response=False)]
 
 
 def ask_expert(settings: SkillSettings, pool: Pool) -> str:

@@ -3,7 +3,6 @@
 The adapters are trained here, or exist already; nothing else is trained.
 """
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +17,15 @@ from coterie.errors import CoterieError
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE, check_names, load_bank
 from coterie.experts.bank_folder import open_bank
 from coterie.experts.names import BACKBONE, NULL
-from coterie.experts.training import read_log, write_null_adapter
+from coterie.experts.training import write_null_adapter
 from coterie.methods.common import (
     DOMAINS_FILE,
-    adapter_copier,
     base_plan,
+    close_training,
+    copy_expert,
     hash_examples,
     named_sources,
+    origin,
     train_expert,
 )
 from coterie.methods.family import SINGLE_EXPERT
@@ -82,12 +83,10 @@ def fit_token_level(settings: TokenLevelSettings, given: Mapping[str, list[Examp
     with run_folder(output, "fit token-level", settings.model_dump(), _inputs(examples, backbone)) as run:
         folders = {}
         for number, (name, rows) in enumerate(kept.items(), start=1):
-            plan = base_plan(settings, f"{name} ({number} of {len(kept)})", keep_epochs=False)
+            plan = base_plan(settings, f"{name} ({number} of {len(kept)})")
             folders[name] = train_expert(run, name, rows.rows, backbone, plan, settings.lora)
-        logs = [entry for name in kept for entry in read_log(run.path / "training" / name)]
-        write_jsonl(run.path / "metrics.jsonl", logs)
         mixture = _assemble(run, backbone, prompts, kept, folders, settings)
-        shutil.rmtree(run.path / "training")
+        close_training(run, kept)
     return replace(mixture, folder=output)
 
 
@@ -137,7 +136,7 @@ def fit_from_adapters(settings: FromAdaptersSettings, given: Mapping[str, list[E
     hashes = {f"adapter {name}": sha256_of(folder / WEIGHTS_FILE) for name, folder in adapters.items()}
     inputs = {**_inputs(examples, backbone), **hashes}
     with run_folder(output, settings.command, settings.model_dump(), inputs) as run:
-        folders = {name: run.stage(f"experts/{name}", adapter_copier(folder)) for name, folder in adapters.items()}
+        folders = {name: copy_expert(run, name, folder) for name, folder in adapters.items()}
         mixture = _assemble(run, backbone, prompts, kept, folders, settings)
     return replace(mixture, folder=output)
 
@@ -208,11 +207,7 @@ def _assemble(
     router = similarity_router(start, kept, settings.similarity, settings.seed)
     rerouting = settings.rerouting
     mixture = start.replace(router=TokenLevel(router, rerouting_interval(rerouting.every), rerouting.cache))
-    records = [
-        {"id": example.id, "source": example.source, "category": example.category, "expert": name}
-        for name, own in kept.items()
-        for example in own.examples
-    ]
+    records = [{**origin(example), "expert": name} for name, own in kept.items() for example in own.examples]
     write_jsonl(run.path / DOMAINS_FILE, records)
     mixture.write_description(run.path)
     return mixture
