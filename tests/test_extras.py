@@ -22,7 +22,7 @@ from coterie.methods.elrea import extras as elrea_extras
 from coterie.methods.elrea.cross_fit import assign_folds, even_pairs
 from coterie.methods.elrea.extras import EXTRAS
 from coterie.methods.elrea.methods import FAMILY
-from coterie.methods.elrea.run import open_run
+from coterie.methods.elrea.run import ElreaRun
 from coterie.methods.extras import load_extra, prepare_extras, read_losses
 from coterie.methods.registry import load_grid, make_grid, train_extras
 from coterie.mixture import Mixture
@@ -43,7 +43,7 @@ def copy(run_folder, tmp_path):
 
 
 def opened(folder, grid=GRID):
-    return open_run(Mixture.from_pretrained(folder, device="cpu"), grid)
+    return ElreaRun.open(Mixture.from_pretrained(folder, device="cpu"), grid)
 
 
 # -------------------------------------------------------------------------------------------------- what is trained

@@ -28,7 +28,7 @@ from coterie.methods.kshot import choose_adapters as selecting
 from coterie.methods.kshot import fit as kshot
 from coterie.methods.kshot import train as tuning
 from coterie.methods.kshot.methods import METHODS
-from coterie.methods.kshot.run import open_run
+from coterie.methods.kshot.run import KshotRun
 from coterie.mixture import Mixture
 from coterie.settings.commands import KshotSettings
 from coterie.settings.groups import ExtrasSettings, ModelSettings
@@ -315,7 +315,7 @@ def test_open_data_is_gathered_and_trained_on(bank, task_shots, pool_file, tmp_p
     mixture = fit(bank, task_shots, tmp_path / "run", **settings)
     gathered = load_examples(tmp_path / "run" / "gathered" / "gathered.jsonl")
     assert len(gathered) == 4
-    task_run = open_run(mixture, ExtrasSettings())
+    task_run = KshotRun.open(mixture, ExtrasSettings())
     assert len(task_run.rows) == 4 + 5
     alone = fit(bank, task_shots, tmp_path / "alone")
     weights = [m.bank.adapters[0]["model.layers.0.self_attn.q_proj"].down for m in (mixture, alone)]

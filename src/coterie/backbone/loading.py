@@ -259,14 +259,14 @@ def identity_from(record: dict[str, Any]) -> BaseModelIdentity:
         ) from error
 
 
-def check_identity(wanted: BaseModelIdentity, found: BaseModelIdentity, holder: str) -> None:
-    """Refuse a base model with other weights than the one `holder` was made with.
+def check_identity(wanted: BaseModelIdentity, found: BaseModelIdentity, relation: str) -> None:
+    """Refuse a base model with other weights than the wanted one; `relation` as in "FOLDER was trained on".
 
     Raises:
         CoterieError: when the hashes differ.
     """
     if wanted.sha256 != found.sha256:
         raise CoterieError(
-            f"{holder} was trained on {wanted.id} (sha256 {wanted.sha256[:12]}), but the base model loaded is "
-            f"{found.id} (sha256 {found.sha256[:12]}); load that model, or fit again"
+            f"{relation} {wanted.id} (sha256 {wanted.sha256[:12]}), but the base model loaded is "
+            f"{found.id} (sha256 {found.sha256[:12]}); load that model, or make the folder anew"
         )

@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from coterie.artifacts import FORMAT, disk_errors, hub_folder, write_json
-from coterie.backbone.loading import Backbone, BaseModelIdentity, load_backbone
+from coterie.backbone.loading import Backbone, BaseModelIdentity, check_identity, load_backbone
 from coterie.data.streaming import question_of, stream_examples, text_key
 from coterie.errors import CoterieError
 from coterie.experts.bank_folder import (
@@ -153,7 +153,7 @@ def verify_bank(folder: str | Path, **placement: Any) -> Iterator[Verified]:  # 
     base = read_base(bank)
     settings = PlacementSettings(**placement)
     backbone = load_backbone(ModelSettings(model=base.id, revision=base.revision, **settings.model_dump()))
-    _check_base(base, backbone.identity, bank)
+    check_identity(base, backbone.identity, f"{bank} is a bank for")
     for name in list_names(bank):
         yield Verified(name, _trouble(bank / EXPERTS / name, backbone.model))
 
@@ -195,16 +195,8 @@ def _load_base(settings: BankAddSettings, base: BaseModelIdentity | None) -> Bac
     revision = settings.revision if settings.model or not base else base.revision
     backbone = load_backbone(ModelSettings(model=model, revision=revision, **settings.placement.model_dump()))
     if base:
-        _check_base(base, backbone.identity, Path(settings.folder))
+        check_identity(base, backbone.identity, f"{settings.folder} is a bank for")
     return backbone
-
-
-def _check_base(wanted: BaseModelIdentity, found: BaseModelIdentity, folder: Path) -> None:
-    if wanted.sha256 != found.sha256:
-        raise CoterieError(
-            f"{folder} is a bank for {wanted.id} (sha256 {wanted.sha256[:12]}), but the base model loaded is "
-            f"{found.id} (sha256 {found.sha256[:12]}); load that model, or make another bank"
-        )
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -244,9 +236,13 @@ def _add_one(addition: _Addition, name: str, source: str) -> AddResult:
         check_files(folder)
         if (there := _existing_card(addition, name, folder)) is not None:
             return AddResult(name, there)
-        with _draft(addition.folder, name) as draft:
-            card = _copy_and_check(draft, folder, name, source, addition)
-            _publish(draft, addition, name)
+        draft = addition.folder / EXPERTS / f".{name}.partial"
+        with disk_errors(draft):
+            try:
+                card = _copy_and_check(draft, folder, name, source, addition)
+                _publish(draft, addition, name)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
     except (CoterieError, OSError) as error:
         return AddResult(name, refusal=printable(str(error), LONGEST_REASON))
     addition.added.add(name)
@@ -270,21 +266,10 @@ def _existing_card(addition: _Addition, name: str, folder: Path) -> Card | None:
     return card
 
 
-@contextmanager
-def _draft(bank: Path, name: str) -> Iterator[Path]:
-    """Give a folder to put an adapter together in; what is still there afterwards is deleted."""
-    draft = bank / EXPERTS / f".{name}.partial"
-    shutil.rmtree(draft, ignore_errors=True)  # of an addition that was cut off
-    with disk_errors(draft):
-        try:
-            draft.mkdir(parents=True)
-            yield draft
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-
-
 def _copy_and_check(draft: Path, folder: Path, name: str, source: str, addition: _Addition) -> Card:
-    """Copy an adapter's files, then check the copies, so that what was checked is what is kept."""
+    """Copy an adapter's files into a new folder, then check the copies, so that what was checked is what is kept."""
+    shutil.rmtree(draft, ignore_errors=True)  # of an addition that was cut off
+    draft.mkdir(parents=True)
     for file in ADAPTER_FILES:
         if (folder / file).exists():
             shutil.copyfile(folder / file, draft / file)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from coterie.artifacts import FORMAT, RunFolder, read_json, read_run_record, read_tensors, write_json
 from coterie.errors import CoterieError
@@ -34,6 +34,7 @@ class FittedRun(Generic[AnySettings]):
     """A fitted run, opened for further training.
 
     Attributes:
+        made_by: settings of the command that makes such runs.
         mixture: what the run made.
         settings: how it made it.
         extras: how extras are trained.
@@ -41,41 +42,33 @@ class FittedRun(Generic[AnySettings]):
         inputs: content hash of every input, by name.
     """
 
+    made_by: ClassVar[type[Settings]]
     mixture: Mixture
     settings: AnySettings
     extras: ExtrasSettings
     folder: Path
     inputs: Mapping[str, str]
 
+    @classmethod
+    def open(cls, mixture: Mixture, extras: ExtrasSettings) -> Self:
+        """Reopen the run that made a mixture; `extras` tell how more will be trained for it.
+
+        Raises:
+            CoterieError: when the mixture lies in no folder, or was made by another command.
+        """
+        folder, command = mixture.folder, cls.made_by.command
+        if folder is None or not (folder / "run.yaml").exists():
+            raise CoterieError(
+                "this mixture has no run.yaml beside it, so nothing more can be trained for it; fit it again"
+            )
+        record = read_run_record(folder / "run.yaml")
+        if record["command"] != command:
+            raise CoterieError(f"{folder} was made by {record['command']!r}; give a folder made by coterie {command}")
+        inputs = {str(name): str(value) for name, value in (record.get("inputs") or {}).items()}
+        return cls(mixture, checked(cls.made_by, record["settings"]), extras, folder, inputs)
+
 
 AnyRun = TypeVar("AnyRun", bound=FittedRun)
-
-
-def reopen(
-    kind: type[AnyRun], command: str, settings: type[Settings], mixture: Mixture, extras: ExtrasSettings
-) -> AnyRun:
-    """Read how a mixture was fitted.
-
-    Args:
-        kind: of run.
-        command: that must have made it.
-        settings: of that command.
-        mixture: what it made.
-        extras: how extras will be trained.
-
-    Raises:
-        CoterieError: when the mixture lies in no folder, or was made by another command.
-    """
-    folder = mixture.folder
-    if folder is None or not (folder / "run.yaml").exists():
-        raise CoterieError(
-            "this mixture has no run.yaml beside it, so nothing more can be trained for it; fit it again"
-        )
-    record = read_run_record(folder / "run.yaml")
-    if record["command"] != command:
-        raise CoterieError(f"{folder} was made by {record['command']!r}; give a folder made by coterie {command}")
-    inputs = {str(name): str(value) for name, value in (record.get("inputs") or {}).items()}
-    return kind(mixture, checked(settings, record["settings"]), extras, folder, inputs)
 
 
 @dataclass(frozen=True)

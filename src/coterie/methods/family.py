@@ -15,7 +15,7 @@ from coterie.methods.extras import AnyRun, Extra, ExtraSpec, prepare_extras
 from coterie.mixture import Mixture
 from coterie.routers.base import Router
 from coterie.routers.derived import keep_top
-from coterie.routers.fixed import one_hot
+from coterie.routers.fixed import OracleRouter, one_hot
 from coterie.routers.token import TokenLevel
 from coterie.settings.groups import NEVER, ExtrasSettings, rerouting_interval
 
@@ -52,6 +52,12 @@ class Method:
 def single(expert: str, bank: str = "one expert", paper: str = CONTROL, needs: tuple[str, ...] = ()) -> Method:
     """Return the method that always takes one expert."""
     return Method(bank, "fixed", "logits", paper, lambda grid: one_hot(expert, grid.mixture.bank.names), needs)
+
+
+def oracle(bank: str) -> Method:
+    """Return the control that knows which fitted expert is the best on each row."""
+    router = "the best on each row's reference (evaluation only)"
+    return Method(bank, router, "logits", CONTROL, lambda grid: OracleRouter(grid.fitted))
 
 
 @dataclass(frozen=True)
@@ -135,11 +141,7 @@ class MethodGrid:
     @property
     def fitted(self) -> tuple[str, ...]:
         """The names of the experts that were fitted first, `base` among them where there is one."""
-        return fitted_experts(self.own)
-
-    def experts(self, extra: str) -> tuple[str, ...]:
-        """The names of an extra's experts."""
-        return self.extras[extra].bank.names
+        return tuple(name for name in self.own.bank.names if name != NULL)
 
     def router(self, extra: str) -> Router:
         """An extra's router."""
@@ -162,23 +164,16 @@ class MethodGrid:
         """
         method, options = self.family.method(name)
         assert method.make_router is not None  # every method on a mixture has a router
-        router = _varied(method.make_router(self), options, name)
+        router = method.make_router(self)
+        if "d_proj" in options:
+            router = router.folded(int(options["d_proj"]))
+        if "every" in options:
+            if router.of_prompts is router:
+                raise CoterieError(f"{name!r}: only token-level renews its weights")
+            router = TokenLevel(router.of_prompts, rerouting_interval(options["every"]), router.cache)
+        if "top_k" in options:
+            router = keep_top(router, int(options["top_k"]))
         is_own = name.partition(":")[0] == self.own.method
         return self.mixture.replace(
             router=router, combiner=self.own.combiner if is_own else make_combiner(method.combiner)
         )
-
-
-def fitted_experts(mixture: Mixture) -> tuple[str, ...]:
-    """Return the names of a mixture's experts without the one that changes nothing."""
-    return tuple(name for name in mixture.bank.names if name != NULL)
-
-
-def _varied(router: Router, options: Mapping[str, str], name: str) -> Router:
-    if "d_proj" in options:
-        router = router.folded(int(options["d_proj"]))
-    if "every" in options:
-        if router.of_prompts is router:
-            raise CoterieError(f"{name!r}: only token-level renews its weights")
-        router = TokenLevel(router.of_prompts, rerouting_interval(options["every"]), router.cache)
-    return keep_top(router, int(options["top_k"])) if "top_k" in options else router

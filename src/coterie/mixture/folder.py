@@ -76,7 +76,7 @@ class StoredMixture:
             model=identity.id, revision=identity.revision, **PlacementSettings(**placement).model_dump()
         )
         backbone = load_backbone(model)
-        check_identity(identity, backbone.identity, str(source))
+        check_identity(identity, backbone.identity, f"{source} was trained on")
         prompts = PromptFormat(backbone.tokenizer, record.get("system_prompt"))
         bank = load_bank({name: folder / "experts" / name for name in record["experts"]}, backbone.model)
         router = load_router(record["router"], RouterParts(folder / "router", folder, backbone, bank))

@@ -2,12 +2,12 @@
 
 from coterie.experts.names import BACKBONE, BASE
 from coterie.methods.elrea.extras import EXTRAS
-from coterie.methods.elrea.run import ElreaRun, open_run
+from coterie.methods.elrea.run import ElreaRun
 from coterie.methods.extras import read_losses
-from coterie.methods.family import CONTROL, Family, Method, MethodGrid, single
+from coterie.methods.family import CONTROL, Family, Method, MethodGrid, oracle, single
 from coterie.routers.base import Router
 from coterie.routers.derived import DerivedRouter
-from coterie.routers.fixed import OracleRouter, one_hot, uniform
+from coterie.routers.fixed import one_hot, uniform
 
 PAPER = "arXiv 2502.00089"
 CLUSTERS = "ELREA's"
@@ -27,7 +27,9 @@ def _extra(name: str, bank: str, router: str, combiner: str, paper: str = PAPER)
 
 def _with_base(extra: str, bank: str, paper: str = PAPER) -> Method:
     """Return the even mixture of an extra's experts and the base adapter."""
-    return Method(bank, "uniform", "logits", paper, lambda grid: uniform([BASE, *grid.experts(extra)]), (extra,))
+    return Method(
+        bank, "uniform", "logits", paper, lambda grid: uniform([BASE, *grid.extras[extra].bank.names]), (extra,)
+    )
 
 
 METHODS = {
@@ -59,16 +61,10 @@ METHODS = {
         lambda grid: one_hot(read_losses(grid.extras["judged"]).best_single(), grid.mixture.bank.names),
         ("judged",),
     ),
-    "oracle": Method(
-        CLUSTERS,
-        "the best on each row's reference (evaluation only)",
-        "logits",
-        CONTROL,
-        lambda grid: OracleRouter(grid.fitted),
-    ),
+    "oracle": oracle(CLUSTERS),
 }
 """By name."""
 
 FAMILY: Family[ElreaRun] = Family(
-    "elrea", METHODS, EXTRAS, open_run, usual=lambda mixture: [BACKBONE, BASE, "elrea", "uniform-weights"]
+    "elrea", METHODS, EXTRAS, ElreaRun.open, usual=lambda mixture: [BACKBONE, BASE, "elrea", "uniform-weights"]
 )

@@ -11,15 +11,15 @@ from coterie.data.batching import Tokenised, tokenise
 from coterie.data.examples import load_all
 from coterie.errors import CoterieError
 from coterie.methods.common import IN_MEMORY, hash_examples
-from coterie.methods.extras import FittedRun, reopen
-from coterie.mixture import Mixture
+from coterie.methods.extras import FittedRun
 from coterie.settings.commands import ElreaSettings
-from coterie.settings.groups import ExtrasSettings
 
 
 @dataclass(frozen=True)
 class ElreaRun(FittedRun[ElreaSettings]):
     """A run of `coterie fit elrea`, opened for further training."""
+
+    made_by = ElreaSettings
 
     @property
     def backbone(self) -> Backbone:
@@ -70,12 +70,3 @@ class ElreaRun(FittedRun[ElreaSettings]):
             CoterieError: when the run's folder lacks them.
         """
         return read_tensors(self.folder / "features" / "features.safetensors")["features"]
-
-
-def open_run(mixture: Mixture, extras: ExtrasSettings) -> ElreaRun:
-    """Reopen the run that made a mixture.
-
-    Raises:
-        CoterieError: when it lies in no folder, or was not made by `coterie fit elrea`.
-    """
-    return reopen(ElreaRun, "fit elrea", ElreaSettings, mixture, extras)

@@ -5,7 +5,7 @@ from coterie.methods.family import CONTROL, Family, Method, MethodGrid, single
 from coterie.methods.kshot.choose_adapters import read_selection
 from coterie.methods.kshot.extras import BEST_TUNED, EXTRAS, LORAHUB, UNTUNED
 from coterie.methods.kshot.fit import METHOD, SELECTION
-from coterie.methods.kshot.run import KshotRun, open_run
+from coterie.methods.kshot.run import KshotRun
 from coterie.records.task import SelectionRecord
 from coterie.routers.base import Router
 from coterie.routers.fixed import one_hot, uniform
@@ -62,6 +62,6 @@ FAMILY: Family[KshotRun] = Family(
     METHOD,
     METHODS,
     EXTRAS,
-    open_run,
+    KshotRun.open,
     usual=lambda mixture: [BACKBONE, "best-by-shots", "uniform-weights", "arrow", METHOD],
 )

@@ -8,22 +8,22 @@ from typing import Any
 from coterie.data.batching import TokenRow, tokenise
 from coterie.data.examples import Example, load_examples
 from coterie.errors import CoterieError
-from coterie.methods.extras import FittedRun, reopen
+from coterie.methods.extras import FittedRun
 from coterie.methods.kshot.choose_adapters import SELECTION_FILE, read_selection
 from coterie.methods.kshot.fit import GATHERED, METHOD, SELECTION
 from coterie.methods.kshot.gather_rows import GATHERED_FILE, SUMMARY_FILE
 from coterie.methods.kshot.task import KshotTask, open_task
 from coterie.methods.kshot.train import GATES_FILE
-from coterie.mixture import Mixture
 from coterie.records.schema import Record, read
 from coterie.records.task import AdapterRecord, GateLoads, GatheringRecord, SelectionRecord
 from coterie.settings.commands import KshotSettings
-from coterie.settings.groups import ExtrasSettings
 
 
 @dataclass(frozen=True)
 class KshotRun(FittedRun[KshotSettings]):
     """A run of `coterie fit kshot-moe`, opened for further training."""
+
+    made_by = KshotSettings
 
     @cached_property
     def task(self) -> KshotTask:
@@ -60,15 +60,6 @@ class KshotRun(FittedRun[KshotSettings]):
     def ranking(self) -> list[AdapterRecord]:
         """Every adapter that saw all shots, best first."""
         return [own for own in self.selection.adapters if own.rank_sum is not None]
-
-
-def open_run(mixture: Mixture, extras: ExtrasSettings) -> KshotRun:
-    """Reopen the run that made a task's mixture.
-
-    Raises:
-        CoterieError: when it lies in no folder, or was not made by `coterie fit kshot-moe`.
-    """
-    return reopen(KshotRun, f"fit {METHOD}", KshotSettings, mixture, extras)
 
 
 def task_records(folder: Path | None) -> dict[str, Any]:

@@ -55,5 +55,5 @@ def open_task(
     if backbone is None:
         placement = settings.placement.model_dump()
         backbone = load_backbone(ModelSettings(model=wanted.id, revision=wanted.revision, **placement))
-    check_identity(wanted, backbone.identity, bank)
+    check_identity(wanted, backbone.identity, f"{bank} is a bank for")
     return KshotTask(opened, backbone, PromptFormat(backbone.tokenizer, system_prompt), examples, excluded)

@@ -5,11 +5,11 @@ from coterie.errors import CoterieError
 from coterie.experts.names import BACKBONE, NULL
 from coterie.methods.common import DOMAINS_FILE
 from coterie.methods.extras import FittedRun
-from coterie.methods.family import CONTROL, SINGLE_EXPERT, Family, Method, MethodGrid, fitted_experts, single
+from coterie.methods.family import CONTROL, SINGLE_EXPERT, Family, Method, MethodGrid, oracle, single
 from coterie.mixture import Mixture
 from coterie.routers.base import Router
 from coterie.routers.centroid import SIMILARITY, CentroidRouter
-from coterie.routers.fixed import FixedRouter, OracleRouter, SourceRouter, uniform
+from coterie.routers.fixed import FixedRouter, SourceRouter, uniform
 from coterie.routers.gate import spectral_router
 from coterie.routers.token import TokenLevel
 
@@ -75,19 +75,13 @@ METHODS = {
     ),
     "arrow": _spectral("arrow", "top singular vectors, per layer and token", "arXiv 2405.11157"),
     "spectr": _spectral("spectr", "whole spectra, per layer and token", "arXiv 2504.03454"),
-    "oracle": Method(
-        BANK,
-        "the best on each row's reference (evaluation only)",
-        "logits",
-        CONTROL,
-        lambda grid: OracleRouter(grid.fitted),
-    ),
+    "oracle": oracle(BANK),
 }
 """By name."""
 
 
 def _usual(mixture: Mixture) -> list[str]:
-    alone = [f"{SINGLE_EXPERT}:{name}" for name in fitted_experts(mixture)]
+    alone = [f"{SINGLE_EXPERT}:{name}" for name in mixture.bank.names if name != NULL]
     return [BACKBONE, *alone, "per-dataset", "uniform-weights", "token-level", "arrow", "spectr", "oracle"]
 
 
