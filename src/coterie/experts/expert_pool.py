@@ -62,6 +62,11 @@ class Pool:
         """The experts' names."""
         return tuple(expert.name for expert in self.experts)
 
+    @property
+    def identities(self) -> dict[str, str]:
+        """What stands for every expert's weights where replies are kept, by name."""
+        return {expert.name: expert.identity for expert in self.experts}
+
     def expert(self, name: str) -> PoolExpert:
         """Return an expert by name.
 

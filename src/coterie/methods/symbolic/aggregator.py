@@ -8,12 +8,10 @@ import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from coterie.combiners.aggregate import VOTES, elect
-from coterie.data.examples import Example
 from coterie.grading.answers import read_answer
 from coterie.grading.grade import after_thinking, is_right
 from coterie.methods.symbolic.answer import synthesis_ask
@@ -53,20 +51,18 @@ def make_up(profiled: Profiled, most: int, seed: int = 0) -> list[MadeUp]:
         seed: of all draws.
     """
     generator = random.Random(seed)
-    tasks = [task for number, row in enumerate(profiled.rows) if (task := _made_up(number, row, generator))]
+    tasks = []
+    for number, row in enumerate(profiled.rows):
+        texts = {name: after_thinking(reply["text"]) for name, reply in row["replies"].items()}
+        right = [name for name, text in texts.items() if text and row["scores"][name] == 1]
+        wrong = [name for name, text in texts.items() if text and row["scores"][name] == -1]
+        if not right or not wrong:
+            continue
+        chosen = generator.choice(right)
+        shown = [chosen, *generator.sample(wrong, min(WRONG, len(wrong)))]
+        generator.shuffle(shown)
+        tasks.append(MadeUp(number, tuple(shown), tuple(texts[name] for name in shown), shown.index(chosen)))
     return sorted(generator.sample(tasks, most), key=lambda task: task.number) if len(tasks) > most else tasks
-
-
-def _made_up(number: int, row: dict[str, Any], generator: random.Random) -> MadeUp | None:
-    texts = {name: after_thinking(reply["text"]) for name, reply in row["replies"].items()}
-    right = [name for name, text in texts.items() if text and row["scores"][name] == 1]
-    wrong = [name for name, text in texts.items() if text and row["scores"][name] == -1]
-    if not right or not wrong:
-        return None
-    chosen = generator.choice(right)
-    shown = [chosen, *generator.sample(wrong, min(WRONG, len(wrong)))]
-    generator.shuffle(shown)
-    return MadeUp(number, tuple(shown), tuple(texts[name] for name in shown), shown.index(chosen))
 
 
 def judge_aggregators(
@@ -98,23 +94,18 @@ def judge_aggregators(
         for reply, task in zip(replies, [task for _ in experts for task in tasks], strict=True)
     ]
     written = torch.tensor(judged).reshape(len(experts), len(tasks))
-    voted = torch.tensor(
-        [[_elects_right(vote, profiled, task, settings, questions[task.number]) for task in tasks] for vote in VOTES]
-    )
     skills = [tuple(profiled.rows[task.number]["skills"]) for task in tasks]
-    scores = 2.0 * torch.cat([voted, written]).float() - 1
+    voted = []
+    for task, needed in zip(tasks, skills, strict=True):
+        others = profiled.profile.without(needed, profiled.scores()[:, task.number])  # not from the question itself
+        values = others.values(settings.profile)
+        weights = relevance(suitability(values, others.skills, [needed]), competency(values), settings.sampler)[0]
+        own = [float(weights[experts.index(name)]) for name in task.experts]
+        question = questions[task.number].instruction
+        readings = [read_answer(text, question) for text in task.texts]
+        voted.append([elect(vote, readings, own, question) == task.right for vote in VOTES])
+    scores = 2.0 * torch.cat([torch.tensor(voted).T, written]).float() - 1
     return build_profile([*VOTES, *experts], skills, scores)
-
-
-def _elects_right(vote: str, profiled: Profiled, task: MadeUp, settings: RecruitSettings, question: Example) -> bool:
-    """Tell whether a vote finds the right answer, with the relevance that the profile of all other questions gives."""
-    skills = tuple(profiled.rows[task.number]["skills"])
-    others = profiled.profile.without(skills, profiled.scores()[:, task.number])
-    values = others.values(settings.profile)
-    weights = relevance(suitability(values, others.skills, [skills]), competency(values), settings.sampler)[0]
-    readings = [read_answer(text, question.instruction) for text in task.texts]
-    own = [float(weights[profiled.profile.experts.index(name)]) for name in task.experts]
-    return elect(vote, readings, own, question.instruction) == task.right
 
 
 def best_aggregators(judged: SkillProfile, questions: Sequence[Sequence[str]], per: str) -> list[str]:

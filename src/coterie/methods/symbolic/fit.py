@@ -182,7 +182,7 @@ def fit_symbolic(settings: SymbolicSettings) -> Symbolic:
     folder = Path(settings.experts)
     pool = read_pool(folder)
     profiled = read_profile(folder / PROFILE)
-    if profiled.profile.experts != pool.names or profiled.identities != {e.name: e.identity for e in pool.experts}:
+    if profiled.profile.experts != pool.names or profiled.identities != pool.identities:
         raise CoterieError(
             f"the profile in {folder} is of other experts; type: coterie profile {folder} --overwrite ..."
         )
@@ -191,24 +191,19 @@ def fit_symbolic(settings: SymbolicSettings) -> Symbolic:
         raise unknown_name("aggregator", settings.aggregator, known)
     inputs = {"pool": sha256_of(folder / POOL_FILE), "profile": sha256_of(folder / PROFILE / "profile.json")}
     with run_folder(output, "fit symbolic-moe", settings.model_dump(), inputs) as run:
-        judged = _judged(settings, pool, profiled) if settings.aggregator == "auto" else None
-        chosen = settings.aggregator if settings.aggregator != "auto" else WEIGHTED
-        if judged is not None:
+        judged, chosen = None, settings.aggregator
+        if chosen == "auto" and (tasks := make_up(profiled, settings.aggregator_tasks, settings.sampling.seed)):
+            with open_scheduler(pool, settings, folder / REPLIES) as scheduler:
+                judged = judge_aggregators(scheduler, profiled, tasks, settings.recruiting, settings.sampling)
             chosen = best_aggregators(judged, [()], "task")[0]
+        elif chosen == "auto":
+            logger.warning("no validation question has a right and a wrong answer, so %s is the aggregator", WEIGHTED)
+            chosen = WEIGHTED
         fitted = Symbolic(pool, profiled, settings.recruiting, judged, chosen, settings.aggregator_for)
         write_json(run.path / "profile.json", profiled.record().plain())
         write_jsonl(run.path / VALIDATION, profiled.rows)
         write_json(run.path / "mixture.json", fitted.record())
     return fitted
-
-
-def _judged(settings: SymbolicSettings, pool: Pool, profiled: Profiled) -> SkillProfile | None:
-    tasks = make_up(profiled, settings.aggregator_tasks, settings.sampling.seed)
-    if not tasks:
-        logger.warning("no validation question has a right and a wrong answer, so %s is the aggregator", WEIGHTED)
-        return None
-    with open_scheduler(pool, settings, Path(settings.experts) / REPLIES) as scheduler:
-        return judge_aggregators(scheduler, profiled, tasks, settings.recruiting, settings.sampling)
 
 
 def is_symbolic(folder: str | Path) -> bool:

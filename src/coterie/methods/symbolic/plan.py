@@ -4,14 +4,13 @@ Loads and memory are exactly what the scheduler will do. Tokens are what the pro
 most. Where the skills of questions are not known without asking a model, those of validation questions stand in.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from coterie.data.examples import Example
-from coterie.experts.answering import Done, ExpertGroup, Question, Reply
+from coterie.experts.answering import Done, Question, Reply
 from coterie.experts.reply_cache import ReplyCache
 from coterie.features.skills import BLANK, choice_request
 from coterie.methods.symbolic.answer import answer_all
@@ -110,19 +109,19 @@ def _gib(size: int | None) -> str:
     return "unknown" if size is None else f"{size / GIB:.2f} GiB"
 
 
+@dataclass(frozen=True)
 class _Counting:
     """Stands in for loaded experts: it replies at once, with a text of the expected length, and counts."""
 
-    def __init__(self, tallies: dict[str, Tally], paces: dict[str, Pace]) -> None:
-        self._tallies = tallies
-        self._paces = paces
+    tallies: dict[str, Tally]
+    paces: dict[str, Pace]
 
     def answer(self, questions: Sequence[Question], done: Done) -> None:
         for number, question in enumerate(questions):
-            pace, most = self._paces[question.expert], question.sampling.max_new_tokens
+            pace, most = self.paces[question.expert], question.sampling.max_new_tokens
             tokens = most if pace.tokens is None else min(most, round(pace.tokens))
             prompt = round(sum(len(message.content) for message in question.messages) / pace.characters)
-            self._tallies.setdefault(question.expert, Tally()).add(prompt, tokens, most)
+            self.tallies.setdefault(question.expert, Tally()).add(prompt, tokens, most)
             done(number, Reply("x" * max(1, round(tokens * pace.characters)), prompt, tokens))
 
     def close(self) -> None:
@@ -131,8 +130,8 @@ class _Counting:
     def prefill(self, expert: str, texts: Sequence[str]) -> None:
         """Count questions to which a model writes no answer."""
         for text in texts:
-            prompt = round(len(text) / self._paces[expert].characters)
-            self._tallies.setdefault(expert, Tally()).add(prompt, 0, 0)
+            prompt = round(len(text) / self.paces[expert].characters)
+            self.tallies.setdefault(expert, Tally()).add(prompt, 0, 0)
 
 
 def plan_work(
@@ -159,24 +158,19 @@ def plan_work(
     sizes = groups_for(fitted.pool, settings)
     groups = [replace(group, load=lambda: counting) for group in sizes]
     budget = budget_of(settings.serving, settings.placement)
-    identities = {expert.name: expert.identity for expert in fitted.pool.experts}
     cache = ReplyCache(replies, read_only=True)
-    with ExpertScheduler(groups, identities, cache, budget, quiet=True) as scheduler:
+    with ExpertScheduler(groups, fitted.pool.identities, cache, budget, quiet=True) as scheduler:
         skills, is_exact = _skills(fitted, scheduler, counting, examples)
         plan = fitted.recruiting_plan(name, examples, skills, settings.sampling)
         answer_all(scheduler, examples, {name: plan})
-        held = _held(sizes, scheduler.loads)
+    held = {
+        group.name: {"experts": list(group.experts), "loads": scheduler.loads[group.name], "bytes": group.size}
+        for group in sizes
+        if scheduler.loads[group.name] and not group.is_remote
+    }
     kinds = {expert.name: expert.kind for expert in fitted.pool.experts}
     ordered = {expert: tallies[expert] for expert in fitted.pool.names if expert in tallies}
     return WorkPlan(len(examples), is_exact, ordered, held, scheduler.peak, budget, kinds)
-
-
-def _held(groups: Sequence[ExpertGroup], loads: Counter[str]) -> dict[str, dict[str, Any]]:
-    return {
-        group.name: {"experts": list(group.experts), "loads": loads[group.name], "bytes": group.size}
-        for group in groups
-        if loads[group.name] and not group.is_remote
-    }
 
 
 def _paces(fitted: Symbolic) -> dict[str, Pace]:
@@ -207,16 +201,13 @@ def _skills(
             return fitted.skills(scheduler, examples), True
         scheduler.ask(asks)
     else:
-        _choose(fitted, scheduler, counting, [q for q, e in zip(questions, examples, strict=True) if not e.category])
+        # choices are read off one prefill each, and so is what the letters mean to the model before any question
+        choosing = how.skills == "choice"
+        expert = ask_expert(how, fitted.pool) if choosing else fitted.chooser
+        options = fitted.profiled.options if choosing else fitted.profiled.profile.skills
+        assert expert is not None  # without a chooser, nothing is chosen
+        scheduler.loaded(expert)
+        lacking = [question for question, own in zip(questions, examples, strict=True) if not own.category]
+        counting.prefill(expert, [choice_request(question, options) for question in [*lacking, BLANK]])
     rows = fitted.profiled.rows
     return [tuple(rows[number % len(rows)]["skills"]) for number in range(len(examples))], False
-
-
-def _choose(fitted: Symbolic, scheduler: ExpertScheduler, counting: _Counting, questions: Sequence[str]) -> None:
-    """Count the choices that are read off one prefill each, and the one for what letters mean to the model."""
-    how = fitted.profiled.how
-    expert = fitted.chooser if how.skills == "category" else ask_expert(how, fitted.pool)
-    options = fitted.profiled.profile.skills if how.skills == "category" else fitted.profiled.options
-    assert expert is not None  # without one nothing is chosen
-    scheduler.loaded(expert)
-    counting.prefill(expert, [choice_request(question, options) for question in [*questions, BLANK]])

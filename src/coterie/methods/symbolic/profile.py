@@ -134,8 +134,7 @@ def profile_pool(settings: ProfileSettings) -> Profiled:
         merged = [tuple(dict.fromkeys(names[skill] for skill in own)) for own in skills]
         profile = build_profile(pool.names, merged, scores)
         rows = [_row(number, example, merged, replies, scores, pool) for number, example in enumerate(examples)]
-        identities = {expert.name: expert.identity for expert in pool.experts}
-        made = Profiled(profile, settings.skill, tuple(options), names, settings.score, identities, rows)
+        made = Profiled(profile, settings.skill, tuple(options), names, settings.score, pool.identities, rows)
         write_jsonl(run.path / VALIDATION, rows)
         write_json(run.path / "profile.json", made.record().plain())
     return made
@@ -203,14 +202,12 @@ def _scored(
         raise CoterieError(f"no expert answered any question; the first failed with: {replies[0].error}")
     width = len(pool.names)
     rows = [dict(zip(pool.names, replies[n * width : (n + 1) * width], strict=True)) for n in range(len(examples))]
-
-    def score(reply: Reply, example: Example) -> float:
-        if reply.error is not None:
-            return math.nan
-        return 1.0 if is_right(reply.text, example) else -1.0
-
-    scores = [[score(row[name], example) for name in pool.names] for row, example in zip(rows, examples, strict=True)]
-    return rows, torch.tensor(scores).T
+    scores = torch.full((width, len(rows)), math.nan)
+    for number, (row, example) in enumerate(zip(rows, examples, strict=True)):
+        for place, reply in enumerate(row.values()):
+            if reply.error is None:
+                scores[place, number] = 1 if is_right(reply.text, example) else -1
+    return rows, scores
 
 
 def _likelihoods(

@@ -35,7 +35,8 @@ def generate_symbolic(settings: GenerateSettings, prompts: Sequence[Prompt]) -> 
     fitted = load_symbolic(settings.mixture)
     name = method_name(settings.routing)
     examples = [as_example(prompt, number) for number, prompt in enumerate(prompts)]
-    with open_scheduler(fitted.pool, settings, replies_beside(settings.output)) as scheduler:
+    replies = replies_beside(settings.output)
+    with open_scheduler(fitted.pool, settings, replies) as scheduler:
         skills = fitted.skills(scheduler, examples)
         plan = fitted.recruiting_plan(name, examples, skills, settings.sampling)
         outcomes = answer_all(scheduler, examples, {name: plan})[name]
@@ -50,7 +51,12 @@ def generate_symbolic(settings: GenerateSettings, prompts: Sequence[Prompt]) -> 
         }
         for example, own, outcome, who in zip(examples, skills, outcomes, recruits, strict=True)
     ]
-    _write(settings.output, records, any(reply.error for outcome in outcomes for reply in outcome.replies))
+    if settings.output is not None:
+        write_jsonl(Path(settings.output), records)
+        if any(reply.error for outcome in outcomes for reply in outcome.replies):
+            logger.warning("some replies failed; the same command asks for those again")
+        elif replies is not None:
+            replies.unlink(missing_ok=True)
     return records
 
 
@@ -64,18 +70,6 @@ def plan_symbolic(settings: GenerateSettings, prompts: Sequence[Prompt]) -> Work
     examples = [as_example(prompt, number) for number, prompt in enumerate(prompts)]
     name = method_name(settings.routing)
     return plan_work(fitted, settings, name, examples, replies_beside(settings.output))
-
-
-def _write(output: str | None, records: list[dict[str, Any]], any_failed: bool) -> None:
-    """Write the answers, and drop the replies beside them unless some failed, which the same command asks for again."""
-    if output is None:
-        return
-    write_jsonl(Path(output), records)
-    kept = replies_beside(output)
-    if any_failed:
-        logger.warning("some replies failed; the same command asks for those again")
-    elif kept is not None:
-        kept.unlink(missing_ok=True)
 
 
 def method_name(routing: RoutingSettings) -> str:

@@ -44,10 +44,8 @@ def open_scheduler(pool: Pool, settings: Working, cache: Path | None) -> ExpertS
     Raises:
         CoterieError: when a model does not exist.
     """
-    identities = {expert.name: expert.identity for expert in pool.experts}
-    return ExpertScheduler(
-        groups_for(pool, settings), identities, ReplyCache(cache), budget_of(settings.serving, settings.placement)
-    )
+    budget = budget_of(settings.serving, settings.placement)
+    return ExpertScheduler(groups_for(pool, settings), pool.identities, ReplyCache(cache), budget)
 
 
 def groups_for(pool: Pool, settings: Working) -> list[ExpertGroup]:
