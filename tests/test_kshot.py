@@ -316,7 +316,7 @@ def test_open_data_is_gathered_and_trained_on(bank, task_shots, pool_file, tmp_p
     gathered = load_examples(tmp_path / "run" / "gathered" / "gathered.jsonl")
     assert len(gathered) == 4
     task_run = KshotRun.open(mixture, ExtrasSettings())
-    assert len(task_run.rows) == 4 + 5
+    assert len(task_run.tokenised(task_run.gathered)) == 4 + 5
     alone = fit(bank, task_shots, tmp_path / "alone")
     weights = [m.bank.adapters[0]["model.layers.0.self_attn.q_proj"].down for m in (mixture, alone)]
     assert not torch.equal(*weights)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from coterie.artifacts import FORMAT, RunFolder, read_json, read_run_record, read_tensors, write_json
 from coterie.errors import CoterieError
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 RECORD = "ingredient.json"
 LOSSES = "judgement.safetensors"
+
+AnyRun = TypeVar("AnyRun", bound="FittedRun")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class FittedRun(Generic[AnySettings]):
     inputs: Mapping[str, str]
 
     @classmethod
-    def open(cls, mixture: Mixture, extras: ExtrasSettings) -> Self:
+    def open(cls: type[AnyRun], mixture: Mixture, extras: ExtrasSettings) -> AnyRun:
         """Reopen the run that made a mixture; `extras` tell how more will be trained for it.
 
         Raises:
@@ -66,9 +68,6 @@ class FittedRun(Generic[AnySettings]):
             raise CoterieError(f"{folder} was made by {record['command']!r}; give a folder made by coterie {command}")
         inputs = {str(name): str(value) for name, value in (record.get("inputs") or {}).items()}
         return cls(mixture, checked(cls.made_by, record["settings"]), extras, folder, inputs)
-
-
-AnyRun = TypeVar("AnyRun", bound=FittedRun)
 
 
 @dataclass(frozen=True)

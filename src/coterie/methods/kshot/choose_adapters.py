@@ -114,12 +114,7 @@ def select_adapters(settings: SelectSettings) -> Selected:
 
 
 def choose(task: KshotTask, settings: SelectSettings | KshotSettings, cached: JsonCache) -> Selected:
-    """Score the bank's adapters on the shots and choose the group to keep.
-
-    Args:
-        task: the bank and the shots.
-        settings: of the command.
-        cached: keeps what was scored for another try.
+    """Score the bank's adapters on the shots and choose the group to keep; `cached` keeps scores for another try.
 
     Raises:
         CoterieError: when too few adapters are left, or no shot can be graded though accuracy counts.

@@ -119,11 +119,7 @@ class OpenData:
 
 
 def load_open_data(settings: GatherSettings, given: Mapping[str, list[Example]]) -> OpenData:
-    """Load examples and excluded rows, and index the pools.
-
-    Args:
-        settings: name the sources.
-        given: the rows of `shots`, `exclude` and `pool` that are in memory already.
+    """Load examples and excluded rows, and index the pools; `given` has those that are in memory already, by setting.
 
     Raises:
         CoterieError: for bad data.
@@ -241,6 +237,10 @@ def _summary(
     shots = np.bincount(measured.nearest[selection.rows], minlength=len(data.shots)).tolist()
     outcomes = {name: int((index.kinds == kind).sum()) for kind, name in BY_TEXT.items()}
     outcomes |= {name: int((selection.outcomes == own).sum()) for own, name in BY_EMBEDDING.items()}
+    compared, chosen = (
+        tuple(np.quantile(similarity, QUANTILES).round(row_selection.DECIMALS).tolist())
+        for similarity in (measured.similarity, measured.similarity[selection.rows])
+    )
     return GatheringRecord(
         **settings.rows.model_dump(exclude={"block_rows"}),
         encoder=settings.encoder,
@@ -252,17 +252,9 @@ def _summary(
         ),
         shots=tuple(ShotServed(id=shot.id, nearest_of_chosen=n) for shot, n in zip(data.shots, shots, strict=True)),
         excluded_rows=len(data.excluded),
-        similarity_quantiles=Quantiles(
-            levels=tuple(QUANTILES.round(2).tolist()),
-            compared=_quantiles(measured.similarity),
-            chosen=_quantiles(measured.similarity[selection.rows]),
-        ),
+        similarity_quantiles=Quantiles(levels=tuple(QUANTILES.round(2).tolist()), compared=compared, chosen=chosen),
         map=tuple(points),
     )
-
-
-def _quantiles(values: Float[np.ndarray, " row"]) -> tuple[float, ...]:
-    return tuple(np.quantile(values, QUANTILES).round(row_selection.DECIMALS).tolist())
 
 
 # -------------------------------------------------------------------------------------------------- a map of the pool
@@ -272,10 +264,6 @@ def drawn_rows(fates: Int[np.ndarray, " row"], keys: Shaped[np.ndarray, " row"])
     """Sample the rows to draw: some of the chosen ones, then some of the others, each by the smallest keys.
 
     Keys are hashes of what the rows say, so the sample is even, and the order of the pool does not change it.
-
-    Args:
-        fates: what became of the rows.
-        keys: of the rows.
     """
     chosen = fates == CHOSEN
     parts = ((np.flatnonzero(chosen), MOST_CHOSEN), (np.flatnonzero(~chosen), MOST_OTHERS))
@@ -287,10 +275,7 @@ def lay_out(
 ) -> tuple[Places, Places]:
     """Return the places of the examples and of the drawn rows: their two principal components, each signed by rule.
 
-    Args:
-        shots: embeddings of the examples.
-        pool: embeddings of the pool, of which the drawn rows alone are read.
-        drawn: numbers of those rows.
+    Of the pool's embeddings, those of the drawn rows alone are read.
     """
     from sklearn.decomposition import PCA
 

@@ -34,13 +34,8 @@ def with_rationales(
     """Return the shots with a rationale in their responses.
 
     A written one is put behind the shot's own response or before it, so the right answer stands in it whatever the
-    writer says. What was written once is kept in the user's cache.
-
-    Args:
-        shots: examples with responses.
-        settings: where rationales come from.
-        placement: how the writer is held in memory, where it is a model on this machine.
-        batch_size: rationales that are written together.
+    writer says. What was written once is kept in the user's cache. `placement` and `batch_size` are for a writer that
+    is a model on this machine.
 
     Raises:
         CoterieError: when there is no such writer, or it fails.
@@ -66,8 +61,7 @@ def _written(
     work = ExpertServingSettings()
     groups = groups_of(pool, placement, work, batch_size=batch_size, new_tokens=sampling.max_new_tokens)
     cache = ReplyCache(cache_folder() / CACHE_FILE)
-    identities = {WRITER: pool.experts[0].identity}
-    with ExpertScheduler(groups, identities, cache, budget_of(work, placement)) as scheduler:
+    with ExpertScheduler(groups, pool.identities, cache, budget_of(work, placement)) as scheduler:
         replies = scheduler.ask([Question(WRITER, from_prompt(text).messages, sampling) for text in requests])
     errors = [reply.error for reply in replies if reply.error]
     if errors:

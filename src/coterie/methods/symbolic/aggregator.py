@@ -45,10 +45,7 @@ class MadeUp:
 def make_up(profiled: Profiled, most: int, seed: int = 0) -> list[MadeUp]:
     """Draw one right and up to two wrong answers for every question that has both, shuffled.
 
-    Args:
-        profiled: the profile's replies and scores.
-        most: most tasks; a seeded sample of the questions is taken where there are more.
-        seed: of all draws.
+    Of more than `most` tasks, a seeded sample is taken.
     """
     generator = random.Random(seed)
     tasks = []
@@ -74,12 +71,7 @@ def judge_aggregators(
 ) -> SkillProfile:
     """Return how every aggregator did on the made-up tasks, skill by skill; votes come first, being free.
 
-    Args:
-        scheduler: asks the models.
-        profiled: the profile that the tasks come from.
-        tasks: made up from it.
-        settings: how experts are weighed in a weighted vote.
-        sampling: how syntheses are drawn.
+    `settings` tell how experts are weighed in a weighted vote, `sampling` how syntheses are drawn.
 
     Raises:
         CoterieError: when a model does not fit into memory, or replies cannot be written.
@@ -109,13 +101,7 @@ def judge_aggregators(
 
 
 def best_aggregators(judged: SkillProfile, questions: Sequence[Sequence[str]], per: str) -> list[str]:
-    """Return the aggregator of every question: the best of all, or the best on the question's own skills.
-
-    Args:
-        judged: how they did; the first of equals is taken.
-        questions: the skills of every question.
-        per: task or question.
-    """
+    """Return the aggregator of every question, given by its skills: the first of the best, per task or per question."""
     overall = judged.experts[int(judged.accuracy.argmax())]
     if per == "task":
         return [overall] * len(questions)

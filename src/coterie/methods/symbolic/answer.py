@@ -117,11 +117,6 @@ def answer_all(
 ) -> dict[str, list[Outcome]]:
     """Answer all questions with all methods; what they share is asked once, and every group is loaded once.
 
-    Args:
-        scheduler: asks the experts.
-        examples: the questions.
-        plans: by name.
-
     Raises:
         CoterieError: when a model does not fit into memory, or replies cannot be written.
     """

@@ -141,14 +141,9 @@ def plan_work(
     examples: Sequence[Example],
     replies: Path | None,
 ) -> WorkPlan:
-    """Count what answering will take; nothing is loaded, and nobody is asked.
+    """Count what answering with a method will take; nothing is loaded, and nobody is asked.
 
-    Args:
-        fitted: the run.
-        settings: how it will answer.
-        name: of the method.
-        examples: the questions.
-        replies: replies that are there already, which cost nothing.
+    What the file `replies` holds already costs nothing.
 
     Raises:
         CoterieError: when a model does not exist, or does not fit into memory.

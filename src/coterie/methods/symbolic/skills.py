@@ -36,10 +36,7 @@ Working = ProfileSettings | SymbolicSettings | GenerateSettings | EvaluationSett
 def open_scheduler(pool: Pool, settings: Working, cache: Path | None) -> ExpertScheduler:
     """Make a pool's experts ready to be asked; nothing is loaded yet.
 
-    Args:
-        pool: the experts.
-        settings: memory, how base models are held in it, and how experts are asked.
-        cache: file of replies that are there already, and of new ones; None keeps them in memory only.
+    The file `cache` has the replies that are there already, and gets new ones; None keeps them in memory only.
 
     Raises:
         CoterieError: when a model does not exist.
@@ -95,12 +92,7 @@ def find_skills(
 ) -> list[tuple[str, ...]]:
     """Return the skills that every question needs, as the model or the data call them.
 
-    Args:
-        scheduler: asks the expert.
-        pool: the experts.
-        settings: how skills are found.
-        examples: the questions.
-        options: skills to choose from, where they are chosen.
+    Where skills are chosen, it is from these options.
 
     Raises:
         CoterieError: when an expert cannot be asked in this way.
@@ -115,17 +107,6 @@ def find_skills(
         requests = [choice_request(question, options) for question in [*questions, BLANK]]
         found = answerer.option_logprobs(expert, requests, letters(options))
         return chosen_skills(found[:-1], found[-1], options)
-    return _named(scheduler, expert, questions)
-
-
-def keyword_asks(expert: str, questions: Sequence[str]) -> list[Question]:
-    """Return the five samples of every question's keywords, question by question."""
-    seeds = [KEYWORD_SAMPLING.model_copy(update={"seed": seed}) for seed in range(SAMPLES)]
-    messages = [from_prompt(keyword_request(question)).messages for question in questions]
-    return [Question(expert, own, sampling) for own in messages for sampling in seeds]
-
-
-def _named(scheduler: ExpertScheduler, expert: str, questions: Sequence[str]) -> list[tuple[str, ...]]:
     replies = scheduler.ask(keyword_asks(expert, questions))
     texts = [reply.text for reply in replies]
     errors = [reply.error for reply in replies if reply.error]
@@ -133,10 +114,13 @@ def _named(scheduler: ExpertScheduler, expert: str, questions: Sequence[str]) ->
         logger.warning("%s named no skills %d times of %d: %s", expert, len(errors), len(replies), errors[0])
     skills = [kept_keywords(texts[start : start + SAMPLES]) for start in range(0, len(texts), SAMPLES)]
     if (lacking := skills.count(())) > len(skills) / 2:
-        logger.warning(
-            "%s named no skill twice for %d of %d questions; --skills choice suits small models",
-            expert,
-            lacking,
-            len(skills),
-        )
+        advice = "--skills choice suits small models"
+        logger.warning("%s named no skill twice for %d of %d questions; %s", expert, lacking, len(skills), advice)
     return skills
+
+
+def keyword_asks(expert: str, questions: Sequence[str]) -> list[Question]:
+    """Return the five samples of every question's keywords, question by question."""
+    seeds = [KEYWORD_SAMPLING.model_copy(update={"seed": seed}) for seed in range(SAMPLES)]
+    messages = [from_prompt(keyword_request(question)).messages for question in questions]
+    return [Question(expert, own, sampling) for own in messages for sampling in seeds]
