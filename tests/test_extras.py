@@ -64,7 +64,7 @@ def test_random_clusters_have_the_sizes_of_the_found_ones_and_other_members(grid
 
 
 def test_every_data_set_has_an_adapter_of_its_own_from_a_fresh_start(grid):
-    assert grid.experts("datasets") == ("dataset-pick", "dataset-spell", "dataset-sum")
+    assert grid.extras["datasets"].bank.names == ("dataset-pick", "dataset-spell", "dataset-sum")
     base = grid.own.bank.adapters[0]
     others = [grid.extras["datasets"].bank.adapters[i] for i in range(3)]
     path = next(iter(base))
@@ -72,7 +72,7 @@ def test_every_data_set_has_an_adapter_of_its_own_from_a_fresh_start(grid):
 
 
 def test_seeds_give_other_adapters_on_the_same_rows(grid):
-    assert grid.experts("seeds") == ("seed-1",)
+    assert grid.extras["seeds"].bank.names == ("seed-1",)
     base, other = grid.own.bank.adapters[0], grid.extras["seeds"].bank.adapters[0]
     path = next(iter(base))
     assert not torch.allclose(other[path].down, base[path].down)
@@ -89,7 +89,7 @@ def test_the_judgement_is_what_scoring_the_folds_own_copies_gives(grid_folder):
     assert torch.equal(found.pairs.diagonal(dim1=1, dim2=2), found.nll)
     layers, names = run.mixture.layers, run.mixture.bank.names
     alone = torch.eye(4)[:, None].expand(-1, len(folds), -1)
-    seen = score_votes(run.backbone, layers, names, run.kept.rows, alone, "x").nll.T
+    seen = score_votes(run.mixture.backbone, layers, names, run.kept.rows, alone, "x").nll.T
     assert float((found.nll - seen).abs().min()) > 0  # nobody was judged by the adapter that was trained on the row
     assert float(found.nll[:, 0].mean()) > float(seen[:, 0].mean())  # and what was not seen is harder
 

@@ -419,8 +419,8 @@ def test_rivals_are_what_they_are_called(rivals, bank):
         same = grid.mixture.bank.adapters[grid.mixture.bank.index(f"untuned-{name}")]
         assert all(torch.equal(same[path].up, pair.up) for path, pair in before.items())
     by_accuracy = sorted(selection["adapters"], key=lambda own: (own["rank_accuracy"], own["rank_perplexity"]))[:2]
-    assert grid.experts("by-accuracy") == tuple(f"accuracy-{own['name']}" for own in by_accuracy)
-    assert grid.experts("kshot-only") == tuple(f"shots-{name}" for name in selection["chosen"])
+    assert grid.extras["by-accuracy"].bank.names == tuple(f"accuracy-{own['name']}" for own in by_accuracy)
+    assert grid.extras["kshot-only"].bank.names == tuple(f"shots-{name}" for name in selection["chosen"])
     weights = json.loads((folder / "methods" / "lorahub" / "ingredient.json").read_text())["weights"]
     assert len(weights) == 3 and all(abs(value) <= 1.5 for value in weights.values())
 

@@ -127,7 +127,14 @@ def add_to_bank(settings: BankAddSettings) -> Iterator[AddResult]:
     """
     folder = Path(settings.folder)
     base = _base_of(folder)
-    adapters = [_named(text) for text in settings.adapters]
+    adapters = []
+    for text in settings.adapters:
+        name, equals, source = text.partition("=")
+        path = Path(text).expanduser()
+        if os.path.exists(path):  # also with an equals sign; unlike the path's own method, for names of any length
+            adapters.append((path.resolve().name, text))
+        else:
+            adapters.append((name, source) if equals else (path.name, text))
     questions = _read_questions(settings.trained_on, [name for name, _ in adapters])
     addition = _Addition(folder, _load_base(settings, base), questions, settings.overwrite)
     try:
@@ -197,15 +204,6 @@ def _load_base(settings: BankAddSettings, base: BaseModelIdentity | None) -> Bac
     if base:
         check_identity(base, backbone.identity, f"{settings.folder} is a bank for")
     return backbone
-
-
-def _named(text: str) -> tuple[str, str]:
-    """Read `SOURCE` or `NAME=SOURCE`; a folder may have an equals sign in its name."""
-    name, equals, source = text.partition("=")
-    path = Path(text).expanduser()
-    if os.path.exists(path):  # unlike the path's own method, it takes names of any length
-        return path.resolve().name, text
-    return (name, source) if equals else (path.name, text)
 
 
 def _read_questions(values: Sequence[str], names: Sequence[str]) -> dict[str, Questions]:

@@ -72,10 +72,10 @@ def _fold_mixture(run: ElreaRun, into: RunFolder, seen: Tensor, fold: int) -> Mi
     numbers = torch.nonzero(seen).flatten().tolist()
     rows = [run.kept.rows[i] for i in numbers]
     plan = base_plan(run.settings, f"base, {of_folds}")
-    base = train_expert(into, BASE, rows, run.backbone, plan, run.settings.lora)
+    base = train_expert(into, BASE, rows, run.mixture.backbone, plan, run.settings.lora)
     labels, count = [run.labels[i] for i in numbers], max(run.labels) + 1
-    experts = train_clusters(into, "cluster", rows, labels, count, run.backbone, run.settings, base)
-    bank = load_bank({BASE: base, **experts}, run.backbone.model)
+    experts = train_clusters(into, "cluster", rows, labels, count, run.mixture.backbone, run.settings, base)
+    bank = load_bank({BASE: base, **experts}, run.mixture.backbone.model)
     return replace(run.mixture, bank=bank, router=uniform(bank.names))
 
 

@@ -38,7 +38,7 @@ def _random_clusters(run: ElreaRun, into: RunFolder) -> TrainedExtra:
 
 def _embedding_clusters(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Cluster and route by sentence embeddings (ELREA's Instruction Embedding)."""
-    extractor = embedding_extractor(run.extras.encoder, run.backbone)
+    extractor = embedding_extractor(run.extras.encoder, run.mixture.backbone)
     features = extractor([row.prompt() for row in run.kept.rows])
     clustering = cluster(features.numpy(), run.settings.clustering, sources=run.sources, seed=run.settings.seed)
     experts = _cluster_experts(run, into, "embedding", clustering.labels)
@@ -55,7 +55,7 @@ def _seeds(run: ElreaRun, into: RunFolder) -> TrainedExtra:
         seed = run.settings.seed + number
         label = f"{name} ({number} of {run.extras.ensemble_size - 1})"
         plan = base_plan(run.settings, label, seed=seed)
-        experts[name] = train_expert(into, name, run.kept.rows, run.backbone, plan, run.settings.lora)
+        experts[name] = train_expert(into, name, run.kept.rows, run.mixture.backbone, plan, run.settings.lora)
     return TrainedExtra(experts)
 
 
@@ -72,7 +72,7 @@ def _datasets(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     for number, source in enumerate(sources, start=1):
         rows = [row for row, own in zip(run.kept.rows, run.sources, strict=True) if own == source]
         plan = base_plan(run.settings, f"{names[source]} ({number} of {len(sources)})")
-        folders[names[source]] = train_expert(into, names[source], rows, run.backbone, plan, run.settings.lora)
+        folders[names[source]] = train_expert(into, names[source], rows, run.mixture.backbone, plan, run.settings.lora)
     return TrainedExtra(folders, SourceRouter(names))
 
 
@@ -81,7 +81,7 @@ def _cluster_experts(run: ElreaRun, into: RunFolder, prefix: str, labels: Sequen
     records = [{**origin(example), "cluster": f"{prefix}-{label}"} for example, label in rows]
     write_jsonl(into.path / "clusters.jsonl", records)
     base, count = run.folder / "experts" / BASE, max(labels) + 1
-    return train_clusters(into, prefix, run.kept.rows, labels, count, run.backbone, run.settings, base)
+    return train_clusters(into, prefix, run.kept.rows, labels, count, run.mixture.backbone, run.settings, base)
 
 
 # --------------------------------------------------------------------------------------------- gates, fitted routers
@@ -92,8 +92,8 @@ def _gates(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     settings, bank = run.extras, run.mixture.bank
     plan = base_plan(run.settings, "gates")
     plan = replace(plan, epochs=settings.gate_epochs, learning_rate=settings.gate_learning_rate)
-    layers = train_gates(run.backbone, bank.adapters, run.kept.rows, plan, into.path)
-    return TrainedExtra({}, GateRouter(run.backbone, bank.adapters, Gates(bank.names, layers)))
+    layers = train_gates(run.mixture.backbone, bank.adapters, run.kept.rows, plan, into.path)
+    return TrainedExtra({}, GateRouter(run.mixture.backbone, bank.adapters, Gates(bank.names, layers)))
 
 
 def _judged(run: ElreaRun, into: RunFolder) -> TrainedExtra:

@@ -6,7 +6,6 @@ from functools import cached_property
 from torch import Tensor
 
 from coterie.artifacts import read_jsonl, read_tensors
-from coterie.backbone.loading import Backbone
 from coterie.data.batching import Tokenised, tokenise
 from coterie.data.examples import load_all
 from coterie.errors import CoterieError
@@ -20,11 +19,6 @@ class ElreaRun(FittedRun[ElreaSettings]):
     """A run of `coterie fit elrea`, opened for further training."""
 
     made_by = ElreaSettings
-
-    @property
-    def backbone(self) -> Backbone:
-        """The base model."""
-        return self.mixture.backbone
 
     @cached_property
     def kept(self) -> Tokenised:

@@ -46,7 +46,7 @@ def _best_tuned(run: KshotRun, into: RunFolder) -> TrainedExtra:
 def _lorahub(run: KshotRun, into: RunFolder) -> TrainedExtra:
     """Search weights of the candidates' factors without gradients (LoraHub, arXiv 2307.13269)."""
     task = run.task
-    names = [own.name for own in run.ranking if own.candidate]
+    names = [own.name for own in run.selection.adapters if own.candidate]
     adapters = load_bank({name: task.bank.folder_of(name) for name in names}, task.backbone.model).adapters
     rows = run.tokenised([])
     alone = torch.ones(1, len(rows), 1)
@@ -109,7 +109,8 @@ def _copied(run: KshotRun, into: RunFolder, prefix: str) -> TrainedExtra:
 
 def _first(run: KshotRun, *signals: str) -> list[str]:
     """Return as many adapters as were chosen, best by these numbers alone."""
-    order = sorted(run.ranking, key=lambda own: (*(getattr(own, signal) for signal in signals), own.name))
+    finished = [own for own in run.selection.adapters if own.rank_sum is not None]  # that saw all shots
+    order = sorted(finished, key=lambda own: (*(getattr(own, signal) for signal in signals), own.name))
     return [own.name for own in order[: len(run.selection.chosen)]]
 
 

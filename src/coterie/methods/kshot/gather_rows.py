@@ -112,11 +112,6 @@ class OpenData:
         """Keys of the texts of those rows."""
         return self.index.texts[self.fresh]
 
-    def inputs(self) -> dict[str, str]:
-        """Hash all of it, by name."""
-        pool = hashlib.sha256(self.index.texts.tobytes() + self.index.records.tobytes()).hexdigest()
-        return {"shots": hash_examples(self.shots), "exclude": hash_examples(self.excluded), "pool": pool}
-
 
 def load_open_data(settings: GatherSettings, given: Mapping[str, list[Example]]) -> OpenData:
     """Load examples and excluded rows, and index the pools; `given` has those that are in memory already, by setting.
@@ -166,7 +161,12 @@ def gather_rows(settings: GatherSettings, given: Mapping[str, list[Example]] | N
     check_output(output, overwrite=settings.overwrite)
     data = load_open_data(settings, given or {})
     encoder = load_text_encoder(settings.encoder, settings.model, settings.placement)
-    inputs = {**data.inputs(), "encoder": encoder.identity}
+    inputs = {
+        "shots": hash_examples(data.shots),
+        "exclude": hash_examples(data.excluded),
+        "pool": hashlib.sha256(data.index.texts.tobytes() + data.index.records.tobytes()).hexdigest(),
+        "encoder": encoder.identity,
+    }
     with run_folder(output, "gather", settings.model_dump(), inputs) as run:
         write_gathered(run.path, data, encoder, settings)
     return Gathered(output, read_json(output / SUMMARY_FILE))

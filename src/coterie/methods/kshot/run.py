@@ -15,7 +15,7 @@ from coterie.methods.kshot.gather_rows import GATHERED_FILE, SUMMARY_FILE
 from coterie.methods.kshot.task import KshotTask, open_task
 from coterie.methods.kshot.train import GATES_FILE
 from coterie.records.schema import Record, read
-from coterie.records.task import AdapterRecord, GateLoads, GatheringRecord, SelectionRecord
+from coterie.records.task import GateLoads, GatheringRecord, SelectionRecord
 from coterie.settings.commands import KshotSettings
 
 
@@ -55,11 +55,6 @@ class KshotRun(FittedRun[KshotSettings]):
     def selection(self) -> SelectionRecord:
         """Which experts were chosen, and why."""
         return read_selection(self.folder / SELECTION)
-
-    @property
-    def ranking(self) -> list[AdapterRecord]:
-        """Every adapter that saw all shots, best first."""
-        return [own for own in self.selection.adapters if own.rank_sum is not None]
 
 
 def task_records(folder: Path | None) -> dict[str, Any]:

@@ -127,12 +127,6 @@ class _Counting:
     def close(self) -> None:
         pass
 
-    def prefill(self, expert: str, texts: Sequence[str]) -> None:
-        """Count questions to which a model writes no answer."""
-        for text in texts:
-            prompt = round(len(text) / self.paces[expert].characters)
-            self.tallies.setdefault(expert, Tally()).add(prompt, 0, 0)
-
 
 def plan_work(
     fitted: Symbolic,
@@ -203,6 +197,8 @@ def _skills(
         assert expert is not None  # without a chooser, nothing is chosen
         scheduler.loaded(expert)
         lacking = [question for question, own in zip(questions, examples, strict=True) if not own.category]
-        counting.prefill(expert, [choice_request(question, options) for question in [*lacking, BLANK]])
+        for question in [*lacking, BLANK]:
+            prompt = round(len(choice_request(question, options)) / counting.paces[expert].characters)
+            counting.tallies.setdefault(expert, Tally()).add(prompt, 0, 0)
     rows = fitted.profiled.rows
     return [tuple(rows[number % len(rows)]["skills"]) for number in range(len(examples))], False

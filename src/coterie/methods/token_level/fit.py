@@ -177,17 +177,14 @@ def _adapters_to_join(
             f"--centroid-data names the expert {strange[0]!r}, but there are adapters for {', '.join(adapters)} only"
         )
     if settings.model:
-        return adapters, sources, (settings.model, settings.revision)
-    return adapters, sources, base or (_base_of(adapters), settings.revision)
-
-
-def _base_of(adapters: Mapping[str, Path]) -> str:
-    """Return the base model that the adapters name, where they agree."""
-    named = {name: read_json(folder / CONFIG_FILE).get("base_model_name_or_path") for name, folder in adapters.items()}
-    bases = sorted({str(base) for base in named.values() if base})
-    if len(bases) != 1:
-        raise CoterieError(f"the adapters name {' and '.join(bases) or 'no'} base model; choose one with --model")
-    return bases[0]
+        base = (settings.model, settings.revision)
+    if base is None:
+        configs = [read_json(folder / CONFIG_FILE) for folder in adapters.values()]
+        named = sorted({str(own["base_model_name_or_path"]) for own in configs if own.get("base_model_name_or_path")})
+        if len(named) != 1:
+            raise CoterieError(f"the adapters name {' and '.join(named) or 'no'} base model; choose one with --model")
+        base = (named[0], settings.revision)
+    return adapters, sources, base
 
 
 def _assemble(
