@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from coterie.combiners.aggregate import VOTES, elect
+from coterie.data.examples import load_examples
 from coterie.grading.answers import read_answer
 from coterie.grading.grade import after_thinking, is_right
 from coterie.methods.symbolic.answer import synthesis_ask
@@ -76,8 +77,8 @@ def judge_aggregators(
     Raises:
         CoterieError: when a model does not fit into memory, or replies cannot be written.
     """
-    questions = profiled.questions()
-    experts = profiled.profile.experts
+    questions = load_examples(profiled.rows, need_response=False)
+    experts, shown = profiled.profile.experts, profiled.scores()
     asks = [synthesis_ask(name, questions[t.number], t.texts, sampling) for name in experts for t in tasks]
     replies = scheduler.ask(asks)
     tell_failures(asks, replies)
@@ -89,7 +90,7 @@ def judge_aggregators(
     skills = [tuple(profiled.rows[task.number]["skills"]) for task in tasks]
     voted = []
     for task, needed in zip(tasks, skills, strict=True):
-        others = profiled.profile.without(needed, profiled.scores()[:, task.number])  # not from the question itself
+        others = profiled.profile.without(needed, shown[:, task.number])  # not the question itself
         values = others.values(settings.profile)
         weights = relevance(suitability(values, others.skills, [needed]), competency(values), settings.sampler)[0]
         own = [float(weights[experts.index(name)]) for name in task.experts]

@@ -150,13 +150,12 @@ def _aggregated(
     given: Mapping[tuple[str, int], tuple[ExpertAnswer, ...]],
 ) -> dict[str, list[Outcome]]:
     """Let votes be counted, and aggregators write."""
-    wanted = {
-        (name, number): synthesis_ask(
-            plans[name].aggregators[number], examples[number], texts_of(own), plans[name].sampling
-        )
-        for (name, number), own in given.items()
-        if plans[name].aggregators[number] not in VOTES and texts_of(own)
-    }
+    wanted = {}
+    for (name, number), own in given.items():
+        aggregator = plans[name].aggregators[number]
+        texts = [text for one in own if (text := after_thinking(one.reply.text))]
+        if texts and aggregator not in VOTES:
+            wanted[name, number] = synthesis_ask(aggregator, examples[number], texts, plans[name].sampling)
     replies = dict(zip(wanted, scheduler.ask(list(wanted.values())), strict=True))
     tell_failures(list(wanted.values()), list(replies.values()))
     return {
@@ -166,11 +165,6 @@ def _aggregated(
         ]
         for name, plan in plans.items()
     }
-
-
-def texts_of(given: Sequence[ExpertAnswer]) -> list[str]:
-    """Return the answers that there are, without their thinking."""
-    return [text for own in given if (text := after_thinking(own.reply.text))]
 
 
 def synthesis_ask(aggregator: str, example: Example, texts: Sequence[str], sampling: SamplingSettings) -> Question:

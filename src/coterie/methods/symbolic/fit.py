@@ -121,10 +121,11 @@ class Symbolic:
         if name == RANDOM:
             routing = random_recruits(self.pool.names, texts, self.recruiting, sampling.seed)
             return RecruitingPlan(routing, torch.ones(routing.weights.shape), own, sampling)
+        best = self.pool.names[int(self.profiled.profile.accuracy.argmax())]
         if name == SELF_CONSISTENCY:
             warm = sampling.model_copy(update={"temperature": sampling.temperature or TEMPERATURE})
-            return self._single(self.best_single, len(texts), SAMPLES, warm)
-        expert = self.best_single if name == BEST_SINGLE else name
+            return self._single(best, len(texts), SAMPLES, warm)
+        expert = best if name == BEST_SINGLE else name
         if expert not in self.pool.names:
             raise unknown_name("method or expert", name, [*METHODS, *self.pool.names])
         return self._single(expert, len(texts), 1, sampling)
@@ -134,11 +135,6 @@ class Symbolic:
         weights[:, self.pool.names.index(expert)] = answers
         routing = Routing(self.pool.names, weights)
         return RecruitingPlan(routing, torch.ones(weights.shape), [MAJORITY] * count, sampling)
-
-    @property
-    def best_single(self) -> str:
-        """The expert with the best score on the validation questions."""
-        return self.pool.names[int(self.profiled.profile.accuracy.argmax())]
 
     def record(self) -> dict[str, Any]:
         """Return mixture.json."""

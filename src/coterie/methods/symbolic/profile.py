@@ -21,7 +21,7 @@ from coterie.artifacts import (
     write_json,
     write_jsonl,
 )
-from coterie.data.examples import Example, load_examples
+from coterie.data.examples import Example
 from coterie.errors import CoterieError
 from coterie.experts.answering import Question, Reply
 from coterie.experts.expert_pool import Pool, read_pool
@@ -93,10 +93,6 @@ class Profiled:
             score=self.score,
             identities=dict(self.identities),
         )
-
-    def questions(self) -> list[Example]:
-        """Return the validation questions."""
-        return load_examples(self.rows, need_response=False)
 
     def scores(self) -> Float[Tensor, "expert question"]:
         """Return every expert's scores; NaN where it gave no answer."""

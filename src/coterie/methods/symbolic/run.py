@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from coterie.artifacts import write_jsonl
+from coterie.data.examples import Example
 from coterie.errors import CoterieError
 from coterie.methods.symbolic.answer import answer_all
-from coterie.methods.symbolic.fit import load_symbolic
+from coterie.methods.symbolic.fit import Symbolic, load_symbolic
 from coterie.methods.symbolic.methods import METHOD
 from coterie.methods.symbolic.plan import WorkPlan, plan_work
 from coterie.methods.symbolic.skills import open_scheduler
 from coterie.mixture import Prompt, as_example
 from coterie.settings.commands import GenerateSettings
-from coterie.settings.groups import RoutingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +32,7 @@ def generate_symbolic(settings: GenerateSettings, prompts: Sequence[Prompt]) -> 
     Raises:
         CoterieError: for settings that do not apply, bad prompts, or experts that have changed.
     """
-    fitted = load_symbolic(settings.mixture)
-    name = method_name(settings.routing)
-    examples = [as_example(prompt, number) for number, prompt in enumerate(prompts)]
-    replies = replies_beside(settings.output)
+    fitted, name, examples, replies = _opened(settings, prompts)
     with open_scheduler(fitted.pool, settings, replies) as scheduler:
         skills = fitted.skills(scheduler, examples)
         plan = fitted.recruiting_plan(name, examples, skills, settings.sampling)
@@ -66,27 +63,20 @@ def plan_symbolic(settings: GenerateSettings, prompts: Sequence[Prompt]) -> Work
     Raises:
         CoterieError: as `generate_symbolic`.
     """
+    fitted, name, examples, replies = _opened(settings, prompts)
+    return plan_work(fitted, settings, name, examples, replies)
+
+
+def _opened(settings: GenerateSettings, prompts: Sequence[Prompt]) -> tuple[Symbolic, str, list[Example], Path | None]:
+    """Return the run, the method that answers, the questions, and where replies are kept until all are answered."""
     fitted = load_symbolic(settings.mixture)
-    examples = [as_example(prompt, number) for number, prompt in enumerate(prompts)]
-    name = method_name(settings.routing)
-    return plan_work(fitted, settings, name, examples, replies_beside(settings.output))
-
-
-def method_name(routing: RoutingSettings) -> str:
-    """Return which method answers.
-
-    Raises:
-        CoterieError: for a flag that only a mixture on one base model can follow.
-    """
     for flag in ("router", "combiner", "top_k_experts"):
-        if getattr(routing, flag) is not None:
+        if getattr(settings.routing, flag) is not None:
             written = flag.replace("_", "-")
             raise CoterieError(
                 f"--{written} does not apply to {METHOD}; its experts are set by coterie fit symbolic-moe"
             )
-    return routing.method or METHOD
-
-
-def replies_beside(output: str | None) -> Path | None:
-    """Return where replies are kept until the answers are written."""
-    return None if output is None else Path(output).with_name(Path(output).name + ".replies.jsonl")
+    examples = [as_example(prompt, number) for number, prompt in enumerate(prompts)]
+    output = None if settings.output is None else Path(settings.output)
+    replies = None if output is None else output.with_name(output.name + ".replies.jsonl")
+    return fitted, settings.routing.method or METHOD, examples, replies
