@@ -51,14 +51,14 @@ def test_the_interval_equals_a_loop_over_resamples_and_rows(weights, confidence)
 
 
 def test_the_difference_is_the_mean_and_with_weights_the_ratio_of_sums():
-    assert paired_bootstrap([1.0, 2.0, 6.0], [0.0, 0.0, 3.0]).difference == pytest.approx(6 / 3)
-    assert paired_bootstrap([1.0, 2.0], [0.0, 0.0], weights=[3.0, 1.0]).difference == pytest.approx((3 * 1 + 1 * 2) / 4)
+    assert paired_bootstrap([1.0, 2.0, 6.0], [0.0, 0.0, 3.0]).value == pytest.approx(6 / 3)
+    assert paired_bootstrap([1.0, 2.0], [0.0, 0.0], weights=[3.0, 1.0]).value == pytest.approx((3 * 1 + 1 * 2) / 4)
 
 
 def test_the_difference_of_micro_averages_is_the_micro_average_of_differences():
     own, control, tokens = [0.5, 1.5, 4.5], [1.0, 2.0, 4.0], [1.0, 3.0, 4.0]
     gap = np.average(own, weights=tokens) - np.average(control, weights=tokens)
-    assert paired_bootstrap(own, control, weights=tokens).difference == pytest.approx(gap)
+    assert paired_bootstrap(own, control, weights=tokens).value == pytest.approx(gap)
 
 
 def test_weights_count_by_proportion_only():
@@ -112,7 +112,7 @@ def test_memory_is_bounded_by_the_block_not_by_all_the_draws(monkeypatch):
 def test_exchanging_method_and_control_mirrors_the_interval():
     values, control = [0.1, 0.9, 0.4, 0.3], [0.2, 0.5, 0.1, 0.3]
     there, back = paired_bootstrap(values, control), paired_bootstrap(control, values)
-    assert (there.difference, there.low, there.high) == pytest.approx((-back.difference, -back.high, -back.low))
+    assert (there.value, there.low, there.high) == pytest.approx((-back.value, -back.high, -back.low))
 
 
 def test_permuting_the_rows_of_both_alike_leaves_the_difference():
@@ -121,7 +121,7 @@ def test_permuting_the_rows_of_both_alike_leaves_the_difference():
     shuffled = paired_bootstrap(
         [values[i] for i in order], [control[i] for i in order], weights=[weights[i] for i in order]
     )
-    assert shuffled.difference == pytest.approx(paired_bootstrap(values, control, weights=weights).difference)
+    assert shuffled.value == pytest.approx(paired_bootstrap(values, control, weights=weights).value)
 
 
 def test_one_row_tells_a_difference_but_no_limits_to_it():

@@ -1,11 +1,10 @@
 """Answers of methods to test rows, and their grades."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pydantic import TypeAdapter
 from tqdm.auto import tqdm
 
 from coterie.combiners.texts import majority
@@ -23,18 +22,6 @@ class Answers:
 
     completions: list[Completion]
     seconds: float
-
-    def record(self) -> dict[str, Any]:
-        """Return both as plain values."""
-        return _SCHEMA.dump_python(self, mode="json")
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> "Answers":
-        """Build from what `record` gave."""
-        return _SCHEMA.validate_python(record)
-
-
-_SCHEMA = TypeAdapter(Answers)
 
 
 class TestRow(NamedTuple):
@@ -56,19 +43,16 @@ def answer(
     with tqdm(total=len(order), desc=f"answers of {label}", unit="prompt") as bar:
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
-            found |= dict(zip(numbers, _batch(cell, tests, routing, numbers, sampling), strict=True))
+            asked = [tests[i].asked for i in numbers]
+            options: dict[str, Any] = {"batch_size": len(numbers), **sampling.model_dump()}
+            if cell.combiner.finishes_answers:
+                drawn = cell.drawn(asked, routing=routing.take(numbers), **options)
+                own = [_elected(tests[i].row, many, sampling.seed) for i, many in zip(numbers, drawn, strict=True)]
+            else:
+                own = cell.generate(asked, routing=routing.take(numbers), **options)
+            found |= dict(zip(numbers, own, strict=True))
             bar.update(len(numbers))
     return Answers([found[i] for i in range(len(tests))], time.perf_counter() - started)
-
-
-def _batch(
-    cell: Mixture, tests: Sequence[TestRow], routing: Routing, numbers: Sequence[int], sampling: SamplingSettings
-) -> list[Completion]:
-    options: dict[str, Any] = {"batch_size": len(numbers), **sampling.model_dump()}
-    if not cell.combiner.finishes_answers:
-        return cell.generate([tests[i].asked for i in numbers], routing=routing.take(numbers), **options)
-    drawn = cell.drawn([tests[i].asked for i in numbers], routing=routing.take(numbers), **options)
-    return [_elected(tests[i].row, answers, sampling.seed) for i, answers in zip(numbers, drawn, strict=True)]
 
 
 def _elected(row: Example, answers: Sequence[Completion], seed: int) -> Completion:

@@ -10,15 +10,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from coterie.artifacts import FORMAT, JsonCache, check_output, read_json, read_jsonl, run_folder, sha256_of
+from pydantic import TypeAdapter
+
+from coterie.artifacts import JsonCache, check_output, read_json, read_jsonl, run_folder, sha256_of
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError, unknown_name
 from coterie.evaluation.answers import Answers, TestRow, answer
 from coterie.evaluation.clusters import cluster_records, feature_map, kind_of
 from coterie.evaluation.few_shot import with_shots
-from coterie.evaluation.rows import hardware_record, mean_weights, memory_bytes, merge_errors, row_records
+from coterie.evaluation.rows import memory_bytes, merge_errors, row_records, summary_record
 from coterie.evaluation.shared_scores import Scored, SharedRouting, no_cache, score_methods
-from coterie.evaluation.table import format_table, summarise
+from coterie.evaluation.table import format_table
 from coterie.experts.names import BASE
 from coterie.grading.grade import check_code_execution, code_notes
 from coterie.methods.common import DOMAINS_FILE, hash_examples
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 PER_DATASET = "per-dataset"
 TOKEN_LEVEL = "token-level"
+_ANSWERS = TypeAdapter(Answers)  # as plain values, and back
 
 
 @dataclass(frozen=True)
@@ -217,31 +220,21 @@ def compare(
         routing = SharedRouting([row.prompt() for row in token_rows])(mixture.router).routing
     run_code = bool(settings.allow_code_execution)
     rows = row_records(tests, scored, answers, grid, routing, run_code=run_code)
-    sources = sorted({row.source for row in rows})
     folder = mixture.folder
     features = read_json(folder / "mixture.json")["router"].get("features") if folder else None
     has_categories = any(row.category for row in rows)
-    record = EvaluationRecord(
-        format=FORMAT,
+    record = summary_record(
+        settings,
+        rows,
+        routing,
+        methods,
+        control,
+        [kind_of(row.source, row.category) for row in rows] if has_categories else [],
         mixture=str(folder),
-        data=", ".join(settings.data),
         base_model=mixture.backbone.identity.__dict__,
-        control=control,
         routed=mixture.method,
-        methods=tuple(methods),
         experts=mixture.bank.names,
-        rows=len(rows),
-        sources=tuple(sources),
-        settings={
-            **settings.sampling.model_dump(),
-            "generate": settings.generate,
-            "batch_size": settings.batch_size,
-        },
         features=features or {},
-        hardware=hardware_record(),
-        table=tuple(summarise(rows, methods, control, sources, resamples=settings.resamples)),
-        routing=mean_weights(rows, routing, lambda row: row.source),
-        routing_by_category=mean_weights(rows, routing, _kind_of_row) if has_categories else {},
         seconds=_seconds(grid, scored, answers),
         memory=memory_bytes(scored, [len(row.ids) for row in token_rows]),
         merge_error=merge_errors(scored),
@@ -251,10 +244,6 @@ def compare(
         **task_records(folder),
     )
     return Evaluation(record, tuple(rows))
-
-
-def _kind_of_row(row: RowRecord) -> str:
-    return kind_of(row.source, row.category)
 
 
 def _test_rows(
@@ -285,9 +274,10 @@ def _answers(
 
     def make() -> Any:  # noqa: ANN401 - plain values
         routing = scored.routed[name].routing
-        return answer(scored.cells[name], tests, routing, name, settings.batch_size, settings.sampling).record()
+        found = answer(scored.cells[name], tests, routing, name, settings.batch_size, settings.sampling)
+        return _ANSWERS.dump_python(found, mode="json")
 
-    return Answers.from_record(cached(f"answers-{name}", make))
+    return _ANSWERS.validate_python(cached(f"answers-{name}", make))
 
 
 def _seconds(grid: MethodGrid, scored: Scored, answers: Mapping[str, Answers]) -> dict[str, dict[str, float]]:

@@ -8,9 +8,8 @@ by blank lines.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 from coterie.data.examples import Example, Message
 from coterie.errors import CoterieError
@@ -57,53 +56,31 @@ def with_shots(
     """
     if count < 0:
         raise CoterieError(f"the number of shots cannot be {count}; give 0 or more")
-    by_task = _by_task(shots)
-    rows = []
-    for example in examples:
-        own = islice(_others(by_task.get(_task(example), []), example), count)
-        rows.append(_fitted(example, list(own), length, longest))
-    _log(rows, longest)
-    return rows
-
-
-def _task(example: Example) -> tuple[str | None, str | None]:
-    return example.source, example.category
-
-
-def _by_task(shots: Sequence[Example]) -> dict[tuple[str | None, str | None], list[Example]]:
-    result: dict[tuple[str | None, str | None], list[Example]] = {}
+    by_task: dict[tuple[str | None, str | None], list[Example]] = {}
     for shot in shots:
         if shot.response is None:
             raise CoterieError(f"the shot {shot.id} has no response; give solved examples only")
-        result.setdefault(_task(shot), []).append(shot)
-    return result
-
-
-def _others(shots: Sequence[Example], example: Example) -> Iterator[Example]:
-    return (shot for shot in shots if shot.id != example.id and shot.instruction != example.instruction)
-
-
-def _fitted(example: Example, shots: Sequence[Example], length: Callable[[Example], int], longest: int) -> FewShot:
-    """Keep the most shots with which the prompt fits; none where it never does."""
-    question = example.instruction
-    for kept in range(len(shots), -1, -1):
-        asked = _asked(example, shots[:kept])
-        if length(asked) <= longest:
-            return FewShot(asked, question, kept, True)
-    return FewShot(example, question, 0, False)
-
-
-def _asked(example: Example, shots: Sequence[Example]) -> Example:
-    """Return the example with the shots in its last user turn."""
-    parts = [part for shot in shots for part in (shot.instruction, shot.response or "")]
-    place = max(number for number, message in enumerate(example.messages) if message.role == "user")
-    messages = list(example.messages)
-    messages[place] = Message("user", "\n\n".join([*parts, example.instruction]))
-    return replace(example, messages=tuple(messages))
-
-
-def _log(rows: Sequence[FewShot], longest: int) -> None:
+        by_task.setdefault((shot.source, shot.category), []).append(shot)
+    rows = []
+    for example in examples:
+        same_task = by_task.get((example.source, example.category), [])
+        others = [s for s in same_task if s.id != example.id and s.instruction != example.instruction]
+        rows.append(_fitted(example, others[:count], length, longest))
     counts = sorted(Counter(row.kept for row in rows).items(), reverse=True)
     logger.info("shots in a prompt: %s", ", ".join(f"{kept} in {number} rows" for kept, number in counts))
     if too_long := sum(not row.fits for row in rows):
         logger.warning("%d of %d prompts are longer than %d tokens even without shots", too_long, len(rows), longest)
+    return rows
+
+
+def _fitted(example: Example, shots: Sequence[Example], length: Callable[[Example], int], longest: int) -> FewShot:
+    """Keep the most shots with which the prompt fits, in the last user turn; none where it never does."""
+    question, messages = example.instruction, list(example.messages)
+    place = max(number for number, message in enumerate(messages) if message.role == "user")
+    for kept in range(len(shots), -1, -1):
+        solved = [part for shot in shots[:kept] for part in (shot.instruction, shot.response or "")]
+        messages[place] = Message("user", "\n\n".join([*solved, question]))
+        asked = replace(example, messages=tuple(messages))
+        if length(asked) <= longest:
+            return FewShot(asked, question, kept, True)
+    return FewShot(example, question, 0, False)

@@ -1,19 +1,21 @@
 """The records that an evaluation leaves behind: one object a row, and the summary's plain facts."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from coterie.artifacts import environment_record
+from coterie.artifacts import FORMAT, environment_record
 from coterie.backbone.loading import cache_numbers
 from coterie.data.examples import Example
 from coterie.evaluation.answers import Answers, TestRow
 from coterie.evaluation.shared_scores import Scored
+from coterie.evaluation.table import summarise
 from coterie.grading.grade import graded
 from coterie.methods.family import MethodGrid
-from coterie.records.evaluation import MethodResult, RowRecord
+from coterie.records.evaluation import EvaluationRecord, MethodResult, RowRecord
 from coterie.routers.base import Routing
+from coterie.settings.commands import EvaluationSettings
 
 MERGES_MEASURED = 16  # rows of weights that a merge's error is averaged over
 
@@ -78,14 +80,52 @@ def row_records(
     return records
 
 
-def mean_weights(
-    rows: Sequence[RowRecord], routing: Routing, key: Callable[[RowRecord], str]
-) -> dict[str, dict[str, float]]:
-    """Average a method's normalised weights over the rows of every value of `key`, in sorted order."""
+def summary_record(
+    settings: EvaluationSettings,
+    rows: Sequence[RowRecord],
+    routing: Routing,
+    methods: Sequence[str],
+    control: str,
+    categories: Sequence[str],
+    **others: Any,  # noqa: ANN401 - the fields as they are
+) -> EvaluationRecord:
+    """Sum up what every evaluation has; `others` are the other fields.
+
+    The mean weights of `routing` are recorded by the rows' sources and by `categories`, a name for every row, or none.
+    """
+    sources = sorted({row.source for row in rows})
+    environment = environment_record()
+    return EvaluationRecord(
+        format=FORMAT,
+        data=", ".join(settings.data),
+        control=control,
+        methods=tuple(methods),
+        rows=len(rows),
+        sources=tuple(sources),
+        settings={
+            **settings.sampling.model_dump(),
+            "generate": settings.generate,
+            "batch_size": settings.batch_size,
+        },
+        hardware={
+            "name": environment["machine"],
+            "python": environment["python"],
+            "threads": torch.get_num_threads(),
+            **environment["versions"],
+        },
+        table=tuple(summarise(rows, methods, control, sources, resamples=settings.resamples)),
+        routing=_mean_weights([row.source for row in rows], routing),
+        routing_by_category=_mean_weights(categories, routing),
+        **others,
+    )
+
+
+def _mean_weights(names: Sequence[str], routing: Routing) -> dict[str, dict[str, float]]:
+    """Average normalised weights over the rows of one name, in sorted order."""
     shares = routing.normalized().weights
     groups: dict[str, list[int]] = {}
-    for number, row in enumerate(rows):
-        groups.setdefault(key(row), []).append(number)
+    for number, name in enumerate(names):
+        groups.setdefault(name, []).append(number)
     return {
         name: dict(zip(routing.experts, shares[groups[name]].mean(dim=0).tolist(), strict=True))
         for name in sorted(groups)
@@ -123,14 +163,3 @@ def memory_bytes(scored: Scored, lengths: Sequence[int]) -> dict[str, int]:
         cache = cache_numbers(model.config) * tokens * len(plan.prompts) / plan.votes.shape[0]
         held[name] = round(base + next(model.parameters()).element_size() * (experts + cache))
     return held
-
-
-def hardware_record() -> dict[str, Any]:
-    """Name what an evaluation ran on."""
-    record = environment_record()
-    return {
-        "name": record["machine"],
-        "python": record["python"],
-        "threads": torch.get_num_threads(),
-        **record["versions"],
-    }

@@ -61,32 +61,28 @@ def read_spread(folders: Sequence[str | Path]) -> list[SpreadRow]:
     for number, path in enumerate(paths):
         if path in paths[:number]:
             raise CoterieError(f"{folders[number]} is given twice; give the evaluation of another seed in its place")
-    return _compared([read_summary(path) for path in paths])
+    return spread([read_summary(path) for path in paths])
 
 
-def spread(evaluations: Sequence[Mapping[str, Any]]) -> list[SpreadRow]:
+def spread(evaluations: Sequence[EvaluationRecord | Mapping[str, Any]]) -> list[SpreadRow]:
     """Compare evaluations of the same rows by mixtures fitted with other seeds.
 
     Methods that every evaluation has are compared, in the order of the first; others are left out. Whether rows are the
     same is judged by the name of the data and the number of rows; whether the seeds differ is taken on trust.
 
     Args:
-        evaluations: What `evaluation.json` holds, or `Evaluation.summary`; two or more.
+        evaluations: What `evaluation.json` holds, `Evaluation.summary` or its record; two or more.
 
     Raises:
         CoterieError: There are fewer than two, one is no evaluation, or two differ in data, number of rows or
             control, or they share no method.
     """
     advice = "give what `coterie eval` wrote"
-    numbered = enumerate(evaluations, start=1)
-    return _compared([parse(EvaluationRecord, own, f"evaluation {number}", advice) for number, own in numbered])
-
-
-def _compared(evaluations: Sequence[EvaluationRecord]) -> list[SpreadRow]:
-    if len(evaluations) < 2:
-        raise CoterieError(f"a spread needs the evaluations of at least two seeds; got {len(evaluations)}")
-    first = evaluations[0]
-    for number, other in enumerate(evaluations[1:], start=2):
+    records = [parse(EvaluationRecord, own, f"evaluation {n}", advice) for n, own in enumerate(evaluations, start=1)]
+    if len(records) < 2:
+        raise CoterieError(f"a spread needs the evaluations of at least two seeds; got {len(records)}")
+    first = records[0]
+    for number, other in enumerate(records[1:], start=2):
         for name in ("data", "rows", "control"):
             ours, theirs = getattr(first, name), getattr(other, name)
             if ours != theirs:
@@ -94,7 +90,7 @@ def _compared(evaluations: Sequence[EvaluationRecord]) -> list[SpreadRow]:
                     f"evaluations 1 and {number} have {ours!r} and {theirs!r} as {name}; "
                     "give evaluations of the same rows with one control"
                 )
-    tables = [{row.method: row for row in own.table if row.source == OVERALL} for own in evaluations]
+    tables = [{row.method: row for row in own.table if row.source == OVERALL} for own in records]
     shared = [method for method in tables[0] if all(method in table for table in tables)]
     if not shared:
         raise CoterieError("no method stands in the tables of all these evaluations; evaluate the same methods")
@@ -184,7 +180,9 @@ def _cells(method: str, found: Spread, measure: _Measure) -> Sequence[str]:
 
 def _conclusion(rows: Sequence[SpreadRow]) -> str:
     """Say for which differences the interval of the mean excludes zero."""
-    gaps = [*_gaps(rows, "accuracy", "accuracy_difference"), *_gaps(rows, "NLL", "nll_difference")]
+    measured = [("accuracy", row["method"], row["accuracy_difference"]) for row in rows]
+    measured += [("NLL", row["method"], row["nll_difference"]) for row in rows]
+    gaps = [_Gap(measure, method, found) for measure, method, found in measured if found]
     tested = [gap for gap in gaps if gap.spread["interval"]]
     if not gaps:
         return "No method but the control was measured, so there is no difference to test."
@@ -208,7 +206,3 @@ def _conclusion(rows: Sequence[SpreadRow]) -> str:
             f"Intervals are over seeds on these same rows, and are not corrected for their number ({len(varied)}).",
         ]
     )
-
-
-def _gaps(rows: Sequence[SpreadRow], measure: str, field: Field) -> list[_Gap]:
-    return [_Gap(measure, row["method"], found) for row in rows if (found := row[field])]

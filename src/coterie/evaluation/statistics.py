@@ -20,9 +20,9 @@ _ROUNDING = 1e-12  # two sums of the same numbers in another order differ by les
 
 
 class Interval(NamedTuple):
-    """A difference to the control and the ends of its confidence interval."""
+    """A value, such as a difference to the control, and the ends of its confidence interval."""
 
-    difference: float
+    value: float
     low: float
     high: float
 

@@ -3,13 +3,13 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from coterie.artifacts import FORMAT, check_output, run_folder, sha256_of
+from coterie.artifacts import check_output, run_folder, sha256_of
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError
 from coterie.evaluation.compare import Evaluation, checked_control, method_names, run_evaluation
-from coterie.evaluation.rows import hardware_record, mean_weights, method_result, question_fields
-from coterie.evaluation.table import summarise
+from coterie.evaluation.rows import method_result, question_fields, summary_record
 from coterie.grading.grade import after_thinking, check_code_execution, code_notes, graded
 from coterie.methods.common import hash_examples
 from coterie.methods.symbolic.answer import Outcome, answer_all
@@ -17,9 +17,15 @@ from coterie.methods.symbolic.fit import Symbolic, is_symbolic, load_symbolic
 from coterie.methods.symbolic.methods import BEST_SINGLE, METHOD, METHODS
 from coterie.methods.symbolic.profile import REPLIES
 from coterie.methods.symbolic.skills import open_scheduler
-from coterie.records.evaluation import Clustering, Cost, EvaluationRecord, OutcomeRecord, RowRecord
+from coterie.records.evaluation import Clustering, Cost, OutcomeRecord, RowRecord
 from coterie.records.files import write_evaluation
 from coterie.settings.commands import EvaluationSettings
+
+# Fields of what these methods do not have; they stay in the file, empty.
+_NOT_MEASURED: dict[str, Any] = {
+    **dict.fromkeys(("features", "memory", "merge_error", "clusters", "composition"), {}),
+    "clustering": Clustering(),
+}
 
 
 def evaluate_folder(settings: EvaluationSettings) -> Evaluation:
@@ -41,7 +47,12 @@ def evaluate_symbolic(settings: EvaluationSettings) -> Evaluation:
     """
     output = Path(settings.output)
     check_output(output, overwrite=settings.overwrite)
-    _check_flags(settings)
+    if not settings.generate:
+        raise CoterieError(f"--no-generate leaves nothing to measure: {METHOD} has answers, but no likelihood")
+    if settings.every is not None:
+        raise CoterieError(f"--every does not apply to {METHOD}, whose experts answer one by one; leave it out")
+    if settings.solved.few_shot:
+        raise CoterieError(f"--few-shot does not apply to {METHOD}; put solved examples into the rows' prompts")
     fitted = load_symbolic(settings.mixture)
     names = list(METHODS) if settings.methods in (None, "all") else method_names(settings)
     control = checked_control(settings.control, names, BEST_SINGLE)
@@ -55,15 +66,6 @@ def evaluate_symbolic(settings: EvaluationSettings) -> Evaluation:
         result = _evaluated(settings, fitted, names, control, examples, cache)
         write_evaluation(run.path, result.record, result.row_records)
     return result
-
-
-def _check_flags(settings: EvaluationSettings) -> None:
-    if not settings.generate:
-        raise CoterieError(f"--no-generate leaves nothing to measure: {METHOD} has answers, but no likelihood")
-    if settings.every is not None:
-        raise CoterieError(f"--every does not apply to {METHOD}, whose experts answer one by one; leave it out")
-    if settings.solved.few_shot:
-        raise CoterieError(f"--few-shot does not apply to {METHOD}; put solved examples into the rows' prompts")
 
 
 def _evaluated(
@@ -84,51 +86,22 @@ def _evaluated(
     rows = []
     for number, example in enumerate(examples):
         own = {name: found[number] for name, found in outcomes.items()}
-        counts = routing.row(number)
-        total = sum(counts.values()) or 1.0
-        results = {
-            name: method_result(
-                one.text, example, run_code=run_code, nll=None, tokens=0, finish_reason=one.finish_reason
-            )
-            for name, one in own.items()
-        }
-        row = RowRecord(
-            **question_fields(example),
-            skills=skills[number],
-            expert_nll={},
-            methods=results,
-            weights={name: count / total for name, count in counts.items()},
-            recruited=_with_verdicts(own[first], example, run_code=run_code),
-            outcomes={name: one.record() for name, one in own.items() if name != first},
-        )
-        rows.append(row)
+        rows.append(_row_record(example, skills[number], own, first, routing.row(number), run_code=run_code))
     costs = {name: [outcome.cost for outcome in outcomes[name]] for name in names}
-    sources = sorted({row.source for row in rows})
     has_categories = any(row.category for row in rows)
-    record = EvaluationRecord(
-        format=FORMAT,
+    record = summary_record(
+        settings,
+        rows,
+        routing,
+        names,
+        control,
+        [row.category or "-" for row in rows] if has_categories else [],
         mixture=settings.mixture,
-        data=", ".join(settings.data),
         base_model={"id": ", ".join(sorted({expert.model for expert in fitted.pool.experts}))},
-        control=control,
         routed=METHOD,
-        methods=tuple(names),
         experts=fitted.pool.names,
-        rows=len(rows),
-        sources=tuple(sources),
-        settings={**settings.sampling.model_dump(), "generate": True, "batch_size": settings.batch_size},
-        features={},
-        hardware=hardware_record(),
-        table=tuple(summarise(rows, names, control, sources, resamples=settings.resamples)),
-        routing=mean_weights(rows, routing, lambda row: row.source),
-        routing_by_category=mean_weights(rows, routing, lambda row: row.category or "-") if has_categories else {},
         seconds={name: {"generate": sum(cost.seconds for cost in own)} for name, own in costs.items()},
         notes=(*_notes(fitted, outcomes), *code_notes(examples, run_code=run_code)),
-        memory={},
-        merge_error={},
-        clusters={},
-        composition={},
-        clustering=Clustering(),
         profile=fitted.profiled.record(),
         aggregator=fitted.aggregator,
         recruits=dict(zip(routing.experts, routing.weights.sum(dim=0).tolist(), strict=True)),
@@ -138,8 +111,36 @@ def _evaluated(
         },
         loads=loads,
         peak_bytes=peak,
+        **_NOT_MEASURED,
     )
     return Evaluation(record, tuple(rows))
+
+
+def _row_record(
+    example: Example,
+    skills: Sequence[str],
+    outcomes: Mapping[str, Outcome],
+    first: str,
+    counts: Mapping[str, float],
+    *,
+    run_code: bool,
+) -> RowRecord:
+    """Record every method's outcome of one row; that of the `first` with its verdicts, and whom it recruited."""
+    total = sum(counts.values()) or 1.0
+    return RowRecord(
+        **question_fields(example),
+        skills=tuple(skills),
+        expert_nll={},
+        methods={
+            name: method_result(
+                one.text, example, run_code=run_code, nll=None, tokens=0, finish_reason=one.finish_reason
+            )
+            for name, one in outcomes.items()
+        },
+        weights={name: count / total for name, count in counts.items()},
+        recruited=_with_verdicts(outcomes[first], example, run_code=run_code),
+        outcomes={name: one.record() for name, one in outcomes.items() if name != first},
+    )
 
 
 def _with_verdicts(outcome: Outcome, example: Example, *, run_code: bool) -> OutcomeRecord:

@@ -2,7 +2,7 @@
 
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from coterie.evaluation.statistics import (
     sign_flip_test,
 )
 from coterie.experts.names import BASE
-from coterie.records.evaluation import LEVEL, OVERALL, MethodResult, RowRecord, TableRow
+from coterie.records.evaluation import LEVEL, OVERALL, RowRecord, TableRow
 from coterie.records.wording import (
     WIDTH,
     columns,
@@ -48,14 +48,6 @@ class _Pairs(NamedTuple):
     own: list[float]
     control: list[float]
     weights: list[float]
-
-
-class _Share(NamedTuple):
-    """A share and the ends of its confidence interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 class _Draws(NamedTuple):
@@ -112,9 +104,9 @@ def _part(
     source: str, rows: Sequence[RowRecord], methods: Sequence[str], control: str, draws: _Draws
 ) -> list[TableRow]:
     results = {method: [row.methods[method] for row in rows] for method in methods}
-    accuracy = {name: _graded([own.correct for own in found]) for name, found in results.items()}
-    f1 = {name: _graded([own.f1 for own in found]) for name, found in results.items()}
-    nll = {name: _nll(found) for name, found in results.items()}
+    accuracy = {name: _measure((own.correct, 1) for own in found) for name, found in results.items()}
+    f1 = {name: _measure((own.f1, 1) for own in found) for name, found in results.items()}
+    nll = {name: _measure((own.nll, own.tokens) for own in found) for name, found in results.items()}
     right, likely = _pairs(accuracy, control), _pairs(nll, control)
     right_gaps, likely_gaps = _gaps(right, draws), _gaps(likely, draws)
     right_p = holm(
@@ -135,12 +127,12 @@ def _part(
             rows=len(rows),
             graded=len(accuracy[method].values),
             accuracy=_mean(accuracy[method]),
-            accuracy_difference=right_gaps[method].difference if method in right_gaps else None,
+            accuracy_difference=right_gaps[method].value if method in right_gaps else None,
             accuracy_interval=_ends(right_gaps.get(method)),
             accuracy_p=right_p.get(method),
             f1=_mean(f1[method]),
             nll=_mean(nll[method]),
-            nll_difference=likely_gaps[method].difference if method in likely_gaps else None,
+            nll_difference=likely_gaps[method].value if method in likely_gaps else None,
             nll_interval=_ends(likely_gaps.get(method)),
             nll_p=likely_p.get(method),
             oracle_share=shares[method].value if method in shares else None,
@@ -150,17 +142,10 @@ def _part(
     ]
 
 
-def _graded(grades: Sequence[bool | float | None]) -> _Measure:
-    """Return the grades by row, all of one weight; what was not graded has none."""
-    values = {number: float(grade) for number, grade in enumerate(grades) if grade is not None}
-    return _Measure(values, dict.fromkeys(values, 1.0))
-
-
-def _nll(results: Sequence[MethodResult]) -> _Measure:
-    """Return mean NLL by row, weighing its tokens; an empty response, and a method that only answers, have none."""
-    scored = [(number, own.nll, own.tokens) for number, own in enumerate(results)]
-    known = [(number, nll, tokens) for number, nll, tokens in scored if tokens and nll is not None]
-    return _Measure({number: nll for number, nll, _ in known}, {number: float(tokens) for number, _, tokens in known})
+def _measure(results: Iterable[tuple[float | None, int]]) -> _Measure:
+    """Keep (value, weight) by row; what was not measured, or weighs nothing as an empty response does, has none."""
+    known = [(number, value, weight) for number, (value, weight) in enumerate(results) if value is not None and weight]
+    return _Measure({n: float(value) for n, value, _ in known}, {n: float(weight) for n, _, weight in known})
 
 
 def _mean(measure: _Measure) -> float | None:
@@ -204,7 +189,7 @@ def _gaps(pairs: Mapping[str, _Pairs], draws: _Draws) -> dict[str, Interval]:
     }
 
 
-def _oracle_shares(nll: Mapping[str, _Measure], draws: _Draws) -> dict[str, _Share]:
+def _oracle_shares(nll: Mapping[str, _Measure], draws: _Draws) -> dict[str, Interval]:
     """Return the share of the oracle's gain over the base that every other method captures, where there is a gain."""
     if not {BASE, ORACLE} <= {*nll}:
         return {}
@@ -217,11 +202,11 @@ def _oracle_shares(nll: Mapping[str, _Measure], draws: _Draws) -> dict[str, _Sha
             for other in (own, oracle)
         )
         if whole.sum() > 0:
-            found[method] = _Share(float(gain.sum() / whole.sum()), *ratio_interval(gain, whole, **draws._asdict()))
+            found[method] = Interval(float(gain.sum() / whole.sum()), *ratio_interval(gain, whole, **draws._asdict()))
     return found
 
 
-def _ends(interval: Interval | _Share | None) -> tuple[float, float] | None:
+def _ends(interval: Interval | None) -> tuple[float, float] | None:
     return (interval.low, interval.high) if interval and np.isfinite(interval.low) else None
 
 

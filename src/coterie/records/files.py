@@ -62,9 +62,7 @@ def _advice(folder: Path) -> str:
 
 def _read(kind: type[AnyRecord], text: str, place: str, folder: Path) -> AnyRecord:
     try:
-        value = _printable(
-            json.loads(text, parse_constant=lambda _: None)
-        )  # infinite and undefined numbers are missing
+        value = _printable(json.loads(text, parse_constant=lambda _: None))  # an infinite number is missing
     except (ValueError, RecursionError) as error:
         raise CoterieError(f"{place}: this is not JSON ({error}); {_advice(folder)}") from error
     return parse(kind, value, place, _advice(folder))

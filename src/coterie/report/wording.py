@@ -5,8 +5,7 @@ import re
 from collections.abc import Iterable
 
 from coterie.records.evaluation import Difference, EvaluationRecord
-from coterie.records.wording import listed
-from coterie.records.wording import p_value as known_p_value
+from coterie.records.wording import listed, p_value
 
 ABSENT = "–"
 AXES = {"accuracy": "Accuracy in %", "nll": "NLL in nats a token"}
@@ -58,11 +57,6 @@ def amount(value: float | None, decimals: int = 0) -> str:
 def percents(shares: Iterable[tuple[str, float]]) -> str:
     """Write names, each with its share of 1."""
     return ", ".join(f"{name} {percent(share)}" for name, share in shares)
-
-
-def p_value(p: float | None) -> str:
-    """Write a p to three decimals, and a smaller one as such."""
-    return known_p_value(p) or ABSENT
 
 
 def perplexity(value: float | None) -> str:
