@@ -7,7 +7,7 @@ import torch
 
 import tiny
 from conftest import GRID, write_rows
-from coterie import evaluate, run_evaluation
+from coterie import evaluate
 from coterie.artifacts import read_json
 from coterie.combiners.texts import majority
 from coterie.combiners.weights import WeightCombiner
@@ -18,6 +18,7 @@ from coterie.evaluation import compare
 from coterie.evaluation import shared_scores as routed
 from coterie.evaluation.answers import TestRow, answer
 from coterie.evaluation.clusters import cluster_records, feature_map
+from coterie.evaluation.compare import run_evaluation
 from coterie.evaluation.shared_scores import SharedRouting, score_methods
 from coterie.methods.elrea.methods import METHODS
 from coterie.mixture import Mixture
