@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coterie.errors import CoterieError
-from coterie.grading import code as code_grading
 from coterie.grading.answers import Grade
 from coterie.grading.code import CodeTests, code_tests, find_code, grade_code
 from coterie.grading.sandbox import Limits
@@ -157,11 +156,18 @@ def longest_prefix(text):
     for end in range(len(lines), 0, -1):
         code = "\n".join(lines[:end])
         try:
-            ast.parse(code)
+            statements = ast.parse(code).body
         except SyntaxError:
             continue
-        return code_grading._longest_code(code)[0]
+        while statements and is_idle(statements[-1]):
+            statements.pop()
+        return "\n".join(lines[: statements[-1].end_lineno]) if statements else None
     return None
+
+
+def is_idle(statement: ast.stmt) -> bool:
+    """Whether a statement names things and does nothing."""
+    return isinstance(statement, ast.Expr) and "Call(" not in ast.dump(statement)
 
 
 LINES = """def double(n):
