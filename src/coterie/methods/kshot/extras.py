@@ -14,7 +14,6 @@ from coterie.data.streaming import FRESH, index_pools
 from coterie.errors import CoterieError
 from coterie.experts.bank import load_bank, write_adapter
 from coterie.experts.lorahub import SearchPlan, compose, search_weights
-from coterie.lora import Adapter
 from coterie.methods.common import base_plan, copy_expert, train_expert
 from coterie.methods.extras import ExtraSpec, TrainedExtra
 from coterie.methods.kshot.run import KshotRun
@@ -57,24 +56,21 @@ def _lorahub(run: KshotRun, into: RunFolder) -> TrainedExtra:
 
     search = SearchPlan(run.extras.lorahub_steps, seed=run.settings.seed)
     weights = search_weights(shots_nll, len(names), search)
-    folder = into.path / "experts" / LORAHUB
-    _write_composed(run, folder.name, into, compose(adapters, weights))
-    return TrainedExtra({LORAHUB: folder}, None, {"weights": dict(zip(names, weights, strict=True))})
-
-
-def _write_composed(run: KshotRun, name: str, into: RunFolder, adapter: Adapter) -> None:
-    ranks = {path: len(pair.down) for path, pair in adapter.items()}
+    composed = compose(adapters, weights)
+    ranks = {path: len(pair.down) for path, pair in composed.items()}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": run.task.backbone.identity.id,
+        "base_model_name_or_path": task.backbone.identity.id,
         "r": max(ranks.values()),
         "lora_alpha": max(ranks.values()),
         "rank_pattern": ranks,
         "alpha_pattern": ranks,  # so that every layer's scaling is 1
         "target_modules": sorted(ranks),
     }
-    write_adapter(into.path / "experts" / name, config, adapter)
+    folder = into.path / "experts" / LORAHUB
+    write_adapter(folder, config, composed)
+    return TrainedExtra({LORAHUB: folder}, None, {"weights": dict(zip(names, weights, strict=True))})
 
 
 def _ablation(
