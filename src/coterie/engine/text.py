@@ -29,11 +29,6 @@ class TextStream:
         """Return the text that was held back, now that nothing follows."""
         return self._give(final=True)
 
-    @property
-    def text(self) -> str:
-        """All text handed out so far."""
-        return self._settled_text[: self._given]
-
     def _give(self, *, final: bool) -> str:
         start = max(0, self._settled - 4)  # new tokens are decoded behind others, so that spaces come out right
         before = self._decode(self._ids[start : self._settled])

@@ -116,17 +116,6 @@ class RouterParts:
     bank: ExpertBank
     inner: "Router | None" = None
 
-    @property
-    def wrapped(self) -> "Router":
-        """The router that this one is put around.
-
-        Raises:
-            KeyError: when its entry has none.
-        """
-        if self.inner is None:
-            raise KeyError("of")
-        return self.inner
-
 
 class Router(ABC):
     """Anything that turns prompts into weights, in two steps: what it reads off a prompt, and how that weighs experts.
@@ -238,4 +227,6 @@ class Wrapper(Router):
     @classmethod
     def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "Wrapper":
         """Build it from its entry, around the router that was built already."""
-        return cls(parts.wrapped, **{name: record[name] for name in cls.saved})
+        if parts.inner is None:
+            raise KeyError("of")
+        return cls(parts.inner, **{name: record[name] for name in cls.saved})
