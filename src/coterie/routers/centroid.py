@@ -242,7 +242,11 @@ class CentroidRouter(FeatureRouter):
 
     @classmethod
     def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "CentroidRouter":
-        """Build it; refuse an expert without centroids, or an encoder of other dimensions than theirs."""
+        """Build it from its entry and its tensors.
+
+        Raises:
+            CoterieError: when an expert has no centroid, or the encoder has other dimensions than the centroids.
+        """
         kind = str(record["kind"])
         file, prefix = PLACES[kind]
         tensors = read_tensors(parts.folder / f"{file}.safetensors")
