@@ -100,19 +100,23 @@ class Gates:
         return replace(self, layers=layers, floors=floors)
 
 
+@dataclass(frozen=True)
 class MeanWeights:
-    """What gates weigh while a model reads, on average over the tokens and layers of every row."""
+    """What gates weigh while a model reads, on average over the tokens and layers of every row.
 
-    def __init__(self, mask: Int[Tensor, "row position"]) -> None:
-        """Begin; the mask tells tokens from padding."""
-        self._mask = mask
-        self._layers: list[Float[Tensor, "row expert"]] = []
+    Attributes:
+        mask: tells tokens from padding.
+        layers: the averages over tokens, one a layer.
+    """
+
+    mask: Int[Tensor, "row position"]
+    layers: list[Float[Tensor, "row expert"]] = field(default_factory=list)
 
     def add(self, weights: Float[Tensor, "row position expert"]) -> None:
         """Take in one layer's weights."""
-        real = self._mask.to(weights.device)[..., None]
-        self._layers.append(((weights * real).sum(dim=1) / real.sum(dim=1)).to(self._mask.device))
+        real = self.mask.to(weights.device)[..., None]
+        self.layers.append(((weights * real).sum(dim=1) / real.sum(dim=1)).to(self.mask.device))
 
     def mean(self) -> Float[Tensor, "row expert"]:
         """Return the averages, on the CPU."""
-        return torch.stack(self._layers).mean(dim=0).cpu()
+        return torch.stack(self.layers).mean(dim=0).cpu()

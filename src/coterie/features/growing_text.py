@@ -31,25 +31,29 @@ class GrowingFeatures(ABC):
         """Drop all texts but these."""
 
 
+@dataclass
 class WholeTexts(GrowingFeatures):
-    """Texts that are read anew, as a whole, whenever they are asked for: what a bidirectional encoder needs."""
+    """Texts that are read anew, as a whole, whenever they are asked for: what a bidirectional encoder needs.
 
-    def __init__(self, read: Callable[[Sequence[TokenRow]], Any], prompts: Sequence[TokenRow]) -> None:
-        """Start with prompts; `read` turns rows into features."""
-        self._read = read
-        self._rows = list(prompts)
+    Attributes:
+        read: turns rows into features.
+        rows: the texts so far, at first the prompts.
+    """
+
+    read: Callable[[Sequence[TokenRow]], Any]
+    rows: Sequence[TokenRow]
 
     def features(self) -> Any:
         """Read every text so far, the whole batch at once."""
-        return self._read(self._rows)
+        return self.read(self.rows)
 
     def append(self, tokens: Sequence[Sequence[int]]) -> None:
         """Append tokens to every text."""
-        self._rows = [row.extended(own) for row, own in zip(self._rows, tokens, strict=True)]
+        self.rows = [row.extended(own) for row, own in zip(self.rows, tokens, strict=True)]
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all texts but these."""
-        self._rows = [self._rows[row] for row in rows]
+        self.rows = [self.rows[row] for row in rows]
 
 
 class AveragedStates(GrowingFeatures):

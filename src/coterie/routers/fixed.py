@@ -1,6 +1,7 @@
 """Routers that read no prompt's text: fixed weights, the prompt's own data set, or its reference answer (oracle)."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Never
 
 import torch
@@ -96,6 +97,7 @@ class SourceRouter(Router):
         return Routing(tuple(names), weights)
 
 
+@dataclass(frozen=True, eq=False)
 class OracleRouter(Router):
     """Picks each row's lowest-loss expert from the references (evaluation only).
 
@@ -106,9 +108,7 @@ class OracleRouter(Router):
     kind = "oracle"
     needs_references = True
 
-    def __init__(self, experts: Sequence[str]) -> None:
-        """Store the experts to choose from."""
-        self.experts = tuple(experts)
+    experts: Sequence[str]
 
     def read(self, prompts: Sequence[TokenRow]) -> Never:
         """Refuse: a prompt alone does not tell.
@@ -120,4 +120,5 @@ class OracleRouter(Router):
 
     def weigh(self, read: Float[Tensor, "row expert"]) -> Routing:
         """Choose by the experts' losses on the references, columns in the order of `experts`."""
-        return Routing(self.experts, torch.nn.functional.one_hot(read.argmin(dim=1), len(self.experts)).float())
+        best = torch.nn.functional.one_hot(read.argmin(dim=1), len(self.experts))
+        return Routing(tuple(self.experts), best.float())
