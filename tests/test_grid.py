@@ -192,7 +192,7 @@ def test_cells_of_one_bank_share_their_stacked_experts_and_another_bank_has_its_
     cell = grid.mixture.replace(router="uniform", combiner="layers")
     assert cell.layers is grid.mixture.layers
     assert grid.own.layers is not grid.mixture.layers
-    assert replace(cell, bank=grid.own.bank).layers.size == len(grid.own.bank)
+    assert len(replace(cell, bank=grid.own.bank).layers.adapters) == len(grid.own.bank)
 
 
 def test_merged_rows_go_back_to_their_own_prompts():
