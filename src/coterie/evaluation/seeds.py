@@ -162,20 +162,19 @@ def format_spread(rows: Sequence[SpreadRow]) -> str:
     """
     lists = []
     for measure in _MEASURES:
-        lines = [_cells(row["method"], found, measure) for row in rows if (found := row[measure.field])]
+        lines = []
+        for row in rows:
+            if found := row[measure.field]:
+                sd = "" if found["sd"] is None else measure.write_sd(found["sd"])
+                with_interval = found["interval"] and measure.field.endswith("difference")
+                interval = f"[{', '.join(map(measure.write, found['interval'] or ()))}]" if with_interval else ""
+                mean, low, high = map(measure.write, (found["mean"], found["min"], found["max"]))
+                lines.append((row["method"], str(found["n"]), mean, sd, low, high, interval))
         if lines:
             title = measure.title.format(control=rows[0]["control"])
             lists.append(f"{title}\n{columns([_HEADS, *lines], '<>>>>><', WIDTH)}")
     sentences = textwrap.fill(_conclusion(rows), WIDTH, break_on_hyphens=False)
     return "\n\n".join([*lists, sentences])
-
-
-def _cells(method: str, found: Spread, measure: _Measure) -> Sequence[str]:
-    sd = "" if found["sd"] is None else measure.write_sd(found["sd"])
-    with_interval = found["interval"] and measure.field.endswith("difference")
-    interval = f"[{', '.join(map(measure.write, found['interval'] or ()))}]" if with_interval else ""
-    ends = measure.write(found["min"]), measure.write(found["max"])
-    return method, str(found["n"]), measure.write(found["mean"]), sd, *ends, interval
 
 
 def _conclusion(rows: Sequence[SpreadRow]) -> str:

@@ -28,14 +28,10 @@ class HeatMap:
     total: str = "Rows"
 
     @property
-    def wide(self) -> bool:
-        """Whether the column names stand upright."""
-        return len(self.columns) > _WIDE
-
-    @property
-    def widest(self) -> bool:
-        """Whether the map fits a sheet of paper in small letters only."""
-        return len(self.columns) > _WIDEST
+    def width(self) -> str:
+        """The CSS classes of a wide map, whose column names stand upright, and of one that needs small letters."""
+        columns = len(self.columns)
+        return "wide widest" if columns > _WIDEST else "wide" if columns > _WIDE else ""
 
 
 def cell(text: str, value: float, whole: float = 1.0) -> tuple[str, int]:
