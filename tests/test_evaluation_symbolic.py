@@ -86,7 +86,7 @@ def test_a_report_on_other_methods_has_no_such_section(fitted, evaluate, run):
     ("change", "pattern"),
     [
         ({"right": [[1]]}, "'right' should be 3 lists of 2 numbers"),
-        ({"trials": [["x", 1]] * 3}, "'profile', 'trials' 1 1: should be a number"),
+        ({"trials": [["x", 1]] * 3}, "'profile', 'trials' 1 1: should be a valid number"),
         ({"skills": 3}, "'profile', 'skills': should be a valid tuple"),
     ],
 )

@@ -346,14 +346,14 @@ def test_the_same_full_records_give_the_same_bytes(tmp_path):
 
 
 WRONG = {
-    "'table' 4, 'accuracy_p': should be a number or null": put("table", 3, "accuracy_p", value="low"),
-    "'table' 4, 'oracle_share_interval': should be two numbers": put("table", 3, "oracle_share_interval", value=[1]),
-    "evaluation.json, 'memory', 'base': should be a number": put("memory", "base", value=-1),
-    "'composition', 'cluster-0', 'a': should be a number": put("composition", "cluster-0", value={"a": "x"}),
+    "'table' 4, 'accuracy_p': should be a valid number": put("table", 3, "accuracy_p", value="low"),
+    "'table' 4, 'oracle_share_interval' 2: is missing": put("table", 3, "oracle_share_interval", value=[1]),
+    "evaluation.json, 'memory', 'base': should be greater than or equal to 0": put("memory", "base", value=-1),
+    "'composition', 'cluster-0', 'a': should be a valid number": put("composition", "cluster-0", value={"a": "x"}),
     "evaluation.json, 'notes': should be a valid tuple": put("notes", value="none"),
-    "'map', 'points' 1, 'x': should be a number, got null": put("map", "points", 0, "x", value=None),
+    "'map', 'points' 1, 'x': should be a valid number, got null": put("map", "points", 0, "x", value=None),
     "'map': 'points' 2, 'clusters' should be a label for each of 2": put("map", "points", 1, "clusters", value=[1]),
-    "'map', 'agreement' 1: should be a number": put("map", "agreement", value=["x"]),
+    "'map', 'agreement' 1: should be a valid number": put("map", "agreement", value=["x"]),
     "'map', 'seeds' 1": put("map", "seeds", value=[1.5]),
 }  # fmt: skip
 

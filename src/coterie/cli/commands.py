@@ -103,13 +103,14 @@ def route(settings: RouteSettings, prompts: Prompts = None, as_json: AsJson = Fa
     given = _prompts(prompts, input)
     mixture = _mixture(settings)
     routing = mixture.route(given, settings.routing.top_k_experts)
-    for number, text in enumerate(given):
+    for number, prompt in enumerate(given):
+        text = prompt if isinstance(prompt, str) else prompt.instruction
         weights = routing.row(number)
         similarities = {name: float(values[number]) for name, values in routing.similarities.items()}
         if as_json:
-            typer.echo(json.dumps({"prompt": _text(text), "weights": weights, "similarities": similarities}))
+            typer.echo(json.dumps({"prompt": text, "weights": weights, "similarities": similarities}))
             continue
-        typer.echo(_text(text))
+        typer.echo(text)
         for name, weight in sorted(weights.items(), key=lambda pair: -pair[1]):
             cosine = f"  cosine {similarities[name]:+.3f}" if name in similarities else ""
             typer.echo(f"  {name:12} {weight:.3f} {'#' * round(40 * weight / (sum(weights.values()) or 1))}{cosine}")
@@ -267,10 +268,6 @@ def _prompts(prompts: list[str] | None, file: str | None) -> list[Any]:
     return coterie.load_examples(file, need_response=False) if file else list(prompts or [])
 
 
-def _text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else prompt.instruction
-
-
 def _show(
     records: list[dict[str, Any]], settings: GenerateSettings, *, as_json: bool, show_weights: bool = False
 ) -> None:
@@ -284,7 +281,7 @@ def _show(
             coterie.print_weights(record)
 
 
-def _mixture(settings: RouteSettings | GenerateSettings) -> Any:
+def _mixture(settings: RouteSettings) -> Any:
     mixture = coterie.Mixture.from_pretrained(settings.mixture, **settings.placement.model_dump())
     routing = settings.routing
     if routing.method:
@@ -306,21 +303,20 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries talking to each other, not to the user
     logging.getLogger("coterie").setLevel(logging.INFO)
+    trouble = ""
     try:
         words = current_words(sys.argv[1:], lambda line: typer.echo(line, err=True))
         code = app(words, prog_name="coterie", standalone_mode=False)
     except CoterieError as error:
-        code = _complain(f"error: {error}")
+        code, trouble = TROUBLE, f"error: {error}"
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
         message = error.format_message()  # empty where no command was given: the help stands there already
-        code = _complain(f"error: {message}; type: coterie --help" if message else "type one of the commands above")
+        trouble = f"error: {message}; type: coterie --help" if message else "type one of the commands above"
+        code = TROUBLE
     if code == INTERRUPTED:
-        code = _complain("stopped; the same command goes on where it stopped")
+        code, trouble = TROUBLE, "stopped; the same command goes on where it stopped"
+    if trouble:
+        typer.echo(trouble, err=True)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _complain(line: str) -> int:
-    typer.echo(line, err=True)
-    return TROUBLE

@@ -90,9 +90,8 @@ class ExpertScheduler(AbstractContextManager["ExpertScheduler"]):
 
     def knows(self, questions: Sequence[Question]) -> bool:
         """Tell whether the replies to all questions are there already."""
-        return all(
-            self.cache.get(question.key(self._identities[question.expert])) is not None for question in questions
-        )
+        keys = (question.key(self._identities[question.expert]) for question in questions)
+        return all(self.cache.get(key) is not None for key in keys)
 
     def loaded(self, expert: str) -> Answerer:
         """Return an expert's answerer, loaded.
@@ -107,12 +106,14 @@ class ExpertScheduler(AbstractContextManager["ExpertScheduler"]):
             return self._remote[group.name]
         if group.name not in self._held:
             need = self._need(group)
+            taken = need + sum(size for _, size in self._held.values())
             for name in sorted(self._held, key=lambda name: name in self._later):  # the oldest first
-                if self._budget is None or sum(size for _, size in self._held.values()) + need > self._budget:
+                if self._budget is None or taken > self._budget:
+                    taken -= self._held[name][1]
                     self._free(name)
             self.loads[group.name] += 1
             self._held[group.name] = (group.load(), need)
-            self.peak = max(self.peak, sum(size for _, size in self._held.values()))
+            self.peak = max(self.peak, taken)
         return self._held[group.name][0]
 
     def _answer(self, missing: Mapping[str, Question]) -> dict[str, Reply]:

@@ -12,6 +12,7 @@ from coterie.records.schema import AnyRecord, parse
 
 SUMMARY_FILE, ROWS_FILE = "evaluation.json", "rows.jsonl"
 COMMAND = "coterie eval MIXTURE --data test.jsonl --output"
+AGAIN = f"make the records again with: {COMMAND}"
 
 # Control characters, text-direction overrides and halves of surrogate pairs: a page cannot show them, some disturb it.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -43,7 +44,7 @@ def read_evaluation(folder: Path) -> tuple[EvaluationRecord, tuple[RowRecord, ..
     lines = [(number, line) for number, line in enumerate(_text(path).split("\n"), start=1) if line.strip()]
     rows = tuple(_read(RowRecord, line, f"{path}, line {number}", folder) for number, line in lines)
     if record.rows != len(rows):
-        raise CoterieError(f"{path} holds {len(rows)} rows, {SUMMARY_FILE} tells of {record.rows}; {_advice(folder)}")
+        raise CoterieError(f"{path} holds {len(rows)} rows, {SUMMARY_FILE} tells of {record.rows}; {AGAIN} {folder}")
     return record, rows
 
 
@@ -53,19 +54,15 @@ def _text(path: Path) -> str:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CoterieError(f"{path.parent} holds no {path.name}; make one with: {COMMAND} {path.parent}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise CoterieError(f"{path} cannot be read: {error}; {_advice(path.parent)}") from error
-
-
-def _advice(folder: Path) -> str:
-    return f"make the records again with: {COMMAND} {folder}"
+        raise CoterieError(f"{path} cannot be read: {error}; {AGAIN} {path.parent}") from error
 
 
 def _read(kind: type[AnyRecord], text: str, place: str, folder: Path) -> AnyRecord:
     try:
         value = _printable(json.loads(text, parse_constant=lambda _: None))  # an infinite number is missing
     except (ValueError, RecursionError) as error:
-        raise CoterieError(f"{place}: this is not JSON ({error}); {_advice(folder)}") from error
-    return parse(kind, value, place, _advice(folder))
+        raise CoterieError(f"{place}: this is not JSON ({error}); {AGAIN} {folder}") from error
+    return parse(kind, value, place, f"{AGAIN} {folder}")
 
 
 def _printable(value: object) -> object:

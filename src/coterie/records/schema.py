@@ -20,8 +20,6 @@ from pydantic import (
 from coterie.artifacts import read_json
 from coterie.errors import CoterieError
 
-_LARGEST = 1e300  # a whole number in JSON may be longer than any float
-
 
 class Record(BaseModel):
     """An object of a record's file.
@@ -37,9 +35,8 @@ class Record(BaseModel):
     def _null_is_the_default(cls, values: object) -> object:
         if not isinstance(values, Mapping):
             return values
-        filled = {
-            name for name, field in cls.model_fields.items() if not field.is_required() and field.default is not None
-        }
+        fields = cls.model_fields.items()
+        filled = {name for name, field in fields if not field.is_required() and field.default is not None}
         return {name: value for name, value in values.items() if value is not None or name not in filled}
 
     def plain(self) -> dict[str, Any]:
@@ -51,16 +48,10 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 def parse(kind: type[AnyRecord], values: object, place: str, advice: str) -> AnyRecord:
-    """Build a record from the values of a file.
-
-    Args:
-        kind: what to build.
-        values: as JSON gives them.
-        place: names the file, and the line where it has several records.
-        advice: what to do about a broken record.
+    """Build a record from the values of a file; `place` names the file, and the line where it has several records.
 
     Raises:
-        CoterieError: for the first wrong field, naming its place, what is wanted, and what it is.
+        CoterieError: for the first wrong field: its place, what is wanted, what it is, and the advice what to do.
     """
     try:
         return kind.model_validate(values)
@@ -82,61 +73,34 @@ def read(kind: type[AnyRecord], path: Path, advice: str) -> AnyRecord:
     return parse(kind, read_json(path), str(path), advice)
 
 
-def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float | None):
-        raise ValueError("should be a number or null")
-    if value is not None and not abs(value) < _LARGEST:
-        raise ValueError("should be a finite number or null")
-    return None if value is None else float(value)
-
-
-def _position(value: object) -> float:
-    if (number := _number(value)) is None:
-        raise ValueError("should be a number")
-    return number
-
-
-def _weight(value: object) -> float:
-    if (number := _number(value)) is None or number < 0:
-        raise ValueError("should be a number from 0 upwards")
-    return number
-
-
-def _amount(value: object) -> float:
-    return _weight(0 if value is None else value)
-
-
-def _interval(value: object) -> tuple[float, float]:
-    low, high = map(_position, value) if isinstance(value, list | tuple) and len(value) == 2 else (1.0, 0.0)
-    if low > high:
+def _in_order(ends: tuple[float, float]) -> tuple[float, float]:
+    if ends[0] > ends[1]:
         raise ValueError("should be two numbers in order, or null")
-    return low, high
+    return ends
+
+
+def _zero_for_null(value: object) -> object:
+    return 0 if value is None else value
 
 
 def _without_nulls(value: object) -> object:
     return {k: v for k, v in value.items() if v is not None} if isinstance(value, Mapping) else value
 
 
-def _whole(value: float | None) -> int | None:
-    return None if value is None else int(value)
-
-
 Count = Annotated[int, Field(strict=True, ge=0)]
-Number = Annotated[float | None, BeforeValidator(_number)]
+Position = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Number = Position | None
 """A number, None where it is not known."""
-Position = Annotated[float, BeforeValidator(_position)]
-Weight = Annotated[float, BeforeValidator(_weight)]
-"""A number from 0 upwards."""
-Amount = Annotated[float, BeforeValidator(_amount)]
-"""A number from 0 upwards; null is 0."""
-Interval = Annotated[tuple[float, float], BeforeValidator(_interval)]
-Rank = Annotated[Number, PlainSerializer(_whole)]
+Weight = Annotated[Position, Field(ge=0)]
+Amount = Annotated[Weight, BeforeValidator(_zero_for_null)]
+Interval = Annotated[tuple[Position, Position], AfterValidator(_in_order)]
+Rank = Annotated[Number, PlainSerializer(int, when_used="unless-none")]
 """A whole number among others that need not be, None where it is not known."""
 Texts = tuple[StrictStr, ...]
 Names = Annotated[Texts, AfterValidator(lambda names: tuple(dict.fromkeys(names)))]
 """Names, each once."""
 Amounts = dict[str, Amount]
-Whole = Annotated[Weight, PlainSerializer(_whole)]
+Whole = Annotated[Weight, PlainSerializer(int)]
 """A whole number from 0 upwards that is read as a number like others."""
 Counts = Annotated[dict[str, Whole], BeforeValidator(_without_nulls)]
 """Whole numbers by name, without those that are null."""

@@ -1,7 +1,6 @@
 """How a mixture for a task of a few shots came about: `selection.json`, `gather.json` and `gates.json`."""
 
 from math import fsum
-from statistics import median
 from typing import Any
 
 from pydantic import StrictBool, StrictStr, model_validator
@@ -121,18 +120,6 @@ class GatheringRecord(Record, extra="allow"):
     def settings(self) -> dict[str, Any]:
         """What stands beside the fields as a plain text or number."""
         return {key: value for key, value in (self.model_extra or {}).items() if isinstance(value, str | int | float)}
-
-    @property
-    def medians(self) -> tuple[float | None, float | None]:
-        """The similarity to the shots in the middle of all compared rows, and of the chosen ones.
-
-        The median of evenly spaced quantiles is that of what they were taken from.
-        """
-        compared, chosen = (
-            [value for value in values if value is not None]
-            for values in (self.similarity_quantiles.compared, self.similarity_quantiles.chosen)
-        )
-        return median(compared) if compared else None, median(chosen) if chosen else None
 
 
 class GateLoad(Record):

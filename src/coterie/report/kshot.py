@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from markupsafe import Markup
 
@@ -192,7 +193,10 @@ def _gathering_map(points: Sequence[PoolPoint]) -> Markup:
 
 def _gathering_summary(gathering: GatheringRecord) -> str:
     """Say how similar the chosen rows are, and how many shots they answer to."""
-    compared, chosen = gathering.medians
+    quantiles = gathering.similarity_quantiles
+    known = ([value for value in values if value is not None] for values in (quantiles.compared, quantiles.chosen))
+    # The median of evenly spaced quantiles is that of what they were taken from.
+    compared, chosen = (median(values) if values else None for values in known)
     sentences = []
     if chosen is not None:
         among = "" if compared is None else f", that of all compared rows {wording.fixed(compared, 2)}"

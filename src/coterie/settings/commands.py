@@ -126,13 +126,10 @@ class RouteSettings(Settings):
     routing: RoutingSettings = RoutingSettings()
 
 
-class GenerateSettings(Settings):
+class GenerateSettings(RouteSettings):
     """`coterie generate`: answers of the mixture."""
 
     command = "generate"
-    mixture: str = Field(description="folder of a mixture")
-    placement: PlacementSettings = PlacementSettings()
-    routing: RoutingSettings = RoutingSettings()
     sampling: SamplingSettings = SamplingSettings()
     batch_size: int = Field(8, ge=1, description="prompts decoded together")
     output: str | None = Field(None, description="file to write the answers to, a JSON object a line")
