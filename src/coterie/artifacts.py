@@ -208,7 +208,7 @@ class RunFolder:
 
     path: Path
 
-    def stage(self, name: str, make: Callable[[Path], None]) -> Path:
+    def stage(self, name: str, make: Callable[[Path], object]) -> Path:
         """Make the folder `name` once: `make` fills a working folder, which gets its name when it is complete.
 
         A stage that was interrupted starts again with what it left in its working folder.

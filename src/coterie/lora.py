@@ -145,7 +145,19 @@ def merge(pairs: Sequence[LoraPair], weights: Float[Tensor, " expert"], how: str
     if len({len(pair.down) for pair in pairs}) > 1:
         ranks = ", ".join(str(len(pair.down)) for pair in pairs)
         raise CoterieError(f"merging by {name!r} adds factors, so it needs one rank, got {ranks}; use exact or svd")
-    return _factors(pairs, weights, name)
+    # The factors themselves are added up, each with weights of its own; unlike the updates' sum, that has cross terms.
+    scalings = weights.new_tensor([pair.scaling for pair in pairs])
+    match name:
+        case "factors":  # (sum w B)(sum w A), ELREA's "MoE Merging": a single expert already gets its weight squared
+            of_down, of_up = weights, weights
+        case "peft-linear":  # sqrt(|w s|) for both bare factors and the sign for A, as PEFT's `linear` since 0.9
+            roots = (weights * scalings).abs().sqrt()
+            of_down, of_up = roots * (weights * scalings).sign(), roots / scalings
+        case _:  # (sum B)(sum w s A), as PEFT's `linear` from 0.4 to 0.6: B goes in without its weight
+            of_down, of_up = weights * scalings, 1 / scalings
+    down = torch.stack([pair.down for pair in pairs])
+    up = torch.stack([pair.up for pair in pairs])
+    return LoraPair(torch.einsum("e,eri->ri", of_down, down), torch.einsum("e,ero->ro", of_up, up))
 
 
 def check_merge(how: str) -> None:
@@ -161,22 +173,6 @@ def check_merge(how: str) -> None:
         raise CoterieError(
             f"only svd takes a rank, a whole number from 1 upwards, got {how!r}; type for example svd:16"
         )
-
-
-def _factors(pairs: Sequence[LoraPair], weights: Tensor, how: str) -> LoraPair:
-    """Add up the factors themselves, each with weights of its own; unlike the updates' sum, that has cross terms."""
-    scalings = weights.new_tensor([pair.scaling for pair in pairs])
-    match how:
-        case "factors":  # (sum w B)(sum w A), ELREA's "MoE Merging": a single expert already gets its weight squared
-            of_down, of_up = weights, weights
-        case "peft-linear":  # sqrt(|w s|) for both bare factors and the sign for A, as PEFT's `linear` since 0.9
-            roots = (weights * scalings).abs().sqrt()
-            of_down, of_up = roots * (weights * scalings).sign(), roots / scalings
-        case _:  # (sum B)(sum w s A), as PEFT's `linear` from 0.4 to 0.6: B goes in without its weight
-            of_down, of_up = weights * scalings, 1 / scalings
-    down = torch.stack([pair.down for pair in pairs])
-    up = torch.stack([pair.up for pair in pairs])
-    return LoraPair(torch.einsum("e,eri->ri", of_down, down), torch.einsum("e,ero->ro", of_up, up))
 
 
 def truncated(pair: LoraPair, rank: int) -> LoraPair:

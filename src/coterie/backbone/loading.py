@@ -112,7 +112,14 @@ def load_backbone(settings: ModelSettings) -> Backbone:
     Raises:
         CoterieError: when the model, its revision, the device or an extra is not there.
     """
-    device = _pick_device(settings.device)
+    name = settings.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CoterieError(f"device {name!r} is not there on this machine; use --device auto or cpu") from error
     folder, revision = _locate(settings)
     source: dict[str, Any] = {"pretrained_model_name_or_path": folder, "revision": revision}
     if isinstance(folder, Path) and folder.is_file():
@@ -129,17 +136,6 @@ def load_backbone(settings: ModelSettings) -> Backbone:
     backbone = Backbone(model, tokenizer, BaseModelIdentity(settings.model, commit, _hash_weights(folder, commit)))
     _check_head(backbone)
     return backbone
-
-
-def _pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise CoterieError(f"device {name!r} is not there on this machine; use --device auto or cpu") from error
-    return device
 
 
 def _locate(settings: ModelSettings) -> tuple[str | Path, str | None]:

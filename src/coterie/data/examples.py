@@ -100,8 +100,16 @@ def read_examples(
     Raises:
         CoterieError: as `load_examples`.
     """
+    rows: Iterable[tuple[str, Mapping[str, Any]]]  # each with the place to name in an error
+    if not isinstance(source, (str, Path)):
+        rows = ((f"row {number} of the data", row) for number, row in enumerate(source, start=1))
+    elif str(source).endswith(".jsonl"):
+        rows = _jsonl_rows(Path(source))
+    else:
+        loaded = _datasets_rows(str(source))
+        rows = ((f"{source}, row {number}", row) for number, row in enumerate(loaded, start=1))
     number = -1
-    for number, (place, row) in enumerate(islice(_raw_rows(source), limit)):
+    for number, (place, row) in enumerate(islice(rows, limit)):
         yield _to_example(row, place, str(number), need_response)
     if number < 0:
         name = source if isinstance(source, (str, Path)) else "the data"
@@ -125,18 +133,6 @@ def load_all(sources: Sequence[str], limit: int | None = None) -> list[Example]:
         taken.add(name)
         result.append(replace(example, id=name))
     return result
-
-
-def _raw_rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield rows with the place to name in an error."""
-    if not isinstance(source, (str, Path)):
-        for number, row in enumerate(source):
-            yield f"row {number + 1} of the data", row
-    elif str(source).endswith(".jsonl"):
-        yield from _jsonl_rows(Path(source))
-    else:
-        for number, row in enumerate(_datasets_rows(str(source))):
-            yield f"{source}, row {number + 1}", row
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -55,25 +55,17 @@ def hull_similarity(cosines: Float[Tensor, "row shot"], gram: Float[Tensor, "sho
     weights = torch.nn.functional.one_hot(cosines.argmax(dim=1), cosines.shape[1]).to(cosines.dtype)
     slopes = cosines - weights @ gram
     while len(rows):
-        gain = _move_weight(weights, slopes, gram)
-        done = gain <= HULL_TOLERANCE
+        highest, to = slopes.max(dim=1)  # weight moves to the steepest example from the flattest that has any
+        lowest, away = slopes.masked_fill(weights <= 0, math.inf).min(dim=1)
+        curvature = (gram[to, to] + gram[away, away] - 2 * gram[to, away]).clamp(min=SMALLEST_CURVATURE)
+        row = torch.arange(len(weights))
+        moved = torch.minimum((highest - lowest) / curvature, weights[row, away])
+        weights[row, to] += moved
+        weights[row, away] -= moved
+        slopes -= moved[:, None] * (gram[to] - gram[away])
+        done = highest - lowest <= HULL_TOLERANCE
         if done.any():
             found = cosines[rows[done]]
             result[rows[done]] = (1 + ((found + slopes[done]) * weights[done]).sum(dim=1)) / 2
             rows, weights, slopes = rows[~done], weights[~done], slopes[~done]
     return result
-
-
-def _move_weight(
-    weights: Float[Tensor, "row shot"], slopes: Float[Tensor, "row shot"], gram: Float[Tensor, "shot shot"]
-) -> Float[Tensor, " row"]:
-    """Move weight in place to the steepest example from the flattest that has any; return their difference in slope."""
-    highest, to = slopes.max(dim=1)
-    lowest, away = slopes.masked_fill(weights <= 0, math.inf).min(dim=1)
-    curvature = (gram[to, to] + gram[away, away] - 2 * gram[to, away]).clamp(min=SMALLEST_CURVATURE)
-    row = torch.arange(len(weights))
-    moved = torch.minimum((highest - lowest) / curvature, weights[row, away])
-    weights[row, to] += moved
-    weights[row, away] -= moved
-    slopes -= moved[:, None] * (gram[to] - gram[away])
-    return highest - lowest

@@ -31,8 +31,10 @@ class TextStream:
 
     def _give(self, *, final: bool) -> str:
         start = max(0, self._settled - 4)  # new tokens are decoded behind others, so that spaces come out right
-        before = self._decode(self._ids[start : self._settled])
-        after = self._decode(self._ids[start:])
+        before, after = (
+            str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+            for ids in (self._ids[start : self._settled], self._ids[start:])
+        )
         if final or not after.endswith(UNFINISHED):
             self._settled_text += after[len(before) :]
             self._settled = len(self._ids)
@@ -47,6 +49,3 @@ class TextStream:
         piece = self._settled_text[self._given : end]
         self._given = max(self._given, end)
         return piece
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

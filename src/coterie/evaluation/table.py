@@ -254,7 +254,7 @@ def _part_text(source: str, part: Sequence[TableRow]) -> str:
         (
             row.method,
             percent(row.accuracy),
-            _difference(row.accuracy_difference, row.accuracy_interval, points),
+            _with_ends(row.accuracy_difference, row.accuracy_interval, points),
             p_value(row.accuracy_p),
             "" if row.f1 is None else percent(row.f1),
         )
@@ -264,9 +264,9 @@ def _part_text(source: str, part: Sequence[TableRow]) -> str:
         (
             row.method,
             nats(row.nll),
-            _difference(row.nll_difference, row.nll_interval, signed_nats),
+            _with_ends(row.nll_difference, row.nll_interval, signed_nats),
             p_value(row.nll_p),
-            _with_ends(row.oracle_share, row.oracle_share_interval, far_percent),
+            _with_ends(row.oracle_share, row.oracle_share_interval, far_percent, starred=False),
         )
         for row in part
     ]
@@ -276,15 +276,16 @@ def _part_text(source: str, part: Sequence[TableRow]) -> str:
     return f"{title}: {part[0].rows} rows, {graded} graded\n" + "\n\n".join(lists)
 
 
-def _difference(value: float | None, interval: tuple[float, float] | None, write: Callable[[float], str]) -> str:
-    text = _with_ends(value, interval, write)
-    return f"{text} {'*' if excludes_zero(interval) else ' '}" if interval else text
-
-
-def _with_ends(value: float | None, interval: tuple[float, float] | None, write: Callable[[float], str]) -> str:
+def _with_ends(
+    value: float | None, interval: tuple[float, float] | None, write: Callable[[float], str], *, starred: bool = True
+) -> str:
+    """Write a value with the ends of its interval, and a star where the interval excludes zero."""
     if value is None:
         return ""
-    return f"{write(value)} [{', '.join(map(write, interval))}]" if interval else write(value)
+    if interval is None:
+        return write(value)
+    star = (" *" if excludes_zero(interval) else "  ") if starred else ""
+    return f"{write(value)} [{', '.join(map(write, interval))}]{star}"
 
 
 def _conclusion(table: Sequence[TableRow]) -> str:

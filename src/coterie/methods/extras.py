@@ -115,25 +115,20 @@ def prepare_extras(run: AnyRun, names: Iterable[str], specs: Mapping[str, ExtraS
         order += [needed for needed in (*specs[name].needs, name) if needed not in order]
     for name in order:
         folder = run.folder / "methods" / name
-        if folder.exists():
-            _check_same(folder, run.extras, specs[name].settings)
-        else:
+        if not folder.exists():
             logger.info("training what the run lacks: %s", name)
             _train(run, name, specs[name])
+            continue
+        before = read_json(folder / RECORD).get("settings")
+        for field in specs[name].settings:  # those that nobody gave a value for are taken as it was trained
+            value = getattr(run.extras, field)
+            trained = before.get(field) if isinstance(before, dict) else None
+            if field in run.extras.model_fields_set and trained != value:
+                raise CoterieError(
+                    f"{folder} was trained with --{field.replace('_', '-')} {trained}, not {value}; ask for that "
+                    "value, or delete the folder"
+                )
     return {name: load_extra(run.mixture, name) for name in order}
-
-
-def _check_same(folder: Path, settings: ExtrasSettings, fields: Iterable[str]) -> None:
-    """Refuse an extra that was trained in another way; what nobody gave a value for is taken as it was trained."""
-    before = read_json(folder / RECORD).get("settings")
-    for field in fields:
-        value = getattr(settings, field)
-        trained = before.get(field) if isinstance(before, dict) else None
-        if field in settings.model_fields_set and trained != value:
-            raise CoterieError(
-                f"{folder} was trained with --{field.replace('_', '-')} {trained}, not {value}; ask for that value, or "
-                "delete the folder"
-            )
 
 
 def _train(run: AnyRun, name: str, spec: ExtraSpec[AnyRun]) -> None:

@@ -86,20 +86,7 @@ class LocalAnswerer:
         self._batch_size = batch_size
 
     def answer(self, questions: Sequence[Question], done: Done) -> None:
-        """Answer all questions, those of similar length together, whichever experts they go to."""
-        rows = self._rows(questions, done)
-        settings = {questions[number].sampling.model_dump_json(): questions[number].sampling for number in rows}
-        for key, sampling in settings.items():
-            numbers = [number for number in rows if questions[number].sampling.model_dump_json() == key]
-            for places in by_length([rows[number] for number in numbers], self._batch_size):
-                batch = [numbers[place] for place in places]
-                self._run(batch, [questions[n].expert for n in batch], [rows[n] for n in batch], sampling, done)
-
-    def close(self) -> None:
-        """Nothing to close; memory is freed with the object."""
-
-    def _rows(self, questions: Sequence[Question], done: Done) -> dict[int, TokenRow]:
-        """Tokenise questions; those that cannot be asked fail here."""
+        """Answer all questions, those of similar length together; those that cannot be asked fail at once."""
         rows = {}
         window = getattr(self.backbone.model.config.get_text_config(), "max_position_embeddings", None)
         for number, question in enumerate(questions):
@@ -112,7 +99,15 @@ class LocalAnswerer:
                 done(number, failed(f"the question has {len(row.ids)} tokens, the model reads {window}"))
                 continue
             rows[number] = row
-        return rows
+        settings = {questions[number].sampling.model_dump_json(): questions[number].sampling for number in rows}
+        for key, sampling in settings.items():
+            numbers = [number for number in rows if questions[number].sampling.model_dump_json() == key]
+            for places in by_length([rows[number] for number in numbers], self._batch_size):
+                batch = [numbers[place] for place in places]
+                self._run(batch, [questions[n].expert for n in batch], [rows[n] for n in batch], sampling, done)
+
+    def close(self) -> None:
+        """Nothing to close; memory is freed with the object."""
 
     def _row(self, question: Question) -> TokenRow:
         if question.expert in self._broken:

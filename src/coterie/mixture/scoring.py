@@ -32,13 +32,9 @@ def score(mixture: Mixture, rows: Sequence[TokenRow], routing: Routing, label: s
 
     Where weights change while an answer is written, they do so along the reference.
     """
-    if mixture.reroutes:
-        return _score_rerouted(mixture, rows, label)
-    aligned = routing.aligned(mixture.bank.names)
-    return _score(mixture.backbone, mixture.layers, mixture.combiner, aligned, rows, None, label)
-
-
-def _score_rerouted(mixture: Mixture, rows: Sequence[TokenRow], label: str) -> Scores:
+    if not mixture.reroutes:
+        aligned = routing.aligned(mixture.bank.names)
+        return _score(mixture.backbone, mixture.layers, mixture.combiner, aligned, rows, None, label)
     nll, tokens = torch.zeros(1, len(rows)), torch.zeros(len(rows))
     with tqdm(total=len(rows), desc=f"likelihood of {label}", unit="row") as bar:
         for numbers in by_length(rows, BATCH):

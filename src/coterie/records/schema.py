@@ -79,12 +79,11 @@ def _in_order(ends: tuple[float, float]) -> tuple[float, float]:
     return ends
 
 
-def _zero_for_null(value: object) -> object:
+def _nothing_for_null(value: object) -> object:
+    """Read null as 0, and leave entries out that are null."""
+    if isinstance(value, Mapping):
+        return {k: v for k, v in value.items() if v is not None}
     return 0 if value is None else value
-
-
-def _without_nulls(value: object) -> object:
-    return {k: v for k, v in value.items() if v is not None} if isinstance(value, Mapping) else value
 
 
 Count = Annotated[int, Field(strict=True, ge=0)]
@@ -92,7 +91,7 @@ Position = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Number = Position | None
 """A number, None where it is not known."""
 Weight = Annotated[Position, Field(ge=0)]
-Amount = Annotated[Weight, BeforeValidator(_zero_for_null)]
+Amount = Annotated[Weight, BeforeValidator(_nothing_for_null)]
 Interval = Annotated[tuple[Position, Position], AfterValidator(_in_order)]
 Rank = Annotated[Number, PlainSerializer(int, when_used="unless-none")]
 """A whole number among others that need not be, None where it is not known."""
@@ -102,9 +101,9 @@ Names = Annotated[Texts, AfterValidator(lambda names: tuple(dict.fromkeys(names)
 Amounts = dict[str, Amount]
 Whole = Annotated[Weight, PlainSerializer(int)]
 """A whole number from 0 upwards that is read as a number like others."""
-Counts = Annotated[dict[str, Whole], BeforeValidator(_without_nulls)]
+Counts = Annotated[dict[str, Whole], BeforeValidator(_nothing_for_null)]
 """Whole numbers by name, without those that are null."""
-KnownAmounts = Annotated[Amounts, BeforeValidator(_without_nulls)]
+KnownAmounts = Annotated[Amounts, BeforeValidator(_nothing_for_null)]
 """Numbers by name, without those that are null."""
 Grid = dict[str, Amounts]
 Facts = dict[str, Any]

@@ -13,7 +13,7 @@ from coterie.records.evaluation import MEASURES, OVERALL, EvaluationRecord, Tabl
 from coterie.report import draw, wording
 from coterie.report.charts import Interval, interval_chart, split_bar
 from coterie.report.plots import Frame, Point, curve, scatter
-from coterie.report.scales import Scale, even_scale, scale_around_zero, scale_for
+from coterie.report.scales import Scale, even_scale, scale_for
 
 FAR = 8  # a difference this many times as large as the median one would press all others together
 _ANSWERING = ("generate", "score")  # the stages of `seconds` that answer the test's rows
@@ -46,7 +46,7 @@ def difference_panels(evaluation: EvaluationRecord, sources: Sequence[str]) -> l
             sizes = [max(map(abs, ends)) for ends in reaches]
             most = FAR * median(sizes)  # what lies beyond is written at the end of the axis
             kept = [ends for ends, size in zip(reaches, sizes, strict=True) if size <= most or not most]
-            axes[measure] = scale_around_zero(end for ends in kept for end in ends)
+            axes[measure] = even_scale((end for ends in kept for end in ends), around_zero=True)
     return [
         Panels(
             name="All rows" if source == OVERALL else wording.source_name(source),

@@ -41,22 +41,20 @@ def round_step(span: float, most: int) -> float:
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor * most >= span * (1 - 1e-9))
 
 
-def even_scale(values: Iterable[float]) -> Scale:
-    """Choose the scale that holds all values between two round numbers."""
-    held = list(values)
+def even_scale(values: Iterable[float], *, around_zero: bool = False) -> Scale:
+    """Choose the scale that holds all values between two round numbers; with zero inside, in at most five steps."""
+    held = [0.0, *values] if around_zero else list(values)
     low, high = min(held), max(held)
-    if low == high:
-        room = abs(low) / 10
-        low, high = low - room, high + (room or 1.0)
-    return _even(low, high, round_step(high - low, _MOST_MARKS))
-
-
-def scale_around_zero(values: Iterable[float]) -> Scale:
-    """Choose the scale that holds all values between round numbers, with zero inside, in at most five steps."""
-    held = [0.0, *values]
-    low, high = min(held), max(held)
-    step = round_step(high - low, 4) if low < high else 1.0
-    return _even(min(low, -step), max(high, step), step)
+    if around_zero:
+        step = round_step(high - low, 4) if low < high else 1.0
+        low, high = min(low, -step), max(high, step)
+    else:
+        if low == high:
+            room = abs(low) / 10
+            low, high = low - room, high + (room or 1.0)
+        step = round_step(high - low, _MOST_MARKS)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return Scale(step * first, step * last, tuple(step * count for count in range(first, last + 1)))
 
 
 def scale_for(values: Iterable[float]) -> Scale:
@@ -72,9 +70,3 @@ def scale_for(values: Iterable[float]) -> Scale:
         if len(marks) <= _MOST_MARKS:
             break
     return Scale(low, high, tuple(marks[:: math.ceil(len(marks) / _MOST_MARKS)]), log=True)
-
-
-def _even(low: float, high: float, step: float) -> Scale:
-    """Reach from the last round number before `low` to the first after `high`."""
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return Scale(step * first, step * last, tuple(step * count for count in range(first, last + 1)))

@@ -8,7 +8,7 @@ from typing import Any
 
 from coterie.artifacts import RunFolder, check_output, read_tensors, run_folder, sha256_of, write_jsonl
 from coterie.combiners.layers import LayerCombiner
-from coterie.data.batching import TokenRow, tokenise
+from coterie.data.batching import tokenise
 from coterie.data.examples import Example, load_examples
 from coterie.experts.bank import load_bank
 from coterie.experts.training import read_log
@@ -63,7 +63,18 @@ def fit_kshot(settings: KshotSettings) -> Mixture:
         chosen = list(read_selection(selection).chosen)
         gathered = _gathered(run, task, settings) if settings.pool else []
         rows = tokenise(task.prompts, [*task.shots, *gathered], settings.training.max_length).rows
-        mixture = _tuned(run, task, chosen, rows, settings)
+        experts_by_name = dict(zip(chosen, chosen, strict=True))
+        tuned = run.stage(TUNED, lambda folder: tune(folder, task, experts_by_name, rows, settings).router.save(folder))
+        folders = {name: copy_expert(run, name, tuned / "experts" / name) for name in chosen}
+        experts = load_bank(folders, task.backbone.model)
+        options = gate_options(settings, len(experts))
+        gates = read_gates(read_tensors(tuned / "gates.safetensors"), experts.names, **options)
+        router = GateRouter(task.backbone, experts.adapters, gates)
+        mixture = Mixture(task.backbone, experts, router, LayerCombiner(), task.prompts, METHOD, run.path)
+        write_jsonl(run.path / "metrics.jsonl", read_log(tuned))
+        shutil.copy(tuned / GATES_FILE, run.path / GATES_FILE)
+        mixture.write_description(run.path)
+        shutil.rmtree(tuned)
     return replace(mixture, folder=output)
 
 
@@ -89,24 +100,3 @@ def _gathered(run: RunFolder, task: KshotTask, settings: KshotSettings) -> list[
         write_gathered(folder, data, encoder, wanted)
 
     return load_examples(run.stage(GATHERED, make) / GATHERED_FILE)
-
-
-def _tuned(
-    run: RunFolder, task: KshotTask, chosen: Sequence[str], rows: Sequence[TokenRow], settings: KshotSettings
-) -> Mixture:
-    """Train the mixture, once, and put it together."""
-
-    def make(folder: Path) -> None:
-        tune(folder, task, dict(zip(chosen, chosen, strict=True)), rows, settings).router.save(folder)
-
-    tuned = run.stage(TUNED, make)
-    folders = {name: copy_expert(run, name, tuned / "experts" / name) for name in chosen}
-    experts = load_bank(folders, task.backbone.model)
-    gates = read_gates(read_tensors(tuned / "gates.safetensors"), experts.names, **gate_options(settings, len(experts)))
-    router = GateRouter(task.backbone, experts.adapters, gates)
-    mixture = Mixture(task.backbone, experts, router, LayerCombiner(), task.prompts, METHOD, run.path)
-    write_jsonl(run.path / "metrics.jsonl", read_log(tuned))
-    shutil.copy(tuned / GATES_FILE, run.path / GATES_FILE)
-    mixture.write_description(run.path)
-    shutil.rmtree(tuned)
-    return mixture

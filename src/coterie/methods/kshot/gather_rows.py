@@ -179,7 +179,12 @@ def write_gathered(folder: Path, data: OpenData, encoder: TextEncoder, settings:
         CoterieError: when no row is left to choose, or a pool has changed meanwhile.
     """
     store = EmbeddingStore(encoder, Path(settings.embeddings).expanduser() if settings.embeddings else None)
-    _embed_missing(data, store, settings.rows.block_rows)
+    missing = data.fresh[store.missing(data.keys)]
+    logger.info("%d of %d pool rows have to be embedded", len(missing), len(data.index))
+    texts = (text_of(row) for _, row in data.index.read(missing)) if len(missing) else iter(())
+    for number, block in enumerate(iter(lambda: list(islice(texts, settings.rows.block_rows)), [])):
+        store.add(block)
+        logger.info("embedded %d of %d", number * settings.rows.block_rows + len(block), len(missing))
     shots = store.embed([text_of(shot) for shot in data.shots])
     excluded = store.embed([text_of(row) for row in data.excluded]) if data.excluded else None
     pool = store.rows(data.keys)
@@ -197,18 +202,6 @@ def write_gathered(folder: Path, data: OpenData, encoder: TextEncoder, settings:
     write_jsonl(folder / GATHERED_FILE, _records(data, selection, examples))
     points = _map(data, lay_out(shots, pool, drawn), selection, drawn, examples)
     write_json(folder / SUMMARY_FILE, _summary(data, selection, settings, points).plain())
-
-
-def _embed_missing(data: OpenData, store: EmbeddingStore, block_rows: int) -> None:
-    """Embed the pool rows that were never embedded, a block at a time."""
-    missing = data.fresh[store.missing(data.keys)]
-    logger.info("%d of %d pool rows have to be embedded", len(missing), len(data.index))
-    if not len(missing):
-        return
-    texts = (text_of(row) for _, row in data.index.read(missing))
-    for number, block in enumerate(iter(lambda: list(islice(texts, block_rows)), [])):
-        store.add(block)
-        logger.info("embedded %d of %d", number * block_rows + len(block), len(missing))
 
 
 def _records(data: OpenData, selection: RowSelection, examples: Mapping[int, Example]) -> list[dict[str, Any]]:

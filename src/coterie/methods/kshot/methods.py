@@ -7,7 +7,6 @@ from coterie.methods.kshot.extras import BEST_TUNED, EXTRAS, LORAHUB, UNTUNED
 from coterie.methods.kshot.fit import METHOD, SELECTION
 from coterie.methods.kshot.run import KshotRun
 from coterie.records.task import SelectionRecord
-from coterie.routers.base import Router
 from coterie.routers.fixed import one_hot, uniform
 from coterie.routers.gate import spectral_router
 
@@ -25,14 +24,6 @@ def _untuned(grid: MethodGrid) -> list[str]:
     return [f"{UNTUNED}{name}" for name in _selection(grid).chosen]
 
 
-def _best_by_shots(grid: MethodGrid) -> Router:
-    return one_hot(f"{UNTUNED}{_selection(grid).first}", grid.mixture.bank.names)
-
-
-def _arrow(grid: MethodGrid) -> Router:
-    return spectral_router("arrow", grid.own.backbone, grid.extras["untuned"].bank, _untuned(grid))
-
-
 def _gated(extra: str, experts: str) -> Method:
     return Method(experts, "learned token gates", "layers", PAPER, lambda grid: grid.router(extra), (extra,))
 
@@ -40,11 +31,23 @@ def _gated(extra: str, experts: str) -> Method:
 METHODS = {
     BACKBONE: single(BACKBONE, "none"),
     METHOD: Method(CHOSEN, "learned token gates", "layers", PAPER, lambda grid: grid.own.router),
-    "best-by-shots": Method("the best by shots, as it is", "fixed", "logits", PAPER, _best_by_shots, ("untuned",)),
+    "best-by-shots": Method(
+        "the best by shots, as it is",
+        "fixed",
+        "logits",
+        PAPER,
+        lambda grid: one_hot(f"{UNTUNED}{_selection(grid).first}", grid.mixture.bank.names),
+        ("untuned",),
+    ),
     BEST_TUNED: single(BEST_TUNED, "one adapter", PAPER, (BEST_TUNED,)),
     LORAHUB: single(LORAHUB, "one adapter", "arXiv 2307.13269", (LORAHUB,)),
     "arrow": Method(
-        UNTRAINED, "top singular vectors, per layer and token", "layers", "arXiv 2405.11157", _arrow, ("untuned",)
+        UNTRAINED,
+        "top singular vectors, per layer and token",
+        "layers",
+        "arXiv 2405.11157",
+        lambda grid: spectral_router("arrow", grid.own.backbone, grid.extras["untuned"].bank, _untuned(grid)),
+        ("untuned",),
     ),
     "uniform-weights": Method(
         UNTRAINED, "uniform", "layers", CONTROL, lambda grid: uniform(_untuned(grid)), ("untuned",)

@@ -61,30 +61,19 @@ class Symbolic:
         """
         how, known = self.profiled.how, self.profiled.profile.skills
         found = find_skills(scheduler, self.pool, how, examples, self.profiled.options)
-        if how.skills == "category":
-            found = self._with_chosen(scheduler, examples, found)
+        lacking = [number for number, own in enumerate(found) if how.skills == "category" and not own]
+        if lacking and self.chooser is None:
+            logger.warning("%d questions have no category: their experts are drawn from all alike", len(lacking))
+        elif lacking:  # a local expert chooses among the known categories for the questions that bring none
+            choice = how.model_copy(update={"skills": "choice", "skill_expert": self.chooser})
+            chosen = find_skills(scheduler, self.pool, choice, [examples[number] for number in lacking], known)
+            by_number = dict(zip(lacking, chosen, strict=True))
+            found = [by_number.get(number, own) for number, own in enumerate(found)]
         renamed = [[self.profiled.names.get(skill, skill) for skill in own] for own in found]
         strange = {skill for own in renamed for skill in own} - set(known)
         embed = load_embed(how.encoder) if strange else None
         nearest = nearest_skills([skill for own in renamed for skill in own], known, embed)
         return [tuple(nearest[skill] for skill in own if skill in nearest) for own in renamed]
-
-    def _with_chosen(
-        self, scheduler: ExpertScheduler, examples: Sequence[Example], found: Sequence[tuple[str, ...]]
-    ) -> list[tuple[str, ...]]:
-        """Let a local expert choose among the known categories for the questions that bring none."""
-        lacking = [number for number, own in enumerate(found) if not own]
-        if not lacking:
-            return list(found)
-        if self.chooser is None:
-            logger.warning("%d questions have no category: their experts are drawn from all alike", len(lacking))
-            return list(found)
-        how = self.profiled.how.model_copy(update={"skills": "choice", "skill_expert": self.chooser})
-        rows = [examples[number] for number in lacking]
-        chosen = dict(
-            zip(lacking, find_skills(scheduler, self.pool, how, rows, self.profiled.profile.skills), strict=True)
-        )
-        return [chosen.get(number, own) for number, own in enumerate(found)]
 
     @property
     def chooser(self) -> str | None:

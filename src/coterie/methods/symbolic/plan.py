@@ -142,8 +142,16 @@ def plan_work(
     Raises:
         CoterieError: when a model does not exist, or does not fit into memory.
     """
+    paces = {}
+    for expert in fitted.pool.names:  # measured on the profile's replies
+        rows = [row for row in fitted.profiled.rows if expert in row["replies"]]
+        answered = [(row, row["replies"][expert]) for row in rows if not row["replies"][expert]["error"]]
+        asked = sum(len(message["content"]) for row, _ in answered for message in row["messages"])
+        read = sum(reply["prompt_tokens"] for _, reply in answered)
+        written = sum(reply["tokens"] for _, reply in answered)
+        paces[expert] = Pace(asked / read, written / len(answered)) if read else Pace()
     tallies: dict[str, Tally] = {}
-    counting = _Counting(tallies, _paces(fitted))
+    counting = _Counting(tallies, paces)
     sizes = groups_for(fitted.pool, settings)
     groups = [replace(group, load=lambda: counting) for group in sizes]
     budget = budget_of(settings.serving, settings.placement)
@@ -160,21 +168,6 @@ def plan_work(
     kinds = {expert.name: expert.kind for expert in fitted.pool.experts}
     ordered = {expert: tallies[expert] for expert in fitted.pool.names if expert in tallies}
     return WorkPlan(len(examples), is_exact, ordered, held, scheduler.peak, budget, kinds)
-
-
-def _paces(fitted: Symbolic) -> dict[str, Pace]:
-    """Measure every expert's tokens on the profile's replies."""
-    paces = {}
-    rows = fitted.profiled.rows
-    for name in fitted.pool.names:
-        replies = [
-            (row, row["replies"][name]) for row in rows if name in row["replies"] and not row["replies"][name]["error"]
-        ]
-        asked = sum(len(message["content"]) for row, _ in replies for message in row["messages"])
-        read = sum(reply["prompt_tokens"] for _, reply in replies)
-        written = sum(reply["tokens"] for _, reply in replies)
-        paces[name] = Pace(asked / read, written / len(replies)) if read else Pace()
-    return paces
 
 
 def _skills(

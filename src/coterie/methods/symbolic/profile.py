@@ -190,7 +190,17 @@ def _scored(
 ) -> tuple[Replies, Float[Tensor, "expert question"]]:
     """Return every question's replies by expert, and their scores."""
     if settings.score == "likelihood":
-        return [{} for _ in examples], credit_from_likelihood(_likelihoods(scheduler, pool, examples))
+        found: dict[str, Tensor] = {}
+        for name in pool.names:
+            if name not in found:
+                answerer = scheduler.loaded(name)
+                assert isinstance(answerer, LocalAnswerer)  # endpoints were refused before
+                found |= dict(zip(answerer.bank.names, answerer.likelihoods(examples), strict=True))
+            if name not in found:
+                raise CoterieError(
+                    f"{name!r} could not be loaded, so it cannot be profiled; see above, and mend the pool"
+                )
+        return [{} for _ in examples], credit_from_likelihood(torch.stack([found[name] for name in pool.names]))
     asks = [Question(name, example.prompt, settings.sampling) for example in examples for name in pool.names]
     replies = scheduler.ask(asks)
     tell_failures(asks, replies)
@@ -204,20 +214,6 @@ def _scored(
             if reply.error is None:
                 scores[place, number] = 1 if is_right(reply.text, example) else -1
     return rows, scores
-
-
-def _likelihoods(
-    scheduler: ExpertScheduler, pool: Pool, examples: Sequence[Example]
-) -> Float[Tensor, "expert question"]:
-    found: dict[str, Tensor] = {}
-    for name in pool.names:
-        if name not in found:
-            answerer = scheduler.loaded(name)
-            assert isinstance(answerer, LocalAnswerer)  # endpoints were refused before
-            found |= dict(zip(answerer.bank.names, answerer.likelihoods(examples), strict=True))
-        if name not in found:
-            raise CoterieError(f"{name!r} could not be loaded, so it cannot be profiled; see above, and mend the pool")
-    return torch.stack([found[name] for name in pool.names])
 
 
 def tell_failures(asks: Sequence[Question], replies: Sequence[Reply]) -> None:
