@@ -8,7 +8,7 @@ import torch
 import tiny
 from conftest import GRID, write_rows
 from coterie import evaluate
-from coterie.artifacts import read_json
+from coterie.artifacts import read_json, read_run_record
 from coterie.combiners.texts import majority
 from coterie.combiners.weights import WeightCombiner
 from coterie.data.examples import load_examples
@@ -26,7 +26,7 @@ from coterie.mixture.scoring import score
 from coterie.routers.base import Routing
 from coterie.settings.commands import EvaluationSettings
 from coterie.settings.groups import SamplingSettings
-from coterie.settings.reading import from_flat
+from coterie.settings.reading import checked, from_flat
 
 EXAMPLES = load_examples(tiny.make_rows(9, seed=21))
 NAMES = [*METHODS, "elrea:top_k=1", "elrea:d_proj=64"]
@@ -268,6 +268,17 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(grid_folder, tmp_pa
     assert again.rows == whole.rows
     assert again.summary["table"] == whole.summary["table"]
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["evaluation.json", "rows.jsonl", "run.yaml"]
+
+
+def test_the_record_repeats_where_extras_were_trained_in_another_way(grid_folder, tmp_path):
+    """The grid's ensemble has 2 members, the default is 4: nobody asked, so the record must not ask either."""
+    test = write_rows(tmp_path / "test.jsonl", tiny.make_rows(3, seed=9))
+    names = {"mixture": str(grid_folder), "data": [str(test)], "methods": "base,lora-ensembles", "generate": False}
+    first = run_evaluation(from_flat(EvaluationSettings, {**names, "output": str(tmp_path / "one"), "resamples": 100}))
+    record = read_run_record(tmp_path / "one" / "run.yaml")["settings"]
+    assert record["extras"] is None
+    again = run_evaluation(checked(EvaluationSettings, {**record, "output": str(tmp_path / "two")}))
+    assert again.summary["table"] == first.summary["table"]
 
 
 def test_a_setting_that_does_not_exist_is_told(mixture):
