@@ -15,7 +15,7 @@ from coterie.records.evaluation import MethodResult, RowRecord
 from coterie.report import write_report
 from coterie.report.charts import Interval, interval_chart, split_bar
 from coterie.report.examples import choose
-from coterie.report.scales import scale_around_zero
+from coterie.report.scales import even_scale
 from coterie.report.wording import fixed, short, signed
 from helpers import put
 from report_pages import HOSTILE, SHOWN, Page, answer, luminance, number, page_of, records, save, unnamed_pictures
@@ -155,7 +155,7 @@ def drawn(svg):
     [[(-4.5, -2.0, 0.0), (1.0, 4.0, 7.0)], [(-0.0137, -0.0079, -0.0028), (0.0001, 0.02, 0.1006)], [(3.0, 5.0, 8.0)]],
 )
 def test_intervals_are_drawn_where_a_linear_map_of_the_axis_puts_them(values):
-    axis = scale_around_zero(value for interval in values for value in interval)
+    axis = even_scale((value for interval in values for value in interval), around_zero=True)
     chart = interval_chart([Interval(m, (a, b), True, "x") for a, m, b in values], axis, ("", "", ""), "t")
     place, rows, zero = drawn(chart)
     assert rows == [pytest.approx(tuple(map(place, interval)), abs=0.002) for interval in values]
@@ -164,7 +164,7 @@ def test_intervals_are_drawn_where_a_linear_map_of_the_axis_puts_them(values):
 
 
 def test_a_value_beyond_the_axis_is_written_at_its_end_and_a_line_stops_there():
-    axis = scale_around_zero([-0.1, 0.1])
+    axis = even_scale([-0.1, 0.1], around_zero=True)
     far = [
         Interval(2.4765, (2.0, 3.0), True, "x"),
         Interval(-7.0, None, True, "x"),
@@ -219,7 +219,7 @@ def test_all_sources_are_drawn_on_one_axis(tmp_path):
     [[], [0.0], [7.0], [-7.0], [1e-9, 3e-9], [-60.0, 62.5], [0.1, 0.2, 0.3], [-1e6, 4e5], [5.0, 10.0], [-0.05, 0.15]],
 )
 def test_an_axis_holds_all_values_and_zero_inside_in_few_round_steps(values):
-    axis = scale_around_zero(values)
+    axis = even_scale(values, around_zero=True)
     marks = axis.marks
     slack = 1e-6 * axis.step
     assert axis.low < 0 < axis.high

