@@ -28,7 +28,7 @@ EXPERTS = 9
 PROMPT = "Explain in simple words why the sky is blue during the day and red in the evening. " * 3
 
 
-def plain_steps(model: PreTrainedModel, ids: list[int], rows: int, **options: list[str]) -> Iterator[int]:
+def plain_steps(model: PreTrainedModel | PeftModel, ids: list[int], rows: int, **options: list[str]) -> Iterator[int]:
     """Decode greedily with a KV cache, the mean of `rows` equal rows deciding."""
     cache = DynamicCache(config=model.config)
     inputs = torch.tensor([ids] * rows)

@@ -116,7 +116,9 @@ def compared(rounds: int, python: str | None) -> tuple[dict[str, float], dict[st
     seconds = interleaved(ways, rounds)
     ratios = {f"{name}_over_gather": median_ratio(seconds[name], seconds["gather"]) for name in ("full", "floor")}
     medians = {f"{name}_seconds": statistics.median(values) for name, values in seconds.items()}
-    for name, limit in {"semhash": 0, "semhash_top": 3000}.items() if python else ():
+    for name, limit in {"semhash": 0, "semhash_top": 3000}.items():
+        if not python:
+            break
         taken, rows = semhash(python, pool, shots, limit)
         medians |= {f"{name}_seconds": taken, f"{name}_pairs_too_near": pairs_too_near(pool, rows)}
         ratios |= {
