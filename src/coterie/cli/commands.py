@@ -231,9 +231,11 @@ def gather(settings: GatherSettings, as_json: AsJson = False) -> None:
 )
 def init_pool(settings: ExpertPoolSettings) -> None:
     """Check experts and list them in a folder."""
+    lines = [("expert", "kind", "where")]
     for expert in coterie.init_pool(settings).experts:
         where = expert.model if expert.kind == "model" else f"{expert.source} ({expert.model})"
-        typer.echo(f"{expert.name:16} {expert.kind:9} {where}")
+        lines.append((expert.name, expert.kind, where))
+    typer.echo(columns(lines, "<<<"))
 
 
 @command("profile", "coterie profile experts/ --data val.jsonl")
