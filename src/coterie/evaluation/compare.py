@@ -5,7 +5,7 @@ All methods of a bank that meet in the logits share one forward pass over the re
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -231,7 +231,7 @@ def compare(
         control,
         [kind_of(row.source, row.category) for row in rows] if has_categories else [],
         mixture=str(folder),
-        base_model=mixture.backbone.identity.__dict__,
+        base_model=asdict(mixture.backbone.identity),
         routed=mixture.method,
         experts=mixture.bank.names,
         features=features or {},

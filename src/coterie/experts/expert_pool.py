@@ -161,18 +161,7 @@ def pool_from(experts: object, place: str) -> Pool:
     if not isinstance(experts, dict) or not experts:
         raise CoterieError(f"{place} lists no experts; make it again with: coterie experts init")
     check_names(list(experts))
-    found_experts = []
-    for name, entry in experts.items():
-        try:
-            assert isinstance(entry, Mapping)
-            expert = PoolExpert(name, **entry)
-            assert expert.kind in get_args(Kind)
-            assert all(isinstance(text, str) for text in (expert.source, expert.model))
-            assert all(isinstance(text, str | None) for text in (expert.sha256, expert.system_prompt))
-        except (AssertionError, TypeError) as error:
-            raise CoterieError(f"{place}: the entry of the expert {name!r} is broken; make the pool again") from error
-        found_experts.append(_checked(expert))
-    pool = Pool(tuple(found_experts))
+    pool = Pool(tuple(_from_record(name, entry, place) for name, entry in experts.items()))
     for expert in pool.experts:
         if expert.kind == "endpoint" or expert.sha256 is None:
             continue
@@ -186,6 +175,17 @@ def pool_from(experts: object, place: str) -> Pool:
                 "again with --overwrite, and its profile too"
             )
     return pool
+
+
+def _from_record(name: str, entry: object, place: str) -> PoolExpert:
+    try:
+        assert isinstance(entry, Mapping)
+        expert = PoolExpert(name, **entry)
+        assert expert.kind in get_args(Kind) and all(isinstance(text, str) for text in (expert.source, expert.model))
+        assert all(isinstance(text, str | None) for text in (expert.sha256, expert.system_prompt))
+    except (AssertionError, TypeError) as error:
+        raise CoterieError(f"{place}: the entry of the expert {name!r} is broken; make the pool again") from error
+    return _checked(expert)
 
 
 def _checked(expert: PoolExpert) -> PoolExpert:
