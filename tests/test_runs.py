@@ -13,8 +13,8 @@ from peft import PeftModel
 
 import tiny
 from conftest import write_rows
-from coterie import artifacts, methods
-from coterie.artifacts import read_json, read_tensors
+from coterie import methods
+from coterie.artifacts import read_json, read_tensors, runs
 from coterie.errors import CoterieError
 from coterie.experts import training
 from coterie.features import gradient
@@ -76,7 +76,7 @@ KILLED_AT = {
     "before clustering": (fitting, "cluster", 0),
     "before the second expert": (stages, "train_adapter", 1),
     "before the records": (fitting, "write_jsonl", 0),
-    "before the last rename": (artifacts, "check_output", 0),
+    "before the last rename": (runs, "check_output", 0),
 }
 
 
@@ -167,7 +167,7 @@ def test_a_full_disk_is_told_in_one_line(model_folder, data, tmp_path, monkeypat
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("coterie.artifacts.os.replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(CoterieError, match="no space left on the disk while writing"):
         fit(model_folder, data, tmp_path / "run")
     assert not (tmp_path / "run").exists()

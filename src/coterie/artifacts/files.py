@@ -1,0 +1,164 @@
+"""Files: written whole or not at all, safe to read, hashed."""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coterie.errors import CoterieError, first_line
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = 1
+MAX_TENSOR_FILE = 8 * 2**30  # bytes; an adapter of rank 256 on a 70B model is about 3 GiB
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Tell a full disk and a forbidden folder in one line, also where a library hid the cause in its own error."""
+    try:
+        yield
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            raise CoterieError(f"no space left on the disk while writing {path}; free some and start again") from error
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+            raise CoterieError(f"{path} cannot be written: {error}; choose another folder") from error
+        raise
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write to, renamed to `path` on success and deleted otherwise.
+
+    Raises:
+        CoterieError: when the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write one JSON value; NaN is refused, since readers would stumble over it."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterator[Mapping[str, Any]] | list[dict[str, Any]]) -> None:
+    """Write one JSON object a line."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CoterieError: when the file is missing, broken, or holds something else than an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CoterieError(f"{path} does not exist; check the folder's name") from error
+    except (ValueError, OSError) as error:
+        raise CoterieError(f"{path} is not readable JSON ({error}); get or make the file again") from error
+    if not isinstance(value, dict):
+        raise CoterieError(f"{path} must hold a JSON object, but holds a {type(value).__name__}")
+    return value
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read one JSON object a line, from a file that we wrote.
+
+    Raises:
+        CoterieError: when it is missing or broken.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:  # its lines end at newlines only, unlike those of str.splitlines
+            return [json.loads(line) for line in file]
+    except (OSError, ValueError) as error:
+        raise CoterieError(f"{path} is not readable ({error}); get or make the file again") from error
+
+
+def hub_folder(source: str, patterns: list[str], advice: str) -> Path:
+    """Download a repository of the hub and return its folder: files that match the patterns, and no others.
+
+    Raises:
+        CoterieError: with the advice when the source is no hub id, OWNER/NAME; or when it cannot be had.
+    """
+    if source.count("/") != 1 or source.startswith((".", "/", "~")) or Path(source).parent.is_dir():
+        raise CoterieError(advice)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many kinds; all of them mean that it cannot be had
+        raise CoterieError(
+            f"{source} is no folder and cannot be had from the hub ({first_line(error)}); check the name"
+        ) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, "torch.Tensor"], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as safetensors, whole or not at all; metadata values are strings."""
+    from safetensors.torch import save_file
+
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with whole_file(path) as temporary:
+        save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
+
+
+def read_tensors(path: Path, max_bytes: int = MAX_TENSOR_FILE) -> dict[str, "torch.Tensor"]:
+    """Read a safetensors file that may come from a stranger: size and header are checked before anything is loaded.
+
+    Raises:
+        CoterieError: when the file is missing, larger than `max_bytes`, truncated, or not safetensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise CoterieError(
+            f"{path} does not exist; an adapter folder holds adapter_config.json and adapter_model.safetensors"
+        )
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise CoterieError(f"{path} has {size:,} bytes, more than the {max_bytes:,} that are accepted; check the file")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CoterieError(f"{path} is truncated or not a safetensors file ({error}); get the file again") from error
+
+
+def sha256_of(*paths: Path) -> str:
+    """Hash the contents of files, in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_text(*lines: str) -> str:
+    """Hash one text of several lines."""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def hash_json(value: object, *, ensure_ascii: bool = False) -> str:
+    """Hash what JSON holds, whatever the order of its keys."""
+    return hash_text(json.dumps(value, ensure_ascii=ensure_ascii, sort_keys=True))
