@@ -194,7 +194,6 @@ BAD_FIELDS = {
     "biases": {"bias": "all"},
     "biases of the update": {"lora_bias": True},
     "full modules": {"modules_to_save": ["lm_head"]},
-    "transposed weights": {"fan_in_fan_out": True},
     "another kind": {"peft_type": "IA3"},
     "repeated layers": {"layer_replication": [[0, 2], [1, 2]]},
     "tokens": {"trainable_token_indices": [1, 2]},

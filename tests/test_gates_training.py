@@ -121,7 +121,7 @@ def test_loss_and_gradients_equal_a_loop_over_tokens_and_experts(backbone, adapt
         return torch.stack([torch.stack([token(path, own) for own in row]) for row in x])
 
     modules = {path: linear_layers(backbone.model)[path] for path in leaves}
-    with updating(modules, loop):
+    with updating(backbone.model, modules, loop):
         expected = mean_loss(backbone, batch)
     expected.backward()
     assert float(model(**batch)["loss"].detach()) == pytest.approx(float(expected.detach()), rel=1e-5)

@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from coterie.backbone.gates import Gates, MeanWeights
+from coterie.errors import CoterieError
 from coterie.lora import (
     Adapter,
     LoraPair,
@@ -71,37 +74,72 @@ Choice = ByExpert | Weighted | Merged | Gated
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every linear layer by its module path (quantised ones too: they carry the same two sizes)."""
+    """Return every linear layer by its module path: quantised ones too, and GPT-2's, whose weight is transposed."""
     return {
         path: module
         for path, module in model.named_modules()
-        if hasattr(module, "in_features") and hasattr(module, "out_features")
+        if isinstance(module, Conv1D) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
     }
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Return the input and output width of every linear layer by its module path."""
     layers: dict[str, Any] = dict(linear_layers(model))
-    return {path: (int(layer.in_features), int(layer.out_features)) for path, layer in layers.items()}
+    return {
+        path: (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (int(layer.in_features), int(layer.out_features))
+        for path, layer in layers.items()
+    }
+
+
+def by_token(
+    path: str, x: Float[Tensor, "... width"], rows: int, positions: int
+) -> Float[Tensor, "row position width"]:
+    """Return what a layer reads, or writes, with one vector for every token of the batch that the model is reading.
+
+    Models also give a layer all tokens in one row (OPT, shared experts), or put an axis between (multi-head latent
+    attention).
+
+    Raises:
+        CoterieError: when there is not one vector a token, so that nobody can tell which row a vector belongs to.
+    """
+    if x.shape[:-1] == (rows, positions):
+        return x
+    if x.shape[:-1].numel() != rows * positions:
+        raise CoterieError(
+            f"the layer {path} reads {x.shape[:-1].numel()} vectors while the model reads {rows} x {positions} tokens, "
+            "so experts cannot change it; train them with other --target-modules"
+        )
+    return x.reshape(rows, positions, x.shape[-1])
 
 
 @contextmanager
-def updating(modules: Mapping[str, nn.Module], update: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
+def updating(
+    model: PreTrainedModel,
+    modules: Mapping[str, nn.Module],
+    update: Callable[[str, Float[Tensor, "row position in"]], Tensor | None],
+) -> Iterator[None]:
     """Context manager: add `update(path, x)` to the output of each layer, x being the layer's input.
 
     Args:
+        model: of which they are layers.
         modules: the layers by module path.
-        update: None leaves the output as it is.
+        update: sees one vector a token, whatever shape the model gives the layer; None leaves the output as it is.
     """
+    size = (0, 0)  # rows and positions of what the model is reading
+
+    def note_size(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal size
+        size = (output.shape[0], output.shape[1])
 
     def add_update(path: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        change = update(path, inputs[0])
+        change = update(path, by_token(path, inputs[0], *size))
         if change is None:
             return output
-        change = change.to(output.dtype)
+        change = change.to(output.dtype).reshape(output.shape)
         return output + change if torch.is_grad_enabled() else output.add_(change)
 
     handles = [module.register_forward_hook(partial(add_update, path)) for path, module in modules.items()]
+    handles.append(model.get_input_embeddings().register_forward_hook(note_size))
     try:
         yield
     finally:
@@ -115,7 +153,7 @@ class ExpertLayers:
     Base weights are never written to, and the hooks are gone when the `with` ends.
     """
 
-    def __init__(self, model: nn.Module, adapters: Sequence[Adapter], dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, adapters: Sequence[Adapter], dtype: torch.dtype | None = None) -> None:
         """Take in the experts' updates; they are stacked on the devices of the layers they change when used first.
 
         Args:
@@ -181,7 +219,7 @@ class ExpertLayers:
 
     def attached(self) -> AbstractContextManager[None]:
         """Attach the experts to the base model until the `with` ends."""
-        return updating(self._modules, self._update)
+        return updating(self.model, self._modules, self._update)
 
     @contextmanager
     def choosing(self, choice: Choice, seen: MeanWeights | None = None) -> Iterator[None]:

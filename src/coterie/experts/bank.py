@@ -27,7 +27,6 @@ PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "modules_to_save": (None, []),
     "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
     "target_parameters": (None, []),
     "layer_replication": (None,),
     "trainable_token_indices": (None,),

@@ -198,7 +198,7 @@ class GatedModel(nn.Module):
             pair = StackedPair(layer.down, layer.up * layer.scalings)
             return apply_weighted(self.dropout(x.to(pair.down.dtype)), pair, weighing.weights)
 
-        with updating(linear, mix):
+        with updating(backbone.model, linear, mix):
             hidden = backbone.hidden(input_ids, attention_mask, position_ids)
         logits = backbone.head(hidden[:, logits_to_keep])
         total = nn.functional.cross_entropy(

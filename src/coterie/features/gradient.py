@@ -6,9 +6,10 @@ what one backward pass brings by, turned into the step that Adam would take, pro
 than one layer's gradients of one batch exist at any time.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from coterie.artifacts import read_tensors, write_tensors
-from coterie.backbone.layers import ByExpert, ExpertLayers
+from coterie.backbone.layers import ByExpert, ExpertLayers, by_token
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import Batch, TokenRow, by_length, pad
 from coterie.errors import CoterieError
@@ -137,7 +138,7 @@ class GradientFeatures:
         batch = pad([row.ids for row in rows], self.backbone.tokenizer.pad_token_id, device=self.backbone.device)
         weights = loss_weights(rows, batch, self.settings.loss_on)
         total = torch.zeros(len(rows), self.settings.d_proj, device=self.backbone.device)
-        collector = _Collector(checkpoint, self.projection, self.settings.form, total)
+        collector = _Collector(checkpoint, self.projection, self.settings.form, batch, total)
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(layers.attached())
@@ -147,6 +148,7 @@ class GradientFeatures:
             for path, module in self._modules.items():
                 stack.callback(module.register_forward_hook(partial(collector.keep_input, path)).remove)
             _backward(self.backbone, batch, weights)
+        collector.finish()
         return total
 
 
@@ -193,16 +195,23 @@ class _Collector:
     checkpoint: Checkpoint
     projection: Projection
     form: str
+    batch: Batch
     total: Float[Tensor, "row d_proj"]
+    calls: Counter[str] = field(default_factory=Counter)
+    """How often each module ran in the forward pass."""
+    held: dict[str, Tensor] = field(default_factory=dict)
+    """Gradients so far of modules that ran more than once: the directions of the parts are not those of the sum."""
 
     def keep_input(self, path: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """Keep the input of a module in the forward pass, until the gradient of its output comes by."""
         x = inputs[0].detach()
-        output.register_hook(lambda gradient: self.collect(path, x.float(), gradient.float()))
+        self.calls[path] += 1
+        output.register_hook(lambda gradient: self.collect(path, x, gradient))
 
     @torch.no_grad()
-    def collect(self, path: str, x: Float[Tensor, "row position in"], g: Float[Tensor, "row position out"]) -> None:
+    def collect(self, path: str, x: Float[Tensor, "... in"], g: Float[Tensor, "... out"]) -> None:
         """Form the gradients of a module's two factors, and add up what they become."""
+        x, g = (by_token(path, tensor, *self.batch.input_ids.shape).float() for tensor in (x, g))
         pair = self.checkpoint.adapter[path]
         down, up = pair.down.to(x), pair.up.to(x)
         gradients = {
@@ -210,8 +219,20 @@ class _Collector:
             f"{path}.lora_B": g.mT @ (x @ down.T) * pair.scaling,  # [row, O, R]
         }
         for name, gradient in gradients.items():
-            direction = gradient if self.form == "sgd" else adam_step(gradient, name, self.checkpoint.adam)
-            self.total.add_(self.projection(name, direction.flatten(1)).to(self.total.device))
+            if self.calls[path] == 1:
+                self.add(name, gradient)
+            else:
+                self.held[name] = self.held.get(name, 0) + gradient
+
+    def add(self, name: str, gradient: Float[Tensor, "row first second"]) -> None:
+        """Add one parameter's part to every row's feature."""
+        direction = gradient if self.form == "sgd" else adam_step(gradient, name, self.checkpoint.adam)
+        self.total.add_(self.projection(name, direction.flatten(1)).to(self.total.device))
+
+    def finish(self) -> None:
+        """Add what was held until the backward pass is over."""
+        for name, gradient in self.held.items():
+            self.add(name, gradient)
 
 
 def write_features(features: GradientFeatures, rows: Sequence[TokenRow], folder: Path) -> None:
