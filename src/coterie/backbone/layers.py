@@ -31,6 +31,7 @@ from coterie.lora import (
     stack,
 )
 
+SAME_INPUT = 0.05  # relative difference of inputs that are equal up to rounding, in bfloat16 too
 MERGED_KEPT = 8  # merged adapters, each as large as all experts together
 
 
@@ -105,11 +106,49 @@ def by_token(
     if x.shape[:-1] == (rows, positions):
         return x
     if x.shape[:-1].numel() != rows * positions:
-        raise CoterieError(
-            f"the layer {path} reads {x.shape[:-1].numel()} vectors while the model reads {rows} x {positions} tokens, "
-            "so experts cannot change it; train them with other --target-modules"
-        )
+        raise _unchangeable(path, f"reads {x.shape[:-1].numel()} vectors where there are {rows} x {positions} tokens")
     return x.reshape(rows, positions, x.shape[-1])
+
+
+def _unchangeable(path: str, reason: str) -> CoterieError:
+    return CoterieError(
+        f"experts cannot change the layer {path}, which {reason}; use adapters without it (--target-modules)"
+    )
+
+
+@torch.inference_mode()
+def changeable_layers(model: PreTrainedModel) -> frozenset[str]:
+    """Return the paths of the linear layers that experts can change: those that read every token, rows in their order.
+
+    Found by reading two rows, once in either order. Left out are layers that never run (some state space models use the
+    weight alone), that read only the tokens sent to them, or that return something else than one product (routers).
+    """
+    layers, shapes = linear_layers(model), linear_shapes(model)
+    seen: dict[str, list[tuple[Tensor, torch.Size]]] = {path: [] for path in layers}
+
+    def note(path: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        seen[path].append((inputs[0], output.shape if isinstance(output, Tensor) else torch.Size()))
+
+    rows = torch.arange(14, device=model.device).view(2, 7) % model.config.get_text_config().vocab_size
+    handles = [module.register_forward_hook(partial(note, path)) for path, module in layers.items()]
+    try:
+        for ids in (rows, rows.flip(0)):
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    def reads_every_token(path: str) -> bool:
+        calls = len(seen[path]) // 2
+        for (x, size), (other, _) in zip(seen[path][:calls], seen[path][calls:], strict=True):
+            if x.shape[:-1].numel() != rows.numel() or size != (*x.shape[:-1], shapes[path][1]):
+                return False
+            one, swapped = x.float().reshape(2, -1), other.float().reshape(2, -1).flip(0)
+            if (one - swapped).norm() > SAME_INPUT * one.norm():
+                return False
+        return calls > 0
+
+    return frozenset(path for path in layers if reads_every_token(path))
 
 
 @contextmanager
@@ -135,6 +174,8 @@ def updating(
         change = update(path, by_token(path, inputs[0], *size))
         if change is None:
             return output
+        if not isinstance(output, Tensor) or output.shape != (*inputs[0].shape[:-1], change.shape[-1]):
+            raise _unchangeable(path, "returns more than the product with its weight")
         change = change.to(output.dtype).reshape(output.shape)
         return output + change if torch.is_grad_enabled() else output.add_(change)
 

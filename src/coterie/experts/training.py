@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -20,7 +21,15 @@ from coterie.backbone.layers import linear_shapes
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import IGNORED, TokenRow, pad
 from coterie.errors import CoterieError
-from coterie.experts.bank import CONFIG_FILE, load_adapter, write_adapter
+from coterie.experts.bank import WEIGHTS_FILE, load_adapter, write_adapter
+from coterie.experts.fresh_adapter import (
+    ALL_LINEAR,
+    check_taken,
+    is_transposed,
+    layers_to_change,
+    lora_config,
+    save_adapter,
+)
 from coterie.features.gradient import AdamState, Checkpoint, Moments
 from coterie.lora import LoraPair
 from coterie.settings.groups import LoraSettings
@@ -31,6 +40,8 @@ LOG_FILE = "log.jsonl"
 LOGGED = ("step", "epoch", "loss", "learning_rate", "grad_norm")
 ADAM_TENSORS = "adam.safetensors"
 ADAM_RECORD = "adam.json"
+MAX_GRAD_NORM = 1.0
+"""Gradients of a batch are scaled down to this length. No paper here does so, and Adam's saved moments are of these."""
 
 
 @dataclass(frozen=True)
@@ -67,22 +78,16 @@ def train_adapter(
     interrupted training left in `folder` is used to go on from its last full epoch, and ends with the same numbers.
 
     Raises:
-        CoterieError: when the loss is not finite.
+        CoterieError: when the loss is not finite, or PEFT attaches the other adapter otherwise than it is written.
     """
     set_seed(plan.seed)
     if isinstance(start, LoraSettings):
-        targets = start.target_modules
-        config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=start.rank,
-            lora_alpha=start.alpha or 4 * start.rank,
-            lora_dropout=start.dropout,
-            target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
-        )
-        model = get_peft_model(backbone.model, config)
+        model = get_peft_model(backbone.model, lora_config(backbone, start))
     else:
         model = PeftModel.from_pretrained(backbone.model, start, is_trainable=True)
     try:
+        if isinstance(start, Path):
+            check_taken(model, read_tensors(start / WEIGHTS_FILE))
         keeper = _EpochKeeper(folder, plan, backbone.identity.id)
         with trained(backbone, model, rows, plan, folder, keeper):
             save_adapter(model, folder, backbone.identity.id)
@@ -128,28 +133,38 @@ def trained(
     shutil.rmtree(working)
 
 
-def save_adapter(model: PeftModel, folder: Path, base_id: str) -> None:
-    """Save as PEFT does, with the base model's own name and everything in a fixed order."""
-    model.save_pretrained(str(folder), save_embedding_layers=False)  # they are frozen; 'auto' would ask the hub
-    (folder / "README.md").unlink(missing_ok=True)
-    config = read_json(folder / CONFIG_FILE)
-    config["base_model_name_or_path"] = base_id
-    config["target_modules"] = sorted(config["target_modules"])  # a set, so its order is another in every process
-    write_json(folder / CONFIG_FILE, dict(sorted(config.items())))
-
-
 def write_null_adapter(backbone: Backbone, folder: Path) -> None:
     """Write an adapter that changes nothing, in the form of any other: rank 1, zeros, on one layer."""
-    path, (width_in, width_out) = next(iter(linear_shapes(backbone.model).items()))
-    config = {
+    path = layers_to_change(backbone.model, ALL_LINEAR)[0]
+    width_in, width_out = linear_shapes(backbone.model)[path]
+    record = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": backbone.identity.id,
         "r": 1,
         "lora_alpha": 1,
         "target_modules": [path],
+        "fan_in_fan_out": is_transposed(backbone.model, [path]),
     }
-    write_adapter(folder, config, {path: LoraPair(torch.zeros(1, width_in), torch.zeros(1, width_out))})
+    write_adapter(folder, record, {path: LoraPair(torch.zeros(1, width_in), torch.zeros(1, width_out))})
+
+
+def check_one_process() -> None:
+    """Refuse to train as one of several processes, which would all write the same files.
+
+    Raises:
+        CoterieError: under torchrun or accelerate with more than one process.
+    """
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise CoterieError(
+            f"training runs in one process on one device, but this is one of {processes} processes (WORLD_SIZE); "
+            "start it without torchrun or accelerate, with --device cuda:N for another than the first GPU"
+        )
+
+
+def micro_batch(batch_size: int, at_most: int) -> int:
+    """Return how many examples go through the model at a time: the most that divide a batch, so that none is lost."""
+    return max(size for size in range(1, min(at_most, batch_size) + 1) if batch_size % size == 0)
 
 
 def make_trainer(
@@ -161,16 +176,18 @@ def make_trainer(
     callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
     """Build the trainer of a plan; `model` takes what `TrainingCollator` makes and returns a loss."""
+    check_one_process()
     dtype = backbone.model.dtype
-    micro = min(plan.micro_batch_size, plan.batch_size)
+    micro = micro_batch(plan.batch_size, plan.micro_batch_size)
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=plan.epochs,
         learning_rate=plan.learning_rate,
         lr_scheduler_type="linear",
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=max(1, plan.batch_size // micro),
+        gradient_accumulation_steps=plan.batch_size // micro,
         train_sampling_strategy="group_by_length",
+        max_grad_norm=MAX_GRAD_NORM,
         optim="adamw_torch",  # without weight decay this is the paper's Adam
         save_strategy="epoch",
         save_total_limit=1,
@@ -185,6 +202,10 @@ def make_trainer(
         run_name=plan.label,
         remove_unused_columns=False,
     )
+    # one device, the base model's: several visible ones would split every batch among copies of the model
+    state: Any = arguments.distributed_state
+    arguments._n_gpu = 1
+    arguments._setup_devices = state.device = backbone.device
     data: Any = [{"input_ids": list(row.ids), "labels": row.labels()} for row in rows]
     collate = TrainingCollator(backbone.tokenizer.pad_token_id)
     trainer = Trainer(model, arguments, train_dataset=data, data_collator=collate, callbacks=[_FiniteLoss()])

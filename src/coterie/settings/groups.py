@@ -63,7 +63,9 @@ class TrainingSettings(Settings):
     epochs: int = Field(2, ge=1, description="epochs of an adapter that is trained from a fresh start")
     learning_rate: float = Field(5e-5, gt=0, description="its peak learning rate, decaying linearly to 0")
     batch_size: int = Field(16, ge=1, description="examples per optimiser step")
-    micro_batch_size: int = Field(8, ge=1, description="examples per forward pass")
+    micro_batch_size: int = Field(
+        8, ge=1, description="examples per forward pass, at most: as many as divide the batch size"
+    )
     max_length: int = Field(2048, ge=8, description="longest example in tokens; longer ones are dropped and counted")
     system_prompt: str | None = Field(
         None, description="system prompt put before every example; default: the template's own"
@@ -96,7 +98,6 @@ class ClusterSettings(Settings):
 
     clusters: int = Field(5, ge=2, description="clusters asked for in the first round")
     cluster_rounds: int = Field(3, ge=1, le=3, description="rounds of splitting clusters that stayed too large")
-    max_clusters: int = Field(10, ge=2, description="most clusters that splitting makes (the paper has 8 to 10)")
     cluster_method: ClusterMethod = Field(
         "birch", description="birch (the paper's), spherical-kmeans, birch-pca or kmeans-pca"
     )

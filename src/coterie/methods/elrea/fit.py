@@ -15,8 +15,9 @@ from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError
 from coterie.experts.bank import load_bank
 from coterie.experts.clustering import cluster
+from coterie.experts.fresh_adapter import check_fresh_adapter
 from coterie.experts.names import BASE
-from coterie.experts.training import load_checkpoint, train_adapter
+from coterie.experts.training import check_one_process, load_checkpoint, train_adapter
 from coterie.features.gradient import GradientFeatures, counted_blocks, write_features
 from coterie.features.growing_text import FeatureExtractor
 from coterie.methods.common import (
@@ -59,9 +60,11 @@ def fit_elrea(settings: ElreaSettings, examples: list[Example] | None = None) ->
     """
     output = Path(settings.output)
     check_output(output, overwrite=settings.overwrite)
+    check_one_process()
     examples = load_all(settings.data, settings.limit) if examples is None else examples
     _check_enough(len(examples), settings)
     backbone = load_backbone(settings.model)
+    check_fresh_adapter(backbone, settings.lora)
     counted_blocks(settings.features.blocks, len(backbone.blocks))
     prompts = PromptFormat(backbone.tokenizer, settings.training.system_prompt)
     kept = tokenise(prompts, examples, settings.training.max_length)

@@ -11,7 +11,7 @@ from coterie.combiners.layers import LayerCombiner
 from coterie.data.batching import tokenise
 from coterie.data.examples import Example, load_examples
 from coterie.experts.bank import load_bank
-from coterie.experts.training import read_log
+from coterie.experts.training import check_one_process, read_log
 from coterie.features.embedding import HIDDEN
 from coterie.features.embedding_store import hidden_encoder, load_text_encoder
 from coterie.methods.common import copy_expert, named_sources
@@ -56,6 +56,7 @@ def fit_kshot(settings: KshotSettings) -> Mixture:
     """
     output = Path(settings.output)
     check_output(output, overwrite=settings.overwrite)
+    check_one_process()
     task = open_task(settings.bank, settings, settings.training.system_prompt)
     pools = {f"pool {name}": sha256_of(Path(name)) for name in settings.pool if Path(name).is_file()}
     with run_folder(output, f"fit {METHOD}", settings.model_dump(), {**task.inputs(), **pools}) as run:

@@ -16,8 +16,9 @@ from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE, check_names, load_bank
 from coterie.experts.bank_folder import open_bank
+from coterie.experts.fresh_adapter import check_fresh_adapter
 from coterie.experts.names import BACKBONE, NULL
-from coterie.experts.training import write_null_adapter
+from coterie.experts.training import check_one_process, write_null_adapter
 from coterie.methods.common import (
     DOMAINS_FILE,
     base_plan,
@@ -76,8 +77,10 @@ def fit_token_level(settings: TokenLevelSettings, given: Mapping[str, list[Examp
     """
     output = Path(settings.output)
     check_output(output, overwrite=settings.overwrite)
+    check_one_process()
     examples = _load_domains(named_values(settings.data, "data"), settings.limit, given or {})
     backbone = load_backbone(settings.model)
+    check_fresh_adapter(backbone, settings.lora)
     prompts = PromptFormat(backbone.tokenizer, settings.training.system_prompt)
     kept = {name: tokenise(prompts, own, settings.training.max_length) for name, own in examples.items()}
     with run_folder(output, "fit token-level", settings.model_dump(), _inputs(examples, backbone)) as run:

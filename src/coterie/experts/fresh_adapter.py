@@ -1,0 +1,215 @@
+"""Fresh adapters: which layers they change, and the proof before the first step that they can be read back."""
+
+import logging
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from coterie.artifacts import read_json, write_json
+from coterie.backbone.layers import ByExpert, ExpertLayers, changeable_layers, linear_layers
+from coterie.backbone.loading import Backbone
+from coterie.errors import CoterieError, first_line, unknown_name
+from coterie.experts.bank import CONFIG_FILE, KEY_PREFIX, load_adapter
+from coterie.settings.groups import LoraSettings
+
+logger = logging.getLogger(__name__)
+
+ALL_LINEAR = "all-linear"
+WITHOUT_OUT_PROJ = ("falcon_h1", "nemotron_h")
+"""Model types whose `out_proj` PEFT refuses: faster kernels read its weight alone."""
+
+
+def lora_config(backbone: Backbone, settings: LoraSettings) -> LoraConfig:
+    """Return PEFT's config of a fresh adapter, with the layers that it changes.
+
+    Raises:
+        CoterieError: as `layers_to_change`.
+    """
+    layers = layers_to_change(backbone.model, settings.target_modules)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=settings.alpha or 4 * settings.rank,
+        lora_dropout=settings.dropout,
+        target_modules=layers,
+        fan_in_fan_out=is_transposed(backbone.model, layers),
+    )
+
+
+def is_transposed(model: PreTrainedModel, layers: Iterable[str]) -> bool:
+    """Whether all these layers keep their weight as GPT-2 does, which PEFT's configs call `fan_in_fan_out`."""
+    return all(isinstance(model.get_submodule(path), Conv1D) for path in layers)
+
+
+def layers_to_change(model: PreTrainedModel, target_modules: str) -> list[str]:
+    """Return the linear layers that a fresh adapter changes, in the model's order: of those asked for all that can be.
+
+    Raises:
+        CoterieError: for a name of no linear layer, or names of layers none of which can be changed.
+    """
+    asked, left_out = asked_layers(model, target_modules), unchangeable(model)
+    layers = [path for path in asked if path not in left_out]
+    if not layers:
+        raise CoterieError(
+            f"adapters cannot change {target_modules} of this model ({left_out[asked[0]]}); "
+            f"type --target-modules {ALL_LINEAR}"
+        )
+    return layers
+
+
+def asked_layers(model: PreTrainedModel, target_modules: str) -> list[str]:
+    """Return the linear layers that are asked for by name (as PEFT compares: the end of the path), or all.
+
+    Raises:
+        CoterieError: for a name of no linear layer.
+    """
+    linear = list(linear_layers(model))
+    if target_modules == ALL_LINEAR:
+        return linear
+    by_name = {}
+    for name in (name.strip() for name in target_modules.split(",")):
+        by_name[name] = {path for path in linear if f".{path}".endswith(f".{name}")}
+        if not by_name[name]:
+            raise unknown_name("linear layer", name, [ALL_LINEAR, *{path.rpartition(".")[2] for path in linear}])
+    return [path for path in linear if any(path in found for found in by_name.values())]
+
+
+def unchangeable(model: PreTrainedModel) -> dict[str, str]:
+    """Return the linear layers that a fresh adapter must leave as they are, with the reason."""
+    changeable, reasons = changeable_layers(model), {}
+    for path, layer in linear_layers(model).items():
+        if layer is model.get_output_embeddings():  # runs apart from all others, once a prompt
+            reasons[path] = "the output layer"
+        elif path not in changeable:
+            reasons[path] = "not run as a linear layer on every token"
+        elif model.config.model_type in WITHOUT_OUT_PROJ and path.endswith(".out_proj"):
+            reasons[path] = "refused by PEFT"
+        elif not _is_left_to_its_name(path, model):
+            reasons[path] = "PEFT takes its name for a part of the fused experts"
+    return reasons
+
+
+def _is_left_to_its_name(path: str, model: PreTrainedModel) -> bool:
+    """Whether PEFT means this layer by its path, and not a parameter that had such a name in transformers 4."""
+    config = LoraConfig(target_modules=[path])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # a part of what is one parameter now
+        return False
+    return config.target_modules == {path}
+
+
+def check_fresh_adapter(backbone: Backbone, settings: LoraSettings) -> None:
+    """Make sure that what training will write can be read back and run, before anything is spent on it.
+
+    A fresh adapter is trained on nothing but one backward pass, saved, read by PEFT and by the reader that mixtures
+    use, and attached. What the adapters leave as it is, beyond the output layer, is said in one line.
+
+    Raises:
+        CoterieError: when any of it does not work.
+    """
+    config = lora_config(backbone, settings)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            _write_and_read(backbone, config, Path(folder))
+    except Exception as error:  # PEFT and the model raise whatever they like
+        raise CoterieError(
+            f"adapters of {backbone.identity.id} ({backbone.model.config.model_type}) could not be trained and read "
+            f"back: {first_line(error)}; choose other --target-modules or another base model"
+        ) from error
+    _tell_what_stays(backbone.model, settings.target_modules)
+
+
+def _write_and_read(backbone: Backbone, config: LoraConfig, folder: Path) -> None:
+    ids = torch.tensor([[1, 2, 3], [3, 2, 1]], device=backbone.device)
+    model = get_peft_model(backbone.model, config)
+    try:
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=1e-3)
+        written = trainable_factors(model)
+        with torch.enable_grad():
+            model.train()
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        untrained = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        if untrained:
+            raise ValueError(f"{untrained[0]} gets no gradient")
+        save_adapter(model, folder, backbone.identity.id)
+    finally:
+        model.unload()
+        backbone.model.eval()
+    again = PeftModel.from_pretrained(backbone.model, folder, is_trainable=True)
+    try:
+        check_taken(again, written)
+    finally:
+        again.unload()
+    adapter = load_adapter(folder, backbone.model)
+    if {f"{KEY_PREFIX}{path}.lora_{half}.weight" for path in adapter for half in "AB"} != set(written):
+        raise ValueError("other layers were read back than were written")
+    layers = ExpertLayers(backbone.model, [adapter])
+    with torch.inference_mode(), layers.attached(), layers.choosing(ByExpert((0,), (len(ids),))):
+        backbone.hidden(ids)
+
+
+def trainable_factors(model: PeftModel) -> dict[str, Tensor]:
+    """Return copies of the factors that a PEFT model trains, by the names that they have in its file."""
+    return {
+        name.replace(".default.", "."): parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def check_taken(model: PeftModel, written: Mapping[str, Tensor]) -> None:
+    """Refuse to go on from an adapter that PEFT attached otherwise than it stands in its file: it only warns.
+
+    Args:
+        model: what PEFT made of it.
+        written: its tensors by their names in the file.
+
+    Raises:
+        CoterieError: naming the first tensor that differs.
+    """
+    found = trainable_factors(model)
+    for name in sorted({*found, *written}):
+        if name not in found or name not in written or not torch.equal(found[name], written[name].to(found[name])):
+            raise CoterieError(
+                f"PEFT does not attach {name} to this model as it is written; train without this layer or adapter"
+            )
+
+
+def save_adapter(model: PeftModel, folder: Path, base_id: str) -> None:
+    """Save as PEFT does, with the base model's own name and everything in a fixed order."""
+    model.save_pretrained(str(folder), save_embedding_layers=False)  # they are frozen; 'auto' would ask the hub
+    (folder / "README.md").unlink(missing_ok=True)
+    config = read_json(folder / CONFIG_FILE)
+    config["base_model_name_or_path"] = base_id
+    config["target_modules"] = sorted(config["target_modules"])  # a set, so its order is another in every process
+    write_json(folder / CONFIG_FILE, dict(sorted(config.items())))
+
+
+def _tell_what_stays(model: PreTrainedModel, target_modules: str) -> None:
+    """Say in one line which weights stay as they are where somebody might think that adapters change them."""
+    linear, left_out = linear_layers(model), unchangeable(model)
+    stays = {path: left_out[path] for path in asked_layers(model, target_modules) if path in left_out}
+    if target_modules == ALL_LINEAR:
+        for name, parameter in model.named_parameters():
+            owner = model.get_submodule(name.rpartition(".")[0])
+            known = owner in linear.values() or isinstance(owner, (nn.Embedding, nn.Conv1d))
+            if not known and sum(size > 1 for size in parameter.shape) > 1:
+                stays[name] = "no linear layer"
+    by_reason: dict[str, dict[str, None]] = {}
+    for path, reason in stays.items():
+        if linear.get(path) is not model.get_output_embeddings():
+            by_reason.setdefault(reason, {})[re.sub(r"\.\d+(?=\.|$)", ".*", path)] = None
+    if by_reason:
+        parts = [f"{', '.join(paths)} ({reason})" for reason, paths in by_reason.items()]
+        logger.warning("adapters leave as it is: %s", "; ".join(parts))
