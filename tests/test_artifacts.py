@@ -37,7 +37,11 @@ few = settings(deadline=None, max_examples=30)
 SETTINGS = {"model": "tiny", "seed": 0, "training": {"learning_rate": 5e-05}, "overwrite": False}
 INPUTS = {"data": "abc"}
 plain_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**64), 2**64)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
@@ -136,7 +140,7 @@ def test_no_rows_are_an_empty_file(tmp_path):
     [
         (None, "does not exist; check the folder's name"),
         (b"{", "is not readable JSON .*; get or make the file again"),
-        (b"\xff\xfe", "is not readable JSON"),
+        (b"\xff\xfe", "is not readable: it is no UTF-8 text"),
         (b"[1]", "must hold a JSON object, but holds a list"),
     ],
     ids=["missing", "broken", "not text", "a list"],
@@ -149,12 +153,21 @@ def test_json_that_cannot_be_read_is_told_by_name(content, message, tmp_path):
         read_json(path)
 
 
-@pytest.mark.parametrize("content", [None, b'{"a": 1}\n{"a"', b"\xff\n"], ids=["missing", "broken", "not text"])
-def test_json_lines_that_cannot_be_read_are_told_by_name(content, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "a.jsonl does not exist"),
+        (b'{"a": 1}\n{"a"', "a.jsonl, line 2 is not readable JSON .*; get or make the file again"),
+        (b"\xff\n", "a.jsonl, line 1 is not readable: it is no UTF-8 text; get or make the file again"),
+        (b"{}\n3\n", "a.jsonl, line 2 must hold a JSON object, but holds a int"),
+    ],
+    ids=["missing", "broken", "not text", "a number"],
+)
+def test_json_lines_that_cannot_be_read_are_told_by_name(content, message, tmp_path):
     path = tmp_path / "a.jsonl"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(CoterieError, match="a.jsonl is not readable .*; get or make the file again"):
+    with pytest.raises(CoterieError, match=message):
         read_jsonl(path)
 
 
@@ -490,10 +503,10 @@ def test_only_runs_and_empty_folders_are_replaced(make, replaceable, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "is not a readable run.yaml; give the file of a run folder"),
-        (b"a: [", "is not a readable run.yaml"),
-        (b"\xff\xfe\x00", "is not a readable run.yaml"),
-        (b"!!python/object/apply:os.getcwd []", "is not a readable run.yaml"),
+        (None, "does not exist; give the run.yaml of a run folder"),
+        (b"a: [", ", line 1 is not readable YAML"),
+        (b"\xff\xfe\x00", "is not readable"),
+        (b"!!python/object/apply:os.getcwd []", ", line 1 is not readable YAML .tags are not read.; give the run.yaml"),
         (b"- 1", "holds no command and settings; give the run.yaml of a run folder"),
         (b"command: fit x", "holds no command and settings"),
         (b"settings: {}", "holds no command and settings"),
@@ -505,8 +518,14 @@ def test_a_record_that_cannot_be_read_is_told_by_name(content, message, tmp_path
     path = tmp_path / "run.yaml"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(CoterieError, match=f"run.yaml {message}"):
+    with pytest.raises(CoterieError, match=f"run.yaml ?{message}"):
         read_run_record(path)
+
+
+def test_a_record_repeats_what_stands_there_twice_since_aliases_are_not_read(tmp_path):
+    same = ["a.jsonl"]
+    run_once(tmp_path / "run", settings={"data": same, "pool": same})
+    assert read_run_record(tmp_path / "run" / "run.yaml")["settings"] == {"data": same, "pool": same}
 
 
 def test_a_record_is_plain_yaml_in_the_order_of_reading(tmp_path):

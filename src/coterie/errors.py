@@ -1,14 +1,36 @@
 """Errors that a user can fix. Everything else that is raised is a bug of ours."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+LONGEST_ERROR = 4000  # characters
+
+# Control characters, text-direction overrides, separators of lines and halves of surrogate pairs.
+_ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def shown(text: str, keep: str = "") -> str:
+    """Write what would act on a terminal instead of showing there as escapes, which JSON reads as the same text."""
+    return _ACTING.sub(lambda sign: sign[0] if sign[0] in keep else f"\\u{ord(sign[0]):04x}", text)
+
+
+def shortened(text: str, limit: int) -> str:
+    """Cut the middle out of a text that is longer than `limit` characters."""
+    end = (limit - 3) // 3
+    return text if len(text) <= limit else f"{text[: limit - 3 - end]}...{text[-end:]}"
 
 
 class CoterieError(Exception):
     """Trouble the user can fix, told in one line: what is wrong, what was given, what to do next.
 
-    The command line prints it bare and exits with 2; a server maps it to a 4xx answer.
+    The command line prints it bare and exits with 2; a server maps it to a 4xx answer. It quotes names and values that
+    may come from a stranger, so it is one line of bounded length, and nothing in it acts on a terminal.
     """
+
+    def __init__(self, message: str = "") -> None:
+        """Make the message one line."""
+        super().__init__(shown(shortened(re.sub(r"\s*[\r\n]+\s*", " ", message.strip()), LONGEST_ERROR)))
 
 
 def unknown_name(kind: str, got: str, known: Iterable[str]) -> CoterieError:

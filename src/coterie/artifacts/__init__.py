@@ -2,20 +2,27 @@
 
 from coterie.artifacts.files import (
     FORMAT,
-    MAX_TENSOR_FILE,
     disk_errors,
     hash_json,
     hash_text,
     hub_folder,
-    read_json,
-    read_jsonl,
-    read_tensors,
     sha256_of,
     whole_file,
     write_json,
     write_jsonl,
     write_tensors,
     write_text,
+)
+from coterie.artifacts.reading import (
+    MAX_TENSOR_FILE,
+    open_regular,
+    parse_json,
+    parse_yaml,
+    read_json,
+    read_jsonl,
+    read_lines,
+    read_tensors,
+    read_text,
 )
 from coterie.artifacts.runs import JsonCache, RunFolder, check_output, environment_record, read_run_record, run_folder
 
@@ -30,10 +37,15 @@ __all__ = [
     "hash_json",
     "hash_text",
     "hub_folder",
+    "open_regular",
+    "parse_json",
+    "parse_yaml",
     "read_json",
     "read_jsonl",
+    "read_lines",
     "read_run_record",
     "read_tensors",
+    "read_text",
     "run_folder",
     "sha256_of",
     "whole_file",

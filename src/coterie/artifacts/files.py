@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, safe to read, hashed."""
+"""Files: written whole or not at all, hashed, had from the hub."""
 
 import errno
 import hashlib
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT = 1
-MAX_TENSOR_FILE = 8 * 2**30  # bytes; an adapter of rank 256 on a 70B model is about 3 GiB
 
 
 @contextmanager
@@ -65,36 +64,6 @@ def write_jsonl(path: Path, rows: Iterator[Mapping[str, Any]] | list[dict[str, A
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        CoterieError: when the file is missing, broken, or holds something else than an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CoterieError(f"{path} does not exist; check the folder's name") from error
-    except (ValueError, OSError) as error:
-        raise CoterieError(f"{path} is not readable JSON ({error}); get or make the file again") from error
-    if not isinstance(value, dict):
-        raise CoterieError(f"{path} must hold a JSON object, but holds a {type(value).__name__}")
-    return value
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read one JSON object a line, from a file that we wrote.
-
-    Raises:
-        CoterieError: when it is missing or broken.
-    """
-    try:
-        with path.open(encoding="utf-8") as file:  # its lines end at newlines only, unlike those of str.splitlines
-            return [json.loads(line) for line in file]
-    except (OSError, ValueError) as error:
-        raise CoterieError(f"{path} is not readable ({error}); get or make the file again") from error
-
-
 def hub_folder(source: str, patterns: list[str], advice: str) -> Path:
     """Download a repository of the hub and return its folder: files that match the patterns, and no others.
 
@@ -120,28 +89,6 @@ def write_tensors(path: Path, tensors: Mapping[str, "torch.Tensor"], metadata: M
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
         save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
-
-
-def read_tensors(path: Path, max_bytes: int = MAX_TENSOR_FILE) -> dict[str, "torch.Tensor"]:
-    """Read a safetensors file that may come from a stranger: size and header are checked before anything is loaded.
-
-    Raises:
-        CoterieError: when the file is missing, larger than `max_bytes`, truncated, or not safetensors.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise CoterieError(
-            f"{path} does not exist; an adapter folder holds adapter_config.json and adapter_model.safetensors"
-        )
-    size = path.stat().st_size
-    if size > max_bytes:
-        raise CoterieError(f"{path} has {size:,} bytes, more than the {max_bytes:,} that are accepted; check the file")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CoterieError(f"{path} is truncated or not a safetensors file ({error}); get the file again") from error
 
 
 def sha256_of(*paths: Path) -> str:

@@ -19,7 +19,8 @@ from typing import Any
 
 import yaml
 
-from coterie.artifacts.files import FORMAT, disk_errors, read_json, write_json, write_text
+from coterie.artifacts.files import FORMAT, disk_errors, write_json, write_text
+from coterie.artifacts.reading import MAX_YAML, parse_yaml, read_json, read_text
 from coterie.errors import CoterieError
 from coterie.settings.old_spellings import current_command, current_names, is_old
 from coterie.settings.reading import flat_values
@@ -46,6 +47,11 @@ def environment_record() -> dict[str, Any]:
         processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
     machine = f"{processor}, {os.cpu_count()} cores"
     return {"versions": versions, "python": platform.python_version(), "machine": machine, "git": commit}
+
+
+class _WithoutAliases(yaml.SafeDumper):
+    def ignore_aliases(self, data: object) -> bool:  # they would not be read again
+        return True
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,8 @@ def run_folder(
         partial.mkdir(parents=True, exist_ok=True)
     if not (partial / "run.yaml").exists():
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        text = yaml.safe_dump({**record, "started": started, **environment_record()}, sort_keys=False)
+        whole = {**record, "started": started, **environment_record()}
+        text = yaml.dump(whole, Dumper=_WithoutAliases, sort_keys=False)
         write_text(partial / "run.yaml", text)
     try:
         yield RunFolder(partial)
@@ -152,10 +159,8 @@ def read_run_record(path: Path) -> dict[str, Any]:
     Raises:
         CoterieError: when it is missing or not the record of a run.
     """
-    try:
-        record = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CoterieError(f"{path} is not a readable run.yaml; give the file of a run folder") from error
+    advice = "give the run.yaml of a run folder"
+    record = parse_yaml(read_text(path, MAX_YAML, advice), str(path), advice)
     if not isinstance(record, dict) or "command" not in record or not isinstance(record.get("settings"), dict):
-        raise CoterieError(f"{path} holds no command and settings; give the run.yaml of a run folder")
+        raise CoterieError(f"{path} holds no command and settings; {advice}")
     return {**record, "command": current_command(str(record["command"]))}
