@@ -47,13 +47,17 @@ def median_ratio(above: list[float], below: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
+def hardware_record() -> dict[str, Any]:
+    """Return what a result was measured on: the machine, its threads, and the versions of what ran."""
+    record = environment_record()
+    return {"name": record["machine"], "threads": torch.get_num_threads(), "versions": record["versions"]}
+
+
 def publish(name: str, settings: Mapping[str, Any], medians: Mapping[str, float], ratios: Mapping[str, float]) -> None:
     """Print the result as one JSON object, and write it where `--output` says."""
-    record = environment_record()
-    hardware = {"name": record["machine"], "threads": torch.get_num_threads(), "versions": record["versions"]}
     result = {
         "name": name,
-        "hardware": hardware,
+        "hardware": hardware_record(),
         "settings": dict(settings),
         "medians": {key: round(value, 6) for key, value in medians.items()},
         "ratios": {key: round(value, 4) for key, value in ratios.items()},

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from coterie.errors import CoterieError
 from coterie.experts import clustering
-from coterie.experts.clustering import Clustering, cluster, describe, leaf_radius, spherical_centres
+from coterie.experts.clustering import (
+    Clustering,
+    cluster,
+    describe,
+    leaf_radius,
+    nearest_distances,
+    odd_rows,
+    spherical_centres,
+)
 from coterie.settings.groups import ClusterMethod, ClusterSettings
 
 METHODS = get_args(ClusterMethod)
@@ -61,7 +69,7 @@ def test_a_coarse_radius_would_collapse_rows_that_share_a_large_part():
         CoterieError, match="fall into 1 groups only, not the 5 asked .* or a smaller --cluster-threshold"
     ):
         cluster(rows, chosen(cluster_threshold=0.5))
-    assert leaf_radius(unit(rows)) < 0.01
+    assert leaf_radius(nearest_distances(unit(rows))) < 0.01
 
 
 @every_method
@@ -248,6 +256,83 @@ def test_sizes_never_lie(sizes, rounds, method, noise):
         assert found.count == 3
 
 
+# -------------------------------------------------------------------------------------------- odd rows, and how many
+
+
+def with_an_odd_row(sizes: tuple[int, ...], noise: float, seed: int) -> np.ndarray:
+    """Groups as above, of which the last row has a direction of its own."""
+    rows, _ = groups(sizes, noise=noise, seed=seed)
+    own = np.linalg.qr(np.random.default_rng(seed).normal(size=(24, 24)))[0][-1]
+    return np.concatenate([rows, own[None]])
+
+
+@pytest.mark.parametrize("method", ["birch", "spherical-kmeans"])
+@settings(deadline=None, max_examples=15)
+@given(
+    sizes=st.lists(st.integers(30, 150), min_size=2, max_size=7).map(tuple),
+    noise=st.sampled_from([0.05, 0.2, 0.4]),
+    seed=st.integers(0, 10**6),
+)
+def test_one_outlier_row_changes_no_other_rows_cluster(method, sizes, noise, seed):
+    rows = with_an_odd_row(sizes, noise, seed)
+    usual = ClusterSettings(cluster_method=method)
+    without, found = cluster(rows[:-1], usual, seed=seed), cluster(rows, usual, seed=seed)
+    assert found.count == without.count
+    assert same_partition(found.labels[:-1], without.labels)
+
+
+@every_method
+@pytest.mark.parametrize("copies", [1, 2, 3])
+def test_a_few_outlier_rows_among_600_do_not_explode_the_clusters(method, copies):
+    """Four kinds of 150 rows; read literally, the paper's rule made 49 clusters of them with one such row."""
+    rows = with_an_odd_row((150,) * 4, 0.2, seed=5)
+    rows = np.concatenate([rows, rows[-1:].repeat(copies - 1, axis=0)])
+    usual = ClusterSettings(cluster_method=method)
+    assert abs(cluster(rows, usual).count - cluster(rows[:600], usual).count) <= 1
+
+
+def test_clusters_of_less_than_a_twentieth_of_an_even_share_are_no_yardstick():
+    """Two of 603 rows are a cluster; by its size the others would be split in every round."""
+    rows, labels = groups((200, 200, 201, 2), noise=0.05)
+    found = cluster(rows, ClusterSettings(clusters=4))
+    assert same_partition(found.labels, labels)
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(10, 8), (8, 8), (7, 6), (6, 6), (5, 4), (2, 4)])
+def test_splitting_ends_at_the_most_clusters_there_may_be_the_largest_first(most, sizes, caplog):
+    """Two of four clusters are over five times the smallest, and each would make three parts."""
+    halves = np.repeat(np.arange(6), [26, 26, 26, 22, 22, 22])
+    basis = np.eye(24)
+    centres = np.concatenate([basis[0] + 0.3 * basis[4:7], basis[1] + 0.3 * basis[7:10]])
+    rows = np.concatenate([centres[halves], basis[2][None].repeat(8, 0), basis[3][None].repeat(6, 0)])
+    rows = rows + 0.01 * np.random.default_rng(0).normal(size=rows.shape)
+    with caplog.at_level(logging.INFO):
+        found = cluster(rows, chosen(clusters=4, cluster_rounds=2, max_clusters=most))
+    assert found.count == sizes
+    told = [line for line in caplog.messages if f"more than --max-clusters {most}" in line]
+    assert len(told) == (8 - sizes) // 2
+    if sizes == 6:
+        assert found.sizes() == [66, 26, 26, 26, 8, 6]
+
+
+def test_a_cluster_of_a_handful_of_rows_is_told(caplog):
+    rows, _ = groups((30, 20, 7, 3))
+    cluster(rows, chosen(clusters=4))
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
+        "few rows to train an expert on: cluster-2 7, cluster-3 3; ask for fewer --clusters or --cluster-rounds, or "
+        "give more data"
+    ]
+
+
+def test_odd_rows_lie_beyond_three_interquartile_ranges_and_are_a_twentieth_at_most():
+    """Quartiles of 1 to 3 in even steps are 1.5 and 2.5, so far out begins at 5.5; equal rows do not count."""
+    usual = np.concatenate([np.zeros(20), np.linspace(1, 3, 101)])
+    assert odd_rows(np.append(usual, 5.4)).sum() == 0
+    assert odd_rows(np.append(usual, [5.8, 7.0])).tolist() == [False] * 121 + [True] * 2
+    assert odd_rows(np.append(usual, np.full(8, 50.0))).sum() == 0
+    assert odd_rows(np.zeros(30)).sum() == 0
+
+
 # --------------------------------------------------------------------------------------------------------- cosines
 
 
@@ -320,9 +405,8 @@ def test_the_description_names_sources_from_the_largest_share_and_none_where_non
 def test_the_leaf_radius_is_half_the_median_distance_to_the_nearest_row():
     """Nearest distances of 0, 1, 4, 10, 20 on a line: 1, 1, 3, 6, 10; equal rows do not count."""
     line = np.array([0.0, 1.0, 4.0, 10.0, 20.0])[:, None]
-    assert leaf_radius(line) == pytest.approx(3 / 2)
-    assert leaf_radius(np.concatenate([line, np.full((9, 1), 200.0)])) == pytest.approx(3 / 2)
-    assert leaf_radius(line * 1e-9) == pytest.approx(1e-9 * 3 / 2)
+    for rows, factor in ((line, 1), (np.concatenate([line, np.full((9, 1), 200.0)]), 1), (line * 1e-9, 1e-9)):
+        assert leaf_radius(nearest_distances(rows)) == pytest.approx(factor * 3 / 2)
 
 
 def test_the_tree_is_built_with_that_radius_unless_one_is_given(caplog):
@@ -331,11 +415,11 @@ def test_the_tree_is_built_with_that_radius_unless_one_is_given(caplog):
         cluster(rows, chosen(clusters=2))
         cluster(rows, chosen(clusters=2, cluster_threshold=0.123))
     radii = [line.split()[3] for line in caplog.messages if line.startswith("BIRCH")]
-    assert radii == [f"{leaf_radius(unit(rows)):.4g},", "0.123,"]
+    assert radii == [f"{leaf_radius(nearest_distances(unit(rows))):.4g},", "0.123,"]
 
 
-def test_the_leaf_radius_is_the_same_when_rows_are_compared_in_blocks():
+def test_nearest_distances_are_the_same_when_rows_are_compared_in_blocks():
     rows = np.random.default_rng(0).normal(size=(1301, 3))
     distances = np.linalg.norm(rows[:, None] - rows, axis=2)
     np.fill_diagonal(distances, np.inf)
-    assert leaf_radius(rows) == pytest.approx(np.median(distances.min(axis=1)) / 2)
+    np.testing.assert_allclose(nearest_distances(rows), distances.min(axis=1), rtol=1e-6, atol=1e-7)

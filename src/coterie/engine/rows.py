@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from coterie.backbone.cache import make_cache, select_rows
 from coterie.backbone.gates import MeanWeights
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone
 from coterie.combiners.base import Combiner, RowPlan, kept_rows
 from coterie.data.batching import pad
-from coterie.engine.cache import make_cache
 from coterie.routers.base import Routing
 
 
@@ -82,5 +82,5 @@ class CachedRows:
     def _select(self, rows: list[int], plan: RowPlan) -> None:
         self.plan = plan
         if rows != list(range(len(self._mask))):
-            self._cache.batch_select_indices(torch.tensor(rows, device=self._mask.device))
+            select_rows(self._cache, rows, self._mask.device)
             self._mask = self._mask[rows]

@@ -98,6 +98,7 @@ class ClusterSettings(Settings):
 
     clusters: int = Field(5, ge=2, description="clusters asked for in the first round")
     cluster_rounds: int = Field(3, ge=1, le=3, description="rounds of splitting clusters that stayed too large")
+    max_clusters: int = Field(10, ge=2, description="most clusters that splitting makes (the paper has 8 to 10)")
     cluster_method: ClusterMethod = Field(
         "birch", description="birch (the paper's), spherical-kmeans, birch-pca or kmeans-pca"
     )
