@@ -118,7 +118,7 @@ def profile_pool(settings: ProfileSettings) -> Profiled:
     pool = read_pool(folder)
     output = folder / PROFILE
     check_output(output, overwrite=settings.overwrite)
-    examples = _usable(load_questions(settings.data, settings.limit), settings)
+    examples = _usable(load_questions(settings.data, settings.limit, settings.reading), settings)
     if settings.skill.skills != "category":
         ask_expert(settings.skill, pool)
     remote = [expert.name for expert in pool.experts if expert.kind == "endpoint"]
