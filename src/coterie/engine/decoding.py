@@ -177,7 +177,7 @@ def score_responses(
     Returns:
         For every vote and prompt, scores in the order of the positions.
     """
-    ids = pad([rows[prompt][0] for prompt in plan.prompts], backbone.tokenizer.pad_token_id, device=backbone.device)
+    ids = pad([rows[prompt][0] for prompt in plan.prompts], backbone.pad_id, device=backbone.device)
     with layers.attached(), layers.choosing(plan.choice):
         hidden = backbone.hidden(ids.input_ids)  # padding stands behind the text, where causal attention cannot see it
     result: list[list[ScoredTokens]] = [[] for _ in votes]

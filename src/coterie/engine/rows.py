@@ -39,7 +39,7 @@ class CachedRows:
 
         What is read first may differ in length and is padded on the left; all later pieces have one length.
         """
-        pad_id = self._backbone.tokenizer.pad_token_id
+        pad_id = self._backbone.pad_id
         texts = [tokens[request] for request in self.plan.prompts]
         ids, mask, _ = pad(texts, pad_id, side="left", device=self._backbone.device)
         seen = MeanWeights(mask) if self.routing.gates and not self._mask.shape[1] else None
