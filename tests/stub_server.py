@@ -1,10 +1,11 @@
 """A small OpenAI-compatible server in a thread, which does what a test tells it to."""
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
@@ -105,3 +106,26 @@ def serving(respond: Callable[[Got], Sent]) -> Iterator[Stub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def hostile(speak: Callable[[socket.socket], None]) -> Iterator[str]:
+    """Run a server on bare sockets, which answers every request by what `speak` does, and closes; give its address."""
+    listening = socket.create_server(("127.0.0.1", 0), backlog=64)
+
+    def serve(connection: socket.socket) -> None:
+        with connection, suppress(OSError):  # the client waits no longer
+            connection.settimeout(20)
+            connection.recv(2**16)
+            speak(connection)
+
+    def accept() -> None:
+        with suppress(OSError):  # closed below
+            while True:
+                threading.Thread(target=serve, args=listening.accept()[:1], daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+    finally:
+        listening.close()

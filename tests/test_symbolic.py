@@ -1,6 +1,7 @@
 """Symbolic-MoE from pool to answers: endpoints that are good at one thing each, over real HTTP, and tiny models."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -21,7 +22,7 @@ from coterie.settings.commands import ExpertPoolSettings
 from coterie.settings.groups import SamplingSettings
 from helpers import refused
 from stub_server import Got, Sent, completion
-from symbolic_place import EXPERTS, lines, question, respond, rows
+from symbolic_place import EXPERTS, lines, question, respond, right_answer, rows
 
 
 def test_a_profile_says_who_is_good_at_what(place, run):
@@ -37,8 +38,8 @@ def test_a_profile_says_who_is_good_at_what(place, run):
     before = len(place.stub.requests)
     code, out, _ = run("profile", place.pool, "--data", data, "--encoder", "none", "--overwrite")
     assert code == 0 and len(place.stub.requests) == before, "all replies are kept by the hash of what was asked"
-    assert out.splitlines()[0].split() == ["expert", "right", "algebra", "history"]
-    assert out.splitlines()[1].split() == ["maths", "50%", "+5", "-5"]
+    assert out.splitlines()[0].split() == ["expert", "right", "failed", "algebra", "history"]
+    assert out.splitlines()[1].split() == ["maths", "50%", "0", "+5", "-5"]
 
 
 def test_skills_can_come_from_the_rows(place, run):
@@ -57,9 +58,25 @@ def test_a_failing_expert_is_reported_and_counts_as_untried(place, run):
     words = ("--data", data, "--skills", "category", "--json", "--retries", 0)
     code, out, err = run("profile", place.pool, *words)
     assert code == 0 and json.loads(out)["trials"] == [[2, 2], [0, 0], [2, 2]]
+    assert json.loads(out)["failed"] == {"maths": 0, "past": 4, "judge": 0}
+    assert str(read_profile(place.pool / PROFILE)).splitlines()[2].split()[:3] == ["past", "0%", "4"]
     place.stub.respond = respond
     code, out, _ = run("profile", place.pool, *words, "--overwrite")
     assert code == 0 and json.loads(out)["trials"] == [[2, 2]] * 3, "what failed is asked for again"
+
+
+def test_an_answer_without_content_is_wrong_and_not_missing(place, run):
+    def thoughtful(got: Got) -> Sent:
+        if int(re.search(r"the number (\d+)", got.question)[1]) < 4:  # all tokens went into reasoning
+            return Sent(200, {"choices": [{"message": {"content": None}, "finish_reason": "length"}]})
+        return completion(right_answer(got.question))
+
+    place.stub.respond = thoughtful
+    data = write_rows(place.folder / "val.jsonl", rows(8))
+    code, out, _ = run("profile", place.pool, "--data", data, "--skills", "category")
+    assert code == 0 and out.splitlines()[1].split() == ["maths", "50%", "0", "+0", "+0"]
+    profile = read_profile(place.pool / PROFILE).profile
+    assert (profile.right.tolist(), profile.trials.tolist()) == ([[2, 2]] * 3, [[4, 4]] * 3)
 
 
 def test_a_pool_in_which_nobody_answers_has_no_profile(place, run):

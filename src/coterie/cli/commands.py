@@ -100,7 +100,7 @@ def train_extras(settings: TrainExtrasSettings) -> None:
 @command("route", 'coterie route runs/elrea "What do 5 pens cost?" --json')
 def route(settings: RouteSettings, prompts: Prompts = None, as_json: AsJson = False, input: Input = None) -> None:
     """Print the weights of the experts for every prompt."""
-    given = _prompts(prompts, input)
+    given = _prompts(prompts, input, settings)
     mixture = _mixture(settings)
     routing = mixture.route(given, settings.routing.top_k_experts)
     for number, prompt in enumerate(given):
@@ -126,7 +126,7 @@ def generate(
     input: Input = None,
 ) -> None:
     """Answer prompts with the mixture."""
-    given = _prompts(prompts, input)
+    given = _prompts(prompts, input, settings)
     if stream + as_json + show_weights > 1:
         raise CoterieError("--stream, --json and --show-weights print an answer in different ways; use one of them")
     if coterie.methods.is_symbolic(settings.mixture):
@@ -153,7 +153,7 @@ def generate(
 @command("plan", "coterie plan runs/sym --input questions.jsonl")
 def plan(settings: PlanSettings, prompts: Prompts = None, as_json: AsJson = False, input: Input = None) -> None:
     """Tell what recruited experts will take to answer: loads, calls, tokens and memory; nothing is loaded."""
-    found = coterie.methods.plan_symbolic(settings, _prompts(prompts, input))
+    found = coterie.methods.plan_symbolic(settings, _prompts(prompts, input, settings))
     typer.echo(json.dumps(found.record()) if as_json else str(found))
 
 
@@ -264,10 +264,13 @@ def about(version: Annotated[bool, typer.Option("--version", help="print the ver
         raise typer.Exit
 
 
-def _prompts(prompts: list[str] | None, file: str | None) -> list[Any]:
+def _prompts(prompts: list[str] | None, file: str | None, settings: RouteSettings) -> list[Any]:
     if bool(prompts) == bool(file):
         raise CoterieError("give prompts either as arguments or with --input FILE.jsonl")
-    return coterie.load_examples(file, need_response=False) if file else list(prompts or [])
+    if not file:
+        return list(prompts or [])
+    reading = coterie.reading_for(settings.mixture, settings.reading)
+    return coterie.load_examples(file, need_response=False, reading=reading)
 
 
 def _show(

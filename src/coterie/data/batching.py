@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from coterie.data.examples import Example, Message
 from coterie.errors import CoterieError
+from coterie.settings.groups import INPUT_TEMPLATE
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +79,15 @@ class Tokenised(NamedTuple):
 class PromptFormat:
     """Renders conversations with the tokenizer's chat template, or as plain text where it has none."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None = None, input_template: str | None = None
+    ) -> None:
         """Store the tokenizer.
 
         Args:
             tokenizer: a fast tokenizer (offsets tell the user's text from the template's).
             system_prompt: put before every conversation that brings none; None leaves it to the template.
+            input_template: how the rows' inputs were joined to their instructions, for rows that are still to be read.
 
         Raises:
             CoterieError: when the tokenizer cannot give offsets.
@@ -92,6 +96,7 @@ class PromptFormat:
             raise CoterieError("this model's tokenizer gives no character offsets; use a model with a tokenizer.json")
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
+        self.input_template = input_template or INPUT_TEMPLATE
 
     def row(self, example: Example) -> TokenRow:
         """Tokenise an example.

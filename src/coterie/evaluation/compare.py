@@ -28,10 +28,11 @@ from coterie.methods.family import MethodGrid
 from coterie.methods.kshot.run import task_records
 from coterie.methods.registry import family_of, make_grid
 from coterie.mixture import Mixture
+from coterie.mixture.folder import reading_for
 from coterie.records.evaluation import EvaluationRecord, RowRecord
 from coterie.records.files import write_evaluation
 from coterie.settings.commands import EvaluationSettings
-from coterie.settings.groups import ExtrasSettings, FewShotSettings
+from coterie.settings.groups import ExtrasSettings
 from coterie.settings.reading import from_flat
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def run_evaluation(settings: EvaluationSettings) -> Evaluation:
     """
     output = Path(settings.output)
     check_output(output, overwrite=settings.overwrite)
-    examples = load_all(settings.data, settings.limit)
+    examples = load_all(settings.data, settings.limit, reading_for(settings.mixture, settings.reading))
     check_code_execution(examples, settings.allow_code_execution)
     mixture = Mixture.from_pretrained(settings.mixture, **settings.placement.model_dump())
     chosen = resolved(settings, mixture)
@@ -209,7 +210,7 @@ def compare(
     methods, control = method_names(settings), settings.control or BASE
     check_code_execution(examples, settings.allow_code_execution)
     check_sources(mixture, examples, methods)
-    tests, notes = _test_rows(mixture, examples, settings.solved)
+    tests, notes = _test_rows(mixture, examples, settings)
     grid = make_grid(mixture, methods, settings.extras or ExtrasSettings())
     token_rows = [mixture.prompts.row(test.asked) for test in tests]
     scored = score_methods(grid, token_rows, methods, cached)
@@ -247,14 +248,15 @@ def compare(
 
 
 def _test_rows(
-    mixture: Mixture, examples: Sequence[Example], shots: FewShotSettings
+    mixture: Mixture, examples: Sequence[Example], settings: EvaluationSettings
 ) -> tuple[list[TestRow], list[str]]:
     """Put solved examples before every question, where there are any."""
+    shots = settings.solved
     if not shots.few_shot:
         return [TestRow(example, example) for example in examples], []
     found = with_shots(
         examples,
-        load_all(shots.few_shot),
+        load_all(shots.few_shot, reading=settings.reading.joined_as(mixture.prompts.input_template)),
         count=shots.few_shot_count,
         length=lambda example: mixture.prompts.row(example).prompt_length,
         longest=shots.longest_prompt,

@@ -17,6 +17,7 @@ from coterie.methods.symbolic.fit import Symbolic, is_symbolic, load_symbolic
 from coterie.methods.symbolic.methods import BEST_SINGLE, METHOD, METHODS
 from coterie.methods.symbolic.profile import REPLIES
 from coterie.methods.symbolic.skills import open_scheduler
+from coterie.mixture.folder import reading_for
 from coterie.records.evaluation import Clustering, Cost, OutcomeRecord, RowRecord
 from coterie.records.files import write_evaluation
 from coterie.settings.commands import EvaluationSettings
@@ -56,7 +57,7 @@ def evaluate_symbolic(settings: EvaluationSettings) -> Evaluation:
     fitted = load_symbolic(settings.mixture)
     names = list(METHODS) if settings.methods in (None, "all") else method_names(settings)
     control = checked_control(settings.control, names, BEST_SINGLE)
-    examples = load_all(settings.data, settings.limit)
+    examples = load_all(settings.data, settings.limit, reading_for(settings.mixture, settings.reading))
     check_code_execution(examples, settings.allow_code_execution)
     for name in names:  # an unknown one is told before anything is asked
         fitted.recruiting_plan(name, [], [], settings.sampling)

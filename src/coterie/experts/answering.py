@@ -36,15 +36,18 @@ class Question:
         return hash_json(content)
 
 
+FinishReason = Literal["stop", "length", "content_filter", "other", "failed"]
+
+
 @dataclass(frozen=True)
 class Reply:
     """What came back.
 
     Attributes:
-        text: the answer; empty where there is none.
+        text: the answer; empty where there is none, and also where a model spent all of its tokens on reasoning.
         prompt_tokens: tokens of the question, as the expert counts them.
         tokens: tokens of the answer.
-        finish_reason: stop, length, or failed.
+        finish_reason: why it ends there; other where a server gives another reason, or none.
         seconds: time spent on it; questions that were answered together share theirs.
         error: why there is no answer, in one line.
     """
@@ -52,7 +55,7 @@ class Reply:
     text: str
     prompt_tokens: int = 0
     tokens: int = 0
-    finish_reason: Literal["stop", "length", "failed"] = "stop"
+    finish_reason: FinishReason = "stop"
     seconds: float = 0.0
     error: str | None = None
 

@@ -4,47 +4,41 @@ The key comes from the environment and goes nowhere but into the request's heade
 searched for it before anything is kept, and redirections, which would carry it to another place, are not followed.
 """
 
+import asyncio
 import json
+import logging
 import os
 import random
 import re
-import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import httpx2
 
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, first_line
 from coterie.experts.answering import Done, Question, Reply, failed
+from coterie.experts.chat_completions import (
+    Change,
+    Trouble,
+    read_json_or_none,
+    refusal,
+    reply_from,
+    request_body,
+    seconds_to_wait,
+)
 from coterie.settings.groups import ExpertServingSettings
 
-LARGEST_ANSWER = 16 * 2**20  # bytes
+logger = logging.getLogger(__name__)
+
+LARGEST_ANSWER = 4 * 2**20  # bytes
 LONGEST_PAUSE = 60.0  # seconds
 HOPELESS = 3  # questions in a row that failed in spite of all tries
-BUSY = frozenset({408, 409, 425, 429, *range(500, 600)})
-REFUSED = frozenset({401, 403, 404})
-CHARACTERS_PER_TOKEN = 4  # where a server does not count
-
-
-@dataclass(eq=False)
-class Trouble(Exception):
-    """A request without an answer.
-
-    Attributes:
-        reason: why there is none.
-        again: whether another try may help.
-        pause: seconds that the server asks to wait for.
-        for_all: whether no question to this expert can succeed.
-    """
-
-    reason: str
-    again: bool = field(default=False, kw_only=True)
-    pause: float = field(default=0.0, kw_only=True)
-    for_all: bool = field(default=False, kw_only=True)
 
 
 def key_variable(expert: str) -> str:
@@ -54,19 +48,39 @@ def key_variable(expert: str) -> str:
 
 @dataclass(eq=False)
 class Pace:
-    """Spreads requests of all threads over time."""
+    """Spreads requests over time."""
 
     per_minute: int | None
     _next: float = 0.0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def turn(self) -> float:
         """Take the next free moment and return the seconds until then."""
-        with self._lock:
-            now = time.monotonic()
-            mine = max(now, self._next)
-            self._next = mine + (60 / self.per_minute if self.per_minute else 0.0)
+        now = time.monotonic()
+        mine = max(now, self._next)
+        self._next = mine + (60 / self.per_minute if self.per_minute else 0.0)
         return mine - now
+
+
+def check_address(expert: str, url: str) -> None:
+    """Refuse what is no address of a server, or has a secret in it, which would be written to files.
+
+    Raises:
+        CoterieError: naming the expert and what is wrong.
+    """
+    try:
+        parts, reason = httpx2.URL(url), ""  # host names beyond ASCII in their IDNA form
+        parts.host.encode("idna")  # as the look-up of names will
+    except (httpx2.InvalidURL, ValueError) as error:
+        parts, reason = httpx2.URL(), f" ({first_line(error)[:80]})"
+    is_server = parts.scheme in ("http", "https") and re.fullmatch(r"[^%\s]+", parts.host) and not parts.fragment
+    if not is_server or not (parts.port is None or 0 < parts.port < 2**16):
+        shown = ascii(url[:80])
+        raise CoterieError(f"{expert}: {shown} is no address{reason}; an endpoint has the form http://HOST/v1#MODEL")
+    if parts.userinfo or parts.query:
+        raise CoterieError(
+            f"{expert}: an address with a user, password or query is not written to a file; "
+            "leave it out and put the key into the environment"
+        )
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,13 @@ class Endpoint:
     model: str
 
 
+class _Impatient(ThreadPoolExecutor):
+    """Looks up names for an event loop, whose end does not wait for a look-up that hangs."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait=False, cancel_futures=cancel_futures)
+
+
 class EndpointAnswerer:
     """Asks one model behind an OpenAI-compatible server."""
 
@@ -87,8 +108,9 @@ class EndpointAnswerer:
         The second try comes after `first_pause` seconds; each further pause is twice as long.
 
         Raises:
-            CoterieError: when the key holds what no header takes; the key itself is not shown.
+            CoterieError: when the address is none, or the key holds what no header takes; the key is not shown.
         """
+        check_address(endpoint.expert, endpoint.url)
         self._endpoint = endpoint
         self._work = work
         self._first_pause = first_pause
@@ -97,40 +119,43 @@ class EndpointAnswerer:
         if not re.fullmatch(r"[!-~]*", self._key):
             raise CoterieError(f"the key in {variable} holds spaces or characters beyond ASCII; set it to the bare key")
         self._pace = Pace(work.requests_per_minute)
-        self._closed = threading.Event()
+        self._closed = False
+        self._stop: Callable[[], object] = lambda: None
         self._hopeless: str | None = None
         self._failures = 0
+        self._changes: frozenset[Change] = frozenset()
 
     def answer(self, questions: Sequence[Question], done: Done) -> None:
-        """Ask all questions, several at a time."""
-        waiting = deque(enumerate(questions))
-        broken: list[BaseException] = []
-        count = min(self._work.concurrency, len(questions))
-
-        def work(client: httpx2.Client) -> None:
-            while waiting and not self._closed.is_set() and not broken:
-                try:
-                    number, question = waiting.popleft()
-                    done(number, self._reply(client, question))
-                except IndexError:  # another thread took the last one
-                    return
-                except BaseException as error:  # handed to the caller below
-                    broken.append(error)
-
-        with self._client() as client:
-            threads = [threading.Thread(target=work, args=(client,), daemon=True) for _ in range(count)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        if broken:
-            raise broken[0]
+        """Ask all questions, several at a time, in an event loop of its own; not to be called inside another."""
+        with asyncio.Runner() as runner, suppress(asyncio.CancelledError):
+            runner.get_loop().set_default_executor(_Impatient())
+            try:
+                runner.run(self._ask(questions, done))
+            except BaseExceptionGroup as group:  # what `done` raised
+                raise group.exceptions[0] from None
 
     def close(self) -> None:
-        """End all pauses, and ask nothing more."""
-        self._closed.set()
+        """Break off what is under way, and ask nothing more."""
+        self._closed = True
+        with suppress(RuntimeError):  # the loop has ended meanwhile
+            self._stop()
 
-    def _client(self) -> httpx2.Client:
+    async def _ask(self, questions: Sequence[Question], done: Done) -> None:
+        waiting = deque(enumerate(questions))
+        task = asyncio.current_task()
+        assert task is not None, "a coroutine runs in a task"
+        self._stop = partial(asyncio.get_running_loop().call_soon_threadsafe, task.cancel)
+
+        async def work(client: httpx2.AsyncClient) -> None:
+            while waiting and not self._closed:
+                number, question = waiting.popleft()
+                done(number, await self._reply(client, question))
+
+        async with self._client() as client, asyncio.TaskGroup() as group:
+            for _ in range(min(self._work.concurrency, len(questions))):
+                group.create_task(work(client))
+
+    def _client(self) -> httpx2.AsyncClient:
         headers = {
             "Content-Type": "application/json",
             "Accept": "application/json",
@@ -141,124 +166,113 @@ class EndpointAnswerer:
             headers["Authorization"] = f"Bearer {self._key}"
         limits = httpx2.Limits(max_connections=self._work.concurrency)
         try:
-            return httpx2.Client(headers=headers, timeout=self._work.timeout, limits=limits, follow_redirects=False)
+            return httpx2.AsyncClient(headers=headers, timeout=None, limits=limits, follow_redirects=False)
         except (ImportError, ValueError) as error:
             raise CoterieError(
                 f"the proxy that the environment names cannot be used ({error}); set or unset ALL_PROXY and HTTPS_PROXY"
             ) from error
 
-    def _reply(self, client: httpx2.Client, question: Question) -> Reply:
+    async def _reply(self, client: httpx2.AsyncClient, question: Question) -> Reply:
         """Return the answer or the failure; an endpoint that refuses all, or fails again and again, is given up."""
         started = time.monotonic()
         try:
-            reply = self._tried(client, question, started)
+            reply = await self._tried(client, question, started)
         except Trouble as trouble:
+            line = trouble.line(self._redacted)
             self._failures += trouble.again
             if self._hopeless is None and (trouble.for_all or self._failures >= HOPELESS):
-                self._hopeless = trouble.reason
-            return failed(self._redacted(trouble.reason), time.monotonic() - started)
+                self._hopeless = line
+            return failed(line, time.monotonic() - started)
         self._failures = 0
         return reply
 
-    def _tried(self, client: httpx2.Client, question: Question, started: float) -> Reply:
-        for attempt in range(self._work.retries + 1):
+    async def _tried(self, client: httpx2.AsyncClient, question: Question, started: float) -> Reply:
+        attempt = 0
+        while True:
             if self._hopeless is not None:
                 raise Trouble(f"not asked any more after: {self._hopeless}")
-            if self._closed.wait(self._pace.turn()):
-                raise Trouble("stopped before an answer came")
+            await asyncio.sleep(self._pace.turn())
+            changes = self._changes
             try:
-                return self._request(client, question, started)
+                return await self._request(client, question, changes, started)
             except Trouble as trouble:
+                if trouble.changes - changes:
+                    self._change(trouble.changes)
+                    continue
                 if not trouble.again or attempt == self._work.retries:
                     raise
                 pause = max(trouble.pause, self._first_pause * 2**attempt * random.uniform(0.5, 1.0))
-                self._closed.wait(min(pause, LONGEST_PAUSE))
-        raise AssertionError("the last try returns or raises")
+            attempt += 1
+            await asyncio.sleep(min(pause, LONGEST_PAUSE))
 
-    def _request(self, client: httpx2.Client, question: Question, started: float) -> Reply:
-        body = json.dumps(_body(self._endpoint.model, question)).encode()
-        deadline = time.monotonic() + self._work.timeout
-        try:
-            with client.stream("POST", f"{self._endpoint.url}/chat/completions", content=body) as response:
-                if not response.is_success:
-                    raise self._refusal(response, deadline)
-                answer = _read(response, deadline)
-        except (httpx2.HTTPError, httpx2.InvalidURL) as error:  # broken connections, and waiting too long
-            where = f"{self._endpoint.url} does not answer"
-            raise Trouble(f"{where} ({str(error) or type(error).__name__})", again=True) from error
-        reply = _reply_from(self._redacted(answer), question, time.monotonic() - started)
+    def _change(self, wanted: frozenset[Change]) -> None:
+        """Ask this model as its server wants it from now on."""
+        if "no temperature" in wanted - self._changes:
+            name = self._endpoint.expert
+            logger.warning("%s takes no temperature: it answers at its server's own, which is not greedy", name)
+        self._changes |= wanted
+
+    async def _request(
+        self, client: httpx2.AsyncClient, question: Question, changes: frozenset[Change], started: float
+    ) -> Reply:
+        body = json.dumps(request_body(self._endpoint.model, question, changes)).encode()
+        response, content = await self._exchange(client, body)
+        if not response.is_success:
+            raise self._refusal(response, content)
+        if len(content) > LARGEST_ANSWER:
+            raise Trouble(f"the answer has more than {LARGEST_ANSWER:,} bytes")
+        if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
+            raise Trouble("the answer is compressed, which was not asked for", encoding)
+        text = self._redacted(content.decode("utf-8", errors="replace"))
+        reply = reply_from(text, question, time.monotonic() - started)
         return replace(reply, text=self._redacted(reply.text))  # once more: JSON can write it in other ways
 
-    def _refusal(self, response: httpx2.Response, deadline: float) -> Trouble:
-        """Say what a status means: whether to try again, when, and what to check."""
-        code, message = response.status_code, response.reason_phrase
-        with suppress(httpx2.HTTPError, Trouble, ValueError, KeyError, TypeError, RecursionError):
-            message = json.loads(_read(response, deadline))["error"]["message"]
-        message = self._redacted(" ".join(str(message or "").split()))[:200]
-        said = f"{self._endpoint.url} answered {code}" + (f" ({message})" if message else "")
-        if code in REFUSED:
-            hint = key_variable(self._endpoint.expert)
-            what = "the model's name and the address" if code == 404 else f"the key in {hint}"
-            return Trouble(f"{said}; check {what}", for_all=True)
-        pause = 0.0
-        with suppress(ValueError):  # no such header, or a date
-            pause = max(0.0, float(response.headers.get("Retry-After", "")))
-        return Trouble(said, again=code in BUSY, pause=pause)
+    async def _exchange(self, client: httpx2.AsyncClient, body: bytes) -> tuple[httpx2.Response, bytes]:
+        """Send a request once; looking up, connecting, sending and all that comes back have one deadline together."""
+        url, response, content = self._endpoint.url, None, b""
+        opened: list[Any] = []
+
+        async def trace(event: str, info: Mapping[str, Any]) -> None:
+            if event == "connection.connect_tcp.complete":
+                opened.append(info["return_value"])
+
+        request = client.build_request("POST", f"{url}/chat/completions", content=body, extensions={"trace": trace})
+        try:
+            async with asyncio.timeout(self._work.timeout):
+                response = await client.send(request, stream=True)
+                content = await _read(response)
+        except (TimeoutError, httpx2.HTTPError, OSError, ValueError) as error:
+            if response is None or response.is_success:
+                told = f"no whole answer within {self._work.timeout:g} s" if isinstance(error, TimeoutError) else error
+                raise Trouble(f"{url} does not answer", str(told) or type(error).__name__, again=True) from error
+        finally:
+            for stream in opened if response is None else [response]:  # what a deadline in a handshake leaves open
+                await stream.aclose()
+        return response, content
+
+    def _refusal(self, response: httpx2.Response, content: bytes) -> Trouble:
+        """Say what a status that is no success means, by the status and what came with it."""
+        reason = f"{self._endpoint.url} answered {response.status_code}"
+        if response.is_redirect:
+            place = response.headers.get("Location", "")
+            return Trouble(reason, place, "it points elsewhere, where no key is sent: check the address", for_all=True)
+        text = self._redacted(content.decode("utf-8", errors="replace")).strip()
+        record = read_json_or_none(text)
+        if record is None:  # words of a proxy, perhaps, but not its page
+            record = response.reason_phrase if text.startswith("<") or not text else text
+        key_hint = f"the key in {key_variable(self._endpoint.expert)}"
+        pause = seconds_to_wait(response.headers.get("Retry-After"))
+        return refusal(reason, response.status_code, record, key_hint=key_hint, pause=pause)
 
     def _redacted(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
 
 
-def _body(model: str, question: Question) -> dict[str, Any]:
-    sampling = question.sampling
-    optional = {  # not every server knows these, so they are left out at their defaults
-        "seed": sampling.seed if sampling.temperature else None,
-        "top_p": sampling.top_p if sampling.top_p < 1 else None,
-        "top_k": sampling.top_k or None,
-        "repetition_penalty": sampling.repetition_penalty if sampling.repetition_penalty != 1 else None,
-        "stop": sampling.stop or None,
-    }
-    return {
-        "model": model,
-        "messages": [{"role": message.role, "content": message.content} for message in question.messages],
-        "max_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        **{name: value for name, value in optional.items() if value is not None},
-    }
-
-
-def _read(response: httpx2.Response, deadline: float) -> str:
-    """Read a whole answer until the deadline: the client's own timeout starts anew with every byte that drips in."""
-    parts, size = [], 0
-    for part in response.iter_raw():
-        size += len(part)
-        if size > LARGEST_ANSWER:
-            raise Trouble(f"the answer has more than {LARGEST_ANSWER:,} bytes")
-        if time.monotonic() > deadline:
-            raise httpx2.ReadTimeout("the answer took too long")
-        parts.append(part)
-    return b"".join(parts).decode("utf-8", errors="replace")
-
-
-def _reply_from(answer: str, question: Question, seconds: float) -> Reply:
-    try:
-        record = json.loads(answer)
-        choice = record["choices"][0]
-        text = choice["message"]["content"]
-        if not isinstance(text, str):
-            raise TypeError(f"its content is a {type(text).__name__}")
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise Trouble(f"the server's answer is no chat completion ({reason}): {answer[:80]!r}") from error
-    usage = record.get("usage") if isinstance(record.get("usage"), dict) else {}
-    asked = sum(len(message.content) for message in question.messages)
-    reason = "length" if choice.get("finish_reason") == "length" else "stop"
-    text = text.encode("utf-8", errors="replace").decode()  # half characters, which JSON can write and no file can
-    return Reply(
-        text, _count(usage, "prompt_tokens", asked), _count(usage, "completion_tokens", len(text)), reason, seconds
-    )
-
-
-def _count(usage: Mapping[str, Any], field: str, characters: int) -> int:
-    value = usage.get(field)
-    return value if isinstance(value, int) and value > 0 else -(-characters // CHARACTERS_PER_TOKEN)
+async def _read(response: httpx2.Response) -> bytes:
+    """Read a whole answer, or one byte more than the largest: what follows stays unread."""
+    content = bytearray()
+    async for part in response.aiter_raw():
+        content += part
+        if len(content) > LARGEST_ANSWER:
+            break
+    return bytes(content[: LARGEST_ANSWER + 1])

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
-from urllib.parse import urlsplit
 
 from coterie.artifacts import FORMAT, hash_text, read_json, write_json
 from coterie.backbone.loading import local_weights
 from coterie.errors import CoterieError, unknown_name
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE, check_names
 from coterie.experts.cards import hash_adapter
+from coterie.experts.endpoints import check_address
 from coterie.settings.commands import ExpertPoolSettings
 
 POOL_FILE = "pool.json"
@@ -190,19 +190,10 @@ def _from_record(name: str, entry: object, place: str) -> PoolExpert:
 
 def _checked(expert: PoolExpert) -> PoolExpert:
     """Refuse an endpoint's address that is none, or that has a secret in it."""
-    if expert.kind != "endpoint":
-        return expert
-    try:
-        parts = urlsplit(expert.source)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-        has_secret = bool(parts.username or parts.password or parts.query)
-    except ValueError:
-        is_address = has_secret = False
-    if not is_address or not expert.model:
-        raise CoterieError(f"{expert.name}: an endpoint has the form http://HOST/v1#MODEL, with the model's name there")
-    if has_secret:
-        raise CoterieError(
-            f"{expert.name}: an address with a user, password or query is not written to a file; "
-            "leave it out and put the key into the environment"
-        )
+    if expert.kind == "endpoint":
+        check_address(expert.name, expert.source)
+        if not expert.model:
+            raise CoterieError(
+                f"{expert.name}: an endpoint has the form http://HOST/v1#MODEL, with the model's name there"
+            )
     return expert

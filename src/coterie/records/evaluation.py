@@ -276,7 +276,7 @@ class Profile(SkillCounts):
     """What a pool's experts showed on validation questions, and all that questions are routed by.
 
     That is how skills are found (`skills_by`), those that are chosen from (`options`), the `names` they go by, what
-    `score` counts, and what stood for each expert's weights.
+    `score` counts, what stood for each expert's weights, and how many questions each gave no answer to.
     """
 
     format: int = FORMAT
@@ -285,6 +285,7 @@ class Profile(SkillCounts):
     names: dict[StrictStr, StrictStr]
     score: StrictStr
     identities: dict[StrictStr, StrictStr]
+    failed: dict[StrictStr, Count] = {}
 
 
 class EvaluationRecord(Record):

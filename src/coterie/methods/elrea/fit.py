@@ -61,12 +61,12 @@ def fit_elrea(settings: ElreaSettings, examples: list[Example] | None = None) ->
     output = Path(settings.output)
     check_output(output, overwrite=settings.overwrite)
     check_one_process()
-    examples = load_all(settings.data, settings.limit) if examples is None else examples
+    examples = load_all(settings.data, settings.limit, settings.reading) if examples is None else examples
     _check_enough(len(examples), settings)
     backbone = load_backbone(settings.model)
     check_fresh_adapter(backbone, settings.lora)
     counted_blocks(settings.features.blocks, len(backbone.blocks))
-    prompts = PromptFormat(backbone.tokenizer, settings.training.system_prompt)
+    prompts = PromptFormat(backbone.tokenizer, settings.training.system_prompt, settings.reading.input_template)
     kept = tokenise(prompts, examples, settings.training.max_length)
     _check_enough(len(kept.rows), settings)
     inputs = {"data": hash_examples(examples), "base_model": backbone.identity.sha256}

@@ -89,6 +89,7 @@ def _gathered(run: RunFolder, task: KshotTask, settings: KshotSettings) -> list[
         encoder=settings.encoder,
         embeddings=settings.embeddings,
         rows=settings.rows,
+        reading=settings.reading,
         placement=settings.placement,
     )
 

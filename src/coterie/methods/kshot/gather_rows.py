@@ -119,10 +119,12 @@ def load_open_data(settings: GatherSettings, given: Mapping[str, list[Example]])
     Raises:
         CoterieError: for bad data.
     """
-    shots = given.get("shots") or [row for source in settings.shots for row in load_examples(source)]
-    excluded = given.get("exclude") or load_questions(settings.exclude)
+    shots = given.get("shots") or [
+        row for source in settings.shots for row in load_examples(source, reading=settings.reading)
+    ]
+    excluded = given.get("exclude") or load_questions(settings.exclude, reading=settings.reading)
     pools = {IN_MEMORY: given["pool"]} if "pool" in given else {source: source for source in settings.pool}
-    return OpenData(shots, excluded, index_pools(pools, settings.limit, shots, excluded))
+    return OpenData(shots, excluded, index_pools(pools, settings.limit, shots, excluded, settings.reading))
 
 
 def gather(

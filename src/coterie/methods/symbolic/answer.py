@@ -82,12 +82,10 @@ class Outcome:
 
     @property
     def finish_reason(self) -> str:
-        """`failed` without an answer, `length` if the answer was cut off, else `stop`."""
-        if not self.text:
-            return "failed"
-        made = self.synthesis if self.synthesis is not None and self.synthesis.error is None else None
-        texts = [made] if made else [own.reply for own in self.given if after_thinking(own.reply.text) == self.text]
-        return "length" if texts and all(reply.finish_reason == "length" for reply in texts) else "stop"
+        """Why the answer ends where it does, if all replies that are it agree, else stop; failed without one."""
+        same = (reply for reply in self.replies if reply.error is None and after_thinking(reply.text) == self.text)
+        reasons = {reply.finish_reason for reply in same}
+        return "stop" if len(reasons) > 1 else reasons.pop() if reasons else "failed"
 
     @property
     def cost(self) -> Cost:

@@ -8,7 +8,16 @@ from typing import Any
 
 import torch
 
-from coterie.artifacts import FORMAT, check_output, read_json, run_folder, sha256_of, write_json, write_jsonl
+from coterie.artifacts import (
+    FORMAT,
+    check_output,
+    read_json,
+    read_run_record,
+    run_folder,
+    sha256_of,
+    write_json,
+    write_jsonl,
+)
 from coterie.combiners.aggregate import MAJORITY, VOTES, WEIGHTED
 from coterie.data.examples import Example
 from coterie.errors import CoterieError, unknown_name
@@ -24,7 +33,7 @@ from coterie.routers.base import Routing
 from coterie.routers.skill import SkillProfile, profile_from, random_recruits, recruit
 from coterie.settings.commands import SymbolicSettings
 from coterie.settings.groups import RecruitSettings, SamplingSettings
-from coterie.settings.reading import checked, from_flat
+from coterie.settings.reading import checked, flat_values, from_flat
 
 logger = logging.getLogger(__name__)
 
@@ -171,6 +180,7 @@ def fit_symbolic(settings: SymbolicSettings) -> Symbolic:
         raise CoterieError(
             f"the profile in {folder} is of other experts; type: coterie profile {folder} --overwrite ..."
         )
+    template = flat_values(read_run_record(folder / PROFILE / "run.yaml")["settings"]).get("input_template")
     known = ["auto", *VOTES, *pool.names]
     if settings.aggregator not in known:
         raise unknown_name("aggregator", settings.aggregator, known)
@@ -187,7 +197,7 @@ def fit_symbolic(settings: SymbolicSettings) -> Symbolic:
         fitted = Symbolic(pool, profiled, settings.recruiting, judged, chosen, settings.aggregator_for)
         write_json(run.path / "profile.json", profiled.record().plain())
         write_jsonl(run.path / VALIDATION, profiled.rows)
-        write_json(run.path / "mixture.json", fitted.record())
+        write_json(run.path / "mixture.json", {**fitted.record(), "input_template": template})
     return fitted
 
 

@@ -71,16 +71,20 @@ class Profiled:
     rows: list[dict[str, Any]]
 
     def __str__(self) -> str:
-        """Return a table: every expert's accuracy, and its value on the most frequent skills."""
+        """Return a table: every expert's accuracy, questions it failed on, its value on the most frequent skills."""
         profile = self.profile
         order = profile.trials.sum(dim=0).argsort(descending=True, stable=True)[:MOST_SHOWN].tolist()
-        heads = ["expert", "right", *(profile.skills[place] for place in order)]
+        heads = ["expert", "right", "failed", *(profile.skills[place] for place in order)]
         values = profile.values("counts")
         lines = [
-            [name, f"{share:.0%}", *(f"{values[number, place]:+.3g}" for place in order)]
+            [name, f"{share:.0%}", f"{self.failed(name)}", *(f"{values[number, place]:+.3g}" for place in order)]
             for number, (name, share) in enumerate(zip(profile.experts, profile.accuracy.tolist(), strict=True))
         ]
         return columns([heads, *lines], "<" * len(heads))
+
+    def failed(self, expert: str) -> int:
+        """Count the questions that an expert gave no answer to: they say nothing of it, right or wrong."""
+        return sum(row["replies"].get(expert, {}).get("error") is not None for row in self.rows)
 
     def record(self) -> Profile:
         """Return all but the rows as they are recorded."""
@@ -92,6 +96,7 @@ class Profiled:
             names=dict(self.names),
             score=self.score,
             identities=dict(self.identities),
+            failed={name: self.failed(name) for name in self.profile.experts},
         )
 
     def scores(self) -> Float[Tensor, "expert question"]:
@@ -113,7 +118,7 @@ def profile_pool(settings: ProfileSettings) -> Profiled:
     pool = read_pool(folder)
     output = folder / PROFILE
     check_output(output, overwrite=settings.overwrite)
-    examples = _usable(load_questions(settings.data, settings.limit), settings)
+    examples = _usable(load_questions(settings.data, settings.limit, settings.reading), settings)
     if settings.skill.skills != "category":
         ask_expert(settings.skill, pool)
     remote = [expert.name for expert in pool.experts if expert.kind == "endpoint"]
@@ -217,7 +222,7 @@ def _scored(
 
 
 def tell_failures(asks: Sequence[Question], replies: Sequence[Reply]) -> None:
-    """Log which experts failed, how often and why first, and how many answers were cut off."""
+    """Log which experts failed, how often and why first, and how many answers were cut off or withheld."""
     distinct = {id(reply): (ask.expert, reply) for ask, reply in zip(asks, replies, strict=True)}.values()
     failures: dict[str, list[str]] = {}
     for name, reply in distinct:
@@ -225,8 +230,11 @@ def tell_failures(asks: Sequence[Question], replies: Sequence[Reply]) -> None:
             failures.setdefault(name, []).append(reply.error)
     for name, errors in failures.items():
         logger.warning("%s failed on %d questions: %s", name, len(errors), errors[0])
-    if cut := sum(reply.finish_reason == "length" for _, reply in distinct):
+    reasons = Counter(reply.finish_reason for _, reply in distinct)
+    if cut := reasons["length"]:
         logger.warning("%d of %d answers were cut off; --max-new-tokens allows longer ones", cut, len(distinct))
+    if withheld := reasons["content_filter"]:
+        logger.warning("%d of %d answers were withheld by a content filter", withheld, len(distinct))
 
 
 def _row(
