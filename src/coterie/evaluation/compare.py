@@ -7,12 +7,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from coterie.artifacts import JsonCache, check_output, read_json, read_jsonl, run_folder, sha256_of
+from coterie.artifacts import JsonCache, as_path, check_output, read_json, read_jsonl, run_folder, sha256_of
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError, unknown_name
 from coterie.evaluation.answers import Answers, TestRow, answer
@@ -99,8 +98,8 @@ def run_evaluation(settings: EvaluationSettings) -> Evaluation:
     Raises:
         CoterieError: for bad data, an unknown method, or an output folder that exists.
     """
-    output = Path(settings.output)
-    check_output(output, overwrite=settings.overwrite)
+    output = as_path(settings.output)
+    check_output(output, settings)
     examples = load_all(settings.data, settings.limit, reading_for(settings.mixture, settings.reading))
     check_code_execution(examples, settings.allow_code_execution)
     mixture = Mixture.from_pretrained(settings.mixture, **settings.placement.model_dump())
@@ -109,7 +108,7 @@ def run_evaluation(settings: EvaluationSettings) -> Evaluation:
         logger.info("per-dataset is left out: some rows come from data sets that the mixture was not fitted on")
         kept = [name for name in method_names(chosen) if name != PER_DATASET]
         chosen = chosen.model_copy(update={"methods": ",".join(kept)})
-    with run_folder(output, "eval", settings.model_dump(), _inputs(mixture, examples)) as run:
+    with run_folder(output, settings, _inputs(mixture, examples)) as run:
         result = compare(mixture, examples, chosen, run.cached)
         write_evaluation(run.path, result.record, result.row_records)
     return result

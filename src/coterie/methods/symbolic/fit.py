@@ -10,6 +10,7 @@ import torch
 
 from coterie.artifacts import (
     FORMAT,
+    as_path,
     check_output,
     read_json,
     read_run_record,
@@ -171,8 +172,8 @@ def fit_symbolic(settings: SymbolicSettings) -> Symbolic:
     Raises:
         CoterieError: for a pool without a profile, an unknown aggregator, or an output folder that exists.
     """
-    output = Path(settings.output)
-    check_output(output, overwrite=settings.overwrite)
+    output = as_path(settings.output)
+    check_output(output, settings)
     folder = Path(settings.experts)
     pool = read_pool(folder)
     profiled = read_profile(folder / PROFILE)
@@ -185,7 +186,7 @@ def fit_symbolic(settings: SymbolicSettings) -> Symbolic:
     if settings.aggregator not in known:
         raise unknown_name("aggregator", settings.aggregator, known)
     inputs = {"pool": sha256_of(folder / POOL_FILE), "profile": sha256_of(folder / PROFILE / "profile.json")}
-    with run_folder(output, "fit symbolic-moe", settings.model_dump(), inputs) as run:
+    with run_folder(output, settings, inputs) as run:
         judged, chosen = None, settings.aggregator
         if chosen == "auto" and (tasks := make_up(profiled, settings.aggregator_tasks, settings.sampling.seed)):
             with open_scheduler(pool, settings, folder / REPLIES) as scheduler:
