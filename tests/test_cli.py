@@ -44,6 +44,14 @@ def test_a_record_has_the_documented_fields(mixture):
     assert sum(record["routing"]["weights"].values()) == pytest.approx(1)
 
 
+def test_several_answers_to_a_prompt_stand_side_by_side(run, run_folder):
+    words = ["generate", run_folder, "add 3 4", "add 5 6", "--n", 2, "--temperature", 1, "--max-new-tokens", 8]
+    code, out, _ = run(*words, "--json")
+    found = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [row["prompt"] for row in found] == ["add 3 4", "add 3 4", "add 5 6", "add 5 6"]
+    assert found[0]["token_ids"] != found[1]["token_ids"]
+
+
 def test_streamed_text_is_the_text(run, run_folder, mixture):
     code, out, _ = run("generate", run_folder, PROMPT, "--max-new-tokens", 8, "--stream")
     assert code == 0 and out == mixture.generate([PROMPT], max_new_tokens=8)[0].text + "\n"
@@ -190,6 +198,10 @@ def test_an_output_that_exists_is_kept_unless_overwriting_is_asked_for(fit, run,
         (["generate", "MIXTURE"], r"give prompts either as arguments or with --input"),
         (["generate", "MIXTURE", " "], r"prompt 1 is empty"),
         (["generate", "MIXTURE", "hi", "--json", "--stream"], r"use one of them"),
+        (["generate", "MIXTURE", "hi", "--stream", "--n", "2", "--temperature", "1"], r"one answer while .*, not 2"),
+        (["generate", "MIXTURE", "hi", "--n", "2"], r"at temperature 0 all 2 answers to a prompt are equal"),
+        (["generate", "MIXTURE", "hi", "--n", "2", "--combiner", "texts"], r"makes one answer of 5 samples, not 2"),
+        (["generate", "MIXTURE", "hi", "--every", "inf", "--cache", "keep"], r"--cache says how to re-route; add"),
         (["route", "MIXTURE", "hi", "--top-k-experts", "9"], r"between 1 and 4"),
         (["route", "MIXTURE", "hi", "--router", "cluster-9"], r"no router or expert is called 'cluster-9'"),
         (["eval", "MIXTURE", "--data", "DATA", "--output", "OUT", "--methods", "base,elera"], r"Did you mean 'elrea'"),

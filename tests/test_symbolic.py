@@ -289,6 +289,8 @@ def test_the_key_stands_in_no_file_and_no_log(place, run, monkeypatch, caplog):
         (["fit", "symbolic-moe", "--experts", "POOL", "--output", "NEW", "--sampler", "best"], r"sampler"),
         (["generate", "RUN", "hi", "--router", "uniform"], r"--router does not apply to symbolic-moe"),
         (["generate", "RUN", "hi", "--top-k-experts", "2"], r"--top-k-experts does not apply"),
+        (["generate", "RUN", "hi", "--every", "2"], r"--every does not apply"),
+        (["generate", "RUN", "hi", "--n", "2", "--temperature", "1"], r"--n does not apply to symbolic-moe"),
         (["generate", "RUN", "hi", "--stream"], r"leave --stream out"),
         (["generate", "RUN", " "], r"prompt 1 is empty"),
         (["route", "RUN", "hi"], r"coterie generate, plan and eval take it"),

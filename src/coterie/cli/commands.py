@@ -32,7 +32,7 @@ from coterie.settings.commands import (
     TokenLevelSettings,
     TrainExtrasSettings,
 )
-from coterie.settings.groups import rerouting_interval
+from coterie.settings.groups import NEVER, rerouting_interval
 from coterie.settings.old_spellings import current_words
 from coterie.settings.reading import checked
 
@@ -129,6 +129,8 @@ def generate(
     given = _prompts(prompts, input, settings)
     if stream + as_json + show_weights > 1:
         raise CoterieError("--stream, --json and --show-weights print an answer in different ways; use one of them")
+    if stream and settings.n > 1:
+        raise CoterieError(f"--stream prints one answer while it is written, not {settings.n}; leave --n out")
     if coterie.methods.is_symbolic(settings.mixture):
         if stream or show_weights:
             flag = "--stream" if stream else "--show-weights"
@@ -142,7 +144,7 @@ def generate(
                 typer.echo(token.text, nl=False)
             typer.echo()
         return None
-    answers = mixture.generate(given, batch_size=settings.batch_size, **options)
+    answers = mixture.generate(given, n=settings.n, batch_size=settings.batch_size, **options)
     records = [answer.record() for answer in answers]
     if settings.output:
         write_jsonl(Path(settings.output), records)
@@ -291,7 +293,7 @@ def _mixture(settings: RouteSettings) -> Any:
     routing = settings.routing
     if routing.method:
         mixture = coterie.methods.load_grid(mixture, [routing.method]).cell(routing.method)
-    if routing.cache and not routing.every:
+    if routing.cache and rerouting_interval(routing.every or NEVER) is None:
         raise CoterieError("--cache says how to re-route; add --every N")
     if not routing.every:
         return mixture.replace(router=routing.router, combiner=routing.combiner)

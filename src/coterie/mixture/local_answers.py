@@ -151,7 +151,7 @@ class LocalAnswerer:
         """Yield every row's place and reply as soon as it is complete."""
         started = time.perf_counter()
         batch = DecodingBatch(
-            self.backbone, self.layers, LogitCombiner(), [row.ids for row in rows], self._one_hot(experts), sampling
+            self.backbone, self.layers, LogitCombiner(), [row.ids for row in rows], self._one_hot(experts), [sampling]
         )
         texts, counts = [""] * len(rows), [0] * len(rows)
         for token in batch.run():

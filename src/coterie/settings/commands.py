@@ -137,7 +137,8 @@ class GenerateSettings(RouteSettings):
 
     command = "generate"
     sampling: SamplingSettings = SamplingSettings()
-    batch_size: int = Field(8, ge=1, description="prompts decoded together")
+    n: int = Field(1, ge=1, description="answers to every prompt, each drawn with a seed of its own")
+    batch_size: int = Field(8, ge=1, description="answers decoded together")
     output: str | None = Field(None, description="file to write the answers to, a JSON object a line")
     serving: ExpertServingSettings = Field(ExpertServingSettings(), title=SYMBOLIC_ONLY)
 
