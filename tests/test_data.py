@@ -436,22 +436,14 @@ def test_the_beginning_token_is_added_once_and_only_where_no_template_writes_it(
 @pytest.mark.parametrize(
     ("template", "example", "message"),
     [
-        (REWRITING, chat("a", "b", "c", "d"), "rewrites earlier turns of a conversation"),
         (SHOUTING, chat("words", "reply"), "changes what a user wrote: 'words'"),
-        (DEAF_TO_SYSTEM, chat("a", "b", system="Be brief."), "changes what a system wrote: 'Be brief.'"),
         (REFUSING, chat("a", "b"), "does not take such a conversation: roles must alternate"),
     ],
-    ids=["rewrites", "shouts", "ignores the system", "refuses"],
+    ids=["shouts", "refuses"],
 )
 def test_a_template_that_cannot_be_followed_is_told(template, example, message):
     with pytest.raises(CoterieError, match=message):
         PromptFormat(tiny.make_tokenizer(template)).row(example)
-
-
-def test_a_template_that_rewrites_earlier_turns_still_serves_single_answers():
-    tokenizer = tiny.make_tokenizer(REWRITING)
-    row = PromptFormat(tokenizer).row(chat("a", "b"))
-    assert decode(tokenizer, row.ids) == "user:a<e>assistant:b<e>"
 
 
 def test_a_tokenizer_without_offsets_is_refused(tokenizer, monkeypatch):

@@ -78,6 +78,7 @@ class DecodingBatch:
         routing: Routing,
         draws: Sequence[SamplingSettings],
         rerouting: Rerouting | None = None,
+        end_ids: frozenset[int] = frozenset(),
     ) -> None:
         """Take in the requests; nothing is computed yet.
 
@@ -89,12 +90,14 @@ class DecodingBatch:
             routing: of every request, as `CachedRows` takes it.
             draws: how tokens are chosen, for each answer that is drawn for every prompt.
             rerouting: how the weights change later; None for not at all.
+            end_ids: tokens that end an answer besides the model's own.
         """
         self._backbone = backbone
         self.rows = CachedRows(backbone, layers, combiner, routing)
         self._prompts = prompts
         self._settings = draws[0]
         self._rerouting = rerouting
+        self._stop_ids = backbone.stop_ids | end_ids
         each = len(draws)
         self._active = [
             _Request(each * number + place, list(ids), len(ids), Sampler(own), TextStream(backbone.tokenizer, own.stop))
@@ -150,7 +153,7 @@ class DecodingBatch:
 
     def _advance(self, request: _Request, token: int, logprob: float) -> Token:
         request.ids.append(token)
-        ends_turn = token in self._backbone.stop_ids
+        ends_turn = token in self._stop_ids
         text = "" if ends_turn else request.stream.push(token)
         reason: FinishReason | None = None
         if ends_turn or request.stream.stopped:

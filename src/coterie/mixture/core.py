@@ -258,7 +258,9 @@ class Mixture(StoredMixture):
     ) -> tuple[Routing, DecodingBatch]:
         started, rerouting = self._start(rows, routing)
         prompts, aligned = [row.ids for row in rows], started.aligned(self.bank.names)
-        decoding = DecodingBatch(self.backbone, self.layers, self.combiner, prompts, aligned, draws, rerouting)
+        decoding = DecodingBatch(
+            self.backbone, self.layers, self.combiner, prompts, aligned, draws, rerouting, self.prompts.end_ids
+        )
         return started, decoding
 
     def score_teacher_forced(self, prompts: Sequence[TokenRow], answers: Sequence[Sequence[int]]) -> list[ScoredTokens]:

@@ -74,7 +74,9 @@ class StoredMixture:
         )
         backbone = load_backbone(model)
         check_identity(identity, backbone.identity, f"{source} was trained on")
-        prompts = PromptFormat(backbone.tokenizer, record.get("system_prompt"), record.get("input_template"))
+        prompts = PromptFormat(
+            backbone.tokenizer, record.get("system_prompt"), record.get("input_template"), record.get("end_of_turn")
+        )
         bank = load_bank({name: folder / "experts" / name for name in record["experts"]}, backbone.model)
         router = load_router(record["router"], RouterParts(folder / "router", folder, backbone, bank))
         return cls(backbone, bank, router, make_combiner(record["combiner"]["kind"]), prompts, record["method"], folder)
@@ -130,6 +132,7 @@ class StoredMixture:
                 "base_model": asdict(self.backbone.identity),
                 "system_prompt": self.prompts.system_prompt,
                 "input_template": self.prompts.input_template,
+                "end_of_turn": self.prompts.end,
                 "experts": list(self.bank.names),
                 "router": self.router.save(folder / "router"),
                 "combiner": {"kind": self.combiner.kind},
@@ -209,6 +212,7 @@ def read_mixture_record(folder: Path) -> dict[str, Any]:
             "coterie generate, plan and eval take it"
         )
     shapes = {"method": str, "base_model": dict, "experts": list, "router": dict, "combiner": dict}
+    shapes |= {"end_of_turn": str} if "end_of_turn" in record else {}  # mixtures of before read it off the template
     wrong = [name for name, kind in shapes.items() if not isinstance(record.get(name), kind)]
     if wrong or "kind" not in record["combiner"]:
         raise CoterieError(

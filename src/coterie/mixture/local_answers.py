@@ -151,7 +151,13 @@ class LocalAnswerer:
         """Yield every row's place and reply as soon as it is complete."""
         started = time.perf_counter()
         batch = DecodingBatch(
-            self.backbone, self.layers, LogitCombiner(), [row.ids for row in rows], self._one_hot(experts), [sampling]
+            self.backbone,
+            self.layers,
+            LogitCombiner(),
+            [row.ids for row in rows],
+            self._one_hot(experts),
+            [sampling],
+            end_ids=self._prompts[experts[0]].end_ids,
         )
         texts, counts = [""] * len(rows), [0] * len(rows)
         for token in batch.run():
