@@ -49,12 +49,13 @@ def rows_of(source: str | Path, limit: int | None) -> Iterator[PlacedRow]:
 
 def _json_lines(file: File, path: str) -> Iterator[PlacedRow]:
     """Read lines of bytes, which end at newlines only; wrong bytes are told with their line."""
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
     for number, line in enumerate(_lines(file, path), start=1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"
         try:
-            row = json.loads(line, object_pairs_hook=_object)
+            row = decoder.decode(line.decode("utf-8-sig"))
         except RecursionError as error:
             raise CoterieError(f"{place} is nested too deeply; mend or delete the line") from error
         except ValueError as error:
@@ -198,7 +199,8 @@ def _datasets_rows(source: str, limit: int | None) -> Iterator[PlacedRow]:
         elif path.suffix == ".arrow" or name.count("/") > 1 or name.startswith((".", "/")):
             raise FileNotFoundError(f"there is no such file or folder: {source}")
         else:  # from the hub; what a limit does not reach is not downloaded
-            rows = datasets.load_dataset(name, split=split or "train", streaming=limit is not None)
+            streaming = limit is not None and "[" not in split  # which takes no part of a split
+            rows = datasets.load_dataset(name, split=split or "train", streaming=streaming)
         yield from ((f"{source}, row {number}", row) for number, row in enumerate(rows, start=1))
     except Exception as error:  # the library raises many kinds; all of them mean that the source cannot be had
         raise CoterieError(

@@ -59,13 +59,13 @@ HISTORY = "history"
 """Field of the earlier turns: pairs of a question and its answer."""
 LABELS = ("id", "source", "category", "answer", "answers", "tests")
 _OF_FORMS = {name for form in ROW_FORMS for name in (form.asks, *form.replies)}
-SPOKEN = tuple(sorted({*_OF_FORMS, *PASSAGES, *SYSTEM_PROMPTS, HISTORY} - set(LABELS)))
+SPOKEN = frozenset({*_OF_FORMS, *PASSAGES, *SYSTEM_PROMPTS, HISTORY} - set(LABELS))
 """Every field whose text belongs into the conversation and nowhere else."""
 REFUSED = {
     "calls of tools": ("tools", "tool_calls", "tool_call_id", "functions", "function_call", "function_calls"),
     "options": ("choices", "options"),
     "weights other than 1": ("weight", "loss_weight", "sample_weight"),
-    "another loss": ("weights", "loss_mask", "mask", "label", "labels"),
+    "another loss": ("loss_mask", "mask", "label", "labels"),
     "preferences": ("chosen", "rejected", "completions", "kto_tag"),
     "reasoning apart from the answer": ("reasoning_content", "reasoning", "thinking"),
     "more than text": ("image", "images", "audio", "audios", "video", "videos"),
@@ -160,8 +160,8 @@ def _refuse_unknown(fields: Fields, place: str, names: Collection[str]) -> None:
 
 def _refuse_lost(row: Fields, used: Collection[str | None], asks: str, turns: list[Message], place: str) -> None:
     """Refuse texts of another form that the conversation does not have, such as a second answer."""
-    said = {turn.content.strip() for turn in turns}
-    others = [name for name in SPOKEN if name not in used and _holds(row, name)]
+    others = [name for name in row if name in SPOKEN and name not in used and _holds(row, name)]
+    said = {turn.content.strip() for turn in turns} if others else set()
     lost = [name for name in others if not (isinstance(row[name], str) and row[name].strip() in said)]
     if lost:
         raise CoterieError(

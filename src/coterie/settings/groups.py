@@ -1,5 +1,6 @@
 """Groups of settings that commands share: their fields become plain flags."""
 
+from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
@@ -53,7 +54,7 @@ class ReadingSettings(Settings):
         rf"mixture was fitted, or {INPUT_TEMPLATE}",
     )
 
-    def joined_as(self, template: str | None) -> "ReadingSettings":
+    def joined_as(self, template: object) -> "ReadingSettings":
         """Return these settings with another template where they name none.
 
         Raises:
@@ -63,12 +64,12 @@ class ReadingSettings(Settings):
             return self
         return from_flat(ReadingSettings, {"ignore_fields": self.ignore_fields, "input_template": template})
 
-    @property
+    @cached_property
     def ignored(self) -> frozenset[str]:
         """The fields that are passed over."""
         return frozenset(name.strip() for name in (self.ignore_fields or "").split(","))
 
-    @property
+    @cached_property
     def template(self) -> str:
         """The template as it is filled in, with new lines."""
         return (self.input_template or INPUT_TEMPLATE).replace(r"\n", "\n")
