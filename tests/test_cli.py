@@ -80,6 +80,23 @@ def test_many_prompts_come_from_a_file(run, run_folder, tmp_path):
     assert code == 0 and [json.loads(line)["prompt"] for line in out.splitlines()] == ["add 1 2", "SPELL AB NOW"]
 
 
+def test_inputs_of_prompts_join_as_those_that_the_mixture_was_fitted_on(run, mixture, tmp_path):
+    file = write_rows(tmp_path / "prompts.jsonl", [{"instruction": "Add.", "input": "1 2"}])
+    mixture.save_pretrained(tmp_path / "plain")
+    record = tmp_path / "plain" / "mixture.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"input_template": "{input}: {instruction}"}))
+    Mixture.from_pretrained(tmp_path / "plain", device="cpu").save_pretrained(tmp_path / "copy")  # keeps the template
+    words = ("--input", file, "--json", "--device", "cpu")
+    for folder, others, prompt in (
+        ("copy", (), "1 2: Add."),
+        ("copy", ("--input-template", r"{instruction}\n{input}"), "Add.\n1 2"),
+        ("copy", ("--ignore-fields", "input,tools"), "Add."),
+    ):
+        code, out, _ = run("route", tmp_path / folder, *words, *others)
+        assert code == 0 and json.loads(out)["prompt"] == prompt
+    assert mixture.prompts.input_template == r"{instruction}\n\n{input}"
+
+
 def test_another_router_is_a_flag(run, run_folder):
     code, out, _ = run("route", run_folder, PROMPT, "--json", "--router", "cluster-1")
     assert code == 0 and json.loads(out)["weights"] == {"base": 0, "cluster-0": 0, "cluster-1": 1, "cluster-2": 0}

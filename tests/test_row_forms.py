@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from coterie.data import files
-from coterie.data.examples import MAX_CHARACTERS, Example, load_all, load_examples, read_examples
+from coterie.data.examples import MAX_CHARACTERS, MAX_DEPTH, Example, load_all, load_examples, read_examples
 from coterie.data.forms import (
     HISTORY,
     LABELS,
@@ -618,3 +618,29 @@ def test_real_data_sets_read_as_before(file):
     assert [(e.instruction, e.response, e.answer) for e in found] == [
         (row["instruction"], row["response"], row["answer"]) for row in rows
     ]
+
+
+# --------------------------------------------------------------------------------------------------------- the page
+
+PAGE = (Path(__file__).parents[1] / "docs" / "inputs.md").read_text().partition("\n## Rows\n")[2].partition("\n## ")[0]
+
+
+def table_of_page(head: str) -> list[list[str]]:
+    """The cells of a table of the page, by how its first line begins."""
+    body = PAGE.partition(f"| {head} |")[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines()[2:]]
+
+
+def test_the_page_on_inputs_lists_what_the_tables_of_the_code_hold():
+    def names(*fields: str) -> str:
+        return ", ".join(f"`{name}`" for name in fields)
+
+    assert table_of_page("asks") == [[names(one.asks), names(*one.replies), one.known_from] for one in ROW_FORMS]
+    assert table_of_page("what") == [[what, names(*fields)] for what, fields in REFUSED.items()]
+    told = " ".join(PAGE.split())
+    assert f"Roles: {'; '.join(names(*own) for own in ROLES.values())}." in told
+    assert f"a passage ({names(*PASSAGES)})" in told and f"a system prompt ({names(*SYSTEM_PROMPTS)})" in told
+    assert all(f"`{name}`" in told for name in (*LABELS, *REFUSED_IN_MESSAGES, HISTORY, *files.READERS))
+    assert f"`{INPUT_TEMPLATE}`" in told
+    bounds = f"{files.MAX_ROW_BYTES >> 20} MiB in its file and {MAX_CHARACTERS:,} characters of conversation"
+    assert f"{bounds} in at most {MAX_MESSAGES:,} messages, and its tests are nested at most {MAX_DEPTH} deep" in told
