@@ -165,7 +165,7 @@ def test_a_run_is_repeated_from_its_record(run, fit, tmp_path):
 BAD_DATA = {
     "empty": ("", r"holds no examples"),
     "broken": ('{"instruction": "a", "response": "b"}\n{"instruction": ', r"line 2 is not valid JSON"),
-    "field": ('{"question": "a"}\n', r"line 1 has the fields question"),
+    "field": ('{"ask": "a"}\n', r"line 1 has the fields ask"),
     "response": ('{"instruction": "a", "response": " "}\n', r"line 1 has an empty response"),
     "prompt": ('{"instruction": "", "response": "b"}\n', r"line 1 has an empty prompt"),
     "few": ('{"instruction": "a", "response": "b"}\n', r"1 examples cannot make 3 clusters"),
