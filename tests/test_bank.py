@@ -1,11 +1,15 @@
 """Experts loaded from PEFT folders compute what PEFT computes, and folders that cannot are refused by name."""
 
+import copy
 import json
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from coterie.artifacts import MAX_TENSOR_FILE
@@ -14,6 +18,7 @@ from coterie.backbone.loading import Backbone
 from coterie.errors import CoterieError
 from coterie.experts import bank
 from coterie.experts.bank import ExpertBank, check_names, load_adapter, load_bank
+from coterie.experts.fresh_adapter import plain_config
 from helpers import rewrite_config, save_adapter
 
 SAMPLES = {
@@ -202,7 +207,6 @@ BAD_FIELDS = {
     "another such start": {"init_lora_weights": "olora"},
     "pooled inputs": {"use_qalora": True},
     "blocks": {"use_bdlora": {"nblocks": 2}},
-    "tokens that switch it on": {"alora_invocation_tokens": [1, 2]},
 }
 
 
@@ -244,14 +248,16 @@ BAD_SCALINGS = {
         {"rank_pattern": {"q_proj": 8}},
         f"r = 8 and .* do not fit {LAYER}, whose rank is 4",
     ),
-    "no alpha": ({"lora_alpha": None}, "lora_alpha = None do not fit"),
-    "an alpha beyond numbers": ({"lora_alpha": 10**400}, "lora_alpha = 10+ do not fit"),
+    "no alpha": ({"lora_alpha": None}, "'lora_alpha': should be a valid number, got null; get the adapter again"),
+    "an alpha beyond numbers": ({"lora_alpha": 10**400}, "holds a number that is too large"),
     "a repeat beyond numbers": (
         {"rank_pattern": {"a{9999999999999}": 4}},
         "rank_pattern or alpha_pattern is broken .*; get the adapter again",
     ),
-    "infinite alpha": ({"lora_alpha": float("inf")}, "lora_alpha = inf do not fit"),
-    "a list as pattern": ({"alpha_pattern": ["q_proj"]}, "rank_pattern or alpha_pattern is broken"),
+    "infinite alpha": ({"lora_alpha": float("inf")}, "Infinity is no number that JSON has"),
+    "an absurd alpha": ({"lora_alpha": 1e300}, "'lora_alpha': should be less than or equal to 1000000, got 1e.300"),
+    "a list as pattern": ({"alpha_pattern": ["q_proj"]}, "'alpha_pattern': should be a valid dictionary, got"),
+    "a rank that is a text": ({"r": "4"}, "'r': should be a valid integer, got \"4\"; get the adapter again"),
     "a broken pattern": (
         {"rank_pattern": {"(": 4}},
         "rank_pattern or alpha_pattern is broken .*; get the adapter again",
@@ -280,10 +286,9 @@ SLOW_PATTERNS = {
 @pytest.mark.parametrize("patterns", SLOW_PATTERNS.values(), ids=SLOW_PATTERNS)
 def test_patterns_that_could_search_for_years_are_refused(backbone, plain, patterns, field):
     said = f"adapter_config.json: {field} has {patterns[-1][:80]!r}, which may take too long; name the layers plainly"
-    for form in (patterns, dict.fromkeys(patterns, 4)):
-        rewrite_config(plain, **{field: form})
-        with pytest.raises(CoterieError, match=re.escape(said)):
-            load_adapter(plain, backbone.model)
+    rewrite_config(plain, **{field: dict.fromkeys(patterns, 4)})
+    with pytest.raises(CoterieError, match=re.escape(said)):
+        load_adapter(plain, backbone.model)
 
 
 def test_patterns_as_people_write_them_are_taken(backbone, plain):
@@ -312,9 +317,9 @@ BAD_TENSORS = {
     "infinity": (lambda t: t | {key("A"): t[key("A")] / 0}, f"tensor '{key('A')}' holds NaN or infinite values"),
     "eight bits": (
         lambda t: t | {key("A"): t[key("A")].to(torch.float8_e4m3fn)},
-        f"tensor '{key('A')}' is of torch.float8_e4m3fn, which no plain LoRA factor is",
+        f"tensor '{key('A')}' is of F8_E4M3, which no plain LoRA factor is",
     ),
-    "whole numbers": (lambda t: t | {key("A"): t[key("A")].int()}, "is of torch.int32, which no plain LoRA factor is"),
+    "whole numbers": (lambda t: t | {key("A"): t[key("A")].int()}, "is of I32, which no plain LoRA factor is"),
     "another width": (
         lambda t: t | {key("A"): torch.ones(4, 33)},
         rf"{LAYER} has lora_A \(4, 33\) and lora_B \(32, 4\), but the base model's layer takes \(r, 32\) and \(32, r\)",
@@ -340,6 +345,22 @@ BAD_TENSORS = {
         lambda t: renamed(t, key("A"), f"base_model.model.{LAYER}.lora_magnitude_vector"),
         "lora_magnitude_vector' is no LoRA factor; use a plain LoRA adapter",
     ),
+    "values beyond float32": (
+        lambda t: t | {key("A"): torch.full((4, 32), 1e300, dtype=torch.float64)},
+        f"tensor '{key('A')}' holds NaN or infinite values",
+    ),
+    "values whose products overflow": (
+        lambda t: t | {key("A"): torch.full((4, 32), 1e20)},
+        f"tensor '{key('A')}' holds values of up to 1e.20; get or train the adapter again",
+    ),
+    "an update that drowns the model": (
+        lambda t: t | {key("A"): torch.full((4, 32), 1e6), key("B"): torch.full((32, 4), 1e6)},
+        f"the update of {LAYER} has a norm of up to 5.1e.14 after scaling by 4, which no training gives",
+    ),
+    "a rank beyond need": (
+        lambda t: t | {key("A"): torch.ones(1025, 32), key("B"): torch.ones(32, 1025)},
+        f"{LAYER} has rank 1025, more than its 32 x 32 weights can need",
+    ),
     "no tensors": (lambda t: {}, "adapter_model.safetensors holds no tensors; get the adapter again"),
 }
 
@@ -359,7 +380,7 @@ def test_tensors_that_do_not_fit_are_refused_by_file_and_name(backbone, plain, c
         (lambda file: file.write_bytes(b"\xff" * 8 + b"x" * 100), "is truncated or not a safetensors file"),
         (lambda file: file.write_bytes(b""), "is truncated or not a safetensors file"),
         (lambda file: file.write_text("PK not a tensor at all"), "is truncated or not a safetensors file"),
-        (lambda file: file.unlink(), "does not exist; an adapter folder holds adapter_config.json and adapter_model"),
+        (lambda file: file.unlink(), "does not exist"),
     ],
     ids=["truncated", "a huge header", "empty", "something else", "missing"],
 )
@@ -376,6 +397,56 @@ def test_a_weights_file_that_is_too_large_is_refused_before_it_is_read(backbone,
         CoterieError, match="adapter_model.safetensors has 8,589,934,593 bytes, more than the 8,589,934,592"
     ):
         load_adapter(plain, backbone.model)
+
+
+def sparse(file: Path, header: dict[str, Any]) -> None:
+    """A safetensors file whose tensors are a hole: it claims much and takes nothing on the disk."""
+    text = json.dumps(header).encode()
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        opened.truncate(8 + len(text) + max(entry["data_offsets"][1] for entry in header.values()))
+
+
+def test_a_gigabyte_that_is_only_claimed_is_refused_before_any_of_it_is_read(backbone, plain, monkeypatch):
+    monkeypatch.setattr(bank, "read_floats", None)
+    half = 2**29
+    header = {
+        key("A"): {"dtype": "F32", "shape": [half // 4 // 32, 32], "data_offsets": [0, half]},
+        key("B"): {"dtype": "F32", "shape": [32, half // 4 // 32], "data_offsets": [half, 2 * half]},
+    }
+    sparse(plain / bank.WEIGHTS_FILE, header)
+    with pytest.raises(CoterieError, match="has rank 4194304, more than its 32 x 32 weights can need"):
+        load_adapter(plain, backbone.model)
+
+
+def test_an_update_must_be_finite_in_the_numbers_that_the_model_computes_with(backbone, plain):
+    tensors = load_file(plain / bank.WEIGHTS_FILE)
+    tensors[key("B")][0, 0] = 20_000.0  # times the scaling of 4 it is beyond the 65,504 of float16
+    save_file(tensors, plain / bank.WEIGHTS_FILE)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert load_adapter(plain, copy.deepcopy(backbone.model).to(dtype))[LAYER].up[0, 0] == 80_000
+    with pytest.raises(CoterieError, match=f"the update of {LAYER} has a norm of up to .* after scaling by 4"):
+        load_adapter(plain, copy.deepcopy(backbone.model).half())
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_what_peft_is_told_of_a_strangers_adapter_is_what_its_own_config_says(backbone, samples, name, tmp_path):
+    """Continued from, it computes the same; nothing but its factors and checked numbers reaches PEFT."""
+    folders, logits = samples
+    folder = shutil.copytree(folders[name], tmp_path / "adapter")
+    rewrite_config(folder, exclude_modules="(a+)+$", layers_pattern=["(.*)*"], target_modules="(.*)*q_proj(.*)*!")
+    model = copy.deepcopy(backbone.model)
+    told = PeftModel.from_pretrained(model, folder, config=plain_config(folder, model)).eval()
+    with torch.inference_mode():
+        found = told(input_ids=TOKENS).logits[0]
+    assert torch.equal(found, logits[list(SAMPLES).index(name)])
+
+
+@pytest.mark.parametrize("change", [{"lora_dropout": "much"}, {"lora_dropout": 1.0}, {"use_rslora": 2}])
+def test_odd_values_do_not_reach_peft(backbone, plain, change):
+    rewrite_config(plain, **change)
+    with pytest.raises(CoterieError, match=f"adapter_config.json, '{next(iter(change))}': should be"):
+        plain_config(plain, backbone.model)
 
 
 @pytest.mark.parametrize(

@@ -265,7 +265,7 @@ BAD = {
     "NaN": (lambda f: rewrite_tensor(f, lambda t: t / 0 * 0), "holds NaN or infinite values"),
     "eight bits": (
         lambda f: rewrite_tensor(f, lambda t: t.to(torch.float8_e4m3fn)),
-        "lora_A.weight' is of torch.float8_e4m3fn, which no plain LoRA factor is",
+        "lora_A.weight' is of F8_E4M3, which no plain LoRA factor is",
     ),
     "a page in a field": (
         lambda f: rewrite_config(f, bias="x\n" * 5000),

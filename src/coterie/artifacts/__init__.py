@@ -2,7 +2,6 @@
 
 from coterie.artifacts.files import (
     FORMAT,
-    as_path,
     disk_errors,
     hash_json,
     hash_text,
@@ -14,53 +13,44 @@ from coterie.artifacts.files import (
     write_tensors,
     write_text,
 )
-from coterie.artifacts.folders import check_tree, real_folder
-from coterie.artifacts.locks import locked
-from coterie.artifacts.outputs import check_file, inputs_of, is_stream, write_answers
 from coterie.artifacts.reading import (
-    MAX_TENSOR_FILE,
     open_regular,
     parse_json,
     parse_yaml,
     read_json,
     read_jsonl,
     read_lines,
-    read_tensors,
     read_text,
 )
 from coterie.artifacts.runs import JsonCache, RunFolder, check_output, environment_record, read_run_record, run_folder
+from coterie.artifacts.tensors import MAX_TENSOR_FILE, Claim, read_floats, read_tensors, tensor_claims
 
 __all__ = [
     "FORMAT",
     "MAX_TENSOR_FILE",
+    "Claim",
     "JsonCache",
     "RunFolder",
-    "as_path",
-    "check_file",
     "check_output",
-    "check_tree",
     "disk_errors",
     "environment_record",
     "hash_json",
     "hash_text",
     "hub_folder",
-    "inputs_of",
-    "is_stream",
-    "locked",
     "open_regular",
     "parse_json",
     "parse_yaml",
+    "read_floats",
     "read_json",
     "read_jsonl",
     "read_lines",
     "read_run_record",
     "read_tensors",
     "read_text",
-    "real_folder",
     "run_folder",
     "sha256_of",
+    "tensor_claims",
     "whole_file",
-    "write_answers",
     "write_json",
     "write_jsonl",
     "write_tensors",

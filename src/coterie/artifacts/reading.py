@@ -6,16 +6,12 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import yaml
 
 from coterie.errors import CoterieError, first_line
 
-if TYPE_CHECKING:
-    import torch
-
-MAX_TENSOR_FILE = 8 * 2**30  # bytes; an adapter of rank 256 on a 70B model is about 3 GiB
 MAX_JSON = 2**26  # bytes; what Python makes of them may take twenty times as much
 MAX_YAML = 2**18  # bytes; a run's record has a few thousand, and this many take seconds
 MAX_DEPTH = 64
@@ -206,25 +202,3 @@ def _check_values(value: object, place: str, advice: str) -> None:
         if not level:
             return
     raise CoterieError(f"{place} is too deeply nested; {advice}")
-
-
-def read_tensors(path: Path, max_bytes: int = MAX_TENSOR_FILE) -> dict[str, "torch.Tensor"]:
-    """Read a safetensors file that may come from a stranger: size and header are checked before anything is loaded.
-
-    Raises:
-        CoterieError: when the file is missing, larger than `max_bytes`, truncated, or not safetensors.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise CoterieError(
-            f"{path} does not exist; an adapter folder holds adapter_config.json and adapter_model.safetensors"
-        )
-    size = path.stat().st_size
-    if size > max_bytes:
-        raise CoterieError(f"{path} has {size:,} bytes, more than the {max_bytes:,} that are accepted; check the file")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CoterieError(f"{path} is truncated or not a safetensors file ({error}); get the file again") from error

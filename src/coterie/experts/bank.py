@@ -1,26 +1,30 @@
 """The bank: experts by name on one base model, each a plain PEFT folder that was checked before it was used."""
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from coterie.artifacts import read_json, read_tensors, write_json, write_tensors
+from coterie.artifacts import read_floats, read_json, tensor_claims, write_json, write_tensors
+from coterie.artifacts.tensors import FLOATS
 from coterie.backbone.layers import linear_shapes
 from coterie.errors import CoterieError, unknown_name
 from coterie.lora import Adapter, LoraPair
+from coterie.records.adapter import AdapterConfig
+from coterie.records.schema import parse
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
-FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_CONFIG = 2**20  # bytes; one that names every layer of a 70B model has about 100 KiB
 MAX_PATTERNS = 32
+MAX_RANK = 1024  # of layers that are narrower than this
+LARGEST_UPDATE = 1e6  # what training gives is below 1e3
 PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "use_dora": (False, None),
@@ -84,25 +88,36 @@ def load_adapter(folder: Path, model: nn.Module) -> Adapter:
     Raises:
         CoterieError: naming the file and the field or tensor that is wrong.
     """
-    config = read_json(folder / CONFIG_FILE)
-    for field, plain in PLAIN_VALUES.items():
-        if config.get(field, plain[0]) not in plain:
-            raise CoterieError(
-                f"{folder / CONFIG_FILE}: {field} = {config[field]!r} is not supported; use a plain LoRA adapter"
-            )
-    _check_patterns(config, folder / CONFIG_FILE)
-    file = folder / WEIGHTS_FILE
-    factors = _factors(read_tensors(file), file)
-    shapes = linear_shapes(model)
-    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    config, file = read_config(folder), folder / WEIGHTS_FILE
+    dtype = next(model.parameters()).dtype
+    scalings: dict[str, float] = {}
+    wanted: dict[str, tuple[int, int]] = {}
+    for path, (rank, width_in, width_out) in sorted(_claimed_layers(file, model).items()):
+        scalings[path] = _scaling(config, path, rank, folder / CONFIG_FILE)
+        wanted |= dict(zip(_factor_names(path), [(rank, width_in), (width_out, rank)], strict=True))
+    factors = read_floats(file, wanted, "get or train the adapter again")
     pairs: dict[str, LoraPair] = {}
-    for path, (down, up) in sorted(factors.items()):
-        _check_shapes(path, down, up, shapes, file)
-        if output is not None and model.get_submodule(path) is output:  # runs apart from all others, once a prompt
-            raise CoterieError(f"{file}: {path} is the output layer, which experts cannot change; train without it")
-        scaling = _scaling(config, path, down.shape[0], folder / CONFIG_FILE)
-        pairs[path] = LoraPair(down.float(), (up.float() * scaling).T.contiguous(), scaling)
+    for path, scaling in scalings.items():
+        down, up = (factors.pop(name) for name in _factor_names(path))
+        pairs[path] = LoraPair(down, (up * scaling).T.contiguous(), scaling)
+        _check_size(path, pairs[path], dtype, file)
     return pairs
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """Read what an adapter's `adapter_config.json` says, and refuse what mixtures here could not keep.
+
+    Raises:
+        CoterieError: naming the file and the field.
+    """
+    file = folder / CONFIG_FILE
+    fields = read_json(file, MAX_CONFIG)
+    for field, plain in PLAIN_VALUES.items():
+        if fields.get(field, plain[0]) not in plain:
+            raise CoterieError(f"{file}: {field} = {fields[field]!r} is not supported; use a plain LoRA adapter")
+    config = parse(AdapterConfig, fields, str(file), "get the adapter again")
+    _check_patterns(config, file)
+    return config
 
 
 def write_adapter(folder: Path, config: Mapping[str, Any], adapter: Adapter) -> None:
@@ -121,46 +136,69 @@ def write_adapter(folder: Path, config: Mapping[str, Any], adapter: Adapter) -> 
     write_json(folder / CONFIG_FILE, dict(config))
 
 
-def _factors(tensors: Mapping[str, Tensor], file: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Pair A and B of every layer by module path."""
-    halves: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+def _factor_names(path: str) -> tuple[str, str]:
+    return f"{KEY_PREFIX}{path}.lora_A.weight", f"{KEY_PREFIX}{path}.lora_B.weight"
+
+
+def _claimed_layers(file: Path, model: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """Return rank, input and output width of every layer that a file claims to change, as far as the model has it."""
+    halves: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, (dtype, shape) in tensor_claims(file).items():
         path, _, end = key.removeprefix(KEY_PREFIX).rpartition(".lora_")
         if not key.startswith(KEY_PREFIX) or end not in ("A.weight", "B.weight") or not path:
             raise CoterieError(f"{file}: tensor {key!r} is no LoRA factor; use a plain LoRA adapter")
-        if tensor.dtype not in FACTOR_DTYPES:
-            raise CoterieError(f"{file}: tensor {key!r} is of {tensor.dtype}, which no plain LoRA factor is")
-        if not torch.isfinite(tensor).all():
-            raise CoterieError(f"{file}: tensor {key!r} holds NaN or infinite values; get or train the adapter again")
-        halves.setdefault(path, {})[end[0]] = tensor
+        if dtype not in FLOATS:
+            raise CoterieError(f"{file}: tensor {key!r} is of {dtype}, which no plain LoRA factor is")
+        halves.setdefault(path, {})[end[0]] = shape
     if not halves:
         raise CoterieError(f"{file} holds no tensors; get the adapter again")
+    widths = linear_shapes(model)
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     for path, both in halves.items():
         if len(both) != 2:
             raise CoterieError(f"{file}: {path} has only lora_{next(iter(both))}; get the adapter again")
-    return {path: (both["A"], both["B"]) for path, both in halves.items()}
+        _check_shapes(path, both["A"], both["B"], widths, file)
+        if output is not None and model.get_submodule(path) is output:  # runs apart from all others, once a prompt
+            raise CoterieError(f"{file}: {path} is the output layer, which experts cannot change; train without it")
+    return {path: (both["A"][0], *widths[path]) for path, both in halves.items()}
 
 
-def _check_shapes(path: str, down: Tensor, up: Tensor, shapes: Mapping[str, tuple[int, int]], file: Path) -> None:
-    if path not in shapes:
+def _check_shapes(
+    path: str, down: tuple[int, ...], up: tuple[int, ...], widths: Mapping[str, tuple[int, int]], file: Path
+) -> None:
+    if path not in widths:
         raise CoterieError(
             f"{file}: the base model has no linear layer {path!r}; is the adapter for another base model?"
         )
-    width_in, width_out = shapes[path]
-    rank = down.shape[0] if down.dim() == 2 else 0
-    if not rank or tuple(down.shape) != (rank, width_in) or tuple(up.shape) != (width_out, rank):
+    width_in, width_out = widths[path]
+    rank = down[0] if len(down) == 2 else 0
+    if not rank or down != (rank, width_in) or up != (width_out, rank):
         raise CoterieError(
-            f"{file}: {path} has lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)}, but the base model's layer "
+            f"{file}: {path} has lora_A {down} and lora_B {up}, but the base model's layer "
             f"takes (r, {width_in}) and ({width_out}, r); is the adapter for another base model?"
+        )
+    if rank > max(MAX_RANK, width_in, width_out):
+        raise CoterieError(f"{file}: {path} has rank {rank}, more than its {width_out} x {width_in} weights can need")
+
+
+def _check_size(path: str, pair: LoraPair, dtype: torch.dtype, file: Path) -> None:
+    """Refuse an update that overflows where it is used, or that drowns whatever the base model computes.
+
+    The product of the factors' norms bounds the update's own.
+    """
+    bound = float(pair.down.double().norm() * pair.up.double().norm())
+    largest = max(float(pair.down.abs().max()), float(pair.up.abs().max()))
+    if not (bound <= LARGEST_UPDATE and largest <= torch.finfo(dtype).max):
+        raise CoterieError(
+            f"{file}: the update of {path} has a norm of up to {bound:.2g} after scaling by {pair.scaling:.2g}, which "
+            "no training gives; get or train the adapter again"
         )
 
 
-def _check_patterns(config: Mapping[str, Any], file: Path) -> None:
+def _check_patterns(config: AdapterConfig, file: Path) -> None:
     """Refuse regular expressions that could search for years: they come from a file and meet every layer's name."""
     for field in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(field)
-        keys = map(str, patterns) if isinstance(patterns, (dict, list)) else ()
-        searches = [key for key in keys if any(sign in key for sign in "*+?{|")]
+        searches = [key for key in getattr(config, field) if any(sign in key for sign in "*+?{|")]
         slow = searches[MAX_PATTERNS:] or [
             key
             for key in searches
@@ -175,26 +213,30 @@ def _check_patterns(config: Mapping[str, Any], file: Path) -> None:
             )
 
 
-def _scaling(config: Mapping[str, Any], path: str, rank: int, file: Path) -> float:
-    """Return alpha / r (or alpha / sqrt(r) for rsLoRA) as PEFT computes it.
+def rank_and_alpha(config: AdapterConfig, path: str, file: Path) -> tuple[int, int | float]:
+    """Look up a layer's rank and alpha as PEFT does.
 
-    A layer is looked up as PEFT does: a pattern's key is a regular expression for the end of the path.
+    Raises:
+        CoterieError: when a pattern is no regular expression.
     """
     from peft.utils.other import get_pattern_key
 
-    found: list[Any] = []
     try:
-        for field, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-            pattern = config.get(field) or {}
-            found.append(pattern.get(get_pattern_key(list(pattern), path), config.get(default)))
-    except (AttributeError, TypeError, OverflowError, re.error) as error:
+        rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), path), config.r)
+        alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), path), config.lora_alpha)
+        return rank, alpha
+    except (OverflowError, re.error) as error:
         raise CoterieError(
             f"{file}: rank_pattern or alpha_pattern is broken ({error}); get the adapter again"
         ) from error
-    wanted, alpha = found
-    if wanted != rank or not isinstance(alpha, (int, float)) or not abs(alpha) <= sys.float_info.max:
-        raise CoterieError(f"{file}: r = {wanted!r} and lora_alpha = {alpha!r} do not fit {path}, whose rank is {rank}")
-    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def _scaling(config: AdapterConfig, path: str, rank: int, file: Path) -> float:
+    """Return alpha / r (or alpha / sqrt(r) for rsLoRA) as PEFT computes it."""
+    wanted, alpha = rank_and_alpha(config, path, file)
+    if wanted != rank:
+        raise CoterieError(f"{file}: r = {wanted} and lora_alpha = {alpha:g} do not fit {path}, whose rank is {rank}")
+    return alpha / rank**0.5 if config.use_rslora else alpha / rank
 
 
 def check_names(names: Sequence[str]) -> None:

@@ -3,8 +3,10 @@
 import logging
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,7 +19,7 @@ from coterie.artifacts import read_json, write_json
 from coterie.backbone.layers import ByExpert, ExpertLayers, changeable_layers, linear_layers
 from coterie.backbone.loading import Backbone
 from coterie.errors import CoterieError, first_line, unknown_name
-from coterie.experts.bank import CONFIG_FILE, KEY_PREFIX, load_adapter
+from coterie.experts.bank import CONFIG_FILE, KEY_PREFIX, load_adapter, rank_and_alpha, read_config
 from coterie.settings.groups import LoraSettings
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,30 @@ def lora_config(backbone: Backbone, settings: LoraSettings) -> LoraConfig:
         lora_dropout=settings.dropout,
         target_modules=layers,
         fan_in_fan_out=is_transposed(backbone.model, layers),
+    )
+
+
+def plain_config(folder: Path, model: PreTrainedModel) -> LoraConfig:
+    """Tell PEFT what an adapter does in fields that were checked: its own config may be a stranger's.
+
+    Every layer is named by its whole path, so that no pattern is searched for in the names of modules.
+
+    Raises:
+        CoterieError: as `load_adapter`.
+    """
+    config, adapter = read_config(folder), load_adapter(folder, model)
+    numbers = {path: rank_and_alpha(config, path, folder / CONFIG_FILE) for path in adapter}
+    rank, alpha = Counter(numbers.values()).most_common(1)[0][0]
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=cast(int, alpha),  # PEFT takes what is not whole, too
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        target_modules=list(adapter),
+        fan_in_fan_out=is_transposed(model, adapter),
+        rank_pattern={f"^{re.escape(path)}": own for path, (own, _) in numbers.items() if own != rank},
+        alpha_pattern={f"^{re.escape(path)}": own for path, (_, own) in numbers.items() if own != alpha},
     )
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from coterie.artifacts import read_json, read_jsonl, read_tensors, write_json, write_jsonl, write_tensors
+from coterie.artifacts import read_floats, read_jsonl, read_tensors, write_json, write_jsonl, write_tensors
 from coterie.backbone.layers import linear_shapes
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import IGNORED, TokenRow, pad
@@ -28,10 +28,13 @@ from coterie.experts.fresh_adapter import (
     is_transposed,
     layers_to_change,
     lora_config,
+    plain_config,
     save_adapter,
 )
 from coterie.features.gradient import AdamState, Checkpoint, Moments
 from coterie.lora import LoraPair
+from coterie.records.adapter import AdamRecord
+from coterie.records.schema import read
 from coterie.settings.groups import LoraSettings
 
 logger = logging.getLogger(__name__)
@@ -84,7 +87,8 @@ def train_adapter(
     if isinstance(start, LoraSettings):
         model = get_peft_model(backbone.model, lora_config(backbone, start))
     else:
-        model = PeftModel.from_pretrained(backbone.model, start, is_trainable=True)
+        config = plain_config(start, backbone.model)
+        model = PeftModel.from_pretrained(backbone.model, start, is_trainable=True, config=config)
     try:
         if isinstance(start, Path):
             check_taken(model, read_tensors(start / WEIGHTS_FILE))
@@ -207,7 +211,7 @@ def make_trainer(
     arguments._n_gpu = 1
     arguments._setup_devices = state.device = backbone.device
     data: Any = [{"input_ids": list(row.ids), "labels": row.labels()} for row in rows]
-    collate = TrainingCollator(backbone.pad_id)
+    collate = TrainingCollator(backbone.tokenizer.pad_token_id)
     trainer = Trainer(model, arguments, train_dataset=data, data_collator=collate, callbacks=[_FiniteLoss()])
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -324,19 +328,15 @@ def load_checkpoint(folder: Path, model: nn.Module) -> Checkpoint:
     Raises:
         CoterieError: when a file is missing, broken, or does not fit the base model.
     """
-    adapter = load_adapter(folder, model)
-    tensors = read_tensors(folder / ADAM_TENSORS)
-    record = read_json(folder / ADAM_RECORD)
+    adapter, shapes = load_adapter(folder, model), {}
+    for path, pair in adapter.items():
+        shapes |= {f"{path}.lora_A": pair.down.shape, f"{path}.lora_B": pair.up.T.shape}
+    wanted = {f"{name}.{moment}": shape for name, shape in shapes.items() for moment in ("mean", "square")}
+    tensors = read_floats(folder / ADAM_TENSORS, wanted, "fit again")
+    record = read(AdamRecord, folder / ADAM_RECORD, "fit again")
     device = next(model.parameters()).device
-    wanted = [f"{path}.lora_{half}" for path in adapter for half in "AB"]
-    try:
-        kept = {name: tensors[name].to(device, torch.float32) for name in tensors}
-        moments = {name: Moments(kept[f"{name}.mean"], kept[f"{name}.square"]) for name in wanted}
-        betas = (float(record["betas"][0]), float(record["betas"][1]))
-        state = AdamState(moments, int(record["steps"]), float(record["learning_rate"]), betas, float(record["eps"]))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise CoterieError(f"{folder} lacks Adam's state for {error}; fit again") from error
-    return Checkpoint(adapter, state)
+    moments = {name: Moments(*(tensors[f"{name}.{part}"].to(device) for part in ("mean", "square"))) for name in shapes}
+    return Checkpoint(adapter, AdamState(moments, record.steps, record.learning_rate, record.betas, record.eps))
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,6 @@ from coterie.settings.groups import (
     ModelSettings,
     PlacementSettings,
     RationaleSettings,
-    ReadingSettings,
     RecruitSettings,
     ReroutingSettings,
     RoutingSettings,
@@ -44,7 +43,6 @@ class ElreaSettings(Settings):
     limit: int | None = Field(None, ge=1, description="use only the first N examples of every data source")
     seed: int = Field(0, ge=0, description="seed of shuffling, initialisation, dropout, projection and clustering")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
-    reading: ReadingSettings = ReadingSettings()
     lora: LoraSettings = LoraSettings()
     training: TrainingSettings = TrainingSettings()
     experts: ExpertSettings = ExpertSettings()
@@ -64,7 +62,6 @@ class TokenLevelSettings(Settings):
     limit: int | None = Field(None, ge=1, description="use only the first N examples of every data source")
     seed: int = Field(0, ge=0, description="seed of shuffling, initialisation, dropout and k-means")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
-    reading: ReadingSettings = ReadingSettings()
     lora: LoraSettings = LoraSettings()
     training: DomainTrainingSettings = DomainTrainingSettings()
     similarity: SimilaritySettings = SimilaritySettings()
@@ -90,7 +87,6 @@ class FromAdaptersSettings(Settings):
     system_prompt: str | None = Field(None, description="system prompt of every prompt; default: the template's own")
     seed: int = Field(0, ge=0, description="seed of k-means")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
-    reading: ReadingSettings = ReadingSettings()
     placement: PlacementSettings = PlacementSettings()
     similarity: SimilaritySettings = SimilaritySettings()
     rerouting: ReroutingSettings = ReroutingSettings()
@@ -110,7 +106,6 @@ class BankAddSettings(Settings):
     model: str | None = Field(None, description="base model of a new bank; default: the bank's own")
     revision: str | None = Field(None, description="revision of a hub model (branch, tag or commit)")
     overwrite: bool = Field(False, description="replace adapters that have the same names")
-    reading: ReadingSettings = ReadingSettings()
     placement: PlacementSettings = PlacementSettings()
 
 
@@ -127,7 +122,6 @@ class RouteSettings(Settings):
 
     command = "route"
     mixture: str = Field(description="folder of a mixture")
-    reading: ReadingSettings = ReadingSettings()
     placement: PlacementSettings = PlacementSettings()
     routing: RoutingSettings = RoutingSettings()
 
@@ -137,8 +131,7 @@ class GenerateSettings(RouteSettings):
 
     command = "generate"
     sampling: SamplingSettings = SamplingSettings()
-    n: int = Field(1, ge=1, description="answers to every prompt, each drawn with a seed of its own")
-    batch_size: int = Field(8, ge=1, description="answers decoded together")
+    batch_size: int = Field(8, ge=1, description="prompts decoded together")
     output: str | None = Field(None, description="file to write the answers to, a JSON object a line")
     serving: ExpertServingSettings = Field(ExpertServingSettings(), title=SYMBOLIC_ONLY)
 
@@ -175,7 +168,6 @@ class EvaluationSettings(Settings):
     )
     resamples: int = Field(2000, ge=100, description="bootstrap resamples behind every interval")
     batch_size: int = Field(8, ge=1, description="prompts decoded together")
-    reading: ReadingSettings = ReadingSettings()
     placement: PlacementSettings = PlacementSettings()
     sampling: SamplingSettings = SamplingSettings()
     extras: ExtrasSettings | None = None
@@ -220,7 +212,6 @@ class ProfileSettings(Settings):
         "answers", description="answers: right or wrong; likelihood: of the reference, for models too small to answer"
     )
     batch_size: int = Field(8, ge=1, description="questions decoded together")
-    reading: ReadingSettings = ReadingSettings()
     skill: SkillSettings = SkillSettings()
     placement: PlacementSettings = PlacementSettings()
     serving: ExpertServingSettings = ExpertServingSettings()
@@ -263,7 +254,6 @@ class GatherSettings(Settings):
     )
     limit: int | None = Field(None, ge=1, description="use only the first N rows of every source of open data")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
-    reading: ReadingSettings = ReadingSettings()
     rows: GatherRowsSettings = GatherRowsSettings()
     placement: PlacementSettings = PlacementSettings()
 
@@ -278,7 +268,6 @@ class SelectSettings(Settings):
     limit: int | None = Field(None, ge=1, description="use only the first N shots of every source (the paper's K)")
     system_prompt: str | None = Field(None, description="system prompt of every prompt; default: the template's own")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
-    reading: ReadingSettings = ReadingSettings()
     adapters: SelectAdaptersSettings = SelectAdaptersSettings()
     rationale: RationaleSettings = RationaleSettings()
     placement: PlacementSettings = PlacementSettings()
@@ -303,7 +292,6 @@ class KshotSettings(Settings):
     )
     seed: int = Field(0, ge=0, description="seed of gates, shuffling and dropout")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
-    reading: ReadingSettings = ReadingSettings()
     adapters: SelectAdaptersSettings = SelectAdaptersSettings()
     rationale: RationaleSettings = RationaleSettings()
     rows: GatherRowsSettings = GatherRowsSettings()

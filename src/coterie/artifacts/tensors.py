@@ -1,0 +1,104 @@
+"""Tensors that may come from a stranger: what a file claims to hold is checked before any of it is read."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from coterie.artifacts.reading import open_regular
+from coterie.errors import CoterieError, first_line
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_TENSOR_FILE = 8 * 2**30  # bytes; an adapter of rank 256 on a 70B model is about 3 GiB
+MAX_HEADER = 2**24  # bytes; a tensor takes about a hundred
+FLOATS = ("F64", "F32", "F16", "BF16")
+LARGEST = 1e15  # squares of such numbers can still be summed in float32
+
+
+class Claim(NamedTuple):
+    """What the header of a safetensors file says of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def tensor_claims(path: Path, max_bytes: int = MAX_TENSOR_FILE) -> dict[str, Claim]:
+    """Read the header of a safetensors file, which tells every tensor's type and shape; none of them is read.
+
+    Raises:
+        CoterieError: when the file is missing, larger than `max_bytes`, truncated, or not safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    with open_regular(path) as file:
+        header, size = int.from_bytes(file.read(8), "little"), file.seek(0, 2)
+    if size > max_bytes:
+        raise CoterieError(f"{path} has {size:,} bytes, more than the {max_bytes:,} that are accepted; check the file")
+    try:
+        if header > min(size, MAX_HEADER):
+            raise SafetensorError(f"its header would have {header:,} bytes")
+        with safe_open(path, framework="pt") as opened:
+            parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+            return {name: Claim(part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _not_readable(path, error) from error
+
+
+def read_tensors(path: Path, max_bytes: int = MAX_TENSOR_FILE) -> dict[str, "torch.Tensor"]:
+    """Read all tensors of a safetensors file.
+
+    Raises:
+        CoterieError: as `tensor_claims`.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    tensor_claims(path, max_bytes)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _not_readable(path, error) from error
+
+
+def read_floats(
+    path: Path, wanted: Mapping[str, Sequence[int | None]], advice: str, optional: Sequence[str] = ()
+) -> dict[str, "torch.Tensor"]:
+    """Read tensors of known shapes as float32.
+
+    Args:
+        path: of a safetensors file.
+        wanted: their names and shapes; None stands for any length. Other tensors are not read.
+        advice: what to do where one is not as it should be.
+        optional: those that may be missing.
+
+    Raises:
+        CoterieError: when one is missing, of another shape, holds no floating-point numbers, or some that are not
+            finite or absurdly large; and as `tensor_claims`.
+    """
+    from safetensors import safe_open
+
+    claims = tensor_claims(path)
+    for name, shape in wanted.items():
+        if name not in claims and name not in optional:
+            raise CoterieError(f"{path} lacks the tensor {name!r}; {advice}")
+        dtype, found = claims.get(name, ("F32", tuple(length or 1 for length in shape)))
+        fits = len(found) == len(shape) and all(
+            length == want if want is not None else length > 0 for length, want in zip(found, shape, strict=True)
+        )
+        if dtype not in FLOATS or not fits:
+            wish = ", ".join("any" if length is None else str(length) for length in shape)
+            raise CoterieError(f"{path}: tensor {name!r} is {dtype} of shape {found}, not floats of ({wish}); {advice}")
+    with safe_open(path, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name).float() for name in wanted if name in claims}
+    for name, tensor in tensors.items():
+        largest = float(tensor.abs().max()) if tensor.numel() else 0.0  # NaN where one value is
+        if not largest <= LARGEST:
+            what = f"values of up to {largest:.1g}" if math.isfinite(largest) else "NaN or infinite values"
+            raise CoterieError(f"{path}: tensor {name!r} holds {what}; {advice}")
+    return tensors
+
+
+def _not_readable(path: Path, error: Exception) -> CoterieError:
+    return CoterieError(f"{path} is truncated or not a safetensors file ({first_line(error)}); get the file again")
