@@ -2,7 +2,8 @@
 
 `published` reads the paper's sentence literally: every cluster over five times the smallest is split, round after
 round, whatever made the smallest one; `default` is what Coterie does (odd rows set aside, tiny clusters no yardstick,
-at most ten clusters); `one_round` does not split at all. Each runs on the rows as they are, and with one odd row more.
+at most ten clusters); `one_round` does not split at all. Each runs on the rows as they are, with one odd row more (a
+random direction), and on a part of them in which the sources have very different shares.
 
 Gradient features are computed once, as a fit at its default settings does; with `--folder` they are kept there.
 """
@@ -34,6 +35,8 @@ from coterie.settings.reading import from_flat
 
 SAMPLE = Path(__file__).parents[1] / "examples" / "data" / "train.jsonl"
 UNBOUNDED = 10**6
+SHARES = (1, 1, 1, 1 / 3, 1 / 6, 1 / 12)
+"""Of every source's rows, by name, where sources are of different size; more sources have the last one's share."""
 
 
 def gradient_features(model: str, examples: list[Example], folder: Path) -> NDArray:
@@ -75,6 +78,15 @@ def described(found: Clustering, sources: list[str | None]) -> dict[str, object]
     }
 
 
+def uneven(sources: list[str | None]) -> list[int]:
+    """Return the rows of a part in which sources have the shares above."""
+    kept: list[int] = []
+    for number, source in enumerate(sorted({source or "" for source in sources})):
+        rows = [row for row, own in enumerate(sources) if (own or "") == source]
+        kept += rows[: round(len(rows) * SHARES[min(number, len(SHARES) - 1)])]
+    return sorted(kept)
+
+
 def main() -> None:
     """Cluster in three ways and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -90,11 +102,13 @@ def main() -> None:
     features = gradient_features(flags.model, examples, flags.folder or Path(tempfile.mkdtemp()))
     sources = [example.source for example in examples]
     odd = np.random.default_rng(0).normal(size=(1, features.shape[1]))
+    part = uneven(sources)
     usual = ClusterSettings()
     results = {}
     for name, rows, own in (
         ("rows", features, sources),
         ("rows_and_an_odd_one", np.concatenate([features, odd]), [*sources, "odd"]),
+        ("uneven_rows", features[part], [sources[row] for row in part]),
     ):
         results[name] = {
             "published": described(published(rows, usual, own), own),

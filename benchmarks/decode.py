@@ -45,7 +45,7 @@ def our_steps(backbone: Backbone, layers: ExpertLayers, ids: list[int], steps: i
     settings = SamplingSettings(max_new_tokens=steps + 1)
     names = tuple(f"expert-{number}" for number in range(EXPERTS))
     routing = Routing(names, torch.ones(1, EXPERTS))
-    batch = DecodingBatch(backbone, layers, LogitCombiner(), [ids], routing, settings)
+    batch = DecodingBatch(backbone, layers, LogitCombiner(), [ids], routing, [settings])
     return (token.id for token in batch.run())
 
 

@@ -80,7 +80,7 @@ def one_by_one(backbone: Backbone, folders: Sequence[Path], shots: Sequence[Exam
 
 @torch.inference_mode()
 def _answers(model: PeftModel, backbone: Backbone, rows: Sequence[TokenRow], steps: int) -> list[str]:
-    batch = pad([row.prompt().ids for row in rows], backbone.tokenizer.pad_token_id, side="left")
+    batch = pad([row.prompt().ids for row in rows], backbone.pad_id, side="left")
     written = model.generate(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=steps, do_sample=False
     )
@@ -90,7 +90,7 @@ def _answers(model: PeftModel, backbone: Backbone, rows: Sequence[TokenRow], ste
 
 @torch.inference_mode()
 def _losses(model: PeftModel, backbone: Backbone, rows: Sequence[TokenRow]) -> Tensor:
-    batch = pad([row.ids for row in rows], backbone.tokenizer.pad_token_id, side="right")
+    batch = pad([row.ids for row in rows], backbone.pad_id, side="right")
     labels = pad([row.labels() for row in rows], IGNORED, side="right").input_ids
     return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
 

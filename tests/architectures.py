@@ -115,7 +115,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "minicpm3": Architecture(_MLA),
     # states beside keys and values
     "bamba": Architecture({**_MAMBA, "attn_layer_indices": [1]}),
-    "falcon_h1": Architecture({**_MAMBA, "mamba_d_ssm": 64}),
+    "falcon_h1": Architecture({**_MAMBA, "mamba_d_ssm": 64, "lm_head_multiplier": 0.5}),
     "granitemoehybrid": Architecture(
         {**_MAMBA, **_LOCAL_EXPERTS, "shared_intermediate_size": 48, "layer_types": ["mamba", "attention"]}
     ),
@@ -130,9 +130,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         }
     ),
     "lfm2": Architecture({"block_auto_adjust_ff_dim": False, "full_attn_idxs": [1]}),
-    "minimax": Architecture(
-        {**_LOCAL_EXPERTS, "layer_types": ["linear_attention", "full_attention"], "block_size": WINDOW}
-    ),
     "nemotron_h": Architecture(
         {
             "hybrid_override_pattern": "M*-M",
@@ -150,6 +147,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mamba": Architecture({"state_size": 8}, refusal="past_key_values"),
     "mamba2": Architecture(
         {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8}, refusal="past_key_values"
+    ),
+    "minimax": Architecture(
+        {**_LOCAL_EXPERTS, "layer_types": ["linear_attention", "full_attention"], "block_size": WINDOW},
+        refusal="cache of its own",
     ),
     "recurrent_gemma": Architecture(
         {"lru_width": 32, "attention_window_size": WINDOW, "num_hidden_layers": 3}, refusal="padding"

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
+from coterie.data.batching import TokenRow
 from coterie.experts.bank import CONFIG_FILE
+from coterie.features.projection import Projection
 from coterie.mixture import Completion
 
 
@@ -52,6 +55,39 @@ def save_adapter(model: PreTrainedModel, folder: Path, config: dict[str, Any], s
             torch.nn.init.normal_(parameter, std=0.1)
     adapted.save_pretrained(str(folder), save_embedding_layers=False)
     return adapted.eval()
+
+
+def peft_factors(model: PreTrainedModel, folder: Path) -> tuple[PeftModel, dict[str, nn.Parameter]]:
+    """PEFT's own model of an adapter, on a copy of the base model, and its factors by the names used here."""
+    adapted = PeftModel.from_pretrained(copy.deepcopy(model), folder, is_trainable=True).eval()
+    plain = {
+        n.removeprefix("base_model.model.").removesuffix(".default.weight"): p for n, p in adapted.named_parameters()
+    }
+    return adapted, {name: p for name, p in plain.items() if p.requires_grad}
+
+
+def autograd_gradients(model, parameters, row: TokenRow) -> dict[str, torch.Tensor]:
+    """The gradient of the mean loss over the user's text, by ordinary autograd on one example alone."""
+    for parameter in parameters.values():
+        parameter.grad = None
+    labels = torch.tensor([[token if own else -100 for token, own in zip(row.ids, row.is_user_text, strict=True)]])
+    model(input_ids=torch.tensor([row.ids]), labels=labels).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in parameters.items()}
+
+
+class KeepsEverything(Projection):
+    """A projection that projects nothing: it lays the named tensors out one after the other."""
+
+    def __init__(self, sizes: dict[str, int]) -> None:
+        self.offsets, self.d_proj = {}, 0
+        for name, size in sizes.items():
+            self.offsets[name] = self.d_proj
+            self.d_proj += size
+
+    def __call__(self, name, values):
+        result = values.new_zeros(len(values), self.d_proj)
+        result[:, self.offsets[name] : self.offsets[name] + values.shape[1]] = values
+        return result
 
 
 def rewrite_config(folder: Path, **changes: object) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from hypothesis import strategies as st
 from coterie import artifacts
 from coterie.artifacts import (
     RunFolder,
-    check_output,
     environment_record,
     hash_json,
     hash_text,
@@ -32,9 +32,9 @@ from coterie.artifacts import (
     write_text,
 )
 from coterie.errors import CoterieError
+from coterie.settings.reading import Settings
 
 few = settings(deadline=None, max_examples=30)
-SETTINGS = {"model": "tiny", "seed": 0, "training": {"learning_rate": 5e-05}, "overwrite": False}
 INPUTS = {"data": "abc"}
 plain_values = st.recursive(
     st.none()
@@ -47,13 +47,38 @@ plain_values = st.recursive(
 )
 
 
+class Training(Settings):
+    learning_rate: float = 5e-05
+
+
+class FitX(Settings):
+    command = "fit x"
+    model: str = "tiny"
+    data: list[str] = []
+    seed: int = 0
+    training: Training = Training()
+    overwrite: bool = False
+
+
+class FitY(FitX):
+    command = "fit y"
+
+
+class Anything(Settings):
+    command = "fit anything"
+    anything: Any
+
+
+OVERWRITE = FitX(overwrite=True)
+
+
 def everything(folder: Path) -> list[str]:
     """All files and folders below, as relative paths."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 def run_once(output: Path, body=lambda run: None, **changes):
-    options = {"command": "fit x", "settings": SETTINGS, "inputs": INPUTS, **changes}
+    options = {"settings": FitX(), "inputs": INPUTS, **changes}
     with run_folder(output, **options) as run:
         body(run)
 
@@ -287,7 +312,7 @@ def test_the_record_of_a_run_tells_everything_that_it_needs_to_be_repeated(tmp_p
     run_once(tmp_path / "run")
     record = read_run_record(tmp_path / "run" / "run.yaml")
     assert (record["format"], record["command"]) == (1, "fit x")
-    assert (record["settings"], record["inputs"]) == (SETTINGS, INPUTS)
+    assert (record["settings"], record["inputs"]) == (FitX().model_dump(), INPUTS)
     assert {"started", "versions", "python", "machine", "git"} < set(record)
     assert record["versions"]["torch"] == torch.__version__
 
@@ -393,11 +418,11 @@ def unfinished(output: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"settings": SETTINGS | {"seed": 1}}, "other settings"),
-        ({"settings": SETTINGS | {"training": {"learning_rate": 1e-4}}}, "other settings"),
+        ({"settings": FitX(seed=1)}, "other settings"),
+        ({"settings": FitX(training=Training(learning_rate=1e-4))}, "other settings"),
         ({"inputs": {"data": "abd"}}, "other inputs"),
-        ({"command": "fit y"}, "other command"),
-        ({"inputs": {}, "settings": {}}, "other settings and inputs"),
+        ({"settings": FitY()}, "other command"),
+        ({"inputs": {}, "settings": FitX(seed=1)}, "other settings and inputs"),
     ],
     ids=["setting", "nested setting", "input", "command", "both"],
 )
@@ -411,7 +436,7 @@ def test_the_unfinished_run_of_another_kind_is_not_continued_or_touched(changes,
 
 def test_an_unfinished_run_may_be_continued_with_leave_to_overwrite(tmp_path):
     unfinished(tmp_path / "run")
-    run_once(tmp_path / "run", settings=SETTINGS | {"overwrite": True})
+    run_once(tmp_path / "run", settings=OVERWRITE)
     assert "run/one/file" in everything(tmp_path)
 
 
@@ -419,11 +444,11 @@ def test_an_unfinished_run_may_be_continued_with_leave_to_overwrite(tmp_path):
 @given(value=st.dictionaries(st.text(max_size=5), plain_values, max_size=3))
 def test_settings_are_the_same_settings_after_they_were_written(tmp_path_factory, value):
     output = tmp_path_factory.mktemp("run") / "run"
-    unfinished_settings = {"anything": json.loads(json.dumps(value))}
+    unfinished_settings = Anything(anything=json.loads(json.dumps(value)))
     with pytest.raises(IndexError):
         run_once(output, lambda _: [][1], settings=unfinished_settings)
     run_once(output, settings=unfinished_settings)
-    assert read_run_record(output / "run.yaml")["settings"] == unfinished_settings
+    assert read_run_record(output / "run.yaml")["settings"] == unfinished_settings.model_dump()
 
 
 def test_a_partial_folder_without_a_record_is_a_new_run(tmp_path):
@@ -439,7 +464,7 @@ def test_a_finished_run_replaces_the_old_one_only_at_its_end(tmp_path):
         assert (tmp_path / "run" / "old" / "file").exists()
         run.stage("new", lambda folder: write_text(folder / "file", "2"))
 
-    run_once(tmp_path / "run", body)
+    run_once(tmp_path / "run", body, settings=OVERWRITE)
     assert everything(tmp_path) == ["run", "run/new", "run/new/file", "run/run.yaml"]
 
 
@@ -449,7 +474,7 @@ def test_what_came_into_the_place_of_a_run_meanwhile_is_not_deleted(tmp_path):
         write_text(tmp_path / "run" / "thesis.tex", "x")
 
     with pytest.raises(CoterieError, match="run is not a run folder, so it is not replaced"):
-        run_once(tmp_path / "run", body)
+        run_once(tmp_path / "run", body, settings=OVERWRITE)
     assert {"run/thesis.tex", "run.partial/part/file"} < set(everything(tmp_path))
 
 
@@ -457,44 +482,6 @@ def test_a_run_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(CoterieError, match="cannot be written: .*; choose another folder"):
         run_once(tmp_path / "file" / "run")
-
-
-# -------------------------------------------------------------------------------------------------------- output folder
-
-
-def test_an_output_that_does_not_exist_is_free(tmp_path):
-    check_output(tmp_path / "run", overwrite=False)
-    check_output(tmp_path / "run", overwrite=True)
-
-
-def make_run(path: Path) -> None:
-    path.mkdir()
-    (path / "run.yaml").write_text("x")
-
-
-OCCUPIED = {
-    "a run": (make_run, True),
-    "an empty folder": (Path.mkdir, True),
-    "a folder of other things": (lambda path: write_text(path / "thesis.tex", "x"), False),
-    "a file": (lambda path: path.write_text("x"), False),
-}
-
-
-@pytest.mark.parametrize(("make", "_"), OCCUPIED.values(), ids=OCCUPIED)
-def test_an_output_that_exists_is_refused(make, _, tmp_path):
-    make(tmp_path / "run")
-    with pytest.raises(CoterieError, match="run exists; choose another --output, or add --overwrite to replace it"):
-        check_output(tmp_path / "run", overwrite=False)
-
-
-@pytest.mark.parametrize(("make", "replaceable"), OCCUPIED.values(), ids=OCCUPIED)
-def test_only_runs_and_empty_folders_are_replaced(make, replaceable, tmp_path):
-    make(tmp_path / "run")
-    if replaceable:
-        check_output(tmp_path / "run", overwrite=True)
-    else:
-        with pytest.raises(CoterieError, match="run is not a run folder, so it is not replaced; choose another"):
-            check_output(tmp_path / "run", overwrite=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- records
@@ -524,8 +511,8 @@ def test_a_record_that_cannot_be_read_is_told_by_name(content, message, tmp_path
 
 def test_a_record_repeats_what_stands_there_twice_since_aliases_are_not_read(tmp_path):
     same = ["a.jsonl"]
-    run_once(tmp_path / "run", settings={"data": same, "pool": same})
-    assert read_run_record(tmp_path / "run" / "run.yaml")["settings"] == {"data": same, "pool": same}
+    run_once(tmp_path / "run", settings=Anything(anything={"data": same, "pool": same}))
+    assert read_run_record(tmp_path / "run" / "run.yaml")["settings"]["anything"] == {"data": same, "pool": same}
 
 
 def test_a_record_is_plain_yaml_in_the_order_of_reading(tmp_path):

@@ -207,6 +207,7 @@ BAD_FIELDS = {
     "another such start": {"init_lora_weights": "olora"},
     "pooled inputs": {"use_qalora": True},
     "blocks": {"use_bdlora": {"nblocks": 2}},
+    "tokens that switch it on": {"alora_invocation_tokens": [1, 2]},
 }
 
 

@@ -44,6 +44,14 @@ def test_a_record_has_the_documented_fields(mixture):
     assert sum(record["routing"]["weights"].values()) == pytest.approx(1)
 
 
+def test_several_answers_to_a_prompt_stand_side_by_side(run, run_folder):
+    words = ["generate", run_folder, "add 3 4", "add 5 6", "--n", 2, "--temperature", 1, "--max-new-tokens", 8]
+    code, out, _ = run(*words, "--json")
+    found = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [row["prompt"] for row in found] == ["add 3 4", "add 3 4", "add 5 6", "add 5 6"]
+    assert found[0]["token_ids"] != found[1]["token_ids"]
+
+
 def test_streamed_text_is_the_text(run, run_folder, mixture):
     code, out, _ = run("generate", run_folder, PROMPT, "--max-new-tokens", 8, "--stream")
     assert code == 0 and out == mixture.generate([PROMPT], max_new_tokens=8)[0].text + "\n"
@@ -70,6 +78,23 @@ def test_many_prompts_come_from_a_file(run, run_folder, tmp_path):
     file = write_rows(tmp_path / "prompts.jsonl", rows)
     code, out, _ = run("route", run_folder, "--input", file, "--json")
     assert code == 0 and [json.loads(line)["prompt"] for line in out.splitlines()] == ["add 1 2", "SPELL AB NOW"]
+
+
+def test_inputs_of_prompts_join_as_those_that_the_mixture_was_fitted_on(run, mixture, tmp_path):
+    file = write_rows(tmp_path / "prompts.jsonl", [{"instruction": "Add.", "input": "1 2"}])
+    mixture.save_pretrained(tmp_path / "plain")
+    record = tmp_path / "plain" / "mixture.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"input_template": "{input}: {instruction}"}))
+    Mixture.from_pretrained(tmp_path / "plain", device="cpu").save_pretrained(tmp_path / "copy")  # keeps the template
+    words = ("--input", file, "--json", "--device", "cpu")
+    for folder, others, prompt in (
+        ("copy", (), "1 2: Add."),
+        ("copy", ("--input-template", r"{instruction}\n{input}"), "Add.\n1 2"),
+        ("copy", ("--ignore-fields", "input,tools"), "Add."),
+    ):
+        code, out, _ = run("route", tmp_path / folder, *words, *others)
+        assert code == 0 and json.loads(out)["prompt"] == prompt
+    assert mixture.prompts.input_template == r"{instruction}\n\n{input}"
 
 
 def test_another_router_is_a_flag(run, run_folder):
@@ -140,7 +165,7 @@ def test_a_run_is_repeated_from_its_record(run, fit, tmp_path):
 BAD_DATA = {
     "empty": ("", r"holds no examples"),
     "broken": ('{"instruction": "a", "response": "b"}\n{"instruction": ', r"line 2 is not valid JSON"),
-    "field": ('{"question": "a"}\n', r"line 1 has the fields question"),
+    "field": ('{"ask": "a"}\n', r"line 1 has the fields ask"),
     "response": ('{"instruction": "a", "response": " "}\n', r"line 1 has an empty response"),
     "prompt": ('{"instruction": "", "response": "b"}\n', r"line 1 has an empty prompt"),
     "few": ('{"instruction": "a", "response": "b"}\n', r"1 examples cannot make 3 clusters"),
@@ -190,6 +215,10 @@ def test_an_output_that_exists_is_kept_unless_overwriting_is_asked_for(fit, run,
         (["generate", "MIXTURE"], r"give prompts either as arguments or with --input"),
         (["generate", "MIXTURE", " "], r"prompt 1 is empty"),
         (["generate", "MIXTURE", "hi", "--json", "--stream"], r"use one of them"),
+        (["generate", "MIXTURE", "hi", "--stream", "--n", "2", "--temperature", "1"], r"one answer while .*, not 2"),
+        (["generate", "MIXTURE", "hi", "--n", "2"], r"at temperature 0 all 2 answers to a prompt are equal"),
+        (["generate", "MIXTURE", "hi", "--n", "2", "--combiner", "texts"], r"makes one answer of 5 samples, not 2"),
+        (["generate", "MIXTURE", "hi", "--every", "inf", "--cache", "keep"], r"--cache says how to re-route; add"),
         (["route", "MIXTURE", "hi", "--top-k-experts", "9"], r"between 1 and 4"),
         (["route", "MIXTURE", "hi", "--router", "cluster-9"], r"no router or expert is called 'cluster-9'"),
         (["eval", "MIXTURE", "--data", "DATA", "--output", "OUT", "--methods", "base,elera"], r"Did you mean 'elrea'"),

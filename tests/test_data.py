@@ -235,8 +235,11 @@ def test_a_prompt_without_an_answer_is_taken_where_none_is_needed():
 
 BAD_LINES = {
     "broken JSON": ('{"instruction": ', r"line 2 is not valid JSON \(Expecting value.*; mend or delete the line"),
-    "a list": ("[1]", r"line 2 holds a list, not an object with instruction\+response, prompt\+completion"),
-    "no known field": ('{"q": 1, "a": 2}', r"line 2 has the fields q, a; rows have the form instruction"),
+    "a list": ("[1]", r"line 2 holds a list, not an object with messages, conversations, instruction\+response"),
+    "no known field": (
+        '{"q": 1, "a": 2}',
+        r"line 2 has the fields q, a; rows have the form messages, ",
+    ),
     "no field": ("{}", r"line 2 has the fields \(none\); rows have the form"),
     "no response": ('{"instruction": "x"}', r"line 2 has no response; rows have the form"),
     "null response": ('{"prompt": "x", "completion": null}', r"line 2 has no response"),
@@ -296,7 +299,7 @@ def test_a_bad_row_in_memory_is_told_with_its_number():
 @pytest.mark.parametrize("content", ["", "\n \n"], ids=["empty", "blank lines"])
 def test_a_file_without_rows_is_told(content, tmp_path):
     (tmp_path / "rows.jsonl").write_text(content)
-    with pytest.raises(CoterieError, match=r"rows\.jsonl holds no examples; rows have the form instruction\+response"):
+    with pytest.raises(CoterieError, match=r"rows\.jsonl holds no examples; rows have the form messages, "):
         load_examples(tmp_path / "rows.jsonl")
 
 
@@ -309,7 +312,7 @@ def test_no_rows_in_memory_are_told():
 def test_a_missing_file_is_told_by_name(name, tmp_path):
     if not name.endswith(".jsonl"):
         pytest.importorskip("datasets")
-    with pytest.raises(CoterieError, match=r"missing.*; give a JSONL file or a datasets source"):
+    with pytest.raises(CoterieError, match=r"missing.*; give a .* or a datasets source"):
         load_examples(str(tmp_path / name))
 
 
@@ -433,22 +436,14 @@ def test_the_beginning_token_is_added_once_and_only_where_no_template_writes_it(
 @pytest.mark.parametrize(
     ("template", "example", "message"),
     [
-        (REWRITING, chat("a", "b", "c", "d"), "rewrites earlier turns of a conversation"),
         (SHOUTING, chat("words", "reply"), "changes what a user wrote: 'words'"),
-        (DEAF_TO_SYSTEM, chat("a", "b", system="Be brief."), "changes what a system wrote: 'Be brief.'"),
         (REFUSING, chat("a", "b"), "does not take such a conversation: roles must alternate"),
     ],
-    ids=["rewrites", "shouts", "ignores the system", "refuses"],
+    ids=["shouts", "refuses"],
 )
 def test_a_template_that_cannot_be_followed_is_told(template, example, message):
     with pytest.raises(CoterieError, match=message):
         PromptFormat(tiny.make_tokenizer(template)).row(example)
-
-
-def test_a_template_that_rewrites_earlier_turns_still_serves_single_answers():
-    tokenizer = tiny.make_tokenizer(REWRITING)
-    row = PromptFormat(tokenizer).row(chat("a", "b"))
-    assert decode(tokenizer, row.ids) == "user:a<e>assistant:b<e>"
 
 
 def test_a_tokenizer_without_offsets_is_refused(tokenizer, monkeypatch):

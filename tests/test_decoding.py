@@ -11,14 +11,18 @@ from coterie.backbone.layers import ExpertLayers
 from coterie.combiners.layers import LayerCombiner
 from coterie.combiners.logits import LogitCombiner
 from coterie.combiners.table import COMBINERS
+from coterie.data.examples import load_examples
 from coterie.engine.decoding import DecodingBatch, score_responses
 from coterie.engine.text import TextStream
 from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank
-from coterie.mixture import Mixture
+from coterie.mixture import Completion, Mixture
+from coterie.mixture.core import elected
 from coterie.routers.base import Routing
 from coterie.routers.fixed import FixedRouter
+from coterie.routers.token import TokenLevel
 from coterie.settings.groups import SamplingSettings
+from helpers import same_answers
 from tiny import delta
 
 EXACT = [name for name in COMBINERS if ":" not in name and name != "texts"]
@@ -191,6 +195,104 @@ def test_sampling_follows_its_seed_and_not_its_batch(mixture):
     assert together != [a.token_ids for a in mixture.generate(PROMPTS, seed=8, **options)]
 
 
+def test_equal_prompts_get_equal_answers_and_n_asks_for_several(mixture):
+    options = {"max_new_tokens": 12, "temperature": 1.0}
+    assert len({answer.token_ids for answer in mixture.generate([PROMPTS[0]] * 5, **options)}) == 1
+    several = mixture.generate([PROMPTS[0]], n=5, **options)
+    assert len({answer.token_ids for answer in several}) == 5
+    assert several[0] == mixture.generate([PROMPTS[0]], **options)[0]
+
+
+def test_several_answers_at_temperature_0_are_refused(mixture):
+    with pytest.raises(CoterieError, match="at temperature 0 all 3 answers to a prompt are equal; give a temperature"):
+        mixture.generate(PROMPTS, n=3)
+
+
+def positions_read(mixture, monkeypatch, **options) -> list[int]:
+    """Over how many positions each forward pass went, padding included."""
+    passes = []
+    model = type(mixture.backbone)
+    original = model.hidden
+
+    def counted(self, ids, *args, **kwargs):
+        passes.append(ids.numel())
+        return original(self, ids, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "hidden", counted)
+        mixture.generate(**options)
+    return passes
+
+
+@pytest.mark.parametrize("combiner", ["texts", "logits"])
+def test_a_prompt_is_read_once_for_all_of_its_samples(mixture, monkeypatch, combiner):
+    """Five samples of four tokens: one pass over the prompt and three over the last tokens of those still going on."""
+    cell = mixture.replace(router="base", combiner=combiner)
+    options = {"prompts": [PROMPTS[0]], "max_new_tokens": 4, "temperature": 1.0, "n": 1 if combiner == "texts" else 5}
+    length = len(mixture.tokens([PROMPTS[0]])[0].ids)
+    first, *others = positions_read(cell, monkeypatch, **options)
+    assert first == length and len(others) == 3 and max(others) <= 5
+
+
+def test_prompts_of_similar_length_are_read_together_and_answers_keep_their_order(mixture, monkeypatch):
+    short, long = "add 1 2", "SPELL " + "ABCDEFGH" * 12 + " NOW"
+    prompts, options = [short, long] * 2, {"max_new_tokens": 3, "batch_size": 2}
+    cell = mixture.replace(router="base")
+    lengths = [len(row.ids) for row in mixture.tokens([short, long])]
+    passes = positions_read(cell, monkeypatch, prompts=prompts, **options)
+    assert sorted(passes)[-2:] == [2 * length for length in lengths]
+    found = cell.generate(prompts, **options)
+    assert [answer.prompt for answer in found] == prompts
+    alone = [cell.generate([prompt], max_new_tokens=3)[0] for prompt in prompts]
+    assert [answer.token_ids for answer in found] == [answer.token_ids for answer in alone]
+
+
+def test_what_is_read_in_answers_votes_and_not_their_whole_text(mixture):
+    """Two are read as 7, one as 12; two are the same text, in which nothing can be read."""
+    texts = ["Add 3 and 4.\nThat makes 7", "The answer is \\boxed{7}.", "12", "<think> 12", "<think> 12"]
+    answers = [Completion("add 3 4", text, (), (), "stop", {}) for text in texts]
+    question = load_examples([{"instruction": "add 3 4"}], need_response=False)[0]
+    assert {elected(question, answers[:3], seed).text for seed in range(9)} == {texts[0]}
+    assert {elected(question, answers, seed).text for seed in range(30)} == {texts[0], texts[3]}
+    code = replace(question, tests={"assert": "f(1) == 2"})
+    assert {elected(code, answers, seed).text for seed in range(9)} == {texts[3]}
+
+
+def test_a_given_routing_keeps_only_the_experts_that_were_asked_for(mixture):
+    routing, options = mixture.route(PROMPTS), {"max_new_tokens": 5, "top_k_experts": 1}
+    given, routed = mixture.generate(PROMPTS, routing=routing, **options), mixture.generate(PROMPTS, **options)
+    same_answers(given, routed)
+    assert [answer.weights for answer in given] == [answer.weights for answer in routed]
+    assert all(sorted(answer.weights.values()) == [0.0, 0.0, 0.0, 1.0] for answer in given)
+
+
+def test_a_given_routing_that_would_not_act_is_refused(mixture):
+    routing = mixture.route(PROMPTS)
+    with pytest.raises(CoterieError, match="the routing is of 4 prompts, but 3 are given"):
+        mixture.generate(PROMPTS[:3], routing=routing)
+    renewed = replace(mixture, router=TokenLevel(mixture.router, 2), combiner=LayerCombiner())
+    with pytest.raises(CoterieError, match="re-routes while it answers, so a given routing would not last"):
+        renewed.generate(PROMPTS, routing=routing)
+    same_answers(
+        renewed.rerouted(None).generate(PROMPTS, routing=routing, max_new_tokens=3),
+        mixture.replace(combiner="layers").generate(PROMPTS, routing=routing, max_new_tokens=3),
+    )
+    gated = mixture.replace(router="arrow", combiner="layers").route(PROMPTS)
+    with pytest.raises(CoterieError, match="by gates in every layer, which combiner 'logits' does not follow; use lay"):
+        mixture.generate(PROMPTS, routing=gated)
+
+
+@pytest.mark.parametrize("call", ["generate", "stream", "complete"])
+def test_a_setting_that_does_not_fit_is_told_in_one_line(mixture, call):
+    first = {"generate": PROMPTS, "stream": PROMPTS[0], "complete": mixture.tokens(PROMPTS)}[call]
+    for options, told in (
+        ({"max_tokens": 3}, "no setting is called 'max_tokens'. Did you mean 'max_new_tokens'"),
+        ({"temperature": -1}, "--temperature: .* got -1"),
+    ):
+        with pytest.raises(CoterieError, match=told):
+            list(getattr(mixture, call)(first, **options))
+
+
 def test_sampled_tokens_have_the_combined_distribution(mixture):
     """Frequencies of the first token over many seeds, against the probabilities that one step reports."""
     plan = LogitCombiner().plan(mixture.route([PROMPTS[0]]).aligned(mixture.bank.names))
@@ -253,7 +355,7 @@ def test_the_end_of_turn_token_ends_an_answer(mixture):
     layers = ExpertLayers(mixture.backbone.model, mixture.bank.adapters)
     prompt = mixture.tokens([PROMPTS[0]])[0].ids
     routing = mixture.route([PROMPTS[0]]).aligned(mixture.bank.names)
-    batch = DecodingBatch(mixture.backbone, layers, LogitCombiner(), [prompt], routing, SamplingSettings())
+    batch = DecodingBatch(mixture.backbone, layers, LogitCombiner(), [prompt], routing, [SamplingSettings()])
     batch._choose = lambda logits: [batch._advance(batch._active[0], end, 0.0)]
     tokens = list(batch.run())
     assert [(t.id, t.text, t.finish_reason) for t in tokens] == [(end, "", "stop")]
@@ -288,7 +390,6 @@ def test_likelihoods_equal_those_of_the_summed_peft_models(mixture, peft_models)
 
 def examples():
     import tiny
-    from coterie.data.examples import load_examples
 
     return load_examples(tiny.make_rows(3, seed=5))
 

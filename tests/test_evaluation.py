@@ -27,6 +27,7 @@ from coterie.routers.base import Routing
 from coterie.settings.commands import EvaluationSettings
 from coterie.settings.groups import SamplingSettings
 from coterie.settings.reading import checked, from_flat
+from helpers import same_answers
 
 EXAMPLES = load_examples(tiny.make_rows(9, seed=21))
 NAMES = [*METHODS, "elrea:top_k=1", "elrea:d_proj=64"]
@@ -104,21 +105,13 @@ def test_answers_are_those_that_the_method_gives_by_itself(grid, result):
         assert [row["methods"][name]["text"] for row in result.rows] == [given.text for given in alone]
 
 
-def test_self_consistency_answers_by_what_most_samples_are_read_as(grid, monkeypatch):
-    """Five samples: two are read as 7, two as 12, one as nothing that reads; the tie falls by the seed."""
+def test_an_evaluation_measures_the_answers_that_the_method_gives_by_itself_where_samples_vote(grid):
+    """The vote looks at the samples alone; the reference must not help what is right to be read alike."""
     cell = grid.cell("self-consistency")
-    texts = ["The answer is 7.", "so \\boxed{12}", "7", "12", "I do not know"]
-    drawn = cell.drawn([EXAMPLES[0]], max_new_tokens=2)[0]
-    fake = [type(given)(**{**given.__dict__, "text": text}) for given, text in zip(drawn, texts, strict=True)]
-    monkeypatch.setattr(Mixture, "drawn", lambda self, prompts, **options: [list(fake) for _ in prompts])
-    tests = [TestRow(EXAMPLES[0], EXAMPLES[0])]
-    routing = cell.router.route(grid.own.tokens([EXAMPLES[0]]))
-    chosen = {
-        answer(cell, tests, routing, "x", 8, SamplingSettings(seed=seed)).completions[0].text for seed in range(20)
-    }
-    assert chosen == {"The answer is 7.", "so \\boxed{12}"}
-    fake[1] = type(fake[1])(**{**fake[1].__dict__, "text": "who knows"})
-    assert answer(cell, tests, routing, "x", 8, SamplingSettings()).completions[0].text == "The answer is 7."
+    tests = [TestRow(example, example) for example in EXAMPLES]
+    routing = cell.router.route(grid.own.tokens(EXAMPLES))
+    found = answer(cell, tests, routing, "x", 4, SamplingSettings(max_new_tokens=4, seed=2)).completions
+    same_answers(found, cell.generate(EXAMPLES, max_new_tokens=4, seed=2))
 
 
 def test_the_majority_wins_and_ties_fall_evenly_and_by_seed():

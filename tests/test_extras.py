@@ -139,7 +139,7 @@ def two_kinds(mixture):
 
 def loss_of(mixture, experts, rows, gates):
     model = GatedModel(mixture.backbone, experts, Gates(("0", "1"), gates))
-    collate = TrainingCollator(mixture.backbone.tokenizer.pad_token_id)
+    collate = TrainingCollator(mixture.backbone.pad_id)
     batch = collate([{"input_ids": list(row.ids), "labels": row.labels()} for row in rows])
     batch.pop("shift_labels")
     return float(model(**batch)["loss"].detach())

@@ -77,7 +77,7 @@ def train(backbone, adapters, rows, tmp_path):
 
 
 def batch_of(backbone, rows) -> dict[str, torch.Tensor]:
-    collate = TrainingCollator(backbone.tokenizer.pad_token_id)
+    collate = TrainingCollator(backbone.pad_id)
     batch = collate([{"input_ids": list(row.ids), "labels": row.labels()} for row in rows])
     return {name: tensor for name, tensor in batch.items() if name != "shift_labels"}
 
@@ -164,7 +164,7 @@ def test_more_padding_changes_neither_the_loss_nor_the_load(backbone, adapters, 
     batch = batch_of(backbone, rows[:4])
     model = GatedModel(backbone, adapters, random_gates(backbone, adapters), replace(PLAIN, balance=3.0))
     found = []
-    for each in (batch, padded(batch, 7, backbone.tokenizer.pad_token_id)):
+    for each in (batch, padded(batch, 7, backbone.pad_id)):
         model.step.clear()
         loss = model(**each)["loss"].detach()
         found.append((loss, model.step.given.clone(), model.step.entropies.clone()))

@@ -1,10 +1,7 @@
 """Gradient features equal what autograd and Adam give example by example."""
 
-import copy
-
 import pytest
 import torch
-from peft import PeftModel
 from torch import nn
 
 from coterie.backbone.loading import Backbone
@@ -14,8 +11,8 @@ from coterie.errors import CoterieError
 from coterie.experts.training import load_checkpoint
 from coterie.features import gradient
 from coterie.features.gradient import GradientFeatures, adam_step
-from coterie.features.projection import Projection
 from coterie.settings.groups import FeatureSettings
+from helpers import KeepsEverything, autograd_gradients, peft_factors
 
 TEXTS = [
     "add 1 2",
@@ -26,42 +23,9 @@ TEXTS = [
 ]
 
 
-class KeepsEverything(Projection):
-    """A projection that projects nothing: it lays the named tensors out one after the other."""
-
-    def __init__(self, sizes: dict[str, int]) -> None:
-        self.offsets, self.d_proj = {}, 0
-        for name, size in sizes.items():
-            self.offsets[name] = self.d_proj
-            self.d_proj += size
-
-    def __call__(self, name, values):
-        result = values.new_zeros(len(values), self.d_proj)
-        result[:, self.offsets[name] : self.offsets[name] + values.shape[1]] = values
-        return result
-
-
 def rows_for(backbone: Backbone) -> list[TokenRow]:
     prompts = PromptFormat(backbone.tokenizer)
     return [prompts.row(Example(str(i), (Message("user", text),))) for i, text in enumerate(TEXTS)]
-
-
-def peft_names(backbone: Backbone, folder) -> dict[str, nn.Parameter]:
-    """PEFT's own parameters of a checkpoint, in a fresh copy of the base model, by the names used here."""
-    model = PeftModel.from_pretrained(copy.deepcopy(backbone.model), folder, is_trainable=True).eval()
-    plain = {
-        n.removeprefix("base_model.model.").removesuffix(".default.weight"): p for n, p in model.named_parameters()
-    }
-    return model, {name: p for name, p in plain.items() if p.requires_grad}
-
-
-def autograd_gradients(model, parameters, row: TokenRow) -> dict[str, torch.Tensor]:
-    """The gradient of the mean loss over the user's text, by ordinary autograd on one example alone."""
-    for parameter in parameters.values():
-        parameter.grad = None
-    labels = torch.tensor([[token if own else -100 for token, own in zip(row.ids, row.is_user_text, strict=True)]])
-    model(input_ids=torch.tensor([row.ids]), labels=labels).loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in parameters.items()}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +57,7 @@ def test_plain_gradients_equal_a_loop_of_autograd(
     features, layout = unprojected(backbone, checkpoint, form="sgd", feature_batch_size=batch_size)
     rows = rows_for(backbone)
     found = features(rows)
-    model, parameters = peft_names(backbone, checkpoint_folder)
+    model, parameters = peft_factors(backbone.model, checkpoint_folder)
     for number, row in enumerate(rows):
         expected = autograd_gradients(model, parameters, row)
         for name, values in expected.items():
@@ -119,7 +83,7 @@ def test_the_adam_form_is_the_step_that_torch_takes_from_the_saved_state(backbon
     features, layout = unprojected(backbone, checkpoint, form="adam")
     rows = rows_for(backbone)
     found = features(rows)
-    model, parameters = peft_names(backbone, checkpoint_folder)
+    model, parameters = peft_factors(backbone.model, checkpoint_folder)
     state = checkpoint.adam
     for number, row in enumerate(rows):
         gradients = autograd_gradients(model, parameters, row)

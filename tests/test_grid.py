@@ -15,6 +15,7 @@ from coterie.engine.decoding import score_responses
 from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank
 from coterie.mixture import Mixture
+from coterie.mixture.core import elected
 from coterie.routers.base import Routing
 from coterie.routers.centroid import CentroidRouter, Weighting
 from coterie.routers.derived import DerivedRouter
@@ -23,7 +24,8 @@ from coterie.routers.fixed import uniform
 from coterie.routers.gate import spectral_router
 from coterie.routers.table import ROUTERS
 from coterie.routers.token import TokenLevel
-from helpers import same_answers
+from coterie.settings.groups import SamplingSettings
+from helpers import close, same_answers
 
 QUESTIONS = load_examples(tiny.make_rows(4, seed=11))
 TOKENS = 6
@@ -244,24 +246,35 @@ def test_a_cell_whose_experts_lie_elsewhere_is_not_saved(grid, routers, tmp_path
     assert not (tmp_path / "copy").exists()
 
 
-def test_finished_answers_cannot_be_streamed_and_others_do_not_vote(grid):
+def test_finished_answers_cannot_be_streamed(grid):
     with pytest.raises(CoterieError, match="lets finished answers vote, so it cannot stream"):
         next(grid.mixture.replace(combiner="texts").stream(QUESTIONS[0]))
-    with pytest.raises(CoterieError, match="'logits' draws no answers that could vote; use texts"):
-        grid.mixture.drawn(QUESTIONS)
 
 
-def test_a_vote_is_between_samples_of_seeds_of_their_own(grid):
-    cell = grid.mixture.replace(router="base", combiner="texts")
-    drawn = cell.drawn(QUESTIONS[:2], max_new_tokens=TOKENS, seed=3)
-    assert [len(answers) for answers in drawn] == [5, 5]
-    single = grid.mixture.replace(router="base")
-    for number in range(5):
-        alone = single.generate(QUESTIONS[:2], max_new_tokens=TOKENS, temperature=1.0, seed=15 + number)
-        assert [answers[number].token_ids for answers in drawn] == [answer.token_ids for answer in alone]
-    assert len({answer.token_ids for answer in drawn[0]}) > 1
-    winner = cell.generate(QUESTIONS[:2], max_new_tokens=TOKENS, seed=3)
-    assert all(answer in answers for answer, answers in zip(winner, drawn, strict=True))
+@pytest.mark.parametrize(("router", "combiner"), [cell for cell in LEGAL if cell[1] in ("logits", "layers", "weights")])
+def test_several_answers_to_a_prompt_are_those_of_their_seeds_alone(grid, routers, router, combiner):
+    """Prompts are read once for all their answers, which then go on as if each had been drawn in a call of its own."""
+    cell = grid.mixture.replace(router=routers[router], combiner=combiner)
+    options = {"max_new_tokens": TOKENS, "temperature": 1.0}
+    found = cell.generate(QUESTIONS, n=3, seed=5, batch_size=6, **options)
+    seeds = [own.seed for own in cell.combiner.draws(SamplingSettings(seed=5, temperature=1.0), 3)]
+    assert seeds[0] == 5 and len(set(seeds)) == 3
+    for place, seed in enumerate(seeds):
+        alone = cell.generate(QUESTIONS, seed=seed, **options)
+        same_answers(found[place::3], alone)
+        for one, other in zip(found[place::3], alone, strict=True):
+            assert one.prompt == other.prompt
+            assert list(one.weights) == list(other.weights)
+            close(list(one.weights.values()), list(other.weights.values()))
+
+
+def test_a_vote_is_between_the_answers_that_five_seeds_give(grid):
+    cell, single = (grid.mixture.replace(router="base", combiner=name) for name in ("texts", "logits"))
+    drawn = single.generate(QUESTIONS[:2], n=5, max_new_tokens=TOKENS, temperature=1.0, seed=3)
+    assert len({answer.token_ids for answer in drawn[:5]}) > 1
+    for number, winner in enumerate(cell.generate(QUESTIONS[:2], max_new_tokens=TOKENS, seed=3)):
+        own = drawn[5 * number :][:5]
+        same_answers([winner], [elected(QUESTIONS[number], own, 3)])
 
 
 def test_the_documented_table_of_cells_is_the_codes(routers):

@@ -10,6 +10,7 @@ from coterie.artifacts import run_folder
 from coterie.cli.commands import repeat
 from coterie.errors import CoterieError
 from coterie.settings.groups import ExtrasSettings
+from coterie.settings.reading import Settings
 
 
 @pytest.mark.parametrize(
@@ -120,6 +121,20 @@ def test_a_record_under_old_names_is_repeated(called, tmp_path, command, now, va
         assert operator.attrgetter(place)(settings) == value
 
 
+class NewNames(Settings):
+    """As many settings of `fit kshot-moe` as the old record has."""
+
+    command = "fit kshot-moe"
+    bank: str
+    shots: list[str]
+    pool: list[str]
+    output: str
+    limit: int | None
+    adapters: dict[str, int]
+    rows: dict[str, int]
+    gates: dict[str, int]
+
+
 @pytest.mark.parametrize(
     ("change", "goes_on"),
     [({}, True), ({"gates": {"top_k": 2}}, False), ({"limit": 5}, False), ({"overwrite": True}, True)],
@@ -140,5 +155,5 @@ def test_an_interrupted_run_goes_on_under_new_names(tmp_path, change, goes_on):
         "gates": {"top_k_experts": 3},
     }
     expected = nullcontext() if goes_on else pytest.raises(CoterieError, match="unfinished run with other settings")
-    with expected, run_folder(tmp_path / "run", "fit kshot-moe", settings, {}):
+    with expected, run_folder(tmp_path / "run", NewNames(**settings), {}):
         pass

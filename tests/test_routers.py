@@ -330,7 +330,7 @@ def test_an_expert_cannot_be_routed_twice():
 
 
 @few
-@given(st.lists(st.lists(weight, min_size=3, max_size=3), min_size=1, max_size=4))
+@given(st.lists(st.lists(weight, min_size=3, max_size=3).filter(any), min_size=1, max_size=4))
 def test_normalised_weights_sum_to_one_in_the_same_proportion(rows):
     before = torch.tensor(rows)
     found = routing(rows).normalized().weights
@@ -343,11 +343,11 @@ def test_the_smallest_weights_are_normalised_too():
     assert routing([[1e-36, 3e-36, 0.0]]).normalized().weights.tolist() == [pytest.approx([0.25, 0.75, 0.0])]
 
 
-def test_weights_of_zero_become_uniform():
-    assert routing([[0.0, 0.0, 0.0], [0.0, 3.0, 1.0]]).normalized().weights.tolist() == [
-        pytest.approx([1 / 3] * 3),
-        [0.0, 0.75, 0.25],
-    ]
+def test_a_request_that_is_routed_to_nobody_is_refused():
+    with pytest.raises(CoterieError, match="request 2 is routed to nobody: all of its weights are 0; give an expert a"):
+        routing([[0.0, 3.0, 1.0], [0.0, 0.0, 0.0]])
+    with pytest.raises(CoterieError, match="request 1 is routed to nobody"):
+        FixedRouter({"a": 0.0, "b": 0.0})
 
 
 def test_the_largest_weights_stay_and_ties_keep_the_earlier_expert():

@@ -76,7 +76,7 @@ KILLED_AT = {
     "before clustering": (fitting, "cluster", 0),
     "before the second expert": (stages, "train_adapter", 1),
     "before the records": (fitting, "write_jsonl", 0),
-    "before the last rename": (runs, "check_output", 0),
+    "before the last rename": (runs, "replace_folder", 0),
 }
 
 

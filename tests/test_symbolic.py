@@ -156,6 +156,19 @@ def test_a_model_makes_one_answer_of_several(fitted, run):
     assert "Answer 3:\nThe answer is" in sent and "<think>" not in sent and question("algebra", 7) in sent
 
 
+def test_inputs_of_prompts_join_as_those_of_the_profile(fitted, run):
+    """The template is that of the profile's rows, which the run keeps."""
+    assert json.loads((fitted.folder / "run" / "mixture.json").read_text())["input_template"] is None
+    record = fitted.pool / PROFILE / "run.yaml"
+    record.write_text(record.read_text().replace("input_template: null", "input_template: '{input} {instruction}'"))
+    words = ("--experts", fitted.pool, "--output", fitted.folder / "other", "--aggregator", "majority")
+    assert run("fit", "symbolic-moe", *words)[0] == 0
+    row = {"instruction": "with the number 7?", "input": "A question of algebra"}
+    file = write_rows(fitted.folder / "q.jsonl", [row])
+    code, out, _ = run("generate", fitted.folder / "other", "--input", file, "--json")
+    assert code == 0 and json.loads(out)["prompt"] == question("algebra", 7)
+
+
 def test_a_vote_stands_in_for_an_aggregator_that_fails(fitted, run):
     words = ("--pool", fitted.pool, "--output", fitted.folder / "other", "--aggregator", "judge", "--recruits", 1)
     assert run("fit", "symbolic-moe", *words)[0] == 0
@@ -289,6 +302,8 @@ def test_the_key_stands_in_no_file_and_no_log(place, run, monkeypatch, caplog):
         (["fit", "symbolic-moe", "--experts", "POOL", "--output", "NEW", "--sampler", "best"], r"sampler"),
         (["generate", "RUN", "hi", "--router", "uniform"], r"--router does not apply to symbolic-moe"),
         (["generate", "RUN", "hi", "--top-k-experts", "2"], r"--top-k-experts does not apply"),
+        (["generate", "RUN", "hi", "--every", "2"], r"--every does not apply"),
+        (["generate", "RUN", "hi", "--n", "2", "--temperature", "1"], r"--n does not apply to symbolic-moe"),
         (["generate", "RUN", "hi", "--stream"], r"leave --stream out"),
         (["generate", "RUN", " "], r"prompt 1 is empty"),
         (["route", "RUN", "hi"], r"coterie generate, plan and eval take it"),

@@ -23,6 +23,7 @@ _HOMES = {
     "Routing": "coterie.routers.base",
     "Mixture": "coterie.mixture",
     "Completion": "coterie.mixture",
+    "reading_for": "coterie.mixture.folder",
     "evaluate": "coterie.evaluation.compare",
     "HarnessModel": "coterie.evaluation.harness",
     "evaluate_folder": "coterie.evaluation.symbolic",

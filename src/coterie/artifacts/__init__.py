@@ -2,6 +2,7 @@
 
 from coterie.artifacts.files import (
     FORMAT,
+    as_path,
     disk_errors,
     hash_json,
     hash_text,
@@ -13,6 +14,9 @@ from coterie.artifacts.files import (
     write_tensors,
     write_text,
 )
+from coterie.artifacts.folders import check_tree, real_folder
+from coterie.artifacts.locks import locked
+from coterie.artifacts.outputs import check_file, inputs_of, is_stream, write_answers
 from coterie.artifacts.reading import (
     open_regular,
     parse_json,
@@ -31,12 +35,18 @@ __all__ = [
     "Claim",
     "JsonCache",
     "RunFolder",
+    "as_path",
+    "check_file",
     "check_output",
+    "check_tree",
     "disk_errors",
     "environment_record",
     "hash_json",
     "hash_text",
     "hub_folder",
+    "inputs_of",
+    "is_stream",
+    "locked",
     "open_regular",
     "parse_json",
     "parse_yaml",
@@ -47,10 +57,12 @@ __all__ = [
     "read_run_record",
     "read_tensors",
     "read_text",
+    "real_folder",
     "run_folder",
     "sha256_of",
     "tensor_claims",
     "whole_file",
+    "write_answers",
     "write_json",
     "write_jsonl",
     "write_tensors",

@@ -4,6 +4,8 @@ import errno
 import hashlib
 import json
 import os
+import re
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,19 +17,34 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT = 1
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_IN_WORDS = ("No space left on device", "File too large", "PytorchStreamWriter failed", "inline_container.cc")
+"""How libraries tell a full disk that do not raise the system's own error: safetensors and torch."""
+FORBIDDEN = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP)
+TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
+"""Names of files that are not whole yet; a process that was killed leaves them."""
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Tell a full disk and a forbidden folder in one line, also where a library hid the cause in its own error."""
+    """Tell a full disk, a forbidden folder or an impossible name in one line, also where a library hid the cause.
+
+    Raises:
+        CoterieError: for those; every other error passes through.
+    """
     try:
         yield
     except Exception as error:
         number = getattr(error, "errno", None)
-        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-            raise CoterieError(f"no space left on the disk while writing {path}; free some and start again") from error
-        if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        if number in FULL or any(words in str(error) for words in FULL_IN_WORDS):
+            why = "no leave for files so large" if number == errno.EFBIG else "no space left on the disk"
+            raise CoterieError(f"{why} while writing {path}; free some and start again") from error
+        if number in FORBIDDEN:
             raise CoterieError(f"{path} cannot be written: {error}; choose another folder") from error
+        if number == errno.ENAMETOOLONG:
+            raise CoterieError(f"{os.fspath(path)[:80]}... is too long a name for this disk; choose another") from error
+        if isinstance(error, UnicodeEncodeError) or "null byte" in str(error):
+            raise CoterieError(f"{str(path)!r} or what is written there is no text; choose another name") from error
         raise
 
 
@@ -35,17 +52,35 @@ def disk_errors(path: Path) -> Iterator[None]:
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a temporary path to write to, renamed to `path` on success and deleted otherwise.
 
+    The temporary file is new and its name random, so nothing that lies there is written through. A link at `path` is
+    itself replaced, not what it leads to.
+
     Raises:
         CoterieError: when the disk is full or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # O_EXCL follows no link either
             yield temporary
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def as_path(text: str | Path) -> Path:
+    """Return a path in which ~ stands for a home folder.
+
+    Raises:
+        CoterieError: when that is nobody's home.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise CoterieError(
+            f"{str(text)!r} begins with a home folder that is not known; write the whole path"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

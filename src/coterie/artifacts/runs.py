@@ -8,7 +8,9 @@ import importlib.metadata
 import os
 import platform
 import re
+import secrets
 import shutil
+import stat
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,12 +22,18 @@ from typing import Any
 import yaml
 
 from coterie.artifacts.files import FORMAT, disk_errors, write_json, write_text
+from coterie.artifacts.folders import check_tree, held_places, real_folder, replace_folder, strange_entry
+from coterie.artifacts.locks import locked
+from coterie.artifacts.outputs import inputs_of, mode_of
 from coterie.artifacts.reading import MAX_YAML, parse_yaml, read_json, read_text
 from coterie.errors import CoterieError
 from coterie.settings.old_spellings import current_command, current_names, is_old
-from coterie.settings.reading import flat_values
+from coterie.settings.reading import Settings, flat_values
 
 RECORDED_PACKAGES = ("coterie", "torch", "transformers", "peft", "scikit-learn", "numpy")
+
+ADDED_LATER = ("report.html", "methods", "working")
+"""What other commands add to a finished run."""
 
 JsonCache = Callable[[str, Callable[[], Any]], Any]
 """Gives a JSON value by name, computing it where it is not known yet; see `RunFolder.cached`."""
@@ -56,7 +64,7 @@ class _WithoutAliases(yaml.SafeDumper):
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run folder under construction."""
+    """A run folder under construction; all of it is real folders and files."""
 
     path: Path
 
@@ -67,11 +75,11 @@ class RunFolder:
         """
         done = self.path / name
         if not done.exists():
-            working = self.path / "working" / name
+            working = real_folder(self.path, f"working/{name}")
+            check_tree(working)
             with disk_errors(working):
-                working.mkdir(parents=True, exist_ok=True)
                 make(working)
-                done.parent.mkdir(parents=True, exist_ok=True)
+                real_folder(self.path, str(Path(name).parent))
                 working.rename(done)
         return done
 
@@ -83,54 +91,123 @@ class RunFolder:
         return read_json(file)["value"]
 
 
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuse an output folder that exists, before any work is done.
-
-    Raises:
-        CoterieError: when it exists and `overwrite` is not set, or is something that no run has made.
-    """
-    if not output.exists():
-        return
-    if not overwrite:
-        raise CoterieError(f"{output} exists; choose another --output, or add --overwrite to replace it")
-    if not output.is_dir() or not ((output / "run.yaml").exists() or not any(output.iterdir())):
-        raise CoterieError(f"{output} is not a run folder, so it is not replaced; choose another --output")
-
-
 @contextmanager
-def run_folder(
-    output: Path, command: str, settings: Mapping[str, Any], inputs: Mapping[str, str]
-) -> Iterator[RunFolder]:
+def run_folder(output: Path, settings: Settings, inputs: Mapping[str, str]) -> Iterator[RunFolder]:
     """Open the partial folder of a run, new or interrupted, and finish it when the body is through.
 
-    The command has its name of the command line, such as "fit elrea"; inputs are content hashes by name.
+    The settings are of the command that runs; inputs are content hashes by name. A folder that is to be overwritten
+    stays as it is until the new one is complete.
 
     Raises:
-        CoterieError: when an unfinished run with other settings or inputs is in the way, or when at the end something
-            that no run has made stands under the run's name; the partial folder stays.
+        CoterieError: as `check_output`; when another process works on this output, or an unfinished run with other
+            settings or inputs is in the way. What stands in the way stays.
     """
-    partial = output.with_name(output.name + ".partial")
-    record = {"format": FORMAT, "command": command, "settings": dict(settings), "inputs": dict(inputs)}
-    _check_same_run(partial, record)
-    with disk_errors(partial):
-        partial.mkdir(parents=True, exist_ok=True)
-    if not (partial / "run.yaml").exists():
-        started = datetime.now(UTC).isoformat(timespec="seconds")
-        whole = {**record, "started": started, **environment_record()}
-        text = yaml.dump(whole, Dumper=_WithoutAliases, sort_keys=False)
-        write_text(partial / "run.yaml", text)
+    check_output(output, settings)
+    with locked(output.with_name(f".{output.name}.lock"), output):
+        _put_back(output, settings)
+        check_output(output, settings)
+        partial = real_folder(partial_folder(output))
+        check_tree(partial)
+        record = {"format": FORMAT, "command": settings.command, "settings": settings.model_dump()}
+        record["inputs"] = dict(inputs)
+        _check_same_run(partial, record)
+        if not (partial / "run.yaml").exists():
+            started = datetime.now(UTC).isoformat(timespec="seconds")
+            _write_record(partial, {**record, "started": started, **environment_record()})
+        try:
+            yield RunFolder(partial)
+            shutil.rmtree(partial / "working", ignore_errors=True)
+            _write_record(partial, read_run_record(partial / "run.yaml") | {"files": sorted(os.listdir(partial))})
+            check_output(output, settings)  # something may have come there meanwhile
+            with disk_errors(output):
+                replace_folder(partial, output, aside_folder(output))
+        except (CoterieError, KeyboardInterrupt):
+            if not any(path.is_file() and path.name != "run.yaml" for path in partial.rglob("*")):  # nothing to resume
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def _put_back(output: Path, settings: Settings) -> None:
+    """Finish what a process left that was killed while a new folder took an old one's name."""
+    aside = re.compile(rf"\.{re.escape(output.name)}\.[0-9a-f]{{16}}\.old")
+    for old in [path for path in output.parent.iterdir() if aside.fullmatch(path.name)]:
+        if why_kept(old, settings):
+            continue
+        if os.path.lexists(output):
+            shutil.rmtree(old)
+        else:
+            old.rename(output)
+
+
+def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    write_text(folder / "run.yaml", yaml.dump(dict(record), Dumper=_WithoutAliases, sort_keys=False))
+
+
+def partial_folder(output: Path) -> Path:
+    """Return the folder in which a run works until it is complete."""
+    return output.with_name(output.name + ".partial")
+
+
+def aside_folder(output: Path) -> Path:
+    """Return what a folder is called while another one takes its name."""
+    return output.with_name(f".{output.name}.{secrets.token_hex(8)}.old")
+
+
+def check_output(output: Path, settings: Settings) -> None:
+    """Refuse, before anything is spent, an output folder that a command may not write.
+
+    Raises:
+        CoterieError: when it exists and the settings do not say to overwrite it, or is nothing that this command has
+            made, or holds what must not be deleted; when it is a link, or no name that a folder can have.
+    """
+    if output.name in ("", ".."):
+        raise CoterieError(f"{output} has no name of its own; choose another --output")
+    with disk_errors(output):
+        for path in (aside_folder(output), partial_folder(output), output):  # the first is the longest name
+            if stat.S_ISLNK(mode_of(path)):
+                raise CoterieError(f"{path} is a link, and nothing is written through links; choose another --output")
+        if not os.path.lexists(output):
+            return
+        if not vars(settings).get("overwrite"):
+            raise CoterieError(f"{output} exists; choose another --output, or add --overwrite to replace it")
+        if reason := why_kept(output, settings):
+            raise CoterieError(f"{output} {reason}, so it is not replaced; choose another --output")
+
+
+def why_kept(folder: Path, settings: Settings) -> str | None:
+    """Tell why a command may not replace a folder; None where it may.
+
+    It may where the folder is empty, or where the same command has made it and all that is in it.
+    """
+    if not folder.is_dir():
+        return "is no folder"
+    if os.path.ismount(folder):
+        return "is a mount point"
+    if held := next(held_places(folder, inputs_of(settings)), None):
+        return f"is or holds {held}"
+    if strange := strange_entry(folder):
+        return f"holds {strange}"
+    names = sorted(os.listdir(folder))
+    if not names:
+        return None
+    record = _run_record(folder)
+    if record is None:
+        return "is not a run folder"
+    if record["command"] != settings.command:
+        return f"was made by coterie {record['command']}, not by coterie {settings.command}"
+    foreign = set(names) - {*record.get("files", names), *ADDED_LATER}
+    return f"holds {min(foreign)}, which the run did not write" if foreign else None
+
+
+def _run_record(folder: Path) -> dict[str, Any] | None:
+    """Return the record of the run that made a folder; None where none of ours did."""
     try:
-        yield RunFolder(partial)
-        shutil.rmtree(partial / "working", ignore_errors=True)
-        with disk_errors(output):
-            check_output(output, overwrite=True)  # something else may have come there meanwhile
-            if output.exists():  # the caller asked for overwriting, and the new run is complete
-                shutil.rmtree(output)
-            partial.rename(output)
-    except (CoterieError, KeyboardInterrupt):
-        if not any(path.is_file() and path.name != "run.yaml" for path in partial.rglob("*")):  # nothing to resume
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+        record = read_run_record(folder / "run.yaml")
+    except CoterieError:
+        return None
+    kinds = {"inputs": dict, "versions": dict, "started": str, "files": list}
+    is_ours = all(isinstance(record.get(name, []), kind) for name, kind in kinds.items())
+    return record if is_ours and record.get("format") == FORMAT and "coterie" in record["versions"] else None
 
 
 def _check_same_run(partial: Path, record: Mapping[str, Any]) -> None:

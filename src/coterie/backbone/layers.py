@@ -105,6 +105,8 @@ def by_token(
     """
     if x.shape[:-1] == (rows, positions):
         return x
+    if x.dim() > 2 and x.shape[0] == rows:  # latent attention: the keys of all that was read, made anew at every token
+        return x.reshape(rows, -1, x.shape[-1])
     if x.shape[:-1].numel() != rows * positions:
         raise _unchangeable(path, f"reads {x.shape[:-1].numel()} vectors where there are {rows} x {positions} tokens")
     return x.reshape(rows, positions, x.shape[-1])

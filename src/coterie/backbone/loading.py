@@ -18,6 +18,7 @@ from transformers import (
 from coterie.artifacts import read_json, sha256_of, write_json
 from coterie.backbone.aliases import ALIASES, cache_folder, densify, fetch_alias
 from coterie.backbone.model import Backbone, BaseModelIdentity
+from coterie.backbone.probe import check_model
 from coterie.errors import CoterieError, first_line, missing_extra, unknown_name
 from coterie.settings.groups import ModelSettings
 
@@ -47,12 +48,10 @@ def load_backbone(settings: ModelSettings) -> Backbone:
         tokenizer: Any = AutoTokenizer.from_pretrained(**source)
     except (OSError, ValueError, KeyError) as error:
         raise CoterieError(f"the base model {settings.model!r} cannot be loaded: {first_line(error)}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     model.requires_grad_(False).eval()
     commit = getattr(model.config, "_commit_hash", None)
     backbone = Backbone(model, tokenizer, BaseModelIdentity(settings.model, commit, _hash_weights(folder, commit)))
-    _check_head(backbone)
+    check_model(backbone)
     return backbone
 
 
@@ -109,19 +108,6 @@ def _hash_weights(location: str | Path, commit: str | None) -> str:
         with suppress(CoterieError, OSError):  # without a writable cache the hash is computed again next time
             write_json(known_path, known)
     return known[key]
-
-
-@torch.inference_mode()
-def _check_head(backbone: Backbone) -> None:
-    """Make sure that `Backbone.head` is what the model itself does after its last hidden state."""
-    probe = torch.tensor([[1, 2, 3]], device=backbone.device)
-    expected = backbone.model(input_ids=probe, use_cache=False).logits.float()
-    found = backbone.head(backbone.hidden(probe))
-    if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
-        raise CoterieError(
-            f"{backbone.identity.id!r} ({backbone.model.config.model_type}) changes its logits in an unknown way, so "
-            "that experts could not be combined exactly; use another base model"
-        )
 
 
 def local_path(name: str) -> Path | None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -39,6 +40,24 @@ class Backbone:
         assert isinstance(layer, nn.Linear)  # a causal language model has one
         return layer
 
+    @property
+    def decoder(self) -> nn.Module:
+        """All of the model that stands before its output layer."""
+        decoder = self.model.get_decoder()
+        return self.model.model if decoder is self.model else decoder  # Llama 4's text model finds only itself
+
+    @cached_property
+    def pad_id(self) -> int:
+        """A token to fill rows up with; it is masked wherever it stands, so any that has an embedding will do."""
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(token for token in known if token is not None and token < self.embeddings)
+
+    @property
+    def embeddings(self) -> int:
+        """How many tokens have an embedding; the tokenizer may know more, or fewer."""
+        layer: Any = self.model.get_input_embeddings()
+        return layer.weight.shape[0]
+
     def hidden(
         self,
         input_ids: Int[Tensor, "row position"],
@@ -47,7 +66,7 @@ class Backbone:
         cache: Cache | None = None,
     ) -> Float[Tensor, "row position width"]:
         """Run the model up to the state that its output layer reads."""
-        return self.model.get_decoder()(
+        return self.decoder(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -56,13 +75,25 @@ class Backbone:
         ).last_hidden_state
 
     def head(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocabulary"]:
-        """Turn hidden states into next-token logits, in float32, with the scaling or cap that the model has."""
+        """Turn hidden states into next-token logits, in float32, with the scaling or cap that the model has.
+
+        The product is in float32 too, whatever the weights' type: rounded to bfloat16, the two best tokens would be
+        equal in one position of twenty. Only where gradients are wanted it is in the weights' own type.
+        """
+        layer = self.output_layer
+        if (hidden.requires_grad and torch.is_grad_enabled()) or layer.weight.dtype not in HALVES:
+            return self.scaled(layer(hidden.to(layer.weight.dtype)).float())
+        logits = float32_product(hidden.reshape(-1, hidden.shape[-1]), layer.weight).reshape(*hidden.shape[:-1], -1)
+        return self.scaled(logits if layer.bias is None else logits + layer.bias.float())
+
+    def scaled(self, logits: Float[Tensor, "*rows vocabulary"]) -> Float[Tensor, "*rows vocabulary"]:
+        """Apply the scaling or cap that the model has to what its output layer gives."""
         config = self.model.config.get_text_config()
-        logits = self.output_layer(hidden.to(self.output_layer.weight.dtype)).float()
         if (divisor := getattr(config, "logits_scaling", None)) is not None:
             logits = logits / divisor
-        if (factor := getattr(config, "logit_scale", None)) is not None:
-            logits = logits * factor
+        for name in ("logit_scale", "lm_head_multiplier"):
+            if (factor := getattr(config, name, None)) is not None:
+                logits = logits * factor
         if (cap := self.logit_cap) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits
@@ -74,10 +105,10 @@ class Backbone:
 
     @cached_property
     def blocks(self) -> nn.ModuleList:
-        """The stack of transformer blocks, first to last."""
+        """The stack of transformer blocks, first to last: of the lists that are as long, the one with most weights."""
         count = self.model.config.get_text_config().num_hidden_layers
         lists = (m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
-        return next(lists)
+        return max(lists, key=lambda blocks: sum(weight.numel() for weight in blocks.parameters()))
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -85,3 +116,22 @@ class Backbone:
         ids = self.model.generation_config.eos_token_id if self.model.generation_config else None
         ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
         return frozenset([*ids, self.tokenizer.eos_token_id]) - {None}
+
+
+HALVES = (torch.bfloat16, torch.float16)
+"""Types of two bytes, whose products are too coarse to tell close logits apart."""
+
+ROWS_AT_ONCE = 1024  # of the weight; its float32 copy then stays in the processor's cache
+
+
+def float32_product(x: Float[Tensor, "row in"], weight: Float[Tensor, "out in"]) -> Float[Tensor, "row out"]:
+    """Return x @ weight.T in float32 for a weight of two bytes, without a float32 copy of the whole weight.
+
+    On CUDA, one product reads the weight once and adds up in float32; a float32 x goes in as the sum of two numbers of
+    the weight's type. Elsewhere the weight is widened part by part, as fast as a product with a float32 weight.
+    """
+    if x.is_cuda and "dtype" in torch.ops.aten.mm.overloads():
+        high = x.to(weight.dtype)
+        terms = [high] if x.dtype == weight.dtype else [high, (x - high.float()).to(weight.dtype)]
+        return torch.mm(torch.cat(terms), weight.T, out_dtype=torch.float32).unflatten(0, (len(terms), -1)).sum(dim=0)
+    return torch.cat([nn.functional.linear(x.float(), part.float()) for part in weight.split(ROWS_AT_ONCE)], dim=-1)

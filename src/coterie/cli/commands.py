@@ -32,7 +32,7 @@ from coterie.settings.commands import (
     TokenLevelSettings,
     TrainExtrasSettings,
 )
-from coterie.settings.groups import rerouting_interval
+from coterie.settings.groups import NEVER, rerouting_interval
 from coterie.settings.old_spellings import current_words
 from coterie.settings.reading import checked
 
@@ -100,7 +100,7 @@ def train_extras(settings: TrainExtrasSettings) -> None:
 @command("route", 'coterie route runs/elrea "What do 5 pens cost?" --json')
 def route(settings: RouteSettings, prompts: Prompts = None, as_json: AsJson = False, input: Input = None) -> None:
     """Print the weights of the experts for every prompt."""
-    given = _prompts(prompts, input)
+    given = _prompts(prompts, input, settings)
     mixture = _mixture(settings)
     routing = mixture.route(given, settings.routing.top_k_experts)
     for number, prompt in enumerate(given):
@@ -126,9 +126,11 @@ def generate(
     input: Input = None,
 ) -> None:
     """Answer prompts with the mixture."""
-    given = _prompts(prompts, input)
+    given = _prompts(prompts, input, settings)
     if stream + as_json + show_weights > 1:
         raise CoterieError("--stream, --json and --show-weights print an answer in different ways; use one of them")
+    if stream and settings.n > 1:
+        raise CoterieError(f"--stream prints one answer while it is written, not {settings.n}; leave --n out")
     if coterie.methods.is_symbolic(settings.mixture):
         if stream or show_weights:
             flag = "--stream" if stream else "--show-weights"
@@ -142,7 +144,7 @@ def generate(
                 typer.echo(token.text, nl=False)
             typer.echo()
         return None
-    answers = mixture.generate(given, batch_size=settings.batch_size, **options)
+    answers = mixture.generate(given, n=settings.n, batch_size=settings.batch_size, **options)
     records = [answer.record() for answer in answers]
     if settings.output:
         write_jsonl(Path(settings.output), records)
@@ -153,7 +155,7 @@ def generate(
 @command("plan", "coterie plan runs/sym --input questions.jsonl")
 def plan(settings: PlanSettings, prompts: Prompts = None, as_json: AsJson = False, input: Input = None) -> None:
     """Tell what recruited experts will take to answer: loads, calls, tokens and memory; nothing is loaded."""
-    found = coterie.methods.plan_symbolic(settings, _prompts(prompts, input))
+    found = coterie.methods.plan_symbolic(settings, _prompts(prompts, input, settings))
     typer.echo(json.dumps(found.record()) if as_json else str(found))
 
 
@@ -264,10 +266,13 @@ def about(version: Annotated[bool, typer.Option("--version", help="print the ver
         raise typer.Exit
 
 
-def _prompts(prompts: list[str] | None, file: str | None) -> list[Any]:
+def _prompts(prompts: list[str] | None, file: str | None, settings: RouteSettings) -> list[Any]:
     if bool(prompts) == bool(file):
         raise CoterieError("give prompts either as arguments or with --input FILE.jsonl")
-    return coterie.load_examples(file, need_response=False) if file else list(prompts or [])
+    if not file:
+        return list(prompts or [])
+    reading = coterie.reading_for(settings.mixture, settings.reading)
+    return coterie.load_examples(file, need_response=False, reading=reading)
 
 
 def _show(
@@ -288,7 +293,7 @@ def _mixture(settings: RouteSettings) -> Any:
     routing = settings.routing
     if routing.method:
         mixture = coterie.methods.load_grid(mixture, [routing.method]).cell(routing.method)
-    if routing.cache and not routing.every:
+    if routing.cache and rerouting_interval(routing.every or NEVER) is None:
         raise CoterieError("--cache says how to re-route; add --every N")
     if not routing.every:
         return mixture.replace(router=routing.router, combiner=routing.combiner)

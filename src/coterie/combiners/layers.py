@@ -23,7 +23,7 @@ class LayerCombiner(Combiner):
             choice: Choice = Gated(tuple(map(routing.experts.index, routing.gates.experts)), routing.gates)
         else:
             used = (routing.weights > 0).any(dim=0)
-            experts = tuple(used.nonzero().flatten().tolist()) or (0,)  # a mixture of nothing still needs a column
+            experts = tuple(used.nonzero().flatten().tolist())
             choice = Weighted(experts, routing.weights[:, None, list(experts)].float())
         count = len(routing.weights)
         return RowPlan(tuple(range(count)), choice, torch.eye(count))

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from coterie.combiners.logits import LogitCombiner
+from coterie.errors import CoterieError
 from coterie.settings.groups import SamplingSettings
 
 SAMPLES = 5
@@ -12,7 +13,7 @@ TEMPERATURE = 1.0
 
 
 class TextCombiner(LogitCombiner):
-    """Samples several answers from the combined logits and lets them vote (Self-Consistency, arXiv 2203.11171).
+    """Samples answers from the combined logits; what is read in them votes (Self-Consistency, arXiv 2203.11171).
 
     ELREA's baseline draws 5 samples at temperature 1 and breaks ties at random; here ties fall by a seeded draw.
     """
@@ -20,14 +21,16 @@ class TextCombiner(LogitCombiner):
     kind = "texts"
     finishes_answers = True
 
-    def draws(self, settings: SamplingSettings) -> list[SamplingSettings]:
-        """Return the settings of every sample: a seed of its own, temperature 1 unless another was asked for."""
-        temperature = settings.temperature or TEMPERATURE
-        first = settings.seed * SAMPLES
-        return [
-            settings.model_copy(update={"temperature": temperature, "seed": first + number})
-            for number in range(SAMPLES)
-        ]
+    def draws(self, settings: SamplingSettings, n: int = 1) -> list[SamplingSettings]:
+        """Return the settings of every sample, at temperature 1 unless another was asked for.
+
+        Raises:
+            CoterieError: when several answers are wanted.
+        """
+        if n > 1:
+            raise CoterieError(f"combiner 'texts' makes one answer of {SAMPLES} samples, not {n}; leave n out")
+        sampled = settings.model_copy(update={"temperature": settings.temperature or TEMPERATURE})
+        return super().draws(sampled, SAMPLES)
 
 
 def majority(votes: Sequence[str], seed: int = 0) -> int:

@@ -1,11 +1,13 @@
-"""Chat templates, masks and padding: the only place that knows them.
+"""Tokens, masks and padding: the only place that knows them.
 
 Training, gradient features and evaluation all use these tokens, so they see the same text for the same example.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,16 +15,15 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from coterie.data.chat import ChatTemplate, ChatText
 from coterie.data.examples import Example, Message
 from coterie.errors import CoterieError
+from coterie.settings.groups import INPUT_TEMPLATE
 
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
 """Label of a position that carries no loss, as PyTorch's cross-entropy knows it."""
-
-USER_MARK = "\ufdd0"
-"""Stands in the user's place where a template's own words are looked up; no text holds this character."""
 
 
 @dataclass(frozen=True)
@@ -76,22 +77,45 @@ class Tokenised(NamedTuple):
 
 
 class PromptFormat:
-    """Renders conversations with the tokenizer's chat template, or as plain text where it has none."""
+    """Turns conversations into tokens, with the tokenizer's chat template or as plain text where it has none."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        system_prompt: str | None = None,
+        input_template: str | None = None,
+        end: str | None = None,
+    ) -> None:
         """Store the tokenizer.
 
         Args:
             tokenizer: a fast tokenizer (offsets tell the user's text from the template's).
             system_prompt: put before every conversation that brings none; None leaves it to the template.
+            input_template: how the rows' inputs were joined to their instructions, for rows that are still to be read.
+            end: the token that ends a turn, as an earlier run found it; None reads it off the template.
 
         Raises:
-            CoterieError: when the tokenizer cannot give offsets.
+            CoterieError: when the tokenizer cannot give offsets, or has no such token.
         """
         if not tokenizer.is_fast:
             raise CoterieError("this model's tokenizer gives no character offsets; use a model with a tokenizer.json")
+        if end and tokenizer.backend_tokenizer.token_to_id(end) is None:
+            raise CoterieError(f"answers shall end with {end!r}, which this model's tokenizer does not know; fit again")
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
+        self.input_template = input_template or INPUT_TEMPLATE
+        self._template = ChatTemplate(tokenizer, end)
+
+    @property
+    def end(self) -> str:
+        """The token that ends a turn; empty where neither the template nor the tokenizer has one."""
+        return self._template.end
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The id of the token that ends a turn: where an answer ends in training, and stops when it is written."""
+        token = self.tokenizer.backend_tokenizer.token_to_id(self.end)
+        return frozenset([] if token is None else [token])
 
     def row(self, example: Example) -> TokenRow:
         """Tokenise an example.
@@ -99,101 +123,68 @@ class PromptFormat:
         Raises:
             CoterieError: when the chat template does something to the text that cannot be followed.
         """
-        ids: list[int] = []
-        is_response: list[bool] = []
-        is_user_text: list[bool] = []
-        prompt_length = 0
-        messages, plain = example.messages, self.tokenizer.chat_template is None
+        return self.row_and_notes(example)[0]
+
+    def row_and_notes(self, example: Example) -> tuple[TokenRow, tuple[str, ...]]:
+        """Tokenise an example, and say what the chat template forced to be done otherwise than the example says.
+
+        The prompt has the tokens that it has on its own, since that is what answers are written after; the answer has
+        those that it has in the text of the whole conversation. Only where a token would reach from the prompt into
+        the answer do the two disagree, and then the prompt's are trusted (see `_continuation`).
+
+        Raises:
+            CoterieError: as `row`.
+        """
+        messages = example.messages
         if self.system_prompt is not None and messages[0].role != "system":
             messages = (Message("system", self.system_prompt), *messages)
-        for text, role, spans in self._segments(messages):
-            encoding = self.tokenizer(text, add_special_tokens=plain and not ids, return_offsets_mapping=True)
-            tokens, offsets = encoding["input_ids"], encoding["offset_mapping"]
-            if role == "prompt":
-                prompt_length = len(ids) + len(tokens)
-            ids += tokens
-            is_response += [role == "response"] * len(tokens)
-            is_user_text += [any(a < end and start < b for start, end in spans) for a, b in offsets]
-        if example.response is None:
-            prompt_length = len(ids)
-        return TokenRow(tuple(ids), prompt_length, tuple(is_response), tuple(is_user_text), example.source)
+        text = self._template.text(messages)
+        ids, offsets = self._encode(text.prompt)
+        # A space may lie outside of its token's offsets, which are empty then: such a token begins and ends at once.
+        trained = [any(start <= a < end and start < b for start, end in text.earlier) for a, b in offsets]
+        asked = [any(a < end and start < b for start, end in text.questions) for a, b in offsets]
+        answer = self._continuation(ids, text) if text.answer else []
+        lead = self._lead
+        row = TokenRow(
+            ids=(*lead, *ids, *answer),
+            prompt_length=len(lead) + len(ids),
+            is_response=(*[False] * len(lead), *trained, *[True] * len(answer)),
+            is_user_text=(*[False] * len(lead), *asked, *[False] * len(answer)),
+            source=example.source,
+        )
+        return row, text.notes
 
-    def _segments(self, messages: tuple[Message, ...]) -> Iterator[tuple[str, str, list[tuple[int, int]]]]:
-        """Yield the text of every prompt and every answer in turn, with the spans that the user wrote."""
-        start = 0  # of the message after the last answer
-        written = ""
-        end_of_turn = str(self.tokenizer.eos_token or "")
-        for index, message in enumerate(messages):
-            is_answer = message.role == "assistant"
-            if is_answer or index == len(messages) - 1:
-                before = index if is_answer else index + 1
-                upto = self._render(messages[:before], generation=True)
-                text = self._continued(written, upto)
-                yield text, "prompt", self._user_spans(text, written, messages[:before], start)
-                written = upto
-            if is_answer:
-                answer = self._continued(written, self._render(messages[: index + 1], generation=False))
-                end = answer.find(end_of_turn, len(message.content.strip())) if end_of_turn else -1
-                answer = answer if end < 0 else answer[: end + len(end_of_turn)]  # without what the template adds to it
-                yield answer, "response", []
-                written += answer
-                start = index + 1
+    @cached_property
+    def _lead(self) -> list[int]:
+        """What the tokenizer itself puts before a text; a chat template writes its own beginning."""
+        if self.tokenizer.chat_template is not None:
+            return []
+        bare, whole = (self.tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
+        places = (n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)
+        return whole[: next(places, 0)]
 
-    def _render(self, messages: Sequence[Message], *, generation: bool) -> str:
-        if self.tokenizer.chat_template is None:
-            ends = {"assistant": str(self.tokenizer.eos_token or "")}
-            return "".join(m.content + ends.get(m.role, "\n") for m in messages)
-        turns = [{"role": m.role, "content": m.content} for m in messages]
-        try:
-            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation))
-        except Exception as error:  # a template raises whatever its author chose, for instance for a system role
-            raise CoterieError(f"this model's chat template does not take such a conversation: {error}") from error
+    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return encoding["input_ids"], encoding["offset_mapping"]
 
-    @staticmethod
-    def _continued(written: str, text: str) -> str:
-        if not text.startswith(written):
-            raise CoterieError(
-                "this model's chat template rewrites earlier turns of a conversation, so its answers cannot be told "
-                "from its prompts; use rows of one question and one answer"
-            )
-        return text[len(written) :]
+    def _continuation(self, prompt: list[int], text: ChatText) -> list[int]:
+        """Tokenise an answer as it goes on after its prompt.
 
-    def _user_spans(self, text: str, written: str, messages: Sequence[Message], start: int) -> list[tuple[int, int]]:
-        """Find what the user wrote in `text`, which stands for `messages[start:]`.
-
-        Searching would find the same words in the template or the system prompt; so the template is rendered once more
-        with a mark in the user's place, and what stands around the marks tells where the user's text is.
+        Alone it might begin otherwise: many vocabularies put a space before a text. Where a token of the whole text
+        reaches from the prompt into the answer, the answer is tokenised behind something that it does not merge with.
         """
-        asked = [message for message in messages[start:] if message.role == "user"]
-        changed = next((m for m in messages[start:] if m.role != "user" and m.content.strip() not in text), None)
-        if changed is None:
-            mark = [
-                Message(m.role, USER_MARK) if m.role == "user" and n >= start else m for n, m in enumerate(messages)
-            ]
-            around = self._continued(written, self._render(mark, generation=True)).split(USER_MARK)
-            for as_written in (str, str.strip, str.lstrip, str.rstrip):  # templates differ in what they trim
-                places = _places(text, around, [as_written(message.content) for message in asked])
-                if places is not None:
-                    return places
-            changed = asked[0]
-        raise CoterieError(f"this model's chat template changes what a {changed.role} wrote: {changed.content[:40]!r}")
-
-
-def _places(text: str, around: Sequence[str], contents: Sequence[str]) -> list[tuple[int, int]] | None:
-    """Return where the contents stand in a text between the words around them, without white space at their ends.
-
-    None where the text is not made of these words and contents.
-    """
-    woven = (words + content for words, content in zip(around, [*contents, ""], strict=False))
-    if len(around) != len(contents) + 1 or text != "".join(woven):
-        return None
-    places = []
-    cursor = 0
-    for words, content in zip(around, contents, strict=False):  # the last words follow all contents
-        cursor += len(words)
-        places.append((cursor + len(content) - len(content.lstrip()), cursor + len(content.rstrip())))
-        cursor += len(content)
-    return places
+        whole, _ = self._encode(text.prompt + text.answer)
+        if whole[: len(prompt)] == prompt:
+            return whole[len(prompt) :]
+        wanted = self.tokenizer.decode(whole, clean_up_tokenization_spaces=False)
+        for front in ("\n", "a", self.end):
+            before, (ids, _) = self._encode(front)[0], self._encode(front + text.answer)
+            answer = ids[len(before) :]
+            if ids[: len(before)] == before and wanted == self.tokenizer.decode(
+                [*prompt, *answer], clean_up_tokenization_spaces=False
+            ):
+                return answer
+        return self._encode(text.answer)[0]
 
 
 def tokenise(prompts: PromptFormat, examples: Sequence[Example], max_length: int) -> Tokenised:
@@ -202,7 +193,16 @@ def tokenise(prompts: PromptFormat, examples: Sequence[Example], max_length: int
     Raises:
         CoterieError: when none is left.
     """
-    rows = [prompts.row(example) for example in examples]
+    rows, notes = [], Counter()
+    for example in examples:
+        try:
+            row, noted = prompts.row_and_notes(example)
+        except CoterieError as error:
+            raise CoterieError(f"example {example.id}: {error}") from error
+        rows.append(row)
+        notes.update(noted)
+    for note, count in notes.items():
+        logger.warning("in %d of %d examples %s", count, len(rows), note)
     fits = [len(row.ids) <= max_length for row in rows]
     kept = Tokenised(
         [example for example, fit in zip(examples, fits, strict=True) if fit],

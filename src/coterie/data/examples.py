@@ -1,24 +1,30 @@
 """Examples in one form, whatever form their rows had."""
 
 import json
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from coterie.errors import CoterieError, first_line, missing_extra
+from coterie.data.files import rows_of
+from coterie.data.forms import FORMS, Message, conversation_of, filled
+from coterie.errors import CoterieError
+from coterie.settings.groups import ReadingSettings
 
-ROLES = ("system", "user", "assistant")
-FORMS = "instruction+response, prompt+completion, or messages"
+MAX_CHARACTERS = 4 * 2**20
+"""The longest conversation: a million tokens, more than models read."""
+MAX_DEPTH = 100
+"""How deeply a row's tests may be nested."""
+READING = ReadingSettings()
+"""Every field counts, and inputs are joined as usual."""
 
 
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    content: str
+ANSWER_MARK = re.compile(r"(?:^|\n)#### *([^\n]+)\s*$")
+"""The last line of a whole solution that is called the answer, as GSM8K has it."""
 
 
 @dataclass(frozen=True)
@@ -73,50 +79,56 @@ def from_prompt(text: str, number: int = 0) -> Example:
 
 
 def load_examples(
-    source: str | Path | Iterable[Mapping[str, Any]], limit: int | None = None, *, need_response: bool = True
+    source: str | Path | Iterable[Mapping[str, Any]],
+    limit: int | None = None,
+    *,
+    need_response: bool = True,
+    reading: ReadingSettings = READING,
 ) -> list[Example]:
-    """Load examples from a JSONL file, any `datasets` source, or rows in memory.
+    """Load examples from a file, any `datasets` source, or rows in memory.
 
-    A string that is no `.jsonl` file is given to the `datasets` library: a json, csv or parquet file, a folder made by
-    `save_to_disk`, or a hub data set as `name` or `name:split` (`train` by default).
+    A string that names no `.jsonl`, `.ndjson`, `.json`, `.csv` or `.parquet` file (or one of them with `.gz` behind) is
+    given to the `datasets` library: a folder made by `save_to_disk`, or a hub data set as `name` or `name:split`
+    (`train` by default).
 
     Args:
-        source: where the rows are; every row has one of the forms instruction+response, prompt+completion, messages,
-            and optionally id, source, category, answer, answers, tests.
-        limit: use only the first rows.
+        source: where the rows are; every row has one of the forms of `ROW_FORMS`, and optionally id, source, category,
+            answer, answers, tests.
+        limit: use only the first rows; no more are read.
         need_response: whether a row without an answer is an error.
+        reading: which fields are passed over, and how an input joins its instruction.
 
     Raises:
         CoterieError: naming the file and line of the first bad row, or telling that there are no rows.
     """
-    return list(read_examples(source, limit, need_response=need_response))
+    return list(read_examples(source, limit, need_response=need_response, reading=reading))
 
 
 def read_examples(
-    source: str | Path | Iterable[Mapping[str, Any]], limit: int | None = None, *, need_response: bool = True
+    source: str | Path | Iterable[Mapping[str, Any]],
+    limit: int | None = None,
+    *,
+    need_response: bool = True,
+    reading: ReadingSettings = READING,
 ) -> Iterator[Example]:
     """Yield the examples of a source one by one; as `load_examples`, which holds them all.
 
     Raises:
         CoterieError: as `load_examples`.
     """
-    rows: Iterable[tuple[str, Mapping[str, Any]]]  # each with the place to name in an error
-    if not isinstance(source, (str, Path)):
-        rows = ((f"row {number} of the data", row) for number, row in enumerate(source, start=1))
-    elif str(source).endswith(".jsonl"):
-        rows = _jsonl_rows(Path(source))
+    if isinstance(source, (str, Path)):
+        rows = rows_of(source, limit)
     else:
-        loaded = _datasets_rows(str(source))
-        rows = ((f"{source}, row {number}", row) for number, row in enumerate(loaded, start=1))
+        rows = ((f"row {number} of the data", row) for number, row in enumerate(source, start=1))
     number = -1
     for number, (place, row) in enumerate(islice(rows, limit)):
-        yield _to_example(row, place, str(number), need_response)
+        yield _to_example(row, place, str(number), need_response, reading)
     if number < 0:
         name = source if isinstance(source, (str, Path)) else "the data"
         raise CoterieError(f"{name} holds no examples; rows have the form {FORMS}")
 
 
-def load_all(sources: Sequence[str], limit: int | None = None) -> list[Example]:
+def load_all(sources: Sequence[str], limit: int | None = None, reading: ReadingSettings = READING) -> list[Example]:
     """Load several sources one after the other, and make ids unique by numbering repeats.
 
     Raises:
@@ -125,7 +137,7 @@ def load_all(sources: Sequence[str], limit: int | None = None) -> list[Example]:
     counts: dict[str, int] = {}
     taken: set[str] = set()
     result = []
-    for example in (example for source in sources for example in load_examples(source, limit)):
+    for example in (example for source in sources for example in load_examples(source, limit, reading=reading)):
         name = example.id
         while name in taken:  # also when some row's own id looks like a numbered repeat
             counts[example.id] = counts.get(example.id, 1) + 1
@@ -135,52 +147,17 @@ def load_all(sources: Sequence[str], limit: int | None = None) -> list[Example]:
     return result
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if not path.is_file():
-        raise CoterieError(f"{path} does not exist; give a JSONL file or a datasets source")
-    with path.open("rb") as file:  # lines of bytes end at newlines only; wrong bytes are told with their line
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise CoterieError(
-                    f"{path}, line {number} is not valid JSON ({error}); mend or delete the line"
-                ) from error
-            if not isinstance(row, dict):
-                raise CoterieError(f"{path}, line {number} holds a {type(row).__name__}, not an object with {FORMS}")
-            yield f"{path}, line {number}", row
-
-
-def _datasets_rows(source: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise missing_extra("datasets", "data") from error
-    path = Path(source)
-    builders = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
-    try:
-        if path.is_dir():
-            loaded: Any = datasets.load_from_disk(path)  # a Dataset, or a dict of them by split
-            if isinstance(loaded, dict) and "train" not in loaded:
-                raise ValueError(f"the folder has the splits {', '.join(loaded)} and no train; save one on its own")
-            return loaded["train"] if isinstance(loaded, dict) else loaded
-        if path.suffix in builders and path.is_file():
-            return datasets.load_dataset(builders[path.suffix], data_files=str(path), split="train")
-        name, _, split = source.partition(":")
-        if path.suffix in builders or name.count("/") > 1 or name.startswith((".", "/")):
-            raise FileNotFoundError(f"there is no such file or folder: {source}")
-        return datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # the library raises many kinds; all of them mean that the source cannot be had
-        raise CoterieError(
-            f"{source} cannot be loaded ({first_line(error)}); give a JSONL file or a datasets source"
-        ) from error
-
-
-def _to_example(row: Mapping[str, Any], place: str, default_id: str, need_response: bool) -> Example:
+def _to_example(row: object, place: str, default_id: str, need_response: bool, reading: ReadingSettings) -> Example:
     """Take one row in any of its forms; `place` names it in an error."""
-    messages = _messages(row, place)
+    if not isinstance(row, Mapping):
+        raise CoterieError(f"{place} holds a {type(row).__name__}, not an object with {FORMS}")
+    fields = filled(row, reading.ignored)
+    labels = {name: _label(fields, name, place) for name in ("id", "source", "category", "answer")}
+    if labels["answer"] is not None:
+        fields["answer"] = labels["answer"]  # the whole of which can be the response
+        marked = ANSWER_MARK.search(labels["answer"])
+        labels["answer"] = marked[1] if marked else labels["answer"]
+    messages = conversation_of(fields, place, reading)
     if messages[-1].role != "assistant" and need_response:
         raise CoterieError(f"{place} has no response; rows have the form {FORMS}")
     if not any(message.role == "user" for message in messages):
@@ -189,21 +166,34 @@ def _to_example(row: Mapping[str, Any], place: str, default_id: str, need_respon
         if message.role != "system" and not message.content.strip():
             part = "response" if message.role == "assistant" else "prompt"
             raise CoterieError(f"{place} has an empty {part}; fill it in or delete the row")
-    source, category, answer = (
-        None if row.get(field) is None else str(row[field]) for field in ("source", "category", "answer")
-    )
+    if sum(len(message.content) for message in messages) > MAX_CHARACTERS:
+        raise CoterieError(f"{place} has more than {MAX_CHARACTERS} characters of text; split or delete the row")
     example = Example(
-        id=str(row["id"]) if row.get("id") is not None else default_id,
+        id=labels["id"] if labels["id"] is not None else default_id,
         messages=messages,
-        source=source,
-        category=category,
-        answer=answer,
-        answers=_answers(row, place),
-        tests=_tests(row, place),
+        source=labels["source"],
+        category=labels["category"],
+        answer=labels["answer"],
+        answers=_answers(fields, place),
+        tests=_tests(fields, place),
     )
-    labels = (example.id, example.source, example.category, example.answer, *example.answers)
-    _check_characters(place, *(message.content for message in messages), *(label or "" for label in labels))
+    texts = (example.id, example.source, example.category, example.answer, *example.answers)
+    _check_characters(place, *(message.content for message in messages), *(text or "" for text in texts))
     return example
+
+
+def _label(row: Mapping[str, Any], name: str, place: str) -> str | None:
+    """Return a label as a text; a number is one, and all else is refused."""
+    value = row.get(name)
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        got = value if isinstance(value, Real) else f"a {type(value).__name__}"
+        raise CoterieError(
+            f"{place}: {name} must be a text or a number, but is {got}; mend it, or pass over it with "
+            f"--ignore-fields {name}"
+        )
+    return str(value)
 
 
 def _check_characters(place: str, *texts: str) -> None:
@@ -234,40 +224,16 @@ def _tests(row: Mapping[str, Any], place: str) -> Mapping[str, Any] | None:
     if not isinstance(value, dict):
         raise CoterieError(f"{place}: tests must be an object, but is a {type(value).__name__}")
     try:
+        _check_depth(value, MAX_DEPTH)
         _check_characters(place, json.dumps(value, ensure_ascii=False))
-    except (TypeError, ValueError, RecursionError) as error:  # rows in memory and tables can hold what JSON cannot
+    except (TypeError, ValueError) as error:  # rows in memory and tables can hold what JSON cannot
         raise CoterieError(f"{place}: tests must hold plain JSON ({error}); give texts, numbers and lists") from error
     return value
 
 
-def _messages(row: Mapping[str, Any], place: str) -> tuple[Message, ...]:
-    if row.get("messages") is not None:  # tables fill in what a row lacks with nulls
-        return _turns(row["messages"], place)
-    for question, reply in (("instruction", "response"), ("prompt", "completion")):
-        if row.get(question) is None:
-            continue
-        turns: list[Message] = []
-        for part, role in ((question, "user"), (reply, "assistant")):
-            value = row.get(part)
-            if isinstance(value, str):
-                turns.append(Message(role, value))
-            elif isinstance(value, list):  # of messages, as some prompt+completion data has it
-                turns += _turns(value, place)
-            elif value is not None:
-                raise CoterieError(f"{place}: {part} must be a text, but is a {type(value).__name__}")
-        return tuple(turns)
-    filled = ", ".join(str(field) for field, value in row.items() if value is not None)
-    raise CoterieError(f"{place} has the fields {filled or '(none)'}; rows have the form {FORMS}")
-
-
-def _turns(value: object, place: str) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        got = "an empty list" if value == [] else f"a {type(value).__name__}"
-        raise CoterieError(f"{place}: messages must be a list of {{role, content}}, got {got}")
-    turns = []
-    for turn in value:
-        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
-        if role not in ROLES or not isinstance(content, str):
-            raise CoterieError(f"{place}: every message needs a role ({', '.join(ROLES)}) and a text as content")
-        turns.append(Message(role, content))
-    return tuple(turns)
+def _check_depth(value: object, depth: int) -> None:
+    if depth < 0:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    if isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_depth(inner, depth - 1)

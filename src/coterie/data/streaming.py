@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
@@ -9,36 +10,53 @@ from itertools import chain, islice
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from coterie.data.examples import Example, read_examples
+from coterie.data.examples import READING, Example, read_examples
 from coterie.errors import CoterieError
+from coterie.settings.groups import ReadingSettings
 
 ExampleSource = str | Sequence[Example]
 """A source as `load_examples` knows it, or examples in memory."""
 
 KEY_BYTES = 16
+INVISIBLE = frozenset("\u034f\u115f\u1160\u180b\u180c\u180d\u3164" + "".join(map(chr, range(0xFE00, 0xFE10))))
+"""Characters of no width that Unicode does not class as formatting (Cf): joiners, fillers and selectors of variants."""
 
 FRESH, COPY, SHOT_QUESTION, EXCLUDED_QUESTION = range(4)
 """What a pool row is found to be by its text alone."""
 
 
-def stream_examples(source: ExampleSource, limit: int | None = None) -> Iterator[Example]:
+def stream_examples(
+    source: ExampleSource, limit: int | None = None, reading: ReadingSettings = READING
+) -> Iterator[Example]:
     """Yield the examples of a source one by one, or those in memory.
 
     Raises:
         CoterieError: as `load_examples`.
     """
-    return read_examples(source, limit) if isinstance(source, str) else islice(source, limit)
+    return read_examples(source, limit, reading=reading) if isinstance(source, str) else islice(source, limit)
+
+
+def as_seen(text: str) -> str:
+    """Return a text as it looks, for comparing only: accents joined to their letters (NFC), nothing invisible."""
+    if text.isascii():
+        return text
+    seen = (char for char in text if unicodedata.category(char) != "Cf" and char not in INVISIBLE)
+    return unicodedata.normalize("NFC", "".join(seen))
+
+
+def same_words(text: str) -> str:
+    """Return a text in a form that letter case, white space and how its characters are written do not change."""
+    return " ".join(as_seen(text).casefold().split())
 
 
 def text_of(example: Example) -> str:
-    """Return question and answer as one text, without system prompts."""
-    return "\n".join(message.content for message in example.messages if message.role != "system")
+    """Return question and answer as one text, without system prompts, as it looks."""
+    return as_seen("\n".join(message.content for message in example.messages if message.role != "system"))
 
 
 def question_of(example: Example) -> str:
-    """Return the question in a form that letter case and white space do not change."""
-    words = (m.content.casefold().split() for m in example.prompt if m.role != "system")
-    return " ".join(chain.from_iterable(words))
+    """Return the question in a form that letter case, white space and the writing of characters do not change."""
+    return same_words("\n".join(message.content for message in example.prompt if message.role != "system"))
 
 
 def text_key(text: str) -> bytes:
@@ -58,6 +76,7 @@ class PoolIndex:
     Attributes:
         pools: where the rows are, by name.
         limit: use only so many rows of every pool.
+        reading: how rows are read.
         texts: key of the row's text.
         records: key of everything in the row but its id.
         kinds: `FRESH`, `COPY` (another row with this text is fresh), `SHOT_QUESTION` or `EXCLUDED_QUESTION`.
@@ -66,6 +85,7 @@ class PoolIndex:
 
     pools: Mapping[str, ExampleSource]
     limit: int | None
+    reading: ReadingSettings
     texts: Shaped[np.ndarray, " row"]
     records: Shaped[np.ndarray, " row"]
     kinds: Int[np.ndarray, " row"]
@@ -83,7 +103,7 @@ class PoolIndex:
         """
         wanted = np.zeros(len(self), dtype=bool)
         wanted[numbers] = True
-        rows = chain.from_iterable(stream_examples(pool, self.limit) for pool in self.pools.values())
+        rows = chain.from_iterable(stream_examples(pool, self.limit, self.reading) for pool in self.pools.values())
         names = ", ".join(self.pools)
         changed = CoterieError(f"the pool changed while it was read ({names}); start again when it is complete")
         count = 0
@@ -101,7 +121,11 @@ class PoolIndex:
 
 
 def index_pools(
-    pools: Mapping[str, ExampleSource], limit: int | None, shots: Sequence[Example], excluded: Sequence[Example]
+    pools: Mapping[str, ExampleSource],
+    limit: int | None,
+    shots: Sequence[Example],
+    excluded: Sequence[Example],
+    reading: ReadingSettings = READING,
 ) -> PoolIndex:
     """Read pools once: check every row, and find by text alone what cannot be chosen.
 
@@ -115,7 +139,7 @@ def index_pools(
     asked |= dict.fromkeys(map(question_of, shots), SHOT_QUESTION)
     texts, records, kinds, starts = bytearray(), bytearray(), bytearray(), [0]
     for pool in pools.values():
-        for example in stream_examples(pool, limit):
+        for example in stream_examples(pool, limit, reading):
             texts += text_key(text_of(example))
             records += text_key(json.dumps(asdict(replace(example, id="")), sort_keys=True))
             kinds.append(asked.get(question_of(example), FRESH))
@@ -123,4 +147,4 @@ def index_pools(
     by_text, by_record, found = as_keys(texts), as_keys(records), np.frombuffer(kinds, np.int8).copy()
     order = np.lexsort((by_record, by_text))
     found[order[1:][by_text[order][1:] == by_text[order][:-1]]] = COPY
-    return PoolIndex(pools, limit, by_text, by_record, found, np.array(starts))
+    return PoolIndex(pools, limit, reading, by_text, by_record, found, np.array(starts))

@@ -27,7 +27,7 @@ class Token(NamedTuple):
     """One token of one request.
 
     Attributes:
-        request: number of the request in its batch.
+        request: number of the request in its batch; where several answers are drawn for a prompt, prompt by prompt.
         id: the token.
         logprob: natural log of its probability under the combined distribution, before temperature and penalties.
         text: text that became certain with it.
@@ -76,8 +76,9 @@ class DecodingBatch:
         combiner: Combiner,
         prompts: Sequence[Sequence[int]],
         routing: Routing,
-        settings: SamplingSettings,
+        draws: Sequence[SamplingSettings],
         rerouting: Rerouting | None = None,
+        end_ids: frozenset[int] = frozenset(),
     ) -> None:
         """Take in the requests; nothing is computed yet.
 
@@ -87,38 +88,52 @@ class DecodingBatch:
             combiner: where experts meet.
             prompts: token ids of every request.
             routing: of every request, as `CachedRows` takes it.
-            settings: how tokens are chosen.
+            draws: how tokens are chosen, for each answer that is drawn for every prompt.
             rerouting: how the weights change later; None for not at all.
+            end_ids: tokens that end an answer besides the model's own.
         """
         self._backbone = backbone
         self.rows = CachedRows(backbone, layers, combiner, routing)
-        self._settings = settings
+        self._prompts = prompts
+        self._settings = draws[0]
         self._rerouting = rerouting
+        self._stop_ids = backbone.stop_ids | end_ids
+        each = len(draws)
         self._active = [
-            _Request(number, list(ids), len(ids), Sampler(settings), TextStream(backbone.tokenizer, settings.stop))
+            _Request(each * number + place, list(ids), len(ids), Sampler(own), TextStream(backbone.tokenizer, own.stop))
             for number, ids in enumerate(prompts)
+            for place, own in enumerate(draws)
         ]
 
     def run(self) -> Iterator[Token]:
-        """Yield tokens step by step, in the order of the requests within a step."""
-        hidden = self.rows.read([request.ids for request in self._active])
+        """Yield tokens step by step, in the order of the requests within a step; a prompt is read once."""
+        each = len(self._active) // len(self._prompts)
+        hidden = self.rows.read(self._prompts)
+        logits = combined_logits(self._backbone, hidden[:, -1], self.rows.plan.votes)
+        if each > 1:
+            logits = logits.repeat_interleave(each, dim=0)
+            self._keep([number // each for number in range(len(self._active))])
         for written in itertools.count(1):
-            tokens = self._choose(combined_logits(self._backbone, hidden[:, -1], self.rows.plan.votes))
+            tokens = self._choose(logits)
             yield from tokens
             staying = [place for place, token in enumerate(tokens) if token.finish_reason is None]
             if not staying:
                 return
             if len(staying) < len(self._active):
                 self._active = [self._active[place] for place in staying]
-                self.rows.keep(staying)
-                if self._rerouting is not None:
-                    self._rerouting.texts.keep(staying)
+                self._keep(staying)
             chosen = [request.ids[-1:] for request in self._active]
             if self._rerouting is None:
                 hidden = self.rows.read(chosen)
             else:
                 texts = [request.ids for request in self._active]
                 hidden = self._rerouting.read(self.rows, chosen, texts, written)
+            logits = combined_logits(self._backbone, hidden[:, -1], self.rows.plan.votes)
+
+    def _keep(self, requests: Sequence[int]) -> None:
+        self.rows.keep(requests)
+        if self._rerouting is not None:
+            self._rerouting.texts.keep(requests)
 
     @torch.inference_mode()
     def _choose(self, logits: Float[Tensor, "prompt vocabulary"]) -> list[Token]:
@@ -138,7 +153,7 @@ class DecodingBatch:
 
     def _advance(self, request: _Request, token: int, logprob: float) -> Token:
         request.ids.append(token)
-        ends_turn = token in self._backbone.stop_ids
+        ends_turn = token in self._stop_ids
         text = "" if ends_turn else request.stream.push(token)
         reason: FinishReason | None = None
         if ends_turn or request.stream.stopped:
@@ -177,7 +192,7 @@ def score_responses(
     Returns:
         For every vote and prompt, scores in the order of the positions.
     """
-    ids = pad([rows[prompt][0] for prompt in plan.prompts], backbone.tokenizer.pad_token_id, device=backbone.device)
+    ids = pad([rows[prompt][0] for prompt in plan.prompts], backbone.pad_id, device=backbone.device)
     with layers.attached(), layers.choosing(plan.choice):
         hidden = backbone.hidden(ids.input_ids)  # padding stands behind the text, where causal attention cannot see it
     result: list[list[ScoredTokens]] = [[] for _ in votes]

@@ -10,7 +10,7 @@ from coterie.backbone.cache import make_cache, select_rows
 from coterie.backbone.gates import MeanWeights
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone
-from coterie.combiners.base import Combiner, RowPlan, kept_rows
+from coterie.combiners.base import Combiner, RowPlan, matching_rows
 from coterie.data.batching import pad
 from coterie.routers.base import Routing
 
@@ -39,7 +39,7 @@ class CachedRows:
 
         What is read first may differ in length and is padded on the left; all later pieces have one length.
         """
-        pad_id = self._backbone.tokenizer.pad_token_id
+        pad_id = self._backbone.pad_id
         texts = [tokens[request] for request in self.plan.prompts]
         ids, mask, _ = pad(texts, pad_id, side="left", device=self._backbone.device)
         seen = MeanWeights(mask) if self.routing.gates and not self._mask.shape[1] else None
@@ -57,11 +57,11 @@ class CachedRows:
         return states[[self.plan.prompts.index(request) for request in range(len(states))]]
 
     def keep(self, requests: Sequence[int]) -> None:
-        """Drop all requests but these: their rows, their part of the cache."""
-        rows = kept_rows(self.plan, requests)
+        """Go on with these requests, their rows and their part of the cache; one that is named twice becomes two."""
         self.routing = self.routing.take(requests)
         if requests:
-            self._select(rows, self._combiner.plan(self.routing))
+            plan = self._combiner.plan(self.routing)
+            self._select(matching_rows(self.plan, requests, plan), plan)
 
     def change(self, routing: Routing, *, recompute: bool = False) -> None:
         """Go on under other weights: with what was read under the earlier ones, or forgetting it.

@@ -53,7 +53,7 @@ def score_teacher_forced(
         # The next tokens that share their weights; an answer that ends among them is filled up.
         staying = [texts[number] for number in active]
         length = min(rerouting.every, max(len(answer) for _, answer in staying) - known)
-        filler = [backbone.tokenizer.pad_token_id] * length
+        filler = [backbone.pad_id] * length
         pieces = [[*answer[known - 1 :], *filler][:length] for _, answer in staying]
         pairs = zip(staying, pieces, strict=True)
         whole = [[*prompt, *answer[: known - 1], *piece] for (prompt, answer), piece in pairs]

@@ -1,10 +1,20 @@
-"""Turning tokens into text as they come: whole characters only, and never past a stop string."""
+"""Turning tokens into text as they come: what no later token can change, and never past a stop string.
 
+The pieces of a text are, together, the tokenizer's own decoding of all its tokens. `DecodeStream` of the tokenizers
+library is not that in two places: it gives out bytes that a later one spoils (a run of byte tokens is decoded together,
+or each becomes a replacement character), and it never gives out an unfinished end.
+"""
+
+import re
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-UNFINISHED = "\ufffd"  # what a tokenizer writes for the bytes of a character that is not complete yet
+UNFINISHED = "\ufffd"
+"""What a tokenizer writes for bytes that are no character, or not yet."""
+
+BYTE = re.compile("<0x[0-9A-F]{2}>")
+"""A token that stands for one byte of a character that the vocabulary lacks."""
 
 
 class TextStream:
@@ -14,15 +24,18 @@ class TextStream:
         """Start empty; `stop` strings end the text and are not part of it."""
         self._tokenizer = tokenizer
         self._stop = [text for text in stop if text]
-        self._ids: list[int] = []
-        self._settled = 0  # tokens whose text cannot change any more
-        self._settled_text = ""
-        self._given = 0  # characters handed out
+        self._anchor: list[int] = []  # tokens with a text of their own: what follows is decoded behind them
+        self._open: list[int] = []  # tokens whose text can still change
+        self._held = ""  # certain text that may be the beginning of a stop string
+        is_bpe = type(tokenizer.backend_tokenizer.model).__name__ == "BPE"  # for which transformers cleans nothing up
+        self._cleans = bool(tokenizer.clean_up_tokenization_spaces) and not is_bpe
         self.stopped = False
 
     def push(self, token: int) -> str:
         """Add a token and return the text that is certain by now."""
-        self._ids.append(token)
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        if name is not None and (self._decode([token]) or not self._tokenizer.decode([token])):
+            self._open.append(token)  # what the decoder leaves out does not part those around it
         return self._give(final=False)
 
     def finish(self) -> str:
@@ -30,22 +43,34 @@ class TextStream:
         return self._give(final=True)
 
     def _give(self, *, final: bool) -> str:
-        start = max(0, self._settled - 4)  # new tokens are decoded behind others, so that spaces come out right
-        before, after = (
-            str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-            for ids in (self._ids[start : self._settled], self._ids[start:])
-        )
-        if final or not after.endswith(UNFINISHED):
-            self._settled_text += after[len(before) :]
-            self._settled = len(self._ids)
-        end = len(self._settled_text)
-        if not final:  # an end that may be the beginning of a stop string is held back
-            begun = (n for stop in self._stop for n in range(1, len(stop)) if self._settled_text.endswith(stop[:n]))
-            end -= max(begun, default=0)
-        for stop in self._stop:
-            found = self._settled_text.find(stop)
-            if found >= 0:
-                self.stopped, end = True, min(end, found) if self.stopped else found
-        piece = self._settled_text[self._given : end]
-        self._given = max(self._given, end)
-        return piece
+        if self.stopped:
+            return ""
+        added = self._decode([*self._anchor, *self._open])[len(self._decode(self._anchor)) :]
+        text = self._held + added
+        found = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
+        if found:  # this is the text of the tokens so far, even where another token would have changed it
+            self.stopped = True
+            return text[: min(found)]
+        if final:
+            self._held, self._open = "", []
+            return text
+        certain = text if self._settled(added) else self._held
+        begun = (n for stop in self._stop for n in range(1, len(stop)) if certain.endswith(stop[:n]))
+        end = len(certain) - max(begun, default=0)
+        self._held = certain[end:]
+        return certain[:end]
+
+    def _settled(self, added: str) -> bool:
+        """Say whether no later token can change the text that the open ones added, and close them if so."""
+        if not self._open:
+            return True
+        last = self._open[-1]
+        is_byte = BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(last)))
+        if self._cleans or is_byte or added.endswith(UNFINISHED):
+            return False
+        self._anchor = [last] if self._decode([last]) else [*self._anchor, *self._open]
+        self._open = []
+        return True
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=self._cleans))

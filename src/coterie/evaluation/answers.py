@@ -3,14 +3,11 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
-from coterie.combiners.texts import majority
 from coterie.data.examples import Example
-from coterie.grading.answers import checkable
-from coterie.grading.grade import graded_text
 from coterie.mixture import Completion, Mixture
 from coterie.routers.base import Routing
 from coterie.settings.groups import SamplingSettings
@@ -44,20 +41,8 @@ def answer(
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
             asked = [tests[i].asked for i in numbers]
-            options: dict[str, Any] = {"batch_size": len(numbers), **sampling.model_dump()}
-            if cell.combiner.finishes_answers:
-                drawn = cell.drawn(asked, routing=routing.take(numbers), **options)
-                own = [_elected(tests[i].row, many, sampling.seed) for i, many in zip(numbers, drawn, strict=True)]
-            else:
-                own = cell.generate(asked, routing=routing.take(numbers), **options)
+            weights = None if cell.reroutes else routing.take(numbers)
+            own = cell.generate(asked, routing=weights, batch_size=batch_size, **sampling.model_dump())
             found |= dict(zip(numbers, own, strict=True))
             bar.update(len(numbers))
     return Answers([found[i] for i in range(len(tests))], time.perf_counter() - started)
-
-
-def _elected(row: Example, answers: Sequence[Completion], seed: int) -> Completion:
-    """Let answers vote by what the grader reads in them; one in which it reads nothing votes by its whole text."""
-    readable = row.tests is None and checkable(row.answer, row.answers)
-    readings = [graded_text(answer.text, row).extracted if readable else None for answer in answers]
-    votes = [reading or answer.text.strip() for reading, answer in zip(readings, answers, strict=True)]
-    return answers[majority(votes, seed)]

@@ -7,12 +7,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from coterie.artifacts import JsonCache, check_output, read_json, read_jsonl, run_folder, sha256_of
+from coterie.artifacts import JsonCache, as_path, check_output, read_json, read_jsonl, run_folder, sha256_of
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError, unknown_name
 from coterie.evaluation.answers import Answers, TestRow, answer
@@ -28,10 +27,11 @@ from coterie.methods.family import MethodGrid
 from coterie.methods.kshot.run import task_records
 from coterie.methods.registry import family_of, make_grid
 from coterie.mixture import Mixture
+from coterie.mixture.folder import reading_for
 from coterie.records.evaluation import EvaluationRecord, RowRecord
 from coterie.records.files import write_evaluation
 from coterie.settings.commands import EvaluationSettings
-from coterie.settings.groups import ExtrasSettings, FewShotSettings
+from coterie.settings.groups import ExtrasSettings
 from coterie.settings.reading import from_flat
 
 logger = logging.getLogger(__name__)
@@ -98,9 +98,9 @@ def run_evaluation(settings: EvaluationSettings) -> Evaluation:
     Raises:
         CoterieError: for bad data, an unknown method, or an output folder that exists.
     """
-    output = Path(settings.output)
-    check_output(output, overwrite=settings.overwrite)
-    examples = load_all(settings.data, settings.limit)
+    output = as_path(settings.output)
+    check_output(output, settings)
+    examples = load_all(settings.data, settings.limit, reading_for(settings.mixture, settings.reading))
     check_code_execution(examples, settings.allow_code_execution)
     mixture = Mixture.from_pretrained(settings.mixture, **settings.placement.model_dump())
     chosen = resolved(settings, mixture)
@@ -108,7 +108,7 @@ def run_evaluation(settings: EvaluationSettings) -> Evaluation:
         logger.info("per-dataset is left out: some rows come from data sets that the mixture was not fitted on")
         kept = [name for name in method_names(chosen) if name != PER_DATASET]
         chosen = chosen.model_copy(update={"methods": ",".join(kept)})
-    with run_folder(output, "eval", settings.model_dump(), _inputs(mixture, examples)) as run:
+    with run_folder(output, settings, _inputs(mixture, examples)) as run:
         result = compare(mixture, examples, chosen, run.cached)
         write_evaluation(run.path, result.record, result.row_records)
     return result
@@ -209,7 +209,7 @@ def compare(
     methods, control = method_names(settings), settings.control or BASE
     check_code_execution(examples, settings.allow_code_execution)
     check_sources(mixture, examples, methods)
-    tests, notes = _test_rows(mixture, examples, settings.solved)
+    tests, notes = _test_rows(mixture, examples, settings)
     grid = make_grid(mixture, methods, settings.extras or ExtrasSettings())
     token_rows = [mixture.prompts.row(test.asked) for test in tests]
     scored = score_methods(grid, token_rows, methods, cached)
@@ -247,14 +247,15 @@ def compare(
 
 
 def _test_rows(
-    mixture: Mixture, examples: Sequence[Example], shots: FewShotSettings
+    mixture: Mixture, examples: Sequence[Example], settings: EvaluationSettings
 ) -> tuple[list[TestRow], list[str]]:
     """Put solved examples before every question, where there are any."""
+    shots = settings.solved
     if not shots.few_shot:
         return [TestRow(example, example) for example in examples], []
     found = with_shots(
         examples,
-        load_all(shots.few_shot),
+        load_all(shots.few_shot, reading=settings.reading.joined_as(mixture.prompts.input_template)),
         count=shots.few_shot_count,
         length=lambda example: mixture.prompts.row(example).prompt_length,
         longest=shots.longest_prompt,

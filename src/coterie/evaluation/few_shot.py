@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from coterie.data.examples import Example, Message
+from coterie.data.streaming import same_words
 from coterie.errors import CoterieError
 
 logger = logging.getLogger(__name__)
@@ -41,8 +42,8 @@ def with_shots(
     """Put up to `count` solved examples of the same source and category before every example's question.
 
     An example's shots are the first ones in the order given, without the example itself: the same id or the same
-    instruction. Where the prompt is too long the last shot is dropped first, so that the shots left are the same first
-    ones in every prompt of a category. The counts are logged.
+    instruction, whatever its letter case and white space. Where the prompt is too long the last shot is dropped first,
+    so that the shots left are the same first ones in every prompt of a category. The counts are logged.
 
     Args:
         examples: What to ask, each within its own conversation.
@@ -56,15 +57,16 @@ def with_shots(
     """
     if count < 0:
         raise CoterieError(f"the number of shots cannot be {count}; give 0 or more")
-    by_task: dict[tuple[str | None, str | None], list[Example]] = {}
+    by_task: dict[tuple[str | None, str | None], list[tuple[Example, str]]] = {}
     for shot in shots:
         if shot.response is None:
             raise CoterieError(f"the shot {shot.id} has no response; give solved examples only")
-        by_task.setdefault((shot.source, shot.category), []).append(shot)
+        by_task.setdefault((shot.source, shot.category), []).append((shot, same_words(shot.instruction)))
     rows = []
     for example in examples:
         same_task = by_task.get((example.source, example.category), [])
-        others = [s for s in same_task if s.id != example.id and s.instruction != example.instruction]
+        asked = same_words(example.instruction)
+        others = [shot for shot, question in same_task if shot.id != example.id and question != asked]
         rows.append(_fitted(example, others[:count], length, longest))
     counts = sorted(Counter(row.kept for row in rows).items(), reverse=True)
     logger.info("shots in a prompt: %s", ", ".join(f"{kept} in {number} rows" for kept, number in counts))

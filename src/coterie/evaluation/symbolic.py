@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coterie.artifacts import check_output, run_folder, sha256_of
+from coterie.artifacts import as_path, check_output, run_folder, sha256_of
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError
 from coterie.evaluation.compare import Evaluation, checked_control, method_names, run_evaluation
@@ -17,6 +17,7 @@ from coterie.methods.symbolic.fit import Symbolic, is_symbolic, load_symbolic
 from coterie.methods.symbolic.methods import BEST_SINGLE, METHOD, METHODS
 from coterie.methods.symbolic.profile import REPLIES
 from coterie.methods.symbolic.skills import open_scheduler
+from coterie.mixture.folder import reading_for
 from coterie.records.evaluation import Clustering, Cost, OutcomeRecord, RowRecord
 from coterie.records.files import write_evaluation
 from coterie.settings.commands import EvaluationSettings
@@ -45,8 +46,8 @@ def evaluate_symbolic(settings: EvaluationSettings) -> Evaluation:
     Raises:
         CoterieError: for bad data, an unknown method, a flag that does not apply, or an output folder that exists.
     """
-    output = Path(settings.output)
-    check_output(output, overwrite=settings.overwrite)
+    output = as_path(settings.output)
+    check_output(output, settings)
     if not settings.generate:
         raise CoterieError(f"--no-generate leaves nothing to measure: {METHOD} has answers, but no likelihood")
     if settings.every is not None:
@@ -56,12 +57,12 @@ def evaluate_symbolic(settings: EvaluationSettings) -> Evaluation:
     fitted = load_symbolic(settings.mixture)
     names = list(METHODS) if settings.methods in (None, "all") else method_names(settings)
     control = checked_control(settings.control, names, BEST_SINGLE)
-    examples = load_all(settings.data, settings.limit)
+    examples = load_all(settings.data, settings.limit, reading_for(settings.mixture, settings.reading))
     check_code_execution(examples, settings.allow_code_execution)
     for name in names:  # an unknown one is told before anything is asked
         fitted.recruiting_plan(name, [], [], settings.sampling)
     inputs = {"data": hash_examples(examples), "mixture": sha256_of(Path(settings.mixture) / "mixture.json")}
-    with run_folder(output, "eval", settings.model_dump(), inputs) as run:
+    with run_folder(output, settings, inputs) as run:
         cache = run.path / "working" / REPLIES
         result = _evaluated(settings, fitted, names, control, examples, cache)
         write_evaluation(run.path, result.record, result.row_records)

@@ -211,7 +211,7 @@ def make_trainer(
     arguments._n_gpu = 1
     arguments._setup_devices = state.device = backbone.device
     data: Any = [{"input_ids": list(row.ids), "labels": row.labels()} for row in rows]
-    collate = TrainingCollator(backbone.tokenizer.pad_token_id)
+    collate = TrainingCollator(backbone.pad_id)
     trainer = Trainer(model, arguments, train_dataset=data, data_collator=collate, callbacks=[_FiniteLoss()])
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)

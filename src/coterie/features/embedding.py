@@ -170,7 +170,7 @@ class HiddenStateEncoder:
         """Return the last hidden states of the tokens that count, of every row."""
         cut = [_token_row(row.ids[self._part], row.is_user_text[self._part]) for row in rows]
         found: list[Tensor] = [torch.zeros(0, self.dimensions)] * len(rows)
-        pad_id, device = self._backbone.tokenizer.pad_token_id, self._backbone.device
+        pad_id, device = self._backbone.pad_id, self._backbone.device
         for numbers in _batches(cut):
             hidden = self._backbone.hidden(*pad([cut[i].ids for i in numbers], pad_id, device=device))
             for i, states in zip(numbers, hidden, strict=True):

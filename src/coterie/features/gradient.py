@@ -135,7 +135,7 @@ class GradientFeatures:
         return result
 
     def _batch(self, rows: Sequence[TokenRow], checkpoint: Checkpoint, layers: ExpertLayers) -> Tensor:
-        batch = pad([row.ids for row in rows], self.backbone.tokenizer.pad_token_id, device=self.backbone.device)
+        batch = pad([row.ids for row in rows], self.backbone.pad_id, device=self.backbone.device)
         weights = loss_weights(rows, batch, self.settings.loss_on)
         total = torch.zeros(len(rows), self.settings.d_proj, device=self.backbone.device)
         collector = _Collector(checkpoint, self.projection, self.settings.form, batch, total)

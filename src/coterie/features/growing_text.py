@@ -28,7 +28,7 @@ class GrowingFeatures(ABC):
 
     @abstractmethod
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop all texts but these."""
+        """Go on with these texts; one that is named twice becomes two."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ class WholeTexts(GrowingFeatures):
         self.rows = [row.extended(own) for row, own in zip(self.rows, tokens, strict=True)]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop all texts but these."""
+        """Go on with these texts."""
         self.rows = [self.rows[row] for row in rows]
 
 
@@ -78,7 +78,7 @@ class AveragedStates(GrowingFeatures):
         self._states = [torch.cat([held.to(new), new])[-self._encoder.window :] for held, new in pairs]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop all texts but these."""
+        """Go on with these texts."""
         self._states = [self._states[row] for row in rows]
 
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from coterie.experts.cards import (
 )
 from coterie.methods.token_level.fit import check_domain_names, named_values
 from coterie.settings.commands import BankAddSettings
-from coterie.settings.groups import ModelSettings, PlacementSettings
+from coterie.settings.groups import ModelSettings, PlacementSettings, ReadingSettings
 from coterie.settings.reading import from_flat
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ def add_to_bank(settings: BankAddSettings) -> Iterator[AddResult]:
             adapters.append((path.resolve().name, text))
         else:
             adapters.append((name, source) if equals else (path.name, text))
-    questions = _read_questions(settings.trained_on, [name for name, _ in adapters])
+    questions = _read_questions(settings.trained_on, [name for name, _ in adapters], settings.reading)
     addition = _Addition(folder, _load_base(settings, base), questions, settings.overwrite)
     try:
         for name, source in adapters:
@@ -206,7 +207,7 @@ def _load_base(settings: BankAddSettings, base: BaseModelIdentity | None) -> Bac
     return backbone
 
 
-def _read_questions(values: Sequence[str], names: Sequence[str]) -> dict[str, Questions]:
+def _read_questions(values: Sequence[str], names: Sequence[str], reading: ReadingSettings) -> dict[str, Questions]:
     """Read the questions of the training data that is named for adapters."""
     found = named_values(values, "trained-on")
     strange = [name for name in found if name not in names]
@@ -214,7 +215,8 @@ def _read_questions(values: Sequence[str], names: Sequence[str]) -> dict[str, Qu
         raise CoterieError(f"--trained-on names {strange[0]!r}, but the adapters to add are {', '.join(names)}")
     questions = {}
     for name, sources in found.items():
-        keys = [text_key(question_of(example)) for source in sources for example in stream_examples(source)]
+        rows = chain.from_iterable(stream_examples(source, None, reading) for source in sources)
+        keys = [text_key(question_of(example)) for example in rows]
         questions[name] = Questions(sources, len(keys), frozenset(keys))
     return questions
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from coterie.artifacts import RunFolder, hash_json, write_jsonl
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow
-from coterie.data.examples import Example, load_examples
+from coterie.data.examples import READING, Example, load_examples
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE
 from coterie.experts.training import TrainingPlan, read_log, train_adapter
 from coterie.settings.commands import ElreaSettings, KshotSettings, TokenLevelSettings
-from coterie.settings.groups import LoraSettings
+from coterie.settings.groups import LoraSettings, ReadingSettings
 
 DOMAINS_FILE = "domains.jsonl"
 """The texts that every domain's expert was made for: id, source, category and expert of each."""
@@ -29,13 +29,16 @@ def named_sources(data: str | Sequence[str] | Sequence[Example]) -> tuple[list[s
     return ([IN_MEMORY], examples) if examples else ([str(source) for source in data], [])
 
 
-def load_questions(sources: Sequence[str], limit: int | None = None) -> list[Example]:
+def load_questions(
+    sources: Sequence[str], limit: int | None = None, reading: ReadingSettings = READING
+) -> list[Example]:
     """Load rows that need not have a response.
 
     Raises:
         CoterieError: as `load_examples`.
     """
-    return [example for source in sources for example in load_examples(source, limit, need_response=False)]
+    loaded = (load_examples(source, limit, need_response=False, reading=reading) for source in sources)
+    return [example for examples in loaded for example in examples]
 
 
 def base_plan(

@@ -9,13 +9,15 @@ from coterie.backbone.prototypes import PROTOTYPES
 from coterie.combiners.base import Combiner
 from coterie.combiners.table import check_fit, make_combiner
 from coterie.combiners.texts import majority
-from coterie.data.batching import TokenRow
+from coterie.data.batching import TokenRow, by_length
 from coterie.data.examples import Example, from_prompt, load_examples
 from coterie.engine.decoding import DecodingBatch, ScoredTokens, Token
 from coterie.engine.rerouting import Rerouting
 from coterie.engine.rows import CachedRows
 from coterie.engine.teacher_forcing import score_teacher_forced
 from coterie.errors import CoterieError, unknown_name
+from coterie.grading.answers import read_answer
+from coterie.grading.grade import after_thinking
 from coterie.mixture.completion import Completion, completion
 from coterie.mixture.folder import StoredMixture
 from coterie.routers.base import Router, Routing
@@ -25,6 +27,7 @@ from coterie.routers.gate import spectral_router
 from coterie.routers.table import load_router
 from coterie.routers.token import TokenLevel
 from coterie.settings.groups import SamplingSettings
+from coterie.settings.reading import from_flat
 
 Prompt = str | Example | Sequence[Mapping[str, str]]
 """A question, an example (its answer is not looked at), or a conversation as a list of {role, content}."""
@@ -140,109 +143,124 @@ class Mixture(StoredMixture):
         self,
         prompts: Sequence[Prompt],
         *,
+        n: int = 1,
         batch_size: int = 8,
         top_k_experts: int | None = None,
         routing: Routing | None = None,
         **sampling: Any,  # noqa: ANN401 - fields of SamplingSettings
     ) -> list[Completion]:
-        """Answer prompts, several together.
+        """Answer prompts, those of similar length together.
+
+        Noise hangs on `seed` and the place in the answer alone, not on what else is in the call: a prompt's answer is
+        the same alone and among others, and equal prompts get equal answers. For several answers to a prompt ask for
+        `n`: each has a seed of its own, and the first is the answer that `n=1` gives.
 
         Args:
             prompts: questions.
-            batch_size: prompts decoded together; it does not change the answers.
+            n: answers to every prompt, which stand side by side in the result; a prompt is read once for all.
+            batch_size: answers decoded together. It does not change them in float32; in half precision, where rounding
+                depends on the shapes of products, a token may differ if two are nearly as likely.
             top_k_experts: keep only the experts with the largest weights.
             routing: weights of these prompts, if they are known already; they are computed otherwise.
             **sampling: fields of `SamplingSettings`, such as max_new_tokens, temperature, top_p, seed.
 
         Raises:
-            CoterieError: for an empty prompt.
+            CoterieError: for an empty prompt, a setting that does not fit, or a routing that is not of these prompts or
+                would not be followed.
         """
-        mixture = self if top_k_experts is None else self.replace(router=keep_top(self.router, top_k_experts))
-        settings = SamplingSettings(**sampling)
-        drawn = mixture._drawn(prompts, routing, settings, batch_size)
-        return [answers[majority([a.text.strip() for a in answers], settings.seed)] for answers in drawn]
+        settings = from_flat(SamplingSettings, sampling)
+        draws = self.combiner.draws(settings, n)
+        examples, rows = list(map(as_example, prompts, range(len(prompts)))), self.tokens(prompts)
+        mixture = self
+        if routing is not None:
+            routing = self._followed(routing, len(rows), top_k_experts)
+        elif top_k_experts is not None:
+            mixture = self.replace(router=keep_top(self.router, top_k_experts))
+        drawn = mixture._completions(examples, rows, routing, draws, batch_size)
+        if self.combiner.finishes_answers:
+            return [elected(example, own, settings.seed) for example, own in zip(examples, drawn, strict=True)]
+        return [answer for own in drawn for answer in own]
 
-    def drawn(
-        self, prompts: Sequence[Prompt], *, batch_size: int = 8, routing: Routing | None = None, **sampling: Any
-    ) -> list[list[Completion]]:
-        """Return every prompt's sampled answers, which a `texts` combiner lets vote; arguments as for `generate`.
-
-        Raises:
-            CoterieError: for an empty prompt, or another combiner.
-        """
-        if not self.combiner.finishes_answers:
-            raise CoterieError(f"combiner {self.combiner.kind!r} draws no answers that could vote; use texts")
-        return self._drawn(prompts, routing, SamplingSettings(**sampling), batch_size)
-
-    def _drawn(
-        self, prompts: Sequence[Prompt], routing: Routing | None, settings: SamplingSettings, batch_size: int
-    ) -> list[list[Completion]]:
-        rows, draws = self.tokens(prompts), self.combiner.draws(settings)
-        if len(draws) > 1 and routing is None:
-            routing = self.router.route(rows)  # once for all samples
-        questions = [as_example(prompt).instruction for prompt in prompts]
-        samples = [self._completions(questions, rows, routing, sample, batch_size) for sample in draws]
-        return [list(answers) for answers in zip(*samples, strict=True)]
+    def _followed(self, routing: Routing, prompts: int, top_k_experts: int | None) -> Routing:
+        """Return a routing that was given, changed as was asked for; refuse one that would not act as it stands."""
+        if len(routing.weights) != prompts:
+            raise CoterieError(f"the routing is of {len(routing.weights)} prompts, but {prompts} are given")
+        if self.reroutes:
+            raise CoterieError(
+                "the mixture re-routes while it answers, so a given routing would not last; leave it out, or take "
+                "mixture.rerouted(None)"
+            )
+        if routing.gates and self.combiner.finest != "layer":
+            raise CoterieError(
+                f"the routing weighs experts by gates in every layer, which combiner {self.combiner.kind!r} does not "
+                "follow; use layers"
+            )
+        return routing if top_k_experts is None else routing.top(top_k_experts)
 
     def complete(self, rows: Sequence[TokenRow], *, batch_size: int = 8, **sampling: Any) -> list[Completion]:
         """Continue rows of tokens as they stand: no template is put around them, and `prompt` stays empty.
 
         Args:
             rows: texts to continue.
-            batch_size: rows decoded together; it does not change the answers.
+            batch_size: as for `generate`.
             **sampling: fields of `SamplingSettings`.
 
         Raises:
-            CoterieError: for a combiner that needs finished answers.
+            CoterieError: for a combiner that needs finished answers, or a setting that does not fit.
         """
         if self.combiner.finishes_answers:
             raise CoterieError("combiner 'texts' lets finished answers vote, so it continues no text; use another one")
-        return self._completions([""] * len(rows), rows, None, SamplingSettings(**sampling), batch_size)
+        settings = from_flat(SamplingSettings, sampling)
+        return [own[0] for own in self._completions(None, rows, None, [settings], batch_size)]
 
     def _completions(
         self,
-        questions: Sequence[str],
+        examples: Sequence[Example] | None,
         rows: Sequence[TokenRow],
         routing: Routing | None,
-        settings: SamplingSettings,
+        draws: Sequence[SamplingSettings],
         batch_size: int,
-    ) -> list[Completion]:
+    ) -> list[list[Completion]]:
+        """Draw answers for every row, in the rows' order."""
         is_known = routing is not None
         if not is_known and not self.reroutes:
             routing = self.router.start(rows)
-        result: list[Completion] = []
-        for first in range(0, len(rows), batch_size):
-            batch = range(first, min(first + batch_size, len(rows)))
-            started, decoding = self._decoding([rows[i] for i in batch], routing and routing.take(batch), settings)
-            tokens: list[list[Token]] = [[] for _ in batch]
+        result: list[list[Completion]] = [[] for _ in rows]
+        for batch in by_length(rows, max(1, batch_size // len(draws))):
+            started, decoding = self._decoding([rows[i] for i in batch], routing and routing.take(batch), draws)
+            tokens: list[list[Token]] = [[] for _ in range(len(batch) * len(draws))]
             for token in decoding.run():
                 tokens[token.request].append(token)
             if decoding.rows.gate_weights is not None and not is_known:
                 started = replace(started, weights=decoding.rows.gate_weights)
             weights = None if self.reroutes else started.normalized()
-            result += [
-                completion(questions[i], own, weights.row(i - first) if weights else None, self.bank.names)
-                for i, own in zip(batch, tokens, strict=True)
-            ]
+            for number, own in enumerate(tokens):
+                place = number // len(draws)
+                question = examples[batch[place]].instruction if examples else ""
+                shares = weights.row(place) if weights else None
+                result[batch[place]].append(completion(question, own, shares, self.bank.names))
         return result
 
     def stream(self, prompt: Prompt, *, top_k_experts: int | None = None, **sampling: Any) -> Iterator[Token]:  # noqa: ANN401
         """Answer one prompt, giving each token with its text as soon as it is certain.
 
         Raises:
-            CoterieError: for an empty prompt, or a combiner that needs finished answers.
+            CoterieError: for an empty prompt, a setting that does not fit, or a combiner that needs finished answers.
         """
         if self.combiner.finishes_answers:
             raise CoterieError("combiner 'texts' lets finished answers vote, so it cannot stream; leave --stream out")
         mixture = self if top_k_experts is None else self.replace(router=keep_top(self.router, top_k_experts))
-        yield from mixture._decoding(self.tokens([prompt]), None, SamplingSettings(**sampling))[1].run()
+        settings = from_flat(SamplingSettings, sampling)
+        yield from mixture._decoding(self.tokens([prompt]), None, [settings])[1].run()
 
     def _decoding(
-        self, rows: Sequence[TokenRow], routing: Routing | None, settings: SamplingSettings
+        self, rows: Sequence[TokenRow], routing: Routing | None, draws: Sequence[SamplingSettings]
     ) -> tuple[Routing, DecodingBatch]:
         started, rerouting = self._start(rows, routing)
         prompts, aligned = [row.ids for row in rows], started.aligned(self.bank.names)
-        decoding = DecodingBatch(self.backbone, self.layers, self.combiner, prompts, aligned, settings, rerouting)
+        decoding = DecodingBatch(
+            self.backbone, self.layers, self.combiner, prompts, aligned, draws, rerouting, self.prompts.end_ids
+        )
         return started, decoding
 
     def score_teacher_forced(self, prompts: Sequence[TokenRow], answers: Sequence[Sequence[int]]) -> list[ScoredTokens]:
@@ -252,6 +270,18 @@ class Mixture(StoredMixture):
         rows = CachedRows(self.backbone, self.layers, self.combiner, routing)
         texts = [(prompt.ids, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         return score_teacher_forced(self.backbone, rows, rerouting, texts)
+
+
+def elected(example: Example, answers: Sequence[Completion], seed: int) -> Completion:
+    """Let answers to a prompt vote by what is read in them, thinking left out; several leading ones are drawn from.
+
+    Where nothing is read, and where the prompt is one for code, an answer votes by its whole text.
+    """
+    texts = [answer.text.strip() for answer in answers]
+    if example.tests is not None:
+        return answers[majority(texts, seed)]
+    readings = [read_answer(after_thinking(text), example.instruction) for text in texts]
+    return answers[majority([reading or text for reading, text in zip(readings, texts, strict=True)], seed)]
 
 
 def as_example(prompt: Prompt, number: int = 0) -> Example:

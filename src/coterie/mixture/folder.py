@@ -15,7 +15,7 @@ from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank, check_names, load_bank
 from coterie.routers.base import Router, RouterParts
 from coterie.routers.table import load_router
-from coterie.settings.groups import ModelSettings, PlacementSettings
+from coterie.settings.groups import ModelSettings, PlacementSettings, ReadingSettings
 
 SAVED_FILES = (
     "experts",
@@ -66,10 +66,7 @@ class StoredMixture:
         Raises:
             CoterieError: when something is missing, broken, or made for another base model.
         """
-        folder = Path(source)
-        if not folder.is_dir():
-            advice = f"there is no mixture folder {source}; make one with: coterie fit elrea --output {source} ..."
-            folder = hub_folder(str(source), ["*.json", "*.jsonl", "*.safetensors", "*.yaml", "*.md"], advice)
+        folder = find_mixture(source)
         record = read_mixture_record(folder)
         identity = identity_from(record["base_model"])
         model = ModelSettings(
@@ -77,7 +74,9 @@ class StoredMixture:
         )
         backbone = load_backbone(model)
         check_identity(identity, backbone.identity, f"{source} was trained on")
-        prompts = PromptFormat(backbone.tokenizer, record.get("system_prompt"))
+        prompts = PromptFormat(
+            backbone.tokenizer, record.get("system_prompt"), record.get("input_template"), record.get("end_of_turn")
+        )
         bank = load_bank({name: folder / "experts" / name for name in record["experts"]}, backbone.model)
         router = load_router(record["router"], RouterParts(folder / "router", folder, backbone, bank))
         return cls(backbone, bank, router, make_combiner(record["combiner"]["kind"]), prompts, record["method"], folder)
@@ -132,6 +131,8 @@ class StoredMixture:
                 "method": self.method,
                 "base_model": asdict(self.backbone.identity),
                 "system_prompt": self.prompts.system_prompt,
+                "input_template": self.prompts.input_template,
+                "end_of_turn": self.prompts.end,
                 "experts": list(self.bank.names),
                 "router": self.router.save(folder / "router"),
                 "combiner": {"kind": self.combiner.kind},
@@ -172,6 +173,28 @@ class StoredMixture:
         return str(info)
 
 
+def find_mixture(source: str | Path) -> Path:
+    """Return a mixture's folder, which may first have to be got from the hub.
+
+    Raises:
+        CoterieError: when there is none.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    advice = f"there is no mixture folder {source}; make one with: coterie fit elrea --output {source} ..."
+    return hub_folder(str(source), ["*.json", "*.jsonl", "*.safetensors", "*.yaml", "*.md"], advice)
+
+
+def reading_for(source: str | Path, reading: ReadingSettings) -> ReadingSettings:
+    """Return how rows are read for a mixture: their inputs join as those that it was fitted on, unless said otherwise.
+
+    Raises:
+        CoterieError: when there is no mixture, or its template is none.
+    """
+    return reading.joined_as(read_json(find_mixture(source) / "mixture.json").get("input_template"))
+
+
 def read_mixture_record(folder: Path) -> dict[str, Any]:
     """Read and check `mixture.json`.
 
@@ -189,6 +212,7 @@ def read_mixture_record(folder: Path) -> dict[str, Any]:
             "coterie generate, plan and eval take it"
         )
     shapes = {"method": str, "base_model": dict, "experts": list, "router": dict, "combiner": dict}
+    shapes |= {"end_of_turn": str} if "end_of_turn" in record else {}  # mixtures of before read it off the template
     wrong = [name for name, kind in shapes.items() if not isinstance(record.get(name), kind)]
     if wrong or "kind" not in record["combiner"]:
         raise CoterieError(

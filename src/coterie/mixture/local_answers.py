@@ -151,7 +151,13 @@ class LocalAnswerer:
         """Yield every row's place and reply as soon as it is complete."""
         started = time.perf_counter()
         batch = DecodingBatch(
-            self.backbone, self.layers, LogitCombiner(), [row.ids for row in rows], self._one_hot(experts), sampling
+            self.backbone,
+            self.layers,
+            LogitCombiner(),
+            [row.ids for row in rows],
+            self._one_hot(experts),
+            [sampling],
+            end_ids=self._prompts[experts[0]].end_ids,
         )
         texts, counts = [""] * len(rows), [0] * len(rows)
         for token in batch.run():
@@ -191,7 +197,7 @@ class LocalAnswerer:
         for numbers in by_length(rows, self._batch_size):
             plan = LogitCombiner().plan(self._one_hot([expert] * len(numbers)))
             ids = [rows[number].ids for number in numbers]
-            batch = pad(ids, tokenizer.pad_token_id, side="left", device=self.backbone.device)
+            batch = pad(ids, self.backbone.pad_id, side="left", device=self.backbone.device)
             with self.layers.attached(), self.layers.choosing(plan.choice):
                 hidden = self.backbone.hidden(*batch)[:, -1]
             logprobs = self.backbone.head(hidden).log_softmax(dim=-1).cpu()  # [row, vocabulary]

@@ -27,7 +27,8 @@ class Routing:
 
     Attributes:
         experts: names, in the order of the columns; every name stands once.
-        weights: (request, expert): finite and >= 0; they need not sum to 1 (ELREA's do not).
+        weights: (request, expert): finite and >= 0, of every request at least one above 0; they need not sum to 1
+            (ELREA's do not).
         similarities: what a router compared, by the same experts, where it compares anything.
         gates: where weights depend on the inputs of layers: what computes them there. `weights` is then what they gave
             on average over the tokens and layers of each prompt; even, as long as the prompt was not read.
@@ -52,12 +53,15 @@ class Routing:
             raise CoterieError(f"every expert is routed once, but the routing names {', '.join(self.experts)}")
         if not bool(torch.isfinite(self.weights).all()) or bool((self.weights < 0).any()):
             raise CoterieError("routing weights must be finite and not negative; check the router's features")
+        if idle := (~(self.weights > 0).any(dim=1)).nonzero().flatten().tolist():
+            raise CoterieError(
+                f"request {idle[0] + 1} is routed to nobody: all of its weights are 0; give an expert a weight above 0 "
+                "(one that changes nothing stands for the base model alone)"
+            )
 
     def normalized(self) -> "Routing":
-        """Scale weights to sum 1 over experts; rows of zeros become uniform."""
-        total = self.weights.sum(dim=-1, keepdim=True)
-        uniform = torch.full_like(self.weights, 1 / len(self.experts))
-        return replace(self, weights=torch.where(total > 0, self.weights / total, uniform))
+        """Scale weights to sum 1 over experts."""
+        return replace(self, weights=self.weights / self.weights.sum(dim=-1, keepdim=True))
 
     def top(self, k: int) -> "Routing":
         """Keep the k largest weights of every row, zero the rest; ties keep the earlier expert.
@@ -88,7 +92,7 @@ class Routing:
         return replace(self, experts=tuple(names), weights=weights)
 
     def take(self, requests: Sequence[int]) -> "Routing":
-        """Keep these requests, in this order."""
+        """Keep these requests, in this order; one that is named twice is there twice."""
         places = list(requests)
         similarities = {name: values[places] for name, values in self.similarities.items()}
         return replace(self, weights=self.weights[places], similarities=similarities)

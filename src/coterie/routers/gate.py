@@ -77,7 +77,7 @@ class GateRouter(Router):
         every = tuple(range(len(self.gates.experts)))
         for numbers in by_length(prompts, BATCH):
             ids = [prompts[i].ids for i in numbers]
-            batch = pad(ids, self._backbone.tokenizer.pad_token_id, device=self._backbone.device)
+            batch = pad(ids, self._backbone.pad_id, device=self._backbone.device)
             seen = MeanWeights(batch.attention_mask)
             with torch.inference_mode(), self._layers.attached(), self._layers.choosing(Gated(every, self.gates), seen):
                 self._backbone.hidden(*batch)

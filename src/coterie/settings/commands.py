@@ -18,6 +18,7 @@ from coterie.settings.groups import (
     ModelSettings,
     PlacementSettings,
     RationaleSettings,
+    ReadingSettings,
     RecruitSettings,
     ReroutingSettings,
     RoutingSettings,
@@ -43,6 +44,7 @@ class ElreaSettings(Settings):
     limit: int | None = Field(None, ge=1, description="use only the first N examples of every data source")
     seed: int = Field(0, ge=0, description="seed of shuffling, initialisation, dropout, projection and clustering")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
+    reading: ReadingSettings = ReadingSettings()
     lora: LoraSettings = LoraSettings()
     training: TrainingSettings = TrainingSettings()
     experts: ExpertSettings = ExpertSettings()
@@ -62,6 +64,7 @@ class TokenLevelSettings(Settings):
     limit: int | None = Field(None, ge=1, description="use only the first N examples of every data source")
     seed: int = Field(0, ge=0, description="seed of shuffling, initialisation, dropout and k-means")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
+    reading: ReadingSettings = ReadingSettings()
     lora: LoraSettings = LoraSettings()
     training: DomainTrainingSettings = DomainTrainingSettings()
     similarity: SimilaritySettings = SimilaritySettings()
@@ -87,6 +90,7 @@ class FromAdaptersSettings(Settings):
     system_prompt: str | None = Field(None, description="system prompt of every prompt; default: the template's own")
     seed: int = Field(0, ge=0, description="seed of k-means")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
+    reading: ReadingSettings = ReadingSettings()
     placement: PlacementSettings = PlacementSettings()
     similarity: SimilaritySettings = SimilaritySettings()
     rerouting: ReroutingSettings = ReroutingSettings()
@@ -106,6 +110,7 @@ class BankAddSettings(Settings):
     model: str | None = Field(None, description="base model of a new bank; default: the bank's own")
     revision: str | None = Field(None, description="revision of a hub model (branch, tag or commit)")
     overwrite: bool = Field(False, description="replace adapters that have the same names")
+    reading: ReadingSettings = ReadingSettings()
     placement: PlacementSettings = PlacementSettings()
 
 
@@ -122,6 +127,7 @@ class RouteSettings(Settings):
 
     command = "route"
     mixture: str = Field(description="folder of a mixture")
+    reading: ReadingSettings = ReadingSettings()
     placement: PlacementSettings = PlacementSettings()
     routing: RoutingSettings = RoutingSettings()
 
@@ -131,7 +137,8 @@ class GenerateSettings(RouteSettings):
 
     command = "generate"
     sampling: SamplingSettings = SamplingSettings()
-    batch_size: int = Field(8, ge=1, description="prompts decoded together")
+    n: int = Field(1, ge=1, description="answers to every prompt, each drawn with a seed of its own")
+    batch_size: int = Field(8, ge=1, description="answers decoded together")
     output: str | None = Field(None, description="file to write the answers to, a JSON object a line")
     serving: ExpertServingSettings = Field(ExpertServingSettings(), title=SYMBOLIC_ONLY)
 
@@ -168,6 +175,7 @@ class EvaluationSettings(Settings):
     )
     resamples: int = Field(2000, ge=100, description="bootstrap resamples behind every interval")
     batch_size: int = Field(8, ge=1, description="prompts decoded together")
+    reading: ReadingSettings = ReadingSettings()
     placement: PlacementSettings = PlacementSettings()
     sampling: SamplingSettings = SamplingSettings()
     extras: ExtrasSettings | None = None
@@ -212,6 +220,7 @@ class ProfileSettings(Settings):
         "answers", description="answers: right or wrong; likelihood: of the reference, for models too small to answer"
     )
     batch_size: int = Field(8, ge=1, description="questions decoded together")
+    reading: ReadingSettings = ReadingSettings()
     skill: SkillSettings = SkillSettings()
     placement: PlacementSettings = PlacementSettings()
     serving: ExpertServingSettings = ExpertServingSettings()
@@ -254,6 +263,7 @@ class GatherSettings(Settings):
     )
     limit: int | None = Field(None, ge=1, description="use only the first N rows of every source of open data")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
+    reading: ReadingSettings = ReadingSettings()
     rows: GatherRowsSettings = GatherRowsSettings()
     placement: PlacementSettings = PlacementSettings()
 
@@ -268,6 +278,7 @@ class SelectSettings(Settings):
     limit: int | None = Field(None, ge=1, description="use only the first N shots of every source (the paper's K)")
     system_prompt: str | None = Field(None, description="system prompt of every prompt; default: the template's own")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
+    reading: ReadingSettings = ReadingSettings()
     adapters: SelectAdaptersSettings = SelectAdaptersSettings()
     rationale: RationaleSettings = RationaleSettings()
     placement: PlacementSettings = PlacementSettings()
@@ -292,6 +303,7 @@ class KshotSettings(Settings):
     )
     seed: int = Field(0, ge=0, description="seed of gates, shuffling and dropout")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
+    reading: ReadingSettings = ReadingSettings()
     adapters: SelectAdaptersSettings = SelectAdaptersSettings()
     rationale: RationaleSettings = RationaleSettings()
     rows: GatherRowsSettings = GatherRowsSettings()

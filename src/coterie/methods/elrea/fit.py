@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from coterie.artifacts import RunFolder, check_output, read_tensors, run_folder, write_jsonl
+from coterie.artifacts import RunFolder, as_path, check_output, read_tensors, run_folder, write_jsonl
 from coterie.backbone.loading import Backbone, load_backbone
 from coterie.combiners.logits import LogitCombiner
 from coterie.data.batching import PromptFormat, Tokenised, tokenise
@@ -58,19 +58,19 @@ def fit_elrea(settings: ElreaSettings, examples: list[Example] | None = None) ->
     Raises:
         CoterieError: for bad data, settings, or an output folder that exists.
     """
-    output = Path(settings.output)
-    check_output(output, overwrite=settings.overwrite)
+    output = as_path(settings.output)
+    check_output(output, settings)
     check_one_process()
-    examples = load_all(settings.data, settings.limit) if examples is None else examples
+    examples = load_all(settings.data, settings.limit, settings.reading) if examples is None else examples
     _check_enough(len(examples), settings)
     backbone = load_backbone(settings.model)
     check_fresh_adapter(backbone, settings.lora)
     counted_blocks(settings.features.blocks, len(backbone.blocks))
-    prompts = PromptFormat(backbone.tokenizer, settings.training.system_prompt)
+    prompts = PromptFormat(backbone.tokenizer, settings.training.system_prompt, settings.reading.input_template)
     kept = tokenise(prompts, examples, settings.training.max_length)
     _check_enough(len(kept.rows), settings)
     inputs = {"data": hash_examples(examples), "base_model": backbone.identity.sha256}
-    with run_folder(output, "fit elrea", settings.model_dump(), inputs) as run:
+    with run_folder(output, settings, inputs) as run:
         mixture = _fit(run, settings, backbone, prompts, kept)
     return replace(mixture, folder=output)
 

@@ -32,7 +32,7 @@ class ElreaRun(FittedRun[ElreaSettings]):
                 f"{self.folder} was fitted on rows in memory, so nothing more can be trained on them; "
                 "write them to a JSONL file and fit from that"
             )
-        examples = load_all(self.settings.data, self.settings.limit)
+        examples = load_all(self.settings.data, self.settings.limit, self.settings.reading)
         if hash_examples(examples) != self.inputs.get("data"):
             raise CoterieError(
                 f"{', '.join(self.settings.data)} is not what {self.folder} was fitted on; "

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from coterie.artifacts import JsonCache, check_output, run_folder, write_json, write_jsonl
+from coterie.artifacts import JsonCache, as_path, check_output, run_folder, write_json, write_jsonl
 from coterie.data.examples import Example
 from coterie.errors import CoterieError
 from coterie.experts.adapter_selection import (
@@ -104,10 +104,10 @@ def select_adapters(settings: SelectSettings) -> Selected:
     Raises:
         CoterieError: for bad data, a bank without enough adapters, or an output folder that exists.
     """
-    output = Path(settings.output)
-    check_output(output, overwrite=settings.overwrite)
+    output = as_path(settings.output)
+    check_output(output, settings)
     task = open_task(settings.folder, settings, settings.system_prompt)
-    with run_folder(output, "select", settings.model_dump(), task.inputs()) as run:
+    with run_folder(output, settings, task.inputs()) as run:
         selected = choose(task, settings, run.cached)
         selected.write(run.path)
     return selected

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from coterie.artifacts import RunFolder, check_output, read_tensors, run_folder, sha256_of, write_jsonl
+from coterie.artifacts import RunFolder, as_path, check_output, read_tensors, run_folder, sha256_of, write_jsonl
 from coterie.combiners.layers import LayerCombiner
 from coterie.data.batching import tokenise
 from coterie.data.examples import Example, load_examples
@@ -54,12 +54,12 @@ def fit_kshot(settings: KshotSettings) -> Mixture:
     Raises:
         CoterieError: for bad data, a bank without enough adapters, or an output folder that exists.
     """
-    output = Path(settings.output)
-    check_output(output, overwrite=settings.overwrite)
+    output = as_path(settings.output)
+    check_output(output, settings)
     check_one_process()
     task = open_task(settings.bank, settings, settings.training.system_prompt)
     pools = {f"pool {name}": sha256_of(Path(name)) for name in settings.pool if Path(name).is_file()}
-    with run_folder(output, f"fit {METHOD}", settings.model_dump(), {**task.inputs(), **pools}) as run:
+    with run_folder(output, settings, {**task.inputs(), **pools}) as run:
         selection = run.stage(SELECTION, lambda folder: choose(task, settings, run.cached).write(folder))
         chosen = list(read_selection(selection).chosen)
         gathered = _gathered(run, task, settings) if settings.pool else []
@@ -89,6 +89,7 @@ def _gathered(run: RunFolder, task: KshotTask, settings: KshotSettings) -> list[
         encoder=settings.encoder,
         embeddings=settings.embeddings,
         rows=settings.rows,
+        reading=settings.reading,
         placement=settings.placement,
     )
 

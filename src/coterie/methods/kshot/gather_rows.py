@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from coterie.artifacts import check_output, read_json, run_folder, write_json, write_jsonl
+from coterie.artifacts import as_path, check_output, read_json, run_folder, write_json, write_jsonl
 from coterie.data import row_selection
 from coterie.data.examples import Example, load_examples
 from coterie.data.row_selection import CHOSEN, EmbeddedRows, RowSelection, select_rows
@@ -119,10 +119,12 @@ def load_open_data(settings: GatherSettings, given: Mapping[str, list[Example]])
     Raises:
         CoterieError: for bad data.
     """
-    shots = given.get("shots") or [row for source in settings.shots for row in load_examples(source)]
-    excluded = given.get("exclude") or load_questions(settings.exclude)
+    shots = given.get("shots") or [
+        row for source in settings.shots for row in load_examples(source, reading=settings.reading)
+    ]
+    excluded = given.get("exclude") or load_questions(settings.exclude, reading=settings.reading)
     pools = {IN_MEMORY: given["pool"]} if "pool" in given else {source: source for source in settings.pool}
-    return OpenData(shots, excluded, index_pools(pools, settings.limit, shots, excluded))
+    return OpenData(shots, excluded, index_pools(pools, settings.limit, shots, excluded, settings.reading))
 
 
 def gather(
@@ -157,8 +159,8 @@ def gather_rows(settings: GatherSettings, given: Mapping[str, list[Example]] | N
     Raises:
         CoterieError: for bad data, settings, or an output folder that exists.
     """
-    output = Path(settings.output)
-    check_output(output, overwrite=settings.overwrite)
+    output = as_path(settings.output)
+    check_output(output, settings)
     data = load_open_data(settings, given or {})
     encoder = load_text_encoder(settings.encoder, settings.model, settings.placement)
     inputs = {
@@ -167,7 +169,7 @@ def gather_rows(settings: GatherSettings, given: Mapping[str, list[Example]] | N
         "pool": hashlib.sha256(data.index.texts.tobytes() + data.index.records.tobytes()).hexdigest(),
         "encoder": encoder.identity,
     }
-    with run_folder(output, "gather", settings.model_dump(), inputs) as run:
+    with run_folder(output, settings, inputs) as run:
         write_gathered(run.path, data, encoder, settings)
     return Gathered(output, read_json(output / SUMMARY_FILE))
 

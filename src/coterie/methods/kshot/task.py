@@ -48,12 +48,13 @@ def open_task(
     Raises:
         CoterieError: for bad data, a broken bank, or a base model that cannot be had or is another one by now.
     """
-    excluded = load_questions(settings.adapters.exclude)
-    examples = load_all(settings.shots, settings.limit)
+    excluded = load_questions(settings.adapters.exclude, reading=settings.reading)
+    examples = load_all(settings.shots, settings.limit, settings.reading)
     opened = open_bank(Path(bank))
     wanted = identity_from(opened.base_model)
     if backbone is None:
         placement = settings.placement.model_dump()
         backbone = load_backbone(ModelSettings(model=wanted.id, revision=wanted.revision, **placement))
     check_identity(wanted, backbone.identity, f"{bank} is a bank for")
-    return KshotTask(opened, backbone, PromptFormat(backbone.tokenizer, system_prompt), examples, excluded)
+    prompts = PromptFormat(backbone.tokenizer, system_prompt, settings.reading.input_template)
+    return KshotTask(opened, backbone, prompts, examples, excluded)

@@ -8,7 +8,17 @@ from typing import Any
 
 import torch
 
-from coterie.artifacts import FORMAT, check_output, read_json, run_folder, sha256_of, write_json, write_jsonl
+from coterie.artifacts import (
+    FORMAT,
+    as_path,
+    check_output,
+    read_json,
+    read_run_record,
+    run_folder,
+    sha256_of,
+    write_json,
+    write_jsonl,
+)
 from coterie.combiners.aggregate import MAJORITY, VOTES, WEIGHTED
 from coterie.data.examples import Example
 from coterie.errors import CoterieError, unknown_name
@@ -24,7 +34,7 @@ from coterie.routers.base import Routing
 from coterie.routers.skill import SkillProfile, profile_from, random_recruits, recruit
 from coterie.settings.commands import SymbolicSettings
 from coterie.settings.groups import RecruitSettings, SamplingSettings
-from coterie.settings.reading import checked, from_flat
+from coterie.settings.reading import checked, flat_values, from_flat
 
 logger = logging.getLogger(__name__)
 
@@ -162,8 +172,8 @@ def fit_symbolic(settings: SymbolicSettings) -> Symbolic:
     Raises:
         CoterieError: for a pool without a profile, an unknown aggregator, or an output folder that exists.
     """
-    output = Path(settings.output)
-    check_output(output, overwrite=settings.overwrite)
+    output = as_path(settings.output)
+    check_output(output, settings)
     folder = Path(settings.experts)
     pool = read_pool(folder)
     profiled = read_profile(folder / PROFILE)
@@ -171,11 +181,12 @@ def fit_symbolic(settings: SymbolicSettings) -> Symbolic:
         raise CoterieError(
             f"the profile in {folder} is of other experts; type: coterie profile {folder} --overwrite ..."
         )
+    template = flat_values(read_run_record(folder / PROFILE / "run.yaml")["settings"]).get("input_template")
     known = ["auto", *VOTES, *pool.names]
     if settings.aggregator not in known:
         raise unknown_name("aggregator", settings.aggregator, known)
     inputs = {"pool": sha256_of(folder / POOL_FILE), "profile": sha256_of(folder / PROFILE / "profile.json")}
-    with run_folder(output, "fit symbolic-moe", settings.model_dump(), inputs) as run:
+    with run_folder(output, settings, inputs) as run:
         judged, chosen = None, settings.aggregator
         if chosen == "auto" and (tasks := make_up(profiled, settings.aggregator_tasks, settings.sampling.seed)):
             with open_scheduler(pool, settings, folder / REPLIES) as scheduler:
@@ -187,7 +198,7 @@ def fit_symbolic(settings: SymbolicSettings) -> Symbolic:
         fitted = Symbolic(pool, profiled, settings.recruiting, judged, chosen, settings.aggregator_for)
         write_json(run.path / "profile.json", profiled.record().plain())
         write_jsonl(run.path / VALIDATION, profiled.rows)
-        write_json(run.path / "mixture.json", fitted.record())
+        write_json(run.path / "mixture.json", {**fitted.record(), "input_template": template})
     return fitted
 
 

@@ -117,8 +117,8 @@ def profile_pool(settings: ProfileSettings) -> Profiled:
     folder = Path(settings.folder)
     pool = read_pool(folder)
     output = folder / PROFILE
-    check_output(output, overwrite=settings.overwrite)
-    examples = _usable(load_questions(settings.data, settings.limit), settings)
+    check_output(output, settings)
+    examples = _usable(load_questions(settings.data, settings.limit, settings.reading), settings)
     if settings.skill.skills != "category":
         ask_expert(settings.skill, pool)
     remote = [expert.name for expert in pool.experts if expert.kind == "endpoint"]
@@ -127,7 +127,7 @@ def profile_pool(settings: ProfileSettings) -> Profiled:
     options = skill_list(settings.skill, examples) if settings.skill.skills == "choice" else []
     embed = load_embed(settings.skill.encoder) if settings.skill.skills == "keywords" else None
     inputs = {"data": hash_examples(examples), "pool": hash_json(pool.record(), ensure_ascii=True)}
-    with run_folder(output, "profile", settings.model_dump(), inputs) as run:
+    with run_folder(output, settings, inputs) as run:
         with open_scheduler(pool, settings, folder / REPLIES) as scheduler:
             skills = find_skills(scheduler, pool, settings.skill, examples, options)
             replies, scores = _scored(scheduler, pool, settings, examples)

@@ -70,12 +70,13 @@ def plan_symbolic(settings: GenerateSettings, prompts: Sequence[Prompt]) -> Work
 def _opened(settings: GenerateSettings, prompts: Sequence[Prompt]) -> tuple[Symbolic, str, list[Example], Path | None]:
     """Return the run, the method that answers, the questions, and where replies are kept until all are answered."""
     fitted = load_symbolic(settings.mixture)
-    for flag in ("router", "combiner", "top_k_experts"):
-        if getattr(settings.routing, flag) is not None:
-            written = flag.replace("_", "-")
-            raise CoterieError(
-                f"--{written} does not apply to {METHOD}; its experts are set by coterie fit symbolic-moe"
-            )
+    given = [flag for flag, value in settings.routing if value is not None and flag != "method"]
+    if settings.n > 1:
+        given.append("n")
+    if given:
+        raise CoterieError(
+            f"--{given[0].replace('_', '-')} does not apply to {METHOD}; its experts are set by coterie fit {METHOD}"
+        )
     examples = [as_example(prompt, number) for number, prompt in enumerate(prompts)]
     output = None if settings.output is None else Path(settings.output)
     replies = None if output is None else output.with_name(output.name + ".replies.jsonl")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from coterie.artifacts import RunFolder, check_output, read_json, run_folder, sha256_of, write_jsonl
+from coterie.artifacts import RunFolder, as_path, check_output, read_json, run_folder, sha256_of, write_jsonl
 from coterie.backbone.loading import Backbone, load_backbone
 from coterie.combiners.layers import LayerCombiner
 from coterie.data.batching import PromptFormat, Tokenised, tokenise
@@ -35,7 +35,7 @@ from coterie.mixture import Mixture
 from coterie.routers.fixed import uniform
 from coterie.routers.token import TokenLevel
 from coterie.settings.commands import FromAdaptersSettings, TokenLevelSettings
-from coterie.settings.groups import ModelSettings, rerouting_interval
+from coterie.settings.groups import ModelSettings, ReadingSettings, rerouting_interval
 from coterie.settings.reading import from_flat
 
 METHOD = "token-level"
@@ -75,15 +75,15 @@ def fit_token_level(settings: TokenLevelSettings, given: Mapping[str, list[Examp
     Raises:
         CoterieError: for bad data, settings, or an output folder that exists.
     """
-    output = Path(settings.output)
-    check_output(output, overwrite=settings.overwrite)
+    output = as_path(settings.output)
+    check_output(output, settings)
     check_one_process()
-    examples = _load_domains(named_values(settings.data, "data"), settings.limit, given or {})
+    examples = _load_domains(named_values(settings.data, "data"), settings.limit, settings.reading, given or {})
     backbone = load_backbone(settings.model)
     check_fresh_adapter(backbone, settings.lora)
-    prompts = PromptFormat(backbone.tokenizer, settings.training.system_prompt)
+    prompts = PromptFormat(backbone.tokenizer, settings.training.system_prompt, settings.reading.input_template)
     kept = {name: tokenise(prompts, own, settings.training.max_length) for name, own in examples.items()}
-    with run_folder(output, "fit token-level", settings.model_dump(), _inputs(examples, backbone)) as run:
+    with run_folder(output, settings, _inputs(examples, backbone)) as run:
         folders = {}
         for number, (name, rows) in enumerate(kept.items(), start=1):
             plan = base_plan(settings, f"{name} ({number} of {len(kept)})")
@@ -127,18 +127,18 @@ def fit_from_adapters(settings: FromAdaptersSettings, given: Mapping[str, list[E
     Raises:
         CoterieError: for an adapter that does not fit, an expert without texts, or an output folder that exists.
     """
-    output = Path(settings.output)
-    check_output(output, overwrite=settings.overwrite)
+    output = as_path(settings.output)
+    check_output(output, settings)
     adapters, sources, (model, revision) = _adapters_to_join(settings)
     placement = settings.placement.model_dump()
     backbone = load_backbone(ModelSettings(model=model, revision=revision, **placement))
     load_bank(adapters, backbone.model)  # checks them before anything is written
-    examples = _load_domains(sources, settings.limit, given or {})
-    prompts = PromptFormat(backbone.tokenizer, settings.system_prompt)
+    examples = _load_domains(sources, settings.limit, settings.reading, given or {})
+    prompts = PromptFormat(backbone.tokenizer, settings.system_prompt, settings.reading.input_template)
     kept = {name: tokenise(prompts, examples[name], settings.max_length) for name in adapters}
     hashes = {f"adapter {name}": sha256_of(folder / WEIGHTS_FILE) for name, folder in adapters.items()}
     inputs = {**_inputs(examples, backbone), **hashes}
-    with run_folder(output, settings.command, settings.model_dump(), inputs) as run:
+    with run_folder(output, settings, inputs) as run:
         folders = {name: copy_expert(run, name, folder) for name, folder in adapters.items()}
         mixture = _assemble(run, backbone, prompts, kept, folders, settings)
     return replace(mixture, folder=output)
@@ -214,10 +214,15 @@ def _assemble(
 
 
 def _load_domains(
-    sources: Mapping[str, Sequence[str]], limit: int | None, given: Mapping[str, list[Example]]
+    sources: Mapping[str, Sequence[str]],
+    limit: int | None,
+    reading: ReadingSettings,
+    given: Mapping[str, list[Example]],
 ) -> dict[str, list[Example]]:
     check_domain_names(sources)
-    return {name: given[name] if name in given else load_all(list(own), limit) for name, own in sources.items()}
+    return {
+        name: given[name] if name in given else load_all(list(own), limit, reading) for name, own in sources.items()
+    }
 
 
 def check_domain_names(names: Sequence[str] | Mapping[str, Any]) -> None:
