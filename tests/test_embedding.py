@@ -4,20 +4,26 @@ import dataclasses
 import json
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.functional import normalize
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, T5Config, T5Model
+from transformers import BertConfig, BertModel, MPNetConfig, MPNetModel, PreTrainedTokenizerFast, T5Config, T5Model
 
 import tiny
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import PromptFormat, TokenRow
 from coterie.data.examples import Example, Message
 from coterie.errors import CoterieError
+from coterie.experts.bank import ExpertBank
 from coterie.features import embedding
 from coterie.features.embedding import Encoder, HiddenStateEncoder, SentenceEncoder, load_encoder, user_text
+from coterie.routers.base import RouterParts
+from coterie.routers.centroid import CentroidRouter, Weighting, boosted_weights
+from coterie.routers.feature import growing_text_extractor
+from coterie.routers.table import load_router
 
 WORDS = "abcdefghijklmnopqrstuvwxyz"
 PAD, CLS, SEP, FIRST_WORD = 0, 1, 2, 4
@@ -262,9 +268,59 @@ def test_tail_reaches_the_encoder_that_is_loaded(folder, backbone):
         assert not torch.allclose(tail([text * 20]), head([text * 20]))
 
 
+def test_an_encoder_of_the_hub_is_fetched_by_its_id(folder, backbone, monkeypatch):
+    asked = []
+
+    def download(source: str, allow_patterns: list[str]) -> str:
+        asked.append((source, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    found = load_encoder("some-owner/some-encoder", backbone)
+    assert found.name == "some-owner/some-encoder"
+    assert torch.equal(found(TEXTS), SentenceEncoder(folder, backbone.tokenizer)(TEXTS))
+    assert asked == [("some-owner/some-encoder", ["*.json", "*.safetensors", "*.txt", "*.model"])]
+
+
+def test_an_encoder_like_all_mpnet_base_v2_is_the_mean_of_its_states(tmp_path, backbone):
+    """ELREA's own sentence encoder is of this architecture; its positions begin behind the padding's number."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MPNetConfig(
+        vocab_size=FIRST_WORD + len(WORDS), max_position_embeddings=20, pad_token_id=PAD, bos_token_id=CLS, **size
+    )
+    model = MPNetModel(config).eval()
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    ask_for_pooling(tmp_path, pooling_mode_mean_tokens=True)
+    found = load_encoder(str(tmp_path), backbone)(["c a b", "z y x w v"])
+    ids = [CLS, *(FIRST_WORD + WORDS.index(word) for word in "cab"), SEP]
+    with torch.no_grad():
+        states = model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+    torch.testing.assert_close(found[0], normalize(states.mean(dim=0), dim=0))
+
+
+def test_read_as_published_a_text_moves_the_weights_until_it_fills_what_the_encoder_reads(folder, backbone, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    centroids = {name: torch.randn(1, 16, generator=generator) for name in ("one", "two")}
+    extractor, _ = growing_text_extractor(str(folder), None, backbone)
+    router = CentroidRouter.by_similarity(extractor, centroids, weighting=Weighting(0.5))
+    published = router.as_published(backbone)
+    room = WINDOW - 2  # [CLS] and [SEP] are always there
+    rows = [prompt(backbone, " ".join(WORDS[:count])) for count in (room - 1, room, room + 1, room + 9)]
+    found = published.route(rows).weights
+    assert torch.equal(found[1], found[2]) and torch.equal(found[1], found[3]) and not torch.equal(found[0], found[1])
+    assert not torch.allclose(router.route(rows).weights[2], router.route(rows).weights[3])
+    cosines = torch.stack([published.route(rows).similarities[name] for name in centroids], dim=1)
+    torch.testing.assert_close(found, boosted_weights(cosines))
+    entry = published.save(tmp_path / "router")
+    parts = RouterParts(tmp_path / "router", tmp_path, backbone, ExpertBank(("one", "two"), ({}, {})))
+    assert torch.equal(load_router(entry, parts).route(rows).weights, found)
+
+
 @pytest.mark.parametrize("name", ["minilmm", "no/such/folder"])
 def test_an_unknown_encoder_is_told_with_the_names_there_are(backbone, name):
-    with pytest.raises(CoterieError, match=r"no encoder or local folder is called .*There are: hidden, minilm$"):
+    with pytest.raises(CoterieError, match=r"no encoder, local folder or hub id is .*There are: hidden, minilm$"):
         load_encoder(name, backbone)
 
 

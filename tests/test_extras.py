@@ -334,7 +334,10 @@ def test_a_broken_extra_is_told(copy, grid_folder):
     ("name", "message"),
     [
         ("elrae", "no method is called 'elrae'. Did you mean 'elrea'"),
-        ("elrea:top=2", "'elrea:top=2' is no variant of elrea; write elrea:top_k=K, elrea:d_proj=D or elrea:every=N"),
+        (
+            "elrea:top=2",
+            "'elrea:top=2' is no variant of elrea; write elrea:top_k=K, elrea:d_proj=D, elrea:ddof=1 or ",
+        ),
         ("elrea:top_k=0", "is no variant"),
         ("elrea:top_k=many", "is no variant"),
         ("elrea:", "is no variant"),
@@ -352,6 +355,14 @@ def test_variants_of_a_method_change_its_router_alone(grid):
     assert torch.equal(best.weights, plain.top(1).weights)
     both = grid.cell("elrea:top_k=2+d_proj=64").router.route(prompts)
     assert torch.equal(both.weights, grid.own.router.folded(64).route(prompts).top(2).weights)
+    sharp, soft = (grid.cell(f"elrea:ddof={ddof}").router.route(prompts) for ddof in (0, 1))
+    assert torch.equal(sharp.weights, plain.weights)
+    cosines = torch.stack([plain.similarities[name] for name in plain.experts[1:]], dim=1)
+    expected = ((cosines - cosines.mean(dim=1, keepdim=True)) / cosines.std(dim=1, keepdim=True)).softmax(dim=1)
+    torch.testing.assert_close(soft.weights[:, 1:], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(soft.weights[:, :1], plain.weights[:, :1])
+    with pytest.raises(CoterieError, match="only standardised cosines have a deviation, but router 'fixed' has none"):
+        grid.cell("uniform-weights:ddof=1")
     with pytest.raises(CoterieError, match="only centroids can be compared in fewer dimensions"):
         grid.cell("uniform-weights:d_proj=64")
     with pytest.raises(CoterieError, match="does not act on gates"):

@@ -345,7 +345,7 @@ def test_a_pool_that_changes_while_it_is_read_is_told(encoder, files, tmp_path, 
         ({"block-rows": 0}, r"--block-rows"),
         ({"gamma": 0}, r"--gamma"),
         ({"rule": "cosine"}, r"rule"),
-        ({"encoder": "/nowhere"}, r"no encoder or local folder is called '/nowhere'"),
+        ({"encoder": "/nowhere"}, r"no encoder, local folder or hub id is called '/nowhere'"),
         ({"encoder": "hidden"}, r"--encoder hidden and --model belong together"),
     ],
 )

@@ -164,6 +164,16 @@ def parts(run, mixture, folder="router") -> RouterParts:
     return RouterParts(run / folder, run, mixture.backbone, mixture.bank)
 
 
+def test_a_saved_router_keeps_the_deviation_that_it_standardises_by(mixture, run_folder, tmp_path):
+    router = mixture.router.with_ddof(1)
+    entry = router.save(tmp_path / "router")
+    again = load_router(entry, RouterParts(tmp_path / "router", run_folder, mixture.backbone, mixture.bank))
+    prompts = mixture.tokens(["add 3 4"])
+    assert torch.equal(again.route(prompts).weights, router.route(prompts).weights)
+    assert not torch.allclose(again.route(prompts).weights, mixture.route(["add 3 4"]).weights)
+    assert "ddof" not in mixture.router.save(tmp_path / "plain")
+
+
 def test_the_router_puts_the_base_first_and_keeps_cosines_by_expert():
     found = gradient_router(torch.tensor([[3.0, 4.0], [1.0, 0.0]]), base="everyone").route([PROMPT, PROMPT])
     assert found.experts == ("everyone", "law", "maths")

@@ -114,7 +114,9 @@ def test_a_strange_skill_goes_to_the_nearest_known_one():
 
 def test_encoders_are_loaded_by_name(tmp_path):
     assert load_embed("none") is None
-    with pytest.raises(CoterieError, match="no encoder or local folder is called 'minlim'. Did you mean 'minilm'"):
+    with pytest.raises(
+        CoterieError, match="no encoder, local folder or hub id is called 'minlim'. Did you mean 'minilm'"
+    ):
         load_embed("minlim")
     with pytest.raises(CoterieError, match="the encoder in"):
         load_embed(str(tmp_path))

@@ -275,7 +275,7 @@ def test_unit_weights_add_every_update_up(fitted):
     assert grid.cell("uniform-weights").route(QUESTIONS[:1]).row(0) == dict.fromkeys(DOMAINS, 0.5)
 
 
-def test_the_published_way_is_to_the_letter(fitted):
+def test_the_published_way_weighs_every_token_by_the_published_formula(fitted):
     grid = make_grid(Mixture.from_pretrained(fitted, device="cpu"), ["token-level-published"], ExtrasSettings())
     cell = grid.cell("token-level-published")
     assert (cell.router.every, cell.router.cache, cell.combiner.kind) == (1, "recompute", "weights:peft-0.4-linear")
@@ -306,10 +306,15 @@ def settings(files, model_folder, tmp_path, **changes):
         ({"data": ["null=law.jsonl"]}, "an expert cannot be called 'null'"),
         ({"data": ["backbone=law.jsonl"]}, "an expert cannot be called 'backbone'"),
         ({"data": ["law=nothing.jsonl"]}, "nothing.jsonl"),
-        ({"encoder": "mini"}, "no encoder or local folder is called 'mini'. Did you mean 'minilm'"),
+        ({"centroids": 99}, "texts, too few for 99 centroids"),
+        ({"centroids": 2, "centroids_by": "performance"}, "--centroids 2 does not act with --centroids-by performance"),
+        ({"encoder": "mini"}, "no encoder, local folder or hub id is called 'mini'. Did you mean 'minilm'"),
     ],
 )
-def test_bad_input_of_a_fit_is_told_in_one_line(files, model_folder, tmp_path, changes, message):
+def test_bad_input_of_a_fit_is_told_in_one_line_before_training(
+    files, model_folder, tmp_path, monkeypatch, changes, message
+):
+    monkeypatch.setattr(domains, "train_expert", lambda *_: pytest.fail("trained already"))
     with pytest.raises(CoterieError) as caught:
         methods.fit_token_level(settings(files, model_folder, tmp_path, **changes))
     assert message in str(caught.value)

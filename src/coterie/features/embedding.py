@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
-from coterie.artifacts import read_json
+from coterie.artifacts import hub_folder, read_json
 from coterie.backbone.aliases import ENCODER_ALIASES, fetch_alias
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow, by_length, pad
@@ -184,7 +184,7 @@ def load_encoder(name: str, backbone: Backbone, *, tail: bool = False, window: i
 
     Args:
         name: `hidden` for the base model's own hidden states, `minilm` for all-MiniLM-L6-v2 (downloaded once from
-            PyPI), or a local folder in the form of sentence-transformers.
+            PyPI), or a local folder or hub id in the form of sentence-transformers.
         backbone: the base model.
         tail: of texts longer than the encoder can read, read the end instead of the beginning.
         window: let so many tokens of a text count at most; None for all that the encoder can read.
@@ -199,15 +199,16 @@ def load_encoder(name: str, backbone: Backbone, *, tail: bool = False, window: i
 
 
 def encoder_folder(name: str, other: str) -> Path:
-    """Return the folder of a sentence encoder: one that comes by name, or a local one.
+    """Return the folder of a sentence encoder: one that comes by name, a local one, or one of the hub.
 
     Raises:
         CoterieError: when there is no such encoder; `other` is suggested too.
     """
     folder = fetch_alias(name) if name in ENCODER_ALIASES else Path(name).expanduser()
-    if not folder.is_dir():
-        raise unknown_name("encoder or local folder", name, [other, *ENCODER_ALIASES])
-    return folder
+    if folder.is_dir():
+        return folder
+    told = unknown_name("encoder, local folder or hub id", name, [other, *ENCODER_ALIASES])
+    return hub_folder(name, ["*.json", "*.safetensors", "*.txt", "*.model"], str(told))
 
 
 def user_text(row: TokenRow, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -23,9 +23,10 @@ CONTROL = "control"
 """Stands in place of a paper."""
 SINGLE_EXPERT = "expert"
 """`expert:NAME` is one expert alone, whatever was fitted."""
-VARIANTS = {"top_k": r"[1-9]\d*", "d_proj": r"[1-9]\d*", "every": rf"[1-9]\d*|{NEVER}"}
+VARIANTS = {"top_k": r"[1-9]\d*", "d_proj": r"[1-9]\d*", "ddof": "[01]", "every": rf"[1-9]\d*|{NEVER}"}
 """What can be varied in a method, written `name:top_k=2` or `name:top_k=2+every=1`: only the K largest weights,
-centroids compared in D dimensions, weights renewed at every N-th token (or never: inf)."""
+centroids compared in D dimensions, cosines standardised by the deviation over C - ddof of them, weights renewed at
+every N-th token (or never: inf)."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ class Family(Generic[AnyRun]):
             option, _, value = part.partition("=")
             if option not in VARIANTS or not re.fullmatch(VARIANTS[option], value, re.ASCII):
                 raise CoterieError(
-                    f"{name!r} is no variant of {plain}; write {plain}:top_k=K, {plain}:d_proj=D or {plain}:every=N, "
-                    "joined by + for several"
+                    f"{name!r} is no variant of {plain}; write {plain}:top_k=K, {plain}:d_proj=D, {plain}:ddof=1 or "
+                    f"{plain}:every=N, joined by + for several"
                 )
             options[option] = value
         return self.methods[plain], options
@@ -167,6 +168,8 @@ class MethodGrid:
         router = method.make_router(self)
         if "d_proj" in options:
             router = router.folded(int(options["d_proj"]))
+        if "ddof" in options:
+            router = router.with_ddof(int(options["ddof"]))
         if "every" in options:
             if router.of_prompts is router:
                 raise CoterieError(f"{name!r}: only token-level renews its weights")

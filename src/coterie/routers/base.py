@@ -14,7 +14,7 @@ from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow
 from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank
-from coterie.features.growing_text import GrowingFeatures, WholeTexts
+from coterie.features.growing_text import FeatureExtractor, GrowingFeatures, WholeTexts
 
 Grain = Literal["prompt", "step", "layer"]
 """How often experts are weighed: once a prompt, again while the answer is written, or at every layer's input."""
@@ -179,6 +179,31 @@ class Router(ABC):
             CoterieError: when it does not compare features, or they have no such dimensions.
         """
         raise CoterieError(f"only centroids can be compared in fewer dimensions, but router {self.kind!r} has none")
+
+    @property
+    def features(self) -> FeatureExtractor:
+        """What turns prompts into the features that it looks at.
+
+        Raises:
+            CoterieError: when it looks at something else.
+        """
+        raise CoterieError(f"router {self.kind!r} looks at no features; fit the mixture again")
+
+    def with_ddof(self, ddof: int) -> "Router":
+        """Return the router that standardises by the deviation over `count - ddof`.
+
+        Raises:
+            CoterieError: when it does not standardise.
+        """
+        raise CoterieError(f"only standardised cosines have a deviation, but router {self.kind!r} has none")
+
+    def as_published(self, backbone: Backbone) -> "Router":
+        """Return the router that weighs the same similarities as Belofsky 2023 published it.
+
+        Raises:
+            CoterieError: when it does not route by similarity.
+        """
+        raise CoterieError(f"the mixture routes by {self.kind!r}, so there are no similarities to weigh as published")
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write tensors into `folder` and return the entry for mixture.json.

@@ -15,9 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from coterie.artifacts import read_tensors
+from coterie.backbone.loading import Backbone
 from coterie.errors import CoterieError
 from coterie.features.growing_text import FeatureExtractor
-from coterie.routers.base import RouterParts, Routing
+from coterie.routers.base import Router, RouterParts, Routing
 from coterie.routers.feature import FeatureRouter, growing_text_extractor, load_extractor
 
 PERFORMANCE, SIMILARITY = "performance-centroids", "similarity"
@@ -45,7 +46,10 @@ def cosines(
 
 
 def standardised(values: Float[Tensor, "row expert"], *, ddof: int = 0) -> Float[Tensor, "row expert"]:
-    """Take every row's mean away and divide by its deviation; a row of equal values becomes zeros."""
+    """Take every row's mean away and divide by its deviation; a row of equal values, or a single one, becomes zeros.
+
+    The deviation is over `count - ddof`; the paper does not say which.
+    """
     centred = values - values.mean(dim=-1, keepdim=True)
     if values.shape[-1] <= ddof:
         return torch.zeros_like(values)
@@ -75,15 +79,17 @@ class Weighting(NamedTuple):
     Attributes:
         temperature: of a softmax over the similarities; None for the published weighting (`boosted_weights`).
         is_standardised: a softmax over each row's similarities, standardised (ELREA eq. 9); there is no temperature.
+        ddof: of that deviation.
     """
 
     temperature: float | None = None
     is_standardised: bool = False
+    ddof: int = 0
 
     def __call__(self, similarities: Float[Tensor, "*rows expert"]) -> Float[Tensor, "*rows expert"]:
         """Return weights that sum to 1 over experts."""
         if self.is_standardised:
-            return standardised(similarities).softmax(dim=-1)
+            return standardised(similarities, ddof=self.ddof).softmax(dim=-1)
         if self.temperature is None:
             return boosted_weights(similarities)
         return (similarities / self.temperature).softmax(dim=-1)
@@ -228,6 +234,32 @@ class CentroidRouter(FeatureRouter):
         result._folded = dimensions
         return result
 
+    def with_ddof(self, ddof: int) -> Router:
+        """Return the router whose standardised cosines are divided by the deviation over `count - ddof` (ELREA eq. 9).
+
+        Raises:
+            CoterieError: when it does not standardise.
+        """
+        if not self.weighting.is_standardised:
+            return super().with_ddof(ddof)
+        result = copy(self)
+        result.weighting = self.weighting._replace(ddof=ddof)
+        return result
+
+    def as_published(self, backbone: Backbone) -> Router:
+        """Return the router with the published weighting, whose encoder reads texts from their beginning.
+
+        What follows the tokens that it can read (256 word pieces for all-MiniLM-L6-v2) moves the weights no more.
+
+        Raises:
+            CoterieError: when it does not route by similarity.
+        """
+        if self.kind != SIMILARITY:
+            return super().as_published(backbone)
+        how = self.extractor.record
+        extractor = growing_text_extractor(how["encoder"], how["window"], backbone, tail=False)[0]
+        return CentroidRouter.by_similarity(extractor, self.centroids, centre=self.centre)
+
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the centroids, named by expert, and return the entry for mixture.json."""
         file, prefix = PLACES[self.kind]
@@ -238,6 +270,7 @@ class CentroidRouter(FeatureRouter):
             fields = {"temperature": self.weighting.temperature, "nearest": self.pool == "nearest", "null": null}
         else:
             fields = {} if self.base is None else {"base": self.base}
+            fields |= {"ddof": self.weighting.ddof} if self.weighting.ddof else {}
         return self._save(folder / f"{file}.safetensors", tensors, experts=list(self.experts), **fields)
 
     @classmethod
@@ -260,12 +293,16 @@ class CentroidRouter(FeatureRouter):
                 )
             centroids[name] = found[None] if dimensions == 1 else found
         centre = tensors.get("centre")
+        weighting = STANDARDISED._replace(ddof=int(record.get("ddof", 0)))
         if kind == PERFORMANCE:
-            return cls(kind, load_extractor(record, parts), centroids, pool="mean", centre=centre)
+            extractor = load_extractor(record, parts)
+            return cls(kind, extractor, centroids, pool="mean", weighting=weighting, centre=centre)
         if kind != SIMILARITY:
-            return cls(kind, load_extractor(record, parts), centroids, base=record["base"], centre=centre)
+            extractor, base = load_extractor(record, parts), record["base"]
+            return cls(kind, extractor, centroids, weighting=weighting, base=base, centre=centre)
         null, temperature = record["null"], record["temperature"]
-        extractor, encoder = growing_text_extractor(record["encoder"], record["window"], parts.backbone)
+        tail = bool(record.get("tail", True))
+        extractor, encoder = growing_text_extractor(record["encoder"], record["window"], parts.backbone, tail=tail)
         check_dimensions(encoder.name, encoder.dimensions, centroids)
         return cls.by_similarity(
             extractor,

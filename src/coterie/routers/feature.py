@@ -27,6 +27,11 @@ class FeatureRouter(Router):
         self.extractor = extractor
         self.centre = centre
 
+    @property
+    def features(self) -> FeatureExtractor:
+        """What extracts features."""
+        return self.extractor
+
     def read(self, prompts: Sequence[TokenRow]) -> Float[Tensor, "row dimension"]:
         """Extract the prompts' features."""
         return self.extractor(prompts)
@@ -76,12 +81,16 @@ def embedding_extractor(name: str, backbone: Backbone) -> FeatureExtractor:
     return FeatureExtractor("embedding", encoder.rows, {"encoder": name}, encoder)
 
 
-def growing_text_extractor(name: str, window: int | None, backbone: Backbone) -> tuple[FeatureExtractor, Encoder]:
+def growing_text_extractor(
+    name: str, window: int | None, backbone: Backbone, *, tail: bool = True
+) -> tuple[FeatureExtractor, Encoder]:
     """Embed the last tokens of texts that an encoder can read, so that what is written last keeps counting.
+
+    Without `tail` it is the first ones, as published: of a text that fills the window, nothing that follows counts.
 
     Raises:
         CoterieError: when there is no such encoder.
     """
-    encoder = load_encoder(name, backbone, tail=True, window=window)
-    record = {"encoder": name, "window": window}
+    encoder = load_encoder(name, backbone, tail=tail, window=window)
+    record = {"encoder": name, "window": window, **({} if tail else {"tail": False})}
     return FeatureExtractor("growing-text", encoder.rows, record, encoder), encoder

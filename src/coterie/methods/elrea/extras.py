@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,7 +20,7 @@ from coterie.methods.elrea.cross_fit import cross_fit
 from coterie.methods.elrea.run import ElreaRun
 from coterie.methods.extras import LOSSES, ExtraSpec, TrainedExtra, load_extra, read_losses
 from coterie.routers.centroid import CentroidRouter, centroids_by_best, centroids_of
-from coterie.routers.feature import FeatureRouter, embedding_extractor
+from coterie.routers.feature import embedding_extractor
 from coterie.routers.fixed import SourceRouter
 from coterie.routers.gate import GateRouter
 from coterie.routers.loss import LossRouter, fit_loss_router
@@ -109,7 +108,7 @@ def _performance(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     losses = read_losses(load_extra(run.mixture, "judged"))
     centre = run.features.mean(dim=0)
     centroids = centroids_by_best(run.features - centre, losses.best_of_rows(), run.sources)
-    return TrainedExtra({}, CentroidRouter.by_performance(_gradients(run), centroids, centre))
+    return TrainedExtra({}, CentroidRouter.by_performance(run.mixture.router.features, centroids, centre))
 
 
 def _loss(run: ElreaRun, into: RunFolder) -> TrainedExtra:
@@ -123,15 +122,8 @@ def _loss(run: ElreaRun, into: RunFolder) -> TrainedExtra:
         fitted.sharpness,
         fitted.expected_nll,
     )
-    router = LossRouter(_gradients(run), fitted.ridge, losses.experts, fitted.sharpness, centre)
+    router = LossRouter(run.mixture.router.features, fitted.ridge, losses.experts, fitted.sharpness, centre)
     return TrainedExtra({}, router, {"penalty": fitted.penalty, "expected_nll": fitted.expected_nll})
-
-
-def _gradients(run: ElreaRun) -> Any:
-    router = run.mixture.router
-    if not isinstance(router, FeatureRouter):
-        raise CoterieError(f"{run.folder} has a router without features ({router.kind}); fit it again")
-    return router.extractor
 
 
 EXTRAS: dict[str, ExtraSpec[ElreaRun]] = {

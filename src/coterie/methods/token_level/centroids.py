@@ -23,6 +23,26 @@ Features = Mapping[str, Float[Tensor, "row dimension"]]
 """The embeddings of every expert's texts."""
 
 
+def check_centroids(texts: Mapping[str, Tokenised], settings: SimilaritySettings) -> None:
+    """Refuse centroids that cannot be placed, before anything is trained.
+
+    Raises:
+        CoterieError: when an expert has fewer texts than centroids, or they are not placed by k-means at all.
+    """
+    count = settings.centroids
+    if count > 1 and settings.centroids_by == "performance":
+        raise CoterieError(
+            f"--centroids {count} does not act with --centroids-by performance, which places one for every source; "
+            "leave one of them out"
+        )
+    few = [name for name, kept in texts.items() if len(kept.rows) < count]
+    if few:
+        raise CoterieError(
+            f"the expert {few[0]!r} has {len(texts[few[0]].rows)} texts, too few for {count} centroids; "
+            "give more data or fewer --centroids"
+        )
+
+
 def similarity_router(
     mixture: Mixture, texts: Mapping[str, Tokenised], settings: SimilaritySettings, seed: int
 ) -> CentroidRouter:
@@ -32,7 +52,7 @@ def similarity_router(
     experts is subtracted; sentence embeddings are taken as they are, as published.
 
     Raises:
-        CoterieError: when an expert has fewer texts than centroids, or the encoder cannot be had.
+        CoterieError: when the encoder cannot be had.
     """
     extractor, encoder = growing_text_extractor(settings.encoder, settings.window, mixture.backbone)
     tokenizer = mixture.backbone.tokenizer
@@ -58,12 +78,6 @@ def _centroids(features: Features, count: int, seed: int) -> dict[str, Tensor]:
     """Average each expert's embeddings, as published; with several centroids, those of its k-means clusters."""
     from sklearn.cluster import KMeans
 
-    few = [name for name, rows in features.items() if len(rows) < count]
-    if few:
-        raise CoterieError(
-            f"the expert {few[0]!r} has {len(features[few[0]])} texts, too few for {count} centroids; "
-            "give more data or fewer --centroids"
-        )
     if count == 1:
         return {name: rows.mean(dim=0, keepdim=True) for name, rows in features.items()}
     return {

@@ -19,6 +19,7 @@ from coterie.experts.bank_folder import open_bank
 from coterie.experts.fresh_adapter import check_fresh_adapter
 from coterie.experts.names import BACKBONE, NULL
 from coterie.experts.training import check_one_process, write_null_adapter
+from coterie.features.embedding import load_encoder
 from coterie.methods.common import (
     DOMAINS_FILE,
     base_plan,
@@ -30,7 +31,7 @@ from coterie.methods.common import (
     train_expert,
 )
 from coterie.methods.family import SINGLE_EXPERT
-from coterie.methods.token_level.centroids import similarity_router
+from coterie.methods.token_level.centroids import check_centroids, similarity_router
 from coterie.mixture import Mixture
 from coterie.routers.fixed import uniform
 from coterie.routers.token import TokenLevel
@@ -80,9 +81,12 @@ def fit_token_level(settings: TokenLevelSettings, given: Mapping[str, list[Examp
     check_one_process()
     examples = _load_domains(named_values(settings.data, "data"), settings.limit, settings.reading, given or {})
     backbone = load_backbone(settings.model)
+    load_encoder(settings.similarity.encoder, backbone)  # one that cannot be had is told before anything is trained
+    load_encoder(settings.similarity.encoder, backbone)  # one that cannot be had is told before anything is trained
     check_fresh_adapter(backbone, settings.lora)
     prompts = PromptFormat(backbone.tokenizer, settings.training.system_prompt, settings.reading.input_template)
     kept = {name: tokenise(prompts, own, settings.training.max_length) for name, own in examples.items()}
+    check_centroids(kept, settings.similarity)
     with run_folder(output, settings, _inputs(examples, backbone)) as run:
         folders = {}
         for number, (name, rows) in enumerate(kept.items(), start=1):
@@ -133,9 +137,12 @@ def fit_from_adapters(settings: FromAdaptersSettings, given: Mapping[str, list[E
     placement = settings.placement.model_dump()
     backbone = load_backbone(ModelSettings(model=model, revision=revision, **placement))
     load_bank(adapters, backbone.model)  # checks them before anything is written
+    load_encoder(settings.similarity.encoder, backbone)
+    load_encoder(settings.similarity.encoder, backbone)
     examples = _load_domains(sources, settings.limit, settings.reading, given or {})
     prompts = PromptFormat(backbone.tokenizer, settings.system_prompt, settings.reading.input_template)
     kept = {name: tokenise(prompts, examples[name], settings.max_length) for name in adapters}
+    check_centroids(kept, settings.similarity)
     hashes = {f"adapter {name}": sha256_of(folder / WEIGHTS_FILE) for name, folder in adapters.items()}
     inputs = {**_inputs(examples, backbone), **hashes}
     with run_folder(output, settings, inputs) as run:

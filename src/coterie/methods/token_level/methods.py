@@ -8,7 +8,6 @@ from coterie.methods.extras import FittedRun
 from coterie.methods.family import CONTROL, SINGLE_EXPERT, Family, Method, MethodGrid, oracle, single
 from coterie.mixture import Mixture
 from coterie.routers.base import Router
-from coterie.routers.centroid import SIMILARITY, CentroidRouter
 from coterie.routers.fixed import FixedRouter, SourceRouter, uniform
 from coterie.routers.gate import spectral_router
 from coterie.routers.token import TokenLevel
@@ -35,12 +34,8 @@ def domain_sources(mixture: Mixture) -> dict[str, str]:
 
 
 def _published(grid: MethodGrid) -> Router:
-    """As published: softmax of cosines, the largest times 4, and the cache recomputed."""
-    inner = grid.own.router.of_prompts
-    if not isinstance(inner, CentroidRouter) or inner.kind != SIMILARITY:
-        raise CoterieError(f"the mixture routes by {inner.kind!r}, so there are no similarities to weigh as published")
-    router = CentroidRouter.by_similarity(inner.extractor, inner.centroids, centre=inner.centre)
-    return TokenLevel(router, every=1, cache="recompute")
+    """As published: softmax of the cosines of a text's first tokens, the largest times 4; the cache is recomputed."""
+    return TokenLevel(grid.own.router.of_prompts.as_published(grid.own.backbone), every=1, cache="recompute")
 
 
 def _spectral(kind: str, router: str, paper: str) -> Method:
@@ -71,7 +66,11 @@ METHODS = {
         BANK, "embedding centroids, renewed at every n-th token", "layers", PAPER, lambda grid: grid.own.router
     ),
     "token-level-published": Method(
-        BANK, "the same at every token, cache recomputed", "weights:peft-0.4-linear", PAPER, _published
+        BANK,
+        "the same by what the encoder reads from a text's beginning, at every token, cache recomputed",
+        "weights:peft-0.4-linear",
+        PAPER,
+        _published,
     ),
     "arrow": _spectral("arrow", "top singular vectors, per layer and token", "arXiv 2405.11157"),
     "spectr": _spectral("spectr", "whole spectra, per layer and token", "arXiv 2504.03454"),
