@@ -24,7 +24,7 @@ from coterie.artifacts import read_json
 from coterie.backbone.gates import Gates
 from coterie.backbone.layers import ByExpert, ExpertLayers, Gated, Merged, Weighted, linear_layers
 from coterie.backbone.model import Backbone, BaseModelIdentity
-from coterie.data.batching import PromptFormat, TokenRow, pad
+from coterie.data.batching import IGNORED, PromptFormat, TokenRow, pad
 from coterie.data.examples import load_examples
 from coterie.errors import CoterieError
 from coterie.experts import fresh_adapter
@@ -76,6 +76,10 @@ def make_backbone(name: str) -> Backbone:
     return Backbone(model, tiny.make_tokenizer(), IDENTITY)
 
 
+def some_rows(backbone: Backbone, count: int) -> list[TokenRow]:
+    return [PromptFormat(backbone.tokenizer).row(example) for example in load_examples(tiny.make_rows(count))]
+
+
 @pytest.fixture(scope="module", params=UNLIKE_LLAMA)
 def place(request, tmp_path_factory) -> Place:
     backbone = make_backbone(request.param)
@@ -90,8 +94,7 @@ def place(request, tmp_path_factory) -> Place:
         transposed = is_transposed(backbone.model, layers)
         save_adapter(backbone.model, folder / expert, {**config, "fan_in_fan_out": transposed}, seed)
     adapters = [load_adapter(folder / expert, backbone.model) for expert in NAMES]
-    rows = [PromptFormat(backbone.tokenizer).row(example) for example in load_examples(tiny.make_rows(4))]
-    return Place(backbone, folder, adapters, rows)
+    return Place(backbone, folder, adapters, some_rows(backbone, 4))
 
 
 def read_together(place: Place, rows: list[TokenRow]) -> list[torch.Tensor]:
@@ -218,6 +221,22 @@ def test_training_goes_on_from_an_adapter_of_somebody_else(place, tmp_path):
     assert all(not torch.equal(trained[path].up, start[path].up) for path in start)
 
 
+@pytest.mark.parametrize("name", architectures.WORKING)
+def test_the_loss_is_the_mean_over_all_labelled_tokens(name):
+    """Logits are asked for where some row has a label, and the labels that go with them are shifted already."""
+    backbone = make_backbone(name)
+    rows = some_rows(backbone, 3)
+    features = [{"input_ids": list(row.ids), "labels": row.labels()} for row in rows]
+    batch = TrainingCollator(backbone.tokenizer.pad_token_id)(features)
+    states = torch.cat([read_alone(backbone.model, row) for row in rows])
+    labels = torch.tensor([label for row in rows for label in [*row.labels()[1:], IGNORED]])
+    wanted = nn.functional.cross_entropy(backbone.head(states), labels)
+    with torch.inference_mode():
+        torch.testing.assert_close(backbone.model(**batch).loss, wanted, rtol=1e-3, atol=1e-4)
+        of_a_part = backbone.model(**batch, num_items_in_batch=2 * (labels != IGNORED).sum()).loss
+    torch.testing.assert_close(of_a_part, wanted / 2, rtol=1e-3, atol=1e-4)
+
+
 def test_gates_are_trained_on_what_they_compute_when_answering(place):
     """The loss of the model that is trained equals the one of the attached gates."""
     gates = random_gates(place)
@@ -229,7 +248,7 @@ def test_gates_are_trained_on_what_they_compute_when_answering(place):
     layers = ExpertLayers(place.backbone.model, place.adapters)
     with layers.attached(), layers.choosing(Gated((0, 1, 2), gates)):
         states = read_together(place, place.rows)
-    labels = torch.tensor([label for row in place.rows for label in [*row.labels()[1:], -100]])
+    labels = torch.tensor([label for row in place.rows for label in [*row.labels()[1:], IGNORED]])
     wanted = torch.nn.functional.cross_entropy(place.backbone.head(torch.cat(states)), labels)
     torch.testing.assert_close(loss, wanted, rtol=1e-3, atol=1e-4)
     loss.backward()
@@ -250,37 +269,68 @@ def some_checkpoint(backbone: Backbone, folder: Path) -> Checkpoint:
     return Checkpoint(adapter, AdamState(moments, steps=3, learning_rate=0.1, betas=(0.9, 0.999), eps=1e-8))
 
 
-def check_features(backbone: Backbone, folder: Path, rows: list[TokenRow], form: str) -> None:
-    """Every row's feature is what autograd and Adam give on this row alone, whatever stands beside it."""
+def check_features(backbone: Backbone, folder: Path, rows: list[TokenRow], form: str, *, last: bool = True) -> None:
+    """Every row's feature is what autograd and Adam give on this row alone, whatever stands beside it.
+
+    Also, if asked for, where the last block alone counts, whose graph starts at its own input.
+    """
     checkpoint = some_checkpoint(backbone, folder)
     layout = KeepsEverything({name: moments.mean.numel() for name, moments in checkpoint.adam.moments.items()})
-    features = GradientFeatures(backbone, [checkpoint], FeatureSettings(form=form, feature_batch_size=len(rows)))
-    features.projection = layout
-    features.settings = features.settings.model_copy(update={"d_proj": layout.d_proj})
-    found = features(rows)
     model, parameters = peft_factors(backbone.model, folder)
     assert set(parameters) == set(layout.offsets)
-    for number, row in enumerate(rows):
-        for name, gradient in autograd_gradients(model, parameters, row).items():
-            wanted = gradient if form == "sgd" else adam_step(gradient, name, checkpoint.adam)
-            got = found[number, layout.offsets[name] :][: wanted.numel()].view(wanted.shape)
-            scale = float(wanted.abs().max())
-            torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 * scale)
+    gradients = [autograd_gradients(model, parameters, row) for row in rows]
+    for blocks, counted in [("all", backbone.blocks), ("last:1", backbone.blocks[-1:])][: 1 + last]:
+        settings = FeatureSettings(form=form, feature_batch_size=len(rows), blocks=blocks)
+        features = GradientFeatures(backbone, [checkpoint], settings)
+        features.projection = layout
+        features.settings = settings.model_copy(update={"d_proj": layout.d_proj})
+        inside = set(counted.modules())
+        for own, found in zip(gradients, features(rows), strict=True):
+            for name, gradient in own.items():
+                if backbone.model.get_submodule(name.rpartition(".")[0]) in inside:
+                    wanted = gradient if form == "sgd" else adam_step(gradient, name, checkpoint.adam)
+                else:
+                    wanted = torch.zeros_like(gradient)
+                got = found[layout.offsets[name] :][: wanted.numel()].view(wanted.shape)
+                torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
 
 
-@pytest.mark.parametrize("form", ["sgd", "adam"])
-def test_features_are_those_of_autograd_on_each_row_alone(place, form):
-    check_features(place.backbone, place.folder / "c", place.rows, form)
+@pytest.mark.parametrize("name", architectures.WORKING)
+def test_features_are_those_of_autograd_on_each_row_alone(name, tmp_path):
+    backbone = make_backbone(name)
+    layers = layers_to_change(backbone.model, "all-linear")
+    transposed = is_transposed(backbone.model, layers)
+    save_adapter(backbone.model, tmp_path, {"r": 2, "target_modules": layers, "fan_in_fan_out": transposed})
+    check_features(backbone, tmp_path, some_rows(backbone, 3), "sgd")
+
+
+@pytest.fixture
+def shared(tmp_path) -> Backbone:
+    """A model whose two blocks are fed forward by one module, and an adapter of it in `tmp_path`."""
+    backbone = make_backbone("llama")
+    backbone.model.model.layers[1].mlp = backbone.model.model.layers[0].mlp
+    save_adapter(backbone.model, tmp_path, {"r": 2, "target_modules": ["down_proj", "up_proj"]})
+    return backbone
 
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # those of the second name
-def test_a_module_that_runs_twice_has_the_gradient_of_the_sum(tmp_path):
+def test_a_module_that_runs_twice_has_the_gradient_of_the_sum(shared, tmp_path):
     """Adam's step of a sum is not the sum of the steps."""
-    backbone = make_backbone("llama")
-    backbone.model.model.layers[1].mlp = backbone.model.model.layers[0].mlp
-    save_adapter(backbone.model, tmp_path, {"r": 2, "target_modules": ["down_proj", "q_proj"]})
-    rows = [PromptFormat(backbone.tokenizer).row(example) for example in load_examples(tiny.make_rows(3))]
-    check_features(backbone, tmp_path, rows, "adam")
+    check_features(shared, tmp_path, some_rows(shared, 3), "adam", last=False)
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_a_module_counts_only_where_it_runs_in_the_blocks_that_count(shared, tmp_path):
+    checkpoint = some_checkpoint(shared, tmp_path)
+    settings = FeatureSettings(form="sgd", blocks="last:1", d_proj=64)
+    features = GradientFeatures(shared, [checkpoint], settings)
+    model, parameters = peft_factors(shared.model, tmp_path)
+    start = lambda _, inputs: (inputs[0].detach().requires_grad_(), *inputs[1:])  # noqa: E731
+    model.base_model.model.model.layers[1].register_forward_pre_hook(start)
+    for row in some_rows(shared, 2):
+        own = autograd_gradients(model, parameters, row)
+        wanted = sum(features.projection(name, gradient.flatten()[None]) for name, gradient in own.items())
+        torch.testing.assert_close(features([row]), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
 
 
 # ------------------------------------------------------------------------------------------- what adapters change
@@ -415,9 +465,8 @@ def test_an_adapter_that_peft_attaches_elsewhere_is_no_start_of_a_training(tmp_p
     layers = ExpertLayers(backbone.model, [load_adapter(tmp_path / "start", backbone.model)])
     with layers.attached(), layers.choosing(ByExpert((0,), (2,))):
         backbone.hidden(torch.arange(14).view(2, 7))  # here it runs
-    rows = [PromptFormat(backbone.tokenizer).row(example) for example in load_examples(tiny.make_rows(2))]
     with pytest.raises(CoterieError, match="PEFT does not attach"):
-        train_adapter(backbone, rows, PLAN, tmp_path / "out", tmp_path / "start")
+        train_adapter(backbone, some_rows(backbone, 2), PLAN, tmp_path / "out", tmp_path / "start")
 
 
 def test_the_null_adapter_of_transposed_layers_is_read_by_peft(tmp_path):

@@ -204,6 +204,8 @@ class _Collector:
 
     def keep_input(self, path: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """Keep the input of a module in the forward pass, until the gradient of its output comes by."""
+        if not output.requires_grad:  # a module that also runs in a block before those that count
+            return
         x = inputs[0].detach()
         self.calls[path] += 1
         output.register_hook(lambda gradient: self.collect(path, x, gradient))

@@ -13,6 +13,7 @@ from coterie.data.examples import Example
 from coterie.data.streaming import FRESH, index_pools
 from coterie.errors import CoterieError
 from coterie.experts.bank import load_bank, write_adapter
+from coterie.experts.fresh_adapter import is_transposed
 from coterie.experts.lorahub import SearchPlan, compose, search_weights
 from coterie.methods.common import base_plan, copy_expert, train_expert
 from coterie.methods.extras import ExtraSpec, TrainedExtra
@@ -67,6 +68,7 @@ def _lorahub(run: KshotRun, into: RunFolder) -> TrainedExtra:
         "rank_pattern": ranks,
         "alpha_pattern": ranks,  # so that every layer's scaling is 1
         "target_modules": sorted(ranks),
+        "fan_in_fan_out": is_transposed(task.backbone.model, ranks),
     }
     folder = into.path / "experts" / LORAHUB
     write_adapter(folder, config, composed)
