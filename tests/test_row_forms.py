@@ -12,7 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import tiny
 from coterie.data import files
+from coterie.data.batching import PromptFormat
 from coterie.data.examples import MAX_CHARACTERS, MAX_DEPTH, Example, load_all, load_examples, read_examples
 from coterie.data.forms import (
     HISTORY,
@@ -30,6 +32,7 @@ from coterie.data.forms import (
 from coterie.data.streaming import COPY, EXCLUDED_QUESTION, index_pools, question_of, text_of
 from coterie.errors import CoterieError
 from coterie.evaluation.few_shot import with_shots
+from coterie.methods.common import hash_examples
 from coterie.mixture.folder import reading_for
 from coterie.settings.groups import INPUT_TEMPLATE, ReadingSettings
 from coterie.settings.reading import from_flat
@@ -155,6 +158,18 @@ AS_WRITTEN = {
 @pytest.mark.parametrize(("row", "conversation"), AS_WRITTEN.values(), ids=AS_WRITTEN)
 def test_a_row_is_read_as_those_mean_it_who_write_it(row, conversation):
     assert turns(row) == conversation
+
+
+@pytest.mark.parametrize(("row", "conversation"), AS_WRITTEN.values(), ids=AS_WRITTEN)
+def test_the_tokens_of_a_row_are_its_exact_prompt_and_its_passage_is_the_users_text(row, conversation):
+    tokenizer = tiny.make_tokenizer()
+    found = PromptFormat(tokenizer, "Be kind.").row(load_examples([row])[0])
+    said = conversation if conversation[0][0] == "system" else [("system", "Be kind."), *conversation]
+    text = "".join(f"<s>{role}\n{content}<e>" for role, content in said)
+    assert tokenizer.decode(list(found.ids), clean_up_tokenization_spaces=False) == text
+    marked = [token for token, is_users in zip(found.ids, found.is_user_text, strict=True) if is_users]
+    users = "".join(content for role, content in conversation if role == "user")
+    assert tokenizer.decode(marked, clean_up_tokenization_spaces=False) == users
 
 
 def test_every_form_of_the_table_has_a_row_above():
@@ -287,8 +302,15 @@ def test_fields_of_two_forms_are_refused_by_name_and_not_guessed(row, lost):
     assert turns(row, ignore_fields=str(caught.value).rpartition(" ")[2])
 
 
+def test_an_input_without_its_instruction_is_refused():
+    with pytest.raises(CoterieError, match="row 1 of the data has an empty prompt"):
+        load_examples([{"instruction": " ", "input": "1 and 2", "output": "3"}])
+
+
 def test_a_second_system_prompt_is_refused():
-    with pytest.raises(CoterieError, match="has a system prompt twice; pass over one with --ignore-fields system"):
+    system = {"role": "system", "content": "a"}
+    assert turns({"system": "a", "messages": [system, ASKED, REPLIED]}) == turns({"messages": [system, ASKED, REPLIED]})
+    with pytest.raises(CoterieError, match="has two system prompts; pass over one with --ignore-fields system"):
         load_examples([{"system": "a", "messages": [{"role": "system", "content": "b"}, ASKED, REPLIED]}])
 
 
@@ -422,7 +444,8 @@ def test_rows_that_differ_in_their_passage_only_are_no_copies_and_no_leaks():
     rows = load_examples([{"instruction": "Summarise.", "context": text, "response": "It rains."} for text in "abb"])
     assert sorted(index_pools({"p": rows}, None, [], []).kinds.tolist()) == [0, 0, COPY]
     assert index_pools({"p": rows[:1]}, None, [], rows[1:]).kinds.tolist() == [0]
-    assert len({question_of(row) for row in rows}) == 2
+    assert len({question_of(row) for row in rows}) == len({text_of(row) for row in rows}) == 2  # leaks and embeddings
+    assert hash_examples(rows[:1]) != hash_examples(rows[1:2])
 
 
 # ------------------------------------------------------------------------------------------------------------- files

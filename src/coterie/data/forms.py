@@ -2,7 +2,8 @@
 
 A field is either read (it stands in the conversation or in a label), refused by name (it would change the prompt or
 the loss and is not understood), or bookkeeping, which is every name that is known to none of the tables below. The
-names are those of TRL, LLaMA-Factory and axolotl, and of the data sets that their users know.
+names are those of TRL, LLaMA-Factory and axolotl, and of the data sets that their users know. Columns of other
+names would be renamed before they come here.
 """
 
 import math
@@ -114,16 +115,18 @@ def conversation_of(row: Fields, place: str, reading: ReadingSettings) -> tuple[
     passage = _first(row, PASSAGES) if isinstance(row[form.asks], str) and form.replies else None
     system = _first(row, SYSTEM_PROMPTS)
     asked = row[form.asks]
-    if passage is not None and _holds(row, passage):
+    if passage is not None and _holds(row, passage) and asked.strip():
         parts = {"instruction": asked, "input": _text(row, passage, place)}
         asked = re.sub(r"\{(instruction|input)\}", lambda found: parts[found[1]], reading.template)
     turns = _history(row, place)
     turns += _turns(asked, form.asks, "user", place, reading.ignored)
     turns += _turns(row[reply], reply, "assistant", place, reading.ignored) if reply is not None else []
     if system is not None and _holds(row, system):
-        if any(turn.role == "system" for turn in turns):
-            raise CoterieError(f"{place} has a {system} prompt twice; pass over one with --ignore-fields {system}")
-        turns.insert(0, Message("system", _text(row, system, place)))
+        own = Message("system", _text(row, system, place))
+        if not any(turn.role == "system" for turn in turns):
+            turns.insert(0, own)
+        elif own not in turns:
+            raise CoterieError(f"{place} has two system prompts; pass over one with --ignore-fields {system}")
     _refuse_lost(row, {form.asks, reply, passage, system, HISTORY}, form.asks, turns, place)
     return tuple(turns)
 

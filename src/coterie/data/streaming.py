@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import re
+import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import chain, islice
 
 import numpy as np
@@ -18,9 +21,6 @@ ExampleSource = str | Sequence[Example]
 """A source as `load_examples` knows it, or examples in memory."""
 
 KEY_BYTES = 16
-INVISIBLE = frozenset("\u034f\u115f\u1160\u180b\u180c\u180d\u3164" + "".join(map(chr, range(0xFE00, 0xFE10))))
-"""Characters of no width that Unicode does not class as formatting (Cf): joiners, fillers and selectors of variants."""
-
 FRESH, COPY, SHOT_QUESTION, EXCLUDED_QUESTION = range(4)
 """What a pool row is found to be by its text alone."""
 
@@ -36,12 +36,16 @@ def stream_examples(
     return read_examples(source, limit, reading=reading) if isinstance(source, str) else islice(source, limit)
 
 
+@cache
+def _invisible() -> re.Pattern[str]:
+    """Match characters of no width: what Unicode calls formatting (Cf), joiners, fillers, selectors of variants."""
+    formatting = (char for char in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(char) == "Cf")
+    return re.compile(f"[\u034f\u115f\u1160\u180b-\u180d\u3164\ufe00-\ufe0f{''.join(formatting)}]+")
+
+
 def as_seen(text: str) -> str:
     """Return a text as it looks, for comparing only: accents joined to their letters (NFC), nothing invisible."""
-    if text.isascii():
-        return text
-    seen = (char for char in text if unicodedata.category(char) != "Cf" and char not in INVISIBLE)
-    return unicodedata.normalize("NFC", "".join(seen))
+    return text if text.isascii() else unicodedata.normalize("NFC", _invisible().sub("", text))
 
 
 def same_words(text: str) -> str:
