@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -349,6 +350,26 @@ def test_no_known_field_is_lost_in_silence(row):
         elif name in LABELS:
             assert getattr(found, name) == text
         assert name not in UNKNOWN or not text.strip()
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(fields | st.sampled_from(["role", "from"]), inner),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.dictionaries(fields | st.sampled_from([HISTORY, "answers", "tests"]), values, max_size=4))
+@example(ROW | {"id": 10**400, "weight": 10**400})
+@example(ROW | {"answer": np.float32("nan"), "weight": np.ones(2)})
+def test_whatever_a_row_holds_it_is_read_or_refused_in_one_line(row):
+    try:
+        [found] = load_examples([ROW | row])
+    except CoterieError as error:
+        assert "\n" not in str(error) and str(error).startswith("row 1 of the data")
+    else:
+        assert all(isinstance(message.content, str) for message in found.messages)
 
 
 @settings(deadline=None, max_examples=200)

@@ -187,7 +187,7 @@ def _label(row: Mapping[str, Any], name: str, place: str) -> str | None:
     value = row.get(name)
     if value is None or isinstance(value, str):
         return value
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or abs(value) == math.inf:
         got = value if isinstance(value, Real) else f"a {type(value).__name__}"
         raise CoterieError(
             f"{place}: {name} must be a text or a number, but is {got}; mend it, or pass over it with "

@@ -6,10 +6,10 @@ names are those of TRL, LLaMA-Factory and axolotl, and of the data sets that the
 names would be renamed before they come here.
 """
 
-import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from coterie.errors import CoterieError
@@ -92,12 +92,13 @@ _REFUSED = {name for names in REFUSED.values() for name in names}
 
 
 def filled(row: Mapping[Any, Any], ignored: Collection[str]) -> dict[str, Any]:
-    """Return the fields that hold something and are not passed over: tables fill in None or NaN for what is missing."""
-    return {
-        str(name): value
-        for name, value in row.items()
-        if value is not None and not (isinstance(value, float) and math.isnan(value)) and name not in ignored
-    }
+    """Return the fields that hold something and are not passed over."""
+    return {str(name): value for name, value in row.items() if not _is_missing(value) and name not in ignored}
+
+
+def _is_missing(value: object) -> bool:
+    """Tell whether this is what tables fill in for what is missing: None, or NaN of any kind."""
+    return not isinstance(value, str) and (value is None or (isinstance(value, Real) and value != value))
 
 
 def conversation_of(row: Fields, place: str, reading: ReadingSettings) -> tuple[Message, ...]:
@@ -110,7 +111,7 @@ def conversation_of(row: Fields, place: str, reading: ReadingSettings) -> tuple[
     form = next((form for form in ROW_FORMS if _holds(row, form.asks)), None)
     form = form or next((form for form in ROW_FORMS if form.asks in row), None)
     if form is None:
-        raise CoterieError(f"{place} has the fields {', '.join(row) or '(none)'}; rows have the form {FORMS}")
+        raise CoterieError(f"{place} has the fields {', '.join(row) or '(none)':.300}; rows have the form {FORMS}")
     reply = _first(row, form.replies)
     passage = _first(row, PASSAGES) if isinstance(row[form.asks], str) and form.replies else None
     system = _first(row, SYSTEM_PROMPTS)
@@ -139,6 +140,10 @@ def _holds(row: Fields, name: str) -> bool:
     return bool(value) if isinstance(value, list | tuple | dict) else value is not None
 
 
+def _is(value: object, number: int) -> bool:
+    return isinstance(value, Real) and value == number
+
+
 def _first(row: Fields, names: tuple[str, ...]) -> str | None:
     """Return the first of these fields that holds something, or else the first that is there."""
     return next((name for name in names if _holds(row, name)), None) or next((n for n in names if n in row), None)
@@ -153,7 +158,7 @@ def _text(row: Fields, name: str, place: str) -> str:
 
 def _refuse_unknown(fields: Fields, place: str, names: Collection[str]) -> None:
     held = [name for name in fields if name in names and _holds(fields, name)]
-    found = [name for name in held if name not in WEIGHTS or fields[name] != 1]
+    found = [name for name in held if name not in WEIGHTS or not _is(fields[name], 1)]
     if found:
         raise CoterieError(
             f"{place} has {', '.join(found)}, which would change the prompt or the loss and is not understood; take it "
@@ -203,14 +208,14 @@ def _turn(turn: object, name: str, place: str, ignored: Collection[str]) -> Mess
     fields = filled(turn, ignored) if isinstance(turn, Mapping) else {}
     role, content = _one(fields, "role", "from"), _one(fields, "content", "value")
     known = _ROLE_OF.get(role.casefold()) if isinstance(role, str) else None
-    if known in ("system", "user") and fields.get("weight") == 0:
+    if known in ("system", "user") and _is(fields.get("weight"), 0):
         del fields["weight"]  # nothing of these is trained on in any case
     _refuse_unknown(fields, f"{place}: {name}", {*_REFUSED, *REFUSED_IN_MESSAGES})
     if known is None or not isinstance(content, str):
         names = ", ".join(_ROLE_OF)
         raise CoterieError(
-            f"{place}: every message needs a role ({names}) and a text as content; {name} has the role {role!r} and "
-            f"content of type {type(content).__name__}"
+            f"{place}: every message needs a role ({names}) and a text as content; {name} has the role {role!r:.40} "
+            f"and content of type {type(content).__name__}"
         )
     return Message(known, content)
 
@@ -218,4 +223,5 @@ def _turn(turn: object, name: str, place: str, ignored: Collection[str]) -> Mess
 def _one(fields: Fields, first: str, second: str) -> object:
     """Return what a field of two names holds; None where the two differ."""
     values = [fields[name] for name in (first, second) if name in fields]
-    return values[0] if values and values[0] == values[-1] else None
+    differ = len(values) == 2 and not (isinstance(values[0], str) and values[0] == values[1])
+    return None if differ or not values else values[0]
