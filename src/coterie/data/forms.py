@@ -98,7 +98,7 @@ def filled(row: Mapping[Any, Any], ignored: Collection[str]) -> dict[str, Any]:
 
 def _is_missing(value: object) -> bool:
     """Tell whether this is what tables fill in for what is missing: None, or NaN of any kind."""
-    return not isinstance(value, str) and (value is None or (isinstance(value, Real) and value != value))
+    return not isinstance(value, str) and (value is None or (isinstance(value, Real) and bool(value != value)))
 
 
 def conversation_of(row: Fields, place: str, reading: ReadingSettings) -> tuple[Message, ...]:
@@ -141,7 +141,7 @@ def _holds(row: Fields, name: str) -> bool:
 
 
 def _is(value: object, number: int) -> bool:
-    return isinstance(value, Real) and value == number
+    return isinstance(value, Real) and bool(value == number)
 
 
 def _first(row: Fields, names: tuple[str, ...]) -> str | None:
