@@ -15,10 +15,10 @@ from coterie.cli.table import COMMANDS
 from coterie.experts.expert_pool import init_pool
 from coterie.methods.elrea.methods import METHODS
 from coterie.methods.family import MethodGrid
-from coterie.methods.registry import load_grid, make_grid
+from coterie.methods.registry import load_grid, train_extras
 from coterie.mixture import Mixture
-from coterie.settings.commands import ExpertPoolSettings
-from coterie.settings.groups import ExtrasSettings, ModelSettings
+from coterie.settings.commands import ExpertPoolSettings, TrainExtrasSettings
+from coterie.settings.groups import ExtrasSettings, ModelSettings, PlacementSettings
 from stub_server import serving
 from symbolic_place import EXPERTS, Place, respond, rows
 
@@ -84,7 +84,7 @@ def grid_folder(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """A copy of the fitted run, in which everything that any method needs beyond it was trained."""
     folder = tmp_path_factory.mktemp("grid") / "run"
     shutil.copytree(run_folder, folder)
-    make_grid(Mixture.from_pretrained(folder, device="cpu"), list(METHODS), GRID)
+    train_extras(TrainExtrasSettings(mixture=str(folder), placement=PlacementSettings(device="cpu"), extras=GRID))
     return folder
 
 

@@ -9,7 +9,8 @@ import torch
 import tiny
 from conftest import FIT, GRID
 from coterie import methods
-from coterie.artifacts import read_json, read_jsonl
+from coterie.artifacts import read_json, read_jsonl, write_text
+from coterie.backbone.aliases import cache_folder
 from coterie.backbone.layers import linear_shapes
 from coterie.data.examples import load_examples
 from coterie.errors import CoterieError
@@ -23,7 +24,7 @@ from coterie.methods.elrea.cross_fit import assign_folds, even_pairs
 from coterie.methods.elrea.extras import EXTRAS
 from coterie.methods.elrea.methods import FAMILY
 from coterie.methods.elrea.run import ElreaRun
-from coterie.methods.extras import load_extra, prepare_extras, read_losses
+from coterie.methods.extras import extra_folder, load_extra, prepare_extras, read_losses
 from coterie.methods.registry import load_grid, make_grid, train_extras
 from coterie.mixture import Mixture
 from coterie.mixture.scoring import score, score_votes
@@ -33,6 +34,7 @@ from coterie.routers.gate import GateRouter
 from coterie.settings.commands import TrainExtrasSettings
 from coterie.settings.groups import ExtrasSettings
 from coterie.settings.reading import from_flat
+from test_artifacts import everything
 
 
 @pytest.fixture
@@ -251,9 +253,9 @@ def test_an_extra_killed_between_two_experts_goes_on_and_ends_the_same(copy, gri
     with monkeypatch.context() as patch:
         patch.setattr(elrea_extras, "train_expert", counted)
         with pytest.raises(KilledError):
-            prepare_extras(opened(copy), ["datasets"], EXTRAS)
+            prepare_extras(opened(copy), ["datasets"], EXTRAS, in_run=True)
     assert not (copy / "methods" / "datasets").exists()
-    prepare_extras(opened(copy), ["datasets"], EXTRAS)
+    prepare_extras(opened(copy), ["datasets"], EXTRAS, in_run=True)
     for name in ("dataset-pick", "dataset-spell", "dataset-sum"):
         file = f"methods/datasets/experts/{name}/adapter_model.safetensors"
         assert (copy / file).read_bytes() == (grid_folder / file).read_bytes()
@@ -284,6 +286,48 @@ def test_what_is_made_from_something_comes_after_it():
     assert EXTRAS["loss"].needs == ("judged",)
 
 
+# ---------------------------------------------------------------------------------------------- a stranger's mixture
+
+
+@pytest.fixture
+def strangers(copy, tmp_path, monkeypatch):
+    """A mixture from elsewhere that leads work into somebody's project, and a cache that knows nothing of it."""
+    write_text(tmp_path / "project" / "thesis.tex", "years of work")
+    for place in ("working/methods/datasets", "methods/datasets"):
+        (copy / place).parent.mkdir(parents=True, exist_ok=True)
+        (copy / place).symlink_to(tmp_path / "project" if place.startswith("working") else tmp_path / "nothing")
+    monkeypatch.setenv("COTERIE_CACHE", str(tmp_path / "cache"))
+    yield copy
+    assert everything(tmp_path / "project") == ["thesis.tex"] and not (tmp_path / "nothing").exists()
+
+
+def test_what_is_derived_from_a_strangers_mixture_goes_into_the_users_cache_once(strangers, grid_folder, monkeypatch):
+    before = everything(strangers)
+    mixture = Mixture.from_pretrained(strangers, device="cpu")
+    found = make_grid(mixture, ["per-dataset"], GRID).extras["datasets"]
+    assert everything(strangers) == before
+    assert found.folder.is_relative_to(cache_folder()) and found.folder == extra_folder(mixture, "datasets")
+    trained = read_json(grid_folder / "methods" / "datasets" / "ingredient.json")["experts"]
+    assert sorted(found.bank.names) == sorted(trained)
+    moved = strangers.rename(strangers.with_name("moved"))
+    monkeypatch.setattr(elrea_extras, "train_expert", None)  # it would be called to train again
+    assert load_grid(Mixture.from_pretrained(moved, device="cpu"), ["per-dataset"]).extras["datasets"].bank.names
+    moved.rename(strangers)
+
+
+def test_extras_are_not_trained_through_a_link_in_the_run_itself(strangers):
+    wanted = {"mixture": str(strangers), "methods": "per-dataset", "device": "cpu"}
+    with pytest.raises(CoterieError, match="working/methods/datasets is a link or a file where a folder is needed"):
+        train_extras(from_flat(TrainExtrasSettings, wanted))
+
+
+def test_extras_of_a_run_that_is_named_by_a_link_are_trained(copy, tmp_path, monkeypatch):
+    (tmp_path / "best").symlink_to(copy)
+    wanted = {"mixture": str(tmp_path / "best"), "methods": "per-dataset", "device": "cpu"}
+    assert set(train_extras(from_flat(TrainExtrasSettings, wanted))) == {"datasets"}
+    assert (copy / "methods" / "datasets" / "ingredient.json").is_file()
+
+
 # ----------------------------------------------------------------------------------------------------- what is wrong
 
 
@@ -293,7 +337,7 @@ def test_training_data_that_changed_is_told(copy, train_file, tmp_path):
     text = (copy / "run.yaml").read_text().replace(str(train_file), str(other))
     (copy / "run.yaml").write_text(text)
     with pytest.raises(CoterieError, match=r"other.jsonl is not what .*run was fitted on; restore the file"):
-        prepare_extras(opened(copy), ["datasets"], EXTRAS)
+        prepare_extras(opened(copy), ["datasets"], EXTRAS, in_run=True)
 
 
 def test_rows_in_memory_cannot_be_trained_on_again(model_folder, tmp_path):

@@ -22,7 +22,7 @@ from coterie.errors import CoterieError
 from coterie.evaluation.compare import evaluate
 from coterie.experts.bank import load_adapter
 from coterie.grading.grade import is_right
-from coterie.methods import load_grid, make_grid
+from coterie.methods import load_grid, make_grid, train_extras
 from coterie.methods.add_adapters import bank_add
 from coterie.methods.kshot import choose_adapters as selecting
 from coterie.methods.kshot import fit as kshot
@@ -30,7 +30,7 @@ from coterie.methods.kshot import train as tuning
 from coterie.methods.kshot.methods import METHODS
 from coterie.methods.kshot.run import KshotRun
 from coterie.mixture import Mixture
-from coterie.settings.commands import KshotSettings
+from coterie.settings.commands import KshotSettings, TrainExtrasSettings
 from coterie.settings.groups import ExtrasSettings, ModelSettings
 from coterie.settings.reading import from_flat
 from stub_server import completion, serving
@@ -393,6 +393,7 @@ def rivals(bank, task_shots, pool_file, tmp_path_factory):
         bank, task_shots, folder / "run", pool=[str(pool_file)], budget=4, encoder="hidden", candidates=3,
         embeddings=str(folder / "kept"),
     )  # fmt: skip
+    train_extras(from_flat(TrainExtrasSettings, {"mixture": str(folder / "run"), "device": "cpu"}))
     test = write_rows(folder / "test.jsonl", rows_of("pick", 3, seed=123))
     found = evaluate(
         Mixture.from_pretrained(folder / "run", device="cpu"), load_examples(test), methods=list(METHODS),

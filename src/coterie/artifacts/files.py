@@ -69,7 +69,7 @@ def whole_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def as_path(text: str | Path) -> Path:
+def as_path(text: str | Path, advice: str = "write the whole path") -> Path:
     """Return a path in which ~ stands for a home folder.
 
     Raises:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coterie.artifacts import sha256_of
+from coterie.artifacts import as_path, sha256_of
 from coterie.errors import CoterieError
 
 if TYPE_CHECKING:
@@ -83,8 +83,12 @@ ENCODER_ALIASES = {
 
 
 def cache_folder() -> Path:
-    """Return the folder for converted models and other things that can be made again."""
-    return Path(os.environ.get("COTERIE_CACHE", Path.home() / ".cache" / "coterie"))
+    """Return the folder for converted models and other things that can be made again.
+
+    Raises:
+        CoterieError: when the user has no home folder.
+    """
+    return as_path(os.environ.get("COTERIE_CACHE") or "~/.cache/coterie", "set COTERIE_CACHE to a folder of yours")
 
 
 def fetch_alias(alias: str) -> Path:

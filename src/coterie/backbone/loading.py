@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from coterie.artifacts import read_json, sha256_of, write_json
+from coterie.artifacts import as_path, read_json, sha256_of, write_json
 from coterie.backbone.aliases import ALIASES, cache_folder, densify, fetch_alias
 from coterie.backbone.model import Backbone, BaseModelIdentity
 from coterie.backbone.probe import check_model
@@ -60,7 +60,7 @@ def _locate(settings: ModelSettings) -> tuple[str | Path, str | None]:
     name = settings.model
     if name in ALIASES:
         return fetch_alias(name), None
-    path = Path(name).expanduser()
+    path = as_path(name)
     if path.is_dir() or path.is_file():
         if path.is_file() and path.suffix != ".gguf":
             raise CoterieError(f"{name} is a file but not a .gguf file; give a model folder, a hub id or a .gguf file")

@@ -72,7 +72,7 @@ def evaluate(
 ) -> Evaluation:
     """Compare methods on examples that no part of the mixture was trained on.
 
-    What a method lacks beyond the fitted mixture is trained once, into the mixture's folder.
+    What a method lacks beyond the fitted mixture is trained once, into the user's cache.
 
     Args:
         mixture: a fitted mixture.

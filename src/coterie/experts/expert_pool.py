@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from coterie.artifacts import FORMAT, hash_text, read_json, write_json
+from coterie.artifacts import FORMAT, as_path, hash_text, read_json, write_json
 from coterie.backbone.loading import local_weights
 from coterie.errors import CoterieError, unknown_name
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE, check_names
@@ -109,7 +109,7 @@ def parse_expert(text: str, base: str | None = None) -> PoolExpert:
     if re.match(r"[a-z]+://", source):
         address, _, model = source.partition("#")
         return _checked(PoolExpert(name, "endpoint", address.rstrip("/"), model))
-    folder = Path(source).expanduser()
+    folder = as_path(source)
     if (folder / CONFIG_FILE).is_file():
         return _adapter(name, folder.resolve(), base)
     model = str(folder.resolve()) if folder.exists() else source
@@ -122,7 +122,7 @@ def _adapter(name: str, folder: Path, base: str | None) -> PoolExpert:
         raise CoterieError(f"{folder / CONFIG_FILE} names no base model; add --base MODEL")
     if not (folder / WEIGHTS_FILE).is_file():
         raise CoterieError(f"{folder} holds no {WEIGHTS_FILE}; get or train the adapter again")
-    path = Path(model).expanduser()
+    path = as_path(model)
     model = str(path.resolve()) if path.exists() else model
     # an adapter in a mixture's `experts` folder was trained with the system prompt of that mixture
     file = folder.parent.parent / "mixture.json"

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
-from coterie.artifacts import hub_folder, read_json
+from coterie.artifacts import as_path, hub_folder, read_json
 from coterie.backbone.aliases import ENCODER_ALIASES, fetch_alias
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow, by_length, pad
@@ -204,7 +204,7 @@ def encoder_folder(name: str, other: str) -> Path:
     Raises:
         CoterieError: when there is no such encoder; `other` is suggested too.
     """
-    folder = fetch_alias(name) if name in ENCODER_ALIASES else Path(name).expanduser()
+    folder = fetch_alias(name) if name in ENCODER_ALIASES else as_path(name)
     if folder.is_dir():
         return folder
     told = unknown_name("encoder, local folder or hub id", name, [other, *ENCODER_ALIASES])

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from coterie.artifacts import FORMAT, disk_errors, hub_folder, write_json
+from coterie.artifacts import FORMAT, as_path, disk_errors, hub_folder, write_json
 from coterie.backbone.loading import Backbone, BaseModelIdentity, check_identity, load_backbone
 from coterie.data.streaming import question_of, stream_examples, text_key
 from coterie.errors import CoterieError
@@ -131,7 +131,7 @@ def add_to_bank(settings: BankAddSettings) -> Iterator[AddResult]:
     adapters = []
     for text in settings.adapters:
         name, equals, source = text.partition("=")
-        path = Path(text).expanduser()
+        path = as_path(text)
         if os.path.exists(path):  # also with an equals sign; unlike the path's own method, for names of any length
             adapters.append((path.resolve().name, text))
         else:
@@ -231,7 +231,7 @@ def _add_one(addition: _Addition, name: str, source: str) -> AddResult:
         check_domain_names([name])
         if not name.isprintable() or len(name) > LONGEST_NAME or "=" in name:
             raise CoterieError(f"{name!r} cannot be an adapter's name; give another one with NAME=FOLDER")
-        folder = Path(source).expanduser()
+        folder = as_path(source)
         folder = folder if os.path.exists(folder) else hub_folder(source, list(ADAPTER_FILES), advice)
         check_files(folder)
         if (there := _existing_card(addition, name, folder)) is not None:

@@ -1,7 +1,8 @@
 """What methods need beyond a fitted run: more experts, gates, cross-fitted losses, routers fitted to those.
 
-Each of these extras is a folder `methods/<name>` inside the run's folder, trained once: `ingredient.json` says how,
-experts are plain PEFT folders, the rest is safetensors.
+Each of these extras is a folder `methods/<name>`, trained once: `ingredient.json` says how, experts are plain PEFT
+folders, the rest is safetensors. It lies inside the run's folder if it was trained there on purpose, and else in the
+user's cache.
 """
 
 import logging
@@ -13,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from coterie.artifacts import FORMAT, RunFolder, read_json, read_run_record, read_tensors, write_json
+from coterie.artifacts import FORMAT, RunFolder, locked, read_json, read_run_record, read_tensors, write_json
 from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank, check_names, load_bank
 from coterie.mixture import Mixture
+from coterie.mixture.folder import derived_folder
 from coterie.routers.base import Router, RouterParts
 from coterie.routers.loss import CrossFitLosses
 from coterie.routers.table import load_router
@@ -104,20 +106,25 @@ class Extra:
     seconds: float
 
 
-def prepare_extras(run: AnyRun, names: Iterable[str], specs: Mapping[str, ExtraSpec[AnyRun]]) -> dict[str, Extra]:
-    """Train the extras that the run's folder lacks and load them all; what they are made from comes first.
+def prepare_extras(
+    run: AnyRun, names: Iterable[str], specs: Mapping[str, ExtraSpec[AnyRun]], *, in_run: bool = False
+) -> dict[str, Extra]:
+    """Train the extras that a run lacks and load them all; what they are made from comes first.
+
+    They go into the user's cache, since the run's folder may be a stranger's: with `in_run` into that folder.
 
     Raises:
-        CoterieError: when one was trained with other settings than those asked for, or its files are broken.
+        CoterieError: when one was trained with other settings than those asked for, its files are broken, or another
+            process trains some of this run.
     """
     order: list[str] = []
     for name in names:
         order += [needed for needed in (*specs[name].needs, name) if needed not in order]
     for name in order:
-        folder = run.folder / "methods" / name
+        folder = extra_folder(run.mixture, name, in_run=in_run)
         if not folder.exists():
             logger.info("training what the run lacks: %s", name)
-            _train(run, name, specs[name])
+            _train(run, name, specs[name], folder.parents[1])
             continue
         before = read_json(folder / RECORD).get("settings")
         for field in specs[name].settings:  # those that nobody gave a value for are taken as it was trained
@@ -131,7 +138,14 @@ def prepare_extras(run: AnyRun, names: Iterable[str], specs: Mapping[str, ExtraS
     return {name: load_extra(run.mixture, name) for name in order}
 
 
-def _train(run: AnyRun, name: str, spec: ExtraSpec[AnyRun]) -> None:
+def extra_folder(mixture: Mixture, name: str, *, in_run: bool = False) -> Path:
+    """Return the folder of an extra: the one that is there, or where it is to be trained."""
+    assert mixture.folder is not None  # whoever asks has read the folder
+    own = mixture.folder / "methods" / name
+    return own if in_run or own.is_dir() else derived_folder(mixture.folder) / "methods" / name
+
+
+def _train(run: AnyRun, name: str, spec: ExtraSpec[AnyRun], place: Path) -> None:
     def make(working: Path) -> None:
         started = time.perf_counter()
         made = spec.make(run, RunFolder(working))
@@ -147,10 +161,12 @@ def _train(run: AnyRun, name: str, spec: ExtraSpec[AnyRun]) -> None:
         }
         write_json(working / RECORD, record)
 
-    RunFolder(run.folder).stage(f"methods/{name}", make)
-    with suppress(OSError):  # another extra may be under way in there
-        (run.folder / "working" / "methods").rmdir()
-        (run.folder / "working").rmdir()
+    real = place.resolve()  # the run may be named by a link; below it there is none
+    with locked(real / ".lock", place):
+        RunFolder(real).stage(f"methods/{name}", make)
+        with suppress(OSError):  # another extra may be under way in there
+            (real / "working" / "methods").rmdir()
+            (real / "working").rmdir()
 
 
 def load_extra(mixture: Mixture, name: str) -> Extra:
@@ -159,8 +175,7 @@ def load_extra(mixture: Mixture, name: str) -> Extra:
     Raises:
         CoterieError: when it was not trained yet, or its files are broken.
     """
-    assert mixture.folder is not None  # whoever asks has read the folder
-    folder = mixture.folder / "methods" / name
+    folder = extra_folder(mixture, name)
     record = read_json(folder / RECORD)
     try:
         experts = list(record["experts"])
@@ -171,6 +186,7 @@ def load_extra(mixture: Mixture, name: str) -> Extra:
     bank = load_bank({expert: folder / "experts" / expert for expert in experts}, mixture.backbone.model)
     own = mixture.bank
     known = ExpertBank((*own.names, *bank.names), (*own.adapters, *bank.adapters))  # gates may weigh either's experts
+    assert mixture.folder is not None  # or else it would have no extras
     parts = RouterParts(folder / "router", mixture.folder, mixture.backbone, known)
     router = load_router(router_record, parts) if router_record else None
     return Extra(bank, router, folder, float(record.get("seconds") or 0))

@@ -105,8 +105,10 @@ class Family(Generic[AnyRun]):
         """Return the extras that must be trained for these methods, each once."""
         return list(dict.fromkeys(need for name in names for need in self.method(name)[0].needs))
 
-    def prepare(self, mixture: Mixture, names: Iterable[str], settings: ExtrasSettings) -> dict[str, Extra]:
-        """Train the extras that these methods still lack, once, into the mixture's folder, and load them.
+    def prepare(
+        self, mixture: Mixture, names: Iterable[str], settings: ExtrasSettings, *, in_run: bool = False
+    ) -> dict[str, Extra]:
+        """Train the extras that these methods still lack, once, as `prepare_extras` does, and load them.
 
         Raises:
             CoterieError: for an unknown method, or when something cannot be trained.
@@ -114,7 +116,7 @@ class Family(Generic[AnyRun]):
         needed = self.needs(names)
         if not needed or self.open_run is None:
             return {}
-        return prepare_extras(self.open_run(mixture, settings), needed, self.extras)
+        return prepare_extras(self.open_run(mixture, settings), needed, self.extras, in_run=in_run)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 from coterie.errors import CoterieError
 from coterie.methods.elrea.methods import FAMILY as ELREA
-from coterie.methods.extras import Extra, load_extra
+from coterie.methods.extras import Extra, extra_folder, load_extra
 from coterie.methods.family import Family, MethodGrid
 from coterie.methods.kshot.methods import FAMILY as KSHOT
 from coterie.methods.symbolic.methods import FAMILY as SYMBOLIC
@@ -32,7 +32,7 @@ def family_of(mixture: Mixture) -> Family:
 
 
 def make_grid(mixture: Mixture, names: Sequence[str], settings: ExtrasSettings) -> MethodGrid:
-    """Train what these methods still lack, once, into the mixture's folder, and load it.
+    """Train what these methods still lack, once, into the user's cache, and load it.
 
     Raises:
         CoterieError: for an unknown method, or when something cannot be trained.
@@ -50,7 +50,7 @@ def load_grid(mixture: Mixture, names: Sequence[str]) -> MethodGrid:
     family = family_of(mixture)
     needed = family.needs(names)
     for name in needed:
-        if mixture.folder is None or not (mixture.folder / "methods" / name).is_dir():
+        if mixture.folder is None or not extra_folder(mixture, name).is_dir():
             methods = ",".join(names)
             raise CoterieError(
                 f"{methods} needs {name}, which was not trained yet; "
@@ -69,7 +69,7 @@ def train_extras(settings: TrainExtrasSettings) -> dict[str, Extra]:
     family = family_of(mixture)
     everything = settings.methods == "all"
     names = list(family.methods) if everything else [name.strip() for name in settings.methods.split(",")]
-    return family.prepare(mixture, names, settings.extras)
+    return family.prepare(mixture, names, settings.extras, in_run=True)
 
 
 def listed() -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from coterie.artifacts import FORMAT, hub_folder, read_json, write_json, write_text
+from coterie.artifacts import FORMAT, hub_folder, read_json, sha256_of, write_json, write_text
+from coterie.backbone.aliases import cache_folder
 from coterie.backbone.loading import Backbone, check_identity, identity_from, load_backbone
 from coterie.combiners.base import Combiner
 from coterie.combiners.table import make_combiner
@@ -85,14 +86,17 @@ class StoredMixture:
         """Return what routers are loaded from that were trained beside this one and weigh this bank's experts alone.
 
         Returns:
-            By kind: the router's entry and its parts, of what lies in the folder's `methods/`.
+            By kind: the router's entry and its parts, of what lies in the folder's `methods/` or in the user's cache.
         """
         found: dict[str, tuple[Mapping[str, Any], RouterParts]] = {}
-        for file in sorted(self.folder.glob("methods/*/ingredient.json")) if self.folder else ():
+        if self.folder is None:
+            return found
+        places = (self.folder, derived_folder(self.folder))
+        for file in (file for place in places for file in sorted(place.glob("methods/*/ingredient.json"))):
             record = read_json(file)
             entry = record.get("router")
             if isinstance(entry, dict) and set(record.get("experts") or ()) <= set(self.bank.names):
-                parts = RouterParts(file.parent / "router", file.parents[2], self.backbone, self.bank)
+                parts = RouterParts(file.parent / "router", self.folder, self.backbone, self.bank)
                 found.setdefault(str(entry.get("kind")), (entry, parts))
         return found
 
@@ -220,3 +224,12 @@ def read_mixture_record(folder: Path) -> dict[str, Any]:
         )
     check_names(record["experts"])
     return record
+
+
+def derived_folder(folder: Path) -> Path:
+    """Return the folder in the user's cache for what is derived from a mixture, which may be a stranger's.
+
+    A mixture of the same files has the same one, wherever it lies.
+    """
+    files = [folder / "mixture.json", folder / "run.yaml", *sorted(folder.glob("experts/*/adapter_model.safetensors"))]
+    return cache_folder() / "mixtures" / sha256_of(*(file for file in files if file.is_file()))[:32]

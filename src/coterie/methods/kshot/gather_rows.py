@@ -180,7 +180,7 @@ def write_gathered(folder: Path, data: OpenData, encoder: TextEncoder, settings:
     Raises:
         CoterieError: when no row is left to choose, or a pool has changed meanwhile.
     """
-    store = EmbeddingStore(encoder, Path(settings.embeddings).expanduser() if settings.embeddings else None)
+    store = EmbeddingStore(encoder, as_path(settings.embeddings) if settings.embeddings else None)
     missing = data.fresh[store.missing(data.keys)]
     logger.info("%d of %d pool rows have to be embedded", len(missing), len(data.index))
     texts = (text_of(row) for _, row in data.index.read(missing)) if len(missing) else iter(())
