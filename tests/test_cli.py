@@ -1,8 +1,10 @@
 """The command line does what Python does, and bad input gets one line, exit code 2, and leaves nothing behind."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -260,8 +262,69 @@ def test_ctrl_c_is_one_line(run, run_folder, monkeypatch):
 
     monkeypatch.setattr(Mixture, "generate", interrupted)
     code, out, err = run("generate", run_folder, "hi")
-    assert (code, out) == (2, "") and "Traceback" not in err
+    assert (code, out) == (130, "") and "Traceback" not in err
     assert err.strip().splitlines()[-1].startswith("stopped")
+
+
+def test_answers_are_written_over_nothing_that_is_there(run, run_folder, tmp_path):
+    questions, answers = write_rows(tmp_path / "q.jsonl", [{"prompt": PROMPT}]), tmp_path / "answers.jsonl"
+    words = ["generate", run_folder, "--input", questions, "--max-new-tokens", 2]
+    for more in ((), ("--overwrite",)):
+        refused(run(*words, "--output", questions, *more), "is or belongs to .*q.jsonl, which this call reads")
+    inside = run_folder / "mixture.json"
+    refused(run(*words, "--output", inside, "--overwrite"), "belongs to .*, which this call reads")
+    assert run(*words, "--output", answers)[0] == 0
+    before = answers.read_bytes()
+    refused(run(*words, "--output", answers), "answers.jsonl exists; choose another --output, or add --overwrite")
+    assert run(*words, "--output", answers, "--overwrite")[0] == 0 and answers.read_bytes() == before
+    assert run(*words, "--output", "/dev/null")[0] == 0 and not Path("/dev/null").is_file()
+    refused(run(*words, "--output", "/dev/full"), "no space left on the disk while writing /dev/full")
+
+
+def test_a_record_alone_cannot_ask_to_overwrite_and_tells_first_what_it_does(run, run_folder, train_file, tmp_path):
+    out = tmp_path / "eval"
+    words = ["eval", run_folder, "--data", train_file, "--output", out, "--methods", "base", "--limit", 3]
+    assert run(*words, "--no-generate")[0] == 0
+    text = (out / "run.yaml").read_text()
+    record = tmp_path / "strangers.yaml"
+    record.write_text(text.replace("overwrite: false", "overwrite: true"))
+    code, _, err = run("run", record)
+    told = [f"{record}: coterie eval", f"  reads     mixture {run_folder}", f"  reads     data {train_file}"]
+    assert code == 2 and err.splitlines()[:4] == [*told, f"  writes    {out}"]
+    assert err.splitlines()[-1].endswith("eval exists; choose another --output, or add --overwrite to replace it")
+    assert (out / "run.yaml").read_text() == text
+    code, _, err = run("run", record, "--overwrite")
+    assert code == 0 and err.splitlines()[3:5] == [f"  writes    {out}", f"  replaces  {out}"]
+
+
+@pytest.mark.parametrize("output", ["MIXTURE", "AROUND THE MIXTURE", "AROUND THE DATA"])
+def test_an_evaluation_deletes_neither_its_mixture_nor_its_data(output, run, run_folder, train_file, tmp_path):
+    """As a run of the same command, so that nothing but what is in them keeps them."""
+    words = ["eval", run_folder, "--data", train_file, "--methods", "base", "--limit", 3, "--no-generate"]
+    assert run(*words, "--output", tmp_path / "out")[0] == 0
+    shutil.copytree(run_folder, tmp_path / "out" / "methods" / "mixture")
+    data = write_rows(tmp_path / "out" / "methods" / "test.jsonl", tiny.make_rows(3))
+    inside = ["eval", tmp_path / "out" / "methods" / "mixture", "--data", train_file]
+    words = {"MIXTURE": ["eval", tmp_path / "out", "--data", train_file], "AROUND THE MIXTURE": inside}.get(
+        output, ["eval", run_folder, "--data", data]
+    )
+    refused(run(*words, "--output", tmp_path / "out", "--overwrite"), "is or holds .*, which this call reads")
+    assert data.exists()
+
+
+def test_a_report_is_written_over_no_other_page(run, run_folder, train_file, tmp_path):
+    words = ["--methods", "base", "--limit", 3, "--no-generate", "--output", tmp_path / "out"]
+    assert run("eval", run_folder, "--data", train_file, *words)[0] == 0
+    page = tmp_path / "out" / "report.html"
+    (tmp_path / ".bashrc").write_text("precious")
+    page.symlink_to(tmp_path / ".bashrc")
+    refused(run("report", tmp_path / "out"), "report.html exists and is another page; move it away, or add --overwrite")
+    page.unlink()
+    assert run("report", tmp_path / "out")[0] == run("report", tmp_path / "out")[0] == 0  # it is the same page
+    page.write_text(page.read_text() + "<!-- mine -->")
+    refused(run("report", tmp_path / "out"), "is another page")
+    assert run("report", tmp_path / "out", "--overwrite")[0] == 0 and "mine" not in page.read_text()
+    assert (tmp_path / ".bashrc").read_text() == "precious"
 
 
 def test_help_does_not_load_torch():

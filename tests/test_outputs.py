@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from coterie.artifacts import RunFolder, check_file, check_output, real_folder, whole_file, write_answers, write_text
+from coterie.artifacts import (
+    RunFolder,
+    append_text,
+    check_file,
+    check_output,
+    real_folder,
+    whole_file,
+    write_answers,
+    write_text,
+)
 from coterie.artifacts.folders import replace_folder
 from coterie.errors import CoterieError
 from coterie.settings.reading import Settings
@@ -294,11 +303,11 @@ def test_what_a_killed_process_left_of_a_file_does_not_stay_in_a_run(tmp_path):
 
 def test_a_file_is_written_over_only_when_asked(tmp_path):
     path = tmp_path / "answers.jsonl"
-    check_file(path, overwrite=False)
+    check_file(path, FitX())
     path.write_text("x")
     with pytest.raises(CoterieError, match="answers.jsonl exists; choose another --output, or add --overwrite"):
-        check_file(path, overwrite=False)
-    check_file(path, overwrite=True)
+        check_file(path, FitX())
+    check_file(path, OVERWRITE)
 
 
 def test_no_file_of_an_input_is_written_over(tmp_path):
@@ -306,15 +315,32 @@ def test_no_file_of_an_input_is_written_over(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "mixture")
     for given in ("mixture", "mixture/mixture.json", "link"):
         with pytest.raises(CoterieError, match="is or belongs to .*, which this call reads; choose another"):
-            check_file(tmp_path / "mixture" / "mixture.json", overwrite=True, inputs=[tmp_path / given])
-    check_file(tmp_path / "mixture" / "new.jsonl", overwrite=False, inputs=[tmp_path / "mixture"])
+            check_file(tmp_path / "mixture" / "mixture.json", FitX(overwrite=True, data=[str(tmp_path / given)]))
+    check_file(tmp_path / "mixture" / "new.jsonl", FitX(data=[str(tmp_path / "mixture")]))
+
+
+def test_what_is_read_besides_the_settings_is_not_written_over(tmp_path):
+    write_text(tmp_path / "questions.jsonl", "x")
+    with pytest.raises(CoterieError, match="is or belongs to .*questions.jsonl, which this call reads"):
+        check_file(tmp_path / "questions.jsonl", OVERWRITE, [str(tmp_path / "questions.jsonl")])
+
+
+def test_nothing_is_added_to_what_a_link_leads_to_or_to_a_pipe(tmp_path, precious):
+    append_text(tmp_path / "x", "a\n")
+    append_text(tmp_path / "x", "b\n")
+    assert (tmp_path / "x").read_text() == "a\nb\n"
+    (tmp_path / "link").symlink_to(precious / "thesis.tex")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "pipe"):
+        with pytest.raises(CoterieError, match=f"{name} cannot be written"):
+            append_text(tmp_path / name, "x")
 
 
 def test_a_link_or_a_folder_is_no_file_to_write(tmp_path, precious):
     (tmp_path / "x").symlink_to(precious / "thesis.tex")
     for path, why in ((tmp_path / "x", "is a link"), (precious, "is a folder; give the name of a file")):
         with pytest.raises(CoterieError, match=why):
-            check_file(path, overwrite=True)
+            check_file(path, OVERWRITE)
 
 
 def test_a_pipe_is_written_to_as_it_is(tmp_path):
@@ -322,7 +348,7 @@ def test_a_pipe_is_written_to_as_it_is(tmp_path):
     os.mkfifo(pipe)
     reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
     reader.start()
-    check_file(pipe, overwrite=False)
+    check_file(pipe, FitX())
     write_answers(pipe, [{"text": "é"}, {"text": "b"}])
     reader.join(10)
     assert got == ['{"text": "é"}\n{"text": "b"}\n'] and stat.S_ISFIFO(pipe.stat().st_mode)
@@ -330,7 +356,7 @@ def test_a_pipe_is_written_to_as_it_is(tmp_path):
 
 def test_a_device_is_written_to_as_it_is_also_when_it_is_full():
     before = os.stat("/dev/null")
-    check_file(Path("/dev/null"), overwrite=False)
+    check_file(Path("/dev/null"), FitX())
     write_answers(Path("/dev/null"), [{"text": "a"}])
     assert os.stat("/dev/null").st_ino == before.st_ino
     with pytest.raises(CoterieError, match="no space left on the disk while writing /dev/full"):

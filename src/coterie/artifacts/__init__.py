@@ -2,6 +2,7 @@
 
 from coterie.artifacts.files import (
     FORMAT,
+    append_text,
     as_path,
     disk_errors,
     hash_json,
@@ -35,6 +36,7 @@ __all__ = [
     "Claim",
     "JsonCache",
     "RunFolder",
+    "append_text",
     "as_path",
     "check_file",
     "check_output",

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,16 @@ FORMAT = 1
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_IN_WORDS = ("No space left on device", "File too large", "PytorchStreamWriter failed", "inline_container.cc")
 """How libraries tell a full disk that do not raise the system's own error: safetensors and torch."""
-FORBIDDEN = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP)
+FORBIDDEN = (
+    errno.EACCES,
+    errno.EROFS,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ELOOP,
+    errno.ENXIO,
+)
 TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 """Names of files that are not whole yet; a process that was killed leaves them."""
 
@@ -67,6 +77,21 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add text to the end of a file, new or not; nothing is written through a link or to a pipe.
+
+    Raises:
+        CoterieError: when the disk is full or the file cannot be written.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        with open(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise PermissionError(errno.EPERM, "it is no regular file")
+            file.write(text)
 
 
 def as_path(text: str | Path, advice: str = "write the whole path") -> Path:

@@ -31,8 +31,8 @@ def is_stream(path: Path) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def check_file(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
-    """Refuse, before anything is spent, to write over a file.
+def check_file(path: Path, settings: Settings, also: Iterable[str] = ()) -> None:
+    """Refuse, before anything is spent, to write over a file; `also` names what is read besides what settings name.
 
     Raises:
         CoterieError: when it exists and may not be overwritten, is a link or a folder, or is read by this call.
@@ -45,10 +45,10 @@ def check_file(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> N
             raise CoterieError(f"{path} is a link, and nothing is written through links; choose another --output")
         if stat.S_ISDIR(mode):
             raise CoterieError(f"{path} is a folder; give the name of a file as --output")
-        for given in inputs if mode else ():
+        for given in [*inputs_of(settings), *map(as_path, also)] if mode else ():
             if path.resolve().is_relative_to(given.resolve()):
                 raise CoterieError(f"{path} is or belongs to {given}, which this call reads; choose another --output")
-        if mode and not overwrite:
+        if mode and not vars(settings).get("overwrite"):
             raise CoterieError(f"{path} exists; choose another --output, or add --overwrite to replace it")
 
 

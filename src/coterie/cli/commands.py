@@ -1,19 +1,18 @@
 """The commands, one per public function, in the order in which help lists them; and `main`, which runs one."""
 
 import json
-import logging
-import sys
-import warnings
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import coterie
-from coterie.artifacts import read_run_record, write_jsonl
+from coterie.artifacts import as_path, check_file, read_run_record, write_answers
+from coterie.cli.process import TROUBLE, finish
 from coterie.cli.table import COMMANDS, app, command
 from coterie.errors import CoterieError
-from coterie.records.wording import columns
+from coterie.records.wording import columns, printable
 from coterie.settings.commands import (
     BankAddSettings,
     BankVerifySettings,
@@ -33,11 +32,10 @@ from coterie.settings.commands import (
     TrainExtrasSettings,
 )
 from coterie.settings.groups import NEVER, rerouting_interval
-from coterie.settings.old_spellings import current_words
-from coterie.settings.reading import checked
+from coterie.settings.places import WRITTEN_IN_PLACE, sources, target
+from coterie.settings.reading import Settings, checked
 
-TROUBLE = 2  # something that the user can fix
-INTERRUPTED = 130  # what typer returns after Ctrl-C
+LONGEST_LINE = 1000  # characters
 Prompts = Annotated[list[str] | None, typer.Argument(help="prompts; a conversation or many prompts: see --input")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, one object a line")]
 Input = Annotated[str | None, typer.Option(help="JSONL file with a prompt a line, in the forms that training data has")]
@@ -126,9 +124,12 @@ def generate(
     input: Input = None,
 ) -> None:
     """Answer prompts with the mixture."""
+    if stream + (as_json or bool(settings.output)) + show_weights > 1:
+        ways = "--stream, --json, --output and --show-weights"
+        raise CoterieError(f"{ways} give answers in different ways; use one of them")
+    if settings.output:
+        check_file(as_path(settings.output), settings, [input] if input else [])
     given = _prompts(prompts, input, settings)
-    if stream + as_json + show_weights > 1:
-        raise CoterieError("--stream, --json and --show-weights print an answer in different ways; use one of them")
     if stream and settings.n > 1:
         raise CoterieError(f"--stream prints one answer while it is written, not {settings.n}; leave --n out")
     if coterie.methods.is_symbolic(settings.mixture):
@@ -147,7 +148,7 @@ def generate(
     answers = mixture.generate(given, n=settings.n, batch_size=settings.batch_size, **options)
     records = [answer.record() for answer in answers]
     if settings.output:
-        write_jsonl(Path(settings.output), records)
+        write_answers(as_path(settings.output), records)
     _show(records, settings, as_json=as_json, show_weights=show_weights)
     return None
 
@@ -167,9 +168,12 @@ def evaluate(settings: EvaluationSettings, as_json: AsJson = False) -> None:
 
 
 @command("report", "coterie report runs/eval")
-def report(evaluation: Annotated[Path, typer.Argument(help="folder that `coterie eval` wrote")]) -> None:
+def report(
+    evaluation: Annotated[Path, typer.Argument(help="folder that `coterie eval` wrote")],
+    overwrite: Annotated[bool, typer.Option(help="replace another report.html that is there")] = False,
+) -> None:
     """Write the report of an evaluation as one HTML file and print its path."""
-    typer.echo(coterie.write_report(evaluation))
+    typer.echo(coterie.write_report(evaluation, overwrite=overwrite))
 
 
 @command("spread", "coterie spread runs/eval-0 runs/eval-1 runs/eval-2")
@@ -248,14 +252,37 @@ def profile(settings: ProfileSettings, as_json: AsJson = False) -> None:
 
 
 @command("run", "coterie run runs/elrea/run.yaml")
-def repeat(record: Annotated[Path, typer.Argument(help="the run.yaml of a run folder")]) -> None:
-    """Repeat a run from its record, or run a command whose settings stand in a YAML file."""
+def repeat(
+    record: Annotated[Path, typer.Argument(help="the run.yaml of a run folder")],
+    overwrite: Annotated[bool, typer.Option(help="replace what is there; a record alone cannot ask for it")] = False,
+) -> None:
+    """Repeat a run from its record, or run a YAML file's settings, after telling what is read, written and replaced."""
     found = read_run_record(record)
     again = COMMANDS.get(found["command"])
     if again is None or again.settings is None or again.takes_prompts:
         known = [name for name, one in COMMANDS.items() if one.settings and not one.takes_prompts]
         raise CoterieError(f"{record} records {found['command']!r}; these can be repeated: {', '.join(known)}")
-    again.function(checked(again.settings, found["settings"]))
+    settings = checked(again.settings, found["settings"])
+    if "overwrite" in type(settings).model_fields:
+        settings = settings.model_copy(update={"overwrite": overwrite})
+    typer.echo(_announcement(record, settings), err=True)
+    again.function(settings)
+
+
+def _announcement(record: Path, settings: Settings) -> str:
+    """Tell what a command will read, write and replace: its record may be a stranger's."""
+    reads = [f"{name} {value}" for name, values in sources(settings).items() for value in values]
+    written = target(settings)
+    lines = [f"{record}: coterie {settings.command}"]
+    lines += [f"  reads     {one}" for one in reads]
+    if written is not None:
+        place = as_path(written)
+        lines.append(f"  {'adds to ' if settings.command in WRITTEN_IN_PLACE else 'writes  '}  {place}")
+        if vars(settings).get("overwrite") and os.path.lexists(place):
+            lines.append(f"  replaces  {place / 'profile' if settings.command == 'profile' else place}")
+    if vars(settings).get("allow_code_execution"):
+        lines.append("  runs      the code that models write, in a limited child process")
+    return "\n".join(printable(line, LONGEST_LINE) for line in lines)
 
 
 @app.callback(invoke_without_command=True)
@@ -306,24 +333,5 @@ def _made(mixture: Any) -> str:
 
 
 def main() -> None:
-    """Run the command line; trouble that the user can fix is one line and exit code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries talking to each other, not to the user
-    logging.getLogger("coterie").setLevel(logging.INFO)
-    trouble = ""
-    try:
-        words = current_words(sys.argv[1:], lambda line: typer.echo(line, err=True))
-        code = app(words, prog_name="coterie", standalone_mode=False)
-    except CoterieError as error:
-        code, trouble = TROUBLE, f"error: {error}"
-    except Exception as error:
-        if not hasattr(error, "format_message"):
-            raise
-        message = error.format_message()  # empty where no command was given: the help stands there already
-        trouble = f"error: {message}; type: coterie --help" if message else "type one of the commands above"
-        code = TROUBLE
-    if code == INTERRUPTED:
-        code, trouble = TROUBLE, "stopped; the same command goes on where it stopped"
-    if trouble:
-        typer.echo(trouble, err=True)
-    sys.exit(code if isinstance(code, int) else 0)
+    """Run the command line."""
+    finish(lambda words: app(words, prog_name="coterie", standalone_mode=False))

@@ -12,6 +12,7 @@ from torch import nn
 from coterie.artifacts import MAX_TENSOR_FILE, read_json, sha256_of
 from coterie.errors import CoterieError
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from coterie.records.wording import printable
 
 CARD_FILE = "card.json"
 README_FILE = "README.md"
@@ -177,13 +178,6 @@ def _labels(value: object) -> tuple[str, ...]:
     values = value if isinstance(value, list) else [value]
     texts = [printable(text.strip(), MAX_LABEL) for text in values if isinstance(text, str)]
     return tuple(text for text in texts if text not in ("", "null", "~"))[:MAX_LABELS]
-
-
-def printable(text: str, limit: int) -> str:
-    """Make a stranger's text fit for a line on a terminal; what is too long loses its middle."""
-    whole = "".join(sign if sign.isprintable() else " " for sign in text)
-    end = (limit - 3) // 3
-    return whole if len(whole) <= limit else f"{whole[: limit - 3 - end]}...{whole[-end:]}"
 
 
 def short(count: int) -> str:

@@ -5,7 +5,7 @@ import threading
 from dataclasses import fields
 from pathlib import Path
 
-from coterie.artifacts import disk_errors
+from coterie.artifacts import append_text
 from coterie.experts.answering import Reply
 
 FIELDS = {field.name for field in fields(Reply)}
@@ -53,8 +53,5 @@ class ReplyCache:
             self._replies[key] = reply
             if self.path is None:
                 return
-            with disk_errors(self.path):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write("\n" + line if self._torn else line)
+            append_text(self.path, "\n" + line if self._torn else line)
             self._torn = False

@@ -77,3 +77,10 @@ def columns(lines: Sequence[Sequence[str]], sides: str, width: int | None = None
     with console.capture() as text:
         console.print(table)
     return "\n".join(line.rstrip() for line in text.get().splitlines())
+
+
+def printable(text: str, limit: int) -> str:
+    """Make a stranger's text fit for a line on a terminal; what is too long loses its middle."""
+    whole = "".join(sign if sign.isprintable() else " " for sign in text)
+    end = (limit - 3) // 3
+    return whole if len(whole) <= limit else f"{whole[: limit - 3 - end]}...{whole[-end:]}"

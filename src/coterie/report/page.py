@@ -1,5 +1,6 @@
 """The page: what stands where, filled into the template that lies beside this file."""
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from coterie.artifacts import write_text
+from coterie.errors import CoterieError
 from coterie.records.evaluation import MEASURES, OVERALL, EvaluationRecord, RowRecord
 from coterie.records.files import read_evaluation
 from coterie.report import wording
@@ -43,16 +45,22 @@ _FILTERS = (  # of the template, besides `cut`
 )
 
 
-def write_report(evaluation: Path) -> Path:
+def write_report(evaluation: Path, *, overwrite: bool = False) -> Path:
     """Write `report.html` into an evaluation's folder, whole or not at all, and return its path.
 
     The page is self-contained (no script, no request), and the same records give the same bytes.
 
     Raises:
-        CoterieError: when the records are missing or wrong, or the folder cannot be written.
+        CoterieError: when the records are missing or wrong, the folder cannot be written, or another report.html is
+            there and may not be overwritten.
     """
     path = evaluation / "report.html"
-    write_text(path, _template().render(**view(*read_evaluation(evaluation))))
+    page = _template().render(**view(*read_evaluation(evaluation)))
+    is_there = path.is_file() and not path.is_symlink() and path.read_bytes() == page.encode()
+    if not is_there and not overwrite and os.path.lexists(path):
+        raise CoterieError(f"{path} exists and is another page; move it away, or add --overwrite to replace it")
+    if not is_there:
+        write_text(path, page)
     return path
 
 

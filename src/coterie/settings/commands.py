@@ -140,6 +140,7 @@ class GenerateSettings(RouteSettings):
     n: int = Field(1, ge=1, description="answers to every prompt, each drawn with a seed of its own")
     batch_size: int = Field(8, ge=1, description="answers decoded together")
     output: str | None = Field(None, description="file to write the answers to, a JSON object a line")
+    overwrite: bool = Field(False, description="replace the file of answers if it exists")
     serving: ExpertServingSettings = Field(ExpertServingSettings(), title=SYMBOLIC_ONLY)
 
 

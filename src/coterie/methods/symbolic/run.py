@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from coterie.artifacts import write_jsonl
+from coterie.artifacts import as_path, check_file, is_stream, write_answers
 from coterie.data.examples import Example
 from coterie.errors import CoterieError
 from coterie.methods.symbolic.answer import answer_all
@@ -32,6 +32,9 @@ def generate_symbolic(settings: GenerateSettings, prompts: Sequence[Prompt]) -> 
     Raises:
         CoterieError: for settings that do not apply, bad prompts, or experts that have changed.
     """
+    output = None if settings.output is None else as_path(settings.output)
+    if output is not None:
+        check_file(output, settings)
     fitted, name, examples, replies = _opened(settings, prompts)
     with open_scheduler(fitted.pool, settings, replies) as scheduler:
         skills = fitted.skills(scheduler, examples)
@@ -48,10 +51,10 @@ def generate_symbolic(settings: GenerateSettings, prompts: Sequence[Prompt]) -> 
         }
         for example, own, outcome, who in zip(examples, skills, outcomes, recruits, strict=True)
     ]
-    if settings.output is not None:
-        write_jsonl(Path(settings.output), records)
+    if output is not None:
+        write_answers(output, records)
         if any(reply.error for outcome in outcomes for reply in outcome.replies):
-            logger.warning("some replies failed; the same command asks for those again")
+            logger.warning("some replies failed; the same command with --overwrite asks for those again")
         elif replies is not None:
             replies.unlink(missing_ok=True)
     return records
@@ -78,6 +81,6 @@ def _opened(settings: GenerateSettings, prompts: Sequence[Prompt]) -> tuple[Symb
             f"--{given[0].replace('_', '-')} does not apply to {METHOD}; its experts are set by coterie fit {METHOD}"
         )
     examples = [as_example(prompt, number) for number, prompt in enumerate(prompts)]
-    output = None if settings.output is None else Path(settings.output)
-    replies = None if output is None else output.with_name(output.name + ".replies.jsonl")
+    output = None if settings.output is None else as_path(settings.output)
+    replies = None if output is None or is_stream(output) else output.with_name(output.name + ".replies.jsonl")
     return fitted, settings.routing.method or METHOD, examples, replies

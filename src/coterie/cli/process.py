@@ -1,0 +1,102 @@
+"""How a process of the command line ends: its exit code, one line on stderr, and what signals do to it."""
+
+import errno
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+import typer
+
+from coterie.errors import CoterieError
+from coterie.settings.old_spellings import current_words
+
+TROUBLE = 2  # something that the user can fix
+OF_SIGNAL = 128  # what a signal ends exits with this and the signal's number
+INTERRUPTED = OF_SIGNAL + signal.SIGINT
+READER_GONE = OF_SIGNAL + 13  # SIGPIPE, which not every system has
+STOPPED = "stopped; the same command goes on where it stopped"
+
+
+def finish(run: Callable[[list[str]], object]) -> None:
+    """Run the words of the command line and exit; trouble that the user can fix is one line and exit code 2.
+
+    Ctrl-C and SIGTERM stop the work as an error would, so that what can be resumed is kept, and a second one ends the
+    process at once. A reader of stdout that is gone, such as `head`, ends it quietly.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries talking to each other, not to the user
+    logging.getLogger("coterie").setLevel(logging.INFO)
+    with _signals_stop() as received:
+        try:
+            code, trouble = _outcome(run)
+        except Exception:
+            if not received:
+                raise
+            code, trouble = INTERRUPTED, ""  # a library has made another error of it
+        if code == INTERRUPTED or (code and received):
+            code, trouble = OF_SIGNAL + (received or [signal.SIGINT])[0], STOPPED
+        if trouble:
+            with suppress(OSError):
+                typer.echo(trouble, err=True)
+    sys.exit(code)
+
+
+@contextmanager
+def _signals_stop() -> Iterator[list[int]]:
+    """Let the first signal raise KeyboardInterrupt and the second end the process; give the numbers received."""
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if received:
+            os._exit(OF_SIGNAL + number)
+        received.append(number)
+        raise KeyboardInterrupt
+
+    wanted = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in wanted}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _outcome(run: Callable[[list[str]], object]) -> tuple[int, str]:
+    """Return the exit code, and the line that tells why."""
+    try:
+        for word in sys.argv[1:]:
+            word.encode()
+        code = run(current_words(sys.argv[1:], lambda line: typer.echo(line, err=True)))
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return INTERRUPTED, ""
+    except SystemExit:  # typer's, when a pipe is broken
+        return READER_GONE, ""
+    except CoterieError as error:
+        return TROUBLE, f"error: {error}"
+    except UnicodeEncodeError as error:
+        return TROUBLE, f"error: {error.object!r} is no text in UTF-8; write it in other characters"
+    except OSError as error:
+        return _disk_trouble(error)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        message = error.format_message()  # empty where no command was given: the help stands there already
+        return TROUBLE, f"error: {message}; type: coterie --help" if message else "type one of the commands above"
+    return code if isinstance(code, int) else 0, ""
+
+
+def _disk_trouble(error: OSError) -> tuple[int, str]:
+    """Return the exit code and the line for an error of a stream or a disk; any other one is a bug."""
+    if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        raise error
+    with suppress(OSError):  # what is left in its buffer would fail again at the very end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if error.errno == errno.EPIPE:
+        return READER_GONE, ""
+    return TROUBLE, f"error: what was to be printed or written found no room ({error.strerror}); make some"
