@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import coterie
 import tiny
 from conftest import write_rows
-from coterie.artifacts import MAX_TENSOR_FILE, sha256_of
+from coterie.artifacts import MAX_TENSOR_FILE, locked, sha256_of
 from coterie.data.examples import load_examples
 from coterie.data.streaming import question_of, text_key
 from coterie.errors import CoterieError
@@ -405,7 +405,7 @@ def test_an_interrupted_addition_leaves_no_half_written_adapter(add, bank, shelf
     with monkeypatch.context() as patch:
         patch.setattr(shelving, step, interrupt)
         code, out, _ = add(shelf / "some")
-        assert code == 2 and out == ""
+        assert code == 130 and out == ""
     assert files(bank) == before and os.listdir(bank / "experts") == ["all"]
     assert add(shelf / "all", shelf / "some")[1].splitlines()[0] == "all is there already, with the same files"
 
@@ -417,6 +417,62 @@ def test_what_a_killed_addition_has_left_is_no_adapter_and_in_nobodys_way(add, b
     (bank / ".bank.json.tmp").write_text("{")
     assert add(shelf / "all", shelf / "some")[0] == 0
     assert open_bank(bank).names == ("all", "some") and not draft.exists()
+
+
+class KilledError(BaseException):
+    """Stands for a process that ends here."""
+
+
+@pytest.mark.parametrize("drafts", ["with its draft", "without it"])
+def test_an_addition_killed_between_its_two_renames_loses_nothing_in_silence(
+    drafts, add, bank, shelf, monkeypatch, caplog
+):
+    """The old adapter is told by whoever opens the bank, and has its place again when one is added."""
+    assert add(f"x={shelf / 'some'}")[0] == 0
+    before, rank = files(bank), open_bank(bank).card("x").rank
+
+    def killed(draft: Path, target: Path, aside: Path) -> None:
+        target.rename(aside)
+        raise KilledError
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(shelving, "replace_folder", killed)
+        if drafts == "with its draft":
+            patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        bank_add(bank, [f"x={shelf / 'all'}"], overwrite=True, device="cpu")
+    assert open_bank(bank).names == () and "x is set aside, since replacing it was cut off" in caplog.text
+    assert add(f"y={shelf / 'all'}")[0] == 0 and "x has its place again" in caplog.text
+    assert {name for name in files(bank) if "/y/" not in name} == before and open_bank(bank).card("x").rank == rank
+    assert sorted(os.listdir(bank / "experts")) == ["x", "y"] and ".lock" not in os.listdir(bank)
+
+
+def test_two_additions_to_one_bank_are_told_of_each_other(add, bank, shelf):
+    with locked(bank / ".lock", bank):
+        code, out, err = add(shelf / "all")
+    assert (code, out) == (2, "")
+    assert re.search(r"bank is being written by process \d+ .*on '.*' since .*; wait until that is done", err)
+    assert add(shelf / "all")[0] == 0
+
+
+def test_no_adapter_is_replaced_that_holds_what_nobody_added(add, bank, shelf, tmp_path):
+    assert add(f"x={shelf / 'some'}", f"y={shelf / 'some'}")[0] == 0
+    (bank / "experts" / "x" / "notes.md").write_text("mine")
+    (bank / "experts" / "y").rename(tmp_path / "mine")
+    (bank / "experts" / "y").symlink_to(tmp_path / "mine")
+    before = files(bank), files(tmp_path / "mine")
+    for name in "xy":
+        code, _, err = add(f"{name}={shelf / 'all'}", "--overwrite")
+        assert code == 2 and "is a link or holds what no bank add wrote, so it is not replaced" in err
+    assert (files(bank), files(tmp_path / "mine")) == before
+
+
+def test_nothing_is_added_through_a_planted_link(add, bank, shelf, tmp_path):
+    (tmp_path / "project").mkdir()
+    bank.mkdir()
+    (bank / "experts").symlink_to(tmp_path / "project")
+    code, _, err = add(shelf / "all")
+    assert code == 2 and "experts is a link or a file where a folder is needed" in err
+    assert not list((tmp_path / "project").iterdir())
 
 
 def test_a_full_disk_is_told_in_one_line(add, bank, shelf, monkeypatch):

@@ -15,7 +15,7 @@ from coterie.artifacts.files import (
     write_tensors,
     write_text,
 )
-from coterie.artifacts.folders import check_tree, real_folder
+from coterie.artifacts.folders import check_tree, real_folder, replace_folder
 from coterie.artifacts.locks import locked
 from coterie.artifacts.outputs import check_file, inputs_of, is_stream, write_answers
 from coterie.artifacts.reading import (
@@ -60,6 +60,7 @@ __all__ = [
     "read_tensors",
     "read_text",
     "real_folder",
+    "replace_folder",
     "run_folder",
     "sha256_of",
     "tensor_claims",

@@ -3,6 +3,10 @@
 `bank.json` names the base model, `experts/<name>` holds an adapter. To remove an adapter, delete its folder.
 """
 
+import logging
+import os
+import re
+import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -17,10 +21,14 @@ from coterie.errors import CoterieError, unknown_name
 from coterie.experts.cards import Card, printable, read_card, read_small_json, short
 from coterie.records.wording import columns
 
+logger = logging.getLogger(__name__)
+
 BANK_FILE = "bank.json"
 EXPERTS = "experts"
 QUESTIONS_FILE = "questions.json"
 MAX_QUESTIONS_FILE = 2**30  # bytes; a key takes 37
+LEFT_BEHIND = re.compile(r"\.(?P<name>.+?)(\.[0-9a-f]{16})?\.(?P<kind>partial|old)")
+"""Names of folders while an adapter is added; a process that was killed leaves them."""
 HEADINGS = ("name", "rank", "layers", "parameters", "licence", "data", "known rows")
 ALIGNED = "<>>><<>"
 
@@ -90,6 +98,8 @@ def open_bank(path: str | Path) -> BankFolder:
     """
     folder = Path(path)
     base = asdict(read_base(folder))
+    for name in set_aside(folder):
+        logger.warning("%s is set aside, since replacing it was cut off; any `coterie bank add` puts it back", name)
     return BankFolder(folder, base, tuple(read_card(folder / EXPERTS / name) for name in list_names(folder)))
 
 
@@ -120,6 +130,31 @@ def list_names(folder: Path) -> list[str]:
     experts = folder / EXPERTS
     found = experts.iterdir() if experts.is_dir() else ()
     return sorted(path.name for path in found if path.is_dir() and not path.name.startswith("."))
+
+
+def set_aside(folder: Path) -> dict[str, Path]:
+    """Return by name where the adapters of a bank are whose replacing was cut off before the new one had the name."""
+    found = {name: path for name, kind, path in _left_behind(folder) if kind == "old"}
+    return {name: path for name, path in found.items() if not os.path.lexists(folder / EXPERTS / name)}
+
+
+def tidy_up(folder: Path) -> None:
+    """Give adapters that were set aside their names again, and delete what else cut-off additions have left."""
+    for name, path in set_aside(folder).items():
+        path.rename(folder / EXPERTS / name)
+        logger.warning("%s has its place again; adding another one was cut off", printable(name, 100))
+    for _, _, path in _left_behind(folder):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _left_behind(folder: Path) -> list[tuple[str, str, Path]]:
+    """Return what additions that were cut off have left: the adapter's name, `partial` or `old`, and where it is."""
+    experts = folder / EXPERTS
+    found = [(LEFT_BEHIND.fullmatch(path.name), path) for path in experts.iterdir()] if experts.is_dir() else []
+    return [(match["name"], match["kind"], path) for match, path in found if match]
 
 
 def read_questions(folder: Path) -> frozenset[bytes]:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from coterie.artifacts import FORMAT, as_path, disk_errors, hub_folder, write_json
+from coterie.artifacts import FORMAT, as_path, disk_errors, hub_folder, locked, real_folder, replace_folder, write_json
 from coterie.backbone.loading import Backbone, BaseModelIdentity, check_identity, load_backbone
 from coterie.data.streaming import question_of, stream_examples, text_key
 from coterie.errors import CoterieError
@@ -23,6 +24,7 @@ from coterie.experts.bank_folder import (
     list_names,
     read_base,
     read_questions,
+    tidy_up,
 )
 from coterie.experts.cards import (
     ADAPTER_FILES,
@@ -43,6 +45,8 @@ from coterie.settings.reading import from_flat
 logger = logging.getLogger(__name__)
 
 LONGEST_NAME = 100
+OWN_FILES = {*ADAPTER_FILES, CARD_FILE, QUESTIONS_FILE}
+"""All that a bank keeps of an adapter."""
 LONGEST_REASON = 500
 
 
@@ -124,9 +128,11 @@ def add_to_bank(settings: BankAddSettings) -> Iterator[AddResult]:
     """Put adapters into a bank one after the other, telling of each what became of it.
 
     Raises:
-        CoterieError: for bad training data, another base model than the bank's, or a folder that is no bank.
+        CoterieError: for bad training data, another base model than the bank's, a folder that is no bank, or one that
+            another process adds to.
     """
-    folder = Path(settings.folder)
+    folder = as_path(settings.folder)
+    folder = folder.resolve() if folder.is_symlink() else folder  # the user's own link
     base = _base_of(folder)
     adapters = []
     for text in settings.adapters:
@@ -137,13 +143,19 @@ def add_to_bank(settings: BankAddSettings) -> Iterator[AddResult]:
         else:
             adapters.append((name, source) if equals else (path.name, text))
     questions = _read_questions(settings.trained_on, [name for name, _ in adapters], settings.reading)
-    addition = _Addition(folder, _load_base(settings, base), questions, settings.overwrite)
     try:
-        for name, source in adapters:
-            yield _add_one(addition, name, source)
+        with locked(folder / ".lock", folder):
+            experts = real_folder(folder, EXPERTS)
+            tidy_up(folder)
+            try:
+                addition = _Addition(folder, _load_base(settings, base), questions, settings.overwrite)
+                for name, source in adapters:
+                    yield _add_one(addition, name, source)
+            finally:
+                with suppress(OSError):  # of a new bank into which nothing came; others are not empty and stay
+                    experts.rmdir()
     finally:
-        with suppress(OSError):  # a new bank into which nothing came; others are not empty and stay
-            (folder / EXPERTS).rmdir()
+        with suppress(OSError):
             folder.rmdir()
 
 
@@ -236,7 +248,7 @@ def _add_one(addition: _Addition, name: str, source: str) -> AddResult:
         check_files(folder)
         if (there := _existing_card(addition, name, folder)) is not None:
             return AddResult(name, there)
-        draft = addition.folder / EXPERTS / f".{name}.partial"
+        draft = addition.folder / EXPERTS / f".{name}.{secrets.token_hex(8)}.partial"
         with disk_errors(draft):
             try:
                 card = _copy_and_check(draft, folder, name, source, addition)
@@ -268,8 +280,7 @@ def _existing_card(addition: _Addition, name: str, folder: Path) -> Card | None:
 
 def _copy_and_check(draft: Path, folder: Path, name: str, source: str, addition: _Addition) -> Card:
     """Copy an adapter's files into a new folder, then check the copies, so that what was checked is what is kept."""
-    shutil.rmtree(draft, ignore_errors=True)  # of an addition that was cut off
-    draft.mkdir(parents=True)
+    draft.mkdir()
     for file in ADAPTER_FILES:
         if (folder / file).exists():
             shutil.copyfile(folder / file, draft / file)
@@ -287,12 +298,11 @@ def _copy_and_check(draft: Path, folder: Path, name: str, source: str, addition:
 
 def _publish(draft: Path, addition: _Addition, name: str) -> None:
     """Give a finished folder its name, in place of the one that has it."""
-    target, old = draft.with_name(name), draft.with_name(f".{name}.old")
     if not (addition.folder / BANK_FILE).exists():
         bank = {"format": FORMAT, "base_model": asdict(addition.backbone.identity)}
         write_json(addition.folder / BANK_FILE, bank)
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(draft, target)
-    shutil.rmtree(old, ignore_errors=True)
+    target = draft.with_name(name)
+    foreign = set(os.listdir(target)) - OWN_FILES if target.is_dir() else set()
+    if target.is_symlink() or foreign:
+        raise CoterieError(f"{target} is a link or holds what no bank add wrote, so it is not replaced; move it away")
+    replace_folder(draft, target, draft.with_suffix(".old"))
