@@ -1,7 +1,7 @@
 """Grading of generated Python code by unit tests, in the manner of MBPP (Austin et al. 2021, arXiv:2108.07732).
 
-A text is right if the code found in it, then the tests' set-up, then all tests run to the end. This runs code that a
-model wrote: `sandbox` says what it is kept from and what not, and whoever calls this has to ask the user first.
+A text is right if the code found in it, then the set-up of the tests, then all tests run to the end. This runs code
+that a model wrote: `sandbox` says what it is kept from and what not, and whoever calls this has to ask the user first.
 """
 
 import ast
@@ -72,7 +72,7 @@ def _shown(value: Any) -> str:
 
 # --------------------------------------------------------------------------------------------------- code in a text
 
-_FENCED = re.compile(r"^[ \t]*(`{3,}|~{3,})[^\n`]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"[ \t]*(`{3,}(?=[^`]*$)|~{3,})")
 _BEGINNING = re.compile(r"^(?:async def|def|class|import|from|@)\b|^@", re.MULTILINE)
 
 
@@ -84,8 +84,7 @@ def find_code(text: str, entry_point: str) -> str | None:
     the entry point is defined nowhere, whatever code there is comes back, which tests will find wrong.
     """
     text = text.replace("\r\n", "\n")
-    blocks = [match[2] for match in _FENCED.finditer(text)]
-    fenced = map(textwrap.dedent, reversed(blocks[-MOST_BLOCKS:]))
+    fenced = [textwrap.dedent(block[:LONGEST_CODE]) for block in reversed(_fenced_blocks(text)[-MOST_BLOCKS:])]
     beginnings = itertools.islice(_BEGINNING.finditer(text), MOST_BEGINNINGS)
     candidates = [*fenced, text, *(text[match.start() :] for match in beginnings)]
     first = None
@@ -95,6 +94,22 @@ def find_code(text: str, entry_point: str) -> str | None:
             return code
         first = first or code
     return first
+
+
+def _fenced_blocks(text: str) -> list[str]:
+    """Return what stands between fences of three or more backticks or tildes; the last may lack its end."""
+    blocks: list[list[str]] = []
+    mark = None
+    for line in text.split("\n"):
+        if mark is None:
+            if opening := _FENCE.match(line):
+                mark = opening[1]
+                blocks.append([])
+        elif line.strip(" \t") == mark:
+            mark = None
+        else:
+            blocks[-1].append(line)
+    return ["\n".join(lines) for lines in blocks]
 
 
 def _longest_code(text: str) -> tuple[str | None, list[ast.stmt]]:
@@ -141,7 +156,9 @@ def _defines(body: Sequence[ast.stmt], name: str) -> bool:
 
 
 def grade_code(text: str, tests: CodeTests, limits: Limits | None = None) -> Grade:
-    """Run the code found in a generated text against unit tests, in a limited process.
+    """Run the code found in a generated text against unit tests, in limited processes.
+
+    The code and the tests run in processes of their own (`sandbox`): the code sees the arguments of calls only.
 
     Returns:
         Whether all tests passed, and the code that was run (None: no code was found and nothing was run).
@@ -152,5 +169,5 @@ def grade_code(text: str, tests: CodeTests, limits: Limits | None = None) -> Gra
     code = find_code(text, tests.entry_point)
     if code is None:
         return Grade(False, None)
-    program = "\n".join([code, tests.setup, *tests.tests, ""])
-    return Grade(run_limited(program, limits).status == "passed", code)
+    checks = "\n".join([tests.setup, *tests.tests, ""])
+    return Grade(run_limited(code, checks, tests.entry_point, limits).status == "passed", code)

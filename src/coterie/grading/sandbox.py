@@ -1,16 +1,17 @@
-"""Run a program of unknown intent for a moment in a child process, and tell how it ended.
+"""Run code of unknown intent, and the tests of it, for a moment in two child processes, and tell how that ended.
 
-What this protects from, on Linux: endless loops, memory hogs, floods of output, fork bombs and daemons (no process can
-be started), filled disks and lost files (nothing is written, changed or removed, not even in the working folder), the
-network (no socket can be opened), signals to other processes, and programs that leave before their tests have run. The
-environment is empty, standard input is closed, and output is thrown away. `protection` tells how much of this the
-machine's kernel can do; on macOS it is limits of time and file size, and a daemon may escape.
+The answer's code runs in one process, the tests in another; calls and results cross as plain data (`wire`). The answer
+cannot find what is expected of it, since that is not in its process, and cannot compare in its own favour, since
+comparing is done in the other. Both processes put limits on themselves first (`jail`).
 
-What it does not protect from: the program can read every file that the user can read, and what it read may stand in
-`Outcome.detail`. It can hold as much memory and time as the limits say, in every worker. A program that searches its
-own interpreter can find the secret that stands for success: this grades wrong code and does not hold an adversary. And
-nothing here stops an attack on the kernel itself. To run code from a source you distrust, use a virtual
-machine as well.
+What this protects from, on Linux: forged verdicts, endless loops, memory hogs, floods of output, fork bombs and
+daemons, filled disks and lost files, the network, signals to other processes, and reading the user's files.
+`protection` tells how much of this the machine's kernel can do; on macOS it is limits of time and file size, and a
+daemon may escape.
+
+What it does not protect from: an answer can hold as much memory and time as the limits say, in every worker. Where
+tests ask the answer's own objects or its other functions for the truth, it is their word that counts. And nothing here
+stops an attack on the kernel itself: to run code from a source you distrust, use a virtual machine as well.
 """
 
 import contextlib
@@ -18,35 +19,38 @@ import functools
 import json
 import math
 import os
-import secrets
 import selectors
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import coterie
 from coterie.errors import CoterieError
-from coterie.grading import jail
+from coterie.grading.wire import LONGEST_ERROR
 
 Status = Literal["passed", "failed", "timeout", "out-of-memory", "killed"]
 
 SECONDS_TO_START = 120.0
+SECONDS_TO_END = 1.0  # for a process that has closed its streams
 LONGEST_REPORT = 8192  # bytes; an honest one is far shorter
+_START = "import sys; sys.path.insert(0, sys.argv[1]); from coterie.grading.child import main; main()"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use.
+    """What a program may use, and the tests of it likewise.
 
     CPU time is the limit that counts, since it does not depend on what else the machine does; the wall clock catches
     programs that wait.
 
     Attributes:
-        seconds: by the wall clock, once the interpreter is up.
+        seconds: by the wall clock, once both interpreters are up.
         cpu_seconds: of all threads together.
         memory_bytes: address space, the interpreter's own 30 MB included; macOS cannot limit it.
 
@@ -66,10 +70,10 @@ class Limits:
 
 
 class Outcome(NamedTuple):
-    """How a program ended, and one line about it ("" if it passed).
+    """How a program and its tests ended, and one line about it ("" if they passed).
 
-    `passed`: it ran to its end. `failed`: it raised an error, or left before its end. `timeout`: its time was over.
-    `out-of-memory`: a MemoryError ended it. `killed`: a signal did, as after a segmentation fault.
+    `passed`: both ran to their end. `failed`: one raised an error, or left before its end. `timeout`: the time was
+    over. `out-of-memory`: a MemoryError ended it. `killed`: a signal did, as after a segmentation fault.
     """
 
     status: Status
@@ -77,32 +81,32 @@ class Outcome(NamedTuple):
 
 
 class Protection(NamedTuple):
-    """What this machine can keep a tested program from: starting processes, the network, changing files."""
+    """What this machine can keep a tested program from: starting processes, the network, reading and changing files."""
 
     processes: bool
     network: bool
     files: bool
 
 
-def run_limited(program: str, limits: Limits | None = None) -> Outcome:
-    """Run a Python program in a limited child process of its own.
+def run_limited(program: str, tests: str = "", entry_point: str = "", limits: Limits | None = None) -> Outcome:
+    """Run a Python program in a limited process, and tests that call its function in another.
 
-    The child is a fresh interpreter with the caller's installed packages. Hashes of strings are the same in every run,
-    so that the order of a set, and with it the outcome, can be repeated. The program's `__name__` is not `__main__`:
-    what a script does only under that name, such as asking for input, is not done.
+    Both are fresh interpreters with the caller's installed packages. Hashes of strings are the same in every run, so
+    that the order of a set, and with it the outcome, can be repeated. The program's `__name__` is not `__main__`: what
+    a script does only under that name, such as asking for input, is not done.
 
     Args:
         program: source text; whatever it prints is thrown away.
-        limits: what it may use; `Limits()` where None.
+        tests: source text that raises an error where the program is wrong. Names that it uses and does not define are
+            those of the standard library, or else of the program.
+        entry_point: the tested function, which may have the name of one of Python's own.
+        limits: what each may use; `Limits()` where None.
 
     Raises:
-        CoterieError: the system is Windows, or the child does not start.
+        CoterieError: the system is Windows, or a process does not start.
     """
-    secret = secrets.token_hex(16)
-    reply = _run(program, secret, limits or Limits())
-    last = reply.lines[-1]
-    if last == secret:
-        return Outcome("passed", "")
+    limits = limits or Limits()
+    reply = _run(program, tests, entry_point, limits)
     if reply.overran:
         return Outcome("timeout", "the time by the wall clock was over")
     if reply.code == -signal.SIGXCPU:
@@ -112,10 +116,10 @@ def run_limited(program: str, limits: Limits | None = None) -> Outcome:
         with contextlib.suppress(ValueError):
             name = signal.Signals(-reply.code).name
         return Outcome("killed", f"ended by the signal {name}")
-    if len(reply.lines) == 1:
+    if not reply.verdict:
         return Outcome("failed", f"the program left with status {reply.code} before its end")
-    shown = "".join(letter if letter.isprintable() else " " for letter in last[: jail.LONGEST_DETAIL])
-    return Outcome("out-of-memory" if last == "MemoryError" else "failed", shown)
+    status, detail = reply.verdict
+    return Outcome(status, "".join(letter if letter.isprintable() else " " for letter in detail[:LONGEST_ERROR]))
 
 
 @functools.cache
@@ -123,65 +127,110 @@ def protection() -> Protection:
     """Tell what this machine can keep a tested program from, by running an empty one.
 
     Raises:
-        CoterieError: the system is Windows, or the child does not start.
+        CoterieError: the system is Windows, or a process does not start.
     """
-    standing = _run("", "", Limits()).lines[0].split()
+    standing = _run("", "", "", Limits()).standing
     filtered = "seccomp" in standing
-    return Protection(processes=filtered, network=filtered, files="landlock" in standing)
+    return Protection(processes=filtered, network=filtered or "namespaces" in standing, files="landlock" in standing)
 
 
-# -------------------------------------------------------------------------------------------------------- the child
+# -------------------------------------------------------------------------------------------------------- the children
 
 
 class _Reply(NamedTuple):
-    """What came from the child: the lines of its report, its exit code (negative: a signal), was its time over."""
+    """How both ended.
 
-    lines: list[str]
+    Attributes:
+        standing: names of the limits that stood in both processes.
+        verdict: status and detail by the tests; None where a process left before its end.
+        code: exit code of the process that did (negative: a signal), else 0.
+        overran: whether the time was over.
+    """
+
+    standing: list[str]
+    verdict: tuple[Status, str] | None
     code: int
     overran: bool
 
 
-def _run(program: str, secret: str, limits: Limits) -> _Reply:
+def _run(program: str, tests: str, entry_point: str, limits: Limits) -> _Reply:
     if sys.platform == "win32":
         raise CoterieError("generated code is run on Linux and macOS only, where a process can be limited; use WSL")
-    request = {"secret": secret, "cpu_seconds": limits.cpu_seconds, "memory_bytes": limits.memory_bytes}
+    shared = {"cpu_seconds": limits.cpu_seconds, "memory_bytes": limits.memory_bytes}
+    with _child({"role": "answer", "program": program, **shared}) as answer:
+        assert answer.stdin and answer.stdout, "children are started with pipes"
+        wire = (answer.stdout.fileno(), answer.stdin.fileno())
+        request = {"role": "tests", "program": tests, "entry_point": entry_point, **shared}
+        with _child({**request, "reader": wire[0], "writer": wire[1]}, wire) as examiner:
+            assert examiner.stdout, "children are started with pipes"
+            # The examiner alone holds the wire now, so that each of the two sees the other end.
+            _close(answer)
+            report, overran = _read(examiner.stdout.fileno(), limits.seconds)
+            started, _, rest = report.decode(errors="replace").partition("\n")
+            verdict = json.loads(rest) if rest.endswith("\n") else None
+            if not started.startswith("started"):
+                code = _ended(answer) or _ended(examiner)
+                raise CoterieError(
+                    f"the process for generated code does not start (status {code}); try: {sys.executable} -c pass"
+                )
+            left = answer if verdict and verdict[0] == "ended" else None if verdict else examiner
+            code = _ended(left) if left and not overran else 0
+    known = None if verdict is None or verdict[0] == "ended" else (verdict[0], verdict[1])
+    return _Reply(started.split()[1:], known, code, overran)
+
+
+@contextlib.contextmanager
+def _child(request: dict[str, Any], descriptors: tuple[int, ...] = ()) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a process group in an empty folder, hand it a request, and leave nothing of the group alive."""
     with tempfile.TemporaryDirectory(prefix="coterie-", ignore_cleanup_errors=True) as folder:
-        Path(folder, jail.PROGRAM).write_bytes(program.encode(errors="surrogatepass"))
         # Not -I: it would ignore the seed of hashes. The environment is ours, so nothing else is there to ignore.
-        command = [sys.executable, "-P", "-s", "-B", jail.__file__]
-        reply = _converse(command, folder, json.dumps(request).encode(), limits.seconds)
-    if not reply.lines[0].startswith("started"):
-        raise CoterieError(
-            f"the process for generated code does not start (status {reply.code}); try: {sys.executable} -c pass"
+        command = [sys.executable, "-P", "-s", "-B", "-c", _START, str(Path(coterie.__file__).parents[1])]
+        child = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={"PYTHONHASHSEED": "0"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            pass_fds=descriptors,
+            start_new_session=True,
         )
-    return reply
-
-
-def _converse(command: list[str], folder: str, request: bytes, seconds: float) -> _Reply:
-    """Start a process group, hand it a request, take its report, and leave nothing of the group alive."""
-    with subprocess.Popen(
-        command,
-        cwd=folder,
-        env={"PYTHONHASHSEED": "0"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as child:
         try:
-            assert child.stdin and child.stdout, "the child is started with pipes"
-            with contextlib.suppress(BrokenPipeError), child.stdin:
-                child.stdin.write(request)
-            report, overran = _read(child.stdout.fileno(), seconds)
+            assert child.stdin, "the child is started with pipes"
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.write(json.dumps(request).encode() + b"\n")
+                child.stdin.flush()
+            yield child
         finally:
-            # Before the child is waited for: until then its number cannot pass to another group.
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(child.pid, signal.SIGKILL)
-    return _Reply(report.decode(errors="replace").splitlines() or [""], child.returncode, overran)
+            _kill(child)
+            _close(child)
+
+
+def _close(child: subprocess.Popen[bytes]) -> None:
+    for stream in (child.stdin, child.stdout):
+        with contextlib.suppress(BrokenPipeError):  # of a request that nobody read
+            if stream:
+                stream.close()
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    # Before the child is waited for: until then its number cannot pass to another group.
+    if child.returncode is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def _ended(child: subprocess.Popen[bytes]) -> int:
+    """Return the exit code of a process that is about to end; it is killed if it only closed its streams."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return child.wait(SECONDS_TO_END)
+    _kill(child)
+    return child.returncode
 
 
 def _read(descriptor: int, seconds: float) -> tuple[bytes, bool]:
-    """Read a report until it ends or is too long to be one, and tell whether the time was over before that.
+    """Read the two lines of a report, or what there is of them, and tell whether the time was over before that.
 
     The time runs from the report's first line, so that a busy machine's slow start is not taken from it.
     """
@@ -190,9 +239,9 @@ def _read(descriptor: int, seconds: float) -> tuple[bytes, bool]:
         selector.register(descriptor, selectors.EVENT_READ)
         while len(report) < LONGEST_REPORT and selector.select(max(0, deadline - time.monotonic())):
             part = os.read(descriptor, LONGEST_REPORT)
-            if not part:
-                return report, False
             if not report:
                 deadline = time.monotonic() + seconds
             report += part
+            if not part or report.count(b"\n") > 1:
+                return report, False
     return report, len(report) < LONGEST_REPORT
