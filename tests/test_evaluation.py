@@ -272,6 +272,11 @@ def test_the_record_repeats_where_extras_were_trained_in_another_way(grid_folder
     assert record["extras"] is None
     again = run_evaluation(checked(EvaluationSettings, {**record, "output": str(tmp_path / "two")}))
     assert again.summary["table"] == first.summary["table"]
+    asked = {**names, "output": str(tmp_path / "three"), "resamples": 100, "judge_folds": 2}
+    run_evaluation(from_flat(EvaluationSettings, asked))
+    record = read_run_record(tmp_path / "three" / "run.yaml")["settings"]
+    assert record["extras"] == {"judge_folds": 2}, "one was asked for, the others not"
+    run_evaluation(checked(EvaluationSettings, {**record, "output": str(tmp_path / "four")}))
 
 
 def test_a_setting_that_does_not_exist_is_told(mixture):

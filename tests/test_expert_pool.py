@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -112,6 +114,13 @@ def test_names_are_given_once_and_pools_are_kept(tmp_path, model_folder):
 ENTRY = {"kind": "endpoint", "source": "http://h/v1", "model": "m", "sha256": None, "system_prompt": None}
 
 
+def test_a_broken_entry_is_refused_where_python_leaves_assertions_out():
+    script = "from coterie.experts.expert_pool import pool_from\n"
+    script += f"pool_from({{'a': {ENTRY | {'model': 3}!r}}}, 'pool.json')"
+    done = subprocess.run([sys.executable, "-O", "-c", script], capture_output=True, text=True, check=False)
+    assert "CoterieError: pool.json: the entry of the expert 'a' is broken; make the pool again" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("experts", "pattern"),
     [
@@ -120,6 +129,8 @@ ENTRY = {"kind": "endpoint", "source": "http://h/v1", "model": "m", "sha256": No
         ({"a": {}}, "the entry of the expert 'a' is broken"),
         ({"a": {**ENTRY, "kind": "pickle"}}, "the entry of the expert 'a' is broken"),
         ({"a": {**ENTRY, "model": 3}}, "the entry of the expert 'a' is broken"),
+        ({"a": {**ENTRY, "sha256": ["x"]}}, "the entry of the expert 'a' is broken"),
+        ({"a": "http://h/v1"}, "the entry of the expert 'a' is broken"),
         ({"a": {**ENTRY, "more": 3}}, "the entry of the expert 'a' is broken"),
         ({"a": {**ENTRY, "source": "http://u:p@h/v1"}}, "put the key into the environment"),
         ({"a/b": ENTRY}, "cannot be an expert's name"),

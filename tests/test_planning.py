@@ -91,6 +91,21 @@ def test_loads_and_memory_are_those_of_the_work(local_run, run, model_folder, tm
     assert seen == [(dict.fromkeys(names, 1), plan["peak_bytes"])]
 
 
+@pytest.mark.parametrize(("how", "asked"), [("choice", 2), ("category", 1)])
+def test_choices_are_counted_for_the_questions_that_are_then_asked(tmp_path, run_folder, run, how, asked):
+    """A choice is read off for every question; where rows bring their categories, for those that bring none."""
+    pool, experts = tmp_path / "pool", run_folder / "experts"
+    init_pool(ExpertPoolSettings(folder=str(pool), expert=[f"{n}={experts / n}" for n in ("cluster-0", "cluster-1")]))
+    data = write_rows(tmp_path / "val.jsonl", [{**row, "category": row["source"]} for row in tiny.make_rows(6, seed=4)])
+    assert run("profile", pool, "--data", data, "--skills", how, "--score", "likelihood", "--device", "cpu")[0] == 0
+    fitted = ("fit", "symbolic-moe", "--experts", pool, "--output", tmp_path / "run", "--recruits", 1)
+    assert run(*fitted, "--sampler", "top", "--min-share", 0, "--aggregator", "majority")[0] == 0
+    file = write_rows(tmp_path / "q.jsonl", [{"instruction": "add 1 2", "category": "sum"}, {"instruction": "add 3 4"}])
+    plan = json.loads(run("plan", tmp_path / "run", "--input", file, "--device", "cpu", "--json")[1])
+    calls = sum(tally["calls"] for tally in plan["experts"].values())
+    assert calls - 2 == asked + 1, "two answers; a choice for each question asked, and for none"
+
+
 def test_nothing_is_loaded_for_a_plan(local_run, run, tmp_path, monkeypatch):
     def load(*_: object) -> None:
         raise AssertionError("a model was loaded")

@@ -4,7 +4,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from coterie.artifacts import FORMAT, as_path, hash_text, read_json, write_json
 from coterie.backbone.loading import local_weights
@@ -179,11 +181,10 @@ def pool_from(experts: object, place: str) -> Pool:
 
 def _from_record(name: str, entry: object, place: str) -> PoolExpert:
     try:
-        assert isinstance(entry, Mapping)
-        expert = PoolExpert(name, **entry)
-        assert expert.kind in get_args(Kind) and all(isinstance(text, str) for text in (expert.source, expert.model))
-        assert all(isinstance(text, str | None) for text in (expert.sha256, expert.system_prompt))
-    except (AssertionError, TypeError) as error:
+        if not isinstance(entry, Mapping):
+            raise TypeError("it is no object")
+        expert = TypeAdapter(PoolExpert).validate_python(vars(PoolExpert(name, **entry)))
+    except (TypeError, ValidationError) as error:
         raise CoterieError(f"{place}: the entry of the expert {name!r} is broken; make the pool again") from error
     return _checked(expert)
 

@@ -1,9 +1,10 @@
 """Groups of settings that commands share: their fields become plain flags."""
 
+from collections.abc import Callable
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_serializer
 
 from coterie.settings.reading import Settings, from_flat
 
@@ -238,11 +239,14 @@ class RoutingSettings(Settings):
 
 
 class ExtrasSettings(Settings):
-    """Training of what methods need beyond a fitted run."""
+    """Training of what methods need beyond a fitted run.
+
+    A record holds what was asked for alone: what is trained already may have been trained in another way.
+    """
 
     encoder: str = Field(
         "minilm",
-        description="sentence encoder of instruction-embedding: minilm, hidden (the base model's), or a folder",
+        description="sentence encoder of instruction-embedding: minilm, hidden (the base model's), a folder or hub id",
     )
     ensemble_size: int = Field(4, ge=2, description="adapters of lora-ensembles, the base adapter among them")
     gate_epochs: int = Field(1, ge=1, description="epochs of mole's gates")
@@ -251,6 +255,10 @@ class ExtrasSettings(Settings):
     judge_folds: int = Field(
         2, ge=2, description="parts of the training rows: experts are judged on each by copies trained on the others"
     )
+
+    @model_serializer(mode="wrap")
+    def _asked_for(self, plain: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in plain(self).items() if name in self.model_fields_set}
 
 
 class FewShotSettings(Settings):

@@ -189,8 +189,8 @@ def _skills(
         options = fitted.profiled.options if choosing else fitted.profiled.profile.skills
         assert expert is not None  # without a chooser, nothing is chosen
         scheduler.loaded(expert)
-        lacking = [question for question, own in zip(questions, examples, strict=True) if not own.category]
-        for question in [*lacking, BLANK]:
+        asked = [question for question, own in zip(questions, examples, strict=True) if choosing or not own.category]
+        for question in [*asked, BLANK]:
             prompt = round(len(choice_request(question, options)) / counting.paces[expert].characters)
             counting.tallies.setdefault(expert, Tally()).add(prompt, 0, 0)
     rows = fitted.profiled.rows
