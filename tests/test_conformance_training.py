@@ -349,16 +349,20 @@ LEFT_OUT = table(
     (
         "fused experts",
         "mixtral",
-        ("model.layers.*.mlp.experts.gate_up_proj, model.layers.*.mlp.experts.down_proj (no linear layer)",),
+        ("model.layers.*.mlp.experts.gate_up_proj, model.layers.*.mlp.experts.down_proj (is no linear layer)",),
     ),
     (
         "a router that returns more than its product",
         "phimoe",
-        ("model.layers.*.mlp.router (not run as a linear layer on every token)", "(no linear layer)"),
+        ("model.layers.*.mlp.router (returns something else than one product)", "(is no linear layer)"),
     ),
-    ("a weight that is used alone", "jamba", ("model.layers.*.mamba.dt_proj (not run as a linear layer",)),
-    ("names that PEFT takes for experts", "deepseek_v3", ("model.layers.*.mlp.shared_experts.gate_proj", "PEFT takes")),
-    ("what PEFT refuses", "falcon_h1", ("model.layers.*.mamba.out_proj (refused by PEFT)",)),
+    ("a weight that is used alone", "jamba", ("model.layers.*.mamba.dt_proj (never runs)",)),
+    (
+        "names that PEFT takes for experts",
+        "deepseek_v3",
+        ("model.layers.*.mlp.shared_experts.gate_proj", "(is taken by PEFT for a part"),
+    ),
+    ("what PEFT refuses", "falcon_h1", ("model.layers.*.mamba.out_proj (is refused by PEFT)",)),
 )
 
 
@@ -372,8 +376,8 @@ def test_what_adapters_leave_as_it_is_is_said_in_one_line(name, said, caplog):
 
 REFUSED = table(
     ("unknown name", "q_poj", "no linear layer is called 'q_poj'. Did you mean 'q_proj'?"),
-    ("the output layer", "lm_head", "adapters cannot change lm_head of this model (the output layer)"),
-    ("a router", "router", "adapters cannot change router of this model (not run as a linear layer on every token)"),
+    ("the output layer", "lm_head", "adapters cannot change lm_head of this model (is the output layer)"),
+    ("a router", "router", "adapters cannot change router of this model (returns something else than one product)"),
     ("an empty name", "q_proj,", "no linear layer is called ''"),
 )
 
@@ -418,14 +422,12 @@ class SentTokensOnly(nn.Module):
         return result.view_as(x)
 
 
-def test_layers_whose_vectors_cannot_be_told_apart_are_left_out_and_refused():
+def test_layers_whose_vectors_cannot_be_told_apart_are_left_out_and_refused(tmp_path):
     backbone = make_backbone("llama")
-    block = backbone.model.model.layers[0]
-    block.mlp = SentTokensOnly()
+    backbone.model.model.layers[0].mlp = SentTokensOnly()
     paths = [f"model.layers.0.mlp.experts.{n}" for n in range(2)]
-    assert {
-        path: reason for path, reason in unchangeable(backbone.model).items() if path != "lm_head"
-    } == dict.fromkeys(paths, "not run as a linear layer on every token")
+    found = unchangeable(backbone.model)
+    assert found == {**dict.fromkeys(paths, "does not read every token"), "lm_head": "is the output layer"}
     adapter = {paths[0]: LoraPair(torch.ones(1, 32), torch.ones(1, 32))}
     layers = ExpertLayers(backbone.model, [adapter])
     with (
@@ -434,6 +436,25 @@ def test_layers_whose_vectors_cannot_be_told_apart_are_left_out_and_refused():
         layers.choosing(ByExpert((0,), (2,))),
     ):
         backbone.hidden(torch.arange(14).view(2, 7))
+    write_adapter(tmp_path, {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": paths[:1]}, adapter)
+    with pytest.raises(CoterieError, match=r"experts\.0 does not read every token, so experts cannot change it"):
+        load_adapter(tmp_path, backbone.model)
+
+
+def test_an_adapter_of_a_layer_that_never_runs_is_taken_since_it_changes_nothing(tmp_path):
+    """PEFT's own all-linear changes Jamba's dt_proj, of which the model reads the weight alone."""
+    backbone = make_backbone("jamba")
+    path = "model.layers.0.mamba.dt_proj"
+    shape = backbone.model.get_submodule(path).weight.shape
+    adapter = {path: LoraPair(normal(2, shape[1]), normal(2, shape[0]))}
+    write_adapter(tmp_path, {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [path]}, adapter)
+    row = some_rows(backbone, 1)[0]
+    layers = ExpertLayers(backbone.model, [load_adapter(tmp_path, backbone.model)])
+    with layers.attached(), layers.choosing(ByExpert((0,), (1,))):
+        found = read_alone(backbone.model, row)
+    torch.testing.assert_close(found, read_alone(backbone.model, row))
+    model = PeftModel.from_pretrained(copy.deepcopy(backbone.model), tmp_path).eval().base_model.model
+    torch.testing.assert_close(found, read_alone(model, row))
 
 
 class PositionsFirst(nn.Module):
@@ -450,7 +471,7 @@ class PositionsFirst(nn.Module):
 def test_a_layer_that_reads_rows_in_another_order_is_left_out():
     model = architectures.make_model("llama")
     model.model.layers[0].mlp = PositionsFirst()
-    assert "model.layers.0.mlp.layer" in unchangeable(model)
+    assert unchangeable(model)["model.layers.0.mlp.layer"] == "does not read tokens in the order of rows"
     assert "model.layers.1.mlp.up_proj" not in unchangeable(model)
 
 

@@ -6,13 +6,14 @@ are added to its output in batched products.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -113,44 +114,61 @@ def by_token(
 
 
 def _unchangeable(path: str, reason: str) -> CoterieError:
-    return CoterieError(
-        f"experts cannot change the layer {path}, which {reason}; use adapters without it (--target-modules)"
-    )
+    return CoterieError(f"experts cannot change the layer {path}, which {reason}; use adapters without it")
+
+
+NEVER_RUNS = "never runs"
+_UNCHANGEABLE: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
+
+
+def unchangeable_layers(model: PreTrainedModel) -> dict[str, str]:
+    """Return the linear layers that experts cannot change, by module path, with what each does that it cannot.
+
+    Found once a model, by reading two rows, in either order: some layers never run (state space models may use the
+    weight alone), read only the tokens sent to them, or return something else than one product (routers).
+    """
+    if model not in _UNCHANGEABLE:
+        rows = torch.arange(14, device=model.device).view(2, 7) % model.config.get_text_config().vocab_size
+        once, swapped = _calls(model, rows), _calls(model, rows.flip(0))
+        widths = {path: width_out for path, (_, width_out) in linear_shapes(model).items()}
+        found = {path: _what_it_does(once[path], swapped[path], rows, width) for path, width in widths.items()}
+        _UNCHANGEABLE[model] = {path: reason for path, reason in found.items() if reason}
+    return _UNCHANGEABLE[model]
+
+
+Call = tuple[Tensor, tuple[int, ...]]
+"""What a layer read, and the shape of what it returned; () for something else than a tensor."""
 
 
 @torch.inference_mode()
-def changeable_layers(model: PreTrainedModel) -> frozenset[str]:
-    """Return the paths of the linear layers that experts can change: those that read every token, rows in their order.
-
-    Found by reading two rows, once in either order. Left out are layers that never run (some state space models use the
-    weight alone), that read only the tokens sent to them, or that return something else than one product (routers).
-    """
-    layers, shapes = linear_layers(model), linear_shapes(model)
-    seen: dict[str, list[tuple[Tensor, torch.Size]]] = {path: [] for path in layers}
+def _calls(model: PreTrainedModel, ids: Int[Tensor, "row position"]) -> dict[str, list[Call]]:
+    """Read rows, and return the calls of every linear layer."""
+    layers = linear_layers(model)
+    calls: dict[str, list[Call]] = {path: [] for path in layers}
 
     def note(path: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-        seen[path].append((inputs[0], output.shape if isinstance(output, Tensor) else torch.Size()))
+        calls[path].append((inputs[0], tuple(output.shape) if isinstance(output, Tensor) else ()))
 
-    rows = torch.arange(14, device=model.device).view(2, 7) % model.config.get_text_config().vocab_size
-    handles = [module.register_forward_hook(partial(note, path)) for path, module in layers.items()]
-    try:
-        for ids in (rows, rows.flip(0)):
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for path, module in layers.items():
+            hooks.callback(module.register_forward_hook(partial(note, path)).remove)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return calls
 
-    def reads_every_token(path: str) -> bool:
-        calls = len(seen[path]) // 2
-        for (x, size), (other, _) in zip(seen[path][:calls], seen[path][calls:], strict=True):
-            if x.shape[:-1].numel() != rows.numel() or size != (*x.shape[:-1], shapes[path][1]):
-                return False
-            one, swapped = x.float().reshape(2, -1), other.float().reshape(2, -1).flip(0)
-            if (one - swapped).norm() > SAME_INPUT * one.norm():
-                return False
-        return calls > 0
 
-    return frozenset(path for path in layers if reads_every_token(path))
+def _what_it_does(once: Sequence[Call], swapped: Sequence[Call], rows: Tensor, width_out: int) -> str | None:
+    """Return what a layer's calls show that experts cannot follow, if anything; the rows were swapped in the others."""
+    if not once and not swapped:
+        return NEVER_RUNS
+    if len(once) != len(swapped) or any(x.shape[:-1].numel() != rows.numel() for x, _ in (*once, *swapped)):
+        return "does not read every token"
+    for (x, shape), (other, _) in zip(once, swapped, strict=True):
+        if shape != (*x.shape[:-1], width_out):
+            return "returns something else than one product"
+        own, same = x.float().reshape(2, -1), other.float().reshape(2, -1).flip(0)
+        if (own - same).norm() > SAME_INPUT * own.norm():
+            return "does not read tokens in the order of rows"
+    return None
 
 
 @contextmanager
@@ -177,7 +195,7 @@ def updating(
         if change is None:
             return output
         if not isinstance(output, Tensor) or output.shape != (*inputs[0].shape[:-1], change.shape[-1]):
-            raise _unchangeable(path, "returns more than the product with its weight")
+            raise _unchangeable(path, "returns something else than one product")
         change = change.to(output.dtype).reshape(output.shape)
         return output + change if torch.is_grad_enabled() else output.add_(change)
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from coterie.backbone.cache import make_cache, select_rows
-from coterie.backbone.layers import ExpertLayers, Weighted, changeable_layers, linear_layers, linear_shapes
+from coterie.backbone.layers import ExpertLayers, Weighted, linear_layers, linear_shapes, unchangeable_layers
 from coterie.backbone.model import Backbone
 from coterie.data.batching import pad
 from coterie.errors import CoterieError, first_line
@@ -138,7 +138,7 @@ def _random_adapter(backbone: Backbone, seed: int) -> Adapter:
             torch.randn(1, shapes[path][0], generator=generator) / shapes[path][0] ** 0.5,
             torch.randn(1, shapes[path][1], generator=generator) * 0.3,
         )
-        for path in sorted(changeable_layers(backbone.model))
+        for path in sorted({*shapes} - {*unchangeable_layers(backbone.model)})
         if backbone.model.get_submodule(path) is not backbone.output_layer
     }
 

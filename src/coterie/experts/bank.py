@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from coterie.artifacts import read_floats, read_json, tensor_claims, write_json, write_tensors
 from coterie.artifacts.tensors import FLOATS
-from coterie.backbone.layers import linear_shapes
+from coterie.backbone.layers import NEVER_RUNS, linear_shapes, unchangeable_layers
 from coterie.errors import CoterieError, unknown_name
 from coterie.lora import Adapter, LoraPair
 from coterie.records.adapter import AdapterConfig
@@ -154,12 +154,15 @@ def _claimed_layers(file: Path, model: nn.Module) -> dict[str, tuple[int, int, i
         raise CoterieError(f"{file} holds no tensors; get the adapter again")
     widths = linear_shapes(model)
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    unchangeable = unchangeable_layers(model) if isinstance(model, PreTrainedModel) else {}
     for path, both in halves.items():
         if len(both) != 2:
             raise CoterieError(f"{file}: {path} has only lora_{next(iter(both))}; get the adapter again")
         _check_shapes(path, both["A"], both["B"], widths, file)
         if output is not None and model.get_submodule(path) is output:  # runs apart from all others, once a prompt
             raise CoterieError(f"{file}: {path} is the output layer, which experts cannot change; train without it")
+        if (reason := unchangeable.get(path, NEVER_RUNS)) != NEVER_RUNS:  # one that never runs changes nothing
+            raise CoterieError(f"{file}: {path} {reason}, so experts cannot change it; train without it")
     return {path: (both["A"][0], *widths[path]) for path, both in halves.items()}
 
 

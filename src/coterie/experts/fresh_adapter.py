@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from coterie.artifacts import read_json, write_json
-from coterie.backbone.layers import ByExpert, ExpertLayers, changeable_layers, linear_layers
+from coterie.backbone.layers import ByExpert, ExpertLayers, linear_layers, unchangeable_layers
 from coterie.backbone.loading import Backbone
 from coterie.errors import CoterieError, first_line, unknown_name
 from coterie.experts.bank import CONFIG_FILE, KEY_PREFIX, load_adapter, rank_and_alpha, read_config
@@ -110,16 +110,16 @@ def asked_layers(model: PreTrainedModel, target_modules: str) -> list[str]:
 
 def unchangeable(model: PreTrainedModel) -> dict[str, str]:
     """Return the linear layers that a fresh adapter must leave as they are, with the reason."""
-    changeable, reasons = changeable_layers(model), {}
+    reasons = dict(unchangeable_layers(model))
     for path, layer in linear_layers(model).items():
         if layer is model.get_output_embeddings():  # runs apart from all others, once a prompt
-            reasons[path] = "the output layer"
-        elif path not in changeable:
-            reasons[path] = "not run as a linear layer on every token"
+            reasons[path] = "is the output layer"
+        elif path in reasons:
+            continue
         elif model.config.model_type in WITHOUT_OUT_PROJ and path.endswith(".out_proj"):
-            reasons[path] = "refused by PEFT"
+            reasons[path] = "is refused by PEFT"
         elif not _is_left_to_its_name(path, model):
-            reasons[path] = "PEFT takes its name for a part of the fused experts"
+            reasons[path] = "is taken by PEFT for a part of the fused experts"
     return reasons
 
 
@@ -231,7 +231,7 @@ def _tell_what_stays(model: PreTrainedModel, target_modules: str) -> None:
             owner = model.get_submodule(name.rpartition(".")[0])
             known = owner in linear.values() or isinstance(owner, (nn.Embedding, nn.Conv1d))
             if not known and sum(size > 1 for size in parameter.shape) > 1:
-                stays[name] = "no linear layer"
+                stays[name] = "is no linear layer"
     by_reason: dict[str, dict[str, None]] = {}
     for path, reason in stays.items():
         if linear.get(path) is not model.get_output_embeddings():

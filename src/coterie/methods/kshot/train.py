@@ -1,6 +1,7 @@
 """Training of a token-gated mixture on a task's rows: what `coterie fit kshot-moe` and its ablations share."""
 
 import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from coterie.experts.bank import CONFIG_FILE, load_bank, write_adapter
 from coterie.experts.gated_model import GateTraining
 from coterie.experts.gates_training import TrainedMixture, collapsed, start_gates, train_mixture
 from coterie.experts.training import read_log
+from coterie.lora import Adapter
 from coterie.methods.common import base_plan
 from coterie.methods.kshot.task import KshotTask
 from coterie.records.task import GateLoads, LayerLoad, StepLoad
@@ -69,11 +71,11 @@ def tune(
     gates = start_gates(how.gate_start, backbone, adapters.adapters, adapters.names, top_k=top_k, seed=settings.seed)
     training = GateTraining(experts=how.train == "all", dropout=how.expert_dropout, balance=how.balance)
     plan = base_plan(settings, f"mixture of {', '.join(adapters.names)}")
+    configs = {name: read_json(bank.folder_of(origin) / CONFIG_FILE) for name, origin in experts.items()}
+    with tempfile.TemporaryDirectory() as trial:  # what cannot be read back is told now, not after the training
+        load_bank(_write_experts(Path(trial), configs, adapters.adapters), backbone.model)
     trained = train_mixture(backbone, adapters.adapters, gates, rows, plan, folder, training)
-    folders = {}
-    for (name, origin), adapter in zip(experts.items(), trained.adapters, strict=True):
-        folders[name] = folder / "experts" / name
-        write_adapter(folders[name], read_json(bank.folder_of(origin) / CONFIG_FILE), adapter)
+    folders = _write_experts(folder, configs, trained.adapters)
     record = _gate_record(trained, folder)
     write_json(folder / GATES_FILE, record.plain())
     if (taken := collapsed(trained.load, trained.gates.experts)) is not None:
@@ -83,6 +85,14 @@ def tune(
             taken,
         )
     return Tuned(folders, GateRouter(backbone, trained.adapters, trained.gates), record)
+
+
+def _write_experts(folder: Path, configs: Mapping[str, dict[str, Any]], adapters: Sequence[Adapter]) -> dict[str, Path]:
+    """Write experts to `experts/<name>` of a folder, under the configs that they came with."""
+    folders = {name: folder / "experts" / name for name in configs}
+    for (name, config), adapter in zip(configs.items(), adapters, strict=True):
+        write_adapter(folders[name], config, adapter)
+    return folders
 
 
 def gate_options(settings: KshotSettings, experts: int) -> dict[str, Any]:
