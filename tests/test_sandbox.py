@@ -336,7 +336,8 @@ def test_a_fork_bomb_makes_no_process(filtered):
 
 def test_a_thread_bomb_ends_with_its_process():
     bomb = "import threading, time\nthreading.stack_size(2**16)\nwhile True:\n"
-    outcome = run_limited(bomb + "    threading.Thread(target=time.sleep, args=(300,)).start()", limits=SHORT)
+    bomb += "    threading.Thread(target=time.sleep, args=(300,)).start()"
+    outcome = run_limited(bomb, limits=Limits(seconds=3.0, cpu_seconds=1, memory_bytes=2**29))
     assert outcome.status != "passed"
     assert run_limited("") == Outcome("passed", "")
 
