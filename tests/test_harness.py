@@ -1,5 +1,7 @@
 """lm-evaluation-harness runs a mixture offline, and its numbers are those of the mixture itself."""
 
+import copy
+import dataclasses
 import math
 
 import lm_eval
@@ -7,13 +9,17 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
+from tokenizers.processors import TemplateProcessing
 
 import tiny
+from chat_templates import GEMMA
 from conftest import write_rows
+from coterie.backbone.loading import load_backbone
 from coterie.data.batching import TokenRow
 from coterie.errors import CoterieError
 from coterie.evaluation.harness import HarnessModel
 from coterie.mixture.scoring import score
+from coterie.settings.groups import ModelSettings
 
 PAIRS = [("add 3 4 gives", " 7"), ("the word", " is A B"), ("x", "y"), ("add 11 25", " 36 and no more")]
 
@@ -152,3 +158,73 @@ def test_conversations_are_rendered_with_the_models_template(model):
     assert model.apply_chat_template(turns).endswith("<s>user\nadd 3 4<e><s>assistant\n")
     assert model.chat_template(True) == tiny.CHAT_TEMPLATE
     assert torch.is_tensor(model._scored([([65], [66])])[0].logprobs)
+
+
+# --------------------------------------------------------------------------- the same numbers as the harness' own model
+
+TRICKY = [
+    ("add 3 4 gives", " 7"),
+    ("ends in spaces  ", "4 the"),
+    ("", "no context"),
+    ("", "<s>begins itself"),
+    ("<s>the context begins itself", " and goes on"),
+    ("x" * 700, "the beginning is left out"),
+    ("a", "b" * 510),
+]
+ROLLED = ["add 3 4", "<s>begun", "long " * 210, "é한"]
+ASKED = [
+    ("add 3 4", {"until": ["\n"], "max_gen_toks": 6}),
+    ("<s>SPELL", {"until": ["a"], "max_new_tokens": 8, "do_sample": False}),
+    ("y" * 600, {"until": [], "max_gen_toks": 20, "temperature": 0.0}),
+]
+
+
+@pytest.fixture(scope="module", params=[None, "<s> $A", "<s> $A <e>"], ids=["adds nothing", "adds bos", "adds both"])
+def both(request, mixture, run_folder, tmp_path_factory):
+    """One expert of the mixture here, and its adapter as lm-eval's own model loads it, with one tokenizer."""
+    from lm_eval.models.huggingface import HFLM
+
+    folder = tiny.save_model(tmp_path_factory.mktemp("harness") / "model")
+    if request.param:
+        tokenizer = tiny.make_tokenizer()
+        special = [(word, tokenizer.convert_tokens_to_ids(word)) for word in ("<s>", "<e>")]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=request.param, special_tokens=special)
+        tokenizer.save_pretrained(folder)
+    backbone = load_backbone(ModelSettings(model=str(folder), device="cpu"))
+    adapter = run_folder / "experts" / "cluster-0"
+    theirs = HFLM(pretrained=str(folder), peft=str(adapter), device="cpu", dtype="float32", batch_size=2)
+    ours = dataclasses.replace(mixture, backbone=backbone).replace(router="cluster-0")
+    return HarnessModel(ours, batch_size=2), theirs
+
+
+def test_the_harness_own_model_gives_a_continuation_the_same_likelihood(both):
+    requests = [request("loglikelihood", *pair) for pair in TRICKY]
+    ours, theirs = (model.loglikelihood(requests) for model in both)
+    assert [score for score, _ in ours] == pytest.approx([score for score, _ in theirs], abs=2e-3)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+
+
+def test_the_harness_own_model_gives_a_text_the_same_likelihood(both):
+    requests = [request("loglikelihood_rolling", text) for text in ROLLED]
+    ours, theirs = (model.loglikelihood_rolling(requests) for model in both)
+    assert ours == pytest.approx(theirs, abs=5e-3)
+
+
+def test_the_harness_own_model_gives_a_context_the_same_answer(both):
+    requests = [request("generate_until", *asked) for asked in ASKED]
+    ours, theirs = (model.generate_until(copy.deepcopy(requests)) for model in both)
+    assert ours == theirs
+
+
+def test_a_continuation_without_a_token_of_its_own_is_told(model):
+    with pytest.raises(CoterieError, match="the continuation '' has 0 tokens, not 1 to 512"):
+        model.loglikelihood([request("loglikelihood", "x", "")])
+
+
+def test_a_system_prompt_that_the_template_refuses_is_left_out_with_a_word(mixture, caplog):
+    tokenizer = tiny.make_tokenizer(GEMMA)
+    gemma = dataclasses.replace(mixture, backbone=dataclasses.replace(mixture.backbone, tokenizer=tokenizer))
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "add"}]
+    text = HarnessModel(gemma).apply_chat_template(turns)
+    assert text == "<s><start_of_turn>user\nadd<end_of_turn>\n<start_of_turn>model\n"
+    assert "so it is left out" in caplog.text

@@ -111,6 +111,23 @@ class Backbone:
         return max(lists, key=lambda blocks: sum(weight.numel() for weight in blocks.parameters()))
 
     @cached_property
+    def positions(self) -> int | None:
+        """The most tokens of a text, where positions are looked up in a table; None where they never run out.
+
+        Learned positions are an embedding of their own, which OPT begins with two entries for padding; GPT-J keeps a
+        table of angles. MPT makes its biases as long as its configuration says.
+        """
+        config: Any = self.model.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)
+        if config.model_type == "mpt":
+            return config.max_seq_len
+        words = self.model.get_input_embeddings()
+        embeddings = (m for m in self.model.modules() if isinstance(m, nn.Embedding) and m is not words)
+        learned = any(limit is not None and m.num_embeddings in (limit, limit + 2) for m in embeddings)
+        buffers = (buffer for buffer in self.model.buffers() if buffer.dim() == 2)
+        return limit if learned or any(buffer.shape[0] == limit for buffer in buffers) else None
+
+    @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
         ids = self.model.generation_config.eos_token_id if self.model.generation_config else None

@@ -187,8 +187,16 @@ class PromptFormat:
         return self._encode(text.answer)[0]
 
 
-def tokenise(prompts: PromptFormat, examples: Sequence[Example], max_length: int) -> Tokenised:
-    """Tokenise examples and drop, never cut, those longer than `max_length` tokens; the count is logged.
+def tokenise(
+    prompts: PromptFormat, examples: Sequence[Example], max_length: int, positions: int | None = None
+) -> Tokenised:
+    """Tokenise examples and drop, never cut, those that are too long; the count is logged.
+
+    Args:
+        prompts: how conversations become tokens.
+        examples: the rows.
+        max_length: the most tokens that are wanted.
+        positions: the most that the base model reads; None where that never runs out.
 
     Raises:
         CoterieError: when none is left.
@@ -203,7 +211,10 @@ def tokenise(prompts: PromptFormat, examples: Sequence[Example], max_length: int
         notes.update(noted)
     for note, count in notes.items():
         logger.warning("in %d of %d examples %s", count, len(rows), note)
-    fits = [len(row.ids) <= max_length for row in rows]
+    longest, advice = max_length, "raise --max-length"
+    if positions is not None and positions < max_length:
+        longest, advice = positions, "the base model reads no more, so give shorter examples or another base model"
+    fits = [len(row.ids) <= longest for row in rows]
     kept = Tokenised(
         [example for example, fit in zip(examples, fits, strict=True) if fit],
         [row for row, fit in zip(rows, fits, strict=True) if fit],
@@ -212,12 +223,22 @@ def tokenise(prompts: PromptFormat, examples: Sequence[Example], max_length: int
     if not kept.rows:
         shortest = min(len(row.ids) for row in rows)
         raise CoterieError(
-            f"all {len(rows)} examples are longer than {max_length} tokens (the shortest has {shortest}); "
-            "raise --max-length"
+            f"all {len(rows)} examples are longer than {longest} tokens (the shortest has {shortest}); {advice}"
         )
     if kept.dropped:
-        logger.warning("dropped %d of %d examples longer than %d tokens", kept.dropped, len(rows), max_length)
+        logger.warning("dropped %d of %d examples longer than %d tokens", kept.dropped, len(rows), longest)
     return kept
+
+
+def check_lengths(rows: Sequence[TokenRow], positions: int | None, names: Sequence[str]) -> None:
+    """Refuse texts, by name, that are longer than what the base model reads, where that runs out.
+
+    Raises:
+        CoterieError: naming the first one.
+    """
+    for row, name in zip(rows, names, strict=True):
+        if positions is not None and len(row.ids) > positions:
+            raise CoterieError(f"{name} has {len(row.ids)} tokens, but the base model reads {positions}; shorten it")
 
 
 def pad(

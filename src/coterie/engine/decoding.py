@@ -1,6 +1,7 @@
 """Decoding a batch of requests: prefill once, then one token a step for everybody, until the last one has left."""
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -98,6 +99,7 @@ class DecodingBatch:
         self._settings = draws[0]
         self._rerouting = rerouting
         self._stop_ids = backbone.stop_ids | end_ids
+        self._longest = math.inf if backbone.positions is None else backbone.positions + 1  # the last one is not read
         each = len(draws)
         self._active = [
             _Request(each * number + place, list(ids), len(ids), Sampler(own), TextStream(backbone.tokenizer, own.stop))
@@ -158,7 +160,7 @@ class DecodingBatch:
         reason: FinishReason | None = None
         if ends_turn or request.stream.stopped:
             reason = "stop"
-        elif len(request.ids) - request.prompt_length >= self._settings.max_new_tokens:
+        elif len(request.ids) >= min(self._longest, request.prompt_length + self._settings.max_new_tokens):
             reason = "length"
         if reason and not request.stream.stopped:
             text += request.stream.finish()
@@ -187,12 +189,13 @@ def score_responses(
         layers: the bank's experts.
         plan: the model rows that are run, once.
         votes: ways to combine them.
-        rows: for every prompt, its token ids and the positions of the wanted tokens (each at least 1).
+        rows: for every prompt, its token ids and the positions of the wanted tokens, first to last
+            (each at least 1).
 
     Returns:
         For every vote and prompt, scores in the order of the positions.
     """
-    ids = pad([rows[prompt][0] for prompt in plan.prompts], backbone.pad_id, device=backbone.device)
+    ids = pad([rows[n][0][: rows[n][1][-1]] for n in plan.prompts], backbone.pad_id, device=backbone.device)
     with layers.attached(), layers.choosing(plan.choice):
         hidden = backbone.hidden(ids.input_ids)  # padding stands behind the text, where causal attention cannot see it
     result: list[list[ScoredTokens]] = [[] for _ in votes]

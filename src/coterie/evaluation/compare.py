@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from coterie.artifacts import JsonCache, as_path, check_output, read_json, read_jsonl, run_folder, sha256_of
+from coterie.data.batching import check_lengths
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError, unknown_name
 from coterie.evaluation.answers import Answers, TestRow, answer
@@ -210,8 +211,9 @@ def compare(
     check_code_execution(examples, settings.allow_code_execution)
     check_sources(mixture, examples, methods)
     tests, notes = _test_rows(mixture, examples, settings)
-    grid = make_grid(mixture, methods, settings.extras or ExtrasSettings())
     token_rows = [mixture.prompts.row(test.asked) for test in tests]
+    check_lengths(token_rows, mixture.backbone.positions, [f"test row {example.id}" for example in examples])
+    grid = make_grid(mixture, methods, settings.extras or ExtrasSettings())
     scored = score_methods(grid, token_rows, methods, cached)
     answers = {name: _answers(name, scored, tests, settings, cached) for name in methods if settings.generate}
     if mixture.method in scored.routed:  # the weights of the mixture's own method are recorded in any case

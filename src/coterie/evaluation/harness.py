@@ -3,6 +3,7 @@
 The harness gives texts; they are continued as they stand, unless it is told to apply the chat template itself.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,19 +13,26 @@ from coterie.errors import CoterieError, missing_extra
 from coterie.mixture import Mixture
 
 try:
+    from jinja2 import TemplateError
     from lm_eval.api.instance import Instance
-    from lm_eval.api.model import LM
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, resolve_max_length
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
     raise missing_extra("lm-eval", "eval") from error
 
-UNDERSTOOD = {"until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k"}
+logger = logging.getLogger(__name__)
+
+UNDERSTOOD = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
 NO_OPTION = {"num_beams": 1, "repetition_penalty": 1.0, "early_stopping": False}
 
 
-class HarnessModel(LM):
+class HarnessModel(TemplateLM):
     """Routes every context on its own, and answers or scores with the mixture's combiner.
 
-    Args of requests are those of the harness: (context, continuation), (text,) or (context, options).
+    Texts are cut into tokens, borders, windows and what is too long as the harness does it for a model of the hub
+    (`lm_eval.models.huggingface.HFLM`), so that one expert alone gets the numbers that its adapter gets there.
+    Requests have the harness' arguments: (context, continuation), (text,) or (context, options).
     """
 
     def __init__(self, mixture: Mixture, *, batch_size: int = 8, max_new_tokens: int = 256) -> None:
@@ -46,26 +54,59 @@ class HarnessModel(LM):
         """Name that the harness keys its cache by."""
         return self.mixture.backbone.identity.id.replace("/", "__")
 
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that stands where a context is empty.
+
+        Raises:
+            CoterieError: when the tokenizer has no token for the beginning or the end of a text.
+        """
+        found = [token for token in (self.tokenizer.bos_token_id, self.eot_token_id) if token is not None]
+        if not found:
+            raise CoterieError("this model's tokenizer has neither bos nor eos, so nothing can stand before a text")
+        return found[0]
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that are read; longer contexts lose their beginning."""
+        return resolve_max_length(self.mixture.backbone.model.config, self.tokenizer)
+
     def chat_template(self, chat_template: bool | str = False) -> str:
         """Return the template that the harness records."""
         return (self.tokenizer.chat_template or "") if chat_template else ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Render a conversation, when the harness is told to do so."""
+        """Render a conversation, when the harness is told to do so; without its system prompt if that is not taken."""
         ends = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
-        return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **ends))
+        try:
+            return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **ends))
+        except TemplateError:
+            logger.warning("this model's chat template takes no system prompt, so it is left out")
+            turns = [turn for turn in chat_history if turn["role"] != "system"]
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, **ends))
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Return the log-probability of every continuation after its context, and whether it is the greedy one."""
-        texts = [self._pair(*request.args) for request in requests]
-        return [(float(scored.logprobs.sum()), bool(scored.is_greedy.all())) for scored in self._scored(texts)]
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Tokenise a text with what the tokenizer adds itself, unless the text begins with it already."""
+        if add_special_tokens is None:
+            add_special_tokens = not has_bos_prefix(string, self.tokenizer.bos_token or self.tokenizer.eos_token)
+        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
-    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Return the log-probability of whole texts; each is routed by itself."""
-        texts = [self._pair("", request.args[0]) for request in requests]
-        return [float(scored.logprobs.sum()) for scored in self._scored(texts)]
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Return the log-probability of whole texts, in windows that the model reads; each is routed by itself."""
+        windows = [self._windows(request.args[0]) for request in requests]
+        found = iter(self._scored([window for own in windows for window in own]))
+        return [sum(float(next(found).logprobs.sum()) for _ in own) for own in windows]
 
-    def generate_until(self, requests: list[Instance]) -> list[str]:
+    def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
+        rolling = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1)
+        return [(list(before), list(after)) for before, after in map(make_disjoint_window, rolling)]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answer every context until a stop text, greedily unless the task samples."""
         groups: dict[str, tuple[dict[str, Any], list[int]]] = {}
         for number, request in enumerate(requests):
@@ -74,7 +115,11 @@ class HarnessModel(LM):
             groups.setdefault(repr(options), (options, []))[1].append(number)
         found: dict[int, str] = {}
         for options, numbers in groups.values():
-            rows = [_row(self._tokens(requests[i].args[0])) for i in numbers]
+            longest = self.max_length - options["max_new_tokens"]
+            if longest < 1:
+                asked = options["max_new_tokens"]
+                raise CoterieError(f"the task asks for {asked} new tokens, but the base model reads {self.max_length}")
+            rows = [_row(self.tok_encode(requests[i].args[0])[-longest:]) for i in numbers]
             answers = self.mixture.complete(rows, batch_size=self._batch_size, **options)
             found |= {i: answer.text for i, answer in zip(numbers, answers, strict=True)}
         return [found[i] for i in range(len(requests))]
@@ -85,40 +130,34 @@ class HarnessModel(LM):
         Raises:
             CoterieError: for one that is not understood, rather than leaving it out.
         """
-        strange = [k for k, v in options.items() if k not in UNDERSTOOD and NO_OPTION.get(k, object()) != v]
+        given: dict[str, Any] = dict(normalize_gen_kwargs(options, self._max_new_tokens))
+        strange = [k for k, v in given.items() if k not in UNDERSTOOD and NO_OPTION.get(k, object()) != v]
         if strange:
-            raise CoterieError(f"the task asks for {strange[0]}={options[strange[0]]!r}, which is not understood here")
-        until = options.get("until") or []
-        longest = options.get("max_gen_toks", options.get("max_new_tokens", self._max_new_tokens))
-        sampled = options.get("do_sample", options.get("temperature", 0) > 0)
+            raise CoterieError(f"the task asks for {strange[0]}={given[strange[0]]!r}, which is not understood here")
         return {
-            "max_new_tokens": int(longest),
-            "stop": [until] if isinstance(until, str) else list(until),
-            "temperature": float(options.get("temperature", 1.0)) if sampled else 0.0,
-            "top_p": float(options.get("top_p", 1.0)),
-            "top_k": int(options.get("top_k", 0)),
+            "max_new_tokens": given["max_gen_toks"],
+            "stop": [text for text in given["until"] or [] if text],
+            "temperature": float(given.get("temperature", 1.0)) if given["do_sample"] else 0.0,
+            "top_p": float(given.get("top_p", 1.0)),
+            "top_k": int(given.get("top_k", 0)),
         }
 
-    def _tokens(self, text: str) -> list[int]:
-        """Tokenise a text; an empty one becomes the token that texts begin with."""
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        first = self.tokenizer.bos_token_id
-        return ids or [self.tokenizer.eos_token_id if first is None else first]
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        **_: Any,
+    ) -> list[tuple[float, bool]]:
+        """Score continuations; of a text that is too long the beginning is left out.
 
-    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokenise both as one text, so that the words at their border are cut as in training.
-
-        Spaces that end the context go to the continuation, as the harness does it for other models.
+        Raises:
+            CoterieError: for a continuation that adds no token to its context, or is too long by itself.
         """
-        border = len(context) - len(context.rstrip())
-        if border:
-            context, continuation = context[:-border], context[-border:] + continuation
-        before = self._tokens(context)
-        if not context:
-            return before, list(self.tokenizer(continuation, add_special_tokens=False)["input_ids"])
-        return before, list(self.tokenizer(context + continuation, add_special_tokens=False)["input_ids"])[
-            len(before) :
-        ]
+        longest = self.max_length
+        for (_context, text), _before, after in requests:
+            if not 0 < len(after) <= longest:
+                raise CoterieError(f"the continuation {text[:40]!r} has {len(after)} tokens, not 1 to {longest}")
+        pairs = [(before[-(longest + 1 - len(after)) :], after) for _, before, after in requests]
+        return [(float(scored.logprobs.sum()), bool(scored.is_greedy.all())) for scored in self._scored(pairs)]
 
     def _scored(self, texts: Sequence[tuple[list[int], list[int]]]) -> list[ScoredTokens]:
         """Score continuations, texts of similar length together; an empty context is routed by the continuation."""

@@ -9,7 +9,7 @@ from coterie.backbone.prototypes import PROTOTYPES
 from coterie.combiners.base import Combiner
 from coterie.combiners.table import check_fit, make_combiner
 from coterie.combiners.texts import majority
-from coterie.data.batching import TokenRow, by_length
+from coterie.data.batching import TokenRow, by_length, check_lengths
 from coterie.data.examples import Example, from_prompt, load_examples
 from coterie.engine.decoding import DecodingBatch, ScoredTokens, Token
 from coterie.engine.rerouting import Rerouting
@@ -58,9 +58,11 @@ class Mixture(StoredMixture):
         """Tokenise prompts, without answers.
 
         Raises:
-            CoterieError: when a prompt is empty, or the chat template does not take it.
+            CoterieError: when a prompt is empty or too long, or the chat template does not take it.
         """
-        return [self.prompts.row(example).prompt() for example in map(as_example, prompts, range(len(prompts)))]
+        rows = [self.prompts.row(example).prompt() for example in map(as_example, prompts, range(len(prompts)))]
+        check_lengths(rows, self.backbone.positions, [f"prompt {number + 1}" for number in range(len(rows))])
+        return rows
 
     # ------------------------------------------------------------------------------------------------ routing
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone, load_backbone
 from coterie.combiners.logits import LogitCombiner
-from coterie.data.batching import PromptFormat, TokenRow, by_length, pad
+from coterie.data.batching import PromptFormat, TokenRow, by_length, check_lengths, pad
 from coterie.data.examples import Example, from_prompt
 from coterie.engine.decoding import DecodingBatch
 from coterie.errors import CoterieError
@@ -219,5 +219,6 @@ class LocalAnswerer:
             votes = torch.eye(len(self.bank))[experts][:, None].expand(-1, len(examples), -1)
             label = ", ".join(self.bank.names[expert] for expert in experts)
             rows = [format_.row(example) for example in examples]
+            check_lengths(rows, self.backbone.positions, [f"example {example.id}" for example in examples])
             found[experts] = -score_votes(self.backbone, self.layers, self.bank.names, rows, votes, label).nll
         return found

@@ -38,7 +38,9 @@ class ElreaRun(FittedRun[ElreaSettings]):
                 f"{', '.join(self.settings.data)} is not what {self.folder} was fitted on; "
                 "restore the file, or fit again"
             )
-        return tokenise(self.mixture.prompts, examples, self.settings.training.max_length)
+        return tokenise(
+            self.mixture.prompts, examples, self.settings.training.max_length, self.mixture.backbone.positions
+        )
 
     @cached_property
     def labels(self) -> list[int]:

@@ -63,7 +63,8 @@ def fit_kshot(settings: KshotSettings) -> Mixture:
         selection = run.stage(SELECTION, lambda folder: choose(task, settings, run.cached).write(folder))
         chosen = list(read_selection(selection).chosen)
         gathered = _gathered(run, task, settings) if settings.pool else []
-        rows = tokenise(task.prompts, [*task.shots, *gathered], settings.training.max_length).rows
+        examples = [*task.shots, *gathered]
+        rows = tokenise(task.prompts, examples, settings.training.max_length, task.backbone.positions).rows
         experts_by_name = dict(zip(chosen, chosen, strict=True))
         tuned = run.stage(TUNED, lambda folder: tune(folder, task, experts_by_name, rows, settings).router.save(folder))
         folders = {name: copy_expert(run, name, tuned / "experts" / name) for name in chosen}

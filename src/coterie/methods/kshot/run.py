@@ -49,7 +49,8 @@ class KshotRun(FittedRun[KshotSettings]):
 
     def tokenised(self, added: list[Example]) -> list[TokenRow]:
         """Tokenise the shots and other rows beside them, in the run's order."""
-        return tokenise(self.task.prompts, [*self.task.shots, *added], self.settings.training.max_length).rows
+        task, longest = self.task, self.settings.training.max_length
+        return tokenise(task.prompts, [*task.shots, *added], longest, task.backbone.positions).rows
 
     @cached_property
     def selection(self) -> SelectionRecord:

@@ -85,7 +85,8 @@ def fit_token_level(settings: TokenLevelSettings, given: Mapping[str, list[Examp
     load_encoder(settings.similarity.encoder, backbone)  # one that cannot be had is told before anything is trained
     check_fresh_adapter(backbone, settings.lora)
     prompts = PromptFormat(backbone.tokenizer, settings.training.system_prompt, settings.reading.input_template)
-    kept = {name: tokenise(prompts, own, settings.training.max_length) for name, own in examples.items()}
+    longest = settings.training.max_length
+    kept = {name: tokenise(prompts, own, longest, backbone.positions) for name, own in examples.items()}
     check_centroids(kept, settings.similarity)
     with run_folder(output, settings, _inputs(examples, backbone)) as run:
         folders = {}
@@ -141,7 +142,7 @@ def fit_from_adapters(settings: FromAdaptersSettings, given: Mapping[str, list[E
     load_encoder(settings.similarity.encoder, backbone)
     examples = _load_domains(sources, settings.limit, settings.reading, given or {})
     prompts = PromptFormat(backbone.tokenizer, settings.system_prompt, settings.reading.input_template)
-    kept = {name: tokenise(prompts, examples[name], settings.max_length) for name in adapters}
+    kept = {name: tokenise(prompts, examples[name], settings.max_length, backbone.positions) for name in adapters}
     check_centroids(kept, settings.similarity)
     hashes = {f"adapter {name}": sha256_of(folder / WEIGHTS_FILE) for name, folder in adapters.items()}
     inputs = {**_inputs(examples, backbone), **hashes}

@@ -1,0 +1,106 @@
+"""Positions that run out: what is too long is told or dropped before anything runs, and generation stops in time."""
+
+import logging
+
+import pytest
+import torch
+
+import architectures
+import tiny
+from conftest import FIT, write_rows
+from coterie import methods
+from coterie.backbone.model import Backbone, BaseModelIdentity
+from coterie.data.batching import PromptFormat, tokenise
+from coterie.data.examples import load_examples
+from coterie.errors import CoterieError
+from coterie.evaluation.compare import compare
+from coterie.mixture import Mixture
+from coterie.settings.commands import EvaluationSettings
+
+LIMIT = 96
+RUNS_OUT = {"gpt2", "gpt_bigcode", "gpt_neo", "opt", "gptj", "codegen", "mpt"}
+
+
+@pytest.mark.parametrize("name", architectures.WORKING)
+def test_positions_run_out_where_the_model_says_so(name, monkeypatch):
+    monkeypatch.setitem(architectures.SIZES, "max_position_embeddings", 24)
+    if name == "mpt":
+        monkeypatch.setitem(architectures.SIZES, "max_seq_len", 24)
+    model = architectures.make_model(name)
+    backbone = Backbone(model, tiny.make_tokenizer(), BaseModelIdentity("x", None, ""))
+    assert (backbone.positions is not None) == (name in RUNS_OUT)
+    text = torch.arange(40)[None]
+    with torch.no_grad():
+        if backbone.positions is None:
+            backbone.hidden(text)
+        else:
+            backbone.hidden(text[:, : backbone.positions])
+            with pytest.raises((IndexError, RuntimeError)):
+                backbone.hidden(text[:, : backbone.positions + 1])
+
+
+@pytest.fixture(scope="module")
+def opt_run(tmp_path_factory):
+    """A mixture on a tiny OPT that reads 96 tokens, fitted on rows of which three are longer."""
+    folder = tmp_path_factory.mktemp("opt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(architectures.SIZES, "max_position_embeddings", LIMIT)
+        architectures.save_model(folder / "model", "opt")
+    rows = [row | {"response": row["response"] * (40 if n < 3 else 1)} for n, row in enumerate(tiny.make_rows(18))]
+    data = write_rows(folder / "rows.jsonl", rows)
+    logger, messages = logging.getLogger("coterie.data.batching"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger.addHandler(handler)
+    settings = FIT | {"clusters": 2, "epochs": 1}
+    methods.elrea(str(folder / "model"), str(data), output=folder / "run", device="cpu", **settings)
+    logger.removeHandler(handler)
+    return Mixture.from_pretrained(folder / "run", device="cpu"), messages
+
+
+def test_rows_that_the_model_cannot_read_are_dropped_and_counted(opt_run):
+    assert opt_run[1] == [f"dropped 3 of 18 examples longer than {LIMIT} tokens"]
+
+
+@pytest.mark.parametrize("options", [{"combiner": "logits"}, {"combiner": "layers"}, {"combiner": "weights"}])
+def test_an_answer_ends_with_length_where_positions_run_out(opt_run, options):
+    mixture = opt_run[0].replace(**options)
+    prompts = ["add 3 4", "a longer question than that"]
+    found = mixture.generate(prompts, max_new_tokens=500, stop=[], temperature=1.0, seed=3)
+    for prompt, answer in zip(prompts, found, strict=True):
+        total = len(mixture.tokens([prompt])[0].ids) + len(answer.token_ids)
+        if answer.finish_reason == "length":
+            assert total == LIMIT + 1  # the last token is written and not read
+        else:
+            assert answer.token_ids[-1] in mixture.backbone.stop_ids
+    assert any(answer.finish_reason == "length" for answer in found)
+
+
+def test_weights_that_follow_the_text_stop_there_too(opt_run):
+    rerouted = opt_run[0].rerouted(3, combiner="layers", cache="recompute")
+    answer = rerouted.generate(["add 3 4"], max_new_tokens=500)[0]
+    assert answer.finish_reason == "length"
+    assert len(rerouted.tokens(["add 3 4"])[0].ids) + len(answer.token_ids) == LIMIT + 1
+
+
+@pytest.mark.parametrize("ask", [Mixture.generate, Mixture.route])
+def test_a_prompt_that_is_too_long_is_told_by_number_before_anything_runs(opt_run, ask, monkeypatch):
+    monkeypatch.setattr(Backbone, "hidden", lambda *_, **__: pytest.fail("the model ran"))
+    with pytest.raises(CoterieError, match="prompt 2 has 1.. tokens, but the base model reads 96; shorten it"):
+        ask(opt_run[0], ["short", "x" * 90])
+
+
+def test_a_test_row_that_is_too_long_is_told_before_anything_is_trained(opt_run, monkeypatch):
+    monkeypatch.setattr(Backbone, "hidden", lambda *_, **__: pytest.fail("the model ran"))
+    rows = load_examples(
+        [{"id": "r1", "instruction": "x", "response": "y"}, {"instruction": "x", "response": "y" * 90}]
+    )
+    settings = EvaluationSettings(mixture="x", data=["x"], output="x", methods="elrea,gate")
+    with pytest.raises(CoterieError, match="test row 1 has 1.. tokens, but the base model reads 96; shorten it"):
+        compare(opt_run[0], rows, settings)
+
+
+def test_rows_that_all_are_too_long_are_told_with_the_models_limit():
+    prompts = PromptFormat(tiny.make_tokenizer())
+    with pytest.raises(CoterieError, match="all 3 examples are longer than 8 tokens .*the base model reads no more"):
+        tokenise(prompts, load_examples(tiny.make_rows(3)), 500, positions=8)
