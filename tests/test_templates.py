@@ -112,6 +112,29 @@ def test_where_a_token_reaches_from_the_prompt_into_the_answer_the_prompt_is_tru
     assert tokenizer.decode(row.ids[row.prompt_length :]).strip() == f"four is{prompts.end}"
 
 
+@pytest.mark.parametrize("kind", ["metaspace", "byte-fallback", "byte-level"])
+def test_words_behind_a_question_have_the_tokens_that_an_answer_has(kind):
+    tokenizer = made("chatml", kind)
+    prompts = PromptFormat(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(prompts.following(chat("add"), "four")) == ["four"]
+    spaced = ["Ġ", "four"] if kind == "byte-level" else ["▁four"]
+    assert tokenizer.convert_ids_to_tokens(prompts.following(chat("add"), " four")) == spaced
+
+
+def test_without_an_end_of_text_the_template_alone_ends_a_turn():
+    template, special, *_ = FAMILIES["chatml"]
+    tokenizer = tokenizers_of_kinds.make("byte-level", template, list(special))
+    assert tokenizer.eos_token is None and tokenizer.pad_token is None
+    row = PromptFormat(tokenizer).row(chat("add", "four"))
+    assert tokenizer.decode(row.ids[row.prompt_length :]) == "four<|im_end|>"
+    tokenizer.chat_template = None
+    prompts = PromptFormat(tokenizer)
+    assert (prompts.end, prompts.end_ids) == ("", frozenset())
+    row = prompts.row(chat("add", "four", "the", "is"))
+    assert parts(tokenizer, row) == ("add\nfour\nthe\n", "is")
+    assert trained(tokenizer, row) == "fouris"
+
+
 @each_family
 def test_what_the_user_wrote_is_marked(family):
     tokenizer = made(family)

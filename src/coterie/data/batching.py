@@ -135,15 +135,12 @@ class PromptFormat:
         Raises:
             CoterieError: as `row`.
         """
-        messages = example.messages
-        if self.system_prompt is not None and messages[0].role != "system":
-            messages = (Message("system", self.system_prompt), *messages)
-        text = self._template.text(messages)
+        text = self._text(example)
         ids, offsets = self._encode(text.prompt)
         # A space may lie outside of its token's offsets, which are empty then: such a token begins and ends at once.
         trained = [any(start <= a < end and start < b for start, end in text.earlier) for a, b in offsets]
         asked = [any(a < end and start < b for start, end in text.questions) for a, b in offsets]
-        answer = self._continuation(ids, text) if text.answer else []
+        answer = self._continuation(ids, text.prompt, text.answer) if text.answer else []
         lead = self._lead
         row = TokenRow(
             ids=(*lead, *ids, *answer),
@@ -153,6 +150,17 @@ class PromptFormat:
             source=example.source,
         )
         return row, text.notes
+
+    def following(self, example: Example, words: str) -> list[int]:
+        """Tokenise words as they go on right after an example's question."""
+        prompt = self._text(example).prompt
+        return self._continuation(self._encode(prompt)[0], prompt, words)
+
+    def _text(self, example: Example) -> ChatText:
+        messages = example.messages
+        if self.system_prompt is not None and messages[0].role != "system":
+            messages = (Message("system", self.system_prompt), *messages)
+        return self._template.text(messages)
 
     @cached_property
     def _lead(self) -> list[int]:
@@ -167,24 +175,22 @@ class PromptFormat:
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return encoding["input_ids"], encoding["offset_mapping"]
 
-    def _continuation(self, prompt: list[int], text: ChatText) -> list[int]:
-        """Tokenise an answer as it goes on after its prompt.
+    def _continuation(self, before: list[int], prompt: str, answer: str) -> list[int]:
+        """Tokenise an answer as it goes on after its prompt, which has the tokens `before`.
 
         Alone it might begin otherwise: many vocabularies put a space before a text. Where a token of the whole text
         reaches from the prompt into the answer, the answer is tokenised behind something that it does not merge with.
         """
-        whole, _ = self._encode(text.prompt + text.answer)
-        if whole[: len(prompt)] == prompt:
-            return whole[len(prompt) :]
+        whole, _ = self._encode(prompt + answer)
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
         wanted = self.tokenizer.decode(whole, clean_up_tokenization_spaces=False)
         for front in ("\n", "a", self.end):
-            before, (ids, _) = self._encode(front)[0], self._encode(front + text.answer)
-            answer = ids[len(before) :]
-            if ids[: len(before)] == before and wanted == self.tokenizer.decode(
-                [*prompt, *answer], clean_up_tokenization_spaces=False
-            ):
-                return answer
-        return self._encode(text.answer)[0]
+            lead, ids = self._encode(front)[0], self._encode(front + answer)[0]
+            found = self.tokenizer.decode([*before, *ids[len(lead) :]], clean_up_tokenization_spaces=False)
+            if ids[: len(lead)] == lead and found == wanted:
+                return ids[len(lead) :]
+        return self._encode(answer)[0]
 
 
 def tokenise(

@@ -185,14 +185,15 @@ class LocalAnswerer:
         Raises:
             CoterieError: when the expert could not be loaded, or two options begin with the same token.
         """
-        tokenizer, tokens = self.backbone.tokenizer, []
-        for option in options:
-            plain, spaced = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (option, f" {option}"))
+        rows = [self._row(Question(expert, from_prompt(text).messages, SamplingSettings())) for text in questions]
+        tokens = []
+        for option in options:  # every question ends with the same words of the template
+            first, prompts = from_prompt(questions[0]), self._prompts[expert]
+            plain, spaced = (prompts.following(first, text) for text in (option, f" {option}"))
             single = len(spaced) == 1 and spaced[0] != plain[0]  # one other token stands for the option after a space
             tokens.append([plain[0], spaced[0]] if single else [plain[0]])
         if len({own[0] for own in tokens}) != len(options):
             raise CoterieError("two options begin with the same token, so they cannot be told apart; use letters")
-        rows = [self._row(Question(expert, from_prompt(text).messages, SamplingSettings())) for text in questions]
         found = torch.zeros(len(questions), len(options))
         for numbers in by_length(rows, self._batch_size):
             plan = LogitCombiner().plan(self._one_hot([expert] * len(numbers)))
