@@ -38,7 +38,7 @@ def mixture_with(backbone: Backbone, bank: ExpertBank, encoder: str, every: int 
     generator = torch.Generator().manual_seed(0)
     centroids = {name: torch.randn(1, embedder.dimensions, generator=generator) for name in bank.names}
     router = TokenLevel(CentroidRouter.by_similarity(extractor, centroids), every)
-    return Mixture(backbone, bank, router, LayerCombiner(), PromptFormat(backbone.tokenizer), "token-level")
+    return Mixture(backbone, bank, router, LayerCombiner(), PromptFormat(backbone.tokenizer, end=""), "token-level")
 
 
 def published_steps(model: PeftModel, mixture: Mixture) -> Iterator[int]:
@@ -68,7 +68,7 @@ def main() -> None:
     flags = arguments("token_level")
     rounds, steps = (2, 4) if flags.quick else (5, 12)
     backbone = load(flags.model)
-    backbone.__dict__["stop_ids"] = frozenset()  # all ways write the same number of tokens
+    backbone.__dict__["stop_ids"] = frozenset()  # with no end of turn either: all ways write the same number of tokens
     folder = random_adapter(backbone)
     adapter = load_adapter(folder, backbone.model)
     bank = ExpertBank(NAMES, (adapter,) * len(NAMES))

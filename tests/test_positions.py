@@ -10,7 +10,7 @@ import tiny
 from conftest import FIT, write_rows
 from coterie import methods
 from coterie.backbone.model import Backbone, BaseModelIdentity
-from coterie.data.batching import PromptFormat, tokenise
+from coterie.data.batching import PromptFormat, TokenRow, tokenise
 from coterie.data.examples import load_examples
 from coterie.errors import CoterieError
 from coterie.evaluation.compare import compare
@@ -88,6 +88,12 @@ def test_a_prompt_that_is_too_long_is_told_by_number_before_anything_runs(opt_ru
     monkeypatch.setattr(Backbone, "hidden", lambda *_, **__: pytest.fail("the model ran"))
     with pytest.raises(CoterieError, match="prompt 2 has 1.. tokens, but the base model reads 96; shorten it"):
         ask(opt_run[0], ["short", "x" * 90])
+
+
+def test_a_text_to_continue_that_is_too_long_is_told(opt_run):
+    row = TokenRow((65,) * 97, 97, (False,) * 97, (True,) * 97)
+    with pytest.raises(CoterieError, match="row 1 has 97 tokens, but the base model reads 96"):
+        opt_run[0].complete([row])
 
 
 def test_a_test_row_that_is_too_long_is_told_before_anything_is_trained(opt_run, monkeypatch):

@@ -208,10 +208,12 @@ class Mixture(StoredMixture):
             **sampling: fields of `SamplingSettings`.
 
         Raises:
-            CoterieError: for a combiner that needs finished answers, or a setting that does not fit.
+            CoterieError: for a combiner that needs finished answers, a row that is too long, or a setting that does
+                not fit.
         """
         if self.combiner.finishes_answers:
             raise CoterieError("combiner 'texts' lets finished answers vote, so it continues no text; use another one")
+        check_lengths(rows, self.backbone.positions, [f"row {number + 1}" for number in range(len(rows))])
         settings = from_flat(SamplingSettings, sampling)
         return [own[0] for own in self._completions(None, rows, None, [settings], batch_size)]
 
