@@ -461,7 +461,6 @@ def test_keys_of_texts_without_disguise_are_those_of_before():
 
 
 def test_rows_that_differ_in_their_passage_only_are_no_copies_and_no_leaks():
-    """Of dolly's 15,015 rows more than 400 would go as copies otherwise."""
     rows = load_examples([{"instruction": "Summarise.", "context": text, "response": "It rains."} for text in "abb"])
     assert sorted(index_pools({"p": rows}, None, [], []).kinds.tolist()) == [0, 0, COPY]
     assert index_pools({"p": rows[:1]}, None, [], rows[1:]).kinds.tolist() == [0]
@@ -642,6 +641,34 @@ def counted(rows: Iterator, read: list) -> Iterator:
     for row in rows:
         read.append(row)
         yield row
+
+
+def test_of_a_hub_data_set_no_more_is_got_than_the_limit_says(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(name: str, **how: object) -> Iterator[dict]:
+        asked.append((name, how["split"], how["streaming"]))
+        return (ROW | {"id": number} for number in range(9))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert [len(load_examples(name, n)) for name, n in (("a/b", 6), ("a/b:test", None), ("a/b:train[:9]", 6))] == [
+        6,
+        9,
+        6,
+    ]
+    assert asked == [("a/b", "train", True), ("a/b", "test", False), ("a/b", "train[:9]", False)]
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+def test_arrow_files_are_read_as_streams_and_as_files(limit, tmp_path, monkeypatch):
+    datasets, pyarrow = pytest.importorskip("datasets"), pytest.importorskip("pyarrow")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    table = pyarrow.Table.from_pylist([ROW, ROW])
+    for name, kind in (("stream", pyarrow.ipc.new_stream), ("file", pyarrow.ipc.new_file)):
+        with kind(str(tmp_path / f"{name}.arrow"), table.schema) as writer:
+            writer.write_table(table)
+        assert len(load_examples(tmp_path / f"{name}.arrow", limit)) == (limit or 2)
 
 
 def test_rows_in_memory_are_not_asked_for_beyond_the_limit():

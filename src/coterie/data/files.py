@@ -188,6 +188,7 @@ def _datasets_rows(source: str, limit: int | None) -> Iterator[PlacedRow]:
     rows: Any
     path = Path(source)
     name, _, split = source.partition(":")
+    streaming = limit is not None and "[" not in split  # a part of a split, train[:10%], cannot be streamed
     try:
         if path.is_dir():
             loaded: Any = datasets.load_from_disk(path)  # a Dataset, or a dict of them by split
@@ -195,11 +196,10 @@ def _datasets_rows(source: str, limit: int | None) -> Iterator[PlacedRow]:
                 raise ValueError(f"the folder has the splits {', '.join(loaded)} and no train; save one on its own")
             rows = loaded["train"] if isinstance(loaded, dict) else loaded
         elif path.suffix == ".arrow" and path.is_file():
-            rows = datasets.Dataset.from_file(source)
+            rows = datasets.load_dataset("arrow", data_files=source, split="train", streaming=streaming)
         elif path.suffix == ".arrow" or name.count("/") > 1 or name.startswith((".", "/")):
             raise FileNotFoundError(f"there is no such file or folder: {source}")
-        else:  # from the hub; what a limit does not reach is not downloaded
-            streaming = limit is not None and "[" not in split  # which takes no part of a split
+        else:
             rows = datasets.load_dataset(name, split=split or "train", streaming=streaming)
         yield from ((f"{source}, row {number}", row) for number, row in enumerate(rows, start=1))
     except Exception as error:  # the library raises many kinds; all of them mean that the source cannot be had
