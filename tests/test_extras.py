@@ -370,7 +370,7 @@ def test_a_broken_extra_is_told(copy, grid_folder):
     record = read_json(copy / "methods" / "seeds" / "ingredient.json")
     del record["experts"]
     (copy / "methods" / "seeds" / "ingredient.json").write_text(json.dumps(record))
-    with pytest.raises(CoterieError, match=r"ingredient.json lacks 'experts'; delete .* and train it again"):
+    with pytest.raises(CoterieError, match=r"ingredient.json, 'experts': is missing, got nothing; delete"):
         load_extra(Mixture.from_pretrained(copy, device="cpu"), "seeds")
 
 

@@ -226,7 +226,7 @@ def test_centroids_are_saved_by_name(centre, tmp_path):
 def test_a_missing_centroid_is_told_by_name(mixture, tmp_path):
     record = gradient_router(torch.zeros(1, 2)).save(tmp_path / "router")
     record["experts"].append("poetry")
-    with pytest.raises(CoterieError, match="has no proper centroids for the expert 'poetry'"):
+    with pytest.raises(CoterieError, match="lacks the tensor 'centroid.poetry'"):
         load_router(record, parts(tmp_path, mixture))
 
 

@@ -439,7 +439,7 @@ def test_saved_and_loaded_it_routes_alike(mixture, by_states, tmp_path):
 def test_a_missing_centroid_is_named(mixture, by_states, tmp_path):
     record = TokenLevel(by_states).save(tmp_path)
     record["of"]["experts"].append("poetry")
-    with pytest.raises(CoterieError, match="no proper centroids for the expert 'poetry'"):
+    with pytest.raises(CoterieError, match="lacks the tensor 'centroids.poetry'"):
         load_router(record, RouterParts(tmp_path, tmp_path, mixture.backbone, mixture.bank))
 
 

@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 LONGEST_ERROR = 4000  # characters
 
@@ -52,3 +53,14 @@ def missing_extra(package: str, extra: str) -> CoterieError:
     return CoterieError(
         f"this needs the package {package!r}, which is not installed; type: pip install 'coterie[{extra}]'"
     )
+
+
+@contextmanager
+def naming(place: object) -> Iterator[None]:
+    """Name the file or folder whose contents led to an error, where the error does not name it itself."""
+    try:
+        yield
+    except CoterieError as error:
+        if str(place) in str(error):
+            raise
+        raise CoterieError(f"{place}: {error}") from error

@@ -2,19 +2,24 @@
 
 import itertools
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.artifacts import read_json, read_jsonl, read_run_record, read_tensors
+from coterie.artifacts import read_floats, read_run_record
 from coterie.errors import CoterieError
 from coterie.experts.clustering import cluster
+from coterie.mixture.folder import read_mixture_record
 from coterie.records.evaluation import FeatureMap, MapPoint
+from coterie.records.mixture import TrainingRow
+from coterie.records.schema import read_rows
 from coterie.settings.commands import ElreaSettings
 from coterie.settings.reading import checked
 
+AGAIN = "get the folder again, or fit again"
 MOST_POINTS = 2000
 SEEDS = (0, 1, 2)
 SHARE = 0.8  # of the rows that each seed's clusters are fitted on
@@ -26,11 +31,11 @@ def cluster_records(folder: Path | None) -> dict[str, Any]:
     """Read how the training rows were clustered, where the mixture's folder tells."""
     if folder is None or not (folder / "clusters.jsonl").exists():
         return {"clusters": {}, "composition": {}, "clustering": {}}
-    rows = read_jsonl(folder / "clusters.jsonl")
+    rows = read_rows(TrainingRow, folder / "clusters.jsonl", AGAIN)
     return {
-        "clusters": _counts(rows, lambda row: str(row["source"] or "")),
-        "composition": _counts(rows, lambda row: kind_of(row["source"], row.get("category"))),
-        "clustering": read_json(folder / "mixture.json").get("clustering", {}),
+        "clusters": _counts(rows, lambda row: row.source or ""),
+        "composition": _counts(rows, lambda row: kind_of(row.source, row.category)),
+        "clustering": read_mixture_record(folder).clustering,
     }
 
 
@@ -39,10 +44,10 @@ def kind_of(source: str | None, category: str | None) -> str:
     return " / ".join(str(part) for part in (source, category) if part)
 
 
-def _counts(rows: list[dict[str, Any]], key: Any) -> dict[str, dict[str, int]]:
+def _counts(rows: Sequence[TrainingRow], key: Callable[[TrainingRow], str]) -> dict[str, dict[str, int]]:
     counts: dict[str, Counter[str]] = {}
     for row in rows:
-        counts.setdefault(str(row["cluster"]), Counter())[key(row)] += 1
+        counts.setdefault(row.cluster, Counter())[key(row)] += 1
     return {name: dict(counts[name]) for name in sorted(counts, key=lambda name: (len(name), name))}
 
 
@@ -55,8 +60,9 @@ def feature_map(folder: Path | None) -> FeatureMap | None:
 
     if folder is None or not (folder / "features" / "features.safetensors").exists():
         return None
-    rows = read_jsonl(folder / "clusters.jsonl")
-    features = read_tensors(folder / "features" / "features.safetensors")["features"].numpy()
+    rows = read_rows(TrainingRow, folder / "clusters.jsonl", AGAIN)
+    wanted = {"features": (len(rows), None)}
+    features = read_floats(folder / "features" / "features.safetensors", wanted, AGAIN)["features"].numpy()
     chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:MOST_POINTS])
     features, rows = features[chosen], [rows[i] for i in chosen]
     labels = _labels_by_seed(folder, features)
@@ -65,13 +71,13 @@ def feature_map(folder: Path | None) -> FeatureMap | None:
         MapPoint(
             x=round(float(x), 3),
             y=round(float(y), 3),
-            source=str(row["source"] or ""),
-            category=row.get("category"),
+            source=row.source or "",
+            category=row.category,
             clusters=tuple(int(own[i]) for own in labels),
         )
         for i, ((x, y), row) in enumerate(zip(places, rows, strict=True))
     )
-    sources = [str(row["source"]) for row in rows]
+    sources = [str(row.source) for row in rows]
     pairs = [adjusted_rand_score(one, other) for one, other in itertools.combinations(labels, 2)]
     agreement = [float(adjusted_rand_score(sources, own)) if len(set(sources)) > 1 else None for own in labels]
     return FeatureMap(

@@ -11,12 +11,12 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from coterie.artifacts import JsonCache, as_path, check_output, read_json, read_jsonl, run_folder, sha256_of
+from coterie.artifacts import JsonCache, as_path, check_output, run_folder, sha256_of
 from coterie.data.batching import check_lengths
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError, unknown_name
 from coterie.evaluation.answers import Answers, TestRow, answer
-from coterie.evaluation.clusters import cluster_records, feature_map, kind_of
+from coterie.evaluation.clusters import AGAIN, cluster_records, feature_map, kind_of
 from coterie.evaluation.few_shot import with_shots
 from coterie.evaluation.rows import memory_bytes, merge_errors, row_records, summary_record
 from coterie.evaluation.shared_scores import Scored, SharedRouting, no_cache, score_methods
@@ -28,9 +28,11 @@ from coterie.methods.family import MethodGrid
 from coterie.methods.kshot.run import task_records
 from coterie.methods.registry import family_of, make_grid
 from coterie.mixture import Mixture
-from coterie.mixture.folder import reading_for
+from coterie.mixture.folder import read_mixture_record, reading_for
 from coterie.records.evaluation import EvaluationRecord, RowRecord
 from coterie.records.files import write_evaluation
+from coterie.records.mixture import TrainingRow
+from coterie.records.schema import read_rows
 from coterie.settings.commands import EvaluationSettings
 from coterie.settings.groups import ExtrasSettings
 from coterie.settings.reading import from_flat
@@ -172,10 +174,10 @@ def checked_control(control: str | None, methods: Sequence[str], usual: str) -> 
 def strange_sources(mixture: Mixture, examples: Sequence[Example]) -> list[str]:
     """Return the sources of examples that no training row of a fitted mixture has."""
     files = [mixture.folder / name for name in ("clusters.jsonl", DOMAINS_FILE)] if mixture.folder else []
-    rows = [row for file in files if file.exists() for row in read_jsonl(file)]
+    rows = [row for file in files if file.exists() for row in read_rows(TrainingRow, file, AGAIN)]
     if not rows:
         return []
-    known = {row["source"] or "" for row in rows}
+    known = {row.source or "" for row in rows}
     return sorted({example.source or "" for example in examples} - (known - {""}))
 
 
@@ -223,7 +225,7 @@ def compare(
     run_code = bool(settings.allow_code_execution)
     rows = row_records(tests, scored, answers, grid, routing, run_code=run_code)
     folder = mixture.folder
-    features = read_json(folder / "mixture.json")["router"].get("features") if folder else None
+    features = read_mixture_record(folder).router.features if folder else {}
     has_categories = any(row.category for row in rows)
     record = summary_record(
         settings,
@@ -236,7 +238,7 @@ def compare(
         base_model=asdict(mixture.backbone.identity),
         routed=mixture.method,
         experts=mixture.bank.names,
-        features=features or {},
+        features=features,
         seconds=_seconds(grid, scored, answers),
         memory=memory_bytes(scored, [len(row.ids) for row in token_rows]),
         merge_error=merge_errors(scored),

@@ -16,7 +16,7 @@ from coterie.backbone.layers import NEVER_RUNS, linear_shapes, unchangeable_laye
 from coterie.errors import CoterieError, unknown_name
 from coterie.lora import Adapter, LoraPair
 from coterie.records.adapter import AdapterConfig
-from coterie.records.schema import parse
+from coterie.records.schema import is_folder_name, parse
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -249,5 +249,5 @@ def check_names(names: Sequence[str]) -> None:
         CoterieError: naming the first bad one.
     """
     for name in names:
-        if not isinstance(name, str) or not name or name != Path(name).name or name.startswith("."):
+        if not is_folder_name(name):
             raise CoterieError(f"{name!r} cannot be an expert's name; use letters, digits, '-' and '_'")

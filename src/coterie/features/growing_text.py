@@ -98,6 +98,11 @@ class FeatureExtractor:
     record: Mapping[str, Any]
     encoder: Encoder | None = None
 
+    @property
+    def dimensions(self) -> int:
+        """Of a feature."""
+        return self.encoder.dimensions if self.encoder else self.record["features"]["d_proj"]
+
     def __call__(self, prompts: Sequence[TokenRow]) -> Float[Tensor, "row dimension"]:
         """Extract the features of prompts, in float32 on the CPU."""
         return self.extract(prompts).float().cpu()

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from coterie.artifacts import FORMAT, RunFolder, locked, read_json, read_run_record, read_tensors, write_json
-from coterie.errors import CoterieError
-from coterie.experts.bank import ExpertBank, check_names, load_bank
+from coterie.artifacts import FORMAT, RunFolder, locked, read_floats, read_run_record, write_json
+from coterie.errors import CoterieError, naming
+from coterie.experts.bank import ExpertBank, load_bank
 from coterie.mixture import Mixture
 from coterie.mixture.folder import derived_folder
+from coterie.records.mixture import ExtraRecord
+from coterie.records.schema import read
 from coterie.routers.base import Router, RouterParts
 from coterie.routers.loss import CrossFitLosses
 from coterie.routers.table import load_router
@@ -126,10 +128,10 @@ def prepare_extras(
             logger.info("training what the run lacks: %s", name)
             _train(run, name, specs[name], folder.parents[1])
             continue
-        before = read_json(folder / RECORD).get("settings")
+        before = _read(folder).settings
         for field in specs[name].settings:  # those that nobody gave a value for are taken as it was trained
             value = getattr(run.extras, field)
-            trained = before.get(field) if isinstance(before, dict) else None
+            trained = before.get(field)
             if field in run.extras.model_fields_set and trained != value:
                 raise CoterieError(
                     f"{folder} was trained with --{field.replace('_', '-')} {trained}, not {value}; ask for that "
@@ -176,20 +178,15 @@ def load_extra(mixture: Mixture, name: str) -> Extra:
         CoterieError: when it was not trained yet, or its files are broken.
     """
     folder = extra_folder(mixture, name)
-    record = read_json(folder / RECORD)
-    try:
-        experts = list(record["experts"])
-        router_record = record["router"]
-    except (KeyError, TypeError) as error:
-        raise CoterieError(f"{folder / RECORD} lacks {error}; delete {folder} and train it again") from error
-    check_names(experts)
-    bank = load_bank({expert: folder / "experts" / expert for expert in experts}, mixture.backbone.model)
-    own = mixture.bank
-    known = ExpertBank((*own.names, *bank.names), (*own.adapters, *bank.adapters))  # gates may weigh either's experts
     assert mixture.folder is not None  # or else it would have no extras
-    parts = RouterParts(folder / "router", mixture.folder, mixture.backbone, known)
-    router = load_router(router_record, parts) if router_record else None
-    return Extra(bank, router, folder, float(record.get("seconds") or 0))
+    record = _read(folder)
+    with naming(folder):
+        bank = load_bank({expert: folder / "experts" / expert for expert in record.experts}, mixture.backbone.model)
+        own = mixture.bank
+        known = ExpertBank((*own.names, *bank.names), (*own.adapters, *bank.adapters))  # gates may weigh either's
+        parts = RouterParts(folder / "router", mixture.folder, mixture.backbone, known)
+        router = load_router(record.router.plain(), parts) if record.router else None
+    return Extra(bank, router, folder, record.seconds)
 
 
 def read_losses(extra: Extra) -> CrossFitLosses:
@@ -198,5 +195,14 @@ def read_losses(extra: Extra) -> CrossFitLosses:
     Raises:
         CoterieError: when the file is missing or broken.
     """
-    record = read_json(extra.folder / RECORD)
-    return CrossFitLosses(tuple(record["judged"]), **read_tensors(extra.folder / LOSSES))
+    judged = _read(extra.folder).judged
+    count = len(judged)
+    wanted = {"nll": (None, count), "pairs": (None, count, count), "tokens": (None,)}
+    losses = read_floats(extra.folder / LOSSES, wanted, f"delete {extra.folder} and train it again")
+    if len({len(values) for values in losses.values()}) > 1:
+        raise CoterieError(f"{extra.folder / LOSSES} holds unequal numbers of rows; delete {extra.folder}")
+    return CrossFitLosses(judged, **losses)
+
+
+def _read(folder: Path) -> ExtraRecord:
+    return read(ExtraRecord, folder / RECORD, f"delete {folder} and train it again")

@@ -8,12 +8,14 @@ from typing import Any, TypeVar
 
 from coterie.artifacts import FORMAT, hub_folder, read_json, sha256_of, write_json, write_text
 from coterie.backbone.aliases import cache_folder
-from coterie.backbone.loading import Backbone, check_identity, identity_from, load_backbone
+from coterie.backbone.loading import Backbone, BaseModelIdentity, check_identity, load_backbone
 from coterie.combiners.base import Combiner
 from coterie.combiners.table import make_combiner
 from coterie.data.batching import PromptFormat
-from coterie.errors import CoterieError
-from coterie.experts.bank import ExpertBank, check_names, load_bank
+from coterie.errors import CoterieError, naming
+from coterie.experts.bank import ExpertBank, load_bank
+from coterie.records.mixture import ExtraRecord, MixtureRecord
+from coterie.records.schema import parse, read
 from coterie.routers.base import Router, RouterParts
 from coterie.routers.table import load_router
 from coterie.settings.groups import ModelSettings, PlacementSettings, ReadingSettings
@@ -69,18 +71,18 @@ class StoredMixture:
         """
         folder = find_mixture(source)
         record = read_mixture_record(folder)
-        identity = identity_from(record["base_model"])
+        identity = BaseModelIdentity(**dict(record.base_model))
         model = ModelSettings(
             model=identity.id, revision=identity.revision, **PlacementSettings(**placement).model_dump()
         )
         backbone = load_backbone(model)
         check_identity(identity, backbone.identity, f"{source} was trained on")
-        prompts = PromptFormat(
-            backbone.tokenizer, record.get("system_prompt"), record.get("input_template"), record.get("end_of_turn")
-        )
-        bank = load_bank({name: folder / "experts" / name for name in record["experts"]}, backbone.model)
-        router = load_router(record["router"], RouterParts(folder / "router", folder, backbone, bank))
-        return cls(backbone, bank, router, make_combiner(record["combiner"]["kind"]), prompts, record["method"], folder)
+        with naming(folder):
+            prompts = PromptFormat(backbone.tokenizer, record.system_prompt, record.input_template, record.end_of_turn)
+            bank = load_bank({name: folder / "experts" / name for name in record.experts}, backbone.model)
+            router = load_router(record.router.plain(), RouterParts(folder / "router", folder, backbone, bank))
+            combiner = make_combiner(record.combiner.kind)
+            return cls(backbone, bank, router, combiner, prompts, record.method, folder)
 
     def trained_routers(self) -> dict[str, tuple[Mapping[str, Any], RouterParts]]:
         """Return what routers are loaded from that were trained beside this one and weigh this bank's experts alone.
@@ -93,11 +95,10 @@ class StoredMixture:
             return found
         places = (self.folder, derived_folder(self.folder))
         for file in (file for place in places for file in sorted(place.glob("methods/*/ingredient.json"))):
-            record = read_json(file)
-            entry = record.get("router")
-            if isinstance(entry, dict) and set(record.get("experts") or ()) <= set(self.bank.names):
+            record = read(ExtraRecord, file, f"delete {file.parent} and train it again")
+            if record.router and set(record.experts) <= set(self.bank.names):
                 parts = RouterParts(file.parent / "router", self.folder, self.backbone, self.bank)
-                found.setdefault(str(entry.get("kind")), (entry, parts))
+                found.setdefault(record.router.kind, (record.router.plain(), parts))
         return found
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -199,31 +200,22 @@ def reading_for(source: str | Path, reading: ReadingSettings) -> ReadingSettings
     return reading.joined_as(read_json(find_mixture(source) / "mixture.json").get("input_template"))
 
 
-def read_mixture_record(folder: Path) -> dict[str, Any]:
+def read_mixture_record(folder: Path) -> MixtureRecord:
     """Read and check `mixture.json`.
 
     Raises:
-        CoterieError: when it is missing, of another format, or lacks a field.
+        CoterieError: when it is missing, of another format, or a field is missing or wrong.
     """
-    record = read_json(folder / "mixture.json")
-    if record.get("format") != FORMAT:
+    file = folder / "mixture.json"
+    fields = read_json(file)
+    if fields.get("format") != FORMAT:
+        raise CoterieError(f"{file} has format {fields.get('format')!r}, not {FORMAT}; upgrade coterie or fit again")
+    if "pool" in fields:
         raise CoterieError(
-            f"{folder / 'mixture.json'} has format {record.get('format')!r}, not {FORMAT}; upgrade coterie or fit again"
-        )
-    if "pool" in record:
-        raise CoterieError(
-            f"{folder} holds a {record.get('method')} method, whose experts need not share a base model; "
+            f"{folder} holds a {fields.get('method')} method, whose experts need not share a base model; "
             "coterie generate, plan and eval take it"
         )
-    shapes = {"method": str, "base_model": dict, "experts": list, "router": dict, "combiner": dict}
-    shapes |= {"end_of_turn": str} if "end_of_turn" in record else {}  # mixtures of before read it off the template
-    wrong = [name for name, kind in shapes.items() if not isinstance(record.get(name), kind)]
-    if wrong or "kind" not in record["combiner"]:
-        raise CoterieError(
-            f"{folder / 'mixture.json'} lacks a proper {(wrong or ['combiner kind'])[0]!r}; get the folder again"
-        )
-    check_names(record["experts"])
-    return record
+    return parse(MixtureRecord, fields, str(file), "get the folder again")
 
 
 def derived_folder(folder: Path) -> Path:

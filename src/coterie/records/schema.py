@@ -17,8 +17,10 @@ from pydantic import (
     model_validator,
 )
 
-from coterie.artifacts import read_json
+from coterie.artifacts import parse_json, read_json, read_lines
 from coterie.errors import CoterieError
+
+LONGEST_NAME = 200  # bytes; file systems take 255, and something is added to some names
 
 
 class Record(BaseModel):
@@ -73,6 +75,16 @@ def read(kind: type[AnyRecord], path: Path, advice: str) -> AnyRecord:
     return parse(kind, read_json(path), str(path), advice)
 
 
+def read_rows(kind: type[AnyRecord], path: Path, advice: str) -> tuple[AnyRecord, ...]:
+    """Read a JSONL file that holds one record a line.
+
+    Raises:
+        CoterieError: when it is missing or broken; see `parse`.
+    """
+    places = ((f"{path}, line {number}", line) for number, line in read_lines(path))
+    return tuple(parse(kind, parse_json(line, place, advice), place, advice) for place, line in places)
+
+
 def _in_order(ends: tuple[float, float]) -> tuple[float, float]:
     if ends[0] > ends[1]:
         raise ValueError("should be two numbers in order, or null")
@@ -84,6 +96,21 @@ def _nothing_for_null(value: object) -> object:
     if isinstance(value, Mapping):
         return {k: v for k, v in value.items() if v is not None}
     return 0 if value is None else value
+
+
+def is_folder_name(name: str) -> bool:
+    """Tell whether a name from a file can be that of a folder or file in the folder that it is meant for.
+
+    It is shown, too, so that nothing in it acts on a terminal.
+    """
+    plain = name.isprintable() and name == Path(name).name and not name.startswith(".")
+    return bool(name) and plain and len(name.encode()) <= LONGEST_NAME
+
+
+def _check_folder_name(name: str) -> str:
+    if not is_folder_name(name):
+        raise ValueError("should be a plain name of letters, digits, '-' and '_'")
+    return name
 
 
 Count = Annotated[int, Field(strict=True, ge=0)]
@@ -98,6 +125,9 @@ Rank = Annotated[Number, PlainSerializer(int, when_used="unless-none")]
 Texts = tuple[StrictStr, ...]
 Names = Annotated[Texts, AfterValidator(lambda names: tuple(dict.fromkeys(names)))]
 """Names, each once."""
+FolderName = Annotated[StrictStr, AfterValidator(_check_folder_name)]
+FolderNames = Annotated[tuple[FolderName, ...], AfterValidator(lambda names: tuple(dict.fromkeys(names)))]
+"""Names of folders or files, each once."""
 Amounts = dict[str, Amount]
 Whole = Annotated[Weight, PlainSerializer(int)]
 """A whole number from 0 upwards that is read as a number like others."""

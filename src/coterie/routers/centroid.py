@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from coterie.artifacts import read_tensors
+from coterie.artifacts import read_floats
 from coterie.backbone.loading import Backbone
 from coterie.errors import CoterieError
 from coterie.features.growing_text import FeatureExtractor
@@ -282,16 +282,14 @@ class CentroidRouter(FeatureRouter):
         """
         kind = str(record["kind"])
         file, prefix = PLACES[kind]
-        tensors = read_tensors(parts.folder / f"{file}.safetensors")
-        dimensions = 1 if prefix == "centroid" else 2  # a single centroid stands there without its axis
-        centroids = {}
-        for name in map(str, record["experts"]):
-            found = tensors.get(f"{prefix}.{name}")
-            if found is None or found.dim() != dimensions or not len(found) or not bool(torch.isfinite(found).all()):
-                raise CoterieError(
-                    f"router/{file}.safetensors has no proper centroids for the expert {name!r}; fit the mixture again"
-                )
-            centroids[name] = found[None] if dimensions == 1 else found
+        single = prefix == "centroid"  # stands there without its axis
+        wanted = {f"{prefix}.{name}": (None,) if single else (None, None) for name in record["experts"]}
+        place, fit_again = parts.folder / f"{file}.safetensors", "fit the mixture again"
+        tensors = read_floats(place, {**wanted, "centre": (None,)}, fit_again, optional=["centre"])
+        found = (tensors[f"{prefix}.{name}"] for name in record["experts"])
+        centroids = {name: own[None] if single else own for name, own in zip(record["experts"], found, strict=True)}
+        if len({own.shape[-1] for own in tensors.values()}) > 1:
+            raise CoterieError(f"{place} holds centroids of unequal dimensions; {fit_again}")
         centre = tensors.get("centre")
         weighting = STANDARDISED._replace(ddof=int(record.get("ddof", 0)))
         if kind == PERFORMANCE:

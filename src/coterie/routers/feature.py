@@ -17,6 +17,7 @@ from coterie.features.gradient import GradientFeatures
 from coterie.features.growing_text import AveragedStates, FeatureExtractor, GrowingFeatures
 from coterie.routers.base import Router, RouterParts
 from coterie.settings.groups import FeatureSettings
+from coterie.settings.reading import checked
 
 
 class FeatureRouter(Router):
@@ -67,7 +68,9 @@ def load_extractor(record: Mapping[str, Any], parts: RouterParts) -> FeatureExtr
     check_names(kept["checkpoints"])
     folder = parts.run / "checkpoints"
     checkpoints = [load_checkpoint(folder / name, parts.backbone.model) for name in kept["checkpoints"]]
-    features = GradientFeatures(parts.backbone, checkpoints, FeatureSettings(**kept["features"]), kept["seed"])
+    settings = checked(FeatureSettings, kept["features"])
+    kept["features"] = settings.model_dump()
+    features = GradientFeatures(parts.backbone, checkpoints, settings, kept["seed"])
     return FeatureExtractor("gradient", features, kept)
 
 

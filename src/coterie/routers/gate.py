@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from coterie.artifacts import read_tensors, write_tensors
+from coterie.artifacts import read_floats, write_tensors
 from coterie.backbone.gates import Gates, MeanWeights
 from coterie.backbone.layers import ExpertLayers, Gated, linear_shapes
 from coterie.backbone.loading import Backbone
@@ -116,7 +116,9 @@ class GateRouter(Router):
                 how |= {"null": str(null["name"]), "null_cosine": float(null["cosine"])}
             return spectral_router(record["kind"], parts.backbone, parts.bank, names, **how)
         adapters = [parts.bank.adapters[parts.bank.index(name)] for name in names]
-        layers = read_tensors(parts.folder / "gates.safetensors")
+        shapes = linear_shapes(parts.backbone.model)
+        wanted = {path: (len(names), shapes[path][0]) for adapter in adapters for path in adapter}
+        layers = read_floats(parts.folder / "gates.safetensors", wanted, "train the gates again")
         gates = read_gates(layers, names, str(record.get("score", "linear")), **how)
         return cls(parts.backbone, adapters, gates)
 

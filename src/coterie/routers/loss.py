@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from coterie.artifacts import read_tensors
+from coterie.artifacts import read_floats
 from coterie.errors import CoterieError
 from coterie.features.growing_text import FeatureExtractor
 from coterie.routers.base import RouterParts, Routing
@@ -109,10 +109,15 @@ class LossRouter(FeatureRouter):
     @classmethod
     def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "LossRouter":
         """Build it from its entry and its tensors."""
-        tensors = read_tensors(parts.folder / "loss.safetensors")
-        ridge = Ridge(tensors["weight"].float(), tensors["bias"].float())
-        extractor, sharpness = load_extractor(record, parts), float(record["sharpness"])
-        return cls(extractor, ridge, record["experts"], sharpness, tensors.get("centre"))
+        extractor, names = load_extractor(record, parts), list(record["experts"])
+        wanted = {
+            "weight": (len(names), extractor.dimensions),
+            "bias": (len(names),),
+            "centre": (extractor.dimensions,),
+        }
+        tensors = read_floats(parts.folder / "loss.safetensors", wanted, "fit again", optional=["centre"])
+        ridge = Ridge(tensors["weight"], tensors["bias"])
+        return cls(extractor, ridge, names, record["sharpness"], tensors.get("centre"))
 
 
 def predict(ridge: Ridge, features: Float[Tensor, "row dimension"]) -> Float[Tensor, "row expert"]:

@@ -41,7 +41,7 @@ def load_router(record: Mapping[str, Any], parts: RouterParts) -> Router:
     inner = load_router(record["of"], parts) if "of" in record else None
     try:
         return ROUTERS[kind].load(record, replace(parts, inner=inner))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CoterieError(
             f"{parts.folder}: the entry of the router {kind!r} is broken ({error}); fit again"
         ) from error

@@ -1,16 +1,19 @@
 """What a run of `coterie fit elrea` was made from, so that more can be trained on the same rows in the same way."""
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
 
-from coterie.artifacts import read_jsonl, read_tensors
+from coterie.artifacts import read_floats
 from coterie.data.batching import Tokenised, tokenise
 from coterie.data.examples import load_all
 from coterie.errors import CoterieError
 from coterie.methods.common import IN_MEMORY, hash_examples
 from coterie.methods.extras import FittedRun
+from coterie.records.mixture import TrainingRow
+from coterie.records.schema import read_rows
 from coterie.settings.commands import ElreaSettings
 
 
@@ -45,8 +48,9 @@ class ElreaRun(FittedRun[ElreaSettings]):
     @cached_property
     def labels(self) -> list[int]:
         """The cluster of every training row."""
-        numbers = [str(row["cluster"]).rpartition("-")[2] for row in read_jsonl(self.folder / "clusters.jsonl")]
-        if len(numbers) != len(self.kept.rows) or not all(number.isdigit() for number in numbers):
+        rows = read_rows(TrainingRow, self.folder / "clusters.jsonl", "get the folder again, or fit again")
+        numbers = [row.cluster.rpartition("-")[2] for row in rows]
+        if len(numbers) != len(self.kept.rows) or not all(re.fullmatch("[0-9]{1,6}", number) for number in numbers):
             raise CoterieError(
                 f"{self.folder / 'clusters.jsonl'} does not name a cluster for each of the {len(self.kept.rows)} "
                 "training rows; get the folder again, or fit again"
@@ -65,4 +69,5 @@ class ElreaRun(FittedRun[ElreaSettings]):
         Raises:
             CoterieError: when the run's folder lacks them.
         """
-        return read_tensors(self.folder / "features" / "features.safetensors")["features"]
+        wanted = {"features": (len(self.kept.rows), None)}
+        return read_floats(self.folder / "features" / "features.safetensors", wanted, "fit again")["features"]

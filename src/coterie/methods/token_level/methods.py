@@ -1,12 +1,13 @@
 """Methods on a bank with an expert for each domain, and centroids to route by: the run of `coterie fit token-level`."""
 
-from coterie.artifacts import read_jsonl
 from coterie.errors import CoterieError
 from coterie.experts.names import BACKBONE, NULL
 from coterie.methods.common import DOMAINS_FILE
 from coterie.methods.extras import FittedRun
 from coterie.methods.family import CONTROL, SINGLE_EXPERT, Family, Method, MethodGrid, oracle, single
 from coterie.mixture import Mixture
+from coterie.records.mixture import TrainingRow
+from coterie.records.schema import read_rows
 from coterie.routers.base import Router
 from coterie.routers.fixed import FixedRouter, SourceRouter, uniform
 from coterie.routers.gate import spectral_router
@@ -23,11 +24,11 @@ def domain_sources(mixture: Mixture) -> dict[str, str]:
         CoterieError: when the texts name none, or the mixture lies in no folder.
     """
     file = mixture.folder / DOMAINS_FILE if mixture.folder else None
-    rows = read_jsonl(file) if file and file.exists() else []
+    rows = read_rows(TrainingRow, file, "build the mixture again") if file and file.exists() else ()
     sources: dict[str, str] = {}
     for row in rows:
-        if row.get("source"):
-            sources.setdefault(str(row["source"]), str(row["expert"]))
+        if row.source:
+            sources.setdefault(row.source, row.expert)
     if not sources:
         raise CoterieError("the experts' texts name no source, so nobody can tell which expert a row belongs to")
     return sources

@@ -1,0 +1,98 @@
+"""What a mixture's folder says of it: `mixture.json`, and `ingredient.json` of all that was trained beside it."""
+
+from typing import Annotated
+
+from pydantic import Field, StrictBool, StrictStr
+
+from coterie.artifacts import FORMAT
+from coterie.records.schema import Amounts, Facts, FolderNames, Names, Position, Record, Weight
+
+Positive = Annotated[int, Field(strict=True, ge=1, le=2**31)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+
+
+class BaseModelRecord(Record):
+    """The base model that experts were trained on: its name, the hub's commit, and the hash of its weights."""
+
+    id: StrictStr
+    revision: StrictStr | None
+    sha256: StrictStr
+
+
+class NullRecord(Record):
+    """An expert that changes nothing, and the similarity or cosine below which it takes over."""
+
+    name: StrictStr
+    similarity: Position = 0.0
+    cosine: Position = 0.0
+
+
+class RouterRecord(Record, extra="allow"):
+    """A router's entry: its kind, and the fields that routers of this kind save; see their `save` and `load`."""
+
+    kind: StrictStr
+    experts: Names | dict[StrictStr, StrictStr] = ()
+    weights: Amounts = {}
+    of: "RouterRecord | None" = None
+    top_k: Positive | None = None
+    normalised: StrictBool = False
+    every: Positive | None = None
+    cache: StrictStr = "keep"
+    temperature: Annotated[Position, Field(gt=0)] | None = None
+    null: NullRecord | None = None
+    score: StrictStr = "linear"
+    description: StrictStr = "gradient"
+    base: StrictStr | None = None
+    ddof: Annotated[int, Field(strict=True, ge=0, le=1)] = 0
+    nearest: StrictBool = True
+    encoder: StrictStr | None = None
+    window: Positive | None = None
+    tail: StrictBool = True
+    checkpoints: FolderNames = ()
+    features: Facts = {}
+    seed: Seed = 0
+    sharpness: Weight = 0.0
+
+
+class CombinerRecord(Record):
+    """The combiner's entry: its name."""
+
+    kind: StrictStr
+
+
+class MixtureRecord(Record):
+    """A mixture; `experts` are folders' names, `clustering` how the training rows were clustered."""
+
+    format: Annotated[int, Field(strict=True, ge=FORMAT, le=FORMAT)]
+    method: StrictStr
+    base_model: BaseModelRecord
+    system_prompt: StrictStr | None = None
+    input_template: StrictStr | None = None
+    end_of_turn: StrictStr | None = None
+    experts: FolderNames
+    router: RouterRecord
+    combiner: CombinerRecord
+    clustering: Facts = {}
+
+
+class ExtraRecord(Record):
+    """What was trained beside a mixture: its experts, its router if it has one, and the settings that it depends on.
+
+    `judged` are the experts whose losses were cross-fitted, in the order of those.
+    """
+
+    settings: Facts = {}
+    experts: FolderNames
+    router: RouterRecord | None
+    seconds: Weight = 0.0
+    judged: Names = ()
+
+
+class TrainingRow(Record):
+    """A training row in `clusters.jsonl` or `domains.jsonl`: where it comes from, and what was trained on it."""
+
+    id: StrictStr | None = None
+    source: StrictStr | None = None
+    category: StrictStr | None = None
+    cluster: StrictStr = ""
+    expert: StrictStr = ""
