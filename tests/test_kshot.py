@@ -359,6 +359,20 @@ def test_an_interrupted_fit_ends_with_the_files_of_an_undisturbed_one(
         assert (tmp_path / "run" / file).read_bytes() == (task_run / file).read_bytes(), file
 
 
+def test_experts_that_could_not_be_read_back_are_told_before_they_are_trained(bank, task_shots, tmp_path, monkeypatch):
+    plain = tuning.write_adapter
+
+    def spoilt(folder, config, adapter):
+        plain(folder, {**config, "r": 99, "rank_pattern": {}}, adapter)
+
+    trained = []
+    monkeypatch.setattr(tuning, "write_adapter", spoilt)
+    monkeypatch.setattr(tuning, "train_mixture", lambda *_: trained.append(True))
+    with pytest.raises(CoterieError, match="r = 99 and lora_alpha = .* do not fit"):
+        fit(bank, task_shots, tmp_path / "run")
+    assert not trained
+
+
 def test_a_collapsed_gate_is_told(bank, task_shots, tmp_path, monkeypatch, caplog):
     plain = tuning.start_gates
 

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import Trainer
 
 import tiny
-from conftest import FIT, write_rows
+from conftest import write_rows
 from coterie import methods
 from coterie.backbone.loading import load_backbone
 from coterie.backbone.model import Backbone
@@ -52,31 +52,47 @@ def test_a_step_is_taken_on_the_batch_that_was_asked_for(model_folder, tmp_path,
 
 
 @pytest.fixture
-def two_gpus(monkeypatch) -> list[torch.device]:
-    """A machine that says it has two GPUs, with the base model on the second; return where models were asked to go."""
+def two_gpus(monkeypatch) -> tuple[list[torch.device], list[torch.device]]:
+    """A machine that says it has two GPUs, with the base model on the second.
+
+    Return where models were asked to go, and which devices were made current, in turn.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    moves, current = [], []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(Backbone, "device", torch.device("cuda:1"))
-    moves = []
     monkeypatch.setattr(Trainer, "_move_model_to_device", lambda _self, _model, device: moves.append(device))
-    return moves
+    return moves, current
 
 
 def test_training_stays_on_the_base_models_device_whatever_else_is_there(backbone, tmp_path, two_gpus):
     trainer = trainer_of(backbone, tmp_path)
     device = torch.device("cuda:1")
-    assert two_gpus == [device]
+    moves, current = two_gpus
+    assert (moves, current[-1]) == ([device], device)
     assert (trainer.args.device, trainer.accelerator.device, trainer.args.n_gpu) == (device, device, 1)
     assert trainer.args.train_batch_size == 2
     assert not isinstance(trainer._wrap_model(backbone.model), nn.DataParallel)
 
 
-def test_training_in_several_processes_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
-    data = write_rows(tmp_path / "rows.jsonl", tiny.make_rows(6))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(CoterieError, match=r"one of 2 processes \(WORLD_SIZE\); start it without torchrun"):
-        methods.elrea("no/model", str(data), output=tmp_path / "run", device="cpu", **FIT)
-    with pytest.raises(CoterieError, match="one of 2 processes"):
-        methods.token_level("no/model", {"a": str(data)}, output=tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+LAUNCHED = table(
+    ("torchrun", {"LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "one of 2"),
+    ("torchrun with one process", {"LOCAL_RANK": "0", "WORLD_SIZE": "1"}, "LOCAL_RANK 0"),
+    ("another launcher", {"WORLD_SIZE": "4"}, "one of 4"),
+)
+
+
+@pytest.mark.parametrize(("variables", "message"), LAUNCHED)
+def test_training_in_several_processes_is_refused_before_anything_is_loaded(variables, message, tmp_path, monkeypatch):
+    data, output = write_rows(tmp_path / "rows.jsonl", tiny.make_rows(6)), tmp_path / "run"
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for start in (
+        lambda: methods.elrea("no/model", str(data), output=output, device="cpu"),
+        lambda: methods.token_level("no/model", {"a": str(data)}, output=output),
+        lambda: methods.kshot("no-bank", str(data), output=output),
+    ):
+        with pytest.raises(CoterieError, match=f"training runs in one process .*{message}"):
+            start()
+    assert not output.exists()

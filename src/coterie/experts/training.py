@@ -157,12 +157,13 @@ def check_one_process() -> None:
     """Refuse to train as one of several processes, which would all write the same files.
 
     Raises:
-        CoterieError: under torchrun or accelerate with more than one process.
+        CoterieError: under torchrun, or another launcher of several processes.
     """
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+    rank, processes = os.environ.get("LOCAL_RANK", "-1"), os.environ.get("WORLD_SIZE", "1")
+    if (rank, processes) != ("-1", "1"):
         raise CoterieError(
-            f"training runs in one process on one device, but this is one of {processes} processes (WORLD_SIZE); "
-            "start it without torchrun or accelerate, with --device cuda:N for another than the first GPU"
+            f"training runs in one process on one device, but this is one of {processes} (WORLD_SIZE {processes}, "
+            f"LOCAL_RANK {rank}); start it without torchrun, with --device cuda:N for another than the first GPU"
         )
 
 
@@ -210,6 +211,8 @@ def make_trainer(
     state: Any = arguments.distributed_state
     arguments._n_gpu = 1
     arguments._setup_devices = state.device = backbone.device
+    if backbone.device.type == "cuda":  # kernels may be launched on the current device; the arguments chose the first
+        torch.cuda.set_device(backbone.device)
     data: Any = [{"input_ids": list(row.ids), "labels": row.labels()} for row in rows]
     collate = TrainingCollator(backbone.pad_id)
     trainer = Trainer(model, arguments, train_dataset=data, data_collator=collate, callbacks=[_FiniteLoss()])
