@@ -16,7 +16,10 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from coterie.errors import CoterieError
-from coterie.grading.maths import LONGEST_EXPRESSION, is_expression, same_expression, tidy, unwrapped
+from coterie.grading.maths import same_expression
+from coterie.grading.notation import LONGEST_EXPRESSION, is_expression, tidy, unwrapped
+from coterie.grading.numbers import MAGNITUDES, from_words, plain, rational
+from coterie.grading.units import parse_unit
 
 AnswerKind = Literal["maths", "choice", "text"]
 SHORT_TEXT = 80  # characters of a text that may be an answer as it stands
@@ -54,6 +57,8 @@ def answer_kind(answer: str, prompt: str = "") -> AnswerKind:
     if _lone_letter(answer) in _options(prompt):
         return "choice"
     expression = tidy(answer)
+    if re.search(r"[a-zA-Z]{3}", answer) and not re.search(r"\d|\\", answer):  # `two towers` are no number
+        return "maths" if from_words(answer.strip(" .")) else "text"
     if not is_expression(answer) or re.fullmatch(r"[^\W\d_]{2,}", expression):
         return "text"
     return "maths" if re.search(r"\d|\\[a-zA-Z]|^\(?-?[^\W\d_]\)?$", expression) else "text"
@@ -116,9 +121,10 @@ def read_answer(text: str, prompt: str = "") -> str:
     elif len(lines) == 1 and len(lines[0]) <= SHORT_TEXT:
         found = lines[0]
     else:
-        found = next(reversed(_terms(text)), lines[-1] if lines else None)
-    if found and is_expression(found) and re.search(r"\d", found):
-        return tidy(found.rpartition("=")[2])
+        terms = _terms(text)
+        found = _inside(terms[-1]) if terms else lines[-1] if lines else None
+    if found and is_expression(found) and re.search(r"\d", tidy(found)):
+        return _canonical(found.rpartition("=")[2])
     return _normalised(found or "")
 
 
@@ -170,7 +176,7 @@ def _stated(text: str) -> list[str]:
 
 def _sentence(line: str) -> str:
     """Return the first sentence of a line, without its full stop."""
-    return re.split(r"(?<=\S)[.!?](?=\s|$)", line, maxsplit=1)[0].strip()
+    return re.split(r"(?<=[^\s\\])(?<!\b[Rr]s)(?<!\bsq)[.!?](?=\s|$)", line, maxsplit=1)[0].strip()
 
 
 # ------------------------------------------------------------------------------------------------------------ maths
@@ -178,27 +184,61 @@ def _sentence(line: str) -> str:
 _INLINE = (  # what may stand between single dollars: no word, or two prices would enclose a formula
     r"(?:\\(?:begin|end)\{[a-z]+\}|\\[a-zA-Z]+|\\[^a-zA-Z\n]|[^$\n\\a-zA-Z]|(?<![a-zA-Z])[a-zA-Z]{1,2}(?![a-zA-Z])){1,300}"
 )
-_TERM = re.compile(  # a formula between delimiters, a bare LaTeX fraction or root, or a number
+_MAGNITUDE = rf"(?: ?(?:{'|'.join(MAGNITUDES)})s?\b){{1,3}}|[kKMB](?![\w])|bn\b"
+_TIMES_TEN = r" ?(?:x|×|\*|\\times|\\cdot) ?10 ?\^ ?\{?[-+]?\d{1,3}\}?"
+_TERM = re.compile(  # a formula between delimiters, a bare LaTeX fraction or root, or a number with its magnitude
     rf"\$\$([^$]{{1,500}})\$\$|(?<![\\$])\$(?=\S)(?=[^$\n]*[\d\\])({_INLINE})(?<=\S)\$(?!\d)"
     r"|\\\((.{1,500}?)\\\)|\\\[(.{1,500}?)\\\]"
     r"|-?\d{0,20}\\[dtc]?frac\s*\{[^{}]{1,60}\}\s*\{[^{}]{1,60}\}|-?\d{0,20}\\sqrt\s*\{[^{}]{1,60}\}"
-    r"|(?<![\w.)}\]])-?\\?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[/:]\d+| [/:] \d+| ?\\pi| ?π)?"
-    r"|(?<![\w.)}\]])-?\.\d+",
+    r"|(?<![\w.)}\]])[-−]?\\?[$€£₹¥]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+    rf"(?:[eE][-+]?\d{{1,3}}(?!\w)|{_TIMES_TEN}|[¼-¾⅐-⅞]|[/:]\d+| [/:] \d+| ?\\pi| ?π|{_MAGNITUDE})?(?:\s?\\?%)?"
+    r"|(?<![\w.)}\]])[-−]?(?:\.\d+|[¼-¾⅐-⅞])",
     re.DOTALL,
 )
+_UNIT_BEHIND = re.compile(
+    r" ?(?:(?:square|cubic|sq|cu) ?\.? ?)?([^\W\d_]{1,20})(?: ?(?:/|per) ?[^\W\d_]{1,20})?(?:\^?\{?[23²³]\}?)?(?!\w)"
+)
+_BECAUSE = re.compile(r"[(;]|,?\s(?:because|since|as|given|where|which|when|if|so|while)\s")
+_OR = re.compile(r"[^.!?\n]{0,40}\b(?:or|between)\b[^.!?\n]{0,40}")
 
 
-def _terms(text: str) -> list[str]:
-    """Return the formulas and numbers of a text in order, without the delimiters of formulas."""
-    return [next(filter(None, match.groups()), match.group()) for match in _TERM.finditer(text)]
+def _terms(text: str) -> list[re.Match[str]]:
+    """Return the formulas and numbers of a text in order."""
+    return list(_TERM.finditer(text))
+
+
+def _inside(term: re.Match[str]) -> str:
+    """Return a formula without its delimiters, or a number with the unit behind it, if it is a known one."""
+    if formula := next(filter(None, term.groups()), None):
+        return formula
+    behind = _UNIT_BEHIND.match(term.string, term.end())
+    is_known = behind and behind[1] != "are" and parse_unit(behind.group()).measures
+    return term.group() + (behind.group() if behind and is_known else "")
+
+
+def _canonical(expression: str) -> str:
+    """Write a number in one way however it was written: 1/2, 0.5 and a half; anything else as `tidy` does."""
+    value = rational(tidy(expression))
+    return tidy(expression) if value is None else plain(value)
 
 
 def _expression_in(line: str) -> str | None:
-    """Return the whole sentence if it is an expression, else the first formula or number in the line."""
+    """Return the sentence that begins a line, without reasons, if it is an expression; else the one value in it.
+
+    Two different values are no answer: then the whole sentence comes back, which equals nothing.
+    """
     sentence = _sentence(line)
-    if re.search(r"[\d\\]|^\W*\w\W*$", sentence) and is_expression(sentence):
+    clause = _BECAUSE.split(sentence, maxsplit=1)[0].rpartition("=")[2].strip() or sentence
+    alternatives = re.split(r",?\sor\s", clause)
+    if len(alternatives) > 1 and len(set(map(_canonical, alternatives))) == 1:  # `3/4 or 0.75`
+        return alternatives[0]
+    for whole in (sentence, clause):
+        if re.search(r"[\d\\]|^\W*\w\W*$", tidy(whole)) and is_expression(whole):
+            return whole
+    terms = [_inside(term) for term in _terms(clause) or _terms(line)[:1]]
+    if len(set(map(_canonical, terms))) > 1 or re.search(r"\bnot\b|n't\b", clause):
         return sentence
-    return next(iter(_terms(line)), None)
+    return terms[0] if terms else None
 
 
 def _find_expression(text: str) -> str | None:
@@ -211,7 +251,12 @@ def _find_expression(text: str) -> str | None:
     line = text.strip()
     if "\n" not in line and len(line) <= LONGEST_EXPRESSION and is_expression(line):
         return _sentence(line) or None
-    return next(reversed(_terms(text)), None)
+    if "\n" not in line and len(line) <= SHORT_TEXT and re.match(r"\W{0,3}\d", line):
+        return _expression_in(line)
+    terms = _terms(text)
+    if len(terms) > 1 and _OR.fullmatch(text[terms[-2].end() : terms[-1].start()]):
+        return text[terms[-2].start() : terms[-1].end()]  # one or the other is neither
+    return _inside(terms[-1]) if terms else None
 
 
 # ----------------------------------------------------------------------------------------------------------- choice

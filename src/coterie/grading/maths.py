@@ -1,7 +1,6 @@
-r"""Whether two mathematical answers are the same: as strings, as fractions, and only then as expressions.
+"""Whether two mathematical answers are the same: by unit, as fractions, as strings, and only then as expressions.
 
-The string normaliser works in the manner of Hendrycks et al. (2021, arXiv:2103.03874) and Lewkowycz et al. (2022,
-arXiv:2206.14858). What strings and fractions leave open goes to the library math-verify, in a worker process that is
+What strings and fractions leave open goes to the library math-verify, in a worker process that is
 killed when an item takes too long: a computer algebra system cannot be trusted with the text of a stranger.
 """
 
@@ -20,126 +19,21 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from coterie.errors import CoterieError
+from coterie.grading.notation import LONGEST_EXPRESSION, Reading, has_prose, read
+from coterie.grading.numbers import is_decimal, rational
+from coterie.grading.units import unit_ratio
 
 logger = logging.getLogger(__name__)
 
-# Longer strings are compared as strings only: real answers are short, and parsers are slow on long nonsense.
-LONGEST_EXPRESSION = 500
 SECONDS_PER_ITEM = 5.0
 SECONDS_TO_START = 120.0
 WORKER_MEMORY = 4 * 2**30  # bytes of address space
 
-# ------------------------------------------------------------------------------------------------------ as strings
-
-_FUNCTIONS = r"(?:sin|cos|tan|cot|sec|csc|log|ln|exp|max|min|mod|gcd|lcm|sqrt|det|arcsin|arccos|arctan|pi)(?![a-zA-Z])"
-_PROSE = re.compile(rf"(?<![\\a-zA-Z])(?!{_FUNCTIONS})[a-zA-Z]{{3,}}")
-_LEAD_IN = re.compile(rf"(?:^|\s)(?!{_FUNCTIONS})[a-zA-Z]{{2}}\s")
-_ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{[a-z*]+\}")
-_WRAPPER = r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf)\s*\{([^{}]*)\}"
-_UNIT_TEXT = r"(?:\\(?:text|textnormal|textrm|mbox)\s*\{[^{}]*\}|\\mathrm\s*\{[^{}]*[a-zA-Z]{2}[^{}]*\})"
-_REWRITES = tuple(  # in this order; what stands there, and what takes its place
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (r"[−–]", "-"),
-        (r"π", r"\\pi "),
-        (r"√\s*(\d+)", r"\\sqrt{\1}"),
-        (r"\\(?:left|right|[bB]ig[gG]?[lr]?|displaystyle)(?![a-zA-Z])", ""),
-        (r"(?<!\\)\\[!()\[\]]", ""),
-        (r"\{,\}", ","),
-        (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-zA-Z])", " "),
-        (r"\\(?:text|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}", ","),
-        (rf"(?<=\S)\s*{_UNIT_TEXT}\s*(?:\^\s*\{{?[23]\}}?)?[\s.]*$", ""),
-        (_WRAPPER, r"\1"),
-        (r"\\?[$€£]", ""),
-        (r"\\?%|\bper\s?cent\b", ""),
-        (r"\^?\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degree|°", ""),
-        (r"\\[dtc]frac", r"\\frac"),
-        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-        (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),
-        (r"([_^])\{(\w)\}", r"\1\2"),
-        (r"^\s*(?:\\approx|[Rr]?s\s*\.?)\s*(?=\d)", ""),
-        (r"[\s.,;:\\]+$", ""),
-        (r"^\s*[a-zA-Z]\s*=(?=[^=]*$)", ""),
-        (r"(?<![\d.])\.(?=\d)", "0."),
-    )
-)
-_NO_UNIT = r"(?:or|and|to|but|not|plus|minus|squared|cubed|dozen|hundred|[a-z]+llion|thousand)\b"
-_UNIT = re.compile(  # words after a number, perhaps squared: `13 seconds`, `8 sq . m`, `5cm^2`
-    rf"(?<=[\d}})])(?:\s+(?!{_FUNCTIONS}|.*\b{_NO_UNIT})(?:[a-zA-Z]{{2,}}[a-zA-Z ./]*|[mgslh])"
-    r"|(?:[cmk]m|[mk]g|ml|kmph|mph|hrs?|mins?|secs?|ft|lbs?))\s*(?:\^?\s*\{?[23]\}?)?$"
-)
-_THOUSANDS = re.compile(r"[+-]?\s*\d{1,3}(,\d{3})+(\.\d+)?")
-
-
-def _has_prose(expression: str) -> bool:
-    """Tell whether a word of three letters or more stands there that is no LaTeX command, environment or function.
-
-    Read as a product of variables such a word would equal its anagrams, so nothing that holds one is compared by value.
-    """
-    return bool(_PROSE.search(_ENVIRONMENT.sub("", expression)))
-
-
-def unwrapped(text: str) -> str:
-    r"""Drop the delimiters of formulas, and replace `\text{...}`, `\mathbf{...}` and their like by what they hold."""
-    return re.sub(_WRAPPER, r"\1", re.sub(r"\$|(?<!\\)\\[()\[\]]", "", text))
-
-
-def tidy(expression: str) -> str:
-    """Reduce an answer to its mathematics: no dollar, percent or degree signs, units, sizes, spacing, or `x =` before.
-
-    Anything longer than `LONGEST_EXPRESSION` characters comes back as it is.
-    """
-    if len(expression) > LONGEST_EXPRESSION:
-        return expression
-    for pattern, new in _REWRITES:
-        expression = pattern.sub(new, expression)
-    unit = _UNIT.search(expression)
-    if unit and not _has_prose(expression[: unit.start()]):
-        expression = expression[: unit.start()]
-    expression = expression.strip()
-    return expression.replace(",", "") if _THOUSANDS.fullmatch(expression) else expression
-
-
-def is_expression(text: str) -> bool:
-    """Tell whether a line is mathematics and nothing else: no prose, and no `so` or `in` set off by spaces."""
-    expression = tidy(text)
-    return not _has_prose(expression) and not _LEAD_IN.search(expression)
-
-
-# ---------------------------------------------------------------------------------------------------- as fractions
-
-_NUMBER = r"\d{1,60}(?:\.\d{1,60})?"
-_DECIMAL = re.compile(rf"[+-]?\s*{_NUMBER}")
-_FRACTION = re.compile(  # sign, whole part, numerator, denominator: 1/2, 1 1/2, \frac{1}{2}, 1\frac{1}{2}
-    rf"([+-]?)\s*(?:(\d{{1,60}})(?:\s+|\s*(?=\\)))?(?:\\frac\{{)?([+-]?{_NUMBER})(?:\}}\{{|\s*/\s*)({_NUMBER})\}}?"
-)
 _BASED = re.compile(r"\d\s*_")  # a number with its base, 1011_2
-
-
-def _rational(expression: str) -> Fraction | None:
-    """Return the value of a tidy decimal, fraction or mixed number, None for anything else."""
-    if _DECIMAL.fullmatch(expression):
-        return Fraction(re.sub(r"\s", "", expression))
-    match = _FRACTION.fullmatch(expression)
-    if not match or not Fraction(match[4]):
-        return None
-    value = Fraction(match[2] or 0) + Fraction(match[3]) / Fraction(match[4])
-    return -value if match[1] == "-" else value
-
-
-def _same_number(answer: str, candidate: str, percent_signs: int) -> bool | None:
-    """Compare tidy expressions as exact fractions; None where that cannot decide.
-
-    It cannot where one is no plain number, or one a fraction and the other its rounded decimals. `percent_signs` is the
-    candidate's number of percent signs less the answer's; 50 and 0.5 are both 50%, as reference answers have it.
-    """
-    left, right = _rational(answer), _rational(candidate)
-    if left is None or right is None:
-        return None
-    if left == right or left * Fraction(100) ** percent_signs == right:
-        return True
-    one_is_decimal = bool(_DECIMAL.fullmatch(answer)) != bool(_DECIMAL.fullmatch(candidate))
-    return None if one_is_decimal else False
+_RATIO = re.compile(r"(\d{1,20})\s*:\s*(\d{1,20})")
+_LIST = re.compile(r"[^()\[\]<>]*,[^()\[\]<>]*")
+_POINT = re.compile(r"[(\[][^()\[\]<>]*,[^()\[\]<>]*[)\]]")  # or an interval
+_CLOCK = re.compile(r"\d{1,2}\s*:\s*[0-5]\d")
 
 
 def same_expression(answer: str, candidate: str) -> bool:
@@ -148,22 +42,57 @@ def same_expression(answer: str, candidate: str) -> bool:
     Raises:
         CoterieError: The worker process does not start.
     """
-    plain_answer = tidy(answer)
-    is_chain = "=" not in plain_answer and "," not in candidate  # no equation is wanted, and this is no list of them
-    plain_candidate = tidy(re.split(r"(?<![<>!:])=", candidate)[-1] if is_chain else candidate)  # of `5 * 3 = 15`, 15
-    if not plain_candidate:
-        return False
+    wanted = read(answer)
+    is_chain = "=" not in wanted.mathematics and "," not in candidate  # no equation is wanted, nor a list of them
+    got = read(re.split(r"(?<![<>!:])=", candidate)[-1] if is_chain else candidate)  # of `5 * 3 = 15`, 15
+    ratio = unit_ratio(wanted.unit, got.unit)
+    counted = wanted.unit if got.is_percent else got.unit
+    if not got.mathematics or ratio is None or (got.is_percent != wanted.is_percent and counted.words):
+        return False  # 40% is 0.4 or 40, but no 0.4 miles
     # Numbers before strings: without its space, 1 1/2 would be 11/2.
-    decided = _same_number(plain_answer, plain_candidate, ("%" in candidate) - ("%" in answer))
-    if decided is not None:
-        return decided
-    if re.sub(r"\s", "", plain_answer) == re.sub(r"\s", "", plain_candidate):
+    decided = _same_number(wanted, got, ratio)
+    if decided is not None or ratio != 1:
+        return bool(decided)
+    if _unspaced(wanted.mathematics) == _unspaced(got.mathematics):
         return True
-    too_long = max(len(plain_answer), len(plain_candidate)) > LONGEST_EXPRESSION
-    # The parser ignores bases: a candidate that gives one is equal as a string or not at all.
-    if too_long or _BASED.search(plain_candidate) or _has_prose(plain_answer) or _has_prose(plain_candidate):
+    too_long = max(len(wanted.mathematics), len(got.mathematics)) > LONGEST_EXPRESSION
+    if _are_other_lists(wanted.mathematics, got.mathematics) or _are_other_lists(got.mathematics, wanted.mathematics):
         return False
-    return _comparer.same(plain_answer, plain_candidate)
+    # The parser ignores bases: a candidate that gives one is equal as a string or not at all.
+    if too_long or _BASED.search(got.mathematics) or has_prose(wanted.mathematics) or has_prose(got.mathematics):
+        return False
+    return _comparer.same(wanted.mathematics, got.mathematics)
+
+
+def _same_number(wanted: Reading, got: Reading, ratio: Fraction) -> bool | None:
+    """Compare as exact fractions, where `ratio` of the wanted units are one of the candidate's.
+
+    None: that cannot decide, as one is no plain number, or one a fraction and the other its rounded decimals. 50 and
+    0.5 are both 50%, as reference answers have it.
+    """
+    clock = _CLOCK.fullmatch(wanted.mathematics) or _CLOCK.fullmatch(got.mathematics)
+    if (one := _RATIO.fullmatch(wanted.mathematics)) and (other := _RATIO.fullmatch(got.mathematics)):
+        (a, b), (c, d) = map(int, one.groups()), map(int, other.groups())
+        return (a, b) == (c, d) or (not clock and a * d == b * c)  # 2 : 3 is 4 : 6, but 2:30 is not 4:60
+    left, right = rational(wanted.mathematics), rational(got.mathematics)
+    if left is None or right is None:
+        return None
+    right *= ratio
+    if left == right or left * Fraction(100) ** (got.is_percent - wanted.is_percent) == right:
+        return True
+    both = is_decimal(wanted.mathematics) == is_decimal(got.mathematics)
+    return False if both else None
+
+
+def _are_other_lists(listed: str, other: str) -> bool:
+    """Tell a list from one of another length, and from a point or interval, which the parser takes for sets alike."""
+    is_list = bool(_LIST.fullmatch(listed)) and "," in other
+    return is_list and (listed.count(",") != other.count(",") or bool(_POINT.fullmatch(other)))
+
+
+def _unspaced(mathematics: str) -> str:
+    """Drop spaces, but for those between two numbers."""
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", mathematics)
 
 
 # -------------------------------------------------------------------------------------------------- as expressions
@@ -264,12 +193,16 @@ def serve(seconds: float) -> None:
 
 def _verified(answer: str, candidate: str, give_up_after: int) -> bool:
     """Compare by math-verify, without its own timers; a worker whose parent is gone ends after so many seconds."""
-    from math_verify import parse, verify
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
 
+    whole = LatexExtractionConfig(  # units were read before; what the parser does not know is no answer
+        normalization_config=NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
+    )
     if sys.platform != "win32":
         signal.alarm(give_up_after)
     try:
-        gold, target = (parse(f"${side}$", parsing_timeout=0) for side in (answer, candidate))
+        gold, target = (parse(f"${side}$", [whole], "no_fallback", parsing_timeout=0) for side in (answer, candidate))
         return verify(gold, target, timeout_seconds=0)
     except Exception:  # whatever a parser or computer algebra system raises about hostile text
         return False
