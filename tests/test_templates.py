@@ -5,6 +5,8 @@ import logging
 import shutil
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import tiny
 import tokenizers_of_kinds
@@ -17,6 +19,7 @@ from coterie.data.examples import Example, Message
 from coterie.errors import CoterieError
 from coterie.mixture import Mixture
 
+words = st.text(min_size=1, max_size=12).filter(str.strip)
 each_family = pytest.mark.parametrize("family", FAMILIES)
 each_kind = pytest.mark.parametrize("kind", tokenizers_of_kinds.KINDS)
 OTHERWISE = ("deepseek-r1", "endless")
@@ -88,6 +91,22 @@ def test_a_prompt_has_the_same_tokens_in_training_and_in_generation(family, kind
     text = rendered(tokenizer, chat(*contents[:-1]), generation=True)
     header = {"vicuna": "ASSISTANT:"}.get(family, "")
     assert list(asked.ids) == tokenizer(text + header, add_special_tokens=False)["input_ids"]
+
+
+@each_kind
+@pytest.mark.parametrize("family", ["chatml", "gemma", "mistral", "plain"])
+@settings(max_examples=12, deadline=None)
+@given(asked=words, answer=words)
+def test_any_text_is_read_and_trained_as_it_stands(family, kind, asked, answer):
+    tokenizer = made(family, kind)
+    prompts = PromptFormat(tokenizer)
+    row = prompts.row(chat(asked, answer))
+    whole = rendered(tokenizer, chat(asked, answer))
+    whole = tokenizer(whole[: whole.rindex(prompts.end) + len(prompts.end)], add_special_tokens=False)["input_ids"]
+    assert row.prompt() == prompts.row(chat(asked))
+    assert row.ids[-1] in prompts.end_ids
+    assert tokenizer.decode(row.ids) == tokenizer.decode(whole)
+    assert list(row.ids) == whole or list(row.ids[: row.prompt_length]) != whole[: row.prompt_length]
 
 
 @pytest.mark.parametrize("kind", ["metaspace", "byte-fallback"])
@@ -206,6 +225,14 @@ def test_what_the_tokenizer_adds_itself_stands_once_and_never_between_prompt_and
         ),
         ("vicuna", chat("add", "four"), "USER: add ASSISTANT:", " four</s>", ()),
         ("endless", chat("add", "four"), "### user:\nadd\n\n### assistant:\n", "four</s>", ()),
+        ("endless", chat("add", "no</s>four"), "### user:\nadd\n\n### assistant:\n", "no</s>four</s>", ()),
+        (
+            "gemma",
+            chat("a", "b"),
+            "<bos><start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\n",
+            "b<end_of_turn>",
+            (),
+        ),
         ("phi-3", chat("add", "four"), "<|user|>\nadd<|end|>\n<|assistant|>\n", "four<|end|>", ()),
     ],
 )
@@ -217,10 +244,26 @@ def test_rows_of_templates_with_ways_of_their_own(family, example, prompt, answe
     assert noted == notes
 
 
+def test_an_answer_that_a_template_would_change_is_trained_as_the_row_has_it():
+    template = "{% for m in messages %}{{ m['role'] + ':' + m['content'].split('#')[0] + ';' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    for names in ({"eos_token": "</s>"}, {}):
+        tokenizer = tokenizers_of_kinds.make("byte-level", template, ["</s>"], **names)
+        row = PromptFormat(tokenizer).row(chat("add", "a # b"))
+        assert parts(tokenizer, row) == ("user:add;assistant:", "a # b;" + names.get("eos_token", ""))
+
+
 def test_the_system_prompt_that_stands_before_a_question_is_not_the_users():
     tokenizer = made("gemma")
     row = PromptFormat(tokenizer, "Be brief.").row(chat("add", "four"))
     assert tokenizer.decode([i for i, own in zip(row.ids, row.is_user_text, strict=True) if own]) == "add"
+
+
+def test_a_system_prompt_that_stands_elsewhere_is_told_once_where_prompts_are_asked(caplog):
+    prompts = PromptFormat(made("gemma"), "Be brief.")
+    for text in ("add", "the"):
+        prompts.row(chat(text))
+    assert [record.message for record in caplog.records] == [SYSTEM_IN_QUESTION]
 
 
 def test_notes_are_counted_in_one_line(caplog):
@@ -250,8 +293,8 @@ def gemma_run(tmp_path_factory):
     tokenizer.save_pretrained(folder / "model")
     rows = [{"instruction": f"say {number}", "response": "yes"} for number in range(16)]
     data = write_rows(folder / "rows.jsonl", rows)
-    settings = FIT | {"clusters": 2, "epochs": 4, "learning_rate": 2e-2}
-    methods.elrea(str(folder / "model"), str(data), output=folder / "run", device="cpu", **settings)
+    options = FIT | {"clusters": 2, "epochs": 4, "learning_rate": 2e-2}
+    methods.elrea(str(folder / "model"), str(data), output=folder / "run", device="cpu", **options)
     return folder / "run"
 
 

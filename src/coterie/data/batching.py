@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from coterie.data.chat import ChatTemplate, ChatText
+from coterie.data.chat import SYSTEM_IN_QUESTION, ChatTemplate, ChatText
 from coterie.data.examples import Example, Message
 from coterie.errors import CoterieError
 from coterie.settings.groups import INPUT_TEMPLATE
@@ -105,6 +105,7 @@ class PromptFormat:
         self.system_prompt = system_prompt
         self.input_template = input_template or INPUT_TEMPLATE
         self._template = ChatTemplate(tokenizer, end)
+        self._has_told = False
 
     @property
     def end(self) -> str:
@@ -118,12 +119,16 @@ class PromptFormat:
         return frozenset([] if token is None else [token])
 
     def row(self, example: Example) -> TokenRow:
-        """Tokenise an example.
+        """Tokenise an example; a system prompt that has to stand elsewhere is told once.
 
         Raises:
             CoterieError: when the chat template does something to the text that cannot be followed.
         """
-        return self.row_and_notes(example)[0]
+        row, notes = self.row_and_notes(example)
+        if SYSTEM_IN_QUESTION in notes and not self._has_told:
+            logger.warning("%s", SYSTEM_IN_QUESTION)
+            self._has_told = True
+        return row
 
     def row_and_notes(self, example: Example) -> tuple[TokenRow, tuple[str, ...]]:
         """Tokenise an example, and say what the chat template forced to be done otherwise than the example says.

@@ -23,6 +23,8 @@ LAST_ANSWER_ONLY = (
 )
 EMPTY_THOUGHT = "the chat template opens a thought and the answer has none, so an empty one is trained before it"
 
+OPENED_THOUGHT = r"<(think\w*|thought|reason\w*)>\s*$"
+
 Span = tuple[int, int]
 """First character and the one behind the last."""
 
@@ -144,16 +146,19 @@ class ChatTemplate:
         content = messages[-1].content
         whole = self._render(messages, generation=False)
         tail = whole[len(prompt) :]
+        is_ended = self.end != "" and self.end in self._after
         if whole.startswith(prompt) and "".join(content.split()) in "".join(tail.split()):
-            body, found, _ = tail.rpartition(self.end) if self.end else ("", "", "")
-            blank = len(self._after) - len(self._after.rstrip())  # behind an answer that no token ends
-            return (body if found else tail[: len(tail) - blank]) + self.end, False
-        opened = re.search(r"<(\w+)>\s*$", prompt)
+            if is_ended:
+                return tail[: tail.rindex(self.end)] + self.end, False
+            blank = len(self._after) - len(self._after.rstrip())  # white space that only parts turns
+            return tail[: len(tail) - blank] + self.end, False
+        opened = re.search(OPENED_THOUGHT, prompt)
         is_empty = opened is not None and f"</{opened[1]}>" not in content
         if opened:
             content = re.sub(rf"^\s*<{opened[1]}>\n?", "", content)
         thought = f"\n</{opened[1]}>\n\n" if opened and is_empty else ""
-        return thought + content + self._after.partition(self.end)[0] + self.end, is_empty
+        closing = self._after.partition(self.end)[0] if is_ended else self._after.rstrip()
+        return thought + content + closing + self.end, is_empty
 
     def _earlier(self, asked: Sequence[Message], prompt: str) -> list[Span] | None:
         """Find the answers before the last question; None where some are not shown as they were written."""

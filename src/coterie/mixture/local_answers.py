@@ -88,7 +88,8 @@ class LocalAnswerer:
     def answer(self, questions: Sequence[Question], done: Done) -> None:
         """Answer all questions, those of similar length together; those that cannot be asked fail at once."""
         rows = {}
-        window = getattr(self.backbone.model.config.get_text_config(), "max_position_embeddings", None)
+        config = self.backbone.model.config.get_text_config()
+        window = self.backbone.positions or getattr(config, "max_position_embeddings", None)
         for number, question in enumerate(questions):
             try:
                 row = self._row(question)
