@@ -33,7 +33,7 @@ from coterie.settings.commands import (
 )
 from coterie.settings.groups import NEVER, rerouting_interval
 from coterie.settings.places import WRITTEN_IN_PLACE, sources, target
-from coterie.settings.reading import Settings, checked
+from coterie.settings.reading import Settings, changed, checked
 
 LONGEST_LINE = 1000  # characters
 Prompts = Annotated[list[str] | None, typer.Argument(help="prompts; a conversation or many prompts: see --input")]
@@ -124,19 +124,17 @@ def generate(
     input: Input = None,
 ) -> None:
     """Answer prompts with the mixture."""
-    if stream + (as_json or bool(settings.output)) + show_weights > 1:
-        ways = "--stream, --json, --output and --show-weights"
-        raise CoterieError(f"{ways} give answers in different ways; use one of them")
+    _check_shown(settings, stream=stream, as_json=as_json, show_weights=show_weights)
     if settings.output:
         check_file(as_path(settings.output), settings, [input] if input else [])
     given = _prompts(prompts, input, settings)
-    if stream and settings.n > 1:
-        raise CoterieError(f"--stream prints one answer while it is written, not {settings.n}; leave --n out")
     if coterie.methods.is_symbolic(settings.mixture):
         if stream or show_weights:
             flag = "--stream" if stream else "--show-weights"
             raise CoterieError(f"recruited experts finish their answers before one is made, so leave {flag} out")
         return _show(coterie.methods.generate_symbolic(settings, given), settings, as_json=as_json)
+    if given_elsewhere := changed(settings.serving):
+        raise CoterieError(f"{given_elsewhere[0]} acts on runs of symbolic-moe only; leave it out")
     mixture = _mixture(settings)
     options = {"top_k_experts": settings.routing.top_k_experts, **settings.sampling.model_dump()}
     if stream:
@@ -300,6 +298,14 @@ def _prompts(prompts: list[str] | None, file: str | None, settings: RouteSetting
         return list(prompts or [])
     reading = coterie.reading_for(settings.mixture, settings.reading)
     return coterie.load_examples(file, need_response=False, reading=reading)
+
+
+def _check_shown(settings: GenerateSettings, *, stream: bool, as_json: bool, show_weights: bool) -> None:
+    if stream + (as_json or bool(settings.output)) + show_weights > 1:
+        ways = "--stream, --json, --output and --show-weights"
+        raise CoterieError(f"{ways} give answers in different ways; use one of them")
+    if stream and settings.n > 1:
+        raise CoterieError(f"--stream prints one answer while it is written, not {settings.n}; leave --n out")
 
 
 def _show(

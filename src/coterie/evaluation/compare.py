@@ -35,7 +35,7 @@ from coterie.records.mixture import TrainingRow
 from coterie.records.schema import read_rows
 from coterie.settings.commands import EvaluationSettings
 from coterie.settings.groups import ExtrasSettings
-from coterie.settings.reading import from_flat
+from coterie.settings.reading import changed, from_flat
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,8 @@ def run_evaluation(settings: EvaluationSettings) -> Evaluation:
     """
     output = as_path(settings.output)
     check_output(output, settings)
+    if given := changed(settings.serving):
+        raise CoterieError(f"{given[0]} acts on runs of symbolic-moe only; leave it out")
     examples = load_all(settings.data, settings.limit, reading_for(settings.mixture, settings.reading))
     check_code_execution(examples, settings.allow_code_execution)
     mixture = Mixture.from_pretrained(settings.mixture, **settings.placement.model_dump())

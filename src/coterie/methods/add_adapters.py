@@ -212,6 +212,8 @@ def _load_base(settings: BankAddSettings, base: BaseModelIdentity | None) -> Bac
     model = settings.model or (base.id if base else None)
     if model is None:
         raise CoterieError(f"{settings.folder} is a new bank; say which base model it is for with --model")
+    if base and settings.revision and not settings.model:
+        raise CoterieError("--revision goes with --model; the bank says which base model its adapters are on")
     revision = settings.revision if settings.model or not base else base.revision
     backbone = load_backbone(ModelSettings(model=model, revision=revision, **settings.placement.model_dump()))
     if base:

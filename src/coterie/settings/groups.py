@@ -143,6 +143,8 @@ class FeatureSettings(Settings):
 class ClusterSettings(Settings):
     """Clustering of training rows."""
 
+    idle_with = {"cluster_threshold": ("cluster_method", ("spherical-kmeans", "kmeans-pca"))}
+
     clusters: int = Field(5, ge=2, description="clusters asked for in the first round")
     cluster_rounds: int = Field(3, ge=1, le=3, description="rounds of splitting clusters that stayed too large")
     max_clusters: int = Field(10, ge=2, description="most clusters that splitting makes (the paper has 8 to 10)")
@@ -156,6 +158,8 @@ class ClusterSettings(Settings):
 
 class SimilaritySettings(Settings):
     """Routing by similarity to what every expert was made for."""
+
+    idle_with = {"centroids": ("centroids_by", ("performance",))}
 
     encoder: str = Field(
         "minilm", description="text encoder: minilm, hidden (the base model's own states), or a folder"
@@ -264,6 +268,8 @@ class ExtrasSettings(Settings):
 class FewShotSettings(Settings):
     """Few-shot prompting: solved examples before every question."""
 
+    idle_with = {"few_shot_count": ("few_shot", ([],)), "longest_prompt": ("few_shot", ([],))}
+
     few_shot: list[str] = Field([], description="data to take solved examples from; may be repeated")
     few_shot_count: int = Field(
         3, ge=1, description="solved examples before a question, of its own source and category"
@@ -275,6 +281,8 @@ class FewShotSettings(Settings):
 
 class SkillSettings(Settings):
     """Finding the skills that a question needs."""
+
+    idle_with = {"skill_list": ("skills", ("keywords", "category")), "synonyms": ("skills", ("choice", "category"))}
 
     skills: Literal["keywords", "choice", "category"] = Field(
         "keywords",
@@ -312,6 +320,8 @@ class RecruitSettings(Settings):
 class GatherRowsSettings(Settings):
     """Gathering rows of open data: similar to the shots, diverse among themselves."""
 
+    idle_with = {"gamma": ("rule", ("max-cosine", "convex-hull"))}
+
     budget: int = Field(1000, ge=1, description="rows to choose")
     rule: SimilarityRule = Field(
         "max-cosine", description="similarity to one shot (max-cosine), to their hull (convex-hull), or density (kde)"
@@ -331,6 +341,8 @@ class RationaleSettings(Settings):
     Their perplexity tells how well an adapter follows it.
     """
 
+    idle_with = {"rationale_order": ("rationales", ("data",)), "rationale_tokens": ("rationales", ("data",))}
+
     rationales: str = Field(
         "data",
         description="data: the shots' own responses; or who writes them, shown the answer: a base model, an adapter's "
@@ -344,6 +356,8 @@ class RationaleSettings(Settings):
 
 class SelectAdaptersSettings(Settings):
     """Selecting adapters by the shots (arXiv 2408.15915, algorithm 1)."""
+
+    idle_with = {"max_new_tokens": ("rank_by", ("perplexity",))}
 
     keep: int = Field(4, ge=1, description="adapters to choose (the paper's N)")
     candidates: int = Field(8, ge=1, description="best adapters from which the most diverse group is taken (M)")

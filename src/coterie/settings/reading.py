@@ -17,6 +17,8 @@ class Settings(BaseModel):
 
     command: ClassVar[str] = ""
     """The command that these are the settings of; a group belongs to none."""
+    idle_with: ClassVar[Mapping[str, tuple[str, tuple[Any, ...]]]] = {}
+    """Fields that do not act while another one has one of these values."""
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -34,11 +36,38 @@ def flat_fields(kind: type[Settings], title: str | None = None) -> Iterator[tupl
 
 
 def from_flat(kind: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
-    """Build settings from plain names, putting each into its group.
+    """Build settings that a user asks for from plain names, putting each into its group.
 
     Raises:
-        CoterieError: for an unknown name or a value that does not fit, naming the field, its value and the reason.
+        CoterieError: for an unknown name, a value that does not fit, or one that would not act, naming the field, its
+            value and the reason.
     """
+    built = _built(kind, values)
+    _check_acting(built)
+    return built
+
+
+def changed(settings: Settings) -> list[str]:
+    """Return the fields that have another value than the default, as flags."""
+    fields = type(settings).model_fields
+    return ["--" + name.replace("_", "-") for name, value in settings if value != fields[name].default]
+
+
+def _check_acting(settings: Settings) -> None:
+    """Refuse a value that another one keeps from acting: whoever gives it expects something of it."""
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(value, Settings):
+            _check_acting(value)
+        elif name in settings.idle_with and value != field.default:
+            other, idle = settings.idle_with[name]
+            if (held := getattr(settings, other)) in idle:
+                shown, flag = name.replace("_", "-"), other.replace("_", "-")
+                reason = f"with --{flag} {held}" if held else f"without --{flag}"
+                raise CoterieError(f"--{shown} {value} does not act {reason}; leave it out, or change --{flag}")
+
+
+def _built(kind: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
     values = current_names(kind.command, values)
     known = [name for name, _, _ in flat_fields(kind)]
     for name in values:
@@ -60,7 +89,7 @@ def checked(kind: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
     Raises:
         CoterieError: for an unknown name or a value that does not fit.
     """
-    return from_flat(kind, flat_values(values))
+    return _built(kind, flat_values(values))
 
 
 def flat_values(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from coterie.routers.base import Routing
 from coterie.routers.skill import SkillProfile, profile_from, random_recruits, recruit
 from coterie.settings.commands import SymbolicSettings
 from coterie.settings.groups import RecruitSettings, SamplingSettings
-from coterie.settings.reading import checked, flat_values, from_flat
+from coterie.settings.reading import changed, checked, flat_values, from_flat
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +185,9 @@ def fit_symbolic(settings: SymbolicSettings) -> Symbolic:
     known = ["auto", *VOTES, *pool.names]
     if settings.aggregator not in known:
         raise unknown_name("aggregator", settings.aggregator, known)
+    idle = [flag for flag in changed(settings) if flag in ("--aggregator-for", "--aggregator-tasks")]
+    if settings.aggregator != "auto" and idle:
+        raise CoterieError(f"{idle[0]} says how the best aggregator is found; leave out --aggregator, or this flag")
     inputs = {"pool": sha256_of(folder / POOL_FILE), "profile": sha256_of(folder / PROFILE / "profile.json")}
     with run_folder(output, settings, inputs) as run:
         judged, chosen = None, settings.aggregator

@@ -27,14 +27,9 @@ def check_centroids(texts: Mapping[str, Tokenised], settings: SimilaritySettings
     """Refuse centroids that cannot be placed, before anything is trained.
 
     Raises:
-        CoterieError: when an expert has fewer texts than centroids, or they are not placed by k-means at all.
+        CoterieError: when an expert has fewer texts than centroids.
     """
     count = settings.centroids
-    if count > 1 and settings.centroids_by == "performance":
-        raise CoterieError(
-            f"--centroids {count} does not act with --centroids-by performance, which places one for every source; "
-            "leave one of them out"
-        )
     few = [name for name, kept in texts.items() if len(kept.rows) < count]
     if few:
         raise CoterieError(

@@ -134,6 +134,8 @@ def fit_from_adapters(settings: FromAdaptersSettings, given: Mapping[str, list[E
     """
     output = as_path(settings.output)
     check_output(output, settings)
+    if settings.bank and settings.revision and not settings.model:
+        raise CoterieError("--revision goes with --model; the bank says which base model its adapters are on")
     adapters, sources, (model, revision) = _adapters_to_join(settings)
     placement = settings.placement.model_dump()
     backbone = load_backbone(ModelSettings(model=model, revision=revision, **placement))
