@@ -368,7 +368,7 @@ def brings_code(folder: Path) -> None:
         (is_truncated, r"cannot be loaded: .*incomplete"),
         (lacks_a_weight, r"cannot be loaded: the weights lack 'encoder\.layer\.0\.attention\.self\.query\.weight'"),
         (has_a_decoder, r"cannot be loaded: t5 has a decoder"),
-        (brings_code, r"cannot be loaded: "),
+        (brings_code, r"cannot be loaded: it needs Python code of its own"),
         (lambda folder: (folder / "config.json").unlink(), r"cannot be loaded: "),
         (lambda folder: (folder / "tokenizer.json").unlink(), r"cannot be loaded: "),
         (lambda folder: (folder / "modules.json").write_text("[3]"), r"cannot be loaded: "),

@@ -125,6 +125,41 @@ def unsafe(source: str) -> list[str]:
     return found
 
 
+def trusting(source: str) -> list[str]:
+    """Loads of models and tokenizers that do not forbid a stranger's code, or weights that are not safetensors."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="from_pretrained"), keywords=keywords):
+                settings = {f"{word.arg}={ast.unparse(word.value)}" for word in keywords}
+                wanted = {"trust_remote_code=False"} if name.startswith("Auto") else set()
+                wanted |= {"use_safetensors=True"} if name.startswith("AutoModel") else set()
+                found += [f"{name} without {setting}" for setting in sorted(wanted - settings)]
+            case ast.Call(func=ast.Name(id="pipeline" | "SentenceTransformer" | "CrossEncoder" as name)):
+                found.append(name)
+    return found
+
+
+def test_every_load_forbids_code_of_the_models_own():
+    wrong = {str(file.relative_to(PROJECT)): found for file in SOURCES if (found := trusting(file.read_text()))}
+    assert wrong == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "AutoConfig.from_pretrained('x')",
+        "AutoTokenizer.from_pretrained('x', **{'trust_remote_code': False})",
+        "AutoTokenizer.from_pretrained('x', trust_remote_code=None)",
+        "AutoModelForCausalLM.from_pretrained('x', trust_remote_code=False)",
+        "AutoModel.from_pretrained('x', use_safetensors=True)",
+        "SentenceTransformer('x')",
+    ],
+)
+def test_each_trusting_load_is_found(source):
+    assert len(trusting(source)) == 1
+
+
 def test_nothing_is_unpickled_or_evaluated():
     wrong = {str(file.relative_to(PROJECT)): found for file in SOURCES if (found := unsafe(file.read_text()))}
     assert wrong == {}

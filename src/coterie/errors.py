@@ -42,8 +42,19 @@ def unknown_name(kind: str, got: str, known: Iterable[str]) -> CoterieError:
     return CoterieError(f"no {kind} is called {got!r}.{hint} There are: {', '.join(names)}")
 
 
+NEEDS_CODE = (
+    "it needs Python code of its own, and no stranger's code runs here: use a checkpoint of an architecture that "
+    "transformers has built in, often published beside it with -hf in its name"
+)
+
+
 def first_line(error: object) -> str:
-    """Return the first line of what another library's error says, or its kind where it says nothing."""
+    """Return the first line of what another library's error says, or its kind where it says nothing.
+
+    Where transformers would have a user allow a model's own code, what to do instead is said.
+    """
+    if "trust_remote_code" in str(error):
+        return NEEDS_CODE
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

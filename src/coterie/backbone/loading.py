@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
-from coterie.artifacts import as_path, read_json, sha256_of, write_json
+from coterie.artifacts import as_path, hash_json, read_json, sha256_of, write_json
 from coterie.backbone.aliases import ALIASES, cache_folder, densify, fetch_alias
 from coterie.backbone.model import Backbone, BaseModelIdentity
 from coterie.backbone.probe import check_model
@@ -40,17 +43,18 @@ def load_backbone(settings: ModelSettings) -> Backbone:
     except (RuntimeError, AssertionError) as error:
         raise CoterieError(f"device {name!r} is not there on this machine; use --device auto or cpu") from error
     folder, revision = _locate(settings)
+    _refuse_adapter(settings.model, folder, revision)
     source: dict[str, Any] = {"pretrained_model_name_or_path": folder, "revision": revision}
     if isinstance(folder, Path) and folder.is_file():
         source |= {"pretrained_model_name_or_path": folder.parent, "gguf_file": folder.name}
     try:
         model = _load_model(source, settings, device)
-        tokenizer: Any = AutoTokenizer.from_pretrained(**source)
+        tokenizer: Any = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise CoterieError(f"the base model {settings.model!r} cannot be loaded: {first_line(error)}") from error
     model.requires_grad_(False).eval()
     commit = getattr(model.config, "_commit_hash", None)
-    backbone = Backbone(model, tokenizer, BaseModelIdentity(settings.model, commit, _hash_weights(folder, commit)))
+    backbone = Backbone(model, tokenizer, _identity(settings.model, folder, commit))
     check_model(backbone)
     return backbone
 
@@ -70,6 +74,17 @@ def _locate(settings: ModelSettings) -> tuple[str | Path, str | None]:
     return name, settings.revision
 
 
+def _refuse_adapter(name: str, location: str | Path, revision: str | None) -> None:
+    """Refuse an adapter in place of a base model: transformers would load both together, without a word."""
+    file = find_adapter_config_file(str(location), revision=revision)
+    if file is not None:
+        base = read_json(Path(file)).get("base_model_name_or_path")
+        raise CoterieError(
+            f"{name} holds an adapter (adapter_config.json), not a base model; give the one that it was trained on"
+            + (f": --model {base}" if isinstance(base, str) and base else "")
+        )
+
+
 def _load_model(source: dict[str, Any], settings: ModelSettings, device: torch.device) -> PreTrainedModel:
     dtype = settings.dtype
     if dtype == "auto" and device.type == "cpu":
@@ -82,22 +97,60 @@ def _load_model(source: dict[str, Any], settings: ModelSettings, device: torch.d
         compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
         four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
         return AutoModelForCausalLM.from_pretrained(
-            **source, dtype=dtype, quantization_config=four_bits, device_map={"": device}
+            **source,
+            dtype=dtype,
+            quantization_config=four_bits,
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
         )
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        **source,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    model, report = loaded
     if "gguf_file" in source:
-        model: Any = densify(AutoModelForCausalLM.from_pretrained(**source, dtype=dtype))
-    else:
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, use_safetensors=True)
+        model = densify(model)
+    elif report["missing_keys"]:
+        raise ValueError(f"its files lack the weight {min(report['missing_keys'])!r}")
     return model.to(device)
 
 
-def _hash_weights(location: str | Path, commit: str | None) -> str:
-    """Hash the weight files; large ones only once, since the result is cached with their size and time."""
+def _identity(name: str, location: str | Path, commit: str | None) -> BaseModelIdentity:
+    """Identify a model by what is computed with: its weight files, and what its configuration says of their use."""
     if isinstance(location, str):
-        from transformers.utils import cached_file
-
         location = Path(str(cached_file(location, "config.json", revision=commit))).parent
-    files = [location] if location.is_file() else sorted(location.glob("*.safetensors"))
+    config = location / "config.json"
+    derived = name in ALIASES or location.is_file()  # from the weight file itself
+    stated = None if derived else hash_json(_of_computing(read_json(config)))
+    return BaseModelIdentity(name, commit, _hash_files(_weight_files(location)), stated)
+
+
+UNCOMPUTED = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+"""Entries of a configuration that change with the version that wrote it, or by choice, and no model by themselves."""
+
+
+def _of_computing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out of a configuration, and of those within it, names, versions, types and the ids of special tokens."""
+    kept = {k: v for k, v in config.items() if k not in UNCOMPUTED and not k.startswith("_") and not k.endswith("_id")}
+    return {key: _of_computing(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+def _weight_files(location: Path) -> list[Path]:
+    """Return the files whose weights are loaded; others may lie beside them."""
+    index, whole = location / "model.safetensors.index.json", location / "model.safetensors"
+    if location.is_file():
+        return [location]
+    if whole.exists() or not index.exists():
+        return [whole]
+    return [location / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+
+
+def _hash_files(files: Sequence[Path]) -> str:
+    """Hash weight files; large ones only once, since the result is cached with their size and time."""
     known_path = cache_folder() / "weight-hashes.json"
     key = json.dumps([[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
     known: dict[str, str] = {}
@@ -134,8 +187,8 @@ def local_weights(name: str) -> str | None:
         CoterieError: when there is no such model.
     """
     path = local_path(name)
-    is_there = path is not None and (path.is_file() or any(path.glob("*.safetensors")))
-    return _hash_weights(path, None) if path is not None and is_there else None
+    files = [] if path is None else _weight_files(path)
+    return _hash_files(files) if files and all(file.exists() for file in files) else None
 
 
 def cache_numbers(config: PreTrainedConfig) -> int:
@@ -153,7 +206,7 @@ def identity_from(record: dict[str, Any]) -> BaseModelIdentity:
         CoterieError: when a field is missing.
     """
     try:
-        return BaseModelIdentity(record["id"], record["revision"], record["sha256"])
+        return BaseModelIdentity(record["id"], record["revision"], record["sha256"], record.get("config_sha256"))
     except (KeyError, TypeError) as error:
         raise CoterieError(
             f"mixture.json names its base model as {record!r}, without id, revision and sha256"
@@ -161,13 +214,24 @@ def identity_from(record: dict[str, Any]) -> BaseModelIdentity:
 
 
 def check_identity(wanted: BaseModelIdentity, found: BaseModelIdentity, relation: str) -> None:
-    """Refuse a base model with other weights than the wanted one; `relation` as in "FOLDER was trained on".
+    """Refuse a base model that computes otherwise than the wanted one; `relation` as in "FOLDER was trained on".
 
     Raises:
         CoterieError: when the hashes differ.
     """
-    if wanted.sha256 != found.sha256:
+    if wanted.sha256 not in (found.sha256, _older_hash(found)):
         raise CoterieError(
             f"{relation} {wanted.id} (sha256 {wanted.sha256[:12]}), but the base model loaded is "
             f"{found.id} (sha256 {found.sha256[:12]}); load that model, or make the folder anew"
         )
+    if None not in (wanted.config_sha256, found.config_sha256) and wanted.config_sha256 != found.config_sha256:
+        raise CoterieError(
+            f"{relation} {wanted.id}, and {found.id} has the same weights, but its config.json says something else of "
+            "their use; put back the config.json of then, or make the folder anew"
+        )
+
+
+def _older_hash(found: BaseModelIdentity) -> str:
+    """Return the hash that earlier versions gave a model: of all safetensors files beside its configuration."""
+    path = local_path(found.id)
+    return found.sha256 if path is None or path.is_file() else _hash_files(sorted(path.glob("*.safetensors")))

@@ -13,11 +13,20 @@ from transformers.cache_utils import Cache
 
 @dataclass(frozen=True)
 class BaseModelIdentity:
-    """Which base model it is: the name it was loaded by, a hub revision, and the hash of its weight files."""
+    """Which base model it is: the name that it was loaded by, and what it computes with.
+
+    Attributes:
+        id: its name.
+        revision: on the hub.
+        sha256: of the weight files.
+        config_sha256: of what its configuration says about their use; None where that follows from the weight file, and
+            in folders that are older than this field.
+    """
 
     id: str
     revision: str | None
     sha256: str
+    config_sha256: str | None = None
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,11 @@ TRIES = 3  # with other texts and experts: where types are coarse, chance may tu
 ROUNDING = 4.0  # how far another way to compute a state may be off, in units of what rounding does to it
 SMALLEST, LARGEST = 1e-3, 0.5  # what is always allowed, as a share of the state, and the most that ever is
 
-BATCH = "texts of one batch change each other"
+BATCH = "what it computes for a text hangs on other texts of the batch, or on what stands behind it"
 CACHE = "it keeps a state outside past_key_values, so at every token it has forgotten what it read"
 PADDING = "padding changes what it computes for a text"
 ORDER = "what it has cached of texts goes wrong when they change places or leave"
 LOGITS = "it changes its logits in an unknown way, so that experts could not be combined exactly"
-FAULTS = (BATCH, CACHE, PADDING, ORDER)
-"""In the order in which a state that is wrong tells the cause: one text's cache is tried before the other's padding."""
 
 
 class State(NamedTuple):
@@ -87,10 +85,10 @@ def _batch_fault(backbone: Backbone) -> str | None:
         noise = max(float(_distances(one, other).max()) for one, other in zip(again, alone, strict=True))
         allowed = min(max(ROUNDING * noise, SMALLEST), LARGEST)
         states = _read_together(backbone, layers, texts)
-        wrong = {s.fault for s in states if not _distances(s.hidden, alone[s.text][s.position]) <= allowed}
-        if not wrong:
+        wrong = (s.fault for s in states if not _distances(s.hidden, alone[s.text][s.position]) <= allowed)
+        if (fault := next(wrong, None)) is None:
             return None
-        faults.append(min(wrong, key=FAULTS.index))
+        faults.append(fault)
     return faults[0]
 
 
@@ -159,7 +157,8 @@ def _read_alone(
 def _read_together(backbone: Backbone, layers: ExpertLayers, texts: Sequence[Sequence[int]]) -> Iterator[State]:
     """Read both texts as the engine does: the prompts padded on the left, then token by token from a cache.
 
-    Before the second token the rows change places, before the third the long text leaves.
+    Before the second token the rows change places, before the third the long text leaves. At every step the text
+    without padding comes first, so that the first state that is wrong tells the cause.
     """
     cache, device = make_cache(backbone.model.config), backbone.device
     mask = torch.zeros(2, 0, dtype=torch.long, device=device)
@@ -178,9 +177,9 @@ def _read_together(backbone: Backbone, layers: ExpertLayers, texts: Sequence[Seq
         mask = torch.cat([mask, own], dim=1)
         with layers.attached(), layers.choosing(_experts(rows)):
             hidden = backbone.hidden(ids, mask, positions, cache)[:, -1]
-        for text, state in zip(rows, hidden, strict=True):
+        for text in sorted(rows, reverse=True):
             known[text] += counts[text]
-            yield State(text, known[text] - 1, state, faults[text])
+            yield State(text, known[text] - 1, hidden[rows.index(text)], faults[text])
 
 
 @contextmanager

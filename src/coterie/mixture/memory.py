@@ -87,7 +87,10 @@ def needed_bytes(
     updates = sum(sum(own.values()) for own in adapters)
     base = weights * (FOUR_BITS if placement.load_in_4bit else size)
     # The head of a GGUF file is not read twice; its weights outweigh the cache by far.
-    cached = 0 if path.is_file() else cached_tokens * cache_numbers(AutoConfig.from_pretrained(path))
+    if path.is_file():
+        cached = 0
+    else:
+        cached = cached_tokens * cache_numbers(AutoConfig.from_pretrained(path, trust_remote_code=False))
     return round(base + updates * (4 + size) + cached * size)  # updates are read in float32, then stacked
 
 
