@@ -1,6 +1,7 @@
 """Every architecture of the table: what a mixture computes is what PEFT computes without padding or company."""
 
 import copy
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -156,3 +157,11 @@ def test_what_cannot_be_computed_right_is_refused_by_name_when_it_is_loaded(name
         load_backbone(ModelSettings(model=str(folder), device="cpu"))
     assert name in str(refused.value)
     assert str(folder) in str(refused.value)
+
+
+def test_the_page_on_inputs_tells_what_becomes_of_every_architecture_of_the_table():
+    page = (Path(__file__).parents[1] / "docs" / "inputs.md").read_text().partition("## Base models\n")[2]
+    tables = re.findall(r"^\|.*(?:\n\|.*)+", page.partition("\n## ")[0], re.MULTILINE)
+    working, refused = (re.findall(r"`([\w-]+)`", table) for table in tables)
+    assert sorted(working) == sorted(WORKING)
+    assert sorted(set(refused) - {"past_key_values"}) == sorted(REFUSED)
