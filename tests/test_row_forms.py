@@ -24,6 +24,7 @@ from coterie.data.forms import (
     PASSAGES,
     REFUSED,
     REFUSED_IN_MESSAGES,
+    RENDERED,
     ROLES,
     ROW_FORMS,
     SPOKEN,
@@ -70,7 +71,12 @@ AS_WRITTEN = {
         [("user", "Who?"), ("assistant", "Ada.")],
     ),
     "Alpaca": (
-        {"instruction": "Add.", "input": "1 and 2", "output": "3", "text": "Below is an instruction ... 3"},
+        {
+            "instruction": "Add.",
+            "input": "1 and 2",
+            "output": "3",
+            "text": "Below ...\n\nAdd.\n\n### Input:\n1 and 2\n\n3",
+        },
         [("user", "Add.\n\n1 and 2"), ("assistant", "3")],
     ),
     "Alpaca without an input": (
@@ -178,6 +184,17 @@ def test_every_form_of_the_table_has_a_row_above():
     for form in ROW_FORMS:
         for reply in form.replies or (form.asks,):
             assert any(form.asks in row and reply in row for row in rows) or reply == "response", form
+
+
+@pytest.mark.parametrize(("row", "conversation"), AS_WRITTEN.values(), ids=AS_WRITTEN)
+def test_the_letter_case_of_a_field_does_not_count(row, conversation):
+    assert turns({f" {name.title()}": value for name, value in row.items()}) == conversation
+    row = {"Messages": [{"ROLE": "user", "Content": "Why?"}, {"From": "gpt", "VALUE": "So."}]}
+    assert turns(row) == [("user", "Why?"), ("assistant", "So.")]
+    assert turns(ROW | {"Tools": ["x"]}, ignore_fields="TOOLS") == turns(ROW)
+    for twice in (ROW | {"Response": "So."}, {"messages": [ASKED | {"Role": "user"}, REPLIED]}):
+        with pytest.raises(CoterieError, match="row 1 of the data.* has R\\w+ twice, in different letter case"):
+            load_examples([twice])
 
 
 @pytest.mark.parametrize("form", ROW_FORMS, ids=lambda form: form.asks)
@@ -288,6 +305,8 @@ def test_a_role_that_is_not_understood_is_refused(role):
     [
         (ROW | {"output": "Otherwise."}, "output"),
         (ROW | {"question": "Who?"}, "question"),
+        (ROW | {"text": "Because. It rained."}, "text"),  # a passage, and not the row as another tool writes it
+        ({"messages": [ASKED, REPLIED], "text": "Why? So."}, "text"),
         (ROW | {"prompt": "Who?", "completion": "Ada."}, "prompt, completion"),
         (ROW | {"input": "a", "context": "b"}, "context"),
         (ROW | {"system": "a", "system_prompt": "b"}, "system_prompt"),
@@ -330,7 +349,7 @@ def test_a_passage_or_a_system_prompt_that_is_no_text_is_refused(name):
 
 
 words = st.text("abc ", max_size=3)
-fields = st.sampled_from([*sorted(SPOKEN), *sorted(SPOKEN), *LABELS[:4], *UNKNOWN, "level", "text"])
+fields = st.sampled_from([*sorted(SPOKEN), *sorted(SPOKEN), *LABELS[:4], *UNKNOWN, "level"])
 
 
 @settings(deadline=None, max_examples=400)
@@ -345,7 +364,10 @@ def test_no_known_field_is_lost_in_silence(row):
         return
     said = [message.content for message in found.messages]
     for name, text in row.items():
-        if name in SPOKEN:
+        if name == RENDERED:  # another tool's prompt, so the text stands in the row again
+            asked = any(row[form.asks].strip() in text for form in ROW_FORMS if form.asks in row)
+            assert text.strip() in (*map(str.strip, said), "") or (asked and (found.response or "").strip() in text)
+        elif name in SPOKEN:
             assert any(text.strip() in content for content in said), name
         elif name in LABELS:
             assert getattr(found, name) == text
@@ -606,11 +628,16 @@ def test_a_row_that_is_too_long_is_refused_before_it_is_held(ending, tmp_path):
     path.write_text(start + "x" * (100 * 2**20))
     tracemalloc.start()
     with pytest.raises(
-        CoterieError, match=r"rows\.\w+(, (line|row) \d)? .*(longer than 16 MiB|field larger than field limit)"
+        CoterieError, match=r"rows\.\w+(, (line|row) \d)? .*(longer than 64 MiB|field larger than field limit)"
     ):
         load_examples(path)
-    assert tracemalloc.get_traced_memory()[1] < 10 * files.MAX_ROW_BYTES
+    assert tracemalloc.get_traced_memory()[1] < 5 * files.MAX_ROW_BYTES
     tracemalloc.stop()
+
+
+def test_the_longest_conversation_can_be_written_and_read_again(tmp_path):
+    row = {"prompt": "\U0001f600" * (MAX_CHARACTERS - 1), "completion": "x"}
+    assert len(load_examples(written(tmp_path / "rows.jsonl", row))[0].instruction) == MAX_CHARACTERS - 1
 
 
 def test_a_conversation_that_is_too_long_is_refused():
@@ -711,7 +738,7 @@ def test_the_page_on_inputs_lists_what_the_tables_of_the_code_hold():
     told = " ".join(PAGE.split())
     assert f"Roles: {'; '.join(names(*own) for own in ROLES.values())}." in told
     assert f"a passage ({names(*PASSAGES)})" in told and f"a system prompt ({names(*SYSTEM_PROMPTS)})" in told
-    assert all(f"`{name}`" in told for name in (*LABELS, *REFUSED_IN_MESSAGES, HISTORY, *files.READERS))
+    assert all(f"`{name}`" in told for name in (*LABELS, *REFUSED_IN_MESSAGES, HISTORY, RENDERED, *files.READERS))
     assert f"`{INPUT_TEMPLATE}`" in told
     bounds = f"{files.MAX_ROW_BYTES >> 20} MiB in its file and {MAX_CHARACTERS:,} characters of conversation"
     assert f"{bounds} in at most {MAX_MESSAGES:,} messages, and its tests are nested at most {MAX_DEPTH} deep" in told

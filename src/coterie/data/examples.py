@@ -151,7 +151,7 @@ def _to_example(row: object, place: str, default_id: str, need_response: bool, r
     """Take one row in any of its forms; `place` names it in an error."""
     if not isinstance(row, Mapping):
         raise CoterieError(f"{place} holds a {type(row).__name__}, not an object with {FORMS}")
-    fields = filled(row, reading.ignored)
+    fields = filled(row, place, reading.ignored)
     labels = {name: _label(fields, name, place) for name in ("id", "source", "category", "answer")}
     if labels["answer"] is not None:
         fields["answer"] = labels["answer"]  # the whole of which can be the response

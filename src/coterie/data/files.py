@@ -12,8 +12,8 @@ from typing import Any
 
 from coterie.errors import CoterieError, first_line, missing_extra
 
-MAX_ROW_BYTES = 16 * 2**20
-"""The longest row of a file, with all its fields."""
+MAX_ROW_BYTES = 64 * 2**20
+"""The longest row of a file, with all its fields; the longest conversation fits, however JSON escapes it."""
 WHITESPACE = re.compile(r"\s*")
 BLOCK = 2**16  # characters of a JSON file that are read at a time
 ROWS_AT_A_TIME = 64  # of a Parquet file

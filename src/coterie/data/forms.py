@@ -58,9 +58,11 @@ PASSAGES = ("input", "context", "passage")
 SYSTEM_PROMPTS = ("system", "system_prompt")
 HISTORY = "history"
 """Field of the earlier turns: pairs of a question and its answer."""
+RENDERED = "text"
+"""Field of the whole row as a prompt of another tool, in which question and answer must stand then."""
 LABELS = ("id", "source", "category", "answer", "answers", "tests")
 _OF_FORMS = {name for form in ROW_FORMS for name in (form.asks, *form.replies)}
-SPOKEN = frozenset({*_OF_FORMS, *PASSAGES, *SYSTEM_PROMPTS, HISTORY} - set(LABELS))
+SPOKEN = frozenset({*_OF_FORMS, *PASSAGES, *SYSTEM_PROMPTS, HISTORY, RENDERED} - set(LABELS))
 """Every field whose text belongs into the conversation and nowhere else."""
 REFUSED = {
     "calls of tools": ("tools", "tool_calls", "tool_call_id", "functions", "function_call", "function_calls"),
@@ -70,7 +72,7 @@ REFUSED = {
     "preferences": ("chosen", "rejected", "completions", "kto_tag"),
     "reasoning apart from the answer": ("reasoning_content", "reasoning", "thinking"),
     "more than text": ("image", "images", "audio", "audios", "video", "videos"),
-    "passages under other names": ("article", "document", "documents"),
+    "passages under other names": ("article", "background", "contexts", "document", "documents", "passages", "story"),
     "the template": ("chat_template", "chat_template_kwargs"),
     "tokens": ("input_ids", "attention_mask"),
 }
@@ -91,9 +93,21 @@ _ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 _REFUSED = {name for names in REFUSED.values() for name in names}
 
 
-def filled(row: Mapping[Any, Any], ignored: Collection[str]) -> dict[str, Any]:
-    """Return the fields that hold something and are not passed over."""
-    return {str(name): value for name, value in row.items() if not _is_missing(value) and name not in ignored}
+def filled(row: Mapping[Any, Any], place: str, ignored: Collection[str]) -> dict[str, Any]:
+    """Return the fields that hold something and are not passed over, by their names in lower case.
+
+    Raises:
+        CoterieError: when two names differ in letter case only.
+    """
+    found: dict[str, Any] = {}
+    for written, value in row.items():
+        name = str(written).strip().lower()
+        if _is_missing(value) or name in ignored:
+            continue
+        if name in found:
+            raise CoterieError(f"{place} has {written} twice, in different letter case; rename one")
+        found[name] = value
+    return found
 
 
 def _is_missing(value: object) -> bool:
@@ -170,7 +184,13 @@ def _refuse_lost(row: Fields, used: Collection[str | None], asks: str, turns: li
     """Refuse texts of another form that the conversation does not have, such as a second answer."""
     others = [name for name in row if name in SPOKEN and name not in used and _holds(row, name)]
     said = {turn.content.strip() for turn in turns} if others else set()
-    lost = [name for name in others if not (isinstance(row[name], str) and row[name].strip() in said)]
+    alone = {row[asks].strip()} if isinstance(row[asks], str) else said  # a question without the input that joins it
+    parts = alone | {turn.content.strip() for turn in turns if turn.role == "assistant"} if others else set()
+    lost = []
+    for name in others:
+        text = row[name].strip() if isinstance(row[name], str) else ""
+        if text not in said and not (name == RENDERED and all(part in text for part in parts)):
+            lost.append(name)
     if lost:
         raise CoterieError(
             f"{place} has {asks} and {', '.join(lost)}, which do not belong together in any form of rows, so it is not "
@@ -205,7 +225,7 @@ def _turns(value: object, name: str, role: str, place: str, ignored: Collection[
 
 def _turn(turn: object, name: str, place: str, ignored: Collection[str]) -> Message:
     """Read one message: {role, content}, or {from, value}."""
-    fields = filled(turn, ignored) if isinstance(turn, Mapping) else {}
+    fields = filled(turn, f"{place}: {name}", ignored) if isinstance(turn, Mapping) else {}
     role, content = _one(fields, "role", "from"), _one(fields, "content", "value")
     known = _ROLE_OF.get(role.casefold()) if isinstance(role, str) else None
     if known in ("system", "user") and _is(fields.get("weight"), 0):

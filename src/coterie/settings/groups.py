@@ -67,8 +67,8 @@ class ReadingSettings(Settings):
 
     @cached_property
     def ignored(self) -> frozenset[str]:
-        """The fields that are passed over."""
-        return frozenset(name.strip() for name in (self.ignore_fields or "").split(","))
+        """The fields that are passed over, in lower case."""
+        return frozenset(name.strip().lower() for name in (self.ignore_fields or "").split(","))
 
     @cached_property
     def template(self) -> str:
