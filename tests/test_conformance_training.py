@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import architectures
 import tiny
@@ -397,6 +397,20 @@ def test_what_adapters_leave_as_it_is_is_said_in_one_line(name, said, caplog):
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("coterie")]
     assert len(lines) == (1 if said else 0)
     assert all(part in lines[0] for part in said)
+
+
+def test_what_sees_pictures_is_left_as_it_is(tmp_path, caplog):
+    """PEFT's own all-linear changes the vision tower, which no text trains."""
+    text = {**architectures.SIZES, "num_hidden_layers": 2}
+    vision = {key: architectures.SIZES[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    vision |= {"num_hidden_layers": 2, "image_size": 16, "patch_size": 8}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    backbone = Backbone(AutoModelForCausalLM.from_config(config).eval(), tiny.make_tokenizer(), IDENTITY)
+    check_fresh_adapter(backbone, LoraSettings(rank=2))
+    assert "model.vision_tower.encoder.layers.*.mlp.fc1" in caplog.text
+    train_adapter(backbone, some_rows(backbone, 2), PLAN, tmp_path, LoraSettings(rank=2))
+    adapter = load_checkpoint(tmp_path / "epoch-1", backbone.model).adapter
+    assert {path.split(".")[1] for path in adapter} == {"language_model"}
 
 
 REFUSED = table(

@@ -185,9 +185,9 @@ def _write_and_read(backbone: Backbone, config: LoraConfig, folder: Path) -> Non
 
 
 def trainable_factors(model: PeftModel) -> dict[str, Tensor]:
-    """Return copies of the factors that a PEFT model trains, by the names that they have in its file."""
+    """Return the factors that a PEFT model trains, by the names that they have in its file."""
     return {
-        name.replace(".default.", "."): parameter.detach().clone()
+        name.replace(".default.", "."): parameter.detach()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
