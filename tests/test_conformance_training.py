@@ -514,6 +514,16 @@ def test_a_layer_that_reads_rows_in_another_order_is_left_out():
     assert "model.layers.1.mlp.up_proj" not in unchangeable(model)
 
 
+def test_layers_that_peft_reads_under_another_name_are_left_as_they_are(caplog):
+    """Its renaming of Laguna's `shared_expert` also finds the `shared_experts` of today."""
+    sizes = {**architectures.SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = AutoConfig.for_model("laguna", **sizes, shared_expert_intermediate_size=16)
+    backbone = Backbone(AutoModelForCausalLM.from_config(config).eval(), tiny.make_tokenizer(), IDENTITY)
+    check_fresh_adapter(backbone, LoraSettings(rank=2))
+    assert "model.layers.*.mlp.shared_experts.down_proj (is taken by PEFT for a part" in caplog.text
+    assert "model.layers.1.self_attn.q_proj" in layers_to_change(backbone.model, "all-linear")
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")  # what PEFT says of it
 def test_an_adapter_that_peft_attaches_elsewhere_is_no_start_of_a_training(tmp_path):
     """PEFT takes these names for parts of fused experts and only warns: the training would start from nothing."""

@@ -4,13 +4,17 @@ import logging
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
+)
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -111,26 +115,30 @@ def asked_layers(model: PreTrainedModel, target_modules: str) -> list[str]:
 def unchangeable(model: PreTrainedModel) -> dict[str, str]:
     """Return the linear layers that a fresh adapter must leave as they are, with the reason."""
     reasons = dict(unchangeable_layers(model))
-    for path, layer in linear_layers(model).items():
-        if layer is model.get_output_embeddings():  # runs apart from all others, once a prompt
+    paths = [path for path in linear_layers(model) if path not in reasons]
+    renamed = _renamed_by_peft(model, paths)
+    for path in paths:
+        if model.get_submodule(path) is model.get_output_embeddings():  # runs apart from all others, once a prompt
             reasons[path] = "is the output layer"
-        elif path in reasons:
-            continue
         elif model.config.model_type in WITHOUT_OUT_PROJ and path.endswith(".out_proj"):
             reasons[path] = "is refused by PEFT"
-        elif not _is_left_to_its_name(path, model):
+        elif path in renamed:
             reasons[path] = "is taken by PEFT for a part of the fused experts"
     return reasons
 
 
-def _is_left_to_its_name(path: str, model: PreTrainedModel) -> bool:
-    """Whether PEFT means this layer by its path, and not a parameter that had such a name in transformers 4."""
-    config = LoraConfig(target_modules=[path])
-    try:
-        convert_peft_config_for_transformers(config, model, None)
-    except ValueError:  # a part of what is one parameter now
-        return False
-    return config.target_modules == {path}
+def _renamed_by_peft(model: PreTrainedModel, paths: Sequence[str]) -> set[str]:
+    """Return the layers that PEFT takes for what had such a name in transformers 4, in a config or in a file."""
+    named = {}
+    for path in paths:
+        config = LoraConfig(target_modules=[path])
+        with suppress(ValueError):  # which PEFT raises for a part of what is one parameter now
+            convert_peft_config_for_transformers(config, model, None)
+            if config.target_modules == {path}:
+                named[f"{KEY_PREFIX}{path}.lora_A.weight"] = path
+    file: dict[str, Tensor] = dict.fromkeys(named, torch.zeros(1, 1))
+    kept = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), file)
+    return set(paths) - {path for name, path in named.items() if name in kept}
 
 
 def check_fresh_adapter(backbone: Backbone, settings: LoraSettings) -> None:
