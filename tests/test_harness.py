@@ -216,6 +216,15 @@ def test_the_harness_own_model_gives_a_context_the_same_answer(both):
     assert ours == theirs
 
 
+def test_a_penalty_that_the_model_asks_for_is_followed(both, monkeypatch):
+    asked = [request("generate_until", text, {"until": [], "max_gen_toks": 20}) for text in ("add 3 4", "SPELL A")]
+    plain = both[0].generate_until(asked)
+    for model in (both[0].mixture.backbone.model, both[1].model):
+        monkeypatch.setattr(model.generation_config, "repetition_penalty", 1.5)
+    ours, theirs = (model.generate_until(copy.deepcopy(asked)) for model in both)
+    assert ours == theirs != plain
+
+
 def test_a_continuation_without_a_token_of_its_own_is_told(model):
     with pytest.raises(CoterieError, match="the continuation '' has 0 tokens, not 1 to 512"):
         model.loglikelihood([request("loglikelihood", "x", "")])

@@ -90,6 +90,14 @@ def test_a_prompt_that_is_too_long_is_told_by_number_before_anything_runs(opt_ru
         ask(opt_run[0], ["short", "x" * 90])
 
 
+def test_an_answer_up_to_the_last_position_is_scored_where_weights_follow_the_text(opt_run):
+    prompts = opt_run[0].tokens(["add 3 4"])
+    answer = (65,) * (LIMIT + 1 - len(prompts[0].ids))
+    fixed = opt_run[0].replace(router="base", combiner="layers").rerouted(100)
+    scored = fixed.score_teacher_forced(prompts, [answer])[0]
+    assert len(scored.logprobs) == len(answer)
+
+
 def test_a_text_to_continue_that_is_too_long_is_told(opt_run):
     row = TokenRow((65,) * 97, 97, (False,) * 97, (True,) * 97)
     with pytest.raises(CoterieError, match="row 1 has 97 tokens, but the base model reads 96"):

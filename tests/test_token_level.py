@@ -258,8 +258,8 @@ def test_decoding_equals_a_slow_loop_without_a_cache(mixture, by_letters, every,
     experts = tuple(range(len(cell.bank)))
     for k in range(len(answer.token_ids)):
         text = [*prompt.ids, *answer.token_ids[: k + 1]]
-        earlier = weights[:1] * (len(prompt.ids) - 1) + weights[: k + 1] + weights[k : k + 1]
-        of_time = torch.stack(earlier) if cache == "keep" else weights[k].expand(len(text), -1)
+        earlier = weights[:1] * (len(prompt.ids) - 1) + weights[: k + 1]  # the last token is not read
+        of_time = torch.stack(earlier) if cache == "keep" else weights[k].expand(len(text) - 1, -1)
         plan = RowPlan((0,), Weighted(experts, of_time[None]), torch.ones(1, 1))
         slow = score_responses(cell.backbone, cell.layers, plan, [plan.votes], [(text, [len(text) - 1])])
         close(answer.logprobs[k], slow[0][0].logprobs[0])

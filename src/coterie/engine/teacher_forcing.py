@@ -67,7 +67,7 @@ def _read_first(
 
     The states behind the end of a short answer are of no use, and its request leaves before they could do harm.
     """
-    shared = [answer[: rerouting.every - 1] for _, answer in texts]
+    shared = [answer[: min(rerouting.every, len(answer)) - 1] for _, answer in texts]  # the last token is never read
     longest = max(map(len, shared))
     hidden = rows.by_request(rows.read([[*prompt, *own] for (prompt, _), own in zip(texts, shared, strict=True)]))
     total = hidden.shape[1]

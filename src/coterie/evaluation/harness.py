@@ -23,8 +23,8 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
-UNDERSTOOD = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
-NO_OPTION = {"num_beams": 1, "repetition_penalty": 1.0, "early_stopping": False}
+UNDERSTOOD = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty"}
+NO_OPTION = {"num_beams": 1, "early_stopping": False}
 
 
 class HarnessModel(TemplateLM):
@@ -134,7 +134,11 @@ class HarnessModel(TemplateLM):
         strange = [k for k, v in given.items() if k not in UNDERSTOOD and NO_OPTION.get(k, object()) != v]
         if strange:
             raise CoterieError(f"the task asks for {strange[0]}={given[strange[0]]!r}, which is not understood here")
+        penalty = getattr(
+            self.mixture.backbone.model.generation_config, "repetition_penalty", None
+        )  # some models ask it
         return {
+            "repetition_penalty": float(given.get("repetition_penalty", penalty or 1.0)),
             "max_new_tokens": given["max_gen_toks"],
             "stop": [text for text in given["until"] or [] if text],
             "temperature": float(given.get("temperature", 1.0)) if given["do_sample"] else 0.0,
