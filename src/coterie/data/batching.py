@@ -4,6 +4,7 @@ Training, gradient features and evaluation all use these tokens, so they see the
 """
 
 import logging
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from coterie.data.chat import SYSTEM_IN_QUESTION, ChatTemplate, ChatText
+from coterie.data.chat import SYSTEM_IN_QUESTION, ChatTemplate, ChatText, Span
 from coterie.data.examples import Example, Message
 from coterie.errors import CoterieError
 from coterie.settings.groups import INPUT_TEMPLATE
@@ -142,9 +143,9 @@ class PromptFormat:
         """
         text = self._text(example)
         ids, offsets = self._encode(text.prompt)
-        # A space may lie outside of its token's offsets, which are empty then: such a token begins and ends at once.
-        trained = [any(start <= a < end and start < b for start, end in text.earlier) for a, b in offsets]
-        asked = [any(a < end and start < b for start, end in text.questions) for a, b in offsets]
+        pairs = zip(offsets, _last_begun(offsets, text.earlier), strict=True)
+        trained = [start <= a < end for (a, _), (start, end) in pairs]
+        asked = [a < end for (a, _), (_, end) in zip(offsets, _last_begun(offsets, text.questions), strict=True)]
         answer = self._continuation(ids, text.prompt, text.answer) if text.answer else []
         lead = self._lead
         row = TokenRow(
@@ -176,7 +177,7 @@ class PromptFormat:
         places = (n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)
         return whole[: next(places, 0)]
 
-    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def _encode(self, text: str) -> tuple[list[int], list[Span]]:
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return encoding["input_ids"], encoding["offset_mapping"]
 
@@ -196,6 +197,13 @@ class PromptFormat:
             if ids[: len(lead)] == lead and found == wanted:
                 return ids[len(lead) :]
         return self._encode(answer)[0]
+
+
+def _last_begun(offsets: Sequence[Span], spans: Sequence[Span]) -> list[Span]:
+    """Return for every token the last span that begins before its end, or an empty one; the spans are in order."""
+    starts = [start for start, _ in spans]
+    places = (bisect_left(starts, end) for _, end in offsets)
+    return [spans[place - 1] if place else (0, 0) for place in places]
 
 
 def tokenise(
