@@ -19,6 +19,7 @@ from coterie.backbone.loading import check_identity, identity_from, load_backbon
 from coterie.backbone.model import Backbone, BaseModelIdentity, float32_product
 from coterie.data.batching import pad
 from coterie.errors import CoterieError
+from coterie.mixture import Mixture
 from coterie.settings.groups import ModelSettings
 from helpers import close, normal, table
 
@@ -108,6 +109,15 @@ def test_identities_that_were_written_before_still_fit(folder, backbone):
     check_identity(identity_from(before), load(folder).identity, "runs/x was trained on")
     with pytest.raises(CoterieError, match="but the base model loaded is"):
         check_identity(replace(backbone.identity, sha256="0" * 64), load(folder).identity, "runs/x was trained on")
+
+
+def test_a_mixture_keeps_all_of_the_identity(run_folder, backbone, tmp_path):
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    base = json.loads((folder / "mixture.json").read_text())["base_model"]
+    assert base == asdict(backbone.identity)
+    rewrite(folder / "mixture.json", base_model={**base, "config_sha256": "0" * 64})
+    with pytest.raises(CoterieError, match="its config.json says something else"):
+        Mixture.from_pretrained(folder, device="cpu")
 
 
 # --- padding

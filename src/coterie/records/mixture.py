@@ -12,11 +12,12 @@ Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 
 
 class BaseModelRecord(Record):
-    """The base model that experts were trained on: its name, the hub's commit, and the hash of its weights."""
+    """The base model that experts were trained on: its name, the hub's commit, hashes of weights and configuration."""
 
     id: StrictStr
     revision: StrictStr | None
     sha256: StrictStr
+    config_sha256: StrictStr | None = None
 
 
 class NullRecord(Record):
