@@ -423,3 +423,32 @@ def test_the_hash_of_a_question_is_of_all_that_its_reply_depends_on():
     ]
     keys = {given.key("w"), given.key("other weights"), *(other.key("w") for other in others)}
     assert len(keys) == 5 and given.key("w") == ask("b", "q", temperature=1.0, seed=1).key("w")
+
+
+KEPT = {"key": "x", **vars(Reply("t", 1, 2, "stop", 0.5))}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[" * 100_000,
+        json.dumps({**KEPT, "text": 3}).encode(),
+        json.dumps({**KEPT, "key": ["x"]}).encode(),
+        json.dumps({**KEPT, "tokens": 10**400}).encode(),
+        json.dumps({**KEPT, "tokens": -1}).encode(),
+        json.dumps({**KEPT, "seconds": "long"}).encode(),
+        json.dumps({**KEPT, "finish_reason": "bored"}).encode(),
+        json.dumps({**KEPT, "error": "no"}).encode(),
+        b'{"key": "x", "text": "\\ud800"}',
+        json.dumps({**KEPT, "text": "ä"}, ensure_ascii=False).encode()[:-60],
+        b"\xff\xfe",
+    ],
+    ids=lambda line: ascii(line[:60]),
+)
+def test_a_line_that_is_no_reply_is_skipped(tmp_path, line):
+    path = tmp_path / "replies.jsonl"
+    path.write_bytes(
+        json.dumps({**KEPT, "key": "a"}).encode() + b"\n" + line + b"\n" + json.dumps(KEPT).encode() + b"\n"
+    )
+    cache = ReplyCache(path)
+    assert len(cache) == 2 and cache.get("x") == Reply("t", 1, 2, "stop", 0.5)

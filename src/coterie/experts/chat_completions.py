@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 
+from coterie.errors import shortened, shown
 from coterie.experts.answering import FinishReason, Question, Reply
 
 Change = Literal["max_completion_tokens", "no temperature"]
@@ -74,9 +75,8 @@ class Trouble(Exception):
 
     def line(self, hide: Callable[[str], str]) -> str:
         """Tell it in one line that a terminal can show, secrets taken out before anything is cut."""
-        printable = "".join(letter if letter.isprintable() else " " for letter in hide(self.words))
-        shown = " ".join(printable.split())[:LONGEST_WORDS]
-        return hide(self.reason) + (f" ({shown})" if shown else "") + (f"; {self.hint}" if self.hint else "")
+        words = shortened(shown(" ".join(hide(self.words).split())), LONGEST_WORDS)
+        return hide(self.reason) + (f" ({words})" if words else "") + (f"; {self.hint}" if self.hint else "")
 
 
 def request_body(model: str, question: Question, changes: frozenset[Change] = frozenset()) -> dict[str, Any]:

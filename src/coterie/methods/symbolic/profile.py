@@ -4,12 +4,14 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from pydantic import ValidationError
 from torch import Tensor
 
 from coterie.artifacts import (
@@ -31,7 +33,7 @@ from coterie.methods.common import hash_examples, load_questions, origin
 from coterie.methods.symbolic.skills import ask_expert, find_skills, open_scheduler, skill_list
 from coterie.mixture.local_answers import LocalAnswerer
 from coterie.mixture.scheduler import ExpertScheduler
-from coterie.records.evaluation import Profile
+from coterie.records.evaluation import Profile, ReplyRecord
 from coterie.records.schema import read
 from coterie.records.wording import columns
 from coterie.routers.skill import SkillProfile, build_profile, credit_from_likelihood, profile_from
@@ -168,7 +170,13 @@ def _is_row(row: object, experts: Sequence[str]) -> bool:
         return False
     numbers = all(value is None or isinstance(value, int | float) for value in scores.values())
     known = set(scores) == set(experts) >= set(replies) and all(isinstance(skill, str) for skill in skills)
-    return numbers and known and all(isinstance(r, dict) and REPLY_FIELDS <= set(r) for r in replies.values())
+    return numbers and known and all(map(_is_reply, replies.values()))
+
+
+def _is_reply(value: object) -> bool:
+    with suppress(ValidationError):
+        return set(ReplyRecord.model_validate(value).model_fields_set) == REPLY_FIELDS
+    return False
 
 
 def _usable(examples: Sequence[Example], settings: ProfileSettings) -> list[Example]:
