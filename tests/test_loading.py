@@ -196,6 +196,18 @@ def test_a_state_that_hangs_on_something_else_is_found_and_the_cause_named(chang
         probe.check_model(backbone)
 
 
+def test_states_that_overflow_and_blocks_that_stand_in_no_list_are_told(monkeypatch):
+    backbone = tampered()
+    with monkeypatch.context() as patch:
+        patch.setattr(Backbone, "blocks", nn.ModuleList())
+        with pytest.raises(CoterieError, match=probe.BLOCKS):
+            probe.check_model(backbone)
+    backbone.model.model.norm.weight.data.fill_(6e4)
+    backbone.model.half()
+    with pytest.raises(CoterieError, match=probe.FINITE):
+        probe.check_model(backbone)
+
+
 def test_rows_of_a_cache_that_cannot_be_selected_are_found(monkeypatch):
     monkeypatch.setattr("transformers.cache_utils.LinearAttentionLayer.reorder_cache", lambda *_: None)
     with pytest.raises(CoterieError, match=probe.ORDER):

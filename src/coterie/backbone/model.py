@@ -91,7 +91,8 @@ class Backbone:
         """
         layer = self.output_layer
         if (hidden.requires_grad and torch.is_grad_enabled()) or layer.weight.dtype not in HALVES:
-            return self.scaled(layer(hidden.to(layer.weight.dtype)).float())
+            packed = layer.weight.dtype.itemsize < 2  # takes any type
+            return self.scaled(layer(hidden if packed else hidden.to(layer.weight.dtype)).float())
         logits = float32_product(hidden.reshape(-1, hidden.shape[-1]), layer.weight).reshape(*hidden.shape[:-1], -1)
         return self.scaled(logits if layer.bias is None else logits + layer.bias.float())
 
@@ -114,10 +115,15 @@ class Backbone:
 
     @cached_property
     def blocks(self) -> nn.ModuleList:
-        """The stack of transformer blocks, first to last: of the lists that are as long, the one with most weights."""
+        """The stack of transformer blocks, first to last: of the lists that are as long, the one with most weights.
+
+        Empty where no list is.
+        """
         count = self.model.config.get_text_config().num_hidden_layers
         lists = (m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
-        return max(lists, key=lambda blocks: sum(weight.numel() for weight in blocks.parameters()))
+        return max(
+            lists, key=lambda blocks: sum(weight.numel() for weight in blocks.parameters()), default=nn.ModuleList()
+        )
 
     @cached_property
     def positions(self) -> int | None:

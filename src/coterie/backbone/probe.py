@@ -33,6 +33,8 @@ BATCH = "what it computes for a text hangs on other texts of the batch, or on wh
 CACHE = "it keeps a state outside past_key_values, so at every token it has forgotten what it read"
 PADDING = "padding changes what it computes for a text"
 ORDER = "what it has cached of texts goes wrong when they change places or leave"
+FINITE = "its states are no finite numbers in this type of weights; it may work with --dtype float32 or bfloat16"
+BLOCKS = "its blocks do not stand in one list, where gradients could be started"
 LOGITS = "it changes its logits in an unknown way, so that experts could not be combined exactly"
 
 
@@ -57,6 +59,7 @@ def check_model(backbone: Backbone) -> None:
     """
     try:
         fault = _cache_fault(backbone) or _batch_fault(backbone) or _logits_fault(backbone)
+        fault = fault or (None if backbone.blocks else BLOCKS)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever its code may raise where it is used in another way than by itself
@@ -80,6 +83,8 @@ def _batch_fault(backbone: Backbone) -> str | None:
         texts = _texts(backbone, number)
         layers = ExpertLayers(backbone.model, [_random_adapter(backbone, 2 * number + text) for text in (SHORT, LONG)])
         alone = [_read_alone(backbone, layers, texts, text) for text in (SHORT, LONG)]
+        if not all(bool(states.isfinite().all()) for states in alone):
+            return FINITE
         with _rounded_anew(backbone.model):
             again = [_read_alone(backbone, layers, texts, text) for text in (SHORT, LONG)]
         noise = max(float(_distances(one, other).max()) for one, other in zip(again, alone, strict=True))
