@@ -112,7 +112,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_replies_it_had(fitted, evalu
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("coterie.evaluation.symbolic.answer_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         code, _, err = evaluate(*words)
-    assert code == 2 and "goes on where it stopped" in err
+    assert code == 130 and "goes on where it stopped" in err
     kept = len(lines(fitted.folder / "eval.partial" / "working" / "replies.jsonl"))
     assert kept == 30
     fitted.stub.respond = respond

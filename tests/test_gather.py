@@ -64,6 +64,15 @@ def store(tmp_path) -> EmbeddingStore:
     return EmbeddingStore(TextEncoder(WordEncoder(), "0" * 64), tmp_path / "store")
 
 
+def test_no_embeddings_are_kept_through_a_planted_link(store, tmp_path):
+    (tmp_path / "project").mkdir()
+    store.folder.parent.mkdir()
+    store.folder.symlink_to(tmp_path / "project")
+    with pytest.raises(CoterieError, match="is a link or a file where a folder is needed"):
+        store.add(["a text"])
+    assert not list((tmp_path / "project").iterdir())
+
+
 def test_stored_rows_are_the_embeddings_in_any_order_and_any_slice(store):
     texts = [f"word{number} of {number % 7}" for number in range(50)]
     for start in range(0, 50, 13):

@@ -94,6 +94,19 @@ def test_a_run_killed_and_started_again_ends_with_the_same_files(
     assert not (tmp_path / "run.partial").exists()
 
 
+@pytest.mark.parametrize("content", ["", '{"epoch": 1.0, "global'], ids=["empty", "half"])
+def test_a_checkpoint_whose_last_file_is_not_whole_is_not_gone_on_from(
+    content, model_folder, data, undisturbed, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_save_adam", after(1, training._save_adam))
+        with pytest.raises(KilledError):
+            fit(model_folder, data, tmp_path / "run")
+    (state,) = (tmp_path / "run.partial").rglob("trainer_state.json")
+    state.write_text(content)
+    assert files_of(fit(model_folder, data, tmp_path / "run")) == undisturbed
+
+
 @pytest.mark.slow
 def test_a_run_whose_process_was_killed_ends_with_the_same_files(model_folder, data, undisturbed, tmp_path):
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]

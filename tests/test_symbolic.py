@@ -182,7 +182,8 @@ def test_a_vote_stands_in_for_an_aggregator_that_fails(fitted, run):
     kept = output.with_name("answers.jsonl.replies.jsonl")
     assert len(lines(kept)) == 6, "five lists of keywords and one answer"
     before, fitted.stub.respond = len(fitted.stub.requests), respond
-    assert run(*command)[0] == 0 and lines(output)[0]["aggregator"] == "judge"
+    assert run(*command)[0] == 2 and run(*command, "--overwrite")[0] == 0
+    assert lines(output)[0]["aggregator"] == "judge"
     assert len(fitted.stub.requests) == before + 1 and not kept.exists()
 
 
@@ -206,7 +207,7 @@ def test_an_interrupted_run_asks_only_for_what_is_missing(fitted, run):
     run(*command)  # the server turns everything away after twenty replies
     assert len(lines(kept)) == 20
     fitted.stub.respond = killed
-    code, _, _ = run(*command)
+    code, _, _ = run(*command, "--overwrite")
     again = lines(output)
     assert code == 0 and len(seen) == 2 * asked
     assert [(row["text"], row["recruits"]) for row in again] == [(row["text"], row["recruits"]) for row in whole]

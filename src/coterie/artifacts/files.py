@@ -35,6 +35,11 @@ TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 """Names of files that are not whole yet; a process that was killed leaves them."""
 
 
+def is_full(error: Exception) -> bool:
+    """Tell whether an error means that there is no room to write."""
+    return getattr(error, "errno", None) in FULL or any(words in str(error) for words in FULL_IN_WORDS)
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Tell a full disk, a forbidden folder or an impossible name in one line, also where a library hid the cause.
@@ -46,8 +51,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         number = getattr(error, "errno", None)
-        if number in FULL or any(words in str(error) for words in FULL_IN_WORDS):
-            why = "no leave for files so large" if number == errno.EFBIG else "no space left on the disk"
+        if is_full(error):
+            is_large = number == errno.EFBIG or "File too large" in str(error)
+            why = "no leave for files so large" if is_large else "no space left on the disk"
             raise CoterieError(f"{why} while writing {path}; free some and start again") from error
         if number in FORBIDDEN:
             raise CoterieError(f"{path} cannot be written: {error}; choose another folder") from error
@@ -103,9 +109,7 @@ def as_path(text: str | Path, advice: str = "write the whole path") -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise CoterieError(
-            f"{str(text)!r} begins with a home folder that is not known; write the whole path"
-        ) from error
+        raise CoterieError(f"nobody knows the home folder in {str(text)!r}; {advice}") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,6 +12,7 @@ from types import FrameType
 
 import typer
 
+from coterie.artifacts import is_full
 from coterie.errors import CoterieError
 from coterie.settings.old_spellings import current_words
 
@@ -28,16 +29,13 @@ def finish(run: Callable[[list[str]], object]) -> None:
     Ctrl-C and SIGTERM stop the work as an error would, so that what can be resumed is kept, and a second one ends the
     process at once. A reader of stdout that is gone, such as `head`, ends it quietly.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries talking to each other, not to the user
-    logging.getLogger("coterie").setLevel(logging.INFO)
     with _signals_stop() as received:
         try:
             code, trouble = _outcome(run)
-        except Exception:
+        except (Exception, KeyboardInterrupt):  # a library may have made another error of it
             if not received:
                 raise
-            code, trouble = INTERRUPTED, ""  # a library has made another error of it
+            code, trouble = INTERRUPTED, ""
         if code == INTERRUPTED or (code and received):
             code, trouble = OF_SIGNAL + (received or [signal.SIGINT])[0], STOPPED
         if trouble:
@@ -69,6 +67,9 @@ def _signals_stop() -> Iterator[list[int]]:
 def _outcome(run: Callable[[list[str]], object]) -> tuple[int, str]:
     """Return the exit code, and the line that tells why."""
     try:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+        warnings.filterwarnings("ignore", category=FutureWarning)  # libraries talking to each other, not to the user
+        logging.getLogger("coterie").setLevel(logging.INFO)
         for word in sys.argv[1:]:
             word.encode()
         code = run(current_words(sys.argv[1:], lambda line: typer.echo(line, err=True)))
@@ -92,11 +93,13 @@ def _outcome(run: Callable[[list[str]], object]) -> tuple[int, str]:
 
 
 def _disk_trouble(error: OSError) -> tuple[int, str]:
-    """Return the exit code and the line for an error of a stream or a disk; any other one is a bug."""
-    if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+    """Return the exit code and the line for an error of a stream, a disk or a name; any other one is a bug."""
+    if error.errno == errno.EPIPE or is_full(error):
+        with suppress(OSError):  # what is left in the buffer of stdout would fail again at the very end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    elif error.errno not in (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS):
         raise error
-    with suppress(OSError):  # what is left in its buffer would fail again at the very end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if error.errno == errno.EPIPE:
         return READER_GONE, ""
-    return TROUBLE, f"error: what was to be printed or written found no room ({error.strerror}); make some"
+    where = f"{str(error.filename)[:80]!r} " if error.filename else "what was to be printed or written "
+    return TROUBLE, f"error: {where}cannot be had: {error.strerror}; give another name, or make room"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from coterie.artifacts import read_json, write_json
+from coterie.artifacts import disk_errors, is_full, read_json, write_json
 from coterie.backbone.layers import ByExpert, ExpertLayers, linear_layers, unchangeable_layers
 from coterie.backbone.loading import Backbone
 from coterie.errors import CoterieError, first_line, unknown_name
@@ -152,9 +152,11 @@ def check_fresh_adapter(backbone: Backbone, settings: LoraSettings) -> None:
     """
     config = lora_config(backbone, settings)
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, disk_errors(Path(folder)):
             _write_and_read(backbone, config, Path(folder))
     except Exception as error:  # PEFT and the model raise whatever they like
+        if isinstance(error.__cause__, Exception) and is_full(error.__cause__):
+            raise
         raise CoterieError(
             f"adapters of {backbone.identity.id} ({backbone.model.config.model_type}) could not be trained and read "
             f"back: {first_line(error)}; choose other --target-modules or another base model"

@@ -1,5 +1,6 @@
 """Training LoRA adapters with `transformers.Trainer`: the base adapter on all data, experts continued from it."""
 
+import json
 import logging
 import math
 import os
@@ -120,7 +121,7 @@ def trained(
     """
     working = folder / "trainer"
     checkpoints = sorted(working.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
-    whole = [path for path in checkpoints if (path / "trainer_state.json").exists()]  # a checkpoint's last file
+    whole = [path for path in checkpoints if _is_whole(path)]
     for path in set(checkpoints) - set(whole):
         shutil.rmtree(path)
     bar = _ProgressBar()
@@ -135,6 +136,14 @@ def trained(
     log = [{"stage": plan.label, **{key: entry[key] for key in (*LOGGED, *also)}} for entry in history]
     write_jsonl(folder / LOG_FILE, log)
     shutil.rmtree(working)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint has its last file, which a process that was killed may have left half written."""
+    try:
+        return bool(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return False
 
 
 def write_null_adapter(backbone: Backbone, folder: Path) -> None:

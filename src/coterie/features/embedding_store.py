@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from coterie.artifacts import hash_text, sha256_of, write_tensors
+from coterie.artifacts import hash_text, real_folder, sha256_of, write_tensors
 from coterie.backbone.aliases import cache_folder
 from coterie.backbone.loading import Backbone, load_backbone
 from coterie.data.streaming import KEY_BYTES, as_keys, text_key
@@ -96,7 +96,7 @@ class EmbeddingStore:
         """Embed texts and keep the embeddings as one shard.
 
         Raises:
-            CoterieError: when an embedding is not finite.
+            CoterieError: when an embedding is not finite, or the folder's part of this encoder is a link.
         """
         keys, embeddings = text_keys(texts), self._encode(texts)
         broken = (~embeddings.isfinite().all(dim=1)).nonzero()
@@ -104,8 +104,8 @@ class EmbeddingStore:
             raise CoterieError(f"the encoder makes no numbers of the text {texts[int(broken[0])][:40]!r}; use another")
         name = hashlib.sha256(keys.tobytes()).hexdigest()[: 2 * KEY_BYTES]
         columns = torch.from_numpy(np.frombuffer(keys.tobytes(), np.uint8).reshape(-1, KEY_BYTES).copy())
-        path = self.folder / f"{name}.safetensors"
-        write_tensors(path, {"keys": columns, "embeddings": embeddings})
+        folder = real_folder(self.folder.parent.resolve(), self.folder.name)
+        write_tensors(folder / f"{name}.safetensors", {"keys": columns, "embeddings": embeddings})
 
     def embed(self, texts: Sequence[str]) -> Float[Tensor, "text dimension"]:
         """Return the embeddings of a few texts, making those that are missing."""

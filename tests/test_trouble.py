@@ -1,0 +1,107 @@
+"""Trouble with streams, homes and names is one line and exit code 2, whatever the command."""
+
+import os
+import pwd
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from conftest import FIT
+from helpers import refused
+
+LONG = "x" * 300
+METHODS = [sys.executable, "-m", "coterie", "methods", "--json"]
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """A user without HOME and without an entry in the list of users."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.delenv("HOME", raising=False)
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+def fit(run, model_folder, train_file, output, **changes: object):
+    settings = {"model": model_folder, "data": train_file, "output": output, **FIT, "epochs": 1, **changes}
+    return run("fit", "elrea", *(f"--{name.replace('_', '-')}={value}" for name, value in settings.items()))
+
+
+def test_a_user_without_home_or_name_needs_a_cache_and_nothing_else(
+    homeless, run, model_folder, train_file, tmp_path, monkeypatch
+):
+    assert fit(run, model_folder, train_file, tmp_path / "run")[0] == 0
+    monkeypatch.delenv("COTERIE_CACHE")
+    code, _, err = fit(run, model_folder, train_file, tmp_path / "other")
+    assert code == 2 and "nobody knows the home folder in '~/.cache/coterie'; set COTERIE_CACHE to a folder" in err
+    assert os.listdir(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize("setting", ["model", "output", "data"])
+def test_the_home_of_nobody_is_told(setting, run, model_folder, train_file, tmp_path):
+    output = "~nosuchuser/x" if setting == "output" else tmp_path / "run"
+    changes = {} if setting == "output" else {setting: "~nosuchuser/x"}
+    code, out, err = fit(run, model_folder, train_file, output, **changes)
+    assert (code, out) == (2, "") and "~nosuchuser/x" in err.splitlines()[-1] and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval", LONG, "--data", "DATA", "--output", "OUT"],
+        ["eval", "MIXTURE", "--data", LONG, "--output", "OUT"],
+        ["eval", "MIXTURE", "--data", "DATA", "--output", LONG],
+        ["generate", "MIXTURE", "hi", "--output", LONG],
+        ["generate", "MIXTURE", "--input", LONG],
+        ["route", LONG, "hi"],
+        ["bank", "add", LONG, "ADAPTER", "--model", "MODEL"],
+        ["bank", "list", LONG],
+        ["bank", "verify", LONG],
+        ["experts", "init", LONG, "--expert", "a=MODEL"],
+        ["profile", LONG, "--data", "DATA"],
+        ["gather", "--shots", "DATA", "--pool", "DATA", "--output", LONG],
+        ["report", LONG],
+        ["spread", LONG],
+        ["run", LONG],
+        ["train-extras", LONG],
+    ],
+    ids=lambda words: " ".join(word[:8] for word in words),
+)
+def test_a_name_that_is_too_long_is_one_line(words, run, run_folder, model_folder, train_file, tmp_path, monkeypatch):
+    known = {"DATA": train_file, "OUT": tmp_path / "out", "MIXTURE": run_folder, "MODEL": model_folder}
+    known |= {"ADAPTER": run_folder / "experts" / "base", "a=MODEL": f"a={model_folder}"}
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*(known.get(word, word) for word in words))
+    assert (code, out) == (2, "") and LONG[:80] in err.splitlines()[-1] and "Traceback" not in err
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"], ids=["NUL", "half a character"])
+def test_a_name_that_is_no_text_is_one_line(name, run, run_folder, train_file, tmp_path):
+    refused(run("eval", run_folder, "--data", train_file, "--output", tmp_path / name), "no text")
+    settings = {"mixture": str(run_folder), "data": [str(train_file)], "output": f"{tmp_path}/{name}"}
+    record = tmp_path / "run.yaml"
+    record.write_text(yaml.safe_dump({"command": "eval", "settings": settings}))
+    code, out, err = run("run", record)
+    assert (code, out) == (2, "") and "Traceback" not in err and os.listdir(tmp_path) == ["run.yaml"]
+
+
+def test_a_full_stdout_is_one_line():
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(METHODS, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 2 and line.startswith("error: ") and "No space left on device" in line
+
+
+def test_a_reader_that_has_gone_ends_the_work_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run(METHODS, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (141, "")
