@@ -30,7 +30,7 @@ ROUNDING = 4.0  # how far another way to compute a state may be off, in units of
 SMALLEST, LARGEST = 1e-3, 0.5  # what is always allowed, as a share of the state, and the most that ever is
 
 BATCH = "what it computes for a text hangs on other texts of the batch, or on what stands behind it"
-CACHE = "it keeps a state outside past_key_values, so at every token it has forgotten what it read"
+CACHE = "its past_key_values do not hold all that it needs to go on with a text"
 PADDING = "padding changes what it computes for a text"
 ORDER = "what it has cached of texts goes wrong when they change places or leave"
 FINITE = "its states are no finite numbers in this type of weights; it may work with --dtype float32 or bfloat16"
@@ -66,13 +66,13 @@ def check_model(backbone: Backbone) -> None:
         fault = f"it fails where a batch is read with experts and a cache ({first_line(error)})"
     if fault:
         raise CoterieError(
-            f"the base model {backbone.identity.id!r} ({backbone.model.config.model_type}) would give wrong answers: "
-            f"{fault}; use another base model"
+            f"the base model {backbone.identity.id!r} ({backbone.model.config.model_type}) cannot be used: {fault}; "
+            "use another one"
         )
 
 
 def _cache_fault(backbone: Backbone) -> str | None:
-    """Look for the cache among what the model takes: Mamba and RWKV swallow one that they do not use."""
+    """Look for the cache among what the model takes: Mamba and RWKV keep their state elsewhere, and swallow a cache."""
     return None if "past_key_values" in inspect.signature(backbone.decoder.forward).parameters else CACHE
 
 
