@@ -3,11 +3,15 @@
 import ast
 import re
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+from pydantic import TypeAdapter
 
+from coterie.cli.table import COMMANDS
 from coterie.methods import listed
 from coterie.methods.family import SINGLE_EXPERT
+from coterie.settings.reading import flat_fields
 
 PROJECT = Path(__file__).parents[1]
 PACKAGE = PROJECT / "src" / "coterie"
@@ -84,3 +88,17 @@ def test_the_readme_lists_the_methods_that_there_are_and_where_their_experts_mee
         for name, told in table.items():
             plain = re.sub(r" \(`(.*)`\)", r":\1", told)  # weights (`factors`)
             assert plain.split(": ")[0] == combiners[name].split(": ")[0], f"{family}: {name}"
+
+
+def test_the_switches_that_bring_a_papers_own_setting_back_exist():
+    """Every flag in the table of differences is one of some command, and takes the value that stands there."""
+    _, _, table = ARCHITECTURE.partition("## Defaults that differ from a paper")
+    table = table.partition("## ")[0]
+    kinds = [command.settings for command in COMMANDS.values() if command.settings]
+    fields = {name: field for kind in kinds for name, field, _ in flat_fields(kind)}
+    found = re.findall(r"--([a-z][a-z-]*)(?: ([^\s`]+))?", table)
+    assert len(found) > 15
+    for flag, value in found:
+        field = fields[flag.replace("-", "_")]
+        if value and value not in ("N", "NAME", "WRITER"):
+            TypeAdapter(Annotated[field.annotation, field]).validate_strings(value)  # pyrefly: ignore

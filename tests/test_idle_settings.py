@@ -33,6 +33,7 @@ EVAL = {"mixture": "m", "data": ["d"], "output": "o"}
             "--few-shot-count 5 does not act without --few",
         ),
         (commands.EvaluationSettings, {**EVAL, "longest_prompt": 99}, "--longest-prompt 99 does not act without --few"),
+        (commands.KshotSettings, {**KSHOT, "encoder": "hidden"}, "--encoder hidden does not act without --pool"),
         (commands.KshotSettings, {**KSHOT, "gamma": 3.0}, "--gamma 3.0 does not act with --rule max-cosine"),
         (
             commands.KshotSettings,
@@ -84,6 +85,11 @@ def test_a_value_acts_where_the_other_one_lets_it():
 def test_flags_for_recruited_experts_are_refused_by_other_mixtures(run, run_folder, train_file, tmp_path, command):
     rest = {"generate": ["hi"], "eval": ["--data", train_file, "--output", tmp_path / "eval"]}[command]
     refused(run(command, run_folder, *rest, "--memory", 4), "--memory acts on runs of symbolic-moe only")
+
+
+def test_how_open_data_is_gathered_is_not_said_without_any(run, tmp_path):
+    words = ("fit", "kshot-moe", "--bank", tmp_path, "--shots", tmp_path, "--output", tmp_path / "run", "--budget", 9)
+    refused(run(*words), "--budget says how open data is gathered; add --pool, or leave it out")
 
 
 def test_a_revision_without_a_model_is_refused_beside_a_bank(run, tmp_path):

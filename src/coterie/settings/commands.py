@@ -289,6 +289,7 @@ class KshotSettings(Settings):
     """`coterie fit kshot-moe`: from a few examples, a bank and open data to a task's mixture (arXiv 2408.15915)."""
 
     command = "fit kshot-moe"
+    idle_with = {"encoder": ("pool", ([],)), "embeddings": ("pool", ([],))}
     bank: str = Field(description="folder of a bank, made by coterie bank add")
     shots: list[str] = Field(min_length=1, description="the task's examples: JSONL file or datasets source; repeated")
     output: str = Field(description="folder to write the mixture to")

@@ -10,6 +10,7 @@ from coterie.artifacts import RunFolder, as_path, check_output, read_tensors, ru
 from coterie.combiners.layers import LayerCombiner
 from coterie.data.batching import tokenise
 from coterie.data.examples import Example, load_examples
+from coterie.errors import CoterieError
 from coterie.experts.bank import load_bank
 from coterie.experts.training import check_one_process, read_log
 from coterie.features.embedding import HIDDEN
@@ -22,7 +23,7 @@ from coterie.methods.kshot.train import GATES_FILE, gate_options, tune
 from coterie.mixture import Mixture
 from coterie.routers.gate import GateRouter, read_gates
 from coterie.settings.commands import GatherSettings, KshotSettings
-from coterie.settings.reading import from_flat
+from coterie.settings.reading import changed, from_flat
 
 METHOD = "kshot-moe"
 SELECTION = "selection"
@@ -57,6 +58,8 @@ def fit_kshot(settings: KshotSettings) -> Mixture:
     output = as_path(settings.output)
     check_output(output, settings)
     check_one_process()
+    if not settings.pool and (given := changed(settings.rows)):
+        raise CoterieError(f"{given[0]} says how open data is gathered; add --pool, or leave it out")
     task = open_task(settings.bank, settings, settings.training.system_prompt)
     pools = {f"pool {name}": sha256_of(Path(name)) for name in settings.pool if Path(name).is_file()}
     with run_folder(output, settings, {**task.inputs(), **pools}) as run:
