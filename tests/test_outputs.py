@@ -293,9 +293,21 @@ def test_files_have_the_mode_that_the_user_wants(tmp_path):
 
 
 def test_what_a_killed_process_left_of_a_file_does_not_stay_in_a_run(tmp_path):
-    write_text(tmp_path / "run.partial" / "part" / f".{'a' * 16}.tmp", "half")
+    def killed(run: RunFolder) -> None:
+        write_text(run.path / "part" / f".{'a' * 16}.tmp", "half")
+        raise KilledError
+
+    with pytest.raises(KilledError):
+        run_once(tmp_path / "run", killed)
     run_once(tmp_path / "run")
     assert everything(tmp_path / "run") == ["part", "run.yaml"]
+
+
+def test_somebodys_folder_with_the_name_of_an_unfinished_run_is_not_worked_in(tmp_path):
+    write_text(tmp_path / "run.partial" / "working" / "thesis.tex", "x")
+    with pytest.raises(CoterieError, match="run.partial is no unfinished run, and run would be made there; move it"):
+        run_once(tmp_path / "run")
+    assert everything(tmp_path) == ["run.partial", "run.partial/working", "run.partial/working/thesis.tex"]
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

@@ -212,6 +212,8 @@ def _run_record(folder: Path) -> dict[str, Any] | None:
 
 def _check_same_run(partial: Path, record: Mapping[str, Any]) -> None:
     if not (partial / "run.yaml").exists():
+        if any(partial.iterdir()):
+            raise CoterieError(f"{partial} is no unfinished run, and {partial.stem} would be made there; move it away")
         return
     tries = []
     for one in (record, read_run_record(partial / "run.yaml")):
