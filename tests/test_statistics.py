@@ -11,121 +11,145 @@ import scipy.stats
 from coterie.errors import CoterieError
 from coterie.evaluation import statistics
 from coterie.evaluation.statistics import (
+    accuracy_difference,
     excludes_zero,
     holm,
     mcnemar,
+    mean_difference,
     mean_interval,
-    paired_bootstrap,
     ratio_interval,
+    rows_to_see,
     sign_flip_test,
 )
 
 
-def slow_bootstrap(values, control, weights, resamples, confidence, seed):
+def slow_bootstrap(above, below, resamples, confidence, seed):
     """The same estimator and interval, one resample and one row at a time."""
     draw, estimates = np.random.default_rng(seed), []
     for _ in range(resamples):
-        rows = [int(row) for row in draw.integers(len(values), size=len(values))]
-        total = sum(weights[row] for row in rows)
-        estimates.append(sum(weights[row] * (values[row] - control[row]) for row in rows) / total)
+        rows = [int(row) for row in draw.integers(len(above), size=len(above))]
+        estimates.append(sum(above[row] for row in rows) / sum(below[row] for row in rows))
     estimates.sort()
 
     def at(share):
         place = share * (resamples - 1)
-        below = int(place)
-        above = min(below + 1, resamples - 1)
-        return estimates[below] + (place - below) * (estimates[above] - estimates[below])
+        first = int(place)
+        last = min(first + 1, resamples - 1)
+        return estimates[first] + (place - first) * (estimates[last] - estimates[first])
 
     return at((1 - confidence) / 2), at((1 + confidence) / 2)
 
 
-# ------------------------------------------------------------------------------------------------------- bootstrap
+# ------------------------------------------------------------------------------------------------- bootstrap of a ratio
+
+ABOVE, BELOW = np.array([0.1, 0.9, 0.4, 0.3, 0.7]), np.array([1.0, 2.0, 5.0, 0.5, 3.0])
 
 
-@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 5.0, 0.5, 9.0, 3.0]], ids=["equal", "weighted"])
 @pytest.mark.parametrize("confidence", [0.95, 0.8])
-def test_the_interval_equals_a_loop_over_resamples_and_rows(weights, confidence):
-    values, control = [0.1, 0.9, 0.4, 0.3, 0.7, 0.2], [0.2, 0.5, 0.1, 0.3, 0.1, 0.6]
-    found = paired_bootstrap(values, control, weights=weights, resamples=150, confidence=confidence, seed=3)
-    assert found[1:] == pytest.approx(slow_bootstrap(values, control, weights or [1.0] * 6, 150, confidence, 3))
-
-
-def test_the_difference_is_the_mean_and_with_weights_the_ratio_of_sums():
-    assert paired_bootstrap([1.0, 2.0, 6.0], [0.0, 0.0, 3.0]).value == pytest.approx(6 / 3)
-    assert paired_bootstrap([1.0, 2.0], [0.0, 0.0], weights=[3.0, 1.0]).value == pytest.approx((3 * 1 + 1 * 2) / 4)
-
-
-def test_the_difference_of_micro_averages_is_the_micro_average_of_differences():
-    own, control, tokens = [0.5, 1.5, 4.5], [1.0, 2.0, 4.0], [1.0, 3.0, 4.0]
-    gap = np.average(own, weights=tokens) - np.average(control, weights=tokens)
-    assert paired_bootstrap(own, control, weights=tokens).value == pytest.approx(gap)
-
-
-def test_weights_count_by_proportion_only():
-    values, control, weights = [0.1, 0.9, 0.4], [0.2, 0.5, 0.1], [1.0, 2.0, 5.0]
-    once = paired_bootstrap(values, control, weights=weights)
-    assert paired_bootstrap(values, control, weights=[7 * w for w in weights]) == pytest.approx(once)
-    equal = paired_bootstrap(values, control, weights=[7.0] * 3)
-    assert equal == pytest.approx(paired_bootstrap(values, control))
-
-
-def test_about_95_of_100_intervals_hold_the_true_difference():
-    draw, held = np.random.default_rng(0), 0
-    for repeat in range(200):
-        hardness = draw.normal(size=60) * 5
-        control = hardness + draw.normal(size=60)
-        own = hardness + draw.normal(size=60) + 0.3
-        found = paired_bootstrap(own.tolist(), control.tolist(), resamples=400, seed=repeat)
-        held += found.low <= 0.3 <= found.high
-    assert 178 <= held <= 198  # 190 expected; percentile intervals of 60 rows are a little narrow
-
-
-def test_pairing_takes_out_how_hard_the_rows_are():
-    hardness = np.random.default_rng(1).normal(size=50) * 100
-    found = paired_bootstrap((hardness + 1).tolist(), hardness.tolist())
-    assert found == pytest.approx((1, 1, 1))
+def test_the_ratios_interval_equals_a_loop_over_resamples_and_rows(confidence):
+    found = ratio_interval(ABOVE, BELOW, resamples=150, confidence=confidence, seed=3)
+    assert found == pytest.approx(slow_bootstrap(ABOVE, BELOW, 150, confidence, 3))
 
 
 def test_equal_seeds_give_equal_intervals_and_other_seeds_others():
-    values, control = [0.1, 0.9, 0.4, 0.3], [0.2, 0.5, 0.1, 0.3]
-    assert paired_bootstrap(values, control, seed=1) == paired_bootstrap(values, control, seed=1)
-    assert paired_bootstrap(values, control, seed=1) != paired_bootstrap(values, control, seed=2)
+    assert ratio_interval(ABOVE, BELOW, seed=1) == ratio_interval(ABOVE, BELOW, seed=1)
+    assert ratio_interval(ABOVE, BELOW, seed=1) != ratio_interval(ABOVE, BELOW, seed=2)
 
 
 def test_drawing_in_small_blocks_changes_nothing(monkeypatch):
-    values, control = [0.1, 0.9, 0.4, 0.3, 0.8], [0.2, 0.5, 0.1, 0.3, 0.7]
-    at_once = paired_bootstrap(values, control, resamples=100)
-    monkeypatch.setattr(statistics, "_DRAWS_AT_A_TIME", 7 * len(values))
-    assert paired_bootstrap(values, control, resamples=100) == at_once
+    at_once = ratio_interval(ABOVE, BELOW, resamples=100)
+    monkeypatch.setattr(statistics, "_DRAWS_AT_A_TIME", 7 * len(ABOVE))
+    assert ratio_interval(ABOVE, BELOW, resamples=100) == at_once
 
 
 def test_memory_is_bounded_by_the_block_not_by_all_the_draws(monkeypatch):
     monkeypatch.setattr(statistics, "_DRAWS_AT_A_TIME", 20_000)
-    values = [0.5] * 2000
     tracemalloc.start()
-    paired_bootstrap(values, values, resamples=500)
+    ratio_interval(np.ones(2000), np.ones(2000), resamples=500)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**20  # a million draws of 8 bytes at once would be eight times that
 
 
+# ------------------------------------------------------------------------------------------------ difference of means
+
+
+def test_the_difference_is_the_mean_and_with_weights_the_ratio_of_sums():
+    assert mean_difference([1.0, 2.0, 6.0], [0.0, 0.0, 3.0]).value == pytest.approx(6 / 3)
+    assert mean_difference([1.0, 2.0], [0.0, 0.0], weights=[3.0, 1.0]).value == pytest.approx((3 * 1 + 1 * 2) / 4)
+
+
+def test_the_difference_of_micro_averages_is_the_micro_average_of_differences():
+    own, control, tokens = [0.5, 1.5, 4.5], [1.0, 2.0, 4.0], [1.0, 3.0, 4.0]
+    gap = np.average(own, weights=tokens) - np.average(control, weights=tokens)
+    assert mean_difference(own, control, weights=tokens).value == pytest.approx(gap)
+
+
+def test_weights_count_by_proportion_only():
+    values, control, weights = [0.1, 0.9, 0.4], [0.2, 0.5, 0.1], [1.0, 2.0, 5.0]
+    once = mean_difference(values, control, weights=weights)
+    assert mean_difference(values, control, weights=[7 * w for w in weights]) == pytest.approx(once)
+    equal = mean_difference(values, control, weights=[7.0] * 3)
+    assert equal == pytest.approx(mean_difference(values, control))
+
+
+def test_with_equal_weights_the_interval_is_students():
+    values, control = [0.1, 0.9, 0.4, 0.3], [0.2, 0.5, 0.1, 0.6]
+    gaps = [own - other for own, other in zip(values, control, strict=True)]
+    assert mean_difference(values, control)[1:] == pytest.approx(mean_interval(gaps))
+
+
+def test_the_error_is_that_of_leaving_rows_out_one_by_one():
+    values, weights = np.array([0.1, 0.9, 0.4, 0.3]), np.array([1.0, 2.0, 3.0, 4.0])
+    left_out = [np.average(np.delete(values, i), weights=np.delete(weights, i)) for i in range(4)]
+    error = np.sqrt(3 / 4 * np.square(left_out - np.mean(left_out)).sum())
+    found = mean_difference(values.tolist(), [0.0] * 4, weights=weights.tolist())
+    worth = weights.sum() ** 2 / (weights**2).sum()
+    assert found.high - found.value == pytest.approx(error * scipy.stats.t.ppf(0.975, worth - 1))
+    assert found.value - found.low == pytest.approx(found.high - found.value)
+
+
+@pytest.mark.parametrize("rows", [10, 30, 100])
+@pytest.mark.parametrize("spread", [0.0, 0.6], ids=["equal", "weighted"])
+def test_93_to_97_of_100_intervals_of_means_hold_the_true_difference(rows, spread):
+    draw = np.random.default_rng(rows)
+    held, repeats = 0, 2000
+    for _ in range(repeats):
+        hardness, weights = draw.normal(size=rows) * 5, np.exp(draw.normal(size=rows) * spread)
+        own, control = (hardness + draw.gamma(9, 1 / 3, rows) for _ in range(2))
+        found = mean_difference((own + 0.3).tolist(), control.tolist(), weights=weights.tolist())
+        held += found.low <= 0.3 <= found.high
+    assert 0.93 <= held / repeats <= 0.97
+
+
+def test_pairing_takes_out_how_hard_the_rows_are():
+    draw = np.random.default_rng(1)
+    hardness, gaps = draw.normal(size=50) * 100, draw.normal(size=50)
+    found = mean_difference((hardness + gaps).tolist(), hardness.tolist())
+    assert found == pytest.approx(mean_difference(gaps.tolist(), [0.0] * 50))
+
+
 def test_exchanging_method_and_control_mirrors_the_interval():
     values, control = [0.1, 0.9, 0.4, 0.3], [0.2, 0.5, 0.1, 0.3]
-    there, back = paired_bootstrap(values, control), paired_bootstrap(control, values)
+    there, back = mean_difference(values, control), mean_difference(control, values)
     assert (there.value, there.low, there.high) == pytest.approx((-back.value, -back.high, -back.low))
 
 
-def test_permuting_the_rows_of_both_alike_leaves_the_difference():
-    values, control, weights = [0.1, 0.9, 0.4, 0.3], [0.2, 0.5, 0.1, 0.3], [1.0, 2.0, 3.0, 4.0]
+def test_permuting_the_rows_of_both_alike_changes_nothing():
+    values, control, weights = np.array([[0.1, 0.9, 0.4, 0.3], [0.2, 0.5, 0.1, 0.3], [1.0, 2.0, 3.0, 4.0]])
     order = [2, 0, 3, 1]
-    shuffled = paired_bootstrap(
-        [values[i] for i in order], [control[i] for i in order], weights=[weights[i] for i in order]
+    once, again = (
+        mean_difference(v.tolist(), c.tolist(), weights=w.tolist())
+        for v, c, w in ((values, control, weights), (values[order], control[order], weights[order]))
     )
-    assert shuffled.value == pytest.approx(paired_bootstrap(values, control, weights=weights).value)
+    assert again == pytest.approx(once)
 
 
-def test_one_row_tells_a_difference_but_no_limits_to_it():
-    assert paired_bootstrap([3.0], [1.0]) == (2.0, -np.inf, np.inf)
+@pytest.mark.parametrize("gaps", [[2.0], [0.0] * 5, [0.1 + 0.2] * 3, [1e9] * 4], ids=["one", "none", "alike", "large"])
+def test_rows_that_do_not_vary_give_no_limits(gaps):
+    found = mean_difference([0.7 + gap for gap in gaps], [0.7] * len(gaps), weights=[1.0 + i for i in range(len(gaps))])
+    assert found.value == pytest.approx(gaps[0])
+    assert found[1:] == (-np.inf, np.inf)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +165,89 @@ def test_one_row_tells_a_difference_but_no_limits_to_it():
 )
 def test_what_cannot_be_compared_is_told_to_the_user(values, control, weights, message):
     with pytest.raises(CoterieError, match=message):
-        paired_bootstrap(values, control, weights=weights)
+        mean_difference(values, control, weights=weights)
+
+
+# ------------------------------------------------------------------------------------------- difference of accuracies
+
+
+def verdicts(gained, lost, both, neither=0):
+    own = [True] * gained + [False] * lost + [True] * both + [False] * neither
+    return own, [False] * gained + [True] * lost + [True] * both + [False] * neither
+
+
+@pytest.mark.parametrize("rows", [5, 20, 400])
+def test_where_the_two_agree_everywhere_the_bounds_have_a_closed_form(rows):
+    bound = 1.959964**2 / (rows + 1.959964**2)
+    assert accuracy_difference(*verdicts(0, 0, rows)) == pytest.approx((0, -bound, bound), abs=1e-6)
+
+
+def slow_score(own, control, gap):
+    """The score statistic with the rate of losses that maximises the likelihood, searched on a fine grid."""
+    n = len(own)
+    gained = sum(a and not b for a, b in zip(own, control, strict=True))
+    lost = sum(b and not a for a, b in zip(own, control, strict=True))
+    rates = np.linspace(max(0, -gap), (1 - gap) / 2, 200_001)[1:-1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        fit = gained * np.log(rates + gap) + lost * np.log(rates) + (n - gained - lost) * np.log(1 - 2 * rates - gap)
+    rate = rates[np.nanargmax(fit)]
+    return (gained - lost - n * gap) / np.sqrt(n * (2 * rate + gap * (1 - gap)))
+
+
+@pytest.mark.parametrize("table", [(5, 2, 10, 3), (1, 8, 20, 20), (12, 12, 30, 46)], ids=str)
+def test_at_the_ends_of_the_interval_the_score_is_that_of_the_level(table):
+    own, control = verdicts(*table)
+    found = accuracy_difference(own, control)
+    assert slow_score(own, control, found.low) == pytest.approx(1.95996, abs=1e-3)
+    assert slow_score(own, control, found.high) == pytest.approx(-1.95996, abs=1e-3)
+
+
+@pytest.mark.parametrize(("rows", "least", "most"), [(10, 0.94, 1.0), (30, 0.93, 0.97), (100, 0.93, 0.97)])
+@pytest.mark.parametrize("rates", [(0.3, 0.2), (0.2, 0.1), (0.4, 0.1), (0.2, 0.2), (0.5, 0.2)], ids=str)
+def test_the_exact_share_of_intervals_of_accuracies_that_hold_the_truth(rows, least, most, rates):
+    """Counts of 10 rows are so few that no interval of this kind can be close to 95% from above."""
+    gained, lost = rates
+    held = 0.0
+    for win in range(rows + 1):
+        for loss in range(rows + 1 - win):
+            counts = [win, loss, rows - win - loss]
+            chance = scipy.stats.multinomial.pmf(counts, rows, [gained, lost, 1 - gained - lost])
+            if chance > 1e-7:
+                found = accuracy_difference(*verdicts(*counts))
+                held += chance * (found.low <= gained - lost <= found.high)
+    assert least <= held <= most
+
+
+def test_all_won_and_all_lost_reach_the_end():
+    assert accuracy_difference(*verdicts(8, 0, 0)).high == 1
+    assert accuracy_difference(*verdicts(0, 8, 0)).low == -1
+    assert accuracy_difference(*verdicts(8, 0, 0)).low == pytest.approx(-accuracy_difference(*verdicts(0, 8, 0)).high)
+
+
+def test_methods_that_agree_on_few_rows_may_still_differ_and_on_many_rows_less():
+    reaches = [accuracy_difference(*verdicts(0, 0, n)).high for n in (5, 20, 100, 1000)]
+    assert reaches == sorted(reaches, reverse=True)
+    assert reaches[0] > 0.4 and reaches[-1] < 0.005
+
+
+def test_a_difference_shows_at_the_promised_number_of_rows_and_not_at_half_of_it():
+    draw, gained, lost = np.random.default_rng(0), 0.175, 0.125
+    own, control = verdicts(175, 125, 700)
+    needed = rows_to_see(own, control)
+    power = []
+    for rows in (needed, needed // 2):
+        wins, losses, _ = draw.multinomial(rows, [gained, lost, 1 - gained - lost], 400).T
+        pairs = zip(wins, losses, strict=True)
+        power.append(np.mean([mcnemar([True] * w + [False] * x, [False] * w + [True] * x) < 0.05 for w, x in pairs]))
+    assert 0.74 < power[0] < 0.86
+    assert power[1] < 0.6
+
+
+def test_where_methods_never_differ_the_rate_is_the_gap_itself():
+    assert rows_to_see([True] * 10, [True] * 10) == rows_to_see([True] * 20, [False] + [True] * 19)
+
+
+# --------------------------------------------------------------------------------------------------------------- tests
 
 
 def test_zero_at_the_end_of_an_interval_is_not_excluded():
@@ -160,12 +266,6 @@ def test_zero_at_the_end_of_an_interval_is_not_excluded():
 def test_the_interval_of_a_ratio_draws_numerator_and_denominator_from_the_same_rows():
     above, below = np.array([1.0, 2.0, 6.0, 0.5]), np.array([2.0, 4.0, 12.0, 1.0])
     assert ratio_interval(above, below) == pytest.approx((0.5, 0.5))  # every row has it, so every resample has
-
-
-def test_the_paired_interval_is_that_of_the_ratio_to_the_weights():
-    own, control, weights = np.array([0.1, 0.9, 0.4]), np.array([0.2, 0.5, 0.1]), np.array([1.0, 2.0, 5.0])
-    paired = paired_bootstrap(own.tolist(), control.tolist(), weights=weights.tolist(), resamples=300, seed=2)
-    assert ratio_interval(weights * (own - control), weights, resamples=300, seed=2) == paired[1:]
 
 
 def test_a_denominator_that_may_be_nothing_leaves_no_bounds():

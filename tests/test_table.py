@@ -7,7 +7,14 @@ import pytest
 
 from coterie.errors import CoterieError
 from coterie.evaluation import table as summaries
-from coterie.evaluation.statistics import holm, mcnemar, paired_bootstrap, ratio_interval, sign_flip_test
+from coterie.evaluation.statistics import (
+    accuracy_difference,
+    holm,
+    mcnemar,
+    mean_difference,
+    ratio_interval,
+    sign_flip_test,
+)
 from coterie.records.evaluation import RowRecord, TableRow
 
 
@@ -61,8 +68,8 @@ def test_a_summary_has_these_exact_values(rows):
     assert lines["all", "base"]["nll"] == pytest.approx((1 * 1.0 + 3 * 2.0 + 4 * 4.0) / 8)
     assert every["nll"] == pytest.approx((1 * 0.5 + 3 * 1.5 + 4 * 4.5) / 8)
     assert every["nll_difference"] == pytest.approx((-0.5 - 1.5 + 2.0) / 8)
-    assert every["accuracy_interval"] == [0.0, 1.0]
-    assert every["nll_interval"] == pytest.approx([-0.5, 0.5])
+    assert every["accuracy_interval"] == pytest.approx([-0.4864, 0.9055], abs=1e-4)
+    assert every["nll_interval"] == pytest.approx([-2.9707, 2.9707], abs=1e-4)
     assert lines["maths", "new"]["nll_difference"] == pytest.approx(-0.5)
 
 
@@ -103,10 +110,8 @@ def test_shuffled_rows_give_the_same_summary_but_for_the_draws(rows):
 def test_the_interval_of_a_summary_is_that_of_its_graded_rows_weighed_by_tokens(rows):
     rows = [*rows, row("maths", base=result(True, 3.0, 2), new=result(False, 1.0, 2))]
     line = by_name(summarise(rows, ["base", "new"], "base", [""], resamples=300, seed=5))["all", "new"]
-    accuracy = paired_bootstrap([1.0, 1.0, 0.0], [1.0, 0.0, 1.0], resamples=300, seed=5)
-    nll = paired_bootstrap(
-        [0.5, 1.5, 4.5, 1.0], [1.0, 2.0, 4.0, 3.0], weights=[1.0, 3.0, 4.0, 2.0], resamples=300, seed=5
-    )
+    accuracy = accuracy_difference([True, True, False], [True, False, True])
+    nll = mean_difference([0.5, 1.5, 4.5, 1.0], [1.0, 2.0, 4.0, 3.0], weights=[1.0, 3.0, 4.0, 2.0])
     assert line["accuracy_interval"] == [accuracy.low, accuracy.high]
     assert line["nll_interval"] == [nll.low, nll.high]
 
@@ -268,7 +273,7 @@ def likely(difference, interval, p):
 
 
 LEGEND = [
-    "* the 95% interval of this one difference excludes zero; it is not corrected for their number.",
+    "* significant: p < 0.05. Each interval is of its one difference, not corrected for their number.",
     "p: McNemar's exact test (accuracy), paired sign-flip test (NLL); Holm-adjusted within each list.",
 ]
 
@@ -291,7 +296,7 @@ def test_the_table_reads_like_this():
         "           NLL  difference, 95% interval           p",
         "base    2.0000",
         "better  1.5000  -0.5000 [-0.6100, -0.4000] *  <0.001",
-        "same    2.0100  +0.0100 [+0.0010, +0.0300] *   0.051",
+        "same    2.0100  +0.0100 [+0.0010, +0.0300]     0.051",
         "",
         "no source: 40 rows, 0 graded",
         "           NLL  difference, 95% interval      p",
@@ -338,6 +343,24 @@ def test_f1_the_oracle_and_answers_without_likelihood_have_their_places():
     ]
 
 
+def test_a_star_stands_where_the_difference_is_significant_and_nowhere_else():
+    """Ten of ten rows won by eight methods: each interval excludes zero, but Holm's correction leaves some open."""
+    names = [f"m{number}" for number in range(8)]
+    verdicts = {"base": result(False), **{name: result(True) for name in names}}
+    text = format_table(summarise([row("", **verdicts) for _ in range(7)], ["base", *names], "base", [""]))
+    assert "0.125" in text  # 8 * 2 / 2**7
+    assert " *" not in text.replace("* significant", "").replace("\n", "")
+
+
+def test_cut_answers_are_counted_for_every_method():
+    cut, whole = ({**result(True), "finish_reason": reason} for reason in ("length", "stop"))
+    rows = [row("", base=cut, new=cut if number else whole) for number in range(3)]
+    text = format_table(summarise(rows, ["base", "new"], "base", [""]))
+    assert [line.split()[-1] for line in text.splitlines()[1:4]] == ["cut", "3", "2"]
+    assert "cut: answers that the limit of --max-new-tokens broke off." in text
+    assert "cut" not in format_table(summarise([row("", base=whole, new=whole)], ["base", "new"], "base", [""]))
+
+
 @pytest.mark.parametrize("nll", [9.9, 1e30])
 def test_the_table_fits_into_100_columns_whatever_the_names_and_numbers(nll):
     long = "a-method-with-a-very-long-name-such-as-nobody-would-ever-give-to-one-of-theirs"
@@ -351,9 +374,9 @@ def test_the_table_fits_into_100_columns_whatever_the_names_and_numbers(nll):
 def test_the_last_sentence_is_careful_where_there_is_little_to_say(rows):
     few = format_table(summarise(rows, ["base", "new"], "base", [""])).replace("\n", " ")
     assert "(comparisons: 1 of accuracy and 1 of NLL), no difference is significant." in few
-    assert few.endswith("4 rows are too few to trust the intervals.") and "Not significant" not in few
-    enough = format_table(summarise(many_rows(40, "a"), ["base", "a"], "base", [""]))
-    assert "too few" not in enough
+    assert few.endswith("would show from about 1,568 graded rows on.") and "Not significant" not in few
+    enough = format_table(summarise(many_rows(2500, "a"), ["base", "a"], "base", [""]))
+    assert "would show from" not in enough
     alone = format_table(summarise(rows, ["base"], "base", [""]))
     assert alone.endswith("No two methods were measured, so there is no difference to test.") and "p:" not in alone
 

@@ -27,35 +27,94 @@ class Interval(NamedTuple):
     high: float
 
 
-def paired_bootstrap(
+def mean_difference(
     values: Sequence[float],
     control: Sequence[float],
     *,
     weights: Sequence[float] | None = None,
-    resamples: int = 2000,
     confidence: float = CONFIDENCE,
-    seed: int = 0,
 ) -> Interval:
-    """Return the mean paired difference and its percentile bootstrap interval (Efron and Tibshirani 1993, ch. 13).
+    """Return the mean paired difference and its jackknife interval (Tukey 1958, Ann. Math. Statist. 29).
 
     The estimator is sum(w * (values - control)) / sum(w), so with token counts as weights it is the difference of two
-    micro-averages; each resample draws whole rows, and draws numerator and denominator together. Equal arguments give
-    equal numbers. One row says nothing about how rows vary: its interval is (-inf, inf).
+    micro-averages. Its error is what leaving out one row after the other changes, times Student's t for as many rows as
+    the weights are worth (Kish 1965: sum(w)^2 / sum(w^2)); with equal weights that is Student's interval. Rows that all
+    differ alike, or are one, say nothing about how rows vary: the interval is (-inf, inf).
 
     Args:
         values: The method's value of each row, of shape (n,).
         control: The control's value of the same rows, of shape (n,).
         weights: What each row weighs, of shape (n,), all above zero; equal where None.
-        resamples: How many times n rows are drawn with replacement.
         confidence: The share of such intervals that should hold the true difference.
-        seed: Seed of the draws.
 
     Raises:
         CoterieError: There are no rows, the lengths differ, a number is not finite, or a weight is not above zero.
     """
+    from scipy.special import stdtrit
+
     weighted, weight = _paired(values, control, weights)
-    low, high = ratio_interval(weighted, weight, resamples=resamples, confidence=confidence, seed=seed)
-    return Interval(float(weighted.sum() / weight.sum()), low, high)
+    total = float(weight.sum())
+    found = float(weighted.sum()) / total
+    apart = weighted - found * weight
+    if len(weight) == 1 or np.abs(apart).max() <= _ROUNDING * max(np.abs(weighted).max(), abs(found) * weight.max()):
+        return Interval(found, -math.inf, math.inf)
+    without = apart / (total - weight)  # how far the estimate moves where a row is left out
+    error = math.sqrt((1 - 1 / len(weight)) * float(np.square(without - without.mean()).sum()))
+    worth = total**2 / float(np.square(weight).sum())
+    reach = error * float(stdtrit(worth - 1, (1 + confidence) / 2))
+    return Interval(found, found - reach, found + reach)
+
+
+def accuracy_difference(own: Sequence[bool], control: Sequence[bool], confidence: float = CONFIDENCE) -> Interval:
+    """Return the paired difference of two accuracies and its score interval (Tango 1998, Statist. Med. 17).
+
+    The interval holds every difference that McNemar's score test would not refuse. It has a width even where the two
+    agree on all rows, which a resampling of the rows cannot give it.
+
+    Args:
+        own: Whether the method is right on each row, of shape (n,).
+        control: Whether the control is right on the same rows, of shape (n,).
+        confidence: The share of such intervals that should hold the true difference.
+
+    Raises:
+        CoterieError: There are no rows, or the lengths differ.
+    """
+    from scipy.optimize import brentq
+    from scipy.special import ndtri
+
+    gaps, _ = _paired([*map(float, own)], [*map(float, control)], None)
+    n, gained, lost = len(gaps), int((gaps > 0).sum()), int((gaps < 0).sum())
+    found, reach = (gained - lost) / n, float(ndtri((1 + confidence) / 2))
+
+    def score(gap: float) -> float:
+        """How many standard errors the rows are from a true difference, whose rate of losses fits them best."""
+        middle = (2 * n - gained + lost) * gap - gained - lost
+        rate = (math.sqrt(max(middle**2 + 8 * n * lost * gap * (1 - gap), 0.0)) - middle) / (4 * n)
+        above = gained - lost - n * gap
+        return above / math.sqrt(n * (2 * rate + gap * (1 - gap))) if above else 0.0
+
+    edge = 1 - 1e-9  # at a difference of 1 the standard error is none
+    low = -1.0 if found == -1 else float(brentq(lambda gap: score(gap) - reach, -edge, found))
+    high = 1.0 if found == 1 else float(brentq(lambda gap: score(gap) + reach, found, edge))
+    return Interval(found, low, high)
+
+
+def rows_to_see(own: Sequence[bool], control: Sequence[bool], gap: float = 0.05, power: float = 0.8) -> int:
+    """Return from about how many rows on McNemar's test would show a difference of `gap` (Connor 1987, Biometrics 43).
+
+    That depends on how many rows only one of the two has right; these rows tell it, and it is `gap` at the least.
+
+    Args:
+        own: Whether the method is right on each row, of shape (n,), n > 0.
+        control: Whether the control is right on the same rows, of shape (n,).
+        gap: The difference to show, as a share of 1.
+        power: How often it should show.
+    """
+    from scipy.special import ndtri
+
+    either = max(gap, sum(ours != theirs for ours, theirs in zip(own, control, strict=True)) / len(own))
+    reach = float(ndtri((1 + CONFIDENCE) / 2)) * math.sqrt(either) + float(ndtri(power)) * math.sqrt(either - gap**2)
+    return math.ceil((reach / gap) ** 2)
 
 
 def ratio_interval(

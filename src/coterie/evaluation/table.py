@@ -10,11 +10,12 @@ import numpy as np
 from coterie.errors import CoterieError, unknown_name
 from coterie.evaluation.statistics import (
     Interval,
-    excludes_zero,
+    accuracy_difference,
     holm,
     mcnemar,
-    paired_bootstrap,
+    mean_difference,
     ratio_interval,
+    rows_to_see,
     sign_flip_test,
 )
 from coterie.experts.names import BASE
@@ -32,7 +33,6 @@ from coterie.records.wording import (
 )
 
 ORACLE = "oracle"
-FEW_ROWS = 30  # below it a percentile interval is too narrow more often than it says
 
 
 class _Measure(NamedTuple):
@@ -51,7 +51,7 @@ class _Pairs(NamedTuple):
 
 
 class _Draws(NamedTuple):
-    """How many bootstrap resamples an interval takes, and the seed of all draws."""
+    """How many resamples the interval of a share of the oracle's gain takes, and the seed of all draws."""
 
     resamples: int
     seed: int
@@ -70,7 +70,7 @@ def summarise(
 
     "all" is the micro-average: rows weigh the same in accuracy and F1, tokens weigh the same in NLL. Differences are to
     the control on the same rows, with 95% intervals and adjusted p-values; all are None for the control itself and
-    where nothing was measured, the interval also where one row alone was.
+    where nothing was measured, the interval of NLL also where the rows do not vary.
 
     The share of the oracle's gain, (base - method) / (base - oracle) in mean NLL over the rows that all three have, is
     there if methods called `base` and `oracle` are; it is None for those two and where the oracle gains nothing. Its
@@ -81,7 +81,7 @@ def summarise(
         methods: The methods to sum up, in the order wanted.
         control: The method that the others are compared with.
         sources: The sources to sum up, in the order wanted.
-        resamples: Bootstrap resamples of each interval.
+        resamples: Bootstrap resamples of the interval of each share of the oracle's gain.
         seed: Seed of the resamples and of the sign flips.
 
     Raises:
@@ -108,10 +108,13 @@ def _part(
     f1 = {name: _measure((own.f1, 1) for own in found) for name, found in results.items()}
     nll = {name: _measure((own.nll, own.tokens) for own in found) for name, found in results.items()}
     right, likely = _pairs(accuracy, control), _pairs(nll, control)
-    right_gaps, likely_gaps = _gaps(right, draws), _gaps(likely, draws)
-    right_p = holm(
-        {name: mcnemar([v == 1 for v in pair.own], [v == 1 for v in pair.control]) for name, pair in right.items()}
-    )
+    verdicts = {
+        name: ([value == 1 for value in pair.own], [value == 1 for value in pair.control])
+        for name, pair in right.items()
+    }
+    right_gaps = {name: accuracy_difference(*pair) for name, pair in verdicts.items()}
+    likely_gaps = {name: mean_difference(pair.own, pair.control, weights=pair.weights) for name, pair in likely.items()}
+    right_p = holm({name: mcnemar(*pair) for name, pair in verdicts.items()})
     likely_p = holm(
         {
             name: sign_flip_test(pair.own, pair.control, weights=pair.weights, seed=draws.seed)
@@ -130,6 +133,8 @@ def _part(
             accuracy_difference=right_gaps[method].value if method in right_gaps else None,
             accuracy_interval=_ends(right_gaps.get(method)),
             accuracy_p=right_p.get(method),
+            rows_to_see_5_points=rows_to_see(*verdicts[method]) if method in verdicts else None,
+            cut=sum(found.cut for found in results[method]),
             f1=_mean(f1[method]),
             nll=_mean(nll[method]),
             nll_difference=likely_gaps[method].value if method in likely_gaps else None,
@@ -182,13 +187,6 @@ def _pairs(measures: Mapping[str, _Measure], control: str) -> dict[str, _Pairs]:
     return found
 
 
-def _gaps(pairs: Mapping[str, _Pairs], draws: _Draws) -> dict[str, Interval]:
-    return {
-        method: paired_bootstrap(own, control, weights=weights, **draws._asdict())
-        for method, (own, control, weights) in pairs.items()
-    }
-
-
 def _oracle_shares(nll: Mapping[str, _Measure], draws: _Draws) -> dict[str, Interval]:
     """Return the share of the oracle's gain over the base that every other method captures, where there is a gain."""
     if not {BASE, ORACLE} <= {*nll}:
@@ -212,10 +210,11 @@ def _ends(interval: Interval | None) -> tuple[float, float] | None:
 
 # ----------------------------------------------------------------------------------------------------- plain text
 
-_ACCURACY = ("", "accuracy", "difference, 95% interval", "p", "F1")
+_ACCURACY = ("", "accuracy", "difference, 95% interval", "p", "F1", "cut")
 _NLL = ("", "NLL", "difference, 95% interval", "p", "of the oracle's gain")
-_STAR = "* the 95% interval of this one difference excludes zero; it is not corrected for their number."
+_STAR = f"* significant: p < {LEVEL}. Each interval is of its one difference, not corrected for their number."
 _P = "p: McNemar's exact test (accuracy), paired sign-flip test (NLL); Holm-adjusted within each list."
+_CUT = "cut: answers that the limit of --max-new-tokens broke off."
 _GAIN = "The oracle's gain is how far its NLL lies below that of base; a method's share has a 95% interval."
 
 
@@ -232,8 +231,8 @@ def format_table(table: Sequence[TableRow]) -> str:
     """Write the table of an evaluation as plain text of at most 100 columns, all rows first, then each source.
 
     Each measure has a list of its own, left out where it was not measured. Accuracy and F1 are in percent, differences
-    of accuracy in points, NLL in nats a token. A star marks an interval that excludes zero; the last sentence says
-    which differences over all rows are significant by their adjusted p-values and which are not.
+    of accuracy in points, NLL in nats a token. A star marks a significant adjusted p-value; the last sentences say
+    which differences over all rows these are, and from how many rows on a difference of 5 points would show.
     """
     by_source: dict[str, list[TableRow]] = {}
     for row in table:
@@ -242,6 +241,7 @@ def format_table(table: Sequence[TableRow]) -> str:
     compared = any(row.accuracy_p is not None or row.nll_p is not None for row in table)
     with_oracle = any(row.oracle_share is not None for row in table)
     legend = [*((_STAR, _P) if compared else ()), *((_GAIN,) if with_oracle else ())]
+    legend += [_CUT] if any(row.cut for row in table) else []
     conclusion = textwrap.fill(_conclusion(table), WIDTH, break_on_hyphens=False)
     return "\n\n".join([*parts, "\n".join([*legend, conclusion])])
 
@@ -254,9 +254,10 @@ def _part_text(source: str, part: Sequence[TableRow]) -> str:
         (
             row.method,
             percent(row.accuracy),
-            _with_ends(row.accuracy_difference, row.accuracy_interval, points),
+            _with_ends(row.accuracy_difference, row.accuracy_interval, points, row.accuracy_p),
             p_value(row.accuracy_p),
             "" if row.f1 is None else percent(row.f1),
+            str(row.cut or ""),
         )
         for row in part
     ]
@@ -264,28 +265,27 @@ def _part_text(source: str, part: Sequence[TableRow]) -> str:
         (
             row.method,
             nats(row.nll),
-            _with_ends(row.nll_difference, row.nll_interval, signed_nats),
+            _with_ends(row.nll_difference, row.nll_interval, signed_nats, row.nll_p),
             p_value(row.nll_p),
-            _with_ends(row.oracle_share, row.oracle_share_interval, far_percent, starred=False),
+            _with_ends(row.oracle_share, row.oracle_share_interval, far_percent),
         )
         for row in part
     ]
-    lists = [columns([_ACCURACY, *accuracy], "<><>>", WIDTH)] if graded else []
+    lists = [columns([_ACCURACY, *accuracy], "<><>>>", WIDTH)] if graded else []
     if any(row.nll is not None for row in part):
         lists.append(columns([_NLL, *nll], "<><><", WIDTH))
     return f"{title}: {part[0].rows} rows, {graded} graded\n" + "\n\n".join(lists)
 
 
 def _with_ends(
-    value: float | None, interval: tuple[float, float] | None, write: Callable[[float], str], *, starred: bool = True
+    value: float | None, interval: tuple[float, float] | None, write: Callable[[float], str], p: float | None = None
 ) -> str:
-    """Write a value with the ends of its interval, and a star where the interval excludes zero."""
+    """Write a value with the ends of its interval, and a star where its adjusted p-value is significant."""
     if value is None:
         return ""
-    if interval is None:
-        return write(value)
-    star = (" *" if excludes_zero(interval) else "  ") if starred else ""
-    return f"{write(value)} [{', '.join(map(write, interval))}]{star}"
+    star = "" if p is None else " *" if p < LEVEL else "  "
+    ends = f" [{', '.join(map(write, interval))}]" if interval else ""
+    return f"{write(value)}{ends}{star}"
 
 
 def _conclusion(table: Sequence[TableRow]) -> str:
@@ -299,7 +299,8 @@ def _conclusion(table: Sequence[TableRow]) -> str:
     number = " and ".join(f"{count} of {measure}" for measure, count in counts.items())
     found = f"significant: {clear}" if clear else "no difference is significant"
     rest = f" Not significant: {unclear}." if clear else ""
-    few = f" {rows} rows are too few to trust the intervals." if rows < FEW_ROWS else ""
+    needed = max((row.rows_to_see_5_points or 0 for row in table if row.source == OVERALL), default=0)
+    few = f" A difference of 5 points would show from about {needed:,} graded rows on." if needed > rows else ""
     level = f"by Holm-adjusted p < {LEVEL} (comparisons: {number})"
     return f"Compared with {control} over all rows, {level}, {found}.{rest if unclear else ''}{few}"
 

@@ -56,13 +56,19 @@ class Difference:
         """Whether the adjusted p is known and small."""
         return self.p is not None and self.p < LEVEL
 
+    @property
+    def sure(self) -> bool:
+        """Whether chance would hardly explain it: by its p, or by its interval where no p is known."""
+        return self.clear if self.p is None else self.significant
+
 
 class TableRow(Record):
     """One method on one source, or on all rows: accuracy and F1 as shares of 1, NLL in nats a token.
 
     Differences are to the control. `accuracy_p` is McNemar's exact p-value and `nll_p` that of the paired sign-flip
     test, each adjusted by Holm over the methods compared on this source. `oracle_share` is the share of the oracle's
-    gain in NLL over the base that the method captures; it can be negative or above 1.
+    gain in NLL over the base that the method captures; it can be negative or above 1. `rows_to_see_5_points` is how
+    many rows would show a difference of 5 points in accuracy, `cut` how many answers the limit of tokens broke off.
     """
 
     method: StrictStr
@@ -74,6 +80,8 @@ class TableRow(Record):
     accuracy_difference: Number = None
     accuracy_interval: Interval | None = None
     accuracy_p: Number = None
+    rows_to_see_5_points: Count | None = None
+    cut: Count = 0
     f1: Number = None
     nll: Number = None
     nll_difference: Number = None

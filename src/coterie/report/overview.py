@@ -75,7 +75,7 @@ def _difference_picture(scores: Sequence[TableRow], measure: str, axis: Scale, c
         ends = (unit * gap.interval[0], unit * gap.interval[1]) if gap.interval else None
         difference = f"{wording.above(gap.value, measure)} ({wording.span(gap, measure)})"
         words = f"{wording.method_name(score.method)} {difference}"
-        intervals.append(Interval(unit * gap.value, ends, gap.clear, words))
+        intervals.append(Interval(unit * gap.value, ends, gap.sure, words))
     return interval_chart(intervals, axis, sides, f"{name} above {wording.method_name(control)}, {where}")
 
 

@@ -146,6 +146,7 @@ def _results(evaluation: EvaluationRecord) -> dict[str, Any]:
         "overall": evaluation.scores(),
         "columns": {
             "p": any(gap.p is not None for gap in gaps),
+            "cut": any(score.cut for score in table),
             "f1": any(score.f1 is not None for score in table),
             "oracle": any(score.oracle_share is not None for score in table),
         },

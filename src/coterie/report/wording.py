@@ -125,7 +125,9 @@ def headline(evaluation: EvaluationRecord) -> str:
     else:
         return _neutral_sentence(evaluation)
     than = f"{more if gap.value else same} {method_name(evaluation.control)}"
-    return f"{method_name(score.method)} {found}, {than}; {_certainty(gap, interval)}."
+    were = "was" if score.cut == 1 else "were"
+    cut = f" {counted(score.cut, 'answer')} reached the limit of new tokens and {were} cut." if score.cut else ""
+    return f"{method_name(score.method)} {found}, {than}; {_certainty(gap, interval)}.{cut}"
 
 
 def _certainty(difference: Difference, interval: str) -> str:
@@ -133,11 +135,10 @@ def _certainty(difference: Difference, interval: str) -> str:
         return "no interval was recorded, so chance cannot be ruled out"
     side = "excludes" if difference.clear else "includes"
     found = f"the 95% interval of the difference, {interval}, {side} zero" if difference.interval else ""
-    sure = difference.clear if difference.p is None else difference.significant
     p = p_value(difference.p).replace("<", "below ")
     tested = f"p, adjusted for all comparisons, is {p}" if difference.p is not None else ""
-    joint = ", and " if difference.clear == sure else ", but "
-    verdict = "more than chance would explain" if sure else "these rows cannot tell the two apart"
+    joint = ", and " if difference.clear == difference.sure else ", but "
+    verdict = "more than chance would explain" if difference.sure else "these rows cannot tell the two apart"
     return f"{joint.join(filter(None, (found, tested)))}: {verdict}"
 
 

@@ -174,7 +174,7 @@ class EvaluationSettings(Settings):
         description="run the code that methods write, in a limited child process, where rows bring tests; "
         "--no-allow-code-execution leaves such rows ungraded",
     )
-    resamples: int = Field(2000, ge=100, description="bootstrap resamples behind every interval")
+    resamples: int = Field(2000, ge=100, description="bootstrap resamples of the share of the oracle's gain")
     batch_size: int = Field(8, ge=1, description="prompts decoded together")
     reading: ReadingSettings = ReadingSettings()
     placement: PlacementSettings = PlacementSettings()
