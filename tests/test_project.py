@@ -162,7 +162,7 @@ def test_each_trusting_load_is_found(source):
 
 def test_nothing_is_unpickled_or_evaluated():
     wrong = {str(file.relative_to(PROJECT)): found for file in SOURCES if (found := unsafe(file.read_text()))}
-    assert wrong == {}
+    assert wrong == {"src/coterie/grading/child.py": ["exec"]}  # in the process that is limited for it
 
 
 @pytest.mark.parametrize(

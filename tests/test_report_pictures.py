@@ -116,7 +116,7 @@ def test_the_table_shows_adjusted_p_f1_and_the_share_of_the_oracle_gap(page):
     assert head[-2:] == ["F1", "Share of the oracle gap"] and under.count("Adjusted p") == 2
     assert base[2:] == ["40.0%", "–", "–", "0.812", "–", "–", "–", "–"]
     assert elrea[2:5] == ["46.2%", "+6.2 ● +1.2 to +11.2", "0.031"]
-    assert elrea[5:] == ["0.765", "−0.0469 ○ −0.0912 to +0.0017", "<0.001", "51.2%", "31% −5 to 120%"]
+    assert elrea[5:] == ["0.765", "−0.0469 ● −0.0912 to +0.0017", "<0.001", "51.2%", "31% −5 to 120%"]
     widths = {sum(int(cell) for cell in row) for row in spans(page)}
     assert widths == {10}
 
