@@ -79,7 +79,7 @@ def accuracy_difference(own: Sequence[bool], control: Sequence[bool], confidence
     Raises:
         CoterieError: There are no rows, or the lengths differ.
     """
-    from scipy.optimize import brentq
+    from scipy.optimize import root_scalar
     from scipy.special import ndtri
 
     gaps, _ = _paired([*map(float, own)], [*map(float, control)], None)
@@ -94,8 +94,8 @@ def accuracy_difference(own: Sequence[bool], control: Sequence[bool], confidence
         return above / math.sqrt(n * (2 * rate + gap * (1 - gap))) if above else 0.0
 
     edge = 1 - 1e-9  # at a difference of 1 the standard error is none
-    low = -1.0 if found == -1 else float(brentq(lambda gap: score(gap) - reach, -edge, found))
-    high = 1.0 if found == 1 else float(brentq(lambda gap: score(gap) + reach, found, edge))
+    low = -1.0 if found == -1 else float(root_scalar(lambda gap: score(gap) - reach, bracket=(-edge, found)).root)
+    high = 1.0 if found == 1 else float(root_scalar(lambda gap: score(gap) + reach, bracket=(found, edge)).root)
     return Interval(found, low, high)
 
 
