@@ -4,14 +4,12 @@ Three kinds of answer are told apart: mathematics, one of several lettered optio
 way to find the answer in a text and its own idea of "the same". A box wins over a sentence "the answer is ...", and
 that over anything else; where there are several of one sort, the last one counts.
 
-Where a row lists all accepted short texts, they are compared as the official script of SQuAD 2.0 does (Rajpurkar et al.
-2018, arXiv:1806.03822): it drops all ASCII punctuation, so that `C++` is `C#`. Against a single reference that would be
-too little; there, decimal points, minus signs and other symbols count, and closing brackets can be the answer.
+Where a row lists all accepted short texts, they are compared as SQuAD does (`grading/spans.py`), which drops all ASCII
+punctuation. Against a single reference that would be too little; there, decimal points, minus signs and other symbols
+count, and closing brackets can be the answer.
 """
 
 import re
-import string
-from collections import Counter
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -19,6 +17,7 @@ from coterie.errors import CoterieError
 from coterie.grading.maths import same_expression
 from coterie.grading.notation import LONGEST_EXPRESSION, is_expression, tidy, unwrapped
 from coterie.grading.numbers import MAGNITUDES, from_words, plain, rational
+from coterie.grading.spans import is_no_answer, span_score, span_words
 from coterie.grading.units import parse_unit
 
 AnswerKind = Literal["maths", "choice", "text"]
@@ -93,9 +92,9 @@ def grade(
     if kind == "maths":
         found = _find_expression(text)
         return Grade(same_expression(answer, found), found[:LONGEST_EXPRESSION]) if found else Grade(False, None)
-    if not answers and not _is_no_answer(answer):
+    if not answers and not is_no_answer(answer):
         return _grade_text(text, answer)
-    scored = [(candidate, _span_score(answers or (answer,), candidate)) for candidate in _text_candidates(text)]
+    scored = [(candidate, span_score(answers or (answer,), candidate)) for candidate in _text_candidates(text)]
     if not scored:
         return Grade(False, None, 0.0)
     best, score = max(scored, key=lambda pair: pair[1].exact)
@@ -264,6 +263,7 @@ def _find_expression(text: str) -> str | None:
 _OPTION = re.compile(r"\(([A-Z])\)|^[ \t]*([A-Z])[.):][ \t]", re.MULTILINE)
 _BRACKETED = re.compile(r"(?<!\w)\(\s*([A-Za-z])\s*\)")
 _NAMED = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s+)?(?:\(\s*([A-Za-z])\s*\)|([A-Z])(?![\w'’-]))")
+_FURTHER = re.compile(rf"\s*(?:/|&|\b(?:or|and)\b)\s*{_NAMED.pattern}")
 _LEADING = re.compile(r"\W*(?:[Oo]ption\s+|[Cc]hoice\s+)?([A-Z])\s*(?:[).:]|$)", re.MULTILINE)
 
 
@@ -279,23 +279,34 @@ def _lone_letter(answer: str) -> str | None:
 
 
 def _find_letter(text: str, options: frozenset[str]) -> str | None:
-    """Return the letter of a box, a stated answer, the last `(X)`, or a bare letter at the start, in this order."""
+    """Return the letter of a box, a stated answer, the last `(X)`, or a bare letter at the start, in this order.
+
+    One letter or another is none.
+    """
     box = _last_box(text)
     if box:
         return _find_letter(box.content, options) if box.content else None
     named = [match for match in map(_NAMED.match, _stated(text)) if match]
-    candidates = [match[1] or match[2] for match in named]
-    candidates += [match[1] for match in reversed(list(_BRACKETED.finditer(text)))]
-    candidates += [match[1] for match in [_LEADING.match(text)] if match]
-    candidates += filter(None, [_lone_letter(text)])
+    bracketed = list(_BRACKETED.finditer(text))
+    for match in named[:1] or bracketed[-2:-1]:
+        further = _FURTHER.match(match.string, match.end())
+        if further and _letter(further) != _letter(match):
+            return None
+    candidates = [*named, *reversed(bracketed), *filter(None, [_LEADING.match(text)])]
+    letters = [*map(_letter, candidates), *filter(None, [_lone_letter(text)])]
     # A stated (F) is the answer, and wrong, also where the options end at (E); a stated (x) is a variable.
     known = options | {match[1] for match in named if match[1]}
-    return next((letter.upper() for letter in candidates if not options or letter.upper() in known), None)
+    return next((letter for letter in letters if not options or letter in known), None)
+
+
+def _letter(match: re.Match[str]) -> str:
+    return next(filter(None, match.groups())).upper()
 
 
 # ------------------------------------------------------------------------------------------------------------- text
 
 _VERDICTS = frozenset({"yes", "no", "true", "false"})
+_EITHER = re.compile(r"\W*(yes|no|true|false)\W+(?:or|and)\W+(?!\1)(?:yes|no|true|false)\b", re.IGNORECASE)
 
 
 def _normalised(text: str) -> str:
@@ -334,56 +345,9 @@ def _grade_text(text: str, answer: str) -> Grade:
     wanted = _normalised(answer)
     candidates = _text_candidates(text, symbols=not re.search(r"\w", wanted))
     if wanted in _VERDICTS:
-        candidates = [word[0] for word in (re.findall(r"\w+", candidate) for candidate in candidates) if word]
+        words = [re.findall(r"\w+", candidate) for candidate in candidates if not _EITHER.match(candidate)]
+        candidates = [own[0] for own in words if own]
     found = next((candidate for candidate in candidates if _normalised(candidate) == wanted), None)
     best = found or next(iter(candidates), None)
-    f1 = _span_score((answer,), best or "").f1 if _span_words(answer) else None
+    f1 = span_score((answer,), best or "").f1 if span_words(answer) else None
     return Grade(found is not None, best and best[:LONGEST_EXPRESSION], f1)
-
-
-# ---------------------------------------------------------------------------------------- text, by several references
-
-_NO_ANSWER = re.compile(
-    r"(?:(?:it|this|question|this question) )?(?:is )?"
-    r"(?:unanswerable|not answerable|(?:cannot|can not|cant) be answered(?: (?:from|by|with) .*)?)"
-    r"|(?:there is )?no answer(?: (?:is|was) given)?"
-)
-_REASON = re.compile(r"[.,;:(\n]|\s(?:because|since|as)\s")
-
-
-class _SpanScore(NamedTuple):
-    """How a candidate compares with the nearest of several references: exact match, and F1 of the words (0 to 1)."""
-
-    exact: bool
-    f1: float
-
-
-def _span_words(text: str) -> list[str]:
-    """Split a text into words as SQuAD's script does: lower case, no ASCII punctuation, no articles."""
-    plain = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return re.sub(r"\b(?:a|an|the)\b", " ", plain).split()
-
-
-def _is_no_answer(text: str) -> bool:
-    """Tell whether a text says nothing but that there is no answer: `Unanswerable.`, `There is no answer`.
-
-    An empty text does not say so, and neither does `none`, which can be a span of a passage.
-    """
-    return bool(_NO_ANSWER.fullmatch(" ".join(_span_words(text))))
-
-
-def _span_score(answers: Sequence[str], candidate: str) -> _SpanScore:
-    """Compare a candidate with all accepted answers; the nearest one counts.
-
-    References without a word, and those that say that there is no answer, are ignored beside others. Where nothing else
-    is left the question has no answer, and only a candidate that says so, with or without a reason, is right.
-    """
-    wanted = [words for answer in answers if (words := _span_words(answer)) and not _is_no_answer(answer)]
-    got = _span_words(unwrapped(candidate))
-    refuses = _is_no_answer(_REASON.split(unwrapped(candidate), maxsplit=1)[0])
-    if not wanted:
-        return _SpanScore(refuses, float(refuses))
-    if got in wanted:
-        return _SpanScore(True, 1.0)
-    shared = (2 * (Counter(words) & Counter(got)).total() / (len(words) + len(got)) for words in wanted)
-    return _SpanScore(False, 0.0 if refuses else max(shared))
