@@ -80,6 +80,8 @@ def cluster(
             f"{len(features)} examples cannot make {settings.clusters} clusters; give more data or fewer --clusters"
         )
     prepared = _prepare(np.asarray(features, dtype=np.float64), settings, seed)
+    odd = _odd_rows(prepared, settings, seed)
+    everything, prepared = prepared, prepared[~odd]
     labels = _split(prepared, settings.clusters, settings, seed)
     found = len(np.unique(labels))
     if found < settings.clusters:
@@ -90,6 +92,9 @@ def cluster(
         )
     for round_number in range(1, settings.cluster_rounds):
         labels = _resplit(prepared, labels, settings.clusters - round_number, settings, seed)
+    if odd.any():
+        logger.info("%d rows lie far from all others: no cluster is made for them, they join the nearest", odd.sum())
+        labels = _with_odd_rows(everything, odd, labels)
     # numbered from the largest to the smallest, ties by their first row
     values, first, inverse, counts = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
     labels = np.argsort(np.lexsort((first, -counts)))[inverse]
@@ -141,22 +146,16 @@ def _unit(rows: NDArray) -> NDArray:
 def _split(features: NDArray, target: int, settings: ClusterSettings, seed: int) -> Int[NDArray, " row"]:
     """Split rows into `target` groups, fitted on a sample; fewer come out only where too many rows are equal."""
     generator = np.random.default_rng(seed)
-    is_spherical = settings.cluster_method.startswith("spherical")
-    if is_spherical:
-        features = _unit(features)
     size = min(len(features), max(settings.cluster_sample, target))
     sample = features[np.sort(generator.choice(len(features), size, replace=False))]
-    nearest = nearest_distances(sample)
-    odd = odd_rows(nearest)
-    if odd.any() and len(np.unique(sample[~odd], axis=0)) >= target:
-        logger.info("%d of %d rows lie far from all others; no cluster is made for them", odd.sum(), len(sample))
-        sample, nearest = sample[~odd], nearest[~odd]
     if settings.cluster_method.startswith("birch"):
-        radius = leaf_radius(nearest) if settings.cluster_threshold is None else settings.cluster_threshold
-        return _birch(sample, features, target, radius, is_chosen=settings.cluster_threshold is not None)
+        return _birch(sample, features, target, settings.cluster_threshold)
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
+    is_spherical = settings.cluster_method.startswith("spherical")
+    if is_spherical:
+        sample, features = _unit(sample), _unit(features)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters: told by the caller
         means = KMeans(target, n_init=10, random_state=seed).fit(sample)
@@ -165,11 +164,12 @@ def _split(features: NDArray, target: int, settings: ClusterSettings, seed: int)
     return np.asarray(means.predict(features))
 
 
-def _birch(sample: NDArray, features: NDArray, target: int, radius: float, *, is_chosen: bool) -> Int[NDArray, " row"]:
-    """Fit BIRCH on the sample; unless the leaf radius was chosen, halve it until there are enough leaves."""
+def _birch(sample: NDArray, features: NDArray, target: int, threshold: float | None) -> Int[NDArray, " row"]:
+    """Fit BIRCH on the sample; unless a leaf radius is given, it is halved until there are enough leaves."""
     from sklearn.cluster import Birch
     from sklearn.exceptions import ConvergenceWarning
 
+    radius = leaf_radius(nearest_distances(sample)) if threshold is None else threshold
     wanted = min(LEAVES_PER_CLUSTER * target, len(np.unique(sample, axis=0)))
     finest = FINEST * np.linalg.norm(sample, axis=1).max()
     while True:
@@ -177,7 +177,7 @@ def _birch(sample: NDArray, features: NDArray, target: int, radius: float, *, is
             warnings.simplefilter("ignore", ConvergenceWarning)
             tree = Birch(threshold=radius, n_clusters=target).fit(sample)
         leaves = len(tree.subcluster_centers_)
-        if is_chosen or leaves >= wanted or radius <= finest:
+        if threshold is not None or leaves >= wanted or radius <= finest:
             break
         radius /= 2
     logger.info("BIRCH: leaf radius %.4g, %d leaves for %d rows, %d clusters", radius, leaves, len(sample), target)
@@ -204,6 +204,27 @@ def leaf_radius(nearest: Float[NDArray, " row"]) -> float:
     """
     apart = nearest[nearest > 0]
     return float(np.median(apart) / 2) if len(apart) else 1.0
+
+
+def _odd_rows(features: NDArray, settings: ClusterSettings, seed: int) -> Bool[NDArray, " row"]:
+    """Tell which rows of a sample are odd; none where the others would be too equal for as many clusters."""
+    size = min(len(features), max(settings.cluster_sample, settings.clusters))
+    sample = np.random.default_rng(seed).choice(len(features), size, replace=False)
+    rows = _unit(features[sample]) if settings.cluster_method.startswith("spherical") else features[sample]
+    odd = np.zeros(len(features), dtype=bool)
+    odd[sample] = odd_rows(nearest_distances(rows))
+    too_equal = odd.any() and len(np.unique(features[~odd], axis=0)) < settings.clusters
+    return np.zeros(len(features), dtype=bool) if too_equal else odd
+
+
+def _with_odd_rows(features: NDArray, odd: Bool[NDArray, " row"], labels: NDArray) -> NDArray:
+    """Give every odd row to the group with the nearest mean; the labels are those of the others."""
+    groups = np.unique(labels)
+    means = np.stack([features[~odd][labels == group].mean(axis=0) for group in groups])
+    result = np.empty(len(features), dtype=labels.dtype)
+    result[~odd] = labels
+    result[odd] = groups[((features[odd][:, None] - means) ** 2).sum(axis=2).argmin(axis=1)]
+    return result
 
 
 def odd_rows(nearest: Float[NDArray, " row"]) -> Bool[NDArray, " row"]:
