@@ -139,7 +139,7 @@ def told(error: CoterieError) -> str:
     return text
 
 
-def survivors(file: Path, changes: list[tuple[str, Any]], read: Callable[[], object]) -> list[str]:
+def survivors(file: Path, changes: list[tuple[str, Any]], read: Callable[[], object], *, is_refused: bool) -> list[str]:
     """Read a file under every change and return what else happened than reading, or an error that names the file."""
     whole, failures, refused = file.read_bytes(), [], 0
     for what, new in changes:
@@ -157,6 +157,6 @@ def survivors(file: Path, changes: list[tuple[str, Any]], read: Callable[[], obj
             failures.append(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
         finally:
             file.write_bytes(whole)
-    if not refused:
+    if is_refused and not refused:
         failures.append("nothing was refused")
     return failures

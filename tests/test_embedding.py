@@ -372,7 +372,7 @@ def brings_code(folder: Path) -> None:
         (lambda folder: (folder / "config.json").unlink(), r"cannot be loaded: "),
         (lambda folder: (folder / "tokenizer.json").unlink(), r"cannot be loaded: "),
         (lambda folder: (folder / "modules.json").write_text("[3]"), r"cannot be loaded: "),
-        (lambda folder: (folder / "modules.json").write_text("{"), r"cannot be loaded: "),
+        (lambda folder: (folder / "modules.json").write_text("{"), r"modules.json is not readable JSON"),
     ],
 )
 def test_a_folder_that_is_no_encoder_for_us_is_told_in_one_line(folder, backbone, spoil, message):

@@ -1,23 +1,47 @@
 """Whatever a stranger changed in a record: it is read, or refused in one line that names the file."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
+from coterie.artifacts import RunFolder
+from coterie.backbone.loading import local_weights
+from coterie.evaluation.clusters import cluster_records
+from coterie.evaluation.compare import strange_sources
 from coterie.experts.bank import load_adapter
+from coterie.experts.bank_folder import open_bank
+from coterie.experts.expert_pool import read_pool
+from coterie.experts.reply_cache import ReplyCache
 from coterie.experts.training import load_checkpoint
+from coterie.features.embedding import SentenceEncoder
+from coterie.methods.add_adapters import bank_add
+from coterie.methods.extras import load_extra, read_losses
+from coterie.methods.kshot.run import task_records
+from coterie.methods.symbolic.fit import is_symbolic, load_symbolic
+from coterie.methods.symbolic.profile import read_profile
 from coterie.mixture import Mixture
-from hostile import file_changes, sample, survivors, tensor_changes
+from coterie.records.files import read_evaluation
+from coterie.report import write_report
+from hostile import ACTING, file_changes, json_changes, sample, survivors, tensor_changes
+from report_pages import save
+from test_embedding import make_bert, make_tokenizer
+from test_report_kshot import full as full_task
+from test_report_pictures import full as full_evaluation
 
-FEW = 60
+FEW = 40
 
 
-def check(file: Path, read, count: int = FEW) -> None:
+def check(file: Path, read, count: int = FEW, *, is_refused: bool = True) -> None:
     tensors = file.suffix == ".safetensors"
     changes = sample([*tensor_changes(file)], count, file.name) if tensors else file_changes(file, count)
-    failures = survivors(file, changes, read)
+    failures = survivors(file, changes, read, is_refused=is_refused)
     assert not failures, f"{len(failures)} of {len(changes)} changes of {file.name}:\n" + "\n".join(failures[:40])
+
+
+# ---------------------------------------------------------------------------------------------------------- a mixture
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +74,126 @@ def test_a_checkpoint(folder, backbone, name):
 def test_a_routers_tensors(folder, opened):
     for file in sorted((folder / "router").iterdir()):
         check(file, opened)
+
+
+def test_extras_and_their_tensors(folder, opened):
+    mixture = opened()
+    for extra in sorted((folder / "methods").iterdir()):
+        read = lambda extra=extra: load_extra(mixture, extra.name)  # noqa: E731
+        check(extra / "ingredient.json", read, FEW // 4)
+        for file in extra.glob("router/*.safetensors"):
+            check(file, read, FEW // 4)
+    judged = load_extra(mixture, "judged")
+    for name in ("ingredient.json", "judgement.safetensors"):
+        check(judged.folder / name, lambda: read_losses(judged))
+
+
+def test_training_rows(folder, opened):
+    mixture = opened()
+    check(folder / "clusters.jsonl", lambda: (cluster_records(folder), strange_sources(mixture, [])))
+
+
+def test_the_record_of_a_run(folder, called, run):
+    """As YAML, through the command that repeats it."""
+    file, failures = folder / "run.yaml", []
+    changes = sample([*json_changes(yaml.safe_load(file.read_text()))], 2 * FEW, "run.yaml")
+    for what, text in changes:
+        file.write_text(text)
+        called.clear()
+        try:
+            code, out, err = run("run", file)
+        except Exception as error:  # noqa: BLE001 - that is what is looked for
+            failures.append(f"{what}: {error!r}"[:300])
+            continue
+        lines = err.rstrip("\n").split("\n")
+        is_told = code == 2 and not called and len(lines) == 1 and lines[0].startswith("error: ") and len(err) < 5000
+        if not (is_told or (code == 0 and called)) or set(out + err) & set(ACTING.replace("\n", "")) - set("ab[2J1m"):
+            failures.append(f"{what}: {code} {err}"[:300])
+    assert not failures, f"{len(failures)} of {len(changes)}:\n" + "\n".join(failures[:40])
+
+
+# ------------------------------------------------------------------------------------------------- banks, evaluations
+
+
+@pytest.fixture(scope="module")
+def bank(folder, model_folder, train_file, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("shelf") / "bank"
+    own = {"model": str(model_folder), "trained_on": [f"base={train_file}"], "device": "cpu"}
+    assert bank_add(target, [folder / "experts" / "base", folder / "experts" / "cluster-0"], **own)[0].card
+    return target
+
+
+@pytest.mark.parametrize("name", ["bank.json", "experts/base/card.json", "experts/base/questions.json"])
+def test_a_bank(bank, name):
+    def read() -> None:
+        found = open_bank(bank)
+        assert set(str(found)) & set(ACTING) <= set("ab[2J1m\n")
+        found.trained_on("base")
+
+    check(bank / name, read)
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "rows.jsonl"])
+def test_an_evaluation_and_its_page(name, tmp_path):
+    target = save(tmp_path / "eval", *full_evaluation())
+    check(target / name, lambda: read_evaluation(target), 4 * FEW)
+    check(target / name, lambda: write_report(target), FEW // 4)
+
+
+@pytest.mark.parametrize("name", ["selection/selection.json", "gathered/gather.json", "gates.json"])
+def test_how_a_tasks_mixture_came_about(name, tmp_path):
+    evaluation, _ = full_task()
+    for part, file in (("selection", "selection/selection"), ("gathering", "gathered/gather"), ("gates", "gates")):
+        path = tmp_path / f"{file}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(evaluation[part]))
+    check(tmp_path / name, lambda: task_records(tmp_path))
+
+
+# --------------------------------------------------------------------------------------------------- recruited experts
+
+
+def test_a_pool_its_profile_and_what_was_fitted_on_them(fitted):
+    pool, target = fitted.pool, fitted.folder / "run"
+    check(pool / "pool.json", lambda: read_pool(pool))
+    for name in ("profile.json", "validation.jsonl"):
+        check(pool / "profile" / name, lambda: str(read_profile(pool / "profile")))
+    check(target / "mixture.json", lambda: is_symbolic(target) and load_symbolic(target), 2 * FEW)
+    check(pool / "replies.jsonl", lambda: ReplyCache(pool / "replies.jsonl"), is_refused=False)
+
+
+# -------------------------------------------------------------------------------------------------------- one's own
+
+
+def test_hashes_of_weights(model_folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("COTERIE_CACHE", str(tmp_path))
+    right = local_weights(str(model_folder))
+    file = tmp_path / "weight-hashes.json"
+    whole = file.read_bytes()
+    for what, text in file_changes(file, FEW):
+        file.write_bytes(text)
+        found = local_weights(str(model_folder))
+        assert isinstance(found, str), what
+    file.write_bytes(whole)
+    assert local_weights(str(model_folder)) == right
+
+
+def test_what_a_run_keeps_for_another_try(tmp_path):
+    kept = RunFolder(tmp_path)
+    kept.cached("scores", lambda: [1, 2])
+    check(tmp_path / "working" / "scores.json", lambda: kept.cached("scores", lambda: [1, 2]))
+
+
+@pytest.mark.parametrize("name", ["modules.json", "1_Pooling/config.json", "sentence_bert_config.json"])
+def test_an_encoder(name, tmp_path):
+    make_bert().save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    texts = {
+        "modules.json": [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}],
+        "1_Pooling/config.json": {"word_embedding_dimension": 16, "pooling_mode_mean_tokens": True},
+        "sentence_bert_config.json": {"max_seq_length": 16},
+    }
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(texts[name]))
+    check(file, lambda: SentenceEncoder(tmp_path)(["a"]), FEW // 2)

@@ -290,7 +290,7 @@ def test_a_question_too_long_or_broken_fails_alone(local, mixture):
 def test_an_adapter_for_another_model_fails_alone(model_folder, run_folder, tmp_path):
     folder = tmp_path / "odd"
     folder.mkdir()
-    (folder / "adapter_config.json").write_text('{"r": 1}')
+    (folder / "adapter_config.json").write_text('{"r": 1, "lora_alpha": 1}')
     experts = {"good": LocalExpert(run_folder / "experts" / "base"), "odd": LocalExpert(folder)}
     placement = PlacementSettings(device="cpu")
     answerer = load_local(str(model_folder), experts, placement, 8)

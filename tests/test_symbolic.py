@@ -355,7 +355,7 @@ def test_a_broken_run_is_refused(fitted, change):
     [
         {"scores": {}},
         {"replies": {"nobody": {}}},
-        {"replies": {"maths": {"text": "x"}}},
+        {"replies": {"maths": {"text": 3}}},
         {"skills": "x"},
         {"scores": 3},
     ],
@@ -364,7 +364,7 @@ def test_broken_validation_records_are_refused(fitted, change):
     path = fitted.folder / "run" / "validation.jsonl"
     first, *others = lines(path)
     write_rows(path, [{**first, **change}, *others])
-    with pytest.raises(CoterieError, match="validation.jsonl does not fit"):
+    with pytest.raises(CoterieError, match="validation.jsonl(, line 1, '| does not fit)"):
         load_symbolic(fitted.folder / "run")
 
 

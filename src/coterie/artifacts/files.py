@@ -104,10 +104,14 @@ def as_path(text: str | Path, advice: str = "write the whole path") -> Path:
     """Return a path in which ~ stands for a home folder.
 
     Raises:
-        CoterieError: when that is nobody's home.
+        CoterieError: when that is nobody's home, or no file can have such a name.
     """
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
+        path.exists()
+        return path
+    except OSError as error:
+        raise CoterieError(f"{str(text)!r} cannot be a file or folder here ({error.strerror}); {advice}") from error
     except RuntimeError as error:
         raise CoterieError(f"nobody knows the home folder in {str(text)!r}; {advice}") from error
 

@@ -30,6 +30,7 @@ from coterie.errors import CoterieError
 from coterie.settings.old_spellings import current_command, current_names, is_old
 from coterie.settings.reading import Settings, flat_values
 
+MAX_KEPT = 2**32  # bytes
 RECORDED_PACKAGES = ("coterie", "torch", "transformers", "peft", "scikit-learn", "numpy")
 
 ADDED_LATER = ("report.html", "methods", "working")
@@ -88,7 +89,10 @@ class RunFolder:
         file = self.path / "working" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}.json"
         if not file.exists():
             write_json(file, {"value": make()})
-        return read_json(file)["value"]
+        kept = read_json(file, MAX_KEPT)
+        if "value" not in kept:
+            raise CoterieError(f"{file} lacks its 'value'; delete the file, it is made again")
+        return kept["value"]
 
 
 @contextmanager

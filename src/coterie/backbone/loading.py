@@ -155,7 +155,7 @@ def _hash_files(files: Sequence[Path]) -> str:
     key = json.dumps([[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
     known: dict[str, str] = {}
     with suppress(CoterieError):
-        known = read_json(known_path)
+        known = {name: found for name, found in read_json(known_path).items() if isinstance(found, str)}
     if key not in known:
         known[key] = sha256_of(*files)
         with suppress(CoterieError, OSError):  # without a writable cache the hash is computed again next time

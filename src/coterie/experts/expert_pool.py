@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from coterie.artifacts import FORMAT, as_path, hash_text, read_json, write_json
 from coterie.backbone.loading import local_weights
-from coterie.errors import CoterieError, unknown_name
+from coterie.errors import CoterieError, naming, unknown_name
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE, check_names
 from coterie.experts.cards import hash_adapter
 from coterie.experts.endpoints import check_address
@@ -186,7 +186,8 @@ def _from_record(name: str, entry: object, place: str) -> PoolExpert:
         expert = TypeAdapter(PoolExpert).validate_python(vars(PoolExpert(name, **entry)))
     except (TypeError, ValidationError) as error:
         raise CoterieError(f"{place}: the entry of the expert {name!r} is broken; make the pool again") from error
-    return _checked(expert)
+    with naming(place):
+        return _checked(expert)
 
 
 def _checked(expert: PoolExpert) -> PoolExpert:

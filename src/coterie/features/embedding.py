@@ -5,24 +5,25 @@ in the place of gradients, for clustering and for routing. Token-level routing (
 the text so far with the mean of every data set's.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
-from coterie.artifacts import as_path, hub_folder, read_json
+from coterie.artifacts import as_path, hub_folder, parse_json, read_json, read_text
 from coterie.backbone.aliases import ENCODER_ALIASES, fetch_alias
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow, by_length, pad
 from coterie.errors import CoterieError, first_line, unknown_name
+from coterie.records.schema import Record, read
 
 BATCH_ROWS = 32
 HIDDEN = "hidden"
@@ -50,6 +51,12 @@ class Encoder(Protocol):
     def rows(self, rows: Sequence[TokenRow]) -> Float[Tensor, "row dimension"]:
         """Embed what the user wrote in prompts that the base model's tokenizer has cut into tokens."""
         ...
+
+
+class _Limits(Record):
+    """What `sentence_bert_config.json` says."""
+
+    max_seq_length: Annotated[int, Field(strict=True, ge=1)] | None = None
 
 
 class SentenceEncoder:
@@ -88,7 +95,7 @@ class SentenceEncoder:
             own: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, truncation_side=side)
             asked = folder / "sentence_bert_config.json"
             limits = [
-                read_json(asked).get("max_seq_length") if asked.exists() else None,
+                read(_Limits, asked, "get the encoder again").max_seq_length if asked.exists() else None,
                 own.model_max_length,
                 getattr(self._model.config, "max_position_embeddings", None),  # RoBERTa's alone is two too many
             ]
@@ -240,7 +247,7 @@ def _batches(rows: Sequence[TokenRow]) -> Iterator[list[int]]:
 def _check_modules(folder: Path) -> None:
     """Refuse a folder whose embedding is more than pooled hidden states."""
     path = folder / "modules.json"
-    modules = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    modules = parse_json(read_text(path), str(path)) if path.exists() else []
     kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
     unknown = [kind for kind in kinds if kind not in UNDERSTOOD_MODULES]
     if unknown:

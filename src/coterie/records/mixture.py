@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field, StrictBool, StrictStr
+from pydantic import Field, StrictBool, StrictStr, model_validator
 
 from coterie.artifacts import FORMAT
 from coterie.records.schema import Amounts, Facts, FolderNames, Names, Position, Record, Weight
@@ -53,6 +53,12 @@ class RouterRecord(Record, extra="allow"):
     features: Facts = {}
     seed: Seed = 0
     sharpness: Weight = 0.0
+
+    @model_validator(mode="after")
+    def _check_experts(self) -> "RouterRecord":
+        if isinstance(self.experts, dict) != (self.kind == "source") and "experts" in self.model_fields_set:
+            raise ValueError("'experts' should be names, or of a router by source an object of names")
+        return self
 
 
 class CombinerRecord(Record):

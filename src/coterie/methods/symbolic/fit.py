@@ -21,7 +21,7 @@ from coterie.artifacts import (
 )
 from coterie.combiners.aggregate import MAJORITY, VOTES, WEIGHTED
 from coterie.data.examples import Example
-from coterie.errors import CoterieError, unknown_name
+from coterie.errors import CoterieError, naming, unknown_name
 from coterie.experts.expert_pool import POOL_FILE, Pool, pool_from, read_pool
 from coterie.features.skills import load_embed, nearest_skills
 from coterie.methods.symbolic.aggregator import best_aggregators, judge_aggregators, make_up
@@ -228,7 +228,8 @@ def load_symbolic(folder: str | Path) -> Symbolic:
         router = {name: value for name, value in record["router"].items() if name != "kind"}
         judged = None if combiner["judged"] is None else profile_from(combiner["judged"], str(path))
         aggregator, per = str(combiner["aggregator"]), str(combiner["for"])
-        recruiting = checked(RecruitSettings, router)
+        with naming(path):
+            recruiting = checked(RecruitSettings, router)
     except (KeyError, TypeError, AttributeError) as error:
         raise CoterieError(f"{path} is broken ({error}); fit again") from error
     named = {aggregator, *(() if judged is None else judged.experts)} - {*VOTES, *pool.names}
