@@ -9,6 +9,7 @@ import yaml
 
 from coterie.artifacts import RunFolder
 from coterie.backbone.loading import local_weights
+from coterie.errors import CoterieError
 from coterie.evaluation.clusters import cluster_records
 from coterie.evaluation.compare import strange_sources
 from coterie.experts.bank import load_adapter
@@ -58,6 +59,16 @@ def opened(folder, backbone, monkeypatch):
 
 def test_a_mixture(folder, opened):
     check(folder / "mixture.json", opened)
+
+
+def test_a_base_model_that_is_used_otherwise_is_not_the_mixtures_own(folder, opened):
+    file = folder / "mixture.json"
+    whole = file.read_text()
+    record = json.loads(whole)
+    file.write_text(json.dumps(record | {"base_model": record["base_model"] | {"config_sha256": "0" * 64}}))
+    with pytest.raises(CoterieError, match="was trained on"):
+        opened()
+    file.write_text(whole)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])

@@ -15,7 +15,7 @@ from coterie.artifacts import sha256_of
 from coterie.backbone import model as backbone_model
 from coterie.backbone import probe
 from coterie.backbone.cache import make_cache, select_rows
-from coterie.backbone.loading import check_identity, identity_from, load_backbone
+from coterie.backbone.loading import check_identity, load_backbone
 from coterie.backbone.model import Backbone, BaseModelIdentity, float32_product
 from coterie.data.batching import pad
 from coterie.errors import CoterieError
@@ -102,11 +102,11 @@ def test_a_model_is_the_weights_that_are_loaded_and_what_its_configuration_says_
 def test_identities_that_were_written_before_still_fit(folder, backbone):
     before = {key: value for key, value in asdict(backbone.identity).items() if key != "config_sha256"}
     rewrite(folder / "config.json", rms_norm_eps=1e-3)
-    check_identity(identity_from(before), load(folder).identity, "runs/x was trained on")
+    check_identity(BaseModelIdentity(**before), load(folder).identity, "runs/x was trained on")
     other = folder / "consolidated.safetensors"  # was hashed too, though nothing of it is loaded
     shutil.copy(folder / "model.safetensors", other)
     before["sha256"] = sha256_of(other, folder / "model.safetensors")
-    check_identity(identity_from(before), load(folder).identity, "runs/x was trained on")
+    check_identity(BaseModelIdentity(**before), load(folder).identity, "runs/x was trained on")
     with pytest.raises(CoterieError, match="but the base model loaded is"):
         check_identity(replace(backbone.identity, sha256="0" * 64), load(folder).identity, "runs/x was trained on")
 

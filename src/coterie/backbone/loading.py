@@ -199,20 +199,6 @@ def cache_numbers(config: PreTrainedConfig) -> int:
     return 2 * text.num_hidden_layers * heads * width
 
 
-def identity_from(record: dict[str, Any]) -> BaseModelIdentity:
-    """Read the identity that a mixture was made with.
-
-    Raises:
-        CoterieError: when a field is missing.
-    """
-    try:
-        return BaseModelIdentity(record["id"], record["revision"], record["sha256"], record.get("config_sha256"))
-    except (KeyError, TypeError) as error:
-        raise CoterieError(
-            f"mixture.json names its base model as {record!r}, without id, revision and sha256"
-        ) from error
-
-
 def check_identity(wanted: BaseModelIdentity, found: BaseModelIdentity, relation: str) -> None:
     """Refuse a base model that computes otherwise than the wanted one; `relation` as in "FOLDER was trained on".
 

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from coterie.artifacts import FORMAT
-from coterie.backbone.loading import BaseModelIdentity, identity_from
+from coterie.backbone.loading import BaseModelIdentity
 from coterie.data.examples import Example
 from coterie.data.streaming import KEY_BYTES, question_of, text_key
 from coterie.errors import CoterieError, unknown_name
 from coterie.experts.cards import Card, printable, read_card, read_small_json, short
+from coterie.records.mixture import BaseModelRecord
+from coterie.records.schema import parse
 from coterie.records.wording import columns
 
 logger = logging.getLogger(__name__)
@@ -118,11 +120,8 @@ def read_base(folder: Path) -> BaseModelIdentity:
     record = read_small_json(file)
     if record.get("format") != FORMAT:
         raise CoterieError(f"{file} has format {record.get('format')!r}, not {FORMAT}; upgrade coterie")
-    base = record.get("base_model")
-    kinds = {"id": str, "revision": str | None, "sha256": str}
-    if not isinstance(base, dict) or not all(name in base and isinstance(base[name], kinds[name]) for name in kinds):
-        raise CoterieError(f"{file} names no base model with id, revision and sha256; get the bank again")
-    return identity_from(base)
+    base = parse(BaseModelRecord, record.get("base_model"), f"{file}, 'base_model'", "get the bank again")
+    return BaseModelIdentity(**dict(base))
 
 
 def list_names(folder: Path) -> list[str]:

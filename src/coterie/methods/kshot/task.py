@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from coterie.backbone.loading import Backbone, check_identity, identity_from, load_backbone
+from coterie.backbone.loading import Backbone, BaseModelIdentity, check_identity, load_backbone
 from coterie.data.batching import PromptFormat
 from coterie.data.examples import Example, load_all
 from coterie.experts.bank_folder import BankFolder, open_bank
@@ -51,7 +51,7 @@ def open_task(
     excluded = load_questions(settings.adapters.exclude, reading=settings.reading)
     examples = load_all(settings.shots, settings.limit, settings.reading)
     opened = open_bank(Path(bank))
-    wanted = identity_from(opened.base_model)
+    wanted = BaseModelIdentity(**opened.base_model)
     if backbone is None:
         placement = settings.placement.model_dump()
         backbone = load_backbone(ModelSettings(model=wanted.id, revision=wanted.revision, **placement))
