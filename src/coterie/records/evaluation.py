@@ -166,6 +166,30 @@ class ReplyRecord(Record):
     error: StrictStr | None = None
 
 
+class Said(Record):
+    """A message of a conversation."""
+
+    role: StrictStr
+    content: StrictStr
+
+
+class ValidationRow(Record):
+    """A validation question: the skills that it needs, every expert's reply, and its score.
+
+    A score is 1 for right, -1 for wrong, or between; None where the expert gave no answer.
+    """
+
+    id: StrictStr | None = None
+    source: StrictStr | None = None
+    category: StrictStr | None = None
+    messages: tuple[Said, ...]
+    answer: StrictStr | None = None
+    answers: Texts | None = None
+    skills: Texts
+    scores: dict[StrictStr, Annotated[Position, Field(ge=-1, le=1)] | None]
+    replies: dict[StrictStr, ReplyRecord]
+
+
 class VoteRecord(Record):
     """What was read in an expert's answer, and what it weighs."""
 

@@ -4,27 +4,24 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from pydantic import ValidationError
 from torch import Tensor
 
 from coterie.artifacts import (
     FORMAT,
     check_output,
     hash_json,
-    read_jsonl,
     run_folder,
     write_json,
     write_jsonl,
 )
 from coterie.data.examples import Example
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, naming
 from coterie.experts.answering import Question, Reply
 from coterie.experts.expert_pool import Pool, read_pool
 from coterie.features.skills import load_embed, merge_synonyms
@@ -33,8 +30,8 @@ from coterie.methods.common import hash_examples, load_questions, origin
 from coterie.methods.symbolic.skills import ask_expert, find_skills, open_scheduler, skill_list
 from coterie.mixture.local_answers import LocalAnswerer
 from coterie.mixture.scheduler import ExpertScheduler
-from coterie.records.evaluation import Profile, ReplyRecord
-from coterie.records.schema import read
+from coterie.records.evaluation import Profile, ValidationRow
+from coterie.records.schema import read, read_rows
 from coterie.records.wording import columns
 from coterie.routers.skill import SkillProfile, build_profile, credit_from_likelihood, profile_from
 from coterie.settings.commands import ProfileSettings
@@ -46,7 +43,6 @@ logger = logging.getLogger(__name__)
 PROFILE = "profile"
 REPLIES = "replies.jsonl"
 VALIDATION = "validation.jsonl"
-REPLY_FIELDS = {field.name for field in fields(Reply)}
 MOST_SHOWN = 6  # skills in the table
 
 
@@ -154,29 +150,13 @@ def read_profile(folder: Path) -> Profiled:
         raise CoterieError(f"{path} does not exist; make it with: coterie profile {folder.parent} --data val.jsonl")
     record = read(Profile, path, "type: coterie profile --overwrite")
     profile = profile_from(record.plain(), str(path))
-    rows = read_jsonl(folder / VALIDATION)
-    if not all(_is_row(row, profile.experts) for row in rows):
+    rows = read_rows(ValidationRow, folder / VALIDATION, "type: coterie profile --overwrite")
+    if not all(set(row.scores) == set(profile.experts) >= set(row.replies) for row in rows):
         raise CoterieError(f"{folder / VALIDATION} does not fit {path}; type: coterie profile --overwrite")
-    how = checked(SkillSettings, record.skills_by)
-    return Profiled(profile, how, record.options, record.names, record.score, record.identities, rows)
-
-
-def _is_row(row: object, experts: Sequence[str]) -> bool:
-    """Tell whether a validation question's record, which may come from a stranger, has all that is read of it."""
-    if not isinstance(row, dict) or not {"scores", "replies", "skills", "messages"} <= set(row):
-        return False
-    replies, scores, skills = row["replies"], row["scores"], row["skills"]
-    if not isinstance(replies, dict) or not isinstance(scores, dict) or not isinstance(skills, list):
-        return False
-    numbers = all(value is None or isinstance(value, int | float) for value in scores.values())
-    known = set(scores) == set(experts) >= set(replies) and all(isinstance(skill, str) for skill in skills)
-    return numbers and known and all(map(_is_reply, replies.values()))
-
-
-def _is_reply(value: object) -> bool:
-    with suppress(ValidationError):
-        return set(ReplyRecord.model_validate(value).model_fields_set) == REPLY_FIELDS
-    return False
+    with naming(path):
+        how = checked(SkillSettings, record.skills_by)
+    plain = [row.model_dump(mode="json") for row in rows]
+    return Profiled(profile, how, record.options, record.names, record.score, record.identities, plain)
 
 
 def _usable(examples: Sequence[Example], settings: ProfileSettings) -> list[Example]:
