@@ -461,7 +461,9 @@ def test_a_config_that_cannot_be_read_is_refused_by_name(backbone, plain, conten
         load_adapter(plain, backbone.model)
 
 
-@pytest.mark.parametrize("name", ["../evil", "a/b", "/etc", "..", ".", "", ".hidden", "a/"])
+@pytest.mark.parametrize(
+    "name", ["../evil", "a/b", "/etc", "..", ".", "", ".hidden", "a/", "a\x1b[2J", "a\nb", "a\0b", "x" * 201]
+)
 def test_names_that_are_paths_are_refused(name):
     with pytest.raises(CoterieError, match=re.escape(f"{name!r} cannot be an expert's name")):
         check_names(["fine", name])

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coterie.artifacts.reading import MAX_DEPTH, open_regular, parse_json, parse_yaml, read_lines, read_text
+from coterie.cli.table import echo
 from coterie.errors import LONGEST_ERROR, CoterieError, shown
+from coterie.records.wording import columns
 
 texts = st.text(max_size=8)
 numbers = st.integers(-(2**64), 2**64) | st.floats(allow_nan=False, allow_infinity=False)
@@ -153,3 +155,13 @@ def test_an_error_is_one_line_of_bounded_length_whatever_it_quotes():
     told = str(CoterieError(f"no expert is called {LOOKED_FOR}{'x' * 10_000}; type:\n  coterie --help\n"))
     assert told == shown(told) and len(told.splitlines()) == 1 and len(told) <= 2 * LONGEST_ERROR
     assert told.startswith("no expert is called \\u001b[2J\\u009b31m") and told.endswith("; type: coterie --help")
+
+
+def test_what_others_wrote_is_printed_without_effect(capsys):
+    """Markup is text; what acts on a terminal is escaped, in JSON so that it says the same."""
+    name = "[bold]x[/bold]\x1b[2J\x9b1m\u202e"
+    echo(columns([("name", "n"), (name, "1")], "<>"))
+    echo(json.dumps({"text": name}, ensure_ascii=False))
+    table, line = capsys.readouterr().out.rstrip().rsplit("\n", 1)
+    assert "[bold]x[/bold]\\u001b[2J\\u009b1m\\u202e" in table
+    assert json.loads(line) == {"text": name} and shown(line) == line

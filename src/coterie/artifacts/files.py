@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coterie.artifacts.reading import open_regular
 from coterie.errors import CoterieError, first_line
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def sha256_of(*paths: Path) -> str:
     """Hash the contents of files, in the order given."""
     digest = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()

@@ -10,7 +10,7 @@ import typer
 import coterie
 from coterie.artifacts import as_path, check_file, read_run_record, write_answers
 from coterie.cli.process import TROUBLE, finish
-from coterie.cli.table import COMMANDS, app, command
+from coterie.cli.table import COMMANDS, app, command, echo
 from coterie.errors import CoterieError
 from coterie.records.wording import columns, printable
 from coterie.settings.commands import (
@@ -47,13 +47,13 @@ def list_methods(as_json: AsJson = False) -> None:
     rows = coterie.methods.listed()
     heads = ("on", "method", "combiner", "router", "bank")
     table = columns([heads, *([row[head] for head in heads] for row in rows)], "<<<<<")
-    typer.echo("\n".join(map(json.dumps, rows)) if as_json else table)
+    echo("\n".join(map(json.dumps, rows)) if as_json else table)
 
 
 @command("fit elrea", "coterie fit elrea --model smollm2-135m --data train.jsonl --output runs/elrea")
 def fit_elrea(settings: ElreaSettings) -> None:
     """Fit an ensemble of low-rank expert adapters: base adapter, gradient clusters, one expert each (2502.00089)."""
-    typer.echo(_made(coterie.methods.fit_elrea(settings)))
+    echo(_made(coterie.methods.fit_elrea(settings)))
 
 
 @command(
@@ -62,13 +62,13 @@ def fit_elrea(settings: ElreaSettings) -> None:
 )
 def fit_token_level(settings: TokenLevelSettings) -> None:
     """Train an adapter for each domain and route by the text so far, at every n-th token (2311.10847)."""
-    typer.echo(_made(coterie.methods.fit_token_level(settings)))
+    echo(_made(coterie.methods.fit_token_level(settings)))
 
 
 @command("fit from-adapters", "coterie fit from-adapters --bank bank/ --output runs/shelf")
 def fit_from_adapters(settings: FromAdaptersSettings) -> None:
     """Make a mixture of adapters that exist already, routed by similarity to the texts that each was made for."""
-    typer.echo(_made(coterie.methods.fit_from_adapters(settings)))
+    echo(_made(coterie.methods.fit_from_adapters(settings)))
 
 
 @command(
@@ -77,14 +77,14 @@ def fit_from_adapters(settings: FromAdaptersSettings) -> None:
 )
 def fit_kshot(settings: KshotSettings) -> None:
     """Make a task's mixture from a few examples, a bank of adapters and open data (2408.15915)."""
-    typer.echo(_made(coterie.methods.fit_kshot(settings)))
+    echo(_made(coterie.methods.fit_kshot(settings)))
 
 
 @command("fit symbolic-moe", "coterie fit symbolic-moe --experts experts/ --output runs/sym")
 def fit_symbolic(settings: SymbolicSettings) -> None:
     """Recruit profiled experts by skills, and choose the aggregator of their answers (Chen et al. 2025)."""
     fitted = coterie.methods.fit_symbolic(settings)
-    typer.echo(f"{settings.output}: {len(fitted.pool.names)} experts, {fitted.aggregator} makes one answer of theirs")
+    echo(f"{settings.output}: {len(fitted.pool.names)} experts, {fitted.aggregator} makes one answer of theirs")
 
 
 @command("train-extras", "coterie train-extras runs/elrea --methods mole,lora-ensembles --ensemble-size 4")
@@ -92,7 +92,7 @@ def train_extras(settings: TrainExtrasSettings) -> None:
     """Train what methods need beyond a fitted run, once, into the run's folder; eval then takes it as it is."""
     for name, extra in coterie.methods.train_extras(settings).items():
         count = len(extra.bank)
-        typer.echo(f"{extra.folder}: {name}, {count} expert{'' if count == 1 else 's'}, {extra.seconds} s of training")
+        echo(f"{extra.folder}: {name}, {count} expert{'' if count == 1 else 's'}, {extra.seconds} s of training")
 
 
 @command("route", 'coterie route runs/elrea "What do 5 pens cost?" --json')
@@ -106,12 +106,12 @@ def route(settings: RouteSettings, prompts: Prompts = None, as_json: AsJson = Fa
         weights = routing.row(number)
         similarities = {name: float(values[number]) for name, values in routing.similarities.items()}
         if as_json:
-            typer.echo(json.dumps({"prompt": text, "weights": weights, "similarities": similarities}))
+            echo(json.dumps({"prompt": text, "weights": weights, "similarities": similarities}))
             continue
-        typer.echo(text)
+        echo(text)
         for name, weight in sorted(weights.items(), key=lambda pair: -pair[1]):
             cosine = f"  cosine {similarities[name]:+.3f}" if name in similarities else ""
-            typer.echo(f"  {name:12} {weight:.3f} {'#' * round(40 * weight / (sum(weights.values()) or 1))}{cosine}")
+            echo(f"  {name:12} {weight:.3f} {'#' * round(40 * weight / (sum(weights.values()) or 1))}{cosine}")
 
 
 @command("generate", 'coterie generate runs/elrea "What do 5 pens cost?" --stream')
@@ -140,8 +140,8 @@ def generate(
     if stream:
         for prompt in given:
             for token in mixture.stream(prompt, **options):
-                typer.echo(token.text, nl=False)
-            typer.echo()
+                echo(token.text, nl=False)
+            echo()
         return None
     answers = mixture.generate(given, n=settings.n, batch_size=settings.batch_size, **options)
     records = [answer.record() for answer in answers]
@@ -155,14 +155,14 @@ def generate(
 def plan(settings: PlanSettings, prompts: Prompts = None, as_json: AsJson = False, input: Input = None) -> None:
     """Tell what recruited experts will take to answer: loads, calls, tokens and memory; nothing is loaded."""
     found = coterie.methods.plan_symbolic(settings, _prompts(prompts, input, settings))
-    typer.echo(json.dumps(found.record()) if as_json else str(found))
+    echo(json.dumps(found.record()) if as_json else str(found))
 
 
 @command("eval", "coterie eval runs/elrea --data test.jsonl --output runs/eval --methods base,elrea,uniform-weights")
 def evaluate(settings: EvaluationSettings, as_json: AsJson = False) -> None:
     """Compare methods on held-out rows: exact match and likelihood, with intervals of the difference to a control."""
     result = coterie.evaluate_folder(settings)
-    typer.echo(json.dumps(result.summary) if as_json else str(result))
+    echo(json.dumps(result.summary) if as_json else str(result))
 
 
 @command("report", "coterie report runs/eval")
@@ -171,7 +171,7 @@ def report(
     overwrite: Annotated[bool, typer.Option(help="replace another report.html that is there")] = False,
 ) -> None:
     """Write the report of an evaluation as one HTML file and print its path."""
-    typer.echo(coterie.write_report(evaluation, overwrite=overwrite))
+    echo(coterie.write_report(evaluation, overwrite=overwrite))
 
 
 @command("spread", "coterie spread runs/eval-0 runs/eval-1 runs/eval-2")
@@ -181,7 +181,7 @@ def spread(
 ) -> None:
     """Show how far results vary between mixtures fitted with other seeds and evaluated on the same rows."""
     rows = coterie.read_spread(evaluations)
-    typer.echo("\n".join(map(json.dumps, rows)) if as_json else coterie.format_spread(rows))
+    echo("\n".join(map(json.dumps, rows)) if as_json else coterie.format_spread(rows))
 
 
 @command("bank add", "coterie bank add bank/ maths=./my-lora --model smollm2-135m --trained-on maths=gsm8k.jsonl")
@@ -189,7 +189,7 @@ def add_to_bank(settings: BankAddSettings) -> None:
     """Put adapters into a bank on disk: each is checked, then copied. To remove one, delete FOLDER/experts/NAME."""
     refused = 0
     for adapter in coterie.methods.add_to_bank(settings):
-        typer.echo(str(adapter), err=bool(adapter.refusal))
+        echo(str(adapter), err=bool(adapter.refusal))
         refused += bool(adapter.refusal)
     raise typer.Exit(TROUBLE if refused else 0)
 
@@ -202,7 +202,7 @@ def list_bank(
     """List the adapters of a bank."""
     found = coterie.open_bank(folder)
     for line in [json.dumps(vars(card)) for card in found.cards] if as_json else [found]:
-        typer.echo(line)
+        echo(line)
 
 
 @command("bank verify", "coterie bank verify bank/")
@@ -210,7 +210,7 @@ def verify_bank(settings: BankVerifySettings) -> None:
     """Hash every adapter of a bank again, load it against the base model, and read its card."""
     wrong = 0
     for adapter in coterie.verify_bank(settings.folder, **settings.placement.model_dump()):
-        typer.echo(adapter)
+        echo(adapter)
         wrong += adapter.trouble is not None
     raise typer.Exit(TROUBLE if wrong else 0)
 
@@ -219,14 +219,14 @@ def verify_bank(settings: BankVerifySettings) -> None:
 def select(settings: SelectSettings, as_json: AsJson = False) -> None:
     """Choose adapters of a bank for a task of which a few examples are known (2408.15915)."""
     selected = coterie.methods.select_adapters(settings)
-    typer.echo(json.dumps(selected.record.plain()) if as_json else str(selected))
+    echo(json.dumps(selected.record.plain()) if as_json else str(selected))
 
 
 @command("gather", "coterie gather --shots shots.jsonl --pool dolly.jsonl --budget 1000 --output runs/gather")
 def gather(settings: GatherSettings, as_json: AsJson = False) -> None:
     """Choose rows of open data that are similar to a task's examples and diverse among themselves (2408.15915)."""
     gathered = coterie.methods.gather_rows(settings)
-    typer.echo(json.dumps(gathered.summary) if as_json else str(gathered))
+    echo(json.dumps(gathered.summary) if as_json else str(gathered))
 
 
 @command(
@@ -239,14 +239,14 @@ def init_pool(settings: ExpertPoolSettings) -> None:
     for expert in coterie.init_pool(settings).experts:
         where = expert.model if expert.kind == "model" else f"{expert.source} ({expert.model})"
         lines.append((expert.name, expert.kind, where))
-    typer.echo(columns(lines, "<<<"))
+    echo(columns(lines, "<<<"))
 
 
 @command("profile", "coterie profile experts/ --data val.jsonl")
 def profile(settings: ProfileSettings, as_json: AsJson = False) -> None:
     """Find out what every expert is good at, skill by skill, on validation questions."""
     found = coterie.methods.profile_pool(settings)
-    typer.echo(json.dumps(found.record().plain()) if as_json else str(found))
+    echo(json.dumps(found.record().plain()) if as_json else str(found))
 
 
 @command("run", "coterie run runs/elrea/run.yaml")
@@ -263,7 +263,7 @@ def repeat(
     settings = checked(again.settings, found["settings"])
     if "overwrite" in type(settings).model_fields:
         settings = settings.model_copy(update={"overwrite": overwrite})
-    typer.echo(_announcement(record, settings), err=True)
+    echo(_announcement(record, settings), err=True)
     again.function(settings)
 
 
@@ -287,7 +287,7 @@ def _announcement(record: Path, settings: Settings) -> str:
 def about(version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False) -> None:
     """Train, select, route, combine and serve LoRA experts for language models."""
     if version:
-        typer.echo(coterie.__version__)
+        echo(coterie.__version__)
         raise typer.Exit
 
 
@@ -313,10 +313,10 @@ def _show(
 ) -> None:
     """Print answers, or tell where they were written."""
     if settings.output:
-        typer.echo(f"{settings.output}: {len(records)} answers")
+        echo(f"{settings.output}: {len(records)} answers")
         return
     for record in records:
-        typer.echo(json.dumps(record, ensure_ascii=False) if as_json else record["text"])
+        echo(json.dumps(record, ensure_ascii=False) if as_json else record["text"])
         if show_weights:
             coterie.print_weights(record)
 

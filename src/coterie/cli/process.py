@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-import typer
-
 from coterie.artifacts import is_full
-from coterie.errors import CoterieError
+from coterie.cli.table import echo
+from coterie.errors import CoterieError, shown
 from coterie.settings.old_spellings import current_words
 
 TROUBLE = 2  # something that the user can fix
@@ -40,8 +39,13 @@ def finish(run: Callable[[list[str]], object]) -> None:
             code, trouble = OF_SIGNAL + (received or [signal.SIGINT])[0], STOPPED
         if trouble:
             with suppress(OSError):
-                typer.echo(trouble, err=True)
+                echo(trouble, err=True)
     sys.exit(code)
+
+
+class _Shown(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record), keep="\n\t")
 
 
 @contextmanager
@@ -67,12 +71,14 @@ def _signals_stop() -> Iterator[list[int]]:
 def _outcome(run: Callable[[list[str]], object]) -> tuple[int, str]:
     """Return the exit code, and the line that tells why."""
     try:
-        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_Shown("%(message)s"))
+        logging.basicConfig(level=logging.WARNING, handlers=[handler])
         warnings.filterwarnings("ignore", category=FutureWarning)  # libraries talking to each other, not to the user
         logging.getLogger("coterie").setLevel(logging.INFO)
         for word in sys.argv[1:]:
             word.encode()
-        code = run(current_words(sys.argv[1:], lambda line: typer.echo(line, err=True)))
+        code = run(current_words(sys.argv[1:], lambda line: echo(line, err=True)))
         sys.stdout.flush()
     except KeyboardInterrupt:
         return INTERRUPTED, ""

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar, get_args
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
+from coterie.errors import shown
 from coterie.settings.old_spellings import is_old
 from coterie.settings.reading import Settings, flat_fields, from_flat
 
@@ -77,6 +78,14 @@ class Command:
 
 COMMANDS: dict[str, Command] = {}
 """Every command by its full name, such as "fit elrea": what is typed, and what `coterie run` repeats."""
+
+
+def echo(text: object = "", *, err: bool = False, nl: bool = True) -> None:
+    """Print text, much of which is others': names, answers, records. Nothing in it acts on a terminal.
+
+    What JSON prints keeps its meaning, since it is escaped in JSON's own way.
+    """
+    typer.echo(shown(str(text), keep="\n\t"), err=err, nl=nl)
 
 
 def command(name: str, example: str) -> Callable[[Function], Function]:

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
+from coterie.errors import shown
+
 WIDTH = 100
 
 
@@ -62,6 +64,7 @@ def columns(lines: Sequence[Sequence[str]], sides: str, width: int | None = None
     from rich.table import Table
     from rich.text import Text
 
+    lines = [[shown(cell) for cell in line] for line in lines]
     pairs = zip(sides, zip(*lines, strict=True), strict=True)
     kept = [(side, cells) for side, cells in pairs if len(lines) == 1 or any(cells[1:])]
     widths = [max(map(cell_len, cells)) for _, cells in kept]
