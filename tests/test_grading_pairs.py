@@ -461,7 +461,7 @@ ODD = [
 @pytest.mark.parametrize("piece", ODD, ids=ascii)
 def test_200_000_odd_characters_are_graded_in_little_time(piece):
     text = piece * (200_000 // len(piece))
-    started = time.monotonic()
+    started = time.process_time()
     for one, answer, prompt in (
         (text, "7", ""),
         (f"The answer is {text}", "7", ""),
@@ -469,14 +469,14 @@ def test_200_000_odd_characters_are_graded_in_little_time(piece):
         (text, "B", "Which?\n(A) x\n(B) y"),
     ):
         assert not grade(after_thinking(one), answer, prompt=prompt).correct
-    assert time.monotonic() - started < 4
+    assert time.process_time() - started < 10  # about one second; minutes where time grows with the square
 
 
 @pytest.mark.parametrize("piece", ODD, ids=ascii)
 def test_500_odd_characters_are_compared_in_little_time(piece):
     text = (piece * 500)[: LONGEST_EXPRESSION - 1]
-    started = time.monotonic()
+    started = time.process_time()
     for one in (text, f"5{text}"[:-1], f"{text}!"):
         read(one)
         is_expression(one)
-    assert time.monotonic() - started < 0.5
+    assert time.process_time() - started < 5  # a tenth of a second

@@ -34,7 +34,7 @@ def command_line(words: list[str], folder: Path, cache: str, ready: Event, large
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     os.environ |= {"COTERIE_CACHE": cache, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     for number in (1, 2):
-        os.dup2(os.open(folder / f"std{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(folder / f"std{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
     sys.argv = ["coterie", *words]
     run, ending._outcome = ending._outcome, lambda words: (ready.set(), run(words))[1]  # signals are awaited by then
     cli.main()
@@ -151,7 +151,6 @@ def test_two_processes_on_one_output_are_told_of_each_other(fitted, tmp_path):
     try:
         while not (folder / "run.partial" / "run.yaml").exists():
             time.sleep(0.01)
-        (folder / "second").mkdir()
         second = started([*FITTED, "--epochs", "100000"], folder)
         second.join(60)
         told = (folder / "std2").read_text()
