@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from coterie.artifacts import RunFolder
 from coterie.backbone.loading import local_weights
@@ -85,6 +86,16 @@ def test_a_checkpoint(folder, backbone, name):
 def test_a_routers_tensors(folder, opened):
     for file in sorted((folder / "router").iterdir()):
         check(file, opened)
+
+
+def test_centroids_of_other_dimensions_than_the_features(folder, opened):
+    """All alike, so that only what is compared with them tells that they do not fit."""
+    file = folder / "router" / "centroids.safetensors"
+    whole = file.read_bytes()
+    save_file({name: own[..., :8].contiguous() for name, own in load_file(file).items()}, file)
+    with pytest.raises(CoterieError, match="gives 256 dimensions, but the centroids of the expert .* have 8"):
+        opened()
+    file.write_bytes(whole)
 
 
 def test_extras_and_their_tensors(folder, opened):

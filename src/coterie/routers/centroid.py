@@ -294,9 +294,11 @@ class CentroidRouter(FeatureRouter):
         weighting = STANDARDISED._replace(ddof=int(record.get("ddof", 0)))
         if kind == PERFORMANCE:
             extractor = load_extractor(record, parts)
+            check_dimensions(extractor.name, extractor.dimensions, centroids)
             return cls(kind, extractor, centroids, pool="mean", weighting=weighting, centre=centre)
         if kind != SIMILARITY:
             extractor, base = load_extractor(record, parts), record["base"]
+            check_dimensions(extractor.name, extractor.dimensions, centroids)
             return cls(kind, extractor, centroids, weighting=weighting, base=base, centre=centre)
         null, temperature = record["null"], record["temperature"]
         tail = bool(record.get("tail", True))
