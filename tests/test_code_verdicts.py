@@ -299,6 +299,25 @@ def test_an_answer_that_writes_into_the_conversation_says_only_what_it_returns()
     assert graded(write.format(b'["passed", ""]\n'), "assert f(1) == 2").status == "failed"
 
 
+def test_an_answer_makes_no_object_among_the_tests():
+    """A class whose `__eq__` is `type` is equal to everything, so none is made on the tests' side by calling `type`."""
+    program = """
+import gc, json
+from coterie.grading.wire import Wire
+wire = next(one for one in gc.get_objects() if isinstance(one, Wire))
+def said(message):
+    wire._writer.write(json.dumps(message).encode() + b"\\n"); wire._writer.flush()
+    return json.loads(wire._reader.readline())
+def made(target, *arguments):
+    reply = said({"ask": "call", "of": [target, {"tuple": list(arguments)}, {"dict": []}]})
+    return {"yours": reply["value"]["mine"]}
+def f(x):
+    kind = made({"type": "type"}, "Yes", {"tuple": []}, {"dict": [["__eq__", {"type": "type"}]]})
+    said({"value": made(kind)})
+"""
+    assert graded(program, "assert f(1) == 2").status == "failed"
+
+
 @pytest.mark.parametrize(
     "program",
     table(

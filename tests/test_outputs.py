@@ -80,13 +80,23 @@ def test_only_runs_of_the_same_command_and_empty_folders_are_replaced(make, why,
         spoil(tmp_path / "run", OVERWRITE, f"run {why}.*, so it is not replaced; choose another")
 
 
-def test_a_run_of_before_that_has_no_list_of_its_files_is_replaced_by_its_own_command(tmp_path):
-    run_once(tmp_path / "run", lambda run: write_text(run.path / "part", "x"))
-    record = (tmp_path / "run" / "run.yaml").read_text()
-    old, listed, _ = record.partition("files:\n- part\n- run.yaml\n")
+def test_a_record_that_lists_no_files_lets_nothing_be_replaced(tmp_path, precious):
+    """A copy of an old record may lie in any folder: it does not make a run of what is there."""
+    run_once(tmp_path / "run")
+    record, listed, _ = (tmp_path / "run" / "run.yaml").read_text().partition("files:\n")
     assert listed
-    (tmp_path / "run" / "run.yaml").write_text(old)
-    check_output(tmp_path / "run", OVERWRITE)
+    (precious / "run.yaml").write_text(record)
+    spoil(precious, OVERWRITE, "has a run.yaml that does not list which files the run wrote, so it is not replaced")
+    (precious / "run.yaml").unlink()
+
+
+def test_a_link_that_has_the_name_of_a_folder_set_aside_is_left_alone(tmp_path):
+    run_once(tmp_path / "elsewhere")
+    run_once(tmp_path / "run")
+    aside = tmp_path / ".run.0123456789abcdef.old"
+    aside.symlink_to("elsewhere")
+    run_once(tmp_path / "run", settings=OVERWRITE)
+    assert aside.is_symlink() and everything(tmp_path / "elsewhere") == ["run.yaml"]
 
 
 ADDED = {

@@ -183,7 +183,7 @@ def why_kept(folder: Path, settings: Settings) -> str | None:
 
     It may where the folder is empty, or where the same command has made it and all that is in it.
     """
-    if not folder.is_dir():
+    if not stat.S_ISDIR(mode_of(folder)):
         return "is no folder"
     if os.path.ismount(folder):
         return "is a mount point"
@@ -199,7 +199,9 @@ def why_kept(folder: Path, settings: Settings) -> str | None:
         return "is not a run folder"
     if record["command"] != settings.command:
         return f"was made by coterie {record['command']}, not by coterie {settings.command}"
-    foreign = set(names) - {*record.get("files", names), *ADDED_LATER}
+    if "files" not in record:  # as in records of before; a copy of one may lie in any folder
+        return "has a run.yaml that does not list which files the run wrote"
+    foreign = set(names) - {*record["files"], *ADDED_LATER}
     return f"holds {min(foreign)}, which the run did not write" if foreign else None
 
 

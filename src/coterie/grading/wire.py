@@ -258,6 +258,8 @@ class Wire:
 
     def _perform(self, message: dict[str, Form]) -> dict[str, Form]:
         operation, forms = message["ask"], message["of"]
+        if list(forms[0]) != ["yours"]:  # calling Python's own `type` would make a class here, equal to everything
+            raise PermissionError("operations are open on lent objects only")
         target, *values = map(self.read, forms)
         if not self._may(operation, target, *values):
             raise PermissionError(f"{operation} is not open to the code")
