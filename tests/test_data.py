@@ -241,7 +241,7 @@ BAD_LINES = {
         r"line 2 has the fields q, a; rows have the form messages, ",
     ),
     "no field": ("{}", r"line 2 has the fields \(none\); rows have the form"),
-    "no response": ('{"instruction": "x"}', r"line 2 has no response; rows have the form"),
+    "no response": ('{"instruction": "x"}', r"line 2 has no response among instruction; rows have the form"),
     "null response": ('{"prompt": "x", "completion": null}', r"line 2 has no response"),
     "only a response": ('{"instruction": null, "response": "x"}', r"line 2 has the fields response; rows"),
     "empty prompt": ('{"instruction": " \\n", "response": "x"}', r"line 2 has an empty prompt; fill it in"),

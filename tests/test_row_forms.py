@@ -261,6 +261,31 @@ def test_prompts_are_joined_as_the_mixture_was_fitted_unless_said_otherwise(tmp_
 
 UNKNOWN = [name for names in REFUSED.values() for name in names]
 
+PUBLIC_ROWS = {
+    # data set: (a row that would lose the field in silence, the field)
+    "Natural Instructions": ({"definition": "Translate.", "inputs": "dog", "targets": "chien"}, "definition"),
+    "medical-o1": ({"Question": "Why?", "Complex_CoT": "Hm ...", "Response": "Clouds."}, "complex_cot"),
+    "SciQ": ({"question": "Why?", "support": "Clouds rain.", "correct_answer": "clouds"}, "support"),
+    "WikiTableQuestions": ({"question": "Who?", "table": {"rows": [["Ada"]]}, "answers": ["Ada"]}, "table"),
+    "TAT-QA": ({"question": "Why?", "paragraphs": ["Clouds rain."], "answer": "clouds"}, "paragraphs"),
+    "AQuA": ({"question": "Why?", "rationale": "Clouds rain.", "answer": "clouds"}, "rationale"),
+    "ms-swift": ({"query": "Why?", "response": "Clouds.", "rejected_response": "Sun."}, "rejected_response"),
+}
+
+
+@pytest.mark.parametrize("row, field", PUBLIC_ROWS.values(), ids=PUBLIC_ROWS)
+def test_a_public_row_loses_nothing_in_silence(row, field):
+    with pytest.raises(CoterieError, match=f"has {field}, which would change the prompt or the loss"):
+        load_examples([row], need_response=False)
+
+
+def test_what_a_row_lacks_is_told_beside_what_it_has():
+    with pytest.raises(CoterieError, match="row 1 of the data has no response among query, answer; rows have"):
+        load_examples([{"query": "Why?", "answer": "Clouds."}])
+    for name, value in {"answers": {"text": ["x"]}, "tests": ["x"], "context": ["x"]}.items():
+        with pytest.raises(CoterieError, match=f"{name} must be .* --ignore-fields {name}$"):
+            load_examples([ROW | {name: value}])
+
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_a_field_that_is_not_understood_is_refused_by_name_unless_passed_over(name):

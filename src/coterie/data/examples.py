@@ -159,7 +159,7 @@ def _to_example(row: object, place: str, default_id: str, need_response: bool, r
         labels["answer"] = marked[1] if marked else labels["answer"]
     messages = conversation_of(fields, place, reading)
     if messages[-1].role != "assistant" and need_response:
-        raise CoterieError(f"{place} has no response; rows have the form {FORMS}")
+        raise CoterieError(f"{place} has no response among {', '.join(fields):.300}; rows have the form {FORMS}")
     if not any(message.role == "user" for message in messages):
         raise CoterieError(f"{place} has no user message; rows have the form {FORMS}")
     for message in messages:
@@ -206,14 +206,14 @@ def _check_characters(place: str, *texts: str) -> None:
 
 
 def _answers(row: Mapping[str, Any], place: str) -> tuple[str, ...]:
-    value = row.get("answers")
+    value, mend = row.get("answers"), "; mend it, or pass over it with --ignore-fields answers"
     if value is None:
         return ()
     if not isinstance(value, list):
-        raise CoterieError(f"{place}: answers must be a list of texts, but is a {type(value).__name__}")
+        raise CoterieError(f"{place}: answers must be a list of texts, but is a {type(value).__name__}{mend}")
     for answer in value:
         if not isinstance(answer, str):
-            raise CoterieError(f"{place}: answers must be a list of texts, but holds a {type(answer).__name__}")
+            raise CoterieError(f"{place}: answers must be a list of texts, but holds a {type(answer).__name__}{mend}")
     return tuple(value) or ("",)
 
 
@@ -222,7 +222,10 @@ def _tests(row: Mapping[str, Any], place: str) -> Mapping[str, Any] | None:
     if value is None:
         return None
     if not isinstance(value, dict):
-        raise CoterieError(f"{place}: tests must be an object, but is a {type(value).__name__}")
+        raise CoterieError(
+            f"{place}: tests must be an object, but is a {type(value).__name__}; mend it, or pass over it with "
+            "--ignore-fields tests"
+        )
     try:
         _check_depth(value, MAX_DEPTH)
         _check_characters(place, json.dumps(value, ensure_ascii=False))

@@ -55,7 +55,7 @@ ROW_FORMS = (
 """Where a row fills the fields of two, the first one is read, and the other's text must stand in it too."""
 PASSAGES = ("input", "context", "passage")
 """Fields that join a question by the template of `ReadingSettings`."""
-SYSTEM_PROMPTS = ("system", "system_prompt")
+SYSTEM_PROMPTS = ("system", "system_prompt", "system_message")
 HISTORY = "history"
 """Field of the earlier turns: pairs of a question and its answer."""
 RENDERED = "text"
@@ -69,10 +69,16 @@ REFUSED = {
     "options": ("choices", "options"),
     "weights other than 1": ("weight", "loss_weight", "sample_weight"),
     "another loss": ("loss_mask", "mask", "label", "labels"),
-    "preferences": ("chosen", "rejected", "completions", "kto_tag"),
-    "reasoning apart from the answer": ("reasoning_content", "reasoning", "thinking"),
+    "preferences": ("chosen", "rejected", "rejected_response", "completions", "kto_tag"),
+    "reasoning apart from the answer": tuple(
+        "reasoning_content reasoning thinking think thought rationale chain_of_thought cot complex_cot".split()
+    ),
     "more than text": ("image", "images", "audio", "audios", "video", "videos"),
-    "passages under other names": ("article", "background", "contexts", "document", "documents", "passages", "story"),
+    "passages under other names": tuple(
+        "article background contexts document documents evidence facts hint paragraph paragraphs passages post_text "
+        "pre_text story support table tables".split()
+    ),
+    "instructions beside a question": ("definition", "demonstrations", "preprompt"),
     "the template": ("chat_template", "chat_template_kwargs"),
     "tokens": ("input_ids", "attention_mask"),
 }
@@ -166,7 +172,10 @@ def _first(row: Fields, names: tuple[str, ...]) -> str | None:
 def _text(row: Fields, name: str, place: str) -> str:
     value = row[name]
     if not isinstance(value, str):
-        raise CoterieError(f"{place}: {name} must be a text, but is a {type(value).__name__}")
+        raise CoterieError(
+            f"{place}: {name} must be a text, but is a {type(value).__name__}; write it as one, or pass over it with "
+            f"--ignore-fields {name}"
+        )
     return value
 
 

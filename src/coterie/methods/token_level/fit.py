@@ -82,7 +82,6 @@ def fit_token_level(settings: TokenLevelSettings, given: Mapping[str, list[Examp
     examples = _load_domains(named_values(settings.data, "data"), settings.limit, settings.reading, given or {})
     backbone = load_backbone(settings.model)
     load_encoder(settings.similarity.encoder, backbone)  # one that cannot be had is told before anything is trained
-    load_encoder(settings.similarity.encoder, backbone)  # one that cannot be had is told before anything is trained
     check_fresh_adapter(backbone, settings.lora)
     prompts = PromptFormat(backbone.tokenizer, settings.training.system_prompt, settings.reading.input_template)
     longest = settings.training.max_length
@@ -140,7 +139,6 @@ def fit_from_adapters(settings: FromAdaptersSettings, given: Mapping[str, list[E
     placement = settings.placement.model_dump()
     backbone = load_backbone(ModelSettings(model=model, revision=revision, **placement))
     load_bank(adapters, backbone.model)  # checks them before anything is written
-    load_encoder(settings.similarity.encoder, backbone)
     load_encoder(settings.similarity.encoder, backbone)
     examples = _load_domains(sources, settings.limit, settings.reading, given or {})
     prompts = PromptFormat(backbone.tokenizer, settings.system_prompt, settings.reading.input_template)
