@@ -70,7 +70,7 @@ def evaluate(
     mixture: Mixture,
     examples: Sequence[Example],
     *,
-    methods: Sequence[str] | None = None,
+    methods: str | Sequence[str] | None = None,
     **settings: Any,
 ) -> Evaluation:
     """Compare methods on examples that no part of the mixture was trained on.
@@ -80,8 +80,8 @@ def evaluate(
     Args:
         mixture: a fitted mixture.
         examples: rows with a response, and an answer or tests where exact match can be graded.
-        methods: names of the table of methods, or variants such as `elrea:top_k=2`; by default the mixture's own and
-            its simplest rivals.
+        methods: names of the table of methods, or variants such as `elrea:top_k=2`, in a list or with commas between
+            them; by default the mixture's own and its simplest rivals.
         **settings: other fields of `EvaluationSettings` and its groups by their plain names, such as control="base",
             generate=False, resamples=1000, max_new_tokens=128, encoder="hidden".
 
@@ -89,7 +89,7 @@ def evaluate(
         CoterieError: for an unknown method or setting, or a control that is not among the methods.
     """
     flat = {"mixture": str(mixture.folder), "data": ["(given)"], "output": "(none)"}
-    named = {} if methods is None else {"methods": ",".join(methods)}
+    named = {} if methods is None else {"methods": methods if isinstance(methods, str) else ",".join(methods)}
     return compare(mixture, examples, resolved(from_flat(EvaluationSettings, {**flat, **named, **settings}), mixture))
 
 

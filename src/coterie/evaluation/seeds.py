@@ -48,7 +48,7 @@ class SpreadRow(TypedDict):
     nll_difference: Spread | None
 
 
-def read_spread(folders: Sequence[str | Path]) -> list[SpreadRow]:
+def read_spread(folders: str | Path | Sequence[str | Path]) -> list[SpreadRow]:
     """Read evaluation folders and compare what they measured.
 
     Args:
@@ -57,6 +57,7 @@ def read_spread(folders: Sequence[str | Path]) -> list[SpreadRow]:
     Raises:
         CoterieError: A folder holds no evaluation or is given twice, or `spread` cannot compare them.
     """
+    folders = [folders] if isinstance(folders, str | Path) else folders
     paths = [Path(folder).resolve() for folder in folders]
     for number, path in enumerate(paths):
         if path in paths[:number]:

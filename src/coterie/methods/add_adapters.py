@@ -109,18 +109,19 @@ class _Addition:
     added: set[str] = field(default_factory=set)
 
 
-def bank_add(folder: str | Path, adapters: Sequence[str | Path], **settings: Any) -> list[AddResult]:  # noqa: ANN401
+def bank_add(folder: str | Path, adapters: str | Path | Sequence[str | Path], **settings: Any) -> list[AddResult]:  # noqa: ANN401
     """Put adapters into a bank on disk; each is added or refused on its own.
 
     Args:
         folder: of the bank; made where there is none.
-        adapters: PEFT folders or hub ids, or NAME=FOLDER for another name than the folder's.
+        adapters: PEFT folders or hub ids, one or several, or NAME=FOLDER for another name than the folder's.
         **settings: fields of `BankAddSettings` by their plain names, such as model="smollm2-135m".
 
     Raises:
         CoterieError: for bad settings, and as `add_to_bank`.
     """
-    flat = {"folder": str(folder), "adapters": list(map(str, adapters)), **settings}
+    several = [adapters] if isinstance(adapters, str | Path) else adapters
+    flat = {"folder": str(folder), "adapters": list(map(str, several)), **settings}
     return list(add_to_bank(from_flat(BankAddSettings, flat)))
 
 

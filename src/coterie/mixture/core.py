@@ -1,6 +1,6 @@
 """A mixture is a bank of experts, a router and a combiner on one base model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from coterie.combiners.base import Combiner
 from coterie.combiners.table import check_fit, make_combiner
 from coterie.combiners.texts import majority
 from coterie.data.batching import TokenRow, by_length, check_lengths
-from coterie.data.examples import Example, from_prompt, load_examples
+from coterie.data.examples import Example
 from coterie.engine.decoding import DecodingBatch, ScoredTokens, Token
 from coterie.engine.rerouting import Rerouting
 from coterie.engine.rows import CachedRows
@@ -20,6 +20,7 @@ from coterie.grading.answers import read_answer
 from coterie.grading.grade import after_thinking
 from coterie.mixture.completion import Completion, completion
 from coterie.mixture.folder import StoredMixture
+from coterie.mixture.prompts import Prompt, as_examples
 from coterie.routers.base import Router, Routing
 from coterie.routers.derived import keep_top
 from coterie.routers.fixed import one_hot, uniform
@@ -28,9 +29,6 @@ from coterie.routers.table import load_router
 from coterie.routers.token import TokenLevel
 from coterie.settings.groups import SamplingSettings
 from coterie.settings.reading import from_flat
-
-Prompt = str | Example | Sequence[Mapping[str, str]]
-"""A question, an example (its answer is not looked at), or a conversation as a list of {role, content}."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +52,20 @@ class Mixture(StoredMixture):
         if self.layers is None or self.layers.model is not model or self.layers.adapters is not adapters:
             object.__setattr__(self, "layers", ExpertLayers(model, adapters))
 
-    def tokens(self, prompts: Sequence[Prompt]) -> list[TokenRow]:
-        """Tokenise prompts, without answers.
+    def tokens(self, prompts: Prompt | Sequence[Prompt]) -> list[TokenRow]:
+        """Tokenise one prompt or several, without answers.
 
         Raises:
             CoterieError: when a prompt is empty or too long, or the chat template does not take it.
         """
-        rows = [self.prompts.row(example).prompt() for example in map(as_example, prompts, range(len(prompts)))]
+        rows = [self.prompts.row(example).prompt() for example in as_examples(prompts)]
         check_lengths(rows, self.backbone.positions, [f"prompt {number + 1}" for number in range(len(rows))])
         return rows
 
     # ------------------------------------------------------------------------------------------------ routing
 
-    def route(self, prompts: Sequence[Prompt], top_k_experts: int | None = None) -> Routing:
-        """Weigh the experts for every prompt, in batches.
+    def route(self, prompts: Prompt | Sequence[Prompt], top_k_experts: int | None = None) -> Routing:
+        """Weigh the experts for every prompt, in batches; one prompt alone is a batch of one.
 
         Raises:
             CoterieError: for an empty prompt, or more experts asked for than there are.
@@ -143,7 +141,7 @@ class Mixture(StoredMixture):
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt],
         *,
         n: int = 1,
         batch_size: int = 8,
@@ -158,7 +156,7 @@ class Mixture(StoredMixture):
         `n`: each has a seed of its own, and the first is the answer that `n=1` gives.
 
         Args:
-            prompts: questions.
+            prompts: questions, or one of them.
             n: answers to every prompt, which stand side by side in the result; a prompt is read once for all.
             batch_size: answers decoded together. It does not change them in float32; in half precision, where rounding
                 depends on the shapes of products, a token may differ if two are nearly as likely.
@@ -172,7 +170,8 @@ class Mixture(StoredMixture):
         """
         settings = from_flat(SamplingSettings, sampling)
         draws = self.combiner.draws(settings, n)
-        examples, rows = list(map(as_example, prompts, range(len(prompts)))), self.tokens(prompts)
+        examples = as_examples(prompts)
+        rows = self.tokens(examples)
         mixture = self
         if routing is not None:
             routing = self._followed(routing, len(rows), top_k_experts)
@@ -245,17 +244,22 @@ class Mixture(StoredMixture):
                 result[batch[place]].append(completion(question, own, shares, self.bank.names))
         return result
 
-    def stream(self, prompt: Prompt, *, top_k_experts: int | None = None, **sampling: Any) -> Iterator[Token]:  # noqa: ANN401
+    def stream(
+        self, prompt: Prompt | Sequence[Prompt], *, top_k_experts: int | None = None, **sampling: Any
+    ) -> Iterator[Token]:  # noqa: ANN401
         """Answer one prompt, giving each token with its text as soon as it is certain.
 
         Raises:
-            CoterieError: for an empty prompt, a setting that does not fit, or a combiner that needs finished answers.
+            CoterieError: for an empty prompt or several, a setting that does not fit, or a combiner that needs finished
+                answers.
         """
         if self.combiner.finishes_answers:
             raise CoterieError("combiner 'texts' lets finished answers vote, so it cannot stream; leave --stream out")
+        if len(rows := self.tokens(prompt)) != 1:
+            raise CoterieError(f"a stream answers one prompt, but {len(rows)} are given; use generate for several")
         mixture = self if top_k_experts is None else self.replace(router=keep_top(self.router, top_k_experts))
         settings = from_flat(SamplingSettings, sampling)
-        yield from mixture._decoding(self.tokens([prompt]), None, [settings])[1].run()
+        yield from mixture._decoding(rows, None, [settings])[1].run()
 
     def _decoding(
         self, rows: Sequence[TokenRow], routing: Routing | None, draws: Sequence[SamplingSettings]
@@ -286,16 +290,3 @@ def elected(example: Example, answers: Sequence[Completion], seed: int) -> Compl
         return answers[majority(texts, seed)]
     readings = [read_answer(after_thinking(text), example.instruction) for text in texts]
     return answers[majority([reading or text for reading, text in zip(readings, texts, strict=True)], seed)]
-
-
-def as_example(prompt: Prompt, number: int = 0) -> Example:
-    """Take a prompt in any of its forms.
-
-    Raises:
-        CoterieError: when it is empty.
-    """
-    if isinstance(prompt, Example):
-        return prompt
-    if isinstance(prompt, str):
-        return from_prompt(prompt, number)
-    return load_examples([{"messages": list(prompt)}], need_response=False)[0]

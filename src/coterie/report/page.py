@@ -45,7 +45,7 @@ _FILTERS = (  # of the template, besides `cut`
 )
 
 
-def write_report(evaluation: Path, *, overwrite: bool = False) -> Path:
+def write_report(evaluation: str | Path, *, overwrite: bool = False) -> Path:
     """Write `report.html` into an evaluation's folder, whole or not at all, and return its path.
 
     The page is self-contained (no script, no request), and the same records give the same bytes.
@@ -54,8 +54,9 @@ def write_report(evaluation: Path, *, overwrite: bool = False) -> Path:
         CoterieError: when the records are missing or wrong, the folder cannot be written, or another report.html is
             there and may not be overwritten.
     """
-    path = evaluation / "report.html"
-    page = _template().render(**view(*read_evaluation(evaluation)))
+    folder = Path(evaluation)
+    path = folder / "report.html"
+    page = _template().render(**view(*read_evaluation(folder)))
     is_there = path.is_file() and not path.is_symlink() and path.read_bytes() == page.encode()
     if not is_there and not overwrite and os.path.lexists(path):
         raise CoterieError(f"{path} exists and is another page; move it away, or add --overwrite to replace it")

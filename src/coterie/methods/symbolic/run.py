@@ -13,13 +13,13 @@ from coterie.methods.symbolic.fit import Symbolic, load_symbolic
 from coterie.methods.symbolic.methods import METHOD
 from coterie.methods.symbolic.plan import WorkPlan, plan_work
 from coterie.methods.symbolic.skills import open_scheduler
-from coterie.mixture import Prompt, as_example
+from coterie.mixture import Prompt, as_examples
 from coterie.settings.commands import GenerateSettings
 
 logger = logging.getLogger(__name__)
 
 
-def generate_symbolic(settings: GenerateSettings, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+def generate_symbolic(settings: GenerateSettings, prompts: Prompt | Sequence[Prompt]) -> list[dict[str, Any]]:
     """Answer prompts with recruited experts, and return a plain record of each.
 
     With an output file, replies are kept beside it while the work goes on, so that the same command goes on where it
@@ -27,7 +27,7 @@ def generate_symbolic(settings: GenerateSettings, prompts: Sequence[Prompt]) -> 
 
     Args:
         settings: the fitted run, and how it answers.
-        prompts: questions.
+        prompts: questions, or one of them.
 
     Raises:
         CoterieError: for settings that do not apply, bad prompts, or experts that have changed.
@@ -60,7 +60,7 @@ def generate_symbolic(settings: GenerateSettings, prompts: Sequence[Prompt]) -> 
     return records
 
 
-def plan_symbolic(settings: GenerateSettings, prompts: Sequence[Prompt]) -> WorkPlan:
+def plan_symbolic(settings: GenerateSettings, prompts: Prompt | Sequence[Prompt]) -> WorkPlan:
     """Tell what answering prompts will take, with the settings of `generate_symbolic`; nothing is loaded or asked.
 
     Raises:
@@ -70,7 +70,9 @@ def plan_symbolic(settings: GenerateSettings, prompts: Sequence[Prompt]) -> Work
     return plan_work(fitted, settings, name, examples, replies)
 
 
-def _opened(settings: GenerateSettings, prompts: Sequence[Prompt]) -> tuple[Symbolic, str, list[Example], Path | None]:
+def _opened(
+    settings: GenerateSettings, prompts: Prompt | Sequence[Prompt]
+) -> tuple[Symbolic, str, list[Example], Path | None]:
     """Return the run, the method that answers, the questions, and where replies are kept until all are answered."""
     fitted = load_symbolic(settings.mixture)
     given = [flag for flag, value in settings.routing if value is not None and flag != "method"]
@@ -80,7 +82,6 @@ def _opened(settings: GenerateSettings, prompts: Sequence[Prompt]) -> tuple[Symb
         raise CoterieError(
             f"--{given[0].replace('_', '-')} does not apply to {METHOD}; its experts are set by coterie fit {METHOD}"
         )
-    examples = [as_example(prompt, number) for number, prompt in enumerate(prompts)]
     output = None if settings.output is None else as_path(settings.output)
     replies = None if output is None or is_stream(output) else output.with_name(output.name + ".replies.jsonl")
-    return fitted, settings.routing.method or METHOD, examples, replies
+    return fitted, settings.routing.method or METHOD, as_examples(prompts), replies

@@ -1,0 +1,29 @@
+"""Prompts in the forms in which people have them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from coterie.data.examples import Example, from_prompt, load_examples
+
+Prompt = str | Example | Sequence[Mapping[str, str]]
+"""A question, an example (its answer is not looked at), or a conversation as a list of {role, content}."""
+
+
+def as_examples(prompts: Prompt | Sequence[Prompt]) -> list[Example]:
+    """Take one prompt, or several, in any of the forms.
+
+    Raises:
+        CoterieError: when one is empty.
+    """
+    is_one = isinstance(prompts, str | Example) or (
+        len(prompts) > 0 and all(isinstance(one, Mapping) for one in prompts)  # the turns of one conversation
+    )
+    return list(map(_as_example, [prompts] if is_one else prompts, range(1 if is_one else len(prompts))))
+
+
+def _as_example(prompt: Prompt, number: int) -> Example:
+    if isinstance(prompt, Example):
+        return prompt
+    if isinstance(prompt, str):
+        return from_prompt(prompt, number)
+    return replace(load_examples([{"messages": list(prompt)}], need_response=False)[0], id=str(number))
