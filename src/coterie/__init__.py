@@ -1,6 +1,7 @@
 """Coterie trains, selects, routes, combines and serves LoRA experts for language models.
 
-Importing the package is quick: a name loads its room when it is first used.
+Importing the package is quick: a name loads its room when it is first used. `dir(coterie)` lists the names, and
+`help(coterie.Mixture)` tells of one.
 """
 
 import importlib
@@ -47,3 +48,8 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the name stands fo
     if name not in _HOMES:
         raise AttributeError(f"module 'coterie' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return sorted({*globals(), *__all__})

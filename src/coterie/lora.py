@@ -33,6 +33,10 @@ class LoraPair(NamedTuple):
         """
         return self.up / self.scaling if self.scaling else self.up
 
+    def __repr__(self) -> str:
+        """Return the shapes."""
+        return f"LoraPair(down {tuple(self.down.shape)}, up {tuple(self.up.shape)}, scaling {self.scaling:g})"
+
 
 Adapter = Mapping[str, LoraPair]
 """Module path in the base model -> that layer's update. A layer that is absent is not changed."""

@@ -37,6 +37,12 @@ class Backbone:
     tokenizer: PreTrainedTokenizerBase
     identity: BaseModelIdentity
 
+    def __repr__(self) -> str:
+        """Return what the model is called, how large it is and where it lies."""
+        millions = sum(weight.numel() for weight in self.model.parameters()) / 1e6
+        kind, dtype = type(self.model).__name__, str(self.model.dtype).removeprefix("torch.")
+        return f"Backbone({self.identity.id}: {kind}, {millions:,.1f}M parameters, {dtype}, {self.device})"
+
     @property
     def device(self) -> torch.device:
         """Device of the input embeddings, where token ids go."""

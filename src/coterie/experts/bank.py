@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from coterie.artifacts import read_floats, read_json, tensor_claims, write_json, write_tensors
 from coterie.artifacts.tensors import FLOATS
 from coterie.backbone.layers import NEVER_RUNS, linear_shapes, unchangeable_layers
-from coterie.errors import CoterieError, unknown_name
+from coterie.errors import CoterieError, shortened, unknown_name
 from coterie.lora import Adapter, LoraPair
 from coterie.records.adapter import AdapterConfig
 from coterie.records.schema import is_folder_name, parse
@@ -60,6 +60,10 @@ class ExpertBank:
     def __len__(self) -> int:
         """Count the experts."""
         return len(self.names)
+
+    def __repr__(self) -> str:
+        """Return the experts by name; their tensors would fill screens."""
+        return f"ExpertBank({len(self)} experts: {shortened(', '.join(self.names), 300)})"
 
     def index(self, name: str) -> int:
         """Return an expert's place.

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import fsum
 from typing import Generic
@@ -130,8 +130,8 @@ class MethodGrid:
     """
 
     own: Mixture
-    extras: Mapping[str, Extra]
-    family: Family
+    extras: Mapping[str, Extra] = field(repr=False)
+    family: Family = field(repr=False)
 
     @cached_property
     def mixture(self) -> Mixture:

@@ -1,7 +1,7 @@
 """Answers, with the weights that led to them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from coterie.engine.decoding import Token
@@ -24,11 +24,11 @@ class Completion:
 
     prompt: str
     text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    token_ids: tuple[int, ...] = field(repr=False)
+    logprobs: tuple[float, ...] = field(repr=False)
     finish_reason: str
     weights: Mapping[str, float]
-    trace: Trace | None = None
+    trace: Trace | None = field(default=None, repr=False)
 
     def record(self) -> dict[str, Any]:
         """Return the object that `generate --json` prints."""

@@ -4,6 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+from transformers import PreTrainedTokenizerBase
+
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.prototypes import PROTOTYPES
 from coterie.combiners.base import Combiner
@@ -31,7 +34,7 @@ from coterie.settings.groups import SamplingSettings
 from coterie.settings.reading import from_flat
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Mixture(StoredMixture):
     """A bank, a router and a combiner on one base model.
 
@@ -51,6 +54,22 @@ class Mixture(StoredMixture):
         model, adapters = self.backbone.model, self.bank.adapters
         if self.layers is None or self.layers.model is not model or self.layers.adapters is not adapters:
             object.__setattr__(self, "layers", ExpertLayers(model, adapters))
+
+    def __repr__(self) -> str:
+        """Return what stands in each of the three places."""
+        router, combiner = f"{self.router.kind} ({self.router.grain})", self.combiner.kind
+        lines = [f"router={router}, combiner={combiner}, method={self.method}", f"{self.bank}", f"{self.backbone}"]
+        return "\n  ".join([f"Mixture({self.folder or 'not in a folder'})", *lines])
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's tokenizer."""
+        return self.backbone.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model lies and the mixture computes."""
+        return self.backbone.device
 
     def tokens(self, prompts: Prompt | Sequence[Prompt]) -> list[TokenRow]:
         """Tokenise one prompt or several, without answers.

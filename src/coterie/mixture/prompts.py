@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from coterie.data.examples import Example, from_prompt, load_examples
 
@@ -15,10 +16,9 @@ def as_examples(prompts: Prompt | Sequence[Prompt]) -> list[Example]:
     Raises:
         CoterieError: when one is empty.
     """
-    is_one = isinstance(prompts, str | Example) or (
-        len(prompts) > 0 and all(isinstance(one, Mapping) for one in prompts)  # the turns of one conversation
-    )
-    return list(map(_as_example, [prompts] if is_one else prompts, range(1 if is_one else len(prompts))))
+    is_one = isinstance(prompts, str | Example) or (prompts and all(isinstance(one, Mapping) for one in prompts))
+    several: list[Any] = [prompts] if is_one else list(prompts)  # the turns of a conversation are one prompt
+    return [_as_example(prompt, number) for number, prompt in enumerate(several)]
 
 
 def _as_example(prompt: Prompt, number: int) -> Example:

@@ -19,6 +19,7 @@ from coterie.features.growing_text import FeatureExtractor, GrowingFeatures, Who
 Grain = Literal["prompt", "step", "layer"]
 """How often experts are weighed: once a prompt, again while the answer is written, or at every layer's input."""
 GRAINS: tuple[Grain, ...] = get_args(Grain)  # from coarse to fine
+MOST_SHOWN = 5  # requests, and experts of each, that a routing prints
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +59,14 @@ class Routing:
                 f"request {idle[0] + 1} is routed to nobody: all of its weights are 0; give an expert a weight above 0 "
                 "(one that changes nothing stands for the base model alone)"
             )
+
+    def __repr__(self) -> str:
+        """Return the largest weights of the first requests."""
+        count = len(self.weights)
+        rows = [sorted(self.row(number).items(), key=lambda pair: -pair[1]) for number in range(min(count, MOST_SHOWN))]
+        lines = [", ".join(f"{name} {weight:.3f}" for name, weight in row[:MOST_SHOWN]) for row in rows]
+        more = [f"and {count - MOST_SHOWN} more"] if count > MOST_SHOWN else []
+        return "\n  ".join([f"Routing(requests={count}, experts={len(self.experts)})", *lines, *more])
 
     def normalized(self) -> "Routing":
         """Scale weights to sum 1 over experts."""
