@@ -1,6 +1,7 @@
 """Whatever a stranger changed in a record: it is read, or refused in one line that names the file."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -25,8 +26,12 @@ from coterie.methods.kshot.run import task_records
 from coterie.methods.symbolic.fit import is_symbolic, load_symbolic
 from coterie.methods.symbolic.profile import read_profile
 from coterie.mixture import Mixture
+from coterie.mixture.local_answers import LocalExpert
+from coterie.mixture.memory import needed_bytes
 from coterie.records.files import read_evaluation
 from coterie.report import write_report
+from coterie.report.terminal import weight_lines
+from coterie.settings.groups import PlacementSettings
 from hostile import ACTING, file_changes, json_changes, sample, survivors, tensor_changes
 from report_pages import save
 from test_embedding import make_bert, make_tokenizer
@@ -219,3 +224,23 @@ def test_an_encoder(name, tmp_path):
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(texts[name]))
     check(file, lambda: SentenceEncoder(tmp_path)(["a"]), FEW // 2)
+
+
+def test_a_pipe_in_place_of_weights_is_not_waited_for_when_memory_is_counted(model_folder, run_folder, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(run_folder / "experts" / "base", folder)
+    (folder / "adapter_model.safetensors").unlink()
+    os.mkfifo(folder / "adapter_model.safetensors")
+    (tmp_path / "base").mkdir()
+    os.mkfifo(tmp_path / "base" / "model.safetensors")
+    shutil.copy(model_folder / "config.json", tmp_path / "base")
+    with pytest.raises(CoterieError, match="is not a regular file"):
+        needed_bytes(str(tmp_path / "base"), {"a": LocalExpert()}, PlacementSettings(device="cpu"), 0)
+    with pytest.raises(CoterieError, match="is not a regular file"):
+        needed_bytes(str(model_folder), {"a": LocalExpert(folder)}, PlacementSettings(device="cpu"), 0)
+
+
+def test_weights_along_an_answer_show_others_names_as_text():
+    routing = {"weights": {"ma\x1b[2Jths": 1.0}}
+    (legend, line) = (str(text) for text in weight_lines({"routing": routing}))
+    assert "ma\\u001b[2Jths" in legend and "ma\\u001b[2Jths" in line and "\x1b" not in legend + line

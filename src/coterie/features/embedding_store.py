@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from coterie.artifacts import hash_text, real_folder, sha256_of, write_tensors
+from coterie.artifacts import hash_text, open_regular, real_folder, sha256_of, write_tensors
 from coterie.backbone.aliases import cache_folder
 from coterie.backbone.loading import Backbone, load_backbone
 from coterie.data.streaming import KEY_BYTES, as_keys, text_key
@@ -145,6 +145,7 @@ class StoredRows:
         self._files = sorted(folder.glob("*.safetensors"))
         found = [as_keys(b"")]
         for file in self._files:
+            open_regular(file).close()  # a pipe would be waited for
             with _shard_errors(file), safe_open(file, "pt") as shard:
                 own = shard.get_tensor("keys")
                 shape = shard.get_slice("embeddings").get_shape()

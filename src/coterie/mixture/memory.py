@@ -1,14 +1,16 @@
 """A pool's experts in the groups that they are loaded in, and how much memory each group takes."""
 
+import math
 import os
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from transformers import AutoConfig
 
+from coterie.artifacts import tensor_claims
 from coterie.backbone.loading import cache_numbers, local_path
 from coterie.experts.answering import ExpertGroup
 from coterie.experts.bank import WEIGHTS_FILE
@@ -103,11 +105,8 @@ def _parameters(path: Path) -> dict[str, int]:
     adapter = path / WEIGHTS_FILE
     counts: dict[str, int] = {}
     for file in [adapter] if adapter.is_file() else sorted(path.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - no mapping
-                part = opened.get_slice(name)
-                count = int(torch.Size(part.get_shape()).numel())
-                counts[str(part.get_dtype())] = counts.get(str(part.get_dtype()), 0) + count
+        for claim in tensor_claims(file, max_bytes=sys.maxsize).values():
+            counts[claim.dtype] = counts.get(claim.dtype, 0) + math.prod(claim.shape)
     return counts
 
 

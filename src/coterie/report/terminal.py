@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from coterie.errors import shown
+
 BAR = 40  # cells
 PIECE = 16  # columns of a token's text
 COLOURS = ("blue", "yellow", "green", "magenta", "cyan", "red", "white", "bright_black")
@@ -30,15 +32,15 @@ def weight_lines(answer: Mapping[str, Any]) -> list[Text]:
     pieces = trace["pieces"] if trace else ["(every token)"]
     weights = trace["weights"] if trace else [list(routing["weights"].values())]
     marks = expert_marks(experts)
-    legend = Text("  ").join([Text.assemble((f" {mark} ", style), f" {name}") for name, (mark, style) in marks.items()])
-    lines = [legend]
+    named = (Text.assemble((f" {mark} ", style), f" {shown(name)}") for name, (mark, style) in marks.items())
+    lines = [Text("  ").join(named)]
     for piece, row in zip(pieces, weights, strict=True):
-        shown = repr(piece)[1:-1]
-        line = Text(f"{shown if len(shown) <= PIECE else shown[: PIECE - 1] + '…':{PIECE}} ")
+        text = repr(piece)[1:-1]
+        line = Text(f"{text if len(text) <= PIECE else text[: PIECE - 1] + '…':{PIECE}} ")
         for (mark, style), count in zip(marks.values(), cells(row), strict=True):
             line.append(mark * count, style=style)
         weight, leader = max(zip(row, experts, strict=True), key=lambda pair: pair[0])
-        lines.append(line.append(f" {leader} {weight:.2f}"))
+        lines.append(line.append(f" {shown(leader)} {weight:.2f}"))
     return lines
 
 
