@@ -22,7 +22,6 @@ from coterie.evaluation.compare import run_evaluation
 from coterie.evaluation.shared_scores import SharedRouting, score_methods
 from coterie.methods.elrea.methods import METHODS
 from coterie.mixture import Mixture
-from coterie.mixture.scoring import score
 from coterie.routers.base import Routing
 from coterie.settings.commands import EvaluationSettings
 from coterie.settings.groups import SamplingSettings
@@ -57,7 +56,7 @@ def test_scores_of_the_shared_pass_are_those_of_a_method_alone(grid, scored, nam
     rows, found = scored
     cell = grid.cell(name)
     routing = cell.router.route([row.prompt() for row in rows])
-    alone = score(cell, rows, routing, name)
+    alone = cell.score_rows(rows, routing, name)
     torch.testing.assert_close(found.nll[name], alone.nll[0], rtol=1e-3, atol=1e-4)
     assert torch.equal(found.tokens, alone.tokens)
 
@@ -66,7 +65,7 @@ def test_the_oracle_has_the_smallest_loss_of_the_fitted_experts_in_every_row(gri
     rows, found = scored
     alone = torch.stack(
         [
-            score(cell, rows, cell.router.route(rows), name).nll[0]
+            cell.score_rows(rows, cell.router.route(rows), name).nll[0]
             for name in grid.fitted
             for cell in [single(grid, name)]
         ]

@@ -27,7 +27,7 @@ from coterie.methods.elrea.run import ElreaRun
 from coterie.methods.extras import extra_folder, load_extra, prepare_extras, read_losses
 from coterie.methods.registry import load_grid, make_grid, train_extras
 from coterie.mixture import Mixture
-from coterie.mixture.scoring import score, score_votes
+from coterie.mixture.scoring import score_votes
 from coterie.routers.base import Gates, Routing
 from coterie.routers.fixed import uniform
 from coterie.routers.gate import GateRouter
@@ -118,7 +118,7 @@ def test_votes_of_one_pass_equal_a_pass_each(grid):
     votes = torch.stack([routing.aligned(grid.mixture.bank.names).weights for routing in routings])
     together = score_votes(grid.own.backbone, grid.mixture.layers, grid.mixture.bank.names, rows, votes, "both")
     for number, routing in enumerate(routings):
-        alone = score(grid.mixture, rows, routing, "one")
+        alone = grid.mixture.score_rows(rows, routing, "one")
         torch.testing.assert_close(together.nll[number], alone.nll[0], rtol=1e-4, atol=1e-5)
         assert torch.equal(together.tokens, alone.tokens)
 
@@ -155,7 +155,7 @@ def test_gates_start_as_the_even_mixture_and_learn_to_lower_the_loss(mixture, tw
     weights[:, 1:3] = 0.5
     cell = mixture.replace(router="uniform", combiner="layers")
     routing = Routing(mixture.bank.names, weights)
-    found = score(cell, rows, routing, "even")
+    found = cell.score_rows(rows, routing, "even")
     assert even == pytest.approx(float((found.nll[0] * found.tokens).sum() / found.tokens.sum()), rel=1e-3)
     after = train_gates(mixture.backbone, experts, rows, plan(), tmp_path)
     assert loss_of(mixture, experts, rows, after) < even - 0.05

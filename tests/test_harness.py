@@ -18,7 +18,6 @@ from coterie.backbone.loading import load_backbone
 from coterie.data.batching import TokenRow
 from coterie.errors import CoterieError
 from coterie.evaluation.harness import HarnessModel
-from coterie.mixture.scoring import score
 from coterie.settings.groups import ModelSettings
 
 PAIRS = [("add 3 4 gives", " 7"), ("the word", " is A B"), ("x", "y"), ("add 11 25", " 36 and no more")]
@@ -42,7 +41,7 @@ def naive(mixture, before: list[int], after: list[int]) -> tuple[float, bool]:
         (True,) * (len(before) + len(after)),
     )
     routing = mixture.router.route([row.prompt()])
-    total = -float(score(mixture, [row], routing, "x").nll[0, 0]) * len(after)
+    total = -float(mixture.score_rows([row], routing, "x").nll[0, 0]) * len(after)
     greedy = mixture.complete([row.prompt()], max_new_tokens=len(after))[0].token_ids
     return total, list(greedy) == after
 

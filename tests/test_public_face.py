@@ -2,9 +2,16 @@
 
 import pydoc
 
+import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 import coterie
+from coterie.data.batching import TokenRow
+from coterie.data.examples import Example
+from coterie.data.forms import Message
+from coterie.errors import CoterieError
 from coterie.methods import load_grid
 from coterie.mixture import Completion
 from coterie.records.evaluation import Trace
@@ -45,3 +52,76 @@ def test_every_public_name_is_listed_and_explained():
     assert set(coterie.__all__) <= set(dir(coterie)) and "__version__" in dir(coterie)
     page = pydoc.plain(pydoc.render_doc(coterie))
     assert [name for name in coterie.__all__ if name not in page] == []
+
+
+def test_a_score_is_the_probability_that_the_expert_alone_gives(mixture, run_folder, model_folder):
+    prompts, responses = ["add 3 4", "SPELL ABCD NOW"], ["\\boxed{7}", "a b c d"]
+    found = mixture.replace(router="cluster-0").score(prompts, responses)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, run_folder / "experts" / "cluster-0").eval()
+    for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        row = mixture.prompts.row(Example("0", (Message("user", prompt), Message("assistant", response))))
+        with torch.inference_mode():
+            each = model(torch.tensor([row.ids])).logits[0].log_softmax(dim=-1)
+        places = range(row.prompt_length, len(row.ids))
+        assert found.logprobs[number].item() == pytest.approx(
+            sum(each[place - 1, row.ids[place]].item() for place in places), abs=1e-3
+        )
+        assert found.tokens[number] == len(places)
+
+
+def test_a_greedy_answer_is_as_likely_as_its_tokens_were_also_where_weights_change(mixture):
+    for cell in (mixture, mixture.replace(router="uniform"), mixture.rerouted(2, combiner="layers")):
+        answer = cell.generate("add 3 4", max_new_tokens=12)[0]
+        row = cell.tokens("add 3 4")[0]
+        whole = TokenRow(
+            (*row.ids, *answer.token_ids),
+            len(row.ids),
+            (*row.is_response, *[True] * len(answer.token_ids)),
+            (*row.is_user_text, *[False] * len(answer.token_ids)),
+        )
+        found = cell.score_rows([whole], cell.route("add 3 4"))
+        assert -(found.nll[0, 0] * found.tokens[0]).item() == pytest.approx(sum(answer.logprobs), abs=1e-3)
+        one, two = cell.score("add 3 4", "x y"), cell.score(["add 3 4"] * 2, ["x y", "7"])
+        assert one.logprobs[0].item() == pytest.approx(two.logprobs[0].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "responses", "told"),
+    [
+        (["a", "b"], "c", "2 have 1"),
+        ("a", ["c", "d"], "1 have 2"),
+        (["a", "b"], ["c", " "], "response 2 is empty"),
+        (["a", ""], ["c", "d"], "prompt 2 is empty"),
+    ],
+)
+def test_scores_of_what_does_not_fit_are_refused(mixture, prompts, responses, told):
+    with pytest.raises(CoterieError, match=told):
+        mixture.score(prompts, responses)
+    with pytest.raises(CoterieError, match="scores none"):
+        mixture.replace(combiner="texts").score("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("call", "meant"),
+    [
+        (lambda mixture, folder: mixture.generate("a", max_new_token=3), "max_new_tokens"),
+        (lambda mixture, folder: mixture.generate("a", batchsize=3), "batch_size"),
+        (lambda mixture, folder: list(mixture.stream("a", temprature=1)), "temperature"),
+        (lambda mixture, folder: mixture.complete(mixture.tokens("a"), batchsize=3), "batch_size"),
+        (lambda mixture, folder: coterie.Mixture.from_pretrained(folder, devise="cpu"), "device"),
+        (lambda mixture, folder: list(coterie.verify_bank(folder, dtyp="float32")), "dtype"),
+        (lambda mixture, folder: coterie.evaluate(mixture, [], resample=100), "resamples"),
+        (lambda mixture, folder: coterie.methods.elrea("m", "d", output=folder / "x", cluster=3), "clusters"),
+        (lambda mixture, folder: coterie.methods.token_level("m", {}, output=folder / "x", ranks=3), "rank"),
+        (lambda mixture, folder: coterie.methods.kshot("b", "s", output=folder / "x", pools=3), "pool"),
+        (lambda mixture, folder: coterie.methods.symbolic("p", output=folder / "x", recruit=3), "recruits"),
+        (lambda mixture, folder: coterie.methods.from_adapters("b", output=folder / "x", windows=3), "window"),
+        (lambda mixture, folder: coterie.bank_add(folder / "b", "a", modle="m"), "model"),
+        (lambda mixture, folder: coterie.select("b", "s", output=folder / "x", keeps=3), "keep"),
+        (lambda mixture, folder: coterie.gather("s", "p", output=folder / "x", budgets=3), "budget"),
+    ],
+)
+def test_an_unknown_keyword_is_told_with_the_one_that_was_meant(mixture, tmp_path, call, meant):
+    with pytest.raises(CoterieError, match=f"Did you mean '{meant}'"):
+        call(mixture, tmp_path)

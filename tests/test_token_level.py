@@ -18,7 +18,6 @@ from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank
 from coterie.features.embedding import HiddenStateEncoder, with_answers
 from coterie.features.growing_text import AveragedStates, FeatureExtractor, WholeTexts
-from coterie.mixture.scoring import score
 from coterie.routers.base import Router, RouterParts, Routing
 from coterie.routers.centroid import (
     CentroidRouter,
@@ -288,12 +287,12 @@ def test_given_answers_are_scored_as_if_they_had_been_written(mixture, router, e
 def test_the_likelihood_of_references_follows_the_weights(mixture, by_letters):
     rows = [mixture.prompts.row(example) for example in QUESTIONS]
     cell = layers(mixture, by_letters, every=2)
-    found = score(cell, rows, cell.router.route([r.prompt() for r in rows]), "test")
+    found = cell.score_rows(rows, cell.router.route([r.prompt() for r in rows]), "test")
     prompt_only = mixture.replace(router=by_letters, combiner="layers")
-    other = score(prompt_only, rows, prompt_only.router.route([r.prompt() for r in rows]), "test")
+    other = prompt_only.score_rows(rows, prompt_only.router.route([r.prompt() for r in rows]), "test")
     assert found.tokens.tolist() == other.tokens.tolist()
     assert not torch.allclose(found.nll, other.nll, atol=1e-4)
-    alone = score(cell, rows[:1], cell.router.route([rows[0].prompt()]), "test")
+    alone = cell.score_rows(rows[:1], cell.router.route([rows[0].prompt()]), "test")
     close(found.nll[0, 0], alone.nll[0, 0])
 
 

@@ -24,7 +24,6 @@ from coterie.methods.registry import family_of, make_grid
 from coterie.methods.token_level import fit as domains
 from coterie.methods.token_level.methods import domain_sources
 from coterie.mixture import Mixture
-from coterie.mixture.scoring import score
 from coterie.settings.commands import EvaluationSettings, FromAdaptersSettings, TokenLevelSettings
 from coterie.settings.groups import ExtrasSettings, ModelSettings
 from coterie.settings.reading import from_flat
@@ -177,7 +176,7 @@ def test_centroids_by_performance_count_a_text_for_whoever_predicts_it_best(adap
     nll = []
     for name in DOMAINS:
         cell = built.replace(router=name, combiner="logits")
-        nll.append(score(cell, rows, cell.router.route(rows), name).nll[0])
+        nll.append(cell.score_rows(rows, cell.router.route(rows), name).nll[0])
     best = torch.stack(nll).argmin(dim=0).tolist()
     features = torch.cat(list(embeddings(built, files).values())) - router.centre
     unit = torch.nn.functional.normalize(features, dim=-1)

@@ -133,13 +133,23 @@ def write_jsonl(path: Path, rows: Iterator[Mapping[str, Any]] | list[dict[str, A
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
+def may_be_on_hub(name: str) -> bool:
+    """Say whether a name may be a hub id, OWNER/NAME; where a folder OWNER is here, it is a path that is not there.
+
+    The hub, or its absence, would tell the same after half a minute of trying.
+    """
+    path = Path(name)
+    is_path = name.startswith((".", "/", "~")) or path.suffix in (".gguf", ".safetensors") or path.parent.is_dir()
+    return name.count("/") == 1 and not is_path
+
+
 def hub_folder(source: str, patterns: list[str], advice: str) -> Path:
     """Download a repository of the hub and return its folder: files that match the patterns, and no others.
 
     Raises:
         CoterieError: with the advice when the source is no hub id, OWNER/NAME; or when it cannot be had.
     """
-    if source.count("/") != 1 or source.startswith((".", "/", "~")) or Path(source).parent.is_dir():
+    if not may_be_on_hub(source):
         raise CoterieError(advice)
     from huggingface_hub import snapshot_download
 

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from coterie.artifacts import as_path, hash_json, read_json, sha256_of, write_json
+from coterie.artifacts import as_path, hash_json, may_be_on_hub, read_json, sha256_of, write_json
 from coterie.backbone.aliases import ALIASES, cache_folder, densify, fetch_alias
 from coterie.backbone.model import Backbone, BaseModelIdentity
 from coterie.backbone.probe import check_model
@@ -69,7 +69,7 @@ def _locate(settings: ModelSettings) -> tuple[str | Path, str | None]:
         if path.is_file() and path.suffix != ".gguf":
             raise CoterieError(f"{name} is a file but not a .gguf file; give a model folder, a hub id or a .gguf file")
         return path, None
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not may_be_on_hub(name):
         raise unknown_name("model folder or alias", name, ALIASES)
     return name, settings.revision
 

@@ -144,7 +144,8 @@ def generate(
             echo()
         return None
     answers = mixture.generate(given, n=settings.n, batch_size=settings.batch_size, **options)
-    records = [answer.record() for answer in answers]
+    named = [{"id": one.id} if input else {} for one in given for _ in range(len(answers) // len(given))]
+    records = [{**name, **answer.record()} for name, answer in zip(named, answers, strict=True)]
     if settings.output:
         write_answers(as_path(settings.output), records)
     _show(records, settings, as_json=as_json, show_weights=show_weights)

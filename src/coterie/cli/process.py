@@ -94,7 +94,8 @@ def _outcome(run: Callable[[list[str]], object]) -> tuple[int, str]:
         if not hasattr(error, "format_message"):
             raise
         message = error.format_message()  # empty where no command was given: the help stands there already
-        return TROUBLE, f"error: {message}; type: coterie --help" if message else "type one of the commands above"
+        command = getattr(getattr(error, "ctx", None), "command_path", "coterie")
+        return TROUBLE, f"error: {message}; type: {command} --help" if message else "type one of the commands above"
     return code if isinstance(code, int) else 0, ""
 
 

@@ -49,6 +49,7 @@ app = typer.Typer(
     no_args_is_help=True,
     cls=_OrderedGroup,
     add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
 )
 PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}

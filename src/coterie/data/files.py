@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from coterie.artifacts import may_be_on_hub
 from coterie.errors import CoterieError, first_line, missing_extra
 
 MAX_ROW_BYTES = 64 * 2**20
@@ -197,7 +198,7 @@ def _datasets_rows(source: str, limit: int | None) -> Iterator[PlacedRow]:
             rows = loaded["train"] if isinstance(loaded, dict) else loaded
         elif path.suffix == ".arrow" and path.is_file():
             rows = datasets.load_dataset("arrow", data_files=source, split="train", streaming=streaming)
-        elif path.suffix == ".arrow" or name.count("/") > 1 or name.startswith((".", "/")):
+        elif path.suffix == ".arrow" or ("/" in name and not may_be_on_hub(name)):
             raise FileNotFoundError(f"there is no such file or folder: {source}")
         else:
             rows = datasets.load_dataset(name, split=split or "train", streaming=streaming)

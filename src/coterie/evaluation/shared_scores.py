@@ -14,7 +14,7 @@ from coterie.artifacts import JsonCache
 from coterie.data.batching import TokenRow
 from coterie.methods.family import MethodGrid
 from coterie.mixture import Mixture
-from coterie.mixture.scoring import score, score_votes
+from coterie.mixture.scoring import score_votes
 from coterie.routers.base import Router, Routing
 
 
@@ -95,7 +95,7 @@ def score_methods(
 
 def _score_alone(cell: Mixture, rows: Sequence[TokenRow], routed: Routed, name: str) -> dict[str, Any]:
     started = time.perf_counter()
-    found = score(cell, rows, routed.routing, name).nll[0]
+    found = cell.score_rows(rows, routed.routing, name).nll[0]
     return {"nll": found.tolist(), "seconds": time.perf_counter() - started}
 
 

@@ -170,9 +170,9 @@ def verify_bank(folder: str | Path, **placement: Any) -> Iterator[Verified]:  # 
     Raises:
         CoterieError: for a folder that is no bank, or a base model that is not the bank's any more.
     """
+    settings = from_flat(PlacementSettings, placement)
     bank = Path(folder)
     base = read_base(bank)
-    settings = PlacementSettings(**placement)
     backbone = load_backbone(ModelSettings(model=base.id, revision=base.revision, **settings.model_dump()))
     check_identity(base, backbone.identity, f"{bank} is a bank for")
     for name in list_names(bank):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from coterie.backbone.layers import ExpertLayers
@@ -14,6 +15,7 @@ from coterie.combiners.table import check_fit, make_combiner
 from coterie.combiners.texts import majority
 from coterie.data.batching import TokenRow, by_length, check_lengths
 from coterie.data.examples import Example
+from coterie.data.forms import Message
 from coterie.engine.decoding import DecodingBatch, ScoredTokens, Token
 from coterie.engine.rerouting import Rerouting
 from coterie.engine.rows import CachedRows
@@ -24,6 +26,7 @@ from coterie.grading.grade import after_thinking
 from coterie.mixture.completion import Completion, completion
 from coterie.mixture.folder import StoredMixture
 from coterie.mixture.prompts import Prompt, as_examples
+from coterie.mixture.scoring import BATCH, Likelihoods, Scores, answer_positions, score_planned
 from coterie.routers.base import Router, Routing
 from coterie.routers.derived import keep_top
 from coterie.routers.fixed import one_hot, uniform
@@ -187,7 +190,7 @@ class Mixture(StoredMixture):
             CoterieError: for an empty prompt, a setting that does not fit, or a routing that is not of these prompts or
                 would not be followed.
         """
-        settings = from_flat(SamplingSettings, sampling)
+        settings = from_flat(SamplingSettings, sampling, ("n", "batch_size", "top_k_experts", "routing"))
         draws = self.combiner.draws(settings, n)
         examples = as_examples(prompts)
         rows = self.tokens(examples)
@@ -232,7 +235,7 @@ class Mixture(StoredMixture):
         if self.combiner.finishes_answers:
             raise CoterieError("combiner 'texts' lets finished answers vote, so it continues no text; use another one")
         check_lengths(rows, self.backbone.positions, [f"row {number + 1}" for number in range(len(rows))])
-        settings = from_flat(SamplingSettings, sampling)
+        settings = from_flat(SamplingSettings, sampling, ("batch_size",))
         return [own[0] for own in self._completions(None, rows, None, [settings], batch_size)]
 
     def _completions(
@@ -277,7 +280,7 @@ class Mixture(StoredMixture):
         if len(rows := self.tokens(prompt)) != 1:
             raise CoterieError(f"a stream answers one prompt, but {len(rows)} are given; use generate for several")
         mixture = self if top_k_experts is None else self.replace(router=keep_top(self.router, top_k_experts))
-        settings = from_flat(SamplingSettings, sampling)
+        settings = from_flat(SamplingSettings, sampling, ("top_k_experts",))
         yield from mixture._decoding(rows, None, [settings])[1].run()
 
     def _decoding(
@@ -289,6 +292,54 @@ class Mixture(StoredMixture):
             self.backbone, self.layers, self.combiner, prompts, aligned, draws, rerouting, self.prompts.end_ids
         )
         return started, decoding
+
+    # ------------------------------------------------------------------------------------------------ likelihood
+
+    def score(self, prompts: Prompt | Sequence[Prompt], responses: str | Sequence[str]) -> Likelihoods:
+        """Say how likely responses to prompts are, as answers of the mixture that end where the responses end.
+
+        Args:
+            prompts: questions, or one of them.
+            responses: an answer to each.
+
+        Raises:
+            CoterieError: for an empty text, another number of responses than of prompts, or a combiner or router that
+                scores no text.
+        """
+        examples = as_examples(prompts)
+        texts = [responses] if isinstance(responses, str) else responses
+        if len(texts) != len(examples):
+            raise CoterieError(f"every prompt is scored with one response, but {len(examples)} have {len(texts)}")
+        if self.combiner.finishes_answers:
+            raise CoterieError("combiner 'texts' lets finished answers vote, so it scores none; use another one")
+        rows = []
+        for number, (example, text) in enumerate(zip(examples, texts, strict=True), start=1):
+            if not text.strip():
+                raise CoterieError(f"response {number} is empty; give some text")
+            rows.append(self.prompts.row(replace(example, messages=(*example.prompt, Message("assistant", text)))))
+        check_lengths(rows, self.backbone.positions, [f"prompt {number + 1}" for number in range(len(rows))])
+        routing = self.router.start([row.prompt() for row in rows])
+        found = self.score_rows(rows, routing)
+        return Likelihoods(-found.nll[0] * found.tokens, found.tokens)
+
+    def score_rows(self, rows: Sequence[TokenRow], routing: Routing, label: str = "") -> Scores:
+        """Score references under the mixture's own combiner; one vote. Without a label no progress is shown.
+
+        Where weights change while an answer is written, they do so along the reference.
+        """
+        if not self.reroutes:
+            aligned = routing.aligned(self.bank.names)
+            return score_planned(self.backbone, self.layers, self.combiner, aligned, rows, None, label)
+        nll, tokens = torch.zeros(1, len(rows)), torch.zeros(len(rows))
+        with tqdm(total=len(rows), desc=f"likelihood of {label}", unit="row", disable=not label) as bar:
+            for numbers in by_length(rows, BATCH):
+                answers = [rows[i].ids[rows[i].prompt_length :] for i in numbers]
+                found = self.score_teacher_forced([rows[i].prompt() for i in numbers], answers)
+                for i, scored in zip(numbers, found, strict=True):
+                    wanted = [place - rows[i].prompt_length for place in answer_positions(rows[i])]
+                    nll[0, i], tokens[i] = -scored.logprobs[wanted].mean(), len(wanted)
+                bar.update(len(numbers))
+        return Scores(nll, tokens)
 
     def score_teacher_forced(self, prompts: Sequence[TokenRow], answers: Sequence[Sequence[int]]) -> list[ScoredTokens]:
         """Score the tokens of given answers where weights change along them (see `reroutes`)."""

@@ -19,6 +19,7 @@ from coterie.records.schema import parse, read
 from coterie.routers.base import Router, RouterParts
 from coterie.routers.table import load_router
 from coterie.settings.groups import ModelSettings, PlacementSettings, ReadingSettings
+from coterie.settings.reading import from_flat
 
 SAVED_FILES = (
     "experts",
@@ -67,14 +68,13 @@ class StoredMixture:
             **placement: fields of `PlacementSettings`: dtype, device, load_in_4bit.
 
         Raises:
-            CoterieError: when something is missing, broken, or made for another base model.
+            CoterieError: when something is missing, broken, or made for another base model, or for an unknown keyword.
         """
+        where = from_flat(PlacementSettings, placement)
         folder = find_mixture(source)
         record = read_mixture_record(folder)
         identity = BaseModelIdentity(**dict(record.base_model))
-        model = ModelSettings(
-            model=identity.id, revision=identity.revision, **PlacementSettings(**placement).model_dump()
-        )
+        model = ModelSettings(model=identity.id, revision=identity.revision, **where.model_dump())
         backbone = load_backbone(model)
         check_identity(identity, backbone.identity, f"{source} was trained on")
         with naming(folder):

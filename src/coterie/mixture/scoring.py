@@ -14,7 +14,6 @@ from coterie.combiners.base import Combiner
 from coterie.combiners.logits import LogitCombiner
 from coterie.data.batching import TokenRow, by_length
 from coterie.engine.decoding import score_responses
-from coterie.mixture.core import Mixture
 from coterie.routers.base import Routing
 
 BATCH = 8
@@ -27,24 +26,14 @@ class Scores(NamedTuple):
     tokens: Float[Tensor, " row"]
 
 
-def score(mixture: Mixture, rows: Sequence[TokenRow], routing: Routing, label: str) -> Scores:
-    """Score references under the mixture's own combiner; one vote. Without a label no progress is shown.
+class Likelihoods(NamedTuple):
+    """How likely responses are: the natural log of the probability of each as a whole, and its number of tokens.
 
-    Where weights change while an answer is written, they do so along the reference.
+    The token that ends the answer counts among them.
     """
-    if not mixture.reroutes:
-        aligned = routing.aligned(mixture.bank.names)
-        return _score(mixture.backbone, mixture.layers, mixture.combiner, aligned, rows, None, label)
-    nll, tokens = torch.zeros(1, len(rows)), torch.zeros(len(rows))
-    with tqdm(total=len(rows), desc=f"likelihood of {label}", unit="row") as bar:
-        for numbers in by_length(rows, BATCH):
-            answers = [rows[i].ids[rows[i].prompt_length :] for i in numbers]
-            found = mixture.score_teacher_forced([rows[i].prompt() for i in numbers], answers)
-            for i, scored in zip(numbers, found, strict=True):
-                wanted = [place - rows[i].prompt_length for place in answer_positions(rows[i])]
-                nll[0, i], tokens[i] = -scored.logprobs[wanted].mean(), len(wanted)
-            bar.update(len(numbers))
-    return Scores(nll, tokens)
+
+    logprobs: Float[Tensor, " response"]
+    tokens: Float[Tensor, " response"]
 
 
 def score_votes(
@@ -60,10 +49,10 @@ def score_votes(
     The experts' names stand in the order of the layers. Without a label no progress is shown.
     """
     together = Routing(names, weights.sum(dim=0))  # runs every expert that some vote has a weight on
-    return _score(backbone, layers, LogitCombiner(), together, rows, weights, label)
+    return score_planned(backbone, layers, LogitCombiner(), together, rows, weights, label)
 
 
-def _score(
+def score_planned(
     backbone: Backbone,
     layers: ExpertLayers,
     combiner: Combiner,

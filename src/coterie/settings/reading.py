@@ -1,6 +1,6 @@
 """Settings in their three forms: an object, flat flags with plain names, groups in YAML."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -35,14 +35,19 @@ def flat_fields(kind: type[Settings], title: str | None = None) -> Iterator[tupl
             yield from flat_fields(group, field.title or first_line)
 
 
-def from_flat(kind: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
+def from_flat(kind: type[AnySettings], values: Mapping[str, Any], beside: Iterable[str] = ()) -> AnySettings:
     """Build settings that a user asks for from plain names, putting each into its group.
+
+    Args:
+        kind: of the settings.
+        values: by plain name.
+        beside: other names that the caller takes, which an unknown one may be meant for.
 
     Raises:
         CoterieError: for an unknown name, a value that does not fit, or one that would not act, naming the field, its
             value and the reason.
     """
-    built = _built(kind, values)
+    built = _built(kind, values, beside)
     _check_acting(built)
     return built
 
@@ -67,12 +72,12 @@ def _check_acting(settings: Settings) -> None:
                 raise CoterieError(f"--{shown} {value} does not act {reason}; leave it out, or change --{flag}")
 
 
-def _built(kind: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
+def _built(kind: type[AnySettings], values: Mapping[str, Any], beside: Iterable[str] = ()) -> AnySettings:
     values = current_names(kind.command, values)
     known = [name for name, _, _ in flat_fields(kind)]
     for name in values:
         if name not in known:
-            raise unknown_name("setting", name, known)
+            raise unknown_name("setting", name, [*known, *beside])
     try:
         return kind(**_grouped(kind, values))
     except ValidationError as error:
