@@ -80,7 +80,7 @@ def test_a_list_of_accepted_answers_can_be_checked_without_any_single_one():
 def test_an_empty_reference_and_a_choice_without_a_letter_are_told_to_the_user():
     with pytest.raises(CoterieError, match="null"):
         grade("5", "  ")
-    with pytest.raises(CoterieError, match="one letter; got 'Paris'"):
+    with pytest.raises(CoterieError, match="letter or a listed option; got 'Paris'"):
         grade("(A)", "Paris", kind="choice")
 
 

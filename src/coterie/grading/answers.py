@@ -1,8 +1,8 @@
 r"""Exact match of a generated text with a reference answer.
 
-Three kinds of answer are told apart: mathematics, one of several lettered options, and short text. Each has its own
-way to find the answer in a text and its own idea of "the same". A box wins over a sentence "the answer is ...", and
-that over anything else; where there are several of one sort, the last one counts.
+Three kinds of answer are told apart: mathematics, one of the options that a prompt lists (`grading/options.py`), and
+short text. Each has its own way to find the answer in a text and its own idea of "the same". A box wins over a sentence
+"the answer is ...", and that over anything else; where there are several of one sort, the last one counts.
 
 Where a row lists all accepted short texts, they are compared as SQuAD does (`grading/spans.py`), which drops all ASCII
 punctuation. Against a single reference that would be too little; there, decimal points, minus signs and other symbols
@@ -17,7 +17,9 @@ from coterie.errors import CoterieError
 from coterie.grading.maths import same_expression
 from coterie.grading.notation import LONGEST_EXPRESSION, is_expression, tidy, unwrapped
 from coterie.grading.numbers import MAGNITUDES, from_words, plain, rational
+from coterie.grading.options import Options, choice_of, find_option, listed_options, lone_letter
 from coterie.grading.spans import is_no_answer, span_score, span_words
+from coterie.grading.statements import BECAUSE, last_box, normalised, sentence_of, stated_in, without_bold
 from coterie.grading.units import parse_unit
 
 AnswerKind = Literal["maths", "choice", "text"]
@@ -49,11 +51,11 @@ def checkable(answer: str | None, answers: Sequence[str] = ()) -> bool:
 def answer_kind(answer: str, prompt: str = "") -> AnswerKind:
     r"""Infer what kind of answer a reference is.
 
-    An option letter, with or without brackets, is a choice if the prompt lists that letter among at least two
-    options. A number, fraction, LaTeX expression or single variable is maths. All else is text: `yes`,
-    `\text{Monday}`, `the 1990s`.
+    What names one of at least two options that the prompt lists is a choice: a letter, `answer3`, or the option's own
+    text. A number, fraction, LaTeX expression or single variable is maths. All else is text: `yes`, `\text{Monday}`,
+    `the 1990s`.
     """
-    if _lone_letter(answer) in _options(prompt):
+    if _wanted_option(answer, listed_options(prompt)):
         return "choice"
     expression = tidy(answer)
     if re.search(r"[a-zA-Z]{3}", answer) and not re.search(r"\d|\\", answer):  # `two towers` are no number
@@ -70,25 +72,30 @@ def grade(
 
     Args:
         text: What the model wrote; any length, any content.
-        answer: The reference, such as `72`, `\frac{1}{2}`, `B`, `(B)`, `yes` or `Paris`.
-        prompt: What was asked. Its list of options tells choices apart, and limits which letters count.
+        answer: The reference, such as `72`, `\frac{1}{2}`, `B`, `(B)`, `answer3`, `yes` or `Paris`.
+        prompt: What was asked. Its list of options tells choices apart, and limits which labels count.
         kind: How to compare; where None, text if there are several references, else inferred by `answer_kind`.
         answers: All accepted short texts, the nearest of which counts instead of `answer`; they are compared as SQuAD
             2.0 does. Only empty ones, or `unanswerable`, mean that the text must say that there is no answer.
 
     Raises:
-        CoterieError: The reference is empty, or is asked to be a choice and is no letter.
+        CoterieError: The reference is empty, or is asked to be a choice and is neither a letter nor a listed option.
     """
     kind = kind or ("text" if answers else answer_kind(answer, prompt))
     if not answer.strip() and not (answers and kind == "text"):
         raise CoterieError(f"the reference answer {answer!r} is empty; give null where a row has no answer to check")
-    text = _without_bold(text)
+    text = without_bold(text)
     if kind == "choice":
-        wanted = _lone_letter(answer)
+        options = listed_options(prompt)
+        wanted = _wanted_option(answer, options) or lone_letter(tidy(answer))
         if wanted is None:
-            raise CoterieError(f"the reference answer of a choice must be one letter; got {answer!r}")
-        letter = _find_letter(unwrapped(text), _options(prompt))
-        return Grade(letter == wanted, letter)
+            raise CoterieError(f"the reference answer of a choice must be a letter or a listed option; got {answer!r}")
+        choice = find_option(text, options)
+        is_value = wanted.isdecimal() or options.label_of(answer) == wanted
+        if choice or not is_value:
+            label = choice.label if choice else None
+            return Grade(label == wanted, label)
+        kind = answer_kind(answer)
     if kind == "maths":
         found = _find_expression(text)
         return Grade(same_expression(answer, found), found[:LONGEST_EXPRESSION]) if found else Grade(False, None)
@@ -101,22 +108,33 @@ def grade(
     return Grade(score.exact, best[:LONGEST_EXPRESSION], score.f1)
 
 
+def _wanted_option(answer: str, options: Options) -> str | None:
+    """Return the label of the option that a reference names; None if it is no option."""
+    letter = lone_letter(tidy(answer))
+    if letter in options.letters:
+        return letter
+    choice = choice_of(unwrapped(answer).strip(), options)
+    return choice.label if choice else None
+
+
 def read_answer(text: str, prompt: str = "") -> str:
     """Find what a text answers where no reference tells what kind of answer is wanted, so that texts can vote.
 
-    A letter where the prompt lists options; else what a box or "the answer is ..." holds, else a short text itself,
-    else its last formula or number, else its last line; in a form in which equal answers are equal texts. Nothing read
-    is an empty text.
+    The label of an option where the prompt lists some; else what a box or "the answer is ..." holds, else a short text
+    itself, else its last formula or number, else its last line; in a form in which equal answers are equal texts.
+    Nothing read is an empty text.
     """
-    text = _without_bold(text)
-    if options := _options(prompt):
-        return _find_letter(unwrapped(text), options) or ""
-    box, stated = _last_box(text), _stated(text)
+    text = without_bold(text)
+    options = listed_options(prompt)
+    choice = find_option(text, options) if options else None
+    if choice or options.letters:
+        return choice.label or "" if choice else ""
+    box, stated = last_box(text), stated_in(text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if box:
         found = box.content
     elif stated:
-        found = _expression_in(stated[0]) or _sentence(stated[0])
+        found = _expression_in(stated[0]) or sentence_of(stated[0])
     elif len(lines) == 1 and len(lines[0]) <= SHORT_TEXT:
         found = lines[0]
     else:
@@ -124,58 +142,7 @@ def read_answer(text: str, prompt: str = "") -> str:
         found = _inside(terms[-1]) if terms else lines[-1] if lines else None
     if found and is_expression(found) and re.search(r"\d", tidy(found)):
         return _canonical(found.rpartition("=")[2])
-    return _normalised(found or "")
-
-
-# ------------------------------------------------------------------------------------- where an answer is announced
-
-_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-_STATED = re.compile(
-    r"\banswer(?:\s+to\s[^.\n]{0,80}?)?\s*(?:(?:is|was|would be|should be|must be)\b\s*:?|:|=)\s*|^[ \t]*####\s*",
-    re.IGNORECASE | re.MULTILINE,
-)
-
-
-def _without_bold(text: str) -> str:
-    """Drop Markdown's double stars, but not those between two operands (`2**3`)."""
-    return re.sub(r"(?<![\w)}])\*\*|\*\*(?![\w({-])", "", text)
-
-
-class _Box(NamedTuple):
-    """What stands in a box; `content` is None where the text breaks off inside it."""
-
-    content: str | None
-
-
-def _last_box(text: str) -> _Box | None:
-    r"""Return the last `\boxed{...}`, braces balanced, None if there is none; one pass over the text."""
-    opened: list[tuple[bool, int]] = []
-    last, span = -1, (-1, -1)
-    for match in _BRACE.finditer(text):
-        token = match.group()
-        if token == "}" and opened:
-            is_box, start = opened.pop()
-            span = (start, match.start()) if is_box and start > span[0] else span
-        elif token == "{":
-            opened.append((False, match.end()))
-        elif token.startswith(("\\boxed", "\\fbox")):
-            last = match.end()
-            opened.append((True, last))
-    if last < 0:
-        return None
-    return _Box(text[slice(*span)].strip() if span[0] == last else None)
-
-
-def _stated(text: str) -> list[str]:
-    """Return what follows "the answer is" on its line, the last one first; no more than eight."""
-    starts = [match.end() for match in _STATED.finditer(text)][-8:]
-    lines = (text[start : start + 2 * LONGEST_EXPRESSION].partition("\n")[0].strip() for start in reversed(starts))
-    return [line for line in lines if line]
-
-
-def _sentence(line: str) -> str:
-    """Return the first sentence of a line, without its full stop."""
-    return re.split(r"(?<=[^\s\\])(?<!\b[Rr]s)(?<!\bsq)[.!?](?=\s|$)", line, maxsplit=1)[0].strip()
+    return normalised(found or "")
 
 
 # ------------------------------------------------------------------------------------------------------------ maths
@@ -197,7 +164,6 @@ _TERM = re.compile(  # a formula between delimiters, a bare LaTeX fraction or ro
 _UNIT_BEHIND = re.compile(
     r" ?(?:(?:square|cubic|sq|cu) ?\.? ?)?([^\W\d_]{1,20})(?: ?(?:/|per) ?[^\W\d_]{1,20})?(?:\^?\{?[23²³]\}?)?(?!\w)"
 )
-_BECAUSE = re.compile(r"[(;]|,?\s(?:because|since|as|given|where|which|when|if|so|while)\s")
 _OR = re.compile(r"[^.!?\n]{0,40}\b(?:or|between)\b[^.!?\n]{0,40}")
 
 
@@ -226,8 +192,8 @@ def _expression_in(line: str) -> str | None:
 
     Two different values are no answer: then the whole sentence comes back, which equals nothing.
     """
-    sentence = _sentence(line)
-    clause = _BECAUSE.split(sentence, maxsplit=1)[0].rpartition("=")[2].strip() or sentence
+    sentence = sentence_of(line)
+    clause = BECAUSE.split(sentence, maxsplit=1)[0].rpartition("=")[2].strip() or sentence
     alternatives = re.split(r",?\sor\s", clause)
     if len(alternatives) > 1 and len(set(map(_canonical, alternatives))) == 1:  # `3/4 or 0.75`
         return alternatives[0]
@@ -241,15 +207,15 @@ def _expression_in(line: str) -> str | None:
 
 
 def _find_expression(text: str) -> str | None:
-    box = _last_box(text)
+    box = last_box(text)
     if box:
         return box.content
-    for line in _stated(text):
+    for line in stated_in(text):
         if expression := _expression_in(line):
             return expression
     line = text.strip()
     if "\n" not in line and len(line) <= LONGEST_EXPRESSION and is_expression(line):
-        return _sentence(line) or None
+        return sentence_of(line) or None
     if "\n" not in line and len(line) <= SHORT_TEXT and re.match(r"\W{0,3}\d", line):
         return _expression_in(line)
     terms = _terms(text)
@@ -258,67 +224,10 @@ def _find_expression(text: str) -> str | None:
     return _inside(terms[-1]) if terms else None
 
 
-# ----------------------------------------------------------------------------------------------------------- choice
-
-_OPTION = re.compile(r"\(([A-Z])\)|^[ \t]*([A-Z])[.):][ \t]", re.MULTILINE)
-_BRACKETED = re.compile(r"(?<!\w)\(\s*([A-Za-z])\s*\)")
-_NAMED = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s+)?(?:\(\s*([A-Za-z])\s*\)|([A-Z])(?![\w'’-]))")
-_FURTHER = re.compile(rf"\s*(?:/|&|\b(?:or|and)\b)\s*{_NAMED.pattern}")
-_LEADING = re.compile(r"\W*(?:[Oo]ption\s+|[Cc]hoice\s+)?([A-Z])\s*(?:[).:]|$)", re.MULTILINE)
-
-
-def _options(prompt: str) -> frozenset[str]:
-    """Return the letters of the options that a prompt lists as `(A)`, `A)` or `A.`; fewer than two are no list."""
-    letters = frozenset(bracketed or bare for bracketed, bare in _OPTION.findall(prompt))
-    return letters if len(letters) > 1 else frozenset()
-
-
-def _lone_letter(answer: str) -> str | None:
-    match = re.fullmatch(r"\(?\s*([A-Za-z])\s*[).:]?\.?", tidy(answer))
-    return match[1].upper() if match else None
-
-
-def _find_letter(text: str, options: frozenset[str]) -> str | None:
-    """Return the letter of a box, a stated answer, the last `(X)`, or a bare letter at the start, in this order.
-
-    One letter or another is none.
-    """
-    box = _last_box(text)
-    if box:
-        return _find_letter(box.content, options) if box.content else None
-    named = [match for match in map(_NAMED.match, _stated(text)) if match]
-    bracketed = list(_BRACKETED.finditer(text))
-    for match in named[:1] or bracketed[-2:-1]:
-        further = _FURTHER.match(match.string, match.end())
-        if further and _letter(further) != _letter(match):
-            return None
-    candidates = [*named, *reversed(bracketed), *filter(None, [_LEADING.match(text)])]
-    letters = [*map(_letter, candidates), *filter(None, [_lone_letter(text)])]
-    # A stated (F) is the answer, and wrong, also where the options end at (E); a stated (x) is a variable.
-    known = options | {match[1] for match in named if match[1]}
-    return next((letter for letter in letters if not options or letter in known), None)
-
-
-def _letter(match: re.Match[str]) -> str:
-    return next(filter(None, match.groups())).upper()
-
-
 # ------------------------------------------------------------------------------------------------------------- text
 
 _VERDICTS = frozenset({"yes", "no", "true", "false"})
 _EITHER = re.compile(r"\W*(yes|no|true|false)\W+(?:or|and)\W+(?!\1)(?:yes|no|true|false)\b", re.IGNORECASE)
-
-
-def _normalised(text: str) -> str:
-    """Lower-case; drop LaTeX text wrappers, articles, punctuation (not inside numbers) and extra spaces.
-
-    A text without a letter or digit is its symbols, such as closing brackets: only spaces and quotation marks go.
-    """
-    text = unwrapped(text).lower()
-    if not re.search(r"\w", text):
-        return re.sub(r"[\s\\`'\"“”.,;]", "", text) or text.strip()
-    text = re.sub(r"((?<=\d)[.:](?=\d)|(?<![\w-])-(?=\d))|[-.,;:!?'\"()\[\]{}“”‘’«»…*_`$]+", r"\1", text)
-    return " ".join(re.sub(r"\b(?:an?|the)\s+", "", text).split())
 
 
 def _text_candidates(text: str, *, symbols: bool = False) -> list[str]:
@@ -331,23 +240,23 @@ def _text_candidates(text: str, *, symbols: bool = False) -> list[str]:
         content, closed, _ = rest.partition("\n")[0].rpartition("}")
         if opened and closed:
             return [content]
-    box = _last_box(text)
+    box = last_box(text)
     if box:
         return [box.content] if box.content else []
-    stated = _stated(text)
+    stated = stated_in(text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    candidates = [_sentence(stated[0]), stated[0]] if stated else [*lines[:1], text.strip()]
+    candidates = [sentence_of(stated[0]), stated[0]] if stated else [*lines[:1], text.strip()]
     return list(dict.fromkeys(candidate for candidate in candidates if candidate))
 
 
 def _grade_text(text: str, answer: str) -> Grade:
     """Compare with a single reference."""
-    wanted = _normalised(answer)
+    wanted = normalised(answer)
     candidates = _text_candidates(text, symbols=not re.search(r"\w", wanted))
     if wanted in _VERDICTS:
         words = [re.findall(r"\w+", candidate) for candidate in candidates if not _EITHER.match(candidate)]
         candidates = [own[0] for own in words if own]
-    found = next((candidate for candidate in candidates if _normalised(candidate) == wanted), None)
+    found = next((candidate for candidate in candidates if normalised(candidate) == wanted), None)
     best = found or next(iter(candidates), None)
     f1 = span_score((answer,), best or "").f1 if span_words(answer) else None
     return Grade(found is not None, best and best[:LONGEST_EXPRESSION], f1)
