@@ -261,11 +261,22 @@ def test_top_takes_the_best_without_chance(three):
     assert recruit(even, [("x",)], ["q"], RecruitSettings(sampler="top", recruits=1)).routing.row(0) == {"a": 1, "b": 0}
 
 
-def test_a_question_without_a_known_skill_draws_from_all_alike(three):
-    questions = [()] * 3000
-    found = recruit(three, questions, [str(n) for n in range(3000)], RecruitSettings())
-    assert (found.routing.weights.mean(dim=0) / 3).tolist() == pytest.approx([1 / 3] * 3, abs=0.02)
-    assert found.relevance[0].tolist() == pytest.approx([1 / 3] * 3)
+def test_a_question_without_a_known_skill_draws_by_the_overall_accuracy(three):
+    general = torch.tensor([(8 + 1) / (10 + 2), (6 + 1) / (9 + 2), (5 + 1) / (9 + 2)])
+    expected = (2 * general - 1) ** 3  # suitability times competency, which is its square
+    names = [str(number) for number in range(4000)]
+    for questions in ([()] * 4000, [("unheard of",)] * 4000):
+        found = recruit(three, questions, names, RecruitSettings(min_share=0))
+        assert found.relevance[0].tolist() == pytest.approx((expected / expected.sum()).tolist())
+        shares = found.routing.weights.mean(dim=0) / 3
+        assert shares.tolist() == pytest.approx((expected / expected.sum()).tolist(), abs=0.01)
+    best = recruit(three, [()], ["q"], RecruitSettings(sampler="top", recruits=1))
+    assert best.routing.row(0) == {"a": 1, "b": 0, "c": 0}
+
+
+def test_experts_of_which_nothing_is_known_are_drawn_alike_where_no_skill_is_known():
+    untried = build_profile(["a", "b"], [("x",)], torch.full((2, 1), NAN))
+    assert recruit(untried, [()], ["q"], RecruitSettings()).relevance.tolist() == [[0.5, 0.5]]
 
 
 def test_a_seed_gives_the_same_draws_whatever_else_is_asked(three):

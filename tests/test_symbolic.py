@@ -49,6 +49,19 @@ def test_skills_can_come_from_the_rows(place, run):
     assert sum(place.asked().values()) == 3 * 4
 
 
+def test_questions_that_share_no_skill_are_told_once_by_profile_and_fit(place, run, caplog):
+    data = write_rows(place.folder / "val.jsonl", rows(3))  # of algebra, history, algebra
+    fit = ("fit", "symbolic-moe", "--experts", place.pool, "--output", place.folder / "run", "--aggregator", "judge")
+    for words in (("profile", place.pool, "--data", data, "--skills", "category"), fit):
+        caplog.clear()
+        assert run(*words)[0] == 0
+        assert caplog.text.count("1 of 3 questions share no skill with another; where skills are unknown") == 1
+    caplog.clear()
+    more = write_rows(place.folder / "more.jsonl", rows(4))
+    assert run("profile", place.pool, "--data", more, "--skills", "category", "--overwrite")[0] == 0
+    assert "share no skill" not in caplog.text
+
+
 def test_a_failing_expert_is_reported_and_counts_as_untried(place, run):
     def faulty(got: Got) -> Sent:
         return Sent(500, {}) if got.body["model"] == "historian" else respond(got)

@@ -51,6 +51,11 @@ class SkillProfile:
         """Every expert's share of correct answers; 0 for one that answered nothing."""
         return self.overall_right / self.overall_trials.clamp(min=1)
 
+    @property
+    def general(self) -> Float[Tensor, " expert"]:
+        """Every expert's accuracy over all questions, shrunk towards a half by two of them."""
+        return (self.overall_right + 1) / (self.overall_trials + 2)
+
     def values(self, kind: str) -> Float[Tensor, "expert skill"]:
         """Return what each expert's skills are worth.
 
@@ -60,8 +65,8 @@ class SkillProfile:
         """
         if kind == "counts":
             return 2 * self.right - self.trials
-        general = ((self.overall_right + 1) / (self.overall_trials + 2))[:, None]
-        return 2 * (self.right + STRENGTH * general) / (self.trials + STRENGTH) - 1
+        prior = STRENGTH * self.general[:, None]
+        return 2 * (self.right + prior) / (self.trials + STRENGTH) - 1
 
     def without(self, skills: Sequence[str], scores: Float[Tensor, " expert"]) -> "SkillProfile":
         """Return the profile as it were without one question, so that the question can be judged by it."""
@@ -193,7 +198,7 @@ def recruit(
 ) -> Recruits:
     """Draw experts for every question; what is drawn for one depends on the others only through rare experts.
 
-    A question without a known skill draws from all experts alike.
+    A question without a known skill draws as if it needed one that all validation questions had: by general accuracy.
 
     Args:
         profile: what the experts showed.
@@ -203,9 +208,10 @@ def recruit(
         seed: another seed gives other draws.
     """
     values = profile.values(settings.profile)
-    weights = relevance(suitability(values, profile.skills, questions), competency(values), settings.sampler)
     known = torch.tensor([any(skill in profile.skills for skill in own) for own in questions], dtype=torch.bool)
-    weights = torch.where(known[:, None], weights, 1 / len(profile.experts))
+    weights = relevance(suitability(values, profile.skills, questions), competency(values), settings.sampler)
+    overall = 2 * profile.general[:, None] - 1
+    weights = torch.where(known[:, None], weights, relevance(overall.T, competency(overall), settings.sampler))
     drawn = [_drawn(row, settings, f"{seed} {name}") for row, name in zip(weights.tolist(), names, strict=True)]
     is_distinct = settings.sampler == "top" or not settings.replacement
     drawn = replace_rare(drawn, settings.min_share, distinct=is_distinct, seed=seed)

@@ -27,7 +27,7 @@ from coterie.features.skills import load_embed, nearest_skills
 from coterie.methods.symbolic.aggregator import best_aggregators, judge_aggregators, make_up
 from coterie.methods.symbolic.answer import RecruitingPlan
 from coterie.methods.symbolic.methods import BEST_SINGLE, METHOD, METHODS, RANDOM, SELF_CONSISTENCY
-from coterie.methods.symbolic.profile import PROFILE, REPLIES, VALIDATION, Profiled, read_profile
+from coterie.methods.symbolic.profile import PROFILE, REPLIES, VALIDATION, Profiled, read_profile, tell_lone_skills
 from coterie.methods.symbolic.skills import find_skills, open_scheduler
 from coterie.mixture.scheduler import ExpertScheduler
 from coterie.routers.base import Routing
@@ -73,7 +73,7 @@ class Symbolic:
         found = find_skills(scheduler, self.pool, how, examples, self.profiled.options)
         lacking = [number for number, own in enumerate(found) if how.skills == "category" and not own]
         if lacking and self.chooser is None:
-            logger.warning("%d questions have no category: their experts are drawn from all alike", len(lacking))
+            logger.warning("%d questions have no category: their experts are drawn by overall accuracy", len(lacking))
         elif lacking:  # a local expert chooses among the known categories for the questions that bring none
             choice = how.model_copy(update={"skills": "choice", "skill_expert": self.chooser})
             chosen = find_skills(scheduler, self.pool, choice, [examples[number] for number in lacking], known)
@@ -202,6 +202,7 @@ def fit_symbolic(settings: SymbolicSettings) -> Symbolic:
         write_json(run.path / "profile.json", profiled.record().plain())
         write_jsonl(run.path / VALIDATION, profiled.rows)
         write_json(run.path / "mixture.json", {**fitted.record(), "input_template": template})
+    tell_lone_skills(profiled)
     return fitted
 
 

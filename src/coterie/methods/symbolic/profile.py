@@ -136,6 +136,7 @@ def profile_pool(settings: ProfileSettings) -> Profiled:
         made = Profiled(profile, settings.skill, tuple(options), names, settings.score, pool.identities, rows)
         write_jsonl(run.path / VALIDATION, rows)
         write_json(run.path / "profile.json", made.record().plain())
+    tell_lone_skills(made)
     return made
 
 
@@ -207,6 +208,15 @@ def _scored(
             if reply.error is None:
                 scores[place, number] = 1 if is_right(reply.text, example) else -1
     return rows, scores
+
+
+def tell_lone_skills(profiled: Profiled) -> None:
+    """Log how many questions share no skill with another one: what an expert showed there helps no other question."""
+    count = Counter(skill for row in profiled.rows for skill in set(row["skills"]))
+    alone = sum(all(count[skill] == 1 for skill in row["skills"]) for row in profiled.rows)
+    if alone and len(profiled.rows) > 1:
+        advice = "where skills are unknown, experts are drawn by overall accuracy; --skills choice has few"
+        logger.warning("%d of %d questions share no skill with another; %s", alone, len(profiled.rows), advice)
 
 
 def tell_failures(asks: Sequence[Question], replies: Sequence[Reply]) -> None:
