@@ -68,6 +68,43 @@ def test_a_place_that_is_gone_is_found():
     ]
 
 
+NAMED_TEST = re.compile(r"`(?:tests/)?(?:(test_\w+\.py)(?:::(test_\w+))?|(test_\w+))`")
+"""A file of tests, a test in it, or a test without its file."""
+
+
+def lacking_tests(text: str) -> list[str]:
+    """The tests that a document names and that are not there."""
+    tests = {file.name: top_level(file) for file in (PROJECT / "tests").glob("test_*.py")}
+    anywhere: set[str] = set().union(*tests.values())
+    found = NAMED_TEST.findall(text)
+    return [
+        file and f"{file}::{test}" or alone
+        for file, test, alone in found
+        if (file not in tests if file else alone not in anywhere) or (test and test not in tests[file])
+    ]
+
+
+@pytest.mark.parametrize("page", ["security.md", "inputs.md"])
+def test_every_test_that_a_page_of_promises_names_exists(page):
+    text = (PROJECT / "docs" / page).read_text()
+    assert len(NAMED_TEST.findall(text)) > 30
+    assert lacking_tests(text) == []
+
+
+def test_every_row_of_threats_names_what_holds_it():
+    rows = re.findall(r"^\|(?! threat |-).*\|$", (PROJECT / "docs" / "security.md").read_text(), flags=re.MULTILINE)
+    assert len(rows) > 30
+    assert [
+        row for row in rows if not (NAMED_TEST.search(row) or re.search(r"\| (the same|all tests of the file)", row))
+    ] == []
+
+
+def test_a_test_that_is_gone_is_found():
+    assert lacking_tests("`test_docs.py::test_a_test_that_is_gone_is_found`, `tests/test_docs.py`, `top_level`") == []
+    gone = ["test_docs.py::test_nothing", "test_nowhere.py::", "test_nothing"]
+    assert lacking_tests("`test_docs.py::test_nothing`, `test_nowhere.py`, `test_nothing`") == gone
+
+
 def tables_of_methods(text: str) -> list[dict[str, str]]:
     """The combiner of every method of every table whose first column is `method`, as written in a document."""
     tables = []

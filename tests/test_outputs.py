@@ -99,6 +99,32 @@ def test_a_link_that_has_the_name_of_a_folder_set_aside_is_left_alone(tmp_path):
     assert aside.is_symlink() and everything(tmp_path / "elsewhere") == ["run.yaml"]
 
 
+LOCKS = {
+    "a link": lambda lock, precious: lock.symlink_to(precious),
+    "another name of a file": lambda lock, precious: lock.hardlink_to(precious),
+    "a file of somebody's": lambda lock, precious: lock.write_text("package versions"),
+    "a pipe": lambda lock, precious: os.mkfifo(lock),
+    "a folder": lambda lock, precious: lock.mkdir(),
+}
+
+
+@pytest.mark.parametrize("make", LOCKS.values(), ids=LOCKS)
+def test_what_has_the_name_of_a_lock_and_is_none_is_left_alone(make, tmp_path, precious):
+    lock = tmp_path / ".run.lock"
+    make(lock, precious / "thesis.tex")
+    before = os.lstat(lock)
+    with pytest.raises(CoterieError, match=r"run\.lock is no lock file of coterie's, and would be .* over; move it"):
+        run_once(tmp_path / "run")
+    assert os.lstat(lock).st_size == before.st_size and os.lstat(lock).st_ino == before.st_ino
+
+
+@pytest.mark.parametrize("left", ["", '{"pid": 1, "host": "x", "since": "yesterday"}'])
+def test_the_lock_of_a_process_that_was_killed_is_taken_over(left, tmp_path):
+    (tmp_path / ".run.lock").write_text(left)
+    run_once(tmp_path / "run")
+    assert everything(tmp_path) == ["run", "run/run.yaml"]
+
+
 ADDED = {
     "a file": (lambda path: write_text(path / "notes.md", "x"), "holds notes.md, which the run did not write"),
     "a repository": (lambda path: (path / ".git").mkdir(), "holds a repository, .*/run/.git"),

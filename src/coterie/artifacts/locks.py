@@ -8,6 +8,7 @@ import getpass
 import json
 import os
 import platform
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -31,6 +32,7 @@ def locked(lock: Path, what: Path) -> Iterator[None]:
     held = FileLock(lock)  # follows no link; one that its holder has deleted meanwhile counts as held
     with disk_errors(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
+        _check_ours(lock)
         try:
             held.acquire(timeout=0)
         except Timeout as error:
@@ -46,6 +48,17 @@ def locked(lock: Path, what: Path) -> Iterator[None]:
         with suppress(OSError):
             lock.unlink()
         held.release()
+
+
+def _check_ours(lock: Path) -> None:
+    """Refuse what is no lock of ours: locking would write over it, under each of the names that it has."""
+    with suppress(FileNotFoundError):
+        found = os.lstat(lock)
+        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+            content = lock.read_bytes() if found.st_size <= MAX_NOTE else b"?"
+            if not content or content.startswith(b'{"pid": '):
+                return
+        raise CoterieError(f"{lock} is no lock file of coterie's, and would be written over; move it away")
 
 
 def _owner(lock: Path) -> str:
