@@ -299,6 +299,16 @@ def test_a_server_is_asked_as_it_wants_and_told_once(caplog):
     assert caplog.text.count("big takes no temperature") == 1
 
 
+def test_a_server_that_names_the_one_temperature_it_takes_is_asked_without():
+    words = {
+        "message": "invalid temperature: only 1 is allowed for this model",
+        "type": "invalid_request_error",
+    }  # Kimi
+    with serving(lambda got: Sent(400, {"error": words}) if "temperature" in got.body else completion("ok")) as stub:
+        replies = ask_all(stub, asks("a", "b"), concurrency=1, retries=0)
+    assert [reply.text for reply in replies] == ["ok"] * 2 and len(stub.requests) == 1 + 2
+
+
 def test_questions_under_way_are_asked_again_as_the_server_wants():
     def respond(got: Got) -> Sent:
         return Sent(400, {"error": NO_MAX_TOKENS}, delay=0.1) if "max_tokens" in got.body else completion("ok")
@@ -326,6 +336,19 @@ FATAL = table(
     ("model at 400", 400, {"error": {"message": "no such model", "param": "model"}}, "answered 400 (no such model)"),
     ("value", 400, {"error": {"message": "must be above 0", "param": "temperature"}}, "answered 400 (must be above 0)"),
     ("parameter", 422, DETAIL, "answered 422 (body.top_k: Extra inputs are not permitted)"),
+    (
+        "Anthropic's account",
+        400,
+        {"error": {"message": "Your credit balance is too low."}},
+        "check what the account may",
+    ),
+    ("method", 405, b"", "answered 405 (Method Not Allowed); check the model's name and the address"),
+    (
+        "quota under no name",
+        200,
+        {"code": "insufficient_quota", "message": "Empty."},
+        "(Empty.); check what the account",
+    ),
     ("plain words", 400, b"unknown field: top_k", "answered 400 (unknown field: top_k)"),
 )
 
@@ -367,6 +390,11 @@ INSIDE = table(
     ("by its type", {"error": {"type": "overloaded_error", "message": "Overloaded"}}),
     ("in the choice", {"choices": [{"error": {"code": 502, "message": "x"}, "message": {"content": ""}}]}),
     ("by its reason", {"choices": [{"finish_reason": "error", "message": {"content": "half"}}]}),
+    ("a bare text", {"error": "Server overloaded, please retry"}),
+    ("vLLM", {"object": "error", "message": "slow down", "code": 429}),
+    ("Gemini", [{"error": {"code": 429, "message": "slow down", "status": "RESOURCE_EXHAUSTED"}}]),
+    ("a gateway", {"detail": "Too many requests"}),
+    ("its status", {"status": 503, "message": "no replica", "choices": None}),
 )
 
 

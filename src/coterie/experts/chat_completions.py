@@ -20,13 +20,17 @@ Change = Literal["max_completion_tokens", "no temperature"]
 """What a server may ask for: the longest answer under its newer name, or sampling at the server's own temperature."""
 
 BUSY = frozenset({408, 409, 425, 429, *range(500, 600)})
-BUSY_WORDS = re.compile(r"rate_?limit|overload|server_?error|internal_?error|unavailable|time_?d?_?out", re.IGNORECASE)
+BUSY_WORDS = re.compile(
+    r"rate[ _]?limit|too[ _]many[ _]requests|overload|server_?error|internal_?error|unavailable|time_?d?_?out",
+    re.IGNORECASE,
+)
+NO_MONEY = re.compile(r"credit balance|insufficient (?:balance|credit|funds)", re.IGNORECASE)
 QUOTA = re.compile(r"insufficient_(?:quota|balance|credits)|billing|account_deactivated|quota_exceeded", re.IGNORECASE)
 KEY = re.compile(r"authentication|invalid_api_key|permission_(?:error|denied)|api[ _-]?key", re.IGNORECASE)
 MODERATION = re.compile(r"flagged|moderation|content[ _](?:policy|filter|management)", re.IGNORECASE)
 UNSUPPORTED = re.compile(
-    r"unsupported|not? (?:longer )?support|only the default|instead|un(?:known|recognized)|deprecated|extra_?forbidden"
-    r"|not permitted|not allowed",
+    r"unsupported|not? (?:longer )?support|only the default|only [\d.]+ is|instead|un(?:known|recognized)|deprecated"
+    r"|extra_?forbidden|not permitted|not allowed",
     re.IGNORECASE,
 )
 PARAMETER = re.compile(r"\b(?:model|max_\w*tokens|temperature|seed|top_[pk]|repetition_penalty|stop)\b")
@@ -120,6 +124,8 @@ def reply_from(content: str, question: Question, seconds: float) -> Reply:
     for place in (record, choice):
         if isinstance(place, dict) and place.get("error"):
             raise error_inside(place["error"])
+    if not choice and ((trouble := error_inside(record)).again or trouble.for_all):  # an error under no name
+        raise trouble
     if choice.get("finish_reason") == "error":
         raise Trouble("the server broke the answer off with an error", again=True)
     message = choice.get("message")
@@ -160,8 +166,8 @@ def _count(usage: object, name: str, characters: int) -> int:
 
 def error_inside(error: object) -> Trouble:
     """Say what an error means that came with status 200: its own code stands for the status."""
-    code = error.get("code") if isinstance(error, dict) else None
-    status = int(code) if isinstance(code, int | str) and re.fullmatch(r"[45]\d\d", str(code)) else None
+    codes = (str(code) for code in _values(error, ("code", "status", "status_code")))
+    status = next((int(code) for code in codes if re.fullmatch(r"[45]\d\d", code)), None)
     return refusal("the server answered with an error" + (f" {status}" if status else ""), status, {"error": error})
 
 
@@ -179,15 +185,15 @@ def refusal(
     """
     words = _words(record)
     names = " ".join(_values(record, ("code", "type", "status", "error_type")))
-    if status == 402 or QUOTA.search(names):
+    if status == 402 or QUOTA.search(names) or (status in (400, 403) and NO_MONEY.search(words)):
         return Trouble(reason, words, "check what the account may spend", for_all=True)
     if status in (400, 403) and MODERATION.search(f"{names} {words}"):
         return Trouble(reason, words)
     if status in (401, 403) or KEY.search(names) or (status == 400 and KEY.search(words)):
         return Trouble(reason, words, f"check {key_hint}", for_all=True)
-    if status == 404:
+    if status in (404, 405, 410):
         return Trouble(reason, words, "check the model's name and the address", for_all=True)
-    if status in BUSY or (status is None and BUSY_WORDS.search(names)):
+    if status in BUSY or (status is None and BUSY_WORDS.search(f"{names} {words}")):
         return Trouble(reason, words, again=True, pause=pause)
     return _parameter_trouble(reason, words, " ".join(_values(record, ("param", "loc"))), names)
 
@@ -239,5 +245,5 @@ def _values(value: object, names: tuple[str, ...], depth: int = DEPTH_OF_WORDS) 
     own = (value.get(name) for name in names)
     texts = [text for one in own for text in (one[:5] if isinstance(one, list) else [one])]
     inner = (value.get(name) for name in ("error", "message", "detail"))
-    found = [text[:LONGEST_WORDS] for text in texts if isinstance(text, str)]
+    found = [str(text)[:LONGEST_WORDS] for text in texts if isinstance(text, str | int)]
     return found + [text for part in inner for text in _values(part, names, depth - 1)]

@@ -20,7 +20,7 @@ from coterie.grading.numbers import MAGNITUDES, from_words, plain, rational
 from coterie.grading.options import Options, choice_of, find_option, listed_options, lone_letter
 from coterie.grading.spans import is_no_answer, span_score, span_words
 from coterie.grading.statements import BECAUSE, last_box, normalised, sentence_of, stated_in, without_bold
-from coterie.grading.units import parse_unit
+from coterie.grading.units import CURRENCIES, parse_unit
 
 AnswerKind = Literal["maths", "choice", "text"]
 SHORT_TEXT = 80  # characters of a text that may be an answer as it stands
@@ -156,13 +156,16 @@ _TERM = re.compile(  # a formula between delimiters, a bare LaTeX fraction or ro
     rf"\$\$([^$]{{1,500}})\$\$|(?<![\\$])\$(?=\S)(?=[^$\n]*[\d\\])({_INLINE})(?<=\S)\$(?!\d)"
     r"|\\\((.{1,500}?)\\\)|\\\[(.{1,500}?)\\\]"
     r"|-?\d{0,20}\\[dtc]?frac\s*\{[^{}]{1,60}\}\s*\{[^{}]{1,60}\}|-?\d{0,20}\\sqrt\s*\{[^{}]{1,60}\}"
-    r"|(?<![\w.)}\]])[-−]?\\?[$€£₹¥]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+    rf"|(?<![\w.)}}\]])[-−]?\\?[{CURRENCIES}]?(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?"
     rf"(?:[eE][-+]?\d{{1,3}}(?!\w)|{_TIMES_TEN}|[¼-¾⅐-⅞]|[/:]\d+| [/:] \d+| ?\\pi| ?π|{_MAGNITUDE})?(?:\s?\\?%)?"
     r"|(?<![\w.)}\]])[-−]?(?:\.\d+|[¼-¾⅐-⅞])",
     re.DOTALL,
 )
 _UNIT_BEHIND = re.compile(
     r" ?(?:(?:square|cubic|sq|cu) ?\.? ?)?([^\W\d_]{1,20})(?: ?(?:/|per) ?[^\W\d_]{1,20})?(?:\^?\{?[23²³]\}?)?(?!\w)"
+)
+_BOUNDED = re.compile(  # what stands right before a number that is not the answer
+    r"(?:\b(?:not|(?:more|less|fewer|greater|larger|smaller|higher|lower) than)|n't)\s+$", re.IGNORECASE
 )
 _OR = re.compile(r"[^.!?\n]{0,40}\b(?:or|between)\b[^.!?\n]{0,40}")
 
@@ -179,6 +182,12 @@ def _inside(term: re.Match[str]) -> str:
     behind = _UNIT_BEHIND.match(term.string, term.end())
     is_known = behind and behind[1] != "are" and parse_unit(behind.group()).measures
     return term.group() + (behind.group() if behind and is_known else "")
+
+
+def _is_bound(term: re.Match[str]) -> bool:
+    """Tell whether a number is only what the answer is not, or lies above or below: `more than 5`, `5 or more`."""
+    behind = re.match(r"(?: [a-z]+)? or (?:more|less|fewer)\b", term.string[term.end() : term.end() + 40])
+    return bool(behind or _BOUNDED.search(term.string[max(term.start() - 20, 0) : term.start()]))
 
 
 def _canonical(expression: str) -> str:
@@ -200,8 +209,9 @@ def _expression_in(line: str) -> str | None:
     for whole in (sentence, clause):
         if re.search(r"[\d\\]|^\W*\w\W*$", tidy(whole)) and is_expression(whole):
             return whole
-    terms = [_inside(term) for term in _terms(clause) or _terms(line)[:1]]
-    if len(set(map(_canonical, terms))) > 1 or re.search(r"\bnot\b|n't\b", clause):
+    found = _terms(clause) or _terms(line)[:1]
+    terms = [_inside(term) for term in found]
+    if len(set(map(_canonical, terms))) > 1 or re.search(r"\bnot\b|n't\b", clause) or any(map(_is_bound, found)):
         return sentence
     return terms[0] if terms else None
 
@@ -221,7 +231,7 @@ def _find_expression(text: str) -> str | None:
     terms = _terms(text)
     if len(terms) > 1 and _OR.fullmatch(text[terms[-2].end() : terms[-1].start()]):
         return text[terms[-2].start() : terms[-1].end()]  # one or the other is neither
-    return _inside(terms[-1]) if terms else None
+    return _inside(terms[-1]) if terms and not _is_bound(terms[-1]) else None
 
 
 # ------------------------------------------------------------------------------------------------------------- text

@@ -11,8 +11,8 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from coterie.grading.numbers import LETTERS, MAGNITUDES, NUMBER, WORDS, from_words, plain, ungrouped
-from coterie.grading.units import LONGEST_UNIT, UNITS, Unit, parse_unit, singular, unit_ratio
+from coterie.grading.numbers import LETTERS, MAGNITUDES, NUMBER, PARTS, WORDS, from_words, plain, ungrouped
+from coterie.grading.units import CURRENCIES, LONGEST_UNIT, UNITS, Unit, parse_unit, singular, unit_ratio
 
 # Longer strings are compared as strings only: real answers are short, and parsers are slow on long nonsense.
 LONGEST_EXPRESSION = 500
@@ -55,13 +55,13 @@ _REWRITES = tuple(  # in this order; what stands there, and what takes its place
         (r",\s*\\!\s*(?=\d{3})", ","),
         (r"(?<!\\)\\[!()\[\]]|\\(?:boxed|fbox)(?![a-zA-Z])", ""),
         (r"\{,\}", ","),
-        (rf"^\s*(?:{_ABOUT})\s*(?=[-+\d.\\$€£₹¥])", ""),
+        (rf"^\s*(?:{_ABOUT})\s*(?=[-+\d.\\{CURRENCIES}])", ""),
         (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-zA-Z])", " "),
         (r",?\s*\\(?:text|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}", ","),
         (rf"\\(?:text|mbox)\s*\{{\s*({_MAGNITUDE})\s*\}}", r" \1"),
         (r"(?<=[\w)}])\s+squared\b", "^2"),
         (r"(?<=[\w)}])\s+cubed\b", "^3"),
-        (r"(?<=[\d)}])\s*,?\s+(?:and|or)\s+(?=[-+(\\\d$€£₹¥])", ", "),
+        (rf"(?<=[\d)}}])\s*,?\s+(?:and|or)\s+(?=[-+(\\\d{CURRENCIES}])", ", "),
         (r"\^?\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degree(?![a-zA-Z])", "°"),
         (r"\\([$%])", r"\1"),
         (r"\\[dtc]frac", r"\\frac"),
@@ -71,6 +71,7 @@ _REWRITES = tuple(  # in this order; what stands there, and what takes its place
         (r"[\s.,;:\\]+$", ""),
         (r"^\s*[a-zA-Z]\s*=(?=[^=]*$)", ""),
         (r"\b([ap])\.\s?m\b\.?", r"\1m"),
+        *((rf"(?<=\d)[\s-]+{part}s$", f"/{count}") for part, count in PARTS.items() if part != "quarter"),
         (r"(?<![\d.])\.(?=\d)", "0."),
     )
 )
@@ -105,8 +106,10 @@ def _in_one_notation(text: str) -> str:
 _TRAILING_TEXT = re.compile(rf"(?<=\S)\s*{_TEXT}\s*(\^\s*\{{?[23]\}}?)?$")
 _MAGNITUDES = re.compile(rf"(?<=\d)((?:\s*\b{_MAGNITUDE}|\s*(?<=\d){_MAGNITUDE})(?:\s+{_MAGNITUDE})*)\b")
 _GLUED_LETTER = re.compile(rf"([-+]?\s*\d[\d,]*(?:\.\d+)?)({'|'.join(LETTERS)})")
-_SIGN = re.compile(r"[$€£₹¥]|°(?:\s*[CF](?![a-zA-Z]))?|%|\bper\s?cent(?:age\s+points?)?\b")
-_CODE = re.compile(r"^\s*([-+]?)\s*(rs|re|inr|usd|us|eur|gbp)\s*\.?\s*(?=[$\d])", re.IGNORECASE)
+_SIGN = re.compile(rf"[{CURRENCIES}]|°(?:\s*[CF](?![a-zA-Z]))?|%|\bper\s?cent(?:age\s+points?)?\b")
+_CODE = re.compile(
+    r"^\s*([-+]?)\s*(rs|re|inr|usd|us|eur|gbp|(?:[acrs]|au|ca|hk|nz|sg)(?=\s*\$))\s*\.?\s*(?=[$\d])", re.IGNORECASE
+)
 _BOUNDARY = re.compile(r"(?<=[\d})])\s*(?=[^\W\d_])|(?<=\\pi)\s+(?=[^\W\d_])|(?<=\d)\s*(?=/\s*[^\W\d_])")
 _UNIT_WORD = r"[^\W\d_]+(?:\^?-?[123])?"
 _UNIT_TEXT = re.compile(rf"/?{_UNIT_WORD}(?:[ /.*·-]{_UNIT_WORD})*\.?")
@@ -133,7 +136,7 @@ def _with_digits(text: str) -> str:
     """Write a number in words that begins a text in digits: `forty-two apples`."""
     words = re.findall(r"[a-zA-Z]+-?|\S+", text)
     first = words[0].strip("-").lower() if words else ""
-    if first not in WORDS and first not in ("a", "an", "minus", "negative"):
+    if first not in WORDS and first not in ("a", "an", "half", "minus", "negative"):
         return text
     for end in range(min(len(words), 20), 0, -1):
         if digits := from_words(" ".join(word.strip("-") for word in words[:end])):

@@ -24,6 +24,7 @@ _SMALL = (
 ).split()
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 WORDS = {word: value for value, word in enumerate(_SMALL)} | {word: 20 + 10 * n for n, word in enumerate(_TENS)}
+PARTS = {"third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10, "hundredth": 100}
 
 NUMBER = r"\d{1,60}(?:\.\d{1,60})?"
 DECIMAL = re.compile(rf"[+-]?\s*{NUMBER}")
@@ -84,10 +85,13 @@ def plain(value: Fraction) -> str:
 
 
 def from_words(text: str) -> str | None:
-    """Return the digits of a number in words, as `forty-two` or `two dozen`; None for anything else."""
+    """Return the digits of a number in words: `forty-two`, `two thirds`, `half a dozen`; None for anything else."""
     words = re.findall(r"[a-z]+", text.lower())
     if not words or not re.fullmatch(r"\s*[a-zA-Z]+(?:[\s-]+[a-zA-Z]+)*\s*", text) or len(words) > 20:
         return None
+    parts = _parts_from_words(words)
+    if parts is not None:
+        return plain(parts)
     sign = "-" if words[0] in ("minus", "negative") else ""
     words = words[bool(sign) :]
     total = part = 0
@@ -108,3 +112,18 @@ def from_words(text: str) -> str | None:
         elif word != "and" or last != "magnitude" or place + 1 == len(words):
             return None
     return f"{sign}{total + part}" if last else None
+
+
+def _parts_from_words(words: list[str]) -> Fraction | None:
+    """Read `half a dozen`, `one and a half` and `two thirds`; a `twenty third` is no number of parts."""
+    *before, last = words
+    if words[0] == "half" and (not before or words[2:]):
+        whole = from_words(" ".join(words[1:])) if before else "1"
+        return Fraction(whole) / 2 if whole else None
+    count = "1" if before in (["a"], ["an"], ["one"]) else None
+    if last == "half" and (count or (before[-2:-1] == ["and"] and before[-1] in ("a", "one"))):
+        whole = "0" if count else from_words(" ".join(before[:-2]))
+        return Fraction(whole) + Fraction(1, 2) if whole else None
+    if count is None and last.endswith("s") and last.removesuffix("s") in PARTS:
+        count, last = from_words(" ".join(before)), last.removesuffix("s")
+    return Fraction(count) / PARTS[last] if count and last in PARTS else None

@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 LONGEST_UNIT = 80  # characters
 
+CURRENCIES = "$€£₹¥₩₽₺₫₱₦₪₴฿"
+"""Signs that may stand before a number or behind it."""
+
 Powers = frozenset[tuple[str, int]]
 
 
@@ -64,6 +67,17 @@ _BASIC: dict[str, tuple[tuple[str, str], ...]] = {  # measure: (names, how many)
     "rupee": (("rupee ₹ rs re inr", "1"), ("paise paisa", "1/100")),
     "yen": (("yen ¥ jpy", "1"),),
     "yuan": (("yuan ¥ rmb cny", "1"),),
+    "won": (("won ₩ krw", "1"),),
+    "rouble": (("rouble ruble ₽ rub", "1"),),
+    "lira": (("lira ₺", "1"),),
+    "dong": (("dong ₫ vnd", "1"),),
+    "peso": (("peso ₱", "1"),),
+    "naira": (("naira ₦ ngn", "1"),),
+    "shekel": (("shekel ₪ ils", "1"),),
+    "hryvnia": (("hryvnia ₴ uah", "1"),),
+    "baht": (("baht ฿ thb", "1"),),
+    "zloty": (("zloty zł pln", "1"),),
+    "crown": (("crown krona krone kr", "1"),),
     "degree": (("degree ° deg", "1"),),
     "radian": (("radian rad", "1"),),
     "celsius": (("celsius", "1"),),
@@ -85,7 +99,7 @@ _POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _AFTER_POWER = {"squared": 2, "cubed": 3}
 _PER = frozenset({"per", "/", "each", "every"})
 _DEGREES = re.compile(r"(?:°|\bdegrees?)\s*(?:(c(?:elsius)?)|f(?:ahrenheit)?)\b", re.IGNORECASE)
-_TOKEN = re.compile(r"[$€£₹¥¢°/]|[^\W\d_]+|\^?\s*\{?\s*(-?[123])\s*\}?")
+_TOKEN = re.compile(rf"[{CURRENCIES}¢°/]|[^\W\d_]+|\^?\s*\{{?\s*(-?[123])\s*\}}?")
 
 
 def _known() -> dict[str, tuple[Measure, ...]]:
