@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from coterie.cli.table import ARGUMENTS, COMMANDS
+from coterie.cli.table import ARGUMENTS, COMMANDS, NEXT
 from coterie.settings.old_spellings import is_old
 from coterie.settings.reading import flat_fields
 
@@ -56,3 +56,15 @@ def commands_in(file: str) -> list[str]:
 @pytest.mark.parametrize("line", commands_in("README.md"))
 def test_a_command_of_the_readme_can_be_typed(run, called, line):
     assert run(*shlex.split(line, comments=True)[1:])[0] == 0 and len(called) == 1
+
+
+@pytest.mark.parametrize("name", NEXT)
+def test_a_command_ends_with_the_next_one_ready_to_type(run, called, name):
+    example = shown(run, name).partition("Example:")[2]
+    code, out, err = run(*shlex.split(re.sub(r"\\\s*\n", "", example))[1:])
+    assert (code, out) == (0, "") and err.count("next: coterie ") == 1
+    following = shlex.split(err.rpartition("next: ")[2])
+    assert run(*following[1:])[0] == 0 and len(called) == 2
+    own = called[0][1]
+    place = getattr(own, "output", None) or getattr(own, "folder", None) or own.mixture
+    assert str(place).rstrip("/") in following

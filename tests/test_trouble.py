@@ -105,3 +105,23 @@ def test_a_reader_that_has_gone_ends_the_work_quietly():
     result = subprocess.run(METHODS, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_a_log_has_no_bars_but_a_line_now_and_then():
+    code = """
+import sys, time, os
+from coterie.cli import process
+sys.argv = ["coterie"]
+def work(words):
+    from tqdm.auto import tqdm
+    for seconds in (0, 10.5):
+        with tqdm(total=3, desc=f"bar of {seconds} s") as bar:
+            bar.update(1)
+            bar.start_t -= seconds
+            bar.last_print_t -= 3 * seconds
+            bar.update(2)
+process.finish(work)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    lines = [line.strip() for line in result.stderr.decode().splitlines() if line.strip()]
+    assert result.returncode == 0 and lines and all(line.startswith("bar of 10.5 s: 3 of 3") for line in lines)

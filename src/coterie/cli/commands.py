@@ -10,7 +10,7 @@ import typer
 import coterie
 from coterie.artifacts import as_path, check_file, read_run_record, write_answers
 from coterie.cli.process import TROUBLE, finish
-from coterie.cli.table import COMMANDS, app, command, echo
+from coterie.cli.table import COMMANDS, app, command, echo, tell_next
 from coterie.errors import CoterieError
 from coterie.records.wording import columns, printable
 from coterie.settings.commands import (
@@ -192,7 +192,8 @@ def add_to_bank(settings: BankAddSettings) -> None:
     for adapter in coterie.methods.add_to_bank(settings):
         echo(str(adapter), err=bool(adapter.refusal))
         refused += bool(adapter.refusal)
-    raise typer.Exit(TROUBLE if refused else 0)
+    if refused:
+        raise typer.Exit(TROUBLE)
 
 
 @command("bank list", "coterie bank list bank/")
@@ -213,7 +214,8 @@ def verify_bank(settings: BankVerifySettings) -> None:
     for adapter in coterie.verify_bank(settings.folder, **settings.placement.model_dump()):
         echo(adapter)
         wrong += adapter.trouble is not None
-    raise typer.Exit(TROUBLE if wrong else 0)
+    if wrong:
+        raise typer.Exit(TROUBLE)
 
 
 @command("select", "coterie select bank/ --shots shots.jsonl --keep 4 --output runs/select")
@@ -266,6 +268,7 @@ def repeat(
         settings = settings.model_copy(update={"overwrite": overwrite})
     echo(_announcement(record, settings), err=True)
     again.function(settings)
+    tell_next(found["command"], settings)
 
 
 def _announcement(record: Path, settings: Settings) -> str:

@@ -19,6 +19,12 @@ TROUBLE = 2  # something that the user can fix
 OF_SIGNAL = 128  # what a signal ends exits with this and the signal's number
 INTERRUPTED = OF_SIGNAL + signal.SIGINT
 READER_GONE = OF_SIGNAL + 13  # SIGPIPE, which not every system has
+IN_A_LOG = {
+    "TQDM_DELAY": "10",
+    "TQDM_MININTERVAL": "30",
+    "TQDM_BAR_FORMAT": "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left\n",
+}
+"""How tqdm, which reads this when it is first imported, writes to what is no terminal: after 10 s, then every 30 s."""
 STOPPED = "stopped; the same command goes on where it stopped"
 
 
@@ -76,6 +82,8 @@ def _outcome(run: Callable[[list[str]], object]) -> tuple[int, str]:
         logging.basicConfig(level=logging.WARNING, handlers=[handler])
         warnings.filterwarnings("ignore", category=FutureWarning)  # libraries talking to each other, not to the user
         logging.getLogger("coterie").setLevel(logging.INFO)
+        if not sys.stderr.isatty():
+            os.environ |= {name: value for name, value in IN_A_LOG.items() if name not in os.environ}
         for word in sys.argv[1:]:
             word.encode()
         code = run(current_words(sys.argv[1:], lambda line: echo(line, err=True)))

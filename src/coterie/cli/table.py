@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shlex
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,6 +78,22 @@ class Command:
     takes_prompts: bool
 
 
+NEXT = {
+    "fit elrea": "coterie generate {output} 'What do 5 pens cost?'",
+    "fit token-level": "coterie generate {output} 'What do 5 pens cost?' --show-weights",
+    "fit from-adapters": "coterie generate {output} 'What do 5 pens cost?'",
+    "fit kshot-moe": "coterie generate {output} 'What do 5 pens cost?'",
+    "fit symbolic-moe": "coterie generate {output} 'What do 5 pens cost?'",
+    "train-extras": "coterie eval {mixture} --data test.jsonl --output {mixture}-eval --methods {methods}",
+    "plan": "coterie generate {mixture} 'What do 5 pens cost?'",
+    "eval": "coterie report {output}",
+    "bank add": "coterie fit from-adapters --bank {folder} --output runs/shelf",
+    "bank verify": "coterie fit from-adapters --bank {folder} --output runs/shelf",
+    "experts init": "coterie profile {folder} --data val.jsonl",
+    "profile": "coterie fit symbolic-moe --experts {folder} --output runs/sym",
+}
+"""What one types after a command, with the places of its settings in it; prompts and data are the user's own."""
+
 COMMANDS: dict[str, Command] = {}
 """Every command by its full name, such as "fit elrea": what is typed, and what `coterie run` repeats."""
 
@@ -100,7 +117,9 @@ def command(name: str, example: str) -> Callable[[Function], Function]:
         def run(**values: Any) -> None:
             extra = {parameter.name: values.pop(parameter.name) for parameter in own}
             given = {name: value for name, value in values.items() if value is not None}
-            COMMANDS[name].function(*([] if kind is None else [from_flat(kind, given)]), **extra)
+            settings = None if kind is None else from_flat(kind, given)
+            COMMANDS[name].function(*([] if settings is None else [settings]), **extra)
+            tell_next(name, settings)
 
         flags = ([] if kind is None else _flags(kind)) + [p.replace(kind=p.KEYWORD_ONLY) for p in own]
         run.__signature__ = inspect.Signature(sorted(flags, key=lambda p: p.name not in ARGUMENTS))  # pyrefly: ignore
@@ -116,6 +135,13 @@ def command(name: str, example: str) -> Callable[[Function], Function]:
         return function
 
     return register
+
+
+def tell_next(name: str, settings: Settings | None) -> None:
+    """Tell on stderr, which keeps results on stdout apart, what to type after a command that went well."""
+    if settings is not None and name in NEXT:
+        places = {field: shlex.quote(str(value).rstrip("/") or "/") for field, value in settings}
+        typer.echo(f"next: {NEXT[name].format(**places)}", err=True)
 
 
 def _flags(kind: type[Settings]) -> list[inspect.Parameter]:
