@@ -1,6 +1,7 @@
 """The command line does what Python does, and bad input gets one line, exit code 2, and leaves nothing behind."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -279,6 +280,23 @@ def test_answers_are_written_over_nothing_that_is_there(run, run_folder, tmp_pat
     assert run(*words, "--output", answers, "--overwrite")[0] == 0 and answers.read_bytes() == before
     assert run(*words, "--output", "/dev/null")[0] == 0 and not Path("/dev/null").is_file()
     refused(run(*words, "--output", "/dev/full"), "no space left on the disk while writing /dev/full")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"command": "x" * 10_000}, "records 'xxx"),
+        (
+            {"settings": {"model": "m", "data": ["d"], "output": "o", "d_proj": 2**63}},
+            "--d-proj: .* less than or equal",
+        ),
+    ],
+)
+def test_an_absurd_record_is_refused_in_one_short_line(change, told, run, tmp_path):
+    record = tmp_path / "run.yaml"
+    record.write_text(json.dumps({"command": "fit elrea", "settings": {}, **change}))
+    code, _, err = run("run", record)
+    assert code == 2 and re.search(told, err) and len(err) < 500 and err.count("\n") == 1
 
 
 def test_a_record_alone_cannot_ask_to_overwrite_and_tells_first_what_it_does(run, run_folder, train_file, tmp_path):

@@ -262,7 +262,7 @@ def repeat(
     again = COMMANDS.get(found["command"])
     if again is None or again.settings is None or again.takes_prompts:
         known = [name for name, one in COMMANDS.items() if one.settings and not one.takes_prompts]
-        raise CoterieError(f"{record} records {found['command']!r}; these can be repeated: {', '.join(known)}")
+        raise CoterieError(f"{record} records {found['command'][:80]!r}; these can be repeated: {', '.join(known)}")
     settings = checked(again.settings, found["settings"])
     if "overwrite" in type(settings).model_fields:
         settings = settings.model_copy(update={"overwrite": overwrite})

@@ -132,7 +132,7 @@ class FeatureSettings(Settings):
 
     form: FeatureForm = Field("adam", description="adam (the paper's), adam-centred (minus the training mean) or sgd")
     projection: Projection = Field("sketch", description="sketch (fast) or rademacher (the paper's dense +-1)")
-    d_proj: int = Field(8192, ge=2, description="dimensions after projection")
+    d_proj: int = Field(8192, ge=2, le=2**20, description="dimensions after projection")
     blocks: str = Field("all", description="blocks whose gradients count: all, or last:K")
     loss_on: Literal["user-text", "prompt"] = Field(
         "user-text", description="tokens that carry loss: the user's own text, or the whole rendered prompt"
