@@ -48,7 +48,7 @@ EVAL = {"mixture": "m", "data": ["d"], "output": "o"}
         (
             commands.ProfileSettings,
             {"folder": "f", "data": ["d"], "skill_list": "a,b"},
-            "--skill-list a,b does not act with --skills keywords",
+            "--skill-list a,b does not act without --skills",
         ),
         (
             commands.ProfileSettings,

@@ -10,16 +10,16 @@ import torch
 import tiny
 from conftest import write_rows
 from coterie.combiners.aggregate import elect, synthesis_request
-from coterie.data.examples import load_examples
+from coterie.data.examples import Example, Message, load_examples
 from coterie.errors import CoterieError
 from coterie.experts.expert_pool import init_pool
 from coterie.grading.grade import after_thinking, is_right
 from coterie.methods.symbolic.aggregator import make_up
 from coterie.methods.symbolic.fit import load_symbolic
 from coterie.methods.symbolic.profile import PROFILE, read_profile
-from coterie.methods.symbolic.skills import keyword_asks
+from coterie.methods.symbolic.skills import keyword_asks, settled
 from coterie.settings.commands import ExpertPoolSettings
-from coterie.settings.groups import SamplingSettings
+from coterie.settings.groups import SamplingSettings, SkillSettings
 from helpers import refused
 from stub_server import Got, Sent, completion
 from symbolic_place import EXPERTS, lines, question, respond, right_answer, rows
@@ -47,6 +47,38 @@ def test_skills_can_come_from_the_rows(place, run):
     code, out, _ = run("profile", place.pool, "--data", data, "--skills", "category", "--json")
     assert code == 0 and json.loads(out)["right"] == [[2, 0], [0, 2], [0, 0]]
     assert sum(place.asked().values()) == 3 * 4
+
+
+@pytest.mark.parametrize(
+    ("categories", "sources", "given", "by"),
+    [
+        ("aabb", "ccdd", {}, "category"),
+        ("    ", "ccdd", {}, "source"),
+        ("aab ", "ccdd", {}, "source"),  # one row has none
+        ("abcd", "ccdd", {}, "source"),  # each its own
+        ("aaaa", "cccc", {}, "keywords"),  # one for all
+        ("    ", "    ", {}, "keywords"),
+        ("aabb", "ccdd", {"skills": "source"}, "source"),
+        ("aabb", "ccdd", {"skills": "keywords"}, "keywords"),
+        ("aabb", "ccdd", {"skill_expert": "maths"}, "keywords"),
+    ],
+)
+def test_rows_bring_their_skills_where_most_share_them(categories, sources, given, by):
+    labels = zip(categories, sources, strict=True)
+    examples = [
+        Example("q", (Message("user", "hi"),), source=own.strip() or None, category=kind.strip() or None)
+        for kind, own in labels
+    ]
+    assert settled(SkillSettings(**given), examples) == SkillSettings(**{**given, "skills": by})
+
+
+def test_a_profile_takes_the_rows_categories_unless_it_is_told_how_to_ask_and_says_so(place, run, caplog):
+    data = write_rows(place.folder / "val.jsonl", rows(4))
+    code, out, _ = run("profile", place.pool, "--data", data, "--json")
+    assert code == 0 and json.loads(out)["skills_by"]["skills"] == "category"
+    assert sum(place.asked().values()) == 3 * 4, "nobody is asked for keywords"
+    assert "the rows' category is the skill that they need" in caplog.text
+    assert read_profile(place.pool / PROFILE).how.skills == "category"
 
 
 def test_questions_that_share_no_skill_are_told_once_by_profile_and_fit(place, run, caplog):

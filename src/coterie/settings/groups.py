@@ -282,20 +282,21 @@ class FewShotSettings(Settings):
 class SkillSettings(Settings):
     """Finding the skills that a question needs."""
 
-    idle_with = {"skill_list": ("skills", ("keywords", "category")), "synonyms": ("skills", ("choice", "category"))}
+    idle_with = {
+        "skill_list": ("skills", (None, "keywords", "category", "source")),
+        "synonyms": ("skills", ("choice", "category", "source")),
+    }
 
-    skills: Literal["keywords", "choice", "category"] = Field(
-        "keywords",
+    skills: Literal["keywords", "choice", "category", "source"] | None = Field(
+        None,
         description="keywords: a model names them, 5 samples a question; choice: it picks from a list, one prefill a "
-        "question; category: the rows bring them",
+        "question; category, source: the rows bring them; default: category or source where rows share them",
     )
     skill_expert: str | None = Field(None, description="expert that is asked for skills; default: the first")
     skill_list: str | None = Field(
         None, description="skills to choose from, separated by commas; default: the categories of the rows"
     )
-    encoder: str = Field(
-        "minilm", description="sentence encoder that finds the nearest skill: minilm, a folder, or none"
-    )
+    encoder: str = Field("minilm", description="what finds the nearest skill by meaning: minilm, a folder, or none")
     synonyms: float = Field(0.8, gt=0, description="cosine from which two skills count as one; above 1: none do")
 
 

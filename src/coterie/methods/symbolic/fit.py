@@ -28,7 +28,7 @@ from coterie.methods.symbolic.aggregator import best_aggregators, judge_aggregat
 from coterie.methods.symbolic.answer import RecruitingPlan
 from coterie.methods.symbolic.methods import BEST_SINGLE, METHOD, METHODS, RANDOM, SELF_CONSISTENCY
 from coterie.methods.symbolic.profile import PROFILE, REPLIES, VALIDATION, Profiled, read_profile, tell_lone_skills
-from coterie.methods.symbolic.skills import find_skills, open_scheduler
+from coterie.methods.symbolic.skills import LABELS, find_skills, open_scheduler
 from coterie.mixture.scheduler import ExpertScheduler
 from coterie.routers.base import Routing
 from coterie.routers.skill import SkillProfile, profile_from, random_recruits, recruit
@@ -71,9 +71,11 @@ class Symbolic:
         """
         how, known = self.profiled.how, self.profiled.profile.skills
         found = find_skills(scheduler, self.pool, how, examples, self.profiled.options)
-        lacking = [number for number, own in enumerate(found) if how.skills == "category" and not own]
+        lacking = [number for number, own in enumerate(found) if how.skills in LABELS and not own]
         if lacking and self.chooser is None:
-            logger.warning("%d questions have no category: their experts are drawn by overall accuracy", len(lacking))
+            logger.warning(
+                "%d questions have no %s: their experts are drawn by overall accuracy", len(lacking), how.skills
+            )
         elif lacking:  # a local expert chooses among the known categories for the questions that bring none
             choice = how.model_copy(update={"skills": "choice", "skill_expert": self.chooser})
             chosen = find_skills(scheduler, self.pool, choice, [examples[number] for number in lacking], known)

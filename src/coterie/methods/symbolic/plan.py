@@ -15,7 +15,7 @@ from coterie.experts.reply_cache import ReplyCache
 from coterie.features.skills import BLANK, choice_request
 from coterie.methods.symbolic.answer import answer_all
 from coterie.methods.symbolic.fit import Symbolic
-from coterie.methods.symbolic.skills import ask_expert, groups_for, keyword_asks
+from coterie.methods.symbolic.skills import LABELS, ask_expert, groups_for, keyword_asks
 from coterie.mixture.memory import budget_of
 from coterie.mixture.scheduler import GIB, ExpertScheduler
 from coterie.records.wording import columns
@@ -175,7 +175,8 @@ def _skills(
 ) -> tuple[list[tuple[str, ...]], bool]:
     """Return the questions' skills without asking for them, and whether they are the questions' own."""
     how, questions = fitted.profiled.how, [example.instruction for example in examples]
-    if how.skills == "category" and (fitted.chooser is None or all(example.category for example in examples)):
+    labels = [getattr(example, how.skills) if how.skills in LABELS else None for example in examples]
+    if how.skills in LABELS and (fitted.chooser is None or all(labels)):
         return fitted.skills(scheduler, examples), True
     if how.skills == "keywords":
         asks = keyword_asks(ask_expert(how, fitted.pool), questions)
@@ -189,7 +190,7 @@ def _skills(
         options = fitted.profiled.options if choosing else fitted.profiled.profile.skills
         assert expert is not None  # without a chooser, nothing is chosen
         scheduler.loaded(expert)
-        asked = [question for question, own in zip(questions, examples, strict=True) if choosing or not own.category]
+        asked = [question for question, label in zip(questions, labels, strict=True) if choosing or not label]
         for question in [*asked, BLANK]:
             prompt = round(len(choice_request(question, options)) / counting.paces[expert].characters)
             counting.tallies.setdefault(expert, Tally()).add(prompt, 0, 0)

@@ -27,7 +27,7 @@ from coterie.experts.expert_pool import Pool, read_pool
 from coterie.features.skills import load_embed, merge_synonyms
 from coterie.grading.grade import is_right
 from coterie.methods.common import hash_examples, load_questions, origin
-from coterie.methods.symbolic.skills import ask_expert, find_skills, open_scheduler, skill_list
+from coterie.methods.symbolic.skills import LABELS, ask_expert, find_skills, open_scheduler, settled, skill_list
 from coterie.mixture.local_answers import LocalAnswerer
 from coterie.mixture.scheduler import ExpertScheduler
 from coterie.records.evaluation import Profile, ValidationRow
@@ -117,23 +117,24 @@ def profile_pool(settings: ProfileSettings) -> Profiled:
     output = folder / PROFILE
     check_output(output, settings)
     examples = _usable(load_questions(settings.data, settings.limit, settings.reading), settings)
-    if settings.skill.skills != "category":
-        ask_expert(settings.skill, pool)
+    how = settled(settings.skill, examples)
+    if how.skills not in LABELS:
+        ask_expert(how, pool)
     remote = [expert.name for expert in pool.experts if expert.kind == "endpoint"]
     if settings.score == "likelihood" and remote:
         raise CoterieError(f"--score likelihood cannot be had from the endpoint {remote[0]!r}; take --score answers")
-    options = skill_list(settings.skill, examples) if settings.skill.skills == "choice" else []
-    embed = load_embed(settings.skill.encoder) if settings.skill.skills == "keywords" else None
+    options = skill_list(how, examples) if how.skills == "choice" else []
+    embed = load_embed(how.encoder) if how.skills == "keywords" else None
     inputs = {"data": hash_examples(examples), "pool": hash_json(pool.record(), ensure_ascii=True)}
     with run_folder(output, settings, inputs) as run:
         with open_scheduler(pool, settings, folder / REPLIES) as scheduler:
-            skills = find_skills(scheduler, pool, settings.skill, examples, options)
+            skills = find_skills(scheduler, pool, how, examples, options)
             replies, scores = _scored(scheduler, pool, settings, examples)
-        names = merge_synonyms(Counter(s for own in skills for s in own), embed, settings.skill.synonyms)
+        names = merge_synonyms(Counter(s for own in skills for s in own), embed, how.synonyms)
         merged = [tuple(dict.fromkeys(names[skill] for skill in own)) for own in skills]
         profile = build_profile(pool.names, merged, scores)
         rows = [_row(number, example, merged, replies, scores, pool) for number, example in enumerate(examples)]
-        made = Profiled(profile, settings.skill, tuple(options), names, settings.score, pool.identities, rows)
+        made = Profiled(profile, how, tuple(options), names, settings.score, pool.identities, rows)
         write_jsonl(run.path / VALIDATION, rows)
         write_json(run.path / "profile.json", made.record().plain())
     tell_lone_skills(made)

@@ -1,6 +1,7 @@
 """Opening a pool for work, and finding the skills that questions need."""
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from coterie.settings.groups import SamplingSettings, SkillSettings
 logger = logging.getLogger(__name__)
 
 SAMPLES = 5
+LABELS = ("category", "source")  # fields of rows that can be their skills
 KEYWORD_SAMPLING = SamplingSettings(max_new_tokens=48, temperature=0.7)
 
 
@@ -53,6 +55,26 @@ def groups_for(pool: Pool, settings: Working) -> list[ExpertGroup]:
     """
     new_tokens = settings.sampling.max_new_tokens
     return groups_of(pool, settings.placement, settings.serving, batch_size=settings.batch_size, new_tokens=new_tokens)
+
+
+def settled(settings: SkillSettings, examples: Sequence[Example]) -> SkillSettings:
+    """Say where skills come from, if that is left open.
+
+    It is the rows' category, or else their source, if all rows have one that most share. Settings that speak
+    of a model or encoder mean keywords.
+    """
+    if settings.skills is not None:
+        return settings
+    usable = LABELS if settings == SkillSettings() else ()
+    by = next((name for name in usable if _is_shared([getattr(own, name) for own in examples])), "keywords")
+    if by != "keywords":
+        logger.warning("the rows' %s is the skill that they need; --skills keywords asks a model instead", by)
+    return settings.model_copy(update={"skills": by})
+
+
+def _is_shared(labels: Sequence[str | None]) -> bool:
+    count = Counter(labels)
+    return all(labels) and len(count) > 1 and 2 * sum(many for many in count.values() if many > 1) >= len(labels)
 
 
 def ask_expert(settings: SkillSettings, pool: Pool) -> str:
@@ -97,8 +119,9 @@ def find_skills(
     Raises:
         CoterieError: when an expert cannot be asked in this way.
     """
-    if settings.skills == "category":
-        return [(example.category.strip().lower(),) if example.category else () for example in examples]
+    if settings.skills in LABELS:
+        labels = [getattr(example, settings.skills) for example in examples]
+        return [(label.strip().lower(),) if label else () for label in labels]
     expert = ask_expert(settings, pool)
     questions = [example.instruction for example in examples]
     if settings.skills == "choice":
