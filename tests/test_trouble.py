@@ -2,13 +2,16 @@
 
 import os
 import pwd
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
 
 from conftest import FIT
+from coterie.cli.process import finish
 from helpers import refused
 
 LONG = "x" * 300
@@ -41,6 +44,31 @@ def test_a_user_without_home_or_name_needs_a_cache_and_nothing_else(
     code, _, err = fit(run, model_folder, train_file, tmp_path / "other")
     assert code == 2 and "nobody knows the home folder in '~/.cache/coterie'; set COTERIE_CACHE to a folder" in err
     assert os.listdir(tmp_path) == ["run"]
+
+
+def test_an_interrupt_that_python_ignores_comes_again(capsys):
+    """An error in `__del__` goes nowhere: so did the first Ctrl-C there, and the work went on."""
+
+    class Leaving:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+
+    reached = []
+
+    def work(words: list[str]) -> None:
+        leaving = Leaving()
+        del leaving
+        reached.append("went on")
+        time.sleep(20)
+        reached.append("to the end")
+
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
+    with pytest.raises(SystemExit) as ended:
+        finish(work)
+    assert ended.value.code == 130 and reached == ["went on"]
+    assert capsys.readouterr().err == "stopped; the same command goes on where it stopped\n"
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)] == handlers
 
 
 @pytest.mark.parametrize("setting", ["model", "output", "data"])

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 from coterie.artifacts import is_full
 from coterie.cli.table import echo
@@ -25,6 +26,7 @@ IN_A_LOG = {
     "TQDM_BAR_FORMAT": "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left\n",
 }
 """How tqdm, which reads this when it is first imported, writes to what is no terminal: after 10 s, then every 30 s."""
+MOMENT = 0.05  # seconds
 STOPPED = "stopped; the same command goes on where it stopped"
 
 
@@ -56,7 +58,11 @@ class _Shown(logging.Formatter):
 
 @contextmanager
 def _signals_stop() -> Iterator[list[int]]:
-    """Let the first signal raise KeyboardInterrupt and the second end the process; give the numbers received."""
+    """Let the first signal raise KeyboardInterrupt and the second end the process; give the numbers received.
+
+    In a callback whose errors Python ignores, as that of an object's end, the interrupt would be lost: it is raised
+    anew a moment later.
+    """
     received: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -65,11 +71,25 @@ def _signals_stop() -> Iterator[list[int]]:
         received.append(number)
         raise KeyboardInterrupt
 
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    def ignored(error: Any) -> None:  # noqa: ANN401 - sys.UnraisableHookArgs, which only type checkers know
+        if received and issubclass(error.exc_type, KeyboardInterrupt):
+            before.setdefault(signal.SIGALRM, signal.signal(signal.SIGALRM, interrupt))
+            signal.setitimer(signal.ITIMER_REAL, MOMENT)
+        else:
+            hook(error)
+
+    hook, sys.unraisablehook = sys.unraisablehook, ignored
     wanted = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in wanted}
+    before: dict[int, Any] = {number: signal.signal(number, stop) for number in wanted}
     try:
         yield received
     finally:
+        sys.unraisablehook = hook
+        if signal.SIGALRM in before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
 

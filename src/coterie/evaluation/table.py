@@ -108,10 +108,7 @@ def _part(
     f1 = {name: _measure((own.f1, 1) for own in found) for name, found in results.items()}
     nll = {name: _measure((own.nll, own.tokens) for own in found) for name, found in results.items()}
     right, likely = _pairs(accuracy, control), _pairs(nll, control)
-    verdicts = {
-        name: ([value == 1 for value in pair.own], [value == 1 for value in pair.control])
-        for name, pair in right.items()
-    }
+    verdicts = {n: ([v == 1 for v in pair.own], [v == 1 for v in pair.control]) for n, pair in right.items()}
     right_gaps = {name: accuracy_difference(*pair) for name, pair in verdicts.items()}
     likely_gaps = {name: mean_difference(pair.own, pair.control, weights=pair.weights) for name, pair in likely.items()}
     right_p = holm({name: mcnemar(*pair) for name, pair in verdicts.items()})
