@@ -118,6 +118,9 @@ def hostile(speak: Callable[[socket.socket], None]) -> Iterator[str]:
             connection.settimeout(20)
             connection.recv(2**16)
             speak(connection)
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(2**16):  # closing with something unread would reset what was said
+                pass
 
     def accept() -> None:
         with suppress(OSError):  # closed below
