@@ -9,7 +9,6 @@ This file needs the standard library alone: it is loaded in the children of `san
 
 import errno
 import os
-import platform
 import struct
 import sys
 
@@ -207,8 +206,3 @@ def filter_of(machine: str) -> bytes | None:
     # Its flags are out of reach; C libraries then take clone.
     steps += [(_EQUALS, 0, 1, _CLONE3), (_RETURN, 0, 0, _REFUSE | errno.ENOSYS), _REFUSES]
     return b"".join(struct.pack("=HBBI", *step) for step in steps)
-
-
-def this_filter() -> bytes | None:
-    """Return the filter for the machine that this runs on."""
-    return filter_of(platform.machine())
