@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from coterie.errors import shown
+from coterie.errors import shortened, shown
 
 WIDTH = 100
 
@@ -84,6 +84,4 @@ def columns(lines: Sequence[Sequence[str]], sides: str, width: int | None = None
 
 def printable(text: str, limit: int) -> str:
     """Make a stranger's text fit for a line on a terminal; what is too long loses its middle."""
-    whole = "".join(sign if sign.isprintable() else " " for sign in text)
-    end = (limit - 3) // 3
-    return whole if len(whole) <= limit else f"{whole[: limit - 3 - end]}...{whole[-end:]}"
+    return shortened("".join(sign if sign.isprintable() else " " for sign in text), limit)
