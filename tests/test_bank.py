@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from coterie.artifacts import MAX_TENSOR_FILE
-from coterie.backbone.layers import ByExpert, ExpertLayers, Weighted, linear_shapes
+from coterie.backbone.layers import ExpertLayers, linear_shapes
 from coterie.backbone.loading import Backbone
 from coterie.errors import CoterieError
 from coterie.experts import bank
@@ -70,19 +70,15 @@ def plain(samples, tmp_path) -> Path:
 
 
 @torch.inference_mode()
-def run(backbone: Backbone, adapters, choice, rows: int) -> torch.Tensor:
+def run(backbone: Backbone, adapters, weights: torch.Tensor) -> torch.Tensor:
     layers = ExpertLayers(backbone.model, adapters)
-    with layers.attached(), layers.choosing(choice):
-        return backbone.head(backbone.hidden(TOKENS.expand(rows, -1)))
+    with layers.running(layers.weighted(weights)):
+        return backbone.head(backbone.hidden(TOKENS.expand(len(weights), -1)))
 
 
 @torch.inference_mode()
 def base_logits(backbone: Backbone) -> torch.Tensor:
     return backbone.model(input_ids=TOKENS).logits
-
-
-def one_each(count: int) -> ByExpert:
-    return ByExpert(tuple(range(count)), (1,) * count)
 
 
 def rewrite_tensors(folder: Path, change) -> None:
@@ -98,20 +94,21 @@ def key(half: str, layer: str = LAYER) -> str:
 
 
 def test_every_expert_in_one_batch_equals_peft_with_that_adapter_alone(backbone, samples, experts):
-    found = run(backbone, experts.adapters, one_each(len(SAMPLES)), len(SAMPLES))
+    found = run(backbone, experts.adapters, torch.eye(len(SAMPLES)))
     assert (samples[1] - base_logits(backbone)).abs().amax(dim=(1, 2)).min() > 0.05  # every adapter changes something
     torch.testing.assert_close(found, samples[1], rtol=1e-4, atol=1e-4)
 
 
 def test_one_hot_weights_equal_every_expert_alone(backbone, samples, experts):
     count = len(SAMPLES)
-    found = run(backbone, experts.adapters, Weighted(tuple(range(count)), torch.eye(count)[:, None, :]), count)
-    torch.testing.assert_close(found, run(backbone, experts.adapters, one_each(count), count), rtol=1e-4, atol=1e-5)
+    found = run(backbone, experts.adapters, torch.eye(count)[:, None, :])
+    torch.testing.assert_close(found, run(backbone, experts.adapters, torch.eye(count)), rtol=1e-4, atol=1e-5)
 
 
 def test_only_some_of_the_experts_and_unequal_counts_give_the_same_rows(backbone, samples, experts):
-    found = run(backbone, experts.adapters, ByExpert((1, 4), (2, 1)), 3)
-    torch.testing.assert_close(found, samples[1][[1, 1, 4]], rtol=1e-4, atol=1e-4)
+    for owners in ([1, 1, 4], [4, 1, 1], [1, 4, 1], [4, 1]):
+        found = run(backbone, experts.adapters, torch.eye(len(SAMPLES))[owners])
+        torch.testing.assert_close(found, samples[1][owners], rtol=1e-4, atol=1e-4)
 
 
 def test_scalings_are_alpha_over_rank_with_patterns_and_over_its_root_when_stabilised(backbone, samples):
@@ -147,10 +144,7 @@ def test_factors_in_half_precision_are_read_as_float32(backbone, plain):
 
 def test_base_weights_are_bit_identical_and_no_hook_is_left(backbone, experts):
     before = {name: parameter.clone() for name, parameter in backbone.model.named_parameters()}
-    run(backbone, experts.adapters, one_each(len(SAMPLES)), len(SAMPLES))
-    layers = ExpertLayers(backbone.model, experts.adapters)
-    with pytest.raises(RuntimeError, match="no rows were chosen"), layers.attached():
-        backbone.hidden(TOKENS)
+    run(backbone, experts.adapters, torch.eye(len(SAMPLES)))
     assert all(torch.equal(before[name], parameter) for name, parameter in backbone.model.named_parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in backbone.model.modules())
 
@@ -159,37 +153,31 @@ def test_updates_of_zero_are_the_base_model_to_the_last_bit(backbone, experts):
     zeros = {path: type(pair)(pair.down, torch.zeros_like(pair.up)) for path, pair in experts.adapters[0].items()}
     with torch.inference_mode():
         expected = backbone.head(backbone.hidden(TOKENS.expand(3, -1)))
-    assert torch.equal(run(backbone, [zeros, experts.adapters[0]], ByExpert((0,), (3,)), 3), expected)
+    assert torch.equal(run(backbone, [zeros, experts.adapters[0]], torch.eye(2)[[0, 0, 0]]), expected)
     weights = torch.zeros(3, 1, 2)
-    assert torch.equal(run(backbone, [zeros, experts.adapters[0]], Weighted((0, 1), weights), 3), expected)
+    assert torch.equal(run(backbone, [zeros, experts.adapters[0]], weights), expected)
 
 
 def test_an_expert_without_layers_is_the_base_model(backbone, experts):
     both = ExpertBank((*experts.names, "backbone"), (*experts.adapters, {}))
     assert (len(both), both.index("backbone")) == (len(experts) + 1, len(experts))
-    found = run(backbone, both.adapters, ByExpert((0, len(experts)), (1, 1)), 2)
+    found = run(backbone, both.adapters, torch.eye(len(both))[[0, len(experts)]])
     torch.testing.assert_close(found[1:], base_logits(backbone), rtol=1e-5, atol=1e-5)
 
 
 def test_copies_of_one_expert_are_that_expert_whatever_their_shares(backbone, experts):
     copies = [experts.adapters[3]] * 4
     weights = torch.tensor([[[0.1, 0.2, 0.3, 0.4]], [[0.0, 1.0, 0.0, 0.0]]])
-    alone = run(backbone, [experts.adapters[3]], ByExpert((0,), (1,)), 1)
-    torch.testing.assert_close(
-        run(backbone, copies, Weighted((0, 1, 2, 3), weights), 2), alone.expand(2, -1, -1), rtol=1e-4, atol=1e-4
-    )
-    torch.testing.assert_close(run(backbone, copies, one_each(4), 4), alone.expand(4, -1, -1), rtol=1e-4, atol=1e-4)
+    alone = run(backbone, [experts.adapters[3]], torch.ones(1, 1))
+    torch.testing.assert_close(run(backbone, copies, weights), alone.expand(2, -1, -1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(run(backbone, copies, torch.eye(4)), alone.expand(4, -1, -1), rtol=1e-4, atol=1e-4)
 
 
 def test_the_order_of_experts_does_not_matter(backbone, experts):
     weights = torch.rand(2, 1, len(SAMPLES), generator=torch.Generator().manual_seed(0))
     order = [3, 0, 5, 1, 4, 2]
-    found = run(
-        backbone, [experts.adapters[i] for i in order], Weighted(tuple(range(len(order))), weights[..., order]), 2
-    )
-    torch.testing.assert_close(
-        found, run(backbone, experts.adapters, Weighted(tuple(order), weights[..., order]), 2), rtol=1e-4, atol=1e-4
-    )
+    found = run(backbone, [experts.adapters[i] for i in order], weights[..., order])
+    torch.testing.assert_close(found, run(backbone, experts.adapters, weights), rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------ wrong ones

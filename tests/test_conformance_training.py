@@ -22,8 +22,9 @@ from conftest import write_rows
 from coterie import methods
 from coterie.artifacts import read_json
 from coterie.backbone.gates import Gates
-from coterie.backbone.layers import ByExpert, ExpertLayers, Gated, Merged, Weighted, linear_layers
+from coterie.backbone.layers import ExpertLayers, linear_layers
 from coterie.backbone.model import Backbone, BaseModelIdentity
+from coterie.backbone.row_mix import Gated
 from coterie.data.batching import IGNORED, PromptFormat, TokenRow, pad
 from coterie.data.examples import load_examples
 from coterie.errors import CoterieError
@@ -140,7 +141,7 @@ def gated_densely(place: Place, gates: Gates) -> Iterator[None]:
 def test_each_row_runs_its_own_expert_as_in_peft(place):
     layers = ExpertLayers(place.backbone.model, place.adapters)
     order = [0, 1, 1, 2]  # unequal counts
-    with layers.attached(), layers.choosing(ByExpert((0, 1, 2), (1, 2, 1))):
+    with layers.running(layers.weighted(torch.eye(3)[order])):
         found = read_together(place, place.rows)
     wanted = []
     for expert, row in zip(order, place.rows, strict=True):
@@ -161,17 +162,15 @@ def test_each_row_runs_a_mixture_of_its_own_as_in_peft(place):
         model.set_adapter(f"mixed{number}")
         wanted.append(read_alone(model.eval().base_model.model, row))
     layers = ExpertLayers(place.backbone.model, place.adapters)
-    merged = Merged(tuple(map(tuple, WEIGHTS.tolist())), (1, 1, 1), "exact")
-    for choice in (Weighted((0, 1, 2), WEIGHTS[:, None]), merged):
-        with layers.attached(), layers.choosing(choice):
-            same_states(read_together(place, rows), wanted)
+    with layers.running(layers.weighted(WEIGHTS)):
+        same_states(read_together(place, rows), wanted)
 
 
 @pytest.mark.parametrize("top_k", [None, 3])
 def test_gates_weigh_every_token_of_every_row(place, top_k):
     gates = random_gates(place)
     layers = ExpertLayers(place.backbone.model, place.adapters)
-    with layers.attached(), layers.choosing(Gated((0, 1, 2), replace(gates, top_k=top_k))):
+    with layers.running(layers.gated(Gated((0, 1, 2), replace(gates, top_k=top_k)), len(place.rows))):
         found = read_together(place, place.rows)
     with gated_densely(place, gates):
         same_states(found, [read_alone(place.backbone.model, row) for row in place.rows])
@@ -202,7 +201,7 @@ def test_an_adapter_is_trained_in_every_layer_and_reads_back_in_peft_and_here(pl
     assert set(adapter) == set(layers_to_change(place.backbone.model, "all-linear"))
     assert all(pair.up.any() for pair in adapter.values())
     layers = ExpertLayers(place.backbone.model, [adapter])
-    with layers.attached(), layers.choosing(ByExpert((0,), (1,))):
+    with layers.running(layers.weighted(torch.ones(1, 1))):
         found = [read_alone(place.backbone.model, row) for row in place.rows]
     model = PeftModel.from_pretrained(copy.deepcopy(place.backbone.model), tmp_path).eval().base_model.model
     same_states(found, [read_alone(model, row) for row in place.rows])
@@ -271,7 +270,7 @@ def test_gates_are_trained_on_what_they_compute_when_answering(place):
     model = GatedModel(place.backbone, place.adapters, gates, GateTraining(dropout=0.0))
     loss = model(**batch)["loss"]
     layers = ExpertLayers(place.backbone.model, place.adapters)
-    with layers.attached(), layers.choosing(Gated((0, 1, 2), gates)):
+    with layers.running(layers.gated(Gated((0, 1, 2), gates), len(place.rows))):
         states = read_together(place, place.rows)
     labels = torch.tensor([label for row in place.rows for label in [*row.labels()[1:], IGNORED]])
     wanted = torch.nn.functional.cross_entropy(place.backbone.head(torch.cat(states)), labels)
@@ -471,8 +470,7 @@ def test_layers_whose_vectors_cannot_be_told_apart_are_left_out_and_refused(tmp_
     layers = ExpertLayers(backbone.model, [adapter])
     with (
         pytest.raises(CoterieError, match=r"cannot change the layer model\.layers\.0\.mlp\.experts\.0, which reads"),
-        layers.attached(),
-        layers.choosing(ByExpert((0,), (2,))),
+        layers.running(layers.weighted(torch.ones(2, 1))),
     ):
         backbone.hidden(torch.arange(14).view(2, 7))
     write_adapter(tmp_path, {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": paths[:1]}, adapter)
@@ -489,7 +487,7 @@ def test_an_adapter_of_a_layer_that_never_runs_is_taken_since_it_changes_nothing
     write_adapter(tmp_path, {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [path]}, adapter)
     row = some_rows(backbone, 1)[0]
     layers = ExpertLayers(backbone.model, [load_adapter(tmp_path, backbone.model)])
-    with layers.attached(), layers.choosing(ByExpert((0,), (1,))):
+    with layers.running(layers.weighted(torch.ones(1, 1))):
         found = read_alone(backbone.model, row)
     torch.testing.assert_close(found, read_alone(backbone.model, row))
     model = PeftModel.from_pretrained(copy.deepcopy(backbone.model), tmp_path).eval().base_model.model
@@ -533,7 +531,7 @@ def test_an_adapter_that_peft_attaches_elsewhere_is_no_start_of_a_training(tmp_p
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 2, "target_modules": paths}
     write_adapter(tmp_path / "start", config, adapter)
     layers = ExpertLayers(backbone.model, [load_adapter(tmp_path / "start", backbone.model)])
-    with layers.attached(), layers.choosing(ByExpert((0,), (2,))):
+    with layers.running(layers.weighted(torch.ones(2, 1))):
         backbone.hidden(torch.arange(14).view(2, 7))  # here it runs
     with pytest.raises(CoterieError, match="PEFT does not attach"):
         train_adapter(backbone, some_rows(backbone, 2), PLAN, tmp_path / "out", tmp_path / "start")

@@ -169,7 +169,7 @@ def test_dropped_experts_are_not_run_and_the_rest_is_renormalised(mixture):
     routing = mixture.route(PROMPTS, top_k_experts=2)
     assert (routing.weights > 0).sum(dim=1).tolist() == [2] * len(PROMPTS)
     plan = LogitCombiner().plan(routing.aligned(mixture.bank.names))
-    assert len(plan.prompts) == 2 * len(PROMPTS)
+    assert [len(own.votes) for own in plan] == [2] * len(PROMPTS)
     kept = mixture.generate([PROMPTS[0]], max_new_tokens=6, top_k_experts=2)[0]
     by_hand = replace(mixture, router=FixedRouter(routing.row(0))).generate([PROMPTS[0]], max_new_tokens=6)[0]
     assert kept.token_ids == by_hand.token_ids
@@ -299,12 +299,9 @@ def test_sampled_tokens_have_the_combined_distribution(mixture):
     ids = list(mixture.tokens([PROMPTS[0]])[0].ids)
     vocabulary = mixture.backbone.output_layer.out_features
     rows = [[*ids, token] for token in range(vocabulary)]
-    logprobs = torch.cat(
-        [
-            score_responses(mixture.backbone, mixture.layers, plan, [plan.votes], [(row, [len(ids)])])[0][0].logprobs
-            for row in rows
-        ]
-    )
+    votes, place = [[plan[0].votes]], [len(ids)]
+    found = [score_responses(mixture.backbone, mixture.layers, plan, votes, [(row, place)]) for row in rows]
+    logprobs = torch.cat([scored[0][0].logprobs for scored in found])
     assert logprobs.exp().sum().item() == pytest.approx(1, abs=1e-4)
     counts = torch.zeros(vocabulary)
     for seed in range(300):
@@ -375,7 +372,8 @@ def test_likelihoods_equal_those_of_the_summed_peft_models(mixture, peft_models)
     weights, plan = routing.weights, LogitCombiner().plan(routing)
     texts = [(row.ids, list(range(row.prompt_length, len(row.ids)))) for row in rows]
     uniform = torch.ones_like(weights)
-    votes = [plan.votes, LogitCombiner().votes(plan, uniform)]
+    even = [LogitCombiner.votes(own.weights, row) for own, row in zip(plan, uniform, strict=True)]
+    votes = [[own.votes for own in plan], even]
     found = score_responses(mixture.backbone, mixture.layers, plan, votes, texts)
     for number, row in enumerate(rows):
         for place, share in enumerate([weights[number] / weights[number].sum(), uniform[number] / 4]):
@@ -397,7 +395,7 @@ def examples():
 def test_votes_on_an_expert_that_is_not_run_are_refused():
     plan = LogitCombiner().plan(Routing(("a", "b", "c"), torch.tensor([[0.5, 0.5, 0.0]])))
     with pytest.raises(ValueError, match="does not run"):
-        LogitCombiner().votes(plan, torch.tensor([[0.2, 0.2, 0.6]]))
+        LogitCombiner.votes(plan[0].weights, torch.tensor([0.2, 0.2, 0.6]))
 
 
 def test_a_saved_copy_routes_and_answers_as_the_mixture(mixture, tmp_path):

@@ -9,13 +9,14 @@ import torch
 from peft import ArrowConfig, LoraConfig, create_arrow_model, get_peft_model
 
 from coterie.backbone.gates import Gates
-from coterie.backbone.layers import ExpertLayers, Gated, linear_layers, linear_shapes
+from coterie.backbone.layers import ExpertLayers, linear_layers, linear_shapes
 from coterie.backbone.prototypes import PROTOTYPES, prototypes
+from coterie.backbone.row_mix import Gated
 from coterie.combiners.layers import LayerCombiner
 from coterie.data.batching import PromptFormat, TokenRow
 from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank, load_bank
-from coterie.lora import LoraPair, stack
+from coterie.lora import LoraPair, apply_chosen, apply_weighted, stack
 from coterie.mixture import Mixture
 from coterie.routers.base import RouterParts
 from coterie.routers.gate import GateRouter, spectral_router
@@ -153,7 +154,9 @@ def test_gated_layers_equal_a_loop_over_tokens_and_chosen_experts(score, top_k, 
         shares = [float((scores[expert] / 1.5).exp()) for expert in chosen]
         for expert, share in zip(chosen, shares, strict=True):
             expected[row, position] += share / sum(shares) * (dense(pairs[expert]) @ token)
-    torch.testing.assert_close(gates.apply("x", x, stack(pairs)), expected, rtol=1e-4, atol=1e-4)
+    weights = gates.weigh("x", x).weights
+    for apply in (apply_weighted, apply_chosen):
+        torch.testing.assert_close(apply(x, stack(pairs), weights), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_experts_that_are_not_chosen_are_not_computed():
@@ -163,19 +166,22 @@ def test_experts_that_are_not_chosen_are_not_computed():
     gates = Gates(tuple("abc"), {"x": gate}, top_k=2)
     x = x.abs()  # so that the third expert's score is the smallest everywhere
     broken = LoraPair(torch.full((2, IN), torch.nan), torch.full((2, OUT), torch.nan))
-    expected = gates.apply("x", x, stack(pairs))
+    weights = gates.weigh("x", x).weights
+    expected = apply_chosen(x, stack(pairs), weights)
     assert bool(torch.isfinite(expected).all())
-    torch.testing.assert_close(gates.apply("x", x, stack([*pairs[:2], broken])), expected)
+    torch.testing.assert_close(apply_chosen(x, stack([*pairs[:2], broken]), weights), expected)
 
 
+@pytest.mark.parametrize("apply", [apply_weighted, apply_chosen])
 @pytest.mark.parametrize("top_k", [None, 2])
-def test_chosen_experts_pass_gradients_to_their_gate(top_k):
+def test_chosen_experts_pass_gradients_to_their_gate(top_k, apply):
     pairs, x = random_pairs([2, 1, 3]), normal(2, POSITIONS, IN, seed=1)
     gate = normal(3, IN, seed=9).double().requires_grad_()
     stacked = stack([LoraPair(pair.down.double(), pair.up.double()) for pair in pairs])
 
     def loss(gate: torch.Tensor) -> torch.Tensor:
-        return Gates(tuple("abc"), {"x": gate}, top_k=top_k).apply("x", x.double(), stacked).square().sum()
+        weights = Gates(tuple("abc"), {"x": gate}, top_k=top_k).weigh("x", x).weights
+        return apply(x.double(), stacked, weights).square().sum()
 
     loss(gate).backward()
     step = torch.zeros_like(gate)
@@ -220,8 +226,8 @@ PROMPTS = rows("add 3 and 4", "SPELL", "which of these is a city, (A) Rome or (B
 
 def gated_logits(backbone, adapters, gates: Gates, ids) -> torch.Tensor:
     layers = ExpertLayers(backbone.model, adapters)
-    choice = Gated(tuple(range(len(gates.experts))), gates)
-    with torch.inference_mode(), layers.attached(), layers.choosing(choice):
+    gated = Gated(tuple(range(len(gates.experts))), gates)
+    with torch.inference_mode(), layers.running(layers.gated(gated, 1)):
         return backbone.head(backbone.hidden(torch.tensor([ids])))[0]
 
 
@@ -291,10 +297,10 @@ def test_layers_that_no_routed_expert_changes_stay_as_they_are(backbone, bank):
     """`single` changes one layer; the bank's other experts, which are attached too, change all."""
     router = spectral_router("arrow", backbone, bank, ["single"])
     layers = ExpertLayers(backbone.model, bank.adapters)
-    with torch.inference_mode(), layers.attached(), layers.choosing(Gated((2,), router.gates)):
+    with torch.inference_mode(), layers.running(layers.gated(Gated((2,), router.gates), 1)):
         found = backbone.hidden(torch.tensor([PROMPTS[0].ids]))
     alone = ExpertLayers(backbone.model, [bank.adapters[2]])
-    with torch.inference_mode(), alone.attached(), alone.choosing(Gated((0,), router.gates)):
+    with torch.inference_mode(), alone.running(alone.gated(Gated((0,), router.gates), 1)):
         torch.testing.assert_close(found, backbone.hidden(torch.tensor([PROMPTS[0].ids])))
 
 
@@ -322,7 +328,7 @@ def test_the_null_expert_changes_nothing_where_it_wins(backbone, bank, kind):
     pairs = [adapter.get(LAYER) for adapter in (bank.adapters[0], bank.adapters[1], {})]
     gates = spectral_router(kind, backbone, bank, ["law", "maths"], top_k=1, null="null").gates
     x = torch.stack([away_from(gates, LAYER), bank.adapters[0][LAYER].down[0]])[None]
-    update = gates.apply(LAYER, x, stack(pairs))
+    update = apply_weighted(x, stack(pairs), gates.weigh(LAYER, x).weights)
     assert update[0, 0].count_nonzero() == 0 and update[0, 1].count_nonzero() > 0
 
 

@@ -12,8 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import tiny
 from coterie.artifacts import read_json, read_jsonl
 from coterie.backbone.gates import Gates, Weighing
-from coterie.backbone.layers import ExpertLayers, Gated, linear_layers, linear_shapes, updating
+from coterie.backbone.layers import ExpertLayers, linear_layers, linear_shapes, updating
 from coterie.backbone.loading import load_backbone
+from coterie.backbone.row_mix import Gated
 from coterie.data.batching import IGNORED, PromptFormat, TokenRow
 from coterie.data.examples import load_examples
 from coterie.errors import CoterieError
@@ -138,7 +139,7 @@ def test_the_trained_forward_pass_is_the_one_that_answers(backbone, adapters, ro
     """Training computes all experts and weighs some with 0; answering computes the chosen alone."""
     gates, batch = random_gates(backbone, adapters), batch_of(backbone, rows)
     layers = ExpertLayers(backbone.model, adapters)
-    with torch.inference_mode(), layers.attached(), layers.choosing(Gated((0, 1, 2), gates)):
+    with torch.inference_mode(), layers.running(layers.gated(Gated((0, 1, 2), gates), len(batch["input_ids"]))):
         expected = float(mean_loss(backbone, batch))
     found = GatedModel(backbone, adapters, gates, PLAIN)(**batch)["loss"]
     assert float(found.detach()) == pytest.approx(expected, rel=1e-5)
@@ -481,7 +482,7 @@ def test_the_balance_loss_is_the_mean_over_layers_and_micro_batches_add_up(backb
         return lambda module, inputs: caught.append(balance_loss(gates.weigh(path, inputs[0]), real))
 
     handles = [linear_layers(backbone.model)[path].register_forward_pre_hook(watch(path)) for path in gates.layers]
-    with torch.no_grad(), layers.attached(), layers.choosing(Gated((0, 1, 2), gates)):
+    with torch.no_grad(), layers.running(layers.gated(Gated((0, 1, 2), gates), len(batch["input_ids"]))):
         expected = mean_loss(backbone, batch) + 5 * torch.stack(caught).mean()
     for handle in handles:
         handle.remove()

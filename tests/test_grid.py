@@ -16,7 +16,6 @@ from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank
 from coterie.mixture import Mixture
 from coterie.mixture.core import elected
-from coterie.routers.base import Routing
 from coterie.routers.centroid import CentroidRouter, Weighting
 from coterie.routers.derived import DerivedRouter
 from coterie.routers.feature import growing_text_extractor
@@ -87,7 +86,8 @@ def uncached(cell: Mixture, question, answer) -> torch.Tensor:
     plan = cell.combiner.plan(cell.router.route([prompt]).aligned(cell.bank.names))
     text = [*prompt.ids, *answer.token_ids]
     positions = range(len(prompt.ids), len(text))
-    return score_responses(cell.backbone, cell.layers, plan, [plan.votes], [(text, list(positions))])[0][0].logprobs
+    votes = [[own.votes for own in plan]]
+    return score_responses(cell.backbone, cell.layers, plan, votes, [(text, list(positions))])[0][0].logprobs
 
 
 LEGAL = [
@@ -195,19 +195,6 @@ def test_cells_of_one_bank_share_their_stacked_experts_and_another_bank_has_its_
     assert cell.layers is grid.mixture.layers
     assert grid.own.layers is not grid.mixture.layers
     assert len(replace(cell, bank=grid.own.bank).layers.adapters) == len(grid.own.bank)
-
-
-def test_merged_rows_go_back_to_their_own_prompts():
-    """Sorted by their weights, the three prompts stand in the order 2, 0, 1: a turn of three, which is no swap."""
-    weights = torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.1, 0.9], [0.5, 0.5]])
-    plan = make_combiner("weights").plan(Routing(("a", "b"), weights))
-    assert plan.prompts == (2, 0, 3, 1)
-    assert plan.choice.counts == (1, 2, 1)
-    assert [torch.tensor(row).tolist() for row in plan.choice.weights] == [
-        pytest.approx(weights[prompt].tolist()) for prompt in (2, 0, 1)
-    ]
-    for row, prompt in enumerate(plan.prompts):
-        assert plan.votes[:, row].tolist() == [float(prompt == other) for other in range(4)]
 
 
 def test_approximate_merges_do_differ_from_the_exact_one(grid, routers):

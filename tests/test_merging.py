@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from coterie import lora
-from coterie.backbone.layers import ExpertLayers, Merged, Weighted
+from coterie.backbone.layers import MERGED_KEPT, ExpertLayers
+from coterie.backbone.row_mix import RequestRows
 from coterie.errors import CoterieError
 from coterie.experts.bank import load_adapter
 from coterie.lora import LoraPair
@@ -152,17 +153,42 @@ def test_merges_that_peft_has_are_pefts(backbone, adapters, how, combination):
 
 
 @torch.no_grad()
-def hidden(backbone, layers, choice, rows):
-    with layers.attached(), layers.choosing(choice):
-        return backbone.hidden(torch.arange(40).reshape(rows, -1) + 50)
+def hidden(backbone, layers, mix):
+    with layers.running(mix):
+        return backbone.hidden(torch.arange(40).reshape(len(mix.weights), -1) + 50)
 
 
 def test_merged_rows_equal_rows_mixed_in_the_layers(backbone, adapters):
     layers = ExpertLayers(backbone.model, [load_adapter(folder, backbone.model) for folder in adapters])
     rows = torch.tensor([[0.2, 0.5, 0.3], [0.2, 0.5, 0.3], [1.5, 0.0, 0.1], [0.0, 0.0, 0.0]])
-    mixed = hidden(backbone, layers, Weighted((0, 1, 2), rows[:, None]), 4)
-    choice = Merged(((0.2, 0.5, 0.3), (1.5, 0.0, 0.1), (0.0, 0.0, 0.0)), (2, 1, 1), "exact")
-    torch.testing.assert_close(hidden(backbone, layers, choice, 4), mixed, rtol=1e-4, atol=1e-4)
+    mixed = hidden(backbone, layers, layers.weighted(rows))
+    alone = ExpertLayers(backbone.model, [layers.merged(tuple(row)) for row in rows.tolist()])
+    torch.testing.assert_close(hidden(backbone, alone, alone.weighted(torch.eye(4))), mixed, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["factors", "svd:2", "svd:20"])
+def test_requests_of_several_merges_share_a_batch_with_others(backbone, adapters, how):
+    """A merged adapter is a further expert, which leaves the stacks only when no batch runs it any more."""
+    layers = ExpertLayers(backbone.model, [load_adapter(folder, backbone.model) for folder in adapters])
+    first = layers.mix([RequestRows(WEIGHTS[None], torch.ones(1), merge=how)] * 2)
+    wanted = hidden(backbone, layers, first)
+    rows = torch.tensor([[0.1, 0.2 * n, 0.3] for n in range(2 * MERGED_KEPT)])
+    for row in rows:
+        layers.mix([RequestRows(row[None], torch.ones(1), merge=how)])
+    torch.testing.assert_close(hidden(backbone, layers, first), wanted)
+    requests = [
+        RequestRows(rows[:1], torch.ones(1), merge=how),
+        RequestRows(torch.eye(3)[:2], torch.ones(2)),
+        RequestRows(rows[1:2], torch.ones(1), merge="peft-linear"),
+        RequestRows(rows[1:2], torch.ones(1)),
+    ]
+    merged = [layers.merged(tuple(rows[0].tolist()), how), layers.merged(tuple(rows[1].tolist()), "peft-linear")]
+    alone = ExpertLayers(backbone.model, [*layers.adapters, *merged])
+    weights = torch.eye(5)[[3, 0, 1, 4, 4]]
+    weights[4] = torch.tensor([*rows[1], 0, 0])
+    found = hidden(backbone, layers, layers.mix(requests))
+    torch.testing.assert_close(found, hidden(backbone, alone, alone.weighted(weights)), rtol=1e-4, atol=1e-4)
+    assert layers.stacked_experts <= 3 + MERGED_KEPT + 3
 
 
 def test_the_error_of_a_merge_is_that_of_all_dense_updates_together(backbone, adapters):

@@ -323,10 +323,8 @@ def test_options_have_the_probabilities_of_the_next_token(local, mixture):
     single = mixture.replace(router="cluster-0")
     for question, row in zip(QUESTIONS, found, strict=True):
         ids = torch.tensor([single.tokens([question])[0].ids])
-        with (
-            single.layers.attached(),
-            single.layers.choosing(single.combiner.plan(single.route([question]).aligned(single.bank.names)).choice),
-        ):
+        plan = single.combiner.plan(single.route([question]).aligned(single.bank.names))
+        with single.layers.running(single.layers.mix(plan)):
             logprobs = mixture.backbone.head(mixture.backbone.hidden(ids))[0, -1].log_softmax(-1)
         wanted = [float(logprobs[mixture.backbone.tokenizer(letter)["input_ids"][0]]) for letter in "ABC"]
         assert row.tolist() == pytest.approx(wanted, abs=1e-4)

@@ -9,11 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from coterie.backbone.layers import Weighted
-from coterie.combiners.base import RowPlan
 from coterie.data.batching import TokenRow
 from coterie.data.examples import load_examples
-from coterie.engine.decoding import score_responses
 from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank
 from coterie.features.embedding import HiddenStateEncoder, with_answers
@@ -254,14 +251,13 @@ def test_decoding_equals_a_slow_loop_without_a_cache(mixture, by_letters, every,
     prompt = cell.tokens(QUESTIONS[:1])[0]
     weights = slow_weights(cell, QUESTIONS[0], answer)
     close(answer.trace.weights, torch.stack(weights))
-    experts = tuple(range(len(cell.bank)))
     for k in range(len(answer.token_ids)):
         text = [*prompt.ids, *answer.token_ids[: k + 1]]
         earlier = weights[:1] * (len(prompt.ids) - 1) + weights[: k + 1]  # the last token is not read
         of_time = torch.stack(earlier) if cache == "keep" else weights[k].expand(len(text) - 1, -1)
-        plan = RowPlan((0,), Weighted(experts, of_time[None]), torch.ones(1, 1))
-        slow = score_responses(cell.backbone, cell.layers, plan, [plan.votes], [(text, [len(text) - 1])])
-        close(answer.logprobs[k], slow[0][0].logprobs[0])
+        with torch.inference_mode(), cell.layers.running(cell.layers.weighted(of_time[None])):
+            state = cell.backbone.hidden(torch.tensor([text[:-1]]))[0, -1]
+        close(answer.logprobs[k], cell.backbone.head(state).log_softmax(dim=-1)[text[-1]])
 
 
 def test_the_cache_does_matter_where_weights_change(mixture, by_letters):

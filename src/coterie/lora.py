@@ -71,6 +71,22 @@ def stack(pairs: Sequence[LoraPair | None]) -> StackedPair:
     return StackedPair(down, up)
 
 
+def put(stacked: StackedPair, number: int, pair: LoraPair | None) -> StackedPair:
+    """Return the stack with this update as that expert's, in place or, where it does not fit, in a larger copy."""
+    experts, rank, _ = stacked.down.shape
+    down, up = (stacked.down[:0, 0], stacked.up[:0, 0]) if pair is None else pair[:2]
+    if number >= experts or len(down) > rank:
+        size = (max(experts, number + 1), max(rank, len(down)))
+        larger = StackedPair(*(half.new_zeros(*size, half.shape[2]) for half in stacked))
+        for half, old in zip(larger, stacked, strict=True):
+            half[:experts, :rank] = old
+        stacked = larger
+    for half, new in zip(stacked, (down, up), strict=True):
+        half[number] = 0
+        half[number, : len(new)] = new
+    return stacked
+
+
 def apply_by_expert(
     x: Float[Tensor, "row position in"], pair: StackedPair, counts: Sequence[int]
 ) -> Float[Tensor, "row position out"]:

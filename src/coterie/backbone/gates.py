@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from coterie.errors import CoterieError, unknown_name
-from coterie.lora import StackedPair, apply_chosen, apply_weighted
 
 SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "linear": lambda x, gate: x @ gate.T,
@@ -83,16 +82,6 @@ class Gates:
         order = logits.argsort(dim=-1, descending=True, stable=True)[..., : self.top_k]
         chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, True)
         return Weighing(logits, chosen, logits.masked_fill(~chosen, -math.inf).softmax(dim=-1))
-
-    def apply(
-        self, path: str, x: Float[Tensor, "row position in"], pair: StackedPair, seen: "MeanWeights | None" = None
-    ) -> Float[Tensor, "row position out"]:
-        """Apply the exact mixture of the experts' updates of a layer, weighed anew at every token; `seen` averages."""
-        apply = apply_weighted if self.top_k in (None, len(self.experts)) else apply_chosen
-        weights = self.weigh(path, x).weights
-        if seen is not None:
-            seen.add(weights)
-        return apply(x, pair, weights)
 
     def to(self, device: torch.device) -> "Gates":
         """Return the same gates on a device."""

@@ -4,13 +4,15 @@ One copy of the base weights serves all experts: every linear layer runs once ov
 are added to its output in batched products.
 """
 
+import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from coterie.backbone.gates import Gates, MeanWeights
+from coterie.backbone.gates import MeanWeights
+from coterie.backbone.row_mix import EXACT, Gated, RequestRows, RowMix, gated_rows, grouped
 from coterie.errors import CoterieError
 from coterie.lora import (
     Adapter,
@@ -27,52 +30,14 @@ from coterie.lora import (
     apply_by_expert,
     apply_weighted,
     merge,
+    put,
     squared_distance,
     squared_norm,
     stack,
 )
 
 SAME_INPUT = 0.05  # relative difference of inputs that are equal up to rounding, in bfloat16 too
-MERGED_KEPT = 8  # merged adapters, each as large as all experts together
-
-
-@dataclass(frozen=True)
-class ByExpert:
-    """Each row runs one expert: rows are ordered by expert, `counts[i]` of them for `experts[i]`."""
-
-    experts: tuple[int, ...]
-    counts: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Weighted:
-    """Each row runs a mixture of `experts` inside every layer, with weights of its own."""
-
-    experts: tuple[int, ...]
-    weights: Float[Tensor, "row #position expert"]  # noqa: F821
-
-
-@dataclass(frozen=True)
-class Merged:
-    """Each row runs one merged adapter: `counts[i]` rows in turn for the i-th row of weights over all experts."""
-
-    weights: tuple[tuple[float, ...], ...]
-    counts: tuple[int, ...]
-    how: str
-
-
-@dataclass(frozen=True)
-class Gated:
-    """Each token of each row runs a mixture of `experts`, weighed by every layer's own gate on the layer's input.
-
-    `experts[i]` is the place of `gates.experts[i]` among the attached ones.
-    """
-
-    experts: tuple[int, ...]
-    gates: Gates
-
-
-Choice = ByExpert | Weighted | Merged | Gated
+MERGED_KEPT = 16  # merged adapters that stay in the stacks when no row runs them any more
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -208,8 +173,16 @@ def updating(
             handle.remove()
 
 
+class MergedSlot:
+    """A place in the stacks that one merged adapter has, for as long as somebody holds this."""
+
+    def __init__(self, number: int) -> None:
+        """Store the place."""
+        self.number = number
+
+
 class ExpertLayers:
-    """The stacked updates of several experts, ready to be attached to one base model.
+    """The stacked updates of several experts, ready to run on one base model.
 
     Base weights are never written to, and the hooks are gone when the `with` ends.
     """
@@ -229,15 +202,17 @@ class ExpertLayers:
         """Module paths of the layers that some expert changes."""
         self._modules = {path: modules[path] for path in self.paths}
         self._dtype = dtype or next(model.parameters()).dtype
-        self._subset = lru_cache(maxsize=8)(self._select)
-        self._merged = lru_cache(maxsize=2)(self._merge)
-        self.merged = lru_cache(maxsize=MERGED_KEPT)(self._merge_row)
-        self._choice: Choice | None = None
-        self._seen: MeanWeights | None = None
+        self._slots: WeakValueDictionary[tuple[tuple[float, ...], str], MergedSlot] = WeakValueDictionary()
+        self._recent: deque[MergedSlot] = deque(maxlen=MERGED_KEPT)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model takes its tokens."""
+        return next(self.model.get_input_embeddings().parameters()).device
 
     @cached_property
     def _stacks(self) -> dict[str, StackedPair]:
-        """The updates, stacked when they are used first."""
+        """The updates, stacked when they are used first; merged adapters come after the experts."""
         return {path: self._stacked(path, self.adapters) for path in self.paths}
 
     def _stacked(self, path: str, adapters: Sequence[Mapping[str, LoraPair | None]]) -> StackedPair:
@@ -245,19 +220,59 @@ class ExpertLayers:
         pair = stack([adapter.get(path) for adapter in adapters])
         return StackedPair(*(tensor.to(device, self._dtype) for tensor in pair))
 
-    def _select(self, experts: tuple[int, ...]) -> dict[str, StackedPair]:
-        if experts == tuple(range(len(self.adapters))):
-            return self._stacks
-        index = list(experts)
-        return {path: StackedPair(pair.down[index], pair.up[index]) for path, pair in self._stacks.items()}
+    # ------------------------------------------------------------------------------------------ what rows run
 
-    def _merge(self, weights: tuple[tuple[float, ...], ...], how: str) -> dict[str, StackedPair]:
-        """Merge all experts once for every row of weights, in float32."""
-        merged = [self.merged(row, how) for row in weights]
-        paths = {path for adapter in merged for path in adapter}
-        return {path: self._stacked(path, merged) for path in self.paths if path in paths}
+    def mix(self, requests: Sequence[RequestRows]) -> RowMix:
+        """Put the rows of requests side by side, in their order.
 
-    def _merge_row(self, weights: tuple[float, ...], how: str = "exact") -> Adapter:
+        Raises:
+            CoterieError: as `coterie.lora.merge`.
+        """
+        asked = [self._in_stack(own) for own in requests]
+        width = max(rows.shape[1] for rows, _ in asked)
+        weights = torch.cat([nn.functional.pad(rows, (0, width - rows.shape[1])) for rows, _ in asked])
+        held = tuple(slot for _, slots in asked for slot in slots)
+        return replace(self.weighted(weights), gated=gated_rows(requests, self.device), held=held)
+
+    def _in_stack(self, own: RequestRows) -> tuple[Float[Tensor, "row slot"], list[MergedSlot]]:
+        """Return what a request's rows run as weights over the stack, and the merged adapters that they need there."""
+        if own.merge == EXACT:
+            return own.weights.float(), []
+        slots = [self._slot(tuple(row), own.merge) for row in own.weights.tolist()]
+        return nn.functional.one_hot(torch.tensor([slot.number for slot in slots])).float(), slots
+
+    def weighted(self, weights: Float[Tensor, "row *position expert"]) -> RowMix:
+        """Mix the experts inside every layer, with weights of its own for every row (or every position of it)."""
+        groups = grouped(weights, self.device) if weights.dim() == 2 else None
+        shaped = weights if weights.dim() == 3 else weights[:, None]
+        return RowMix(shaped.to(self.device), groups)
+
+    def gated(self, gated: Gated, rows: int) -> RowMix:
+        """Let gates weigh the experts of every row, at every token."""
+        weights = torch.zeros(rows, len(self.adapters))
+        return self.mix([RequestRows(weights, torch.ones(rows), gated)])
+
+    @property
+    def stacked_experts(self) -> int:
+        """How many experts have room in the stacks, merged adapters among them."""
+        return max((len(pair.down) for pair in self._stacks.values()), default=0)
+
+    # ------------------------------------------------------------------------------------------------ merging
+
+    def _slot(self, weights: tuple[float, ...], how: str) -> MergedSlot:
+        """Return the place in the stacks of a merged adapter, which is put there if it is not there yet."""
+        slot = self._slots.get((weights, how))
+        if slot is None:
+            adapter = self.merged(weights, how)
+            taken = {other.number for other in self._slots.values()}
+            slot = MergedSlot(next(n for n in itertools.count(len(self.adapters)) if n not in taken))
+            for path in self.paths:
+                self._stacks[path] = put(self._stacks[path], slot.number, adapter.get(path))
+            self._slots[weights, how] = slot
+        self._recent.append(slot)
+        return slot
+
+    def merged(self, weights: tuple[float, ...], how: str = EXACT) -> Adapter:
         """Return one adapter in place of all, with these weights (one an expert), merged layer by layer.
 
         Raises:
@@ -278,31 +293,27 @@ class ExpertLayers:
         distance = sum(squared_distance(other[path], pair) for path, pair in exact.items())
         return math.sqrt(distance / size) if size else 0.0
 
-    def attached(self) -> AbstractContextManager[None]:
-        """Attach the experts to the base model until the `with` ends."""
-        return updating(self.model, self._modules, self._update)
+    # ------------------------------------------------------------------------------------------------ running
 
-    @contextmanager
-    def choosing(self, choice: Choice, seen: MeanWeights | None = None) -> Iterator[None]:
-        """Say which rows run which experts in the forward passes inside the `with`; `seen` averages gates' weights."""
-        before, self._choice, self._seen = self._choice, choice, seen
-        try:
-            yield
-        finally:
-            self._choice, self._seen = before, None
+    def running(self, mix: RowMix, seen: MeanWeights | None = None) -> AbstractContextManager[None]:
+        """Run the experts in the model's forward passes inside the `with`; `seen` averages what gates weigh."""
+        return updating(self.model, self._modules, partial(self._update, mix, seen))
 
-    def _update(self, path: str, x: Tensor) -> Tensor | None:
-        """Return what the chosen experts add to a layer's output; None where they all leave the layer as it is."""
-        x = x.to(self._dtype)
-        match self._choice:
-            case ByExpert(experts, counts):
-                return apply_by_expert(x, self._subset(experts)[path], counts)
-            case Weighted(experts, weights):
-                return apply_weighted(x, self._subset(experts)[path], weights.to(x.device))
-            case Merged(weights, counts, how):
-                pair = self._merged(weights, how).get(path)
-                return None if pair is None else apply_by_expert(x, pair, counts)
-            case Gated(experts, gates):
-                return gates.apply(path, x, self._subset(experts)[path], self._seen) if path in gates.layers else None
-            case None:
-                raise RuntimeError("experts are attached, but no rows were chosen; use `with layers.choosing(...)`")
+    def _update(self, mix: RowMix, seen: MeanWeights | None, path: str, x: Tensor) -> Tensor:
+        """Return what the experts add to a layer's output."""
+        x, pair = x.to(self._dtype), self._stacks[path]
+        if mix.groups and not mix.gated:
+            experts, counts, order, back = mix.groups
+            chosen = StackedPair(pair.down[experts], pair.up[experts])
+            update = apply_by_expert(x if order is None else x[order], chosen, counts)
+            return update if back is None else update[back]
+        weights = mix.weights
+        for (experts, gates), rows in mix.gated:
+            own = weights.new_zeros(*x.shape[:2], weights.shape[-1])
+            if path in gates.layers:
+                own[..., list(experts)] = gates.weigh(path, x).weights.to(own)
+            weights = torch.where(rows[:, None, None], own, weights)
+        if seen is not None:
+            seen.add(weights)
+        count = weights.shape[-1]
+        return apply_weighted(x, StackedPair(pair.down[:count], pair.up[:count]), weights)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from coterie.backbone.cache import make_cache, select_rows
-from coterie.backbone.layers import ExpertLayers, Weighted, linear_layers, linear_shapes, unchangeable_layers
+from coterie.backbone.layers import ExpertLayers, linear_layers, linear_shapes, unchangeable_layers
 from coterie.backbone.model import Backbone
 from coterie.data.batching import pad
 from coterie.errors import CoterieError, first_line
@@ -146,16 +146,11 @@ def _random_adapter(backbone: Backbone, seed: int) -> Adapter:
     }
 
 
-def _experts(texts: Sequence[int]) -> Weighted:
-    """Let every row run the expert that has its text's number."""
-    return Weighted((SHORT, LONG), torch.eye(2)[list(texts), None])
-
-
 def _read_alone(
     backbone: Backbone, layers: ExpertLayers, texts: Sequence[Sequence[int]], text: int
 ) -> Float[Tensor, "position width"]:
     """Read a whole text without company, padding or cache."""
-    with layers.attached(), layers.choosing(_experts([text])):
+    with layers.running(layers.weighted(torch.eye(2)[[text]])):
         return backbone.hidden(torch.tensor([texts[text]], device=backbone.device))[0]
 
 
@@ -180,7 +175,7 @@ def _read_together(backbone: Backbone, layers: ExpertLayers, texts: Sequence[Seq
         ids, own, _ = pad(pieces, backbone.pad_id, side="left", device=device)
         positions = mask.sum(dim=1, keepdim=True) + (own.cumsum(dim=1) - 1).clamp(min=0)
         mask = torch.cat([mask, own], dim=1)
-        with layers.attached(), layers.choosing(_experts(rows)):
+        with layers.running(layers.weighted(torch.eye(2)[rows])):
             hidden = backbone.hidden(ids, mask, positions, cache)[:, -1]
         for text in sorted(rows, reverse=True):
             known[text] += counts[text]

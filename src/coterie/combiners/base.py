@@ -2,35 +2,15 @@
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
 
-from jaxtyping import Float
-from torch import Tensor
-
-from coterie.backbone.layers import Choice
+from coterie.backbone.row_mix import RequestRows
 from coterie.errors import CoterieError
 from coterie.routers.base import Grain, Routing
 from coterie.settings.groups import SamplingSettings
 
 
-@dataclass(frozen=True)
-class RowPlan:
-    """Model rows for a batch of prompts.
-
-    Attributes:
-        prompts: number of the prompt that each row runs.
-        choice: which experts each row runs.
-        votes: (prompt, row): weights with which the rows' logits sum to a prompt's next-token logits, in float32.
-    """
-
-    prompts: tuple[int, ...]
-    choice: Choice
-    votes: Float[Tensor, "prompt row"]
-
-
 class Combiner(ABC):
-    """Plans model rows for prompts that were routed.
+    """Plans the model rows of requests that were routed.
 
     Attributes:
         kind: its name, as it stands in mixture.json.
@@ -45,11 +25,8 @@ class Combiner(ABC):
     approximates: str | None = None
 
     @abstractmethod
-    def plan(self, routing: Routing) -> RowPlan:
-        """Plan the rows for prompts whose routing has the bank's experts, in the bank's order.
-
-        A prompt's own rows have one order, whichever prompts stand beside it.
-        """
+    def plan(self, routing: Routing) -> list[RequestRows]:
+        """Plan each request's rows, as if it were alone; the routing has the bank's experts, in the bank's order."""
 
     def draws(self, settings: SamplingSettings, n: int = 1) -> list[SamplingSettings]:
         """Return the settings of each of the `n` answers that are drawn for every prompt, with seeds of their own.
@@ -63,18 +40,3 @@ class Combiner(ABC):
             raise CoterieError(f"at temperature 0 all {n} answers to a prompt are equal; give a temperature above 0")
         seeds = [settings.seed, *(random.Random(f"{settings.seed} {number}").getrandbits(32) for number in range(1, n))]
         return [settings.model_copy(update={"seed": seed}) for seed in seeds]
-
-
-def matching_rows(plan: RowPlan, prompts: Sequence[int], other: RowPlan) -> list[int]:
-    """Return for every row of another plan, made for these prompts of a plan, the row that it is in the plan."""
-    own: dict[int, list[int]] = {}
-    for row, prompt in enumerate(plan.prompts):
-        own.setdefault(prompt, []).append(row)
-    left = [iter(own[prompt]) for prompt in prompts]
-    return [next(left[prompt]) for prompt in other.prompts]
-
-
-def kept_rows(plan: RowPlan, prompts: Sequence[int]) -> list[int]:
-    """Return the numbers of the rows that run one of `prompts`, in their order."""
-    kept = set(prompts)
-    return [row for row, prompt in enumerate(plan.prompts) if prompt in kept]

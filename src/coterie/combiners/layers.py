@@ -2,8 +2,8 @@
 
 import torch
 
-from coterie.backbone.layers import Choice, Gated, Weighted
-from coterie.combiners.base import Combiner, RowPlan
+from coterie.backbone.row_mix import Gated, RequestRows
+from coterie.combiners.base import Combiner
 from coterie.routers.base import Routing
 
 
@@ -17,13 +17,8 @@ class LayerCombiner(Combiner):
     kind = "layers"
     finest = "layer"
 
-    def plan(self, routing: Routing) -> RowPlan:
-        """One row for every prompt, mixed by its weights; experts without any weight are not computed."""
-        if routing.gates:
-            choice: Choice = Gated(tuple(map(routing.experts.index, routing.gates.experts)), routing.gates)
-        else:
-            used = (routing.weights > 0).any(dim=0)
-            experts = tuple(used.nonzero().flatten().tolist())
-            choice = Weighted(experts, routing.weights[:, None, list(experts)].float())
-        count = len(routing.weights)
-        return RowPlan(tuple(range(count)), choice, torch.eye(count))
+    def plan(self, routing: Routing) -> list[RequestRows]:
+        """One row for every request, mixed by its weights or by gates."""
+        gates = routing.gates
+        gated = Gated(tuple(map(routing.experts.index, gates.experts)), gates) if gates else None
+        return [RequestRows(weights, torch.ones(1), gated) for weights in routing.weights.float().split(1)]

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from coterie.backbone.layers import ByExpert
-from coterie.combiners.base import Combiner, RowPlan
+from coterie.backbone.row_mix import RequestRows
+from coterie.combiners.base import Combiner
 from coterie.routers.base import Routing
 
 
@@ -18,34 +18,22 @@ class LogitCombiner(Combiner):
 
     kind = "logits"
 
-    def plan(self, routing: Routing) -> RowPlan:
-        """One row for every prompt and expert with a weight, ordered by expert."""
-        needed = routing.weights > 0
-        experts = tuple(int(e) for e in needed.any(dim=0).nonzero())
-        rows = [(expert, int(prompt)) for expert in experts for prompt in needed[:, expert].nonzero()]
-        prompts = tuple(prompt for _, prompt in rows)
-        counts = tuple(sum(e == expert for e, _ in rows) for expert in experts)
-        return RowPlan(prompts, ByExpert(experts, counts), _votes(routing.weights, rows))
+    def plan(self, routing: Routing) -> list[RequestRows]:
+        """One row for every expert with a weight."""
+        plans = []
+        for weights in routing.weights:
+            rows = torch.eye(len(weights))[weights > 0]
+            plans.append(RequestRows(rows, self.votes(rows, weights)))
+        return plans
 
-    def votes(self, plan: RowPlan, weights: Float[Tensor, "prompt expert"]) -> Float[Tensor, "prompt row"]:
+    @staticmethod
+    def votes(rows: Float[Tensor, "row expert"], weights: Float[Tensor, " expert"]) -> Float[Tensor, " row"]:
         """Return other votes over the rows of a plan, so that one forward pass serves several weightings.
 
         Raises:
-            ValueError: when a weight falls on an expert that the plan does not run.
+            ValueError: when a weight falls on an expert that the plan does not run alone.
         """
-        choice = plan.choice
-        if not isinstance(choice, ByExpert):
-            raise ValueError("this plan mixes experts within rows, so its rows have no expert of their own")
-        owners = [expert for expert, count in zip(choice.experts, choice.counts, strict=True) for _ in range(count)]
-        votes = _votes(weights, list(zip(owners, plan.prompts, strict=True)))
-        if not torch.allclose(votes.sum(dim=1), torch.ones(len(weights)), atol=1e-4):
+        votes = rows @ (weights.float() / weights.float().sum())
+        if not torch.isclose(votes.sum(), torch.ones(()), atol=1e-4):
             raise ValueError("some weights fall on experts that the plan does not run")
         return votes
-
-
-def _votes(weights: Float[Tensor, "prompt expert"], rows: list[tuple[int, int]]) -> Float[Tensor, "prompt row"]:
-    normalised = weights.float() / weights.float().sum(dim=1, keepdim=True)
-    votes = torch.zeros(len(weights), len(rows))
-    for row, (expert, prompt) in enumerate(rows):
-        votes[prompt, row] = normalised[prompt, expert]
-    return votes

@@ -2,8 +2,8 @@
 
 import torch
 
-from coterie.backbone.layers import Merged
-from coterie.combiners.base import Combiner, RowPlan
+from coterie.backbone.row_mix import EXACT, RequestRows
+from coterie.combiners.base import Combiner
 from coterie.lora import check_merge
 from coterie.routers.base import Routing
 
@@ -11,13 +11,14 @@ from coterie.routers.base import Routing
 class WeightCombiner(Combiner):
     """Runs each prompt through one adapter merged from all, exactly by default; anew whenever its weights change.
 
-    Exact merging equals mixing in the layers. The other ways are approximations that are in use elsewhere (`factors`
-    is ELREA's "MoE Merging"); `ExpertLayers.merge_error` tells how far off they are.
+    Exact merging equals mixing in the layers, and is computed there, where no adapter has to be made. The other ways
+    are approximations that are in use elsewhere (`factors` is ELREA's "MoE Merging"); `ExpertLayers.merge_error` tells
+    how far off they are.
     """
 
     finest = "step"
 
-    def __init__(self, how: str = "exact") -> None:
+    def __init__(self, how: str = EXACT) -> None:
         """Store the way to merge: exact, factors, peft-linear, peft-0.4-linear, svd or svd:R.
 
         Raises:
@@ -25,14 +26,9 @@ class WeightCombiner(Combiner):
         """
         check_merge(how)
         self._how = how
-        self.approximates = None if how == "exact" else how
+        self.approximates = None if how == EXACT else how
         self.kind = f"weights:{how}" if self.approximates else "weights"
 
-    def plan(self, routing: Routing) -> RowPlan:
-        """One row for every prompt, those of equal weights side by side."""
-        distinct, owner = routing.weights.float().unique(dim=0, return_inverse=True)  # sorted, so rows keep their order
-        prompts = owner.argsort(stable=True)
-        counts = tuple(owner.bincount(minlength=len(distinct)).tolist())
-        votes = torch.nn.functional.one_hot(prompts, len(prompts)).T.float()
-        choice = Merged(tuple(tuple(row) for row in distinct.tolist()), counts, self._how)
-        return RowPlan(tuple(prompts.tolist()), choice, votes)
+    def plan(self, routing: Routing) -> list[RequestRows]:
+        """One row for every request."""
+        return [RequestRows(weights, torch.ones(1), merge=self._how) for weights in routing.weights.float().split(1)]

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone
-from coterie.combiners.base import Combiner, RowPlan, kept_rows
+from coterie.combiners.base import Combiner, RequestRows
 from coterie.data.batching import pad
 from coterie.engine.rerouting import Rerouting
-from coterie.engine.rows import CachedRows
+from coterie.engine.rows import CachedRows, RowPlan
 from coterie.engine.sampling import Sampler
 from coterie.engine.text import TextStream
 from coterie.routers.base import Routing
@@ -178,34 +178,34 @@ class ScoredTokens(NamedTuple):
 def score_responses(
     backbone: Backbone,
     layers: ExpertLayers,
-    plan: RowPlan,
-    votes: Sequence[Float[Tensor, "prompt row"]],
-    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    requests: Sequence[RequestRows],
+    votes: Sequence[Sequence[Float[Tensor, " _"]]],
+    texts: Sequence[tuple[Sequence[int], Sequence[int]]],
 ) -> list[list[ScoredTokens]]:
     """Score the wanted tokens of given texts, for several votes over the same rows.
 
     Args:
         backbone: the base model.
         layers: the bank's experts.
-        plan: the model rows that are run, once.
-        votes: ways to combine them.
-        rows: for every prompt, its token ids and the positions of the wanted tokens, first to last
-            (each at least 1).
+        requests: the model rows that are run for each text, once.
+        votes: ways to combine them, each with votes for every text.
+        texts: token ids and the positions of the wanted tokens, first to last (each at least 1).
 
     Returns:
-        For every vote and prompt, scores in the order of the positions.
+        For every vote and text, scores in the order of the positions.
     """
-    ids = pad([rows[n][0][: rows[n][1][-1]] for n in plan.prompts], backbone.pad_id, device=backbone.device)
-    with layers.attached(), layers.choosing(plan.choice):
+    plan = RowPlan(list(requests))
+    ids = pad([texts[n][0][: texts[n][1][-1]] for n in plan.prompts], backbone.pad_id, device=backbone.device)
+    with layers.running(layers.mix(requests)):
         hidden = backbone.hidden(ids.input_ids)  # padding stands behind the text, where causal attention cannot see it
     result: list[list[ScoredTokens]] = [[] for _ in votes]
-    for prompt, (text, positions) in enumerate(rows):
-        own = kept_rows(plan, [prompt])
+    rows = hidden.split([len(own.votes) for own in requests])
+    for number, ((text, positions), own) in enumerate(zip(texts, rows, strict=True)):
         before = torch.tensor(positions, device=hidden.device) - 1
         targets = torch.tensor(text, device=hidden.device)[before + 1]
-        states = hidden[own][:, before]  # [own rows, tokens, width]
+        states = own[:, before]  # [own rows, tokens, width]
         for place, vote in enumerate(votes):
-            own_vote = vote[prompt, own].to(hidden.device)
+            own_vote = vote[number].to(hidden.device)
             if backbone.logit_cap is None:  # as in `combined_logits`
                 logits = backbone.head(torch.einsum("r,rtd->td", own_vote, states.float()))
             else:

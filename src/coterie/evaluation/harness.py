@@ -179,7 +179,7 @@ class HarnessModel(TemplateLM):
         contexts = [_row(before if len(before) > 1 else after) for before, after in texts]
         plan = mixture.combiner.plan(mixture.router.start(contexts).aligned(mixture.bank.names))
         rows = [([*before, *after], range(len(before), len(before) + len(after))) for before, after in texts]
-        return score_responses(mixture.backbone, mixture.layers, plan, [plan.votes], rows)[0]
+        return score_responses(mixture.backbone, mixture.layers, plan, [[own.votes for own in plan]], rows)[0]
 
 
 def _row(ids: Sequence[int]) -> TokenRow:

@@ -160,6 +160,6 @@ def memory_bytes(scored: Scored, lengths: Sequence[int]) -> dict[str, int]:
         adapters = [adapter for adapter, is_used in zip(cell.bank.adapters, used.tolist(), strict=True) if is_used]
         experts = sum(pair.down.numel() + pair.up.numel() for adapter in adapters for pair in adapter.values())
         plan = cell.combiner.plan(routing.aligned(cell.bank.names))
-        cache = cache_numbers(model.config) * tokens * len(plan.prompts) / plan.votes.shape[0]
+        cache = cache_numbers(model.config) * tokens * sum(len(own.votes) for own in plan) / len(plan)
         held[name] = round(base + next(model.parameters()).element_size() * (experts + cache))
     return held

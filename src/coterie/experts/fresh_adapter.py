@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from coterie.artifacts import disk_errors, is_full, read_json, write_json
-from coterie.backbone.layers import ByExpert, ExpertLayers, linear_layers, unchangeable_layers
+from coterie.backbone.layers import ExpertLayers, linear_layers, unchangeable_layers
 from coterie.backbone.loading import Backbone
 from coterie.errors import CoterieError, first_line, unknown_name
 from coterie.experts.bank import CONFIG_FILE, KEY_PREFIX, load_adapter, rank_and_alpha, read_config
@@ -190,7 +190,7 @@ def _write_and_read(backbone: Backbone, config: LoraConfig, folder: Path) -> Non
     if {f"{KEY_PREFIX}{path}.lora_{half}.weight" for path in adapter for half in "AB"} != set(written):
         raise ValueError("other layers were read back than were written")
     layers = ExpertLayers(backbone.model, [adapter])
-    with torch.inference_mode(), layers.attached(), layers.choosing(ByExpert((0,), (len(ids),))):
+    with torch.inference_mode(), layers.running(layers.weighted(torch.ones(len(ids), 1))):
         backbone.hidden(ids)
 
 

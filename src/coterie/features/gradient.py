@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from coterie.artifacts import read_tensors, write_tensors
-from coterie.backbone.layers import ByExpert, ExpertLayers, by_token
+from coterie.backbone.layers import ExpertLayers, by_token
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import Batch, TokenRow, by_length, pad
 from coterie.errors import CoterieError
@@ -141,8 +141,7 @@ class GradientFeatures:
         collector = _Collector(checkpoint, self.projection, self.settings.form, batch, total)
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(layers.attached())
-            stack.enter_context(layers.choosing(ByExpert((0,), (len(rows),))))
+            stack.enter_context(layers.running(layers.weighted(torch.ones(len(rows), 1))))
             first = self.backbone.blocks[self._blocks.start]
             stack.callback(first.register_forward_pre_hook(_start_graph, with_kwargs=True).remove)
             for path, module in self._modules.items():

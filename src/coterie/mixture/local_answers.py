@@ -200,7 +200,7 @@ class LocalAnswerer:
             plan = LogitCombiner().plan(self._one_hot([expert] * len(numbers)))
             ids = [rows[number].ids for number in numbers]
             batch = pad(ids, self.backbone.pad_id, side="left", device=self.backbone.device)
-            with self.layers.attached(), self.layers.choosing(plan.choice):
+            with self.layers.running(self.layers.mix(plan)):
                 hidden = self.backbone.hidden(*batch)[:, -1]
             logprobs = self.backbone.head(hidden).log_softmax(dim=-1).cpu()  # [row, vocabulary]
             found[numbers] = torch.stack([logprobs[:, own].logsumexp(dim=1) for own in tokens], dim=1)

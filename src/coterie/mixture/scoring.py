@@ -67,9 +67,12 @@ def score_planned(
         for numbers in by_length(rows, BATCH):
             plan = combiner.plan(routing.take(numbers))
             if weights is None:
-                own_votes = [plan.votes]
+                own_votes = [[own.votes for own in plan]]
             else:
-                own_votes = [LogitCombiner().votes(plan, vote) for vote in weights[:, numbers]]
+                own_votes = [
+                    [LogitCombiner.votes(own.weights, row) for own, row in zip(plan, vote, strict=True)]
+                    for vote in weights[:, numbers]
+                ]
             texts = [(rows[i].ids, answer_positions(rows[i])) for i in numbers]
             found = score_responses(backbone, layers, plan, own_votes, texts)
             for vote, scored in enumerate(found):

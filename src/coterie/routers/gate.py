@@ -17,9 +17,10 @@ from torch import Tensor
 
 from coterie.artifacts import read_floats, write_tensors
 from coterie.backbone.gates import Gates, MeanWeights
-from coterie.backbone.layers import ExpertLayers, Gated, linear_shapes
+from coterie.backbone.layers import ExpertLayers, linear_shapes
 from coterie.backbone.loading import Backbone
 from coterie.backbone.prototypes import PROTOTYPES, prototypes
+from coterie.backbone.row_mix import Gated
 from coterie.data.batching import TokenRow, by_length, pad
 from coterie.errors import CoterieError, unknown_name
 from coterie.experts.bank import ExpertBank
@@ -79,7 +80,8 @@ class GateRouter(Router):
             ids = [prompts[i].ids for i in numbers]
             batch = pad(ids, self._backbone.pad_id, device=self._backbone.device)
             seen = MeanWeights(batch.attention_mask)
-            with torch.inference_mode(), self._layers.attached(), self._layers.choosing(Gated(every, self.gates), seen):
+            mix = self._layers.gated(Gated(every, self.gates), len(ids))
+            with torch.inference_mode(), self._layers.running(mix, seen):
                 self._backbone.hidden(*batch)
             weights[numbers] = seen.mean()
         return weights
