@@ -42,10 +42,9 @@ def plain_steps(model: PreTrainedModel | PeftModel, ids: list[int], rows: int, *
 
 def our_steps(backbone: Backbone, layers: ExpertLayers, ids: list[int], steps: int) -> Iterator[int]:
     """Decode with the ensemble."""
-    settings = SamplingSettings(max_new_tokens=steps + 1)
     names = tuple(f"expert-{number}" for number in range(EXPERTS))
     routing = Routing(names, torch.ones(1, EXPERTS))
-    batch = DecodingBatch(backbone, layers, LogitCombiner(), [ids], routing, [settings])
+    batch = DecodingBatch(backbone, layers, LogitCombiner(), [ids], routing, [SamplingSettings()], [steps + 1])
     return (token.id for token in batch.run())
 
 

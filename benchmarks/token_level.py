@@ -57,7 +57,7 @@ def published_steps(model: PeftModel, mixture: Mixture) -> Iterator[int]:
 
 def batch_steps(mixture: Mixture) -> Iterator[int]:
     """Decode several requests together, one step at a time."""
-    _, decoding = mixture._decoding(mixture.tokens([PROMPT] * BATCH), None, [SamplingSettings(max_new_tokens=1000)])
+    _, decoding = mixture._decoding(mixture.tokens([PROMPT] * BATCH), None, [SamplingSettings()], [1000] * BATCH)
     for token in decoding.run():
         if token.request == BATCH - 1:
             yield token.id

@@ -352,7 +352,7 @@ def test_the_end_of_turn_token_ends_an_answer(mixture):
     layers = ExpertLayers(mixture.backbone.model, mixture.bank.adapters)
     prompt = mixture.tokens([PROMPTS[0]])[0].ids
     routing = mixture.route([PROMPTS[0]]).aligned(mixture.bank.names)
-    batch = DecodingBatch(mixture.backbone, layers, LogitCombiner(), [prompt], routing, [SamplingSettings()])
+    batch = DecodingBatch(mixture.backbone, layers, LogitCombiner(), [prompt], routing, [SamplingSettings()], [64])
     batch._choose = lambda logits: [batch._advance(batch._active[0], end, 0.0)]
     tokens = list(batch.run())
     assert [(t.id, t.text, t.finish_reason) for t in tokens] == [(end, "", "stop")]

@@ -48,7 +48,7 @@ class Token(NamedTuple):
 class _Request:
     number: int
     ids: list[int]
-    prompt_length: int
+    longest: int | float  # tokens of prompt and answer
     sampler: Sampler
     stream: TextStream
 
@@ -78,6 +78,7 @@ class DecodingBatch:
         prompts: Sequence[Sequence[int]],
         routing: Routing,
         draws: Sequence[SamplingSettings],
+        limits: Sequence[int],
         rerouting: Rerouting | None = None,
         end_ids: frozenset[int] = frozenset(),
     ) -> None:
@@ -90,20 +91,21 @@ class DecodingBatch:
             prompts: token ids of every request.
             routing: of every request, as `CachedRows` takes it.
             draws: how tokens are chosen, for each answer that is drawn for every prompt.
+            limits: the most tokens that every prompt's answers may take.
             rerouting: how the weights change later; None for not at all.
             end_ids: tokens that end an answer besides the model's own.
         """
         self._backbone = backbone
         self.rows = CachedRows(backbone, layers, combiner, routing)
         self._prompts = prompts
-        self._settings = draws[0]
         self._rerouting = rerouting
         self._stop_ids = backbone.stop_ids | end_ids
-        self._longest = math.inf if backbone.positions is None else backbone.positions + 1  # the last one is not read
+        bound = math.inf if backbone.positions is None else backbone.positions + 1  # the last one is not read
+        most = [min(bound, len(ids) + limit) for ids, limit in zip(prompts, limits, strict=True)]
         each = len(draws)
         self._active = [
-            _Request(each * number + place, list(ids), len(ids), Sampler(own), TextStream(backbone.tokenizer, own.stop))
-            for number, ids in enumerate(prompts)
+            _Request(each * number + place, list(ids), longest, Sampler(own), TextStream(backbone.tokenizer, own.stop))
+            for number, (ids, longest) in enumerate(zip(prompts, most, strict=True))
             for place, own in enumerate(draws)
         ]
 
@@ -160,7 +162,7 @@ class DecodingBatch:
         reason: FinishReason | None = None
         if ends_turn or request.stream.stopped:
             reason = "stop"
-        elif len(request.ids) >= min(self._longest, request.prompt_length + self._settings.max_new_tokens):
+        elif len(request.ids) >= request.longest:
             reason = "length"
         if reason and not request.stream.stopped:
             text += request.stream.finish()

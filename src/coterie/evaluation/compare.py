@@ -231,6 +231,7 @@ def compare(
     has_categories = any(row.category for row in rows)
     record = summary_record(
         settings,
+        examples,
         rows,
         routing,
         methods,

@@ -12,6 +12,7 @@ from coterie.evaluation.answers import Answers, TestRow
 from coterie.evaluation.shared_scores import Scored
 from coterie.evaluation.table import summarise
 from coterie.grading.grade import graded
+from coterie.grading.lengths import lengths_in_words
 from coterie.methods.family import MethodGrid
 from coterie.records.evaluation import EvaluationRecord, MethodResult, RowRecord
 from coterie.routers.base import Routing
@@ -82,6 +83,7 @@ def row_records(
 
 def summary_record(
     settings: EvaluationSettings,
+    examples: Sequence[Example],
     rows: Sequence[RowRecord],
     routing: Routing,
     methods: Sequence[str],
@@ -104,6 +106,7 @@ def summary_record(
         sources=tuple(sources),
         settings={
             **settings.sampling.model_dump(),
+            "max_new_tokens": lengths_in_words(settings.sampling, examples),
             "generate": settings.generate,
             "batch_size": settings.batch_size,
         },

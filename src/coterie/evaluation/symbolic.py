@@ -77,7 +77,7 @@ def _evaluated(
     examples: Sequence[Example],
     cache: Path,
 ) -> Evaluation:
-    with open_scheduler(fitted.pool, settings, cache) as scheduler:
+    with open_scheduler(fitted.pool, settings, examples, cache) as scheduler:
         skills = fitted.skills(scheduler, examples)
         plans = {name: fitted.recruiting_plan(name, examples, skills, settings.sampling) for name in names}
         outcomes = answer_all(scheduler, examples, plans)
@@ -92,6 +92,7 @@ def _evaluated(
     has_categories = any(row.category for row in rows)
     record = summary_record(
         settings,
+        examples,
         rows,
         routing,
         names,

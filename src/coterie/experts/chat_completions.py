@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from coterie.errors import shortened, shown
 from coterie.experts.answering import FinishReason, Question, Reply
+from coterie.grading.lengths import ANSWER_TOKENS
 
 Change = Literal["max_completion_tokens", "no temperature"]
 """What a server may ask for: the longest answer under its newer name, or sampling at the server's own temperature."""
@@ -86,6 +87,7 @@ class Trouble(Exception):
 def request_body(model: str, question: Question, changes: frozenset[Change] = frozenset()) -> dict[str, Any]:
     """Write a question as a server wants it; what says nothing is left out, as not every server knows it."""
     sampling = question.sampling
+    longest = sampling.max_new_tokens or ANSWER_TOKENS
     optional = {
         "temperature": None if "no temperature" in changes else sampling.temperature,
         "seed": sampling.seed if sampling.temperature else None,
@@ -97,7 +99,7 @@ def request_body(model: str, question: Question, changes: frozenset[Change] = fr
     return {
         "model": model,
         "messages": [{"role": message.role, "content": message.content} for message in question.messages],
-        "max_completion_tokens" if "max_completion_tokens" in changes else "max_tokens": sampling.max_new_tokens,
+        "max_completion_tokens" if "max_completion_tokens" in changes else "max_tokens": longest,
         **{name: value for name, value in optional.items() if value is not None},
     }
 

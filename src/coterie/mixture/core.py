@@ -23,6 +23,7 @@ from coterie.engine.teacher_forcing import score_teacher_forced
 from coterie.errors import CoterieError, unknown_name
 from coterie.grading.answers import read_answer
 from coterie.grading.grade import after_thinking
+from coterie.grading.lengths import ANSWER_TOKENS, longest_answer
 from coterie.mixture.completion import Completion, completion
 from coterie.mixture.folder import StoredMixture
 from coterie.mixture.prompts import Prompt, as_examples
@@ -184,7 +185,8 @@ class Mixture(StoredMixture):
                 depends on the shapes of products, a token may differ if two are nearly as likely.
             top_k_experts: keep only the experts with the largest weights.
             routing: weights of these prompts, if they are known already; they are computed otherwise.
-            **sampling: fields of `SamplingSettings`, such as max_new_tokens, temperature, top_p, seed.
+            **sampling: fields of `SamplingSettings`, such as max_new_tokens (by default what each prompt's task wants,
+                256 where none is known), temperature, top_p, seed.
 
         Raises:
             CoterieError: for an empty prompt, a setting that does not fit, or a routing that is not of these prompts or
@@ -199,7 +201,8 @@ class Mixture(StoredMixture):
             routing = self._followed(routing, len(rows), top_k_experts)
         elif top_k_experts is not None:
             mixture = self.replace(router=keep_top(self.router, top_k_experts))
-        drawn = mixture._completions(examples, rows, routing, draws, batch_size)
+        limits = [longest_answer(settings, example) for example in examples]
+        drawn = mixture._completions(examples, rows, routing, draws, batch_size, limits)
         if self.combiner.finishes_answers:
             return [elected(example, own, settings.seed) for example, own in zip(examples, drawn, strict=True)]
         return [answer for own in drawn for answer in own]
@@ -236,7 +239,8 @@ class Mixture(StoredMixture):
             raise CoterieError("combiner 'texts' lets finished answers vote, so it continues no text; use another one")
         check_lengths(rows, self.backbone.positions, [f"row {number + 1}" for number in range(len(rows))])
         settings = from_flat(SamplingSettings, sampling, ("batch_size",))
-        return [own[0] for own in self._completions(None, rows, None, [settings], batch_size)]
+        limits = [settings.max_new_tokens or ANSWER_TOKENS] * len(rows)
+        return [own[0] for own in self._completions(None, rows, None, [settings], batch_size, limits)]
 
     def _completions(
         self,
@@ -245,14 +249,16 @@ class Mixture(StoredMixture):
         routing: Routing | None,
         draws: Sequence[SamplingSettings],
         batch_size: int,
+        limits: Sequence[int],
     ) -> list[list[Completion]]:
-        """Draw answers for every row, in the rows' order."""
+        """Draw answers of at most so many tokens for every row, in the rows' order."""
         is_known = routing is not None
         if not is_known and not self.reroutes:
             routing = self.router.start(rows)
         result: list[list[Completion]] = [[] for _ in rows]
         for batch in by_length(rows, max(1, batch_size // len(draws))):
-            started, decoding = self._decoding([rows[i] for i in batch], routing and routing.take(batch), draws)
+            own_rows, own_routing = [rows[i] for i in batch], routing and routing.take(batch)
+            started, decoding = self._decoding(own_rows, own_routing, draws, [limits[i] for i in batch])
             tokens: list[list[Token]] = [[] for _ in range(len(batch) * len(draws))]
             for token in decoding.run():
                 tokens[token.request].append(token)
@@ -277,19 +283,24 @@ class Mixture(StoredMixture):
         """
         if self.combiner.finishes_answers:
             raise CoterieError("combiner 'texts' lets finished answers vote, so it cannot stream; leave --stream out")
-        if len(rows := self.tokens(prompt)) != 1:
-            raise CoterieError(f"a stream answers one prompt, but {len(rows)} are given; use generate for several")
+        if len(examples := as_examples(prompt)) != 1:
+            raise CoterieError(f"a stream answers one prompt, but {len(examples)} are given; use generate for several")
+        rows = self.tokens(examples)
         mixture = self if top_k_experts is None else self.replace(router=keep_top(self.router, top_k_experts))
         settings = from_flat(SamplingSettings, sampling, ("top_k_experts",))
-        yield from mixture._decoding(rows, None, [settings])[1].run()
+        yield from mixture._decoding(rows, None, [settings], [longest_answer(settings, examples[0])])[1].run()
 
     def _decoding(
-        self, rows: Sequence[TokenRow], routing: Routing | None, draws: Sequence[SamplingSettings]
+        self,
+        rows: Sequence[TokenRow],
+        routing: Routing | None,
+        draws: Sequence[SamplingSettings],
+        limits: Sequence[int],
     ) -> tuple[Routing, DecodingBatch]:
         started, rerouting = self._start(rows, routing)
         prompts, aligned = [row.ids for row in rows], started.aligned(self.bank.names)
         decoding = DecodingBatch(
-            self.backbone, self.layers, self.combiner, prompts, aligned, draws, rerouting, self.prompts.end_ids
+            self.backbone, self.layers, self.combiner, prompts, aligned, draws, limits, rerouting, self.prompts.end_ids
         )
         return started, decoding
 

@@ -19,6 +19,7 @@ from coterie.engine.decoding import DecodingBatch
 from coterie.errors import CoterieError
 from coterie.experts.answering import Done, Question, Reply, failed
 from coterie.experts.bank import ExpertBank, load_adapter
+from coterie.grading.lengths import ANSWER_TOKENS
 from coterie.lora import Adapter
 from coterie.mixture.scoring import score_votes
 from coterie.routers.base import Routing
@@ -158,6 +159,7 @@ class LocalAnswerer:
             [row.ids for row in rows],
             self._one_hot(experts),
             [sampling],
+            [sampling.max_new_tokens or ANSWER_TOKENS] * len(rows),
             end_ids=self._prompts[experts[0]].end_ids,
         )
         texts, counts = [""] * len(rows), [0] * len(rows)

@@ -202,7 +202,7 @@ class ReroutingSettings(Settings):
 class SamplingSettings(Settings):
     """Sampling of tokens."""
 
-    max_new_tokens: int = Field(64, ge=1, description="longest answer in tokens")
+    max_new_tokens: int | None = Field(None, ge=1, description="longest answer in tokens; default: the task's")
     temperature: float = Field(0.0, ge=0, description="0: greedy; above: sampling temperature")
     top_p: float = Field(1.0, gt=0, le=1, description="keep the smallest set of tokens with this probability mass")
     top_k: int = Field(0, ge=0, description="keep only the K likeliest tokens; 0: all")
@@ -376,7 +376,7 @@ class SelectAdaptersSettings(Settings):
     )
     exclude_leaks: bool = Field(False, description="leave out adapters that were trained on a shot or an excluded row")
     exclude: list[str] = Field([], description="rows that must not be known, such as a test set; may be repeated")
-    max_new_tokens: int = Field(64, ge=1, description="longest answer to a shot in tokens")
+    max_new_tokens: int | None = Field(None, ge=1, description="longest answer to a shot; default: the task's")
     group_size: int = Field(4, ge=1, description="adapters that are held in memory and scored together")
     scoring_batch_size: int = Field(16, ge=1, description="answers that are decoded together")
 

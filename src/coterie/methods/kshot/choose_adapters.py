@@ -29,6 +29,7 @@ from coterie.experts.answering import Question, Reply
 from coterie.experts.bank import load_bank
 from coterie.experts.bank_folder import leaks
 from coterie.grading.grade import is_right
+from coterie.grading.lengths import with_length
 from coterie.methods.common import named_sources
 from coterie.methods.kshot.rationales import with_rationales
 from coterie.methods.kshot.task import KshotTask, open_task
@@ -281,7 +282,7 @@ def _score(scoring: ShotScoring, names: Sequence[str], places: range) -> dict[st
     sampling = SamplingSettings(max_new_tokens=scoring.settings.max_new_tokens)
     replies: dict[int, Reply] = {}
     if scoring.settings.rank_by != "perplexity":
-        questions = [Question(name, shot.prompt, sampling) for name in names for shot in shots]
+        questions = [Question(name, shot.prompt, with_length(sampling, shot)) for name in names for shot in shots]
         answerer.answer(questions, replies.__setitem__)
     nll = -answerer.likelihoods(rationales)
     tokens = [len(answer_positions(task.prompts.row(row))) for row in rationales]

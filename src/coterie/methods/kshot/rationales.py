@@ -13,6 +13,7 @@ from coterie.errors import CoterieError
 from coterie.experts.answering import Question
 from coterie.experts.expert_pool import Pool, parse_expert
 from coterie.experts.reply_cache import ReplyCache
+from coterie.grading.lengths import ANSWER_TOKENS
 from coterie.mixture.memory import budget_of, groups_of
 from coterie.mixture.scheduler import ExpertScheduler
 from coterie.settings.groups import ExpertServingSettings, PlacementSettings, RationaleSettings, SamplingSettings
@@ -59,7 +60,8 @@ def _written(
 ) -> list[str]:
     pool = Pool((parse_expert(f"{WRITER}={writer}"),))
     work = ExpertServingSettings()
-    groups = groups_of(pool, placement, work, batch_size=batch_size, new_tokens=sampling.max_new_tokens)
+    new_tokens = sampling.max_new_tokens or ANSWER_TOKENS
+    groups = groups_of(pool, placement, work, batch_size=batch_size, new_tokens=new_tokens)
     cache = ReplyCache(cache_folder() / CACHE_FILE)
     with ExpertScheduler(groups, pool.identities, cache, budget_of(work, placement)) as scheduler:
         replies = scheduler.ask([Question(WRITER, from_prompt(text).messages, sampling) for text in requests])

@@ -11,6 +11,7 @@ from coterie.data.examples import Example, from_prompt
 from coterie.experts.answering import Question, Reply
 from coterie.grading.answers import read_answer
 from coterie.grading.grade import after_thinking
+from coterie.grading.lengths import with_length
 from coterie.methods.symbolic.profile import tell_failures
 from coterie.mixture.scheduler import ExpertScheduler
 from coterie.records.evaluation import Cost, ExpertAnswerRecord, OutcomeRecord, ReplyRecord
@@ -36,8 +37,9 @@ class RecruitingPlan:
 
     def asks(self, number: int, example: Example) -> list[Question]:
         """Return the questions to the experts that were recruited for one request."""
+        sampling = with_length(self.sampling, example)
         return [
-            Question(name, example.prompt, self.sampling.model_copy(update={"seed": self.sampling.seed + again}))
+            Question(name, example.prompt, sampling.model_copy(update={"seed": sampling.seed + again}))
             for name, count in self.routing.row(number).items()
             for again in range(int(count))
         ]
@@ -167,7 +169,8 @@ def _aggregated(
 
 def synthesis_ask(aggregator: str, example: Example, texts: Sequence[str], sampling: SamplingSettings) -> Question:
     """Return what an aggregator is asked: the answers, then the question."""
-    return Question(aggregator, from_prompt(synthesis_request(example.instruction, texts)).messages, sampling)
+    messages = from_prompt(synthesis_request(example.instruction, texts)).messages
+    return Question(aggregator, messages, with_length(sampling, example))
 
 
 def _outcome(

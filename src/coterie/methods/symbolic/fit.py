@@ -20,7 +20,7 @@ from coterie.artifacts import (
     write_jsonl,
 )
 from coterie.combiners.aggregate import MAJORITY, VOTES, WEIGHTED
-from coterie.data.examples import Example
+from coterie.data.examples import Example, load_examples
 from coterie.errors import CoterieError, naming, unknown_name
 from coterie.experts.expert_pool import POOL_FILE, Pool, pool_from, read_pool
 from coterie.features.skills import load_embed, nearest_skills
@@ -194,7 +194,8 @@ def fit_symbolic(settings: SymbolicSettings) -> Symbolic:
     with run_folder(output, settings, inputs) as run:
         judged, chosen = None, settings.aggregator
         if chosen == "auto" and (tasks := make_up(profiled, settings.aggregator_tasks, settings.sampling.seed)):
-            with open_scheduler(pool, settings, folder / REPLIES) as scheduler:
+            questions = load_examples(profiled.rows, need_response=False)
+            with open_scheduler(pool, settings, questions, folder / REPLIES) as scheduler:
                 judged = judge_aggregators(scheduler, profiled, tasks, settings.recruiting, settings.sampling)
             chosen = best_aggregators(judged, [()], "task")[0]
         elif chosen == "auto":

@@ -13,6 +13,7 @@ from coterie.data.examples import Example
 from coterie.experts.answering import Done, Question, Reply
 from coterie.experts.reply_cache import ReplyCache
 from coterie.features.skills import BLANK, choice_request
+from coterie.grading.lengths import ANSWER_TOKENS
 from coterie.methods.symbolic.answer import answer_all
 from coterie.methods.symbolic.fit import Symbolic
 from coterie.methods.symbolic.skills import LABELS, ask_expert, groups_for, keyword_asks
@@ -118,7 +119,7 @@ class _Counting:
 
     def answer(self, questions: Sequence[Question], done: Done) -> None:
         for number, question in enumerate(questions):
-            pace, most = self.paces[question.expert], question.sampling.max_new_tokens
+            pace, most = self.paces[question.expert], question.sampling.max_new_tokens or ANSWER_TOKENS
             tokens = most if pace.tokens is None else min(most, round(pace.tokens))
             prompt = round(sum(len(message.content) for message in question.messages) / pace.characters)
             self.tallies.setdefault(question.expert, Tally()).add(prompt, tokens, most)
@@ -152,7 +153,7 @@ def plan_work(
         paces[expert] = Pace(asked / read, written / len(answered)) if read else Pace()
     tallies: dict[str, Tally] = {}
     counting = _Counting(tallies, paces)
-    sizes = groups_for(fitted.pool, settings)
+    sizes = groups_for(fitted.pool, settings, examples)
     groups = [replace(group, load=lambda: counting) for group in sizes]
     budget = budget_of(settings.serving, settings.placement)
     cache = ReplyCache(replies, read_only=True)

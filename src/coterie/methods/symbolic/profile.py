@@ -26,6 +26,7 @@ from coterie.experts.answering import Question, Reply
 from coterie.experts.expert_pool import Pool, read_pool
 from coterie.features.skills import load_embed, merge_synonyms
 from coterie.grading.grade import is_right
+from coterie.grading.lengths import with_length
 from coterie.methods.common import hash_examples, load_questions, origin
 from coterie.methods.symbolic.skills import LABELS, ask_expert, find_skills, open_scheduler, settled, skill_list
 from coterie.mixture.local_answers import LocalAnswerer
@@ -127,7 +128,7 @@ def profile_pool(settings: ProfileSettings) -> Profiled:
     embed = load_embed(how.encoder) if how.skills == "keywords" else None
     inputs = {"data": hash_examples(examples), "pool": hash_json(pool.record(), ensure_ascii=True)}
     with run_folder(output, settings, inputs) as run:
-        with open_scheduler(pool, settings, folder / REPLIES) as scheduler:
+        with open_scheduler(pool, settings, examples, folder / REPLIES) as scheduler:
             skills = find_skills(scheduler, pool, how, examples, options)
             replies, scores = _scored(scheduler, pool, settings, examples)
         names = merge_synonyms(Counter(s for own in skills for s in own), embed, how.synonyms)
@@ -196,7 +197,11 @@ def _scored(
                     f"{name!r} could not be loaded, so it cannot be profiled; see above, and mend the pool"
                 )
         return [{} for _ in examples], credit_from_likelihood(torch.stack([found[name] for name in pool.names]))
-    asks = [Question(name, example.prompt, settings.sampling) for example in examples for name in pool.names]
+    asks = [
+        Question(name, example.prompt, with_length(settings.sampling, example))
+        for example in examples
+        for name in pool.names
+    ]
     replies = scheduler.ask(asks)
     tell_failures(asks, replies)
     if all(reply.error is not None for reply in replies):

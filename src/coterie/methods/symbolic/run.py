@@ -36,7 +36,7 @@ def generate_symbolic(settings: GenerateSettings, prompts: Prompt | Sequence[Pro
     if output is not None:
         check_file(output, settings)
     fitted, name, examples, replies = _opened(settings, prompts)
-    with open_scheduler(fitted.pool, settings, replies) as scheduler:
+    with open_scheduler(fitted.pool, settings, examples, replies) as scheduler:
         skills = fitted.skills(scheduler, examples)
         plan = fitted.recruiting_plan(name, examples, skills, settings.sampling)
         outcomes = answer_all(scheduler, examples, {name: plan})[name]

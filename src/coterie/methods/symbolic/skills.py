@@ -18,6 +18,7 @@ from coterie.features.skills import (
     keyword_request,
     letters,
 )
+from coterie.grading.lengths import longest_answer
 from coterie.mixture.local_answers import LocalAnswerer
 from coterie.mixture.memory import budget_of, groups_of
 from coterie.mixture.scheduler import ExpertScheduler
@@ -35,8 +36,8 @@ Working = ProfileSettings | SymbolicSettings | GenerateSettings | EvaluationSett
 """Settings of the commands that ask experts."""
 
 
-def open_scheduler(pool: Pool, settings: Working, cache: Path | None) -> ExpertScheduler:
-    """Make a pool's experts ready to be asked; nothing is loaded yet.
+def open_scheduler(pool: Pool, settings: Working, examples: Sequence[Example], cache: Path | None) -> ExpertScheduler:
+    """Make a pool's experts ready to be asked these questions; nothing is loaded yet.
 
     The file `cache` has the replies that are there already, and gets new ones; None keeps them in memory only.
 
@@ -44,16 +45,16 @@ def open_scheduler(pool: Pool, settings: Working, cache: Path | None) -> ExpertS
         CoterieError: when a model does not exist.
     """
     budget = budget_of(settings.serving, settings.placement)
-    return ExpertScheduler(groups_for(pool, settings), pool.identities, ReplyCache(cache), budget)
+    return ExpertScheduler(groups_for(pool, settings, examples), pool.identities, ReplyCache(cache), budget)
 
 
-def groups_for(pool: Pool, settings: Working) -> list[ExpertGroup]:
-    """Put a pool's experts into the groups that they are loaded in.
+def groups_for(pool: Pool, settings: Working, examples: Sequence[Example]) -> list[ExpertGroup]:
+    """Put a pool's experts into the groups that they are loaded in to answer these questions.
 
     Raises:
         CoterieError: when a model does not exist.
     """
-    new_tokens = settings.sampling.max_new_tokens
+    new_tokens = max(longest_answer(settings.sampling, example) for example in examples)
     return groups_of(pool, settings.placement, settings.serving, batch_size=settings.batch_size, new_tokens=new_tokens)
 
 
