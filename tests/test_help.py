@@ -9,7 +9,7 @@ import pytest
 
 from coterie.cli.table import ARGUMENTS, COMMANDS, NEXT
 from coterie.settings.old_spellings import is_old
-from coterie.settings.reading import flat_fields
+from coterie.settings.reading import flag_of, flat_fields
 
 
 def shown(run, name: str) -> str:
@@ -26,7 +26,7 @@ def test_help_names_every_flag_in_full(run, monkeypatch, name):
     assert "…" not in out
     text = re.sub(r"[\s│]", "", out)  # help is folded at any place
     for field, info, _ in flat_fields(kind) if kind else ():
-        old, flag = is_old(kind.command, field), f"--{field.replace('_', '-')}"
+        old, flag = is_old(kind.command, field), flag_of(field)
         if field not in ARGUMENTS:
             flag = flag.replace("--", "--no-") if info.default is True else flag
             assert bool(re.search(rf"(?m)^│ [ *]*{flag} ", out)) != old, flag

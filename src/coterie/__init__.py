@@ -24,6 +24,7 @@ _HOMES = {
     "Routing": "coterie.routers.base",
     "Mixture": "coterie.mixture",
     "Completion": "coterie.mixture",
+    "export_mixture": "coterie.mixture.export",
     "reading_for": "coterie.mixture.folder",
     "evaluate": "coterie.evaluation.compare",
     "HarnessModel": "coterie.evaluation.harness",

@@ -19,6 +19,7 @@ from coterie.settings.commands import (
     ElreaSettings,
     EvaluationSettings,
     ExpertPoolSettings,
+    ExportSettings,
     FromAdaptersSettings,
     GatherSettings,
     GenerateSettings,
@@ -157,6 +158,13 @@ def plan(settings: PlanSettings, prompts: Prompts = None, as_json: AsJson = Fals
     """Tell what recruited experts will take to answer: loads, calls, tokens and memory; nothing is loaded."""
     found = coterie.methods.plan_symbolic(settings, _prompts(prompts, input, settings))
     echo(json.dumps(found.record()) if as_json else str(found))
+
+
+@command("export", "coterie export runs/elrea --for vllm --output runs/elrea-vllm")
+def export(settings: ExportSettings, as_json: AsJson = False) -> None:
+    """Write the experts, or one static mixture of them, as vLLM or PEFT reads them."""
+    exported = coterie.export_mixture(settings)
+    echo(json.dumps(exported.record()) if as_json else str(exported))
 
 
 @command("eval", "coterie eval runs/elrea --data test.jsonl --output runs/eval --methods base,elrea,uniform-weights")

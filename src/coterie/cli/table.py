@@ -13,11 +13,11 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from coterie.errors import shown
 from coterie.settings.old_spellings import is_old
-from coterie.settings.reading import Settings, flat_fields, from_flat
+from coterie.settings.reading import FLAGS, Settings, flat_fields, from_flat
 
 PANELS = {
     "Make a mixture": ("methods", "fit", "train-extras"),
-    "Ask it": ("route", "generate", "plan"),
+    "Ask it": ("route", "generate", "plan", "export"),
     "Compare methods": ("eval", "report", "spread"),
     "Adapters, experts and data that exist already": ("bank", "select", "gather", "experts", "profile"),
     "Again": ("run",),
@@ -150,7 +150,8 @@ def _flags(kind: type[Settings]) -> list[inspect.Parameter]:
         old = is_old(kind.command, name)
         choices = [one for one in get_args(field.annotation) if isinstance(one, str)]
         kind_of_value = "<choice>" if len("|".join(choices)) > WIDEST_TYPE else None  # its help names the choices
-        option = typer.Option(help=field.description, rich_help_panel=group, hidden=old, metavar=kind_of_value)
+        words = [FLAGS[name]] if name in FLAGS else []
+        option = typer.Option(*words, help=field.description, rich_help_panel=group, hidden=old, metavar=kind_of_value)
         place = typer.Argument(help=field.description) if name in ARGUMENTS else option
         default = inspect.Parameter.empty if field.is_required() else None if old else field.default
         annotation: Any = Annotated[field.annotation, place]  # pyrefly: ignore

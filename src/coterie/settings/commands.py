@@ -312,3 +312,29 @@ class KshotSettings(Settings):
     gates: GateSettings = GateSettings()
     training: TaskTrainingSettings = TaskTrainingSettings()
     placement: PlacementSettings = PlacementSettings()
+
+
+class ExportSettings(Settings):
+    """`coterie export`: the experts, or one static mixture of them, as other programs read them."""
+
+    command = "export"
+    idle_with = {
+        "router": ("prompt", (None,)),
+        "top_k_experts": ("prompt", (None,)),
+    }
+    mixture: str = Field(description="folder of a mixture")
+    target: Literal["vllm", "peft"] = Field(description="the program that will read it")
+    output: str = Field(description="folder to write to")
+    weights: str | None = Field(
+        None, description="NAME=W,NAME=W,...: one static mixture with these weights, instead of the experts"
+    )
+    prompt: str | None = Field(None, description="one static mixture, weighed as the router weighs this prompt")
+    router: str | None = Field(None, description="another router, as for coterie route")
+    top_k_experts: int | None = Field(None, ge=1, description="keep only the K experts with the largest weights")
+    merge: str | None = Field(
+        None,
+        description="how a mixture becomes one adapter: exact (ranks are stacked), svd:R, or as combiners merge; "
+        "default: exact",
+    )
+    overwrite: bool = Field(False, description="replace the output folder if it exists")
+    placement: PlacementSettings = PlacementSettings()

@@ -23,6 +23,14 @@ class Settings(BaseModel):
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
+FLAGS = {"target": "--for"}
+"""Settings whose flag is a word that Python keeps to itself."""
+
+
+def flag_of(name: str) -> str:
+    """Return a setting's flag."""
+    return FLAGS.get(name, "--" + name.replace("_", "-"))
+
 
 def flat_fields(kind: type[Settings], title: str | None = None) -> Iterator[tuple[str, FieldInfo, str | None]]:
     """Yield every field with its plain name and the title of its group, groups opened up."""
@@ -55,7 +63,7 @@ def from_flat(kind: type[AnySettings], values: Mapping[str, Any], beside: Iterab
 def changed(settings: Settings) -> list[str]:
     """Return the fields that have another value than the default, as flags."""
     fields = type(settings).model_fields
-    return ["--" + name.replace("_", "-") for name, value in settings if value != fields[name].default]
+    return [flag_of(name) for name, value in settings if value != fields[name].default]
 
 
 def _check_acting(settings: Settings) -> None:
@@ -67,9 +75,10 @@ def _check_acting(settings: Settings) -> None:
         elif name in settings.idle_with and value != field.default:
             other, idle = settings.idle_with[name]
             if (held := getattr(settings, other)) in idle:
-                shown, flag = name.replace("_", "-"), other.replace("_", "-")
-                reason = f"with --{flag} {held}" if held else f"without --{flag}"
-                raise CoterieError(f"--{shown} {value} does not act {reason}; leave it out, or change --{flag}")
+                reason = f"with {flag_of(other)} {held}" if held else f"without {flag_of(other)}"
+                raise CoterieError(
+                    f"{flag_of(name)} {value} does not act {reason}; leave it out, or change {flag_of(other)}"
+                )
 
 
 def _built(kind: type[AnySettings], values: Mapping[str, Any], beside: Iterable[str] = ()) -> AnySettings:
@@ -82,10 +91,10 @@ def _built(kind: type[AnySettings], values: Mapping[str, Any], beside: Iterable[
         return kind(**_grouped(kind, values))
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][-1]).replace("_", "-") if first["loc"] else "settings"
+        flag = flag_of(str(first["loc"][-1]) if first["loc"] else "settings")
         given = "" if first["type"] == "missing" else f", got {first['input']!r}"
         message = first["msg"].removeprefix("Value error, ")
-        raise CoterieError(f"--{name}: {message[:1].lower()}{message[1:]}{given}") from error
+        raise CoterieError(f"{flag}: {message[:1].lower()}{message[1:]}{given}") from error
 
 
 def checked(kind: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
