@@ -1,5 +1,6 @@
 """A frozen base model: what it computes, up to the states that its output layer reads and from there to logits."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,12 +31,26 @@ class BaseModelIdentity:
 
 
 @dataclass(frozen=True)
+class Reads:
+    """In which ways a model can read on from a cache; the probe at loading finds out.
+
+    Attributes:
+        ragged: rows of unequal length side by side, told apart by masks; otherwise rows of one length at a time.
+        in_pieces: several tokens at once; otherwise one by one.
+    """
+
+    ragged: bool = True
+    in_pieces: bool = True
+
+
+@dataclass(frozen=True)
 class Backbone:
     """A frozen base model with its tokenizer."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     identity: BaseModelIdentity
+    reads: Reads = Reads()
 
     def __repr__(self) -> str:
         """Return what the model is called, how large it is and where it lies."""
@@ -76,11 +91,14 @@ class Backbone:
     def hidden(
         self,
         input_ids: Int[Tensor, "row position"],
-        attention_mask: Int[Tensor, "row total"] | None = None,
+        attention_mask: Tensor | Mapping[str, Tensor | None] | None = None,
         position_ids: Int[Tensor, "row position"] | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "row position width"]:
-        """Run the model up to the state that its output layer reads."""
+        """Run the model up to the state that its output layer reads.
+
+        Masks are (row, total), or (row, 1, position, total) and by pattern of attention, as transformers takes them.
+        """
         return self.decoder(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,0 +1,258 @@
+"""The KV cache by row: rows of any length side by side, which are claimed, read, forked, rolled back and released.
+
+A row's tokens stand in the columns 0 to its length of a slot; there is no padding before them. The rows of a read are
+kept in slots side by side and in the order in which they are read, so that attention sees a view of the buffers.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from coterie.backbone.model import Backbone
+from coterie.backbone.row_cache import SPARE, Span, bucket, make_row_cache
+from coterie.errors import CoterieError
+
+Running = Callable[[Sequence[int]], AbstractContextManager[Any]]
+"""Attaches what the rows at some places of a read run, while these are read."""
+
+
+COLUMNS = 64
+"""Buffers are that many tokens long, or a multiple."""
+
+
+@dataclass
+class _Row:
+    """One row.
+
+    Attributes:
+        slot: where the cache holds it.
+        reach: how many tokens it may have in the end, as far as is known.
+        length: tokens read.
+        written: tokens up to which it was written once, with padding and what was rolled back.
+    """
+
+    slot: int
+    reach: int
+    length: int = 0
+    written: int = 0
+
+
+class Slots:
+    """What a model has cached of many texts, one a row."""
+
+    def __init__(self, backbone: Backbone, budget: int | None = None) -> None:
+        """Start empty.
+
+        Args:
+            backbone: the base model.
+            budget: the most bytes that the cache may take; None for as many as it needs.
+        """
+        self._backbone = backbone
+        self._cache = make_row_cache(backbone)
+        self._budget = budget
+        self._rows: dict[int, _Row] = {}
+        self._next = 0
+
+    # what is held
+
+    @property
+    def can_rollback(self) -> bool:
+        """Whether rows can forget their last tokens; a recurrent state cannot be turned back."""
+        return not self._cache.has_states
+
+    @property
+    def bytes(self) -> int:
+        """What the buffers take."""
+        return self._cache.bytes
+
+    def bytes_for(self, rows: int, length: int) -> int:
+        """Return what the buffers take for so many rows of up to so many tokens."""
+        return self._cache.bytes_for(bucket(rows), bucket(length, COLUMNS))
+
+    def fits(self, rows: int, length: int) -> bool:
+        """Tell whether further rows of up to `length` tokens can be claimed beside those that there are.
+
+        Raises:
+            CoterieError: when they could not be claimed alone either.
+        """
+        self._check_budget(rows, length)
+        longest = max([length, *(max(row.reach, row.length) for row in self._rows.values())])
+        return self._budget is None or self.bytes_for(len(self._rows) + rows, longest) <= self._budget
+
+    def _check_budget(self, rows: int, length: int) -> None:
+        if self._budget is not None and (needed := self.bytes_for(rows, length)) > self._budget:
+            raise CoterieError(
+                f"the cache of {rows} rows of up to {length} tokens takes {needed:,} bytes, more than the "
+                f"{self._budget:,} that it may have; ask for fewer tokens, rows or experts"
+            )
+
+    def length(self, row: int) -> int:
+        """Return how many tokens a row has read."""
+        return self._rows[row].length
+
+    # rows that come and go
+
+    @torch.inference_mode()
+    def claim(self, count: int, length: int = 0) -> list[int]:
+        """Return the handles of new, empty rows; `length` is how long each may become, as far as is known.
+
+        Raises:
+            CoterieError: when the budget does not allow it; `fits` tells before.
+        """
+        self._make_room(len(self._rows) + count, 0)
+        taken = {row.slot for row in self._rows.values()}
+        free = [slot for slot in range(self._cache.slots) if slot not in taken]
+        runs = (free[place : place + count] for place in range(len(free) - count + 1))
+        slots = next((run for run in runs if run[-1:] == [run[0] + count - 1]), free)
+        new = list(range(self._next, self._next + count))
+        self._next += count
+        self._rows |= {row: _Row(slot, length) for row, slot in zip(new, slots, strict=False)}
+        return new
+
+    def release(self, rows: Sequence[int]) -> None:
+        """Give rows up; nothing is copied or cleared."""
+        for row in rows:
+            del self._rows[row]
+
+    @torch.inference_mode()
+    def fork(self, rows: Sequence[int]) -> list[int]:
+        """Return new rows that have read what these have; for one row several times, name it several times."""
+        new = self.claim(len(rows))
+        old = [self._rows[row] for row in rows]
+        self._rows |= {row: replace(from_, slot=self._rows[row].slot) for row, from_ in zip(new, old, strict=True)}
+        self._copy([row.slot for row in old], new)
+        return new
+
+    def rollback(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """Let rows forget all but their first tokens, or everything.
+
+        Raises:
+            ValueError: when a row has not read so many, or a layer does not hold any more what it needs to go on there.
+        """
+        for row, length in zip(rows, lengths, strict=True):
+            own = self._rows[row]
+            if not 0 <= length <= own.length:
+                raise ValueError(f"row {row} has read {own.length} tokens and cannot go back to {length}")
+            if length < own.length and not self._cache.holds(length, own.written):
+                raise ValueError(f"row {row} has read {own.length} tokens, too many to go back to {length}")
+            own.length, own.written = length, own.written if length else 0
+
+    # reading
+
+    @torch.inference_mode()
+    def read(
+        self,
+        rows: Sequence[int],
+        tokens: Int[Tensor, "row position"],
+        lengths: Sequence[int] | None = None,
+        running: Running | None = None,
+    ) -> Float[Tensor, "row position width"]:
+        """Feed rows their next tokens, each at its own end, and return the last hidden states at these.
+
+        Args:
+            rows: handles, each once, in any order.
+            tokens: on the model's device; shorter pieces are padded on the right.
+            lengths: of the pieces, each at least 1; all as long as `tokens` by default.
+            running: attaches what the rows at these places of `rows` run. Most models read all rows at once; where one
+                cannot, because they differ in length, it is called for some of them at a time.
+
+        Returns:
+            States on the model's device; those at padding mean nothing.
+
+        Raises:
+            CoterieError: when the budget does not allow it.
+        """
+        counts = [tokens.shape[1]] * len(rows) if lengths is None else list(lengths)
+        parts = self._parts(rows, counts)
+        if len(parts) == 1:
+            with running(parts[0]) if running else nullcontext():
+                return self._read(rows, tokens, counts)
+        states: dict[int, Tensor] = {}
+        for places in parts:
+            own = [counts[place] for place in places]
+            with running(places) if running else nullcontext():
+                hidden = self._read([rows[place] for place in places], tokens[places, : max(own)], own)
+            states |= zip(places, pad(hidden, (0, 0, 0, tokens.shape[1] - max(own))), strict=True)
+        return torch.stack([states[place] for place in range(len(rows))])
+
+    def _parts(self, rows: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
+        """Return the places of a read that can go through the model together.
+
+        Padding would stay in recurrent states; and models that count columns of keys instead of positions (alibi,
+        GPT-Neo) want rows of one length.
+        """
+        parts: dict[tuple[int, ...], list[int]] = {}
+        for place, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            length = self._rows[row].length
+            kind: tuple[int, ...] = ()
+            if not self._backbone.reads.ragged:
+                kind = (count, length)
+            elif self._cache.has_states:
+                kind = (count, min(length, 1))
+            parts.setdefault(kind, []).append(place)
+        return list(parts.values())
+
+    def _read(self, rows: Sequence[int], tokens: Tensor, counts: list[int]) -> Tensor:
+        size = tokens.shape[1]
+        own = [self._rows[row] for row in rows]
+        if size > 1 and not self._backbone.reads.in_pieces and any(row.length for row in own):
+            return torch.cat([self._read(rows, token, [1] * len(rows)) for token in tokens.split(1, dim=1)], dim=1)
+        self._make_room(len(self._rows), max(row.length for row in own) + size)
+        start = self._side_by_side(rows)
+        span = Span(start, [row.length for row in own], counts, size, tokens.device)
+        self._cache.begin(span)
+        masks = self._cache.masks() if self._backbone.reads.ragged else None
+        hidden = self._backbone.hidden(tokens, masks, span.positions, self._cache)
+        for row, count in zip(own, counts, strict=True):
+            row.written = max(row.written, row.length + (size if size <= SPARE else count))
+            row.length += count
+        return hidden
+
+    def _side_by_side(self, rows: Sequence[int]) -> int:
+        """Return the first of the slots that hold these rows one after another; the fewest are moved there before."""
+        slots = [self._rows[row].slot for row in rows]
+        if slots == [*range(slots[0], slots[0] + len(rows))]:
+            return slots[0]
+        own, holder = set(slots), {row.slot: name for name, row in self._rows.items()}
+        if len(own) < len(rows):
+            raise ValueError("a row can be read only once at a time")
+
+        def moves(start: int) -> int:
+            targets = range(start, start + len(rows))
+            strangers = sum(target in holder and target not in own for target in targets)
+            return strangers + sum(slot != target for slot, target in zip(slots, targets, strict=True))
+
+        starts = {min(max(slot - place, 0), self._cache.slots - len(rows)) for place, slot in enumerate(slots)}
+        start = min(sorted(starts), key=moves)
+        targets = range(start, start + len(rows))
+        left = sorted(own - set(targets))
+        strangers = [holder[target] for target in targets if target in holder and target not in own]
+        places = [*zip(rows, targets, strict=True), *zip(strangers, left, strict=False)]
+        moving = {row: target for row, target in places if self._rows[row].slot != target}
+        sources = [self._rows[row].slot for row in moving]
+        for row, target in moving.items():
+            self._rows[row].slot = target
+        self._copy(sources, list(moving))
+        return start
+
+    def _copy(self, sources: Sequence[int], rows: Sequence[int]) -> None:
+        """Fill the rows' slots with what other slots hold."""
+        own = [self._rows[row] for row in rows]
+        self._cache.copy(sources, [row.slot for row in own], max(row.length for row in own))
+
+    def _make_room(self, rows: int, length: int) -> None:
+        """Let the buffers grow to the next size, if so many rows or tokens want it, and otherwise shrink."""
+        if rows <= self._cache.slots and length <= self._cache.columns:
+            return
+        length = max([length, *(row.length for row in self._rows.values())])
+        self._check_budget(rows, length)
+        held = sorted(self._rows.values(), key=lambda row: row.slot)
+        self._cache.resize([row.slot for row in held], bucket(rows), bucket(length, COLUMNS))
+        for place, row in enumerate(held):
+            row.slot = place
