@@ -153,7 +153,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         refusal="cache of its own",
     ),
     "recurrent_gemma": Architecture(
-        {"lru_width": 32, "attention_window_size": WINDOW, "num_hidden_layers": 3}, refusal="padding"
+        {"lru_width": 32, "attention_window_size": WINDOW, "num_hidden_layers": 3}, refusal="past_key_values"
     ),
     "rwkv": Architecture({"attention_hidden_size": 32, "context_length": 512}, refusal="past_key_values"),
     "xlstm": Architecture({"num_heads": 2, "chunk_size": 8, "qk_dim_factor": 0.5}, refusal="past_key_values"),

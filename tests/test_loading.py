@@ -16,7 +16,7 @@ from coterie.backbone import model as backbone_model
 from coterie.backbone import probe
 from coterie.backbone.cache import make_cache, select_rows
 from coterie.backbone.loading import check_identity, load_backbone
-from coterie.backbone.model import Backbone, BaseModelIdentity, float32_product
+from coterie.backbone.model import Backbone, BaseModelIdentity, Reads, float32_product
 from coterie.data.batching import pad
 from coterie.errors import CoterieError
 from coterie.mixture import Mixture
@@ -164,14 +164,14 @@ def test_an_unknown_change_of_logits_is_found_however_small(monkeypatch, change)
         found.logits = change(backbone.model, args, found.logits)
         return found
 
-    probe.check_model(backbone)
+    probe.checked(backbone)
     monkeypatch.setattr(backbone.model, "forward", changed)
     with pytest.raises(CoterieError, match=r"'some/model' \(llama\) .* changes its logits in an unknown way"):
-        probe.check_model(backbone)
+        probe.checked(backbone)
 
 
 def leaking(hidden: torch.Tensor) -> torch.Tensor:
-    """Every state takes something over from the one before, padding or not."""
+    """Every state takes something over from the one before, if that is read at the same time."""
     return hidden + torch.nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1] * 4
 
 
@@ -184,7 +184,6 @@ def mingling(hidden: torch.Tensor) -> torch.Tensor:
     ("change", "layer", "fault"),
     table(
         ("other rows", mingling, 1, probe.BATCH),
-        ("what stands on the left", leaking, 0, probe.PADDING),
         ("the step before", leaking, 1, probe.CACHE),
     ),
 )
@@ -193,7 +192,7 @@ def test_a_state_that_hangs_on_something_else_is_found_and_the_cause_named(chang
     backbone = tampered()
     backbone.model.to(dtype).model.layers[layer].register_forward_hook(lambda module, inputs, output: change(output))
     with pytest.raises(CoterieError, match=fault):
-        probe.check_model(backbone)
+        probe.checked(backbone)
 
 
 def test_states_that_overflow_and_blocks_that_stand_in_no_list_are_told(monkeypatch):
@@ -201,17 +200,30 @@ def test_states_that_overflow_and_blocks_that_stand_in_no_list_are_told(monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(Backbone, "blocks", nn.ModuleList())
         with pytest.raises(CoterieError, match=probe.BLOCKS):
-            probe.check_model(backbone)
+            probe.checked(backbone)
     backbone.model.model.norm.weight.data.fill_(6e4)
     backbone.model.half()
     with pytest.raises(CoterieError, match=probe.FINITE):
-        probe.check_model(backbone)
+        probe.checked(backbone)
 
 
-def test_rows_of_a_cache_that_cannot_be_selected_are_found(monkeypatch):
-    monkeypatch.setattr("transformers.cache_utils.LinearAttentionLayer.reorder_cache", lambda *_: None)
+def test_rows_of_a_cache_that_cannot_change_places_are_found(monkeypatch):
+    monkeypatch.setattr("coterie.backbone.row_cache.RowCache.copy", lambda *_: None)
     with pytest.raises(CoterieError, match=probe.ORDER):
-        probe.check_model(tampered("falcon_h1"))
+        probe.checked(tampered("falcon_h1"))
+
+
+@pytest.mark.parametrize(
+    ("name", "reads"),
+    [
+        ("llama", Reads()),
+        ("gpt_neo", Reads(ragged=False)),
+        ("bloom", Reads(ragged=False)),
+        ("jamba", Reads(in_pieces=False)),
+    ],
+)
+def test_the_fastest_way_is_found_in_which_a_model_reads_on_from_a_cache(name, reads):
+    assert probe.checked(tampered(name)).reads == reads
 
 
 def test_a_crash_is_told_in_one_line_and_a_full_device_is_no_fault_of_the_model(monkeypatch):
@@ -225,10 +237,10 @@ def test_a_crash_is_told_in_one_line_and_a_full_device_is_no_fault_of_the_model(
 
     crash(IndexError("odd\nshape"))
     with pytest.raises(CoterieError, match=r"fails where a batch is read with experts and a cache \(odd\)"):
-        probe.check_model(backbone)
+        probe.checked(backbone)
     crash(torch.OutOfMemoryError("full"))
     with pytest.raises(torch.OutOfMemoryError):
-        probe.check_model(backbone)
+        probe.checked(backbone)
 
 
 # --- logits and cache

@@ -21,7 +21,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from coterie.artifacts import as_path, hash_json, may_be_on_hub, read_json, sha256_of, write_json
 from coterie.backbone.aliases import ALIASES, cache_folder, densify, fetch_alias
 from coterie.backbone.model import Backbone, BaseModelIdentity
-from coterie.backbone.probe import check_model
+from coterie.backbone.probe import checked
 from coterie.errors import CoterieError, first_line, missing_extra, unknown_name
 from coterie.settings.groups import ModelSettings
 
@@ -54,9 +54,7 @@ def load_backbone(settings: ModelSettings) -> Backbone:
         raise CoterieError(f"the base model {settings.model!r} cannot be loaded: {first_line(error)}") from error
     model.requires_grad_(False).eval()
     commit = getattr(model.config, "_commit_hash", None)
-    backbone = Backbone(model, tokenizer, _identity(settings.model, folder, commit))
-    check_model(backbone)
-    return backbone
+    return checked(Backbone(model, tokenizer, _identity(settings.model, folder, commit)))
 
 
 def _locate(settings: ModelSettings) -> tuple[str | Path, str | None]:

@@ -1,38 +1,44 @@
 """A probe of a base model when it is loaded: does it give a batch what it gives each text alone?
 
-Whatever the engine relies on is tried on two short texts, so that a model that breaks it is refused by name before
-anything is spent on it: experts on every layer, padding, a cache, rows that change places and leave.
+Whatever the engine relies on is tried on three short texts, so that a model that breaks it is refused by name before
+anything is spent on it: experts on every layer, rows of a cache side by side that change places, leave, join and fork.
 """
 
 import inspect
+import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from coterie.backbone.cache import make_cache, select_rows
 from coterie.backbone.layers import ExpertLayers, linear_layers, linear_shapes, unchangeable_layers
-from coterie.backbone.model import Backbone
+from coterie.backbone.model import Backbone, Reads
+from coterie.backbone.slots import Slots
 from coterie.data.batching import pad
 from coterie.errors import CoterieError, first_line
 from coterie.lora import Adapter, LoraPair
 
-SHORT, LONG = 0, 1
-LENGTHS = (2, 12)  # of the prompts: what stands right behind padding shows best whether that leaks
-ANSWER = 3  # tokens read one by one
+SHORT, LONG, EVEN = 0, 1, 2
+LENGTHS = (2, 12, 12)  # of the prompts
+EXPERTS = (0, 1, 0)  # that they run
+ANSWER = 6  # tokens read behind a prompt
 SENTENCE = "Two short texts (this one's words; quick, brown: zebras jump over 48 vixens) are read in unequal ways! Why?"
 
 TRIES = 3  # with other texts and experts: where types are coarse, chance may turn a router's choice
 ROUNDING = 4.0  # how far another way to compute a state may be off, in units of what rounding does to it
 SMALLEST, LARGEST = 1e-3, 0.5  # what is always allowed, as a share of the state, and the most that ever is
 
+WAYS = (Reads(), Reads(in_pieces=False), Reads(ragged=False), Reads(ragged=False, in_pieces=False))
+"""In which a model may read, fast to slow; in the last one texts have nothing in common but the batch."""
+
 BATCH = "what it computes for a text hangs on other texts of the batch, or on what stands behind it"
 CACHE = "its past_key_values do not hold all that it needs to go on with a text"
-PADDING = "padding changes what it computes for a text"
 ORDER = "what it has cached of texts goes wrong when they change places or leave"
+FAILS = "it fails where a batch is read with experts and a cache"
 FINITE = "its states are no finite numbers in this type of weights; it may work with --dtype float32 or bfloat16"
 BLOCKS = "its blocks do not stand in one list, where gradients could be started"
 LOGITS = "it changes its logits in an unknown way, so that experts could not be combined exactly"
@@ -48,27 +54,36 @@ class State(NamedTuple):
 
 
 @torch.inference_mode()
-def check_model(backbone: Backbone) -> None:
-    """Refuse a base model that does not give a batch what it gives each text alone.
+def checked(backbone: Backbone) -> Backbone:
+    """Return a base model with the fastest way of reading in which it gives a batch what it gives each text alone.
 
     How far rounding moves a state is measured on the model itself: its depth, its type and its routers have a part in
     it. In two bytes a number, a small fault may pass for rounding.
 
     Raises:
-        CoterieError: naming the model's architecture and what is wrong with it.
+        CoterieError: naming the model's architecture and what is wrong with it, if there is no such way.
     """
+    fault = None
+    for reads in WAYS:
+        backbone = replace(backbone, reads=reads)
+        if (fault := _fault(backbone)) is None:
+            return backbone
+        if fault not in (BATCH, CACHE, ORDER) and not fault.startswith(FAILS):
+            break
+    raise CoterieError(
+        f"the base model {backbone.identity.id!r} ({backbone.model.config.model_type}) cannot be used: {fault}; "
+        "use another one"
+    )
+
+
+def _fault(backbone: Backbone) -> str | None:
     try:
         fault = _cache_fault(backbone) or _batch_fault(backbone) or _logits_fault(backbone)
-        fault = fault or (None if backbone.blocks else BLOCKS)
+        return fault or (None if backbone.blocks else BLOCKS)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever its code may raise where it is used in another way than by itself
-        fault = f"it fails where a batch is read with experts and a cache ({first_line(error)})"
-    if fault:
-        raise CoterieError(
-            f"the base model {backbone.identity.id!r} ({backbone.model.config.model_type}) cannot be used: {fault}; "
-            "use another one"
-        )
+        return f"{FAILS} ({first_line(error)})"
 
 
 def _cache_fault(backbone: Backbone) -> str | None:
@@ -81,12 +96,12 @@ def _batch_fault(backbone: Backbone) -> str | None:
     faults = []
     for number in range(TRIES):
         texts = _texts(backbone, number)
-        layers = ExpertLayers(backbone.model, [_random_adapter(backbone, 2 * number + text) for text in (SHORT, LONG)])
-        alone = [_read_alone(backbone, layers, texts, text) for text in (SHORT, LONG)]
+        layers = ExpertLayers(backbone.model, [_random_adapter(backbone, 2 * number + own) for own in set(EXPERTS)])
+        alone = [_read_alone(backbone, layers, texts, text) for text in (SHORT, LONG, EVEN)]
         if not all(bool(states.isfinite().all()) for states in alone):
             return FINITE
         with _rounded_anew(backbone.model):
-            again = [_read_alone(backbone, layers, texts, text) for text in (SHORT, LONG)]
+            again = [_read_alone(backbone, layers, texts, text) for text in (SHORT, LONG, EVEN)]
         noise = max(float(_distances(one, other).max()) for one, other in zip(again, alone, strict=True))
         allowed = min(max(ROUNDING * noise, SMALLEST), LARGEST)
         states = _read_together(backbone, layers, texts)
@@ -125,11 +140,10 @@ def _logits_fault(backbone: Backbone) -> str | None:
 
 
 def _texts(backbone: Backbone, number: int) -> list[list[int]]:
-    """Return two texts of unequal length, in which no token comes twice."""
+    """Return texts, two of them of one length, in which no token comes twice."""
     known = backbone.tokenizer(SENTENCE, add_special_tokens=False).input_ids
-    ids = list(dict.fromkeys([*known, *range(backbone.embeddings)]))[number:]
-    short, long = (length + ANSWER for length in LENGTHS)
-    return [ids[:short], ids[short : short + long]]
+    ids = iter(list(dict.fromkeys([*known, *range(backbone.embeddings)]))[number:])
+    return [list(itertools.islice(ids, length + ANSWER)) for length in LENGTHS]
 
 
 def _random_adapter(backbone: Backbone, seed: int) -> Adapter:
@@ -146,40 +160,44 @@ def _random_adapter(backbone: Backbone, seed: int) -> Adapter:
     }
 
 
+def _running(layers: ExpertLayers, texts: Sequence[int]) -> AbstractContextManager[None]:
+    """Let every row run the expert of its text."""
+    return layers.running(layers.weighted(torch.eye(2)[[EXPERTS[text] for text in texts]]))
+
+
 def _read_alone(
     backbone: Backbone, layers: ExpertLayers, texts: Sequence[Sequence[int]], text: int
 ) -> Float[Tensor, "position width"]:
-    """Read a whole text without company, padding or cache."""
-    with layers.running(layers.weighted(torch.eye(2)[[text]])):
+    """Read a whole text without company or cache."""
+    with _running(layers, [text]):
         return backbone.hidden(torch.tensor([texts[text]], device=backbone.device))[0]
 
 
 def _read_together(backbone: Backbone, layers: ExpertLayers, texts: Sequence[Sequence[int]]) -> Iterator[State]:
-    """Read both texts as the engine does: the prompts padded on the left, then token by token from a cache.
+    """Read the texts as the engine does: rows of a cache side by side, that change places, leave, join and fork."""
+    slots, known = Slots(backbone), [0] * len(texts)
+    rows = slots.claim(len(texts))
 
-    Before the second token the rows change places, before the third the long text leaves. At every step the text
-    without padding comes first, so that the first state that is wrong tells the cause.
-    """
-    cache, device = make_cache(backbone.model.config), backbone.device
-    mask = torch.zeros(2, 0, dtype=torch.long, device=device)
-    rows, known = [SHORT, LONG], [0, 0]
-    one = (1,) * len(LENGTHS)
-    steps = [(rows, LENGTHS, (PADDING, BATCH)), (rows, one, (PADDING, CACHE))]
-    steps += [(rows[::-1], one, (ORDER, ORDER)), ([SHORT], one, (ORDER, ORDER))]
-    for staying, counts, faults in steps:
-        if staying != rows:
-            places = [rows.index(text) for text in staying]
-            select_rows(cache, places, device)
-            mask, rows = mask[places], staying
-        pieces = [texts[text][known[text] : known[text] + counts[text]] for text in rows]
-        ids, own, _ = pad(pieces, backbone.pad_id, side="left", device=device)
-        positions = mask.sum(dim=1, keepdim=True) + (own.cumsum(dim=1) - 1).clamp(min=0)
-        mask = torch.cat([mask, own], dim=1)
-        with layers.running(layers.weighted(torch.eye(2)[rows])):
-            hidden = backbone.hidden(ids, mask, positions, cache)[:, -1]
-        for text in sorted(rows, reverse=True):
-            known[text] += counts[text]
-            yield State(text, known[text] - 1, hidden[rows.index(text)], faults[text])
+    def read(own: Sequence[int], counts: Sequence[int], fault: str) -> Iterator[State]:
+        pieces = [texts[text][known[text] : known[text] + count] for text, count in zip(own, counts, strict=True)]
+        ids = pad(pieces, backbone.pad_id, device=backbone.device).input_ids
+        running = [rows[text] for text in own], ids, counts, lambda at: _running(layers, [own[place] for place in at])
+        for text, count, hidden in zip(own, counts, slots.read(*running), strict=True):
+            known[text] += count
+            yield State(text, known[text] - 1, hidden[count - 1], fault)
+
+    everyone = (SHORT, LONG, EVEN)
+    yield from read(everyone, LENGTHS, BATCH)
+    yield from read(everyone, (1, 1, 1), CACHE)
+    yield from read(everyone, (1, 3, 2), CACHE)
+    yield from read(everyone[::-1], (1, 1, 1), ORDER)
+    slots.release([rows[SHORT]])
+    (rows[SHORT],), known[SHORT] = slots.claim(1), 0
+    yield from read([SHORT], LENGTHS[:1], ORDER)
+    fork = slots.fork([rows[LONG]])
+    slots.release([rows[LONG]])
+    (rows[LONG],) = fork
+    yield from read(everyone, (1, 1, 1), ORDER)
 
 
 @contextmanager
