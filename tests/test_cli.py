@@ -66,6 +66,27 @@ def test_sampling_with_a_seed_is_the_same_in_python(run, run_folder, mixture):
     assert code == 0 and json.loads(out)["token_ids"] == list(expected.token_ids)
 
 
+def test_how_tokens_are_drawn_is_told_in_flags(run, run_folder, mixture):
+    options = {"temperature": 0.9, "min_p": 0.2, "presence_penalty": 1, "frequency_penalty": 0.5, "top_logprobs": 3}
+    biases = ("--logit-bias", "9=-100", "--logit-bias", "20=2.5")
+    code, out, _ = run("generate", run_folder, PROMPT, *flags(options), *biases, "--max-new-tokens", 6, "--json")
+    (expected,) = mixture.generate(PROMPT, max_new_tokens=6, logit_bias={9: -100, 20: 2.5}, **options)
+    assert code == 0 and json.loads(out) == expected.record()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("--top-logprobs", 3), "--top-logprobs stands in the answers' JSON objects; add --json or --output"),
+        (("--logit-bias", "9"), "--logit-bias: give a token id and what is added to its logit, such as 1734=-100"),
+        (("--logit-bias", "99999=1"), "--logit-bias 99999: the model's tokens have the ids 0 to"),
+        (("--min-p", 2), "--min-p: input should be less than or equal to 1, got 2"),
+    ],
+)
+def test_how_tokens_cannot_be_drawn_is_told_in_one_line(run, run_folder, given, told):
+    refused(run("generate", run_folder, PROMPT, *given), re.escape(told))
+
+
 def test_route_prints_weights_and_similarities_by_name(run, run_folder, mixture):
     code, out, _ = run("route", run_folder, PROMPT, "--json")
     record = json.loads(out)

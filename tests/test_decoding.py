@@ -7,12 +7,11 @@ import pytest
 import torch
 from peft import PeftModel
 
-from coterie.backbone.layers import ExpertLayers
 from coterie.combiners.layers import LayerCombiner
 from coterie.combiners.logits import LogitCombiner
 from coterie.combiners.table import COMBINERS
 from coterie.data.examples import load_examples
-from coterie.engine.decoding import DecodingBatch, score_responses
+from coterie.engine.decoding import score_responses
 from coterie.engine.text import TextStream
 from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank
@@ -21,7 +20,6 @@ from coterie.mixture.core import elected
 from coterie.routers.base import Routing
 from coterie.routers.fixed import FixedRouter
 from coterie.routers.token import TokenLevel
-from coterie.settings.groups import SamplingSettings
 from helpers import same_answers
 from tiny import delta
 
@@ -200,7 +198,7 @@ def test_equal_prompts_get_equal_answers_and_n_asks_for_several(mixture):
     assert len({answer.token_ids for answer in mixture.generate([PROMPTS[0]] * 5, **options)}) == 1
     several = mixture.generate([PROMPTS[0]], n=5, **options)
     assert len({answer.token_ids for answer in several}) == 5
-    assert several[0] == mixture.generate([PROMPTS[0]], **options)[0]
+    same_answers(several[:1], mixture.generate([PROMPTS[0]], **options))
 
 
 def test_several_answers_at_temperature_0_are_refused(mixture):
@@ -349,13 +347,29 @@ def test_an_unfinished_stop_string_comes_out_at_the_end(backbone):
 
 def test_the_end_of_turn_token_ends_an_answer(mixture):
     end = mixture.backbone.tokenizer.eos_token_id
-    layers = ExpertLayers(mixture.backbone.model, mixture.bank.adapters)
-    prompt = mixture.tokens([PROMPTS[0]])[0].ids
-    routing = mixture.route([PROMPTS[0]]).aligned(mixture.bank.names)
-    batch = DecodingBatch(mixture.backbone, layers, LogitCombiner(), [prompt], routing, [SamplingSettings()], [64])
-    batch._choose = lambda logits: [batch._advance(batch._active[0], end, 0.0)]
-    tokens = list(batch.run())
+    tokens = list(mixture.stream(PROMPTS[0], logit_bias={end: 100}))
     assert [(t.id, t.text, t.finish_reason) for t in tokens] == [(end, "", "stop")]
+
+
+def test_the_likeliest_tokens_are_shown_beside_those_that_are_drawn(mixture):
+    options = {"max_new_tokens": 3, "temperature": 1.5, "seed": 2}
+    plain, shown = (
+        mixture.generate(PROMPTS[:1], **options)[0],
+        mixture.generate(PROMPTS[0], top_logprobs=2, **options)[0],
+    )
+    assert shown.token_ids == plain.token_ids and plain.top_logprobs is None and "top_logprobs" not in plain.record()
+    assert [len(top) for top in shown.top_logprobs] == [2] * len(shown.token_ids)
+    for token, logprob, ((first, highest), (_, second)) in zip(
+        shown.token_ids, shown.logprobs, shown.top_logprobs, strict=True
+    ):
+        assert highest >= second and (token == first) == (logprob == highest)
+    assert shown.record()["top_logprobs"] == [[list(pair) for pair in top] for top in shown.top_logprobs]
+
+
+def test_a_bias_of_a_token_that_the_model_lacks_costs_nothing(mixture, monkeypatch):
+    monkeypatch.setattr(type(mixture.backbone), "hidden", None)
+    with pytest.raises(CoterieError, match="--logit-bias 99999: the model's tokens have the ids 0 to"):
+        mixture.generate(PROMPTS, routing=Routing(mixture.bank.names, torch.ones(4, 4)), logit_bias={99999: 1})
 
 
 def test_base_weights_are_bit_identical_after_decoding_and_no_hook_stays(mixture):

@@ -49,6 +49,15 @@ def test_a_question_is_sent_as_the_protocol_wants_it():
     }
 
 
+def test_penalties_and_biases_are_sent_as_servers_take_them():
+    given = {"min_p": 0.1, "presence_penalty": 0.5, "frequency_penalty": -0.25, "repetition_penalty": 1.25}
+    with serving(lambda got: completion("four")) as stub:
+        ask_all(stub, asks("2+2?", logit_bias=["12=-100", "7=1.5"], **given))
+    usual = {"model", "messages", "max_tokens", "temperature"}
+    sent = {name: value for name, value in stub.requests[0].body.items() if name not in usual}
+    assert sent == {**given, "logit_bias": {"12": -100.0, "7": 1.5}}
+
+
 def test_fields_that_say_nothing_are_not_sent():
     with serving(lambda got: completion("x")) as stub:
         ask_all(stub, asks("hi"))

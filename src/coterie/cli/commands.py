@@ -133,6 +133,8 @@ def generate(
         if stream or show_weights:
             flag = "--stream" if stream else "--show-weights"
             raise CoterieError(f"recruited experts finish their answers before one is made, so leave {flag} out")
+        if settings.sampling.top_logprobs:
+            raise CoterieError("recruited experts answer in text alone, so leave --top-logprobs out")
         return _show(coterie.methods.generate_symbolic(settings, given), settings, as_json=as_json)
     if given_elsewhere := changed(settings.serving):
         raise CoterieError(f"{given_elsewhere[0]} acts on runs of symbolic-moe only; leave it out")
@@ -318,6 +320,8 @@ def _check_shown(settings: GenerateSettings, *, stream: bool, as_json: bool, sho
         raise CoterieError(f"{ways} give answers in different ways; use one of them")
     if stream and settings.n > 1:
         raise CoterieError(f"--stream prints one answer while it is written, not {settings.n}; leave --n out")
+    if settings.sampling.top_logprobs and not (as_json or settings.output):
+        raise CoterieError("--top-logprobs stands in the answers' JSON objects; add --json or --output")
 
 
 def _show(

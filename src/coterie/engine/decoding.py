@@ -16,7 +16,7 @@ from coterie.combiners.base import Combiner, RequestRows
 from coterie.data.batching import pad
 from coterie.engine.rerouting import Rerouting
 from coterie.engine.rows import CachedRows, RowPlan
-from coterie.engine.sampling import Sampler
+from coterie.engine.sampling import BatchSampler, Chosen, check_biases
 from coterie.engine.text import TextStream
 from coterie.routers.base import Routing
 from coterie.settings.groups import SamplingSettings
@@ -34,6 +34,7 @@ class Token(NamedTuple):
         text: text that became certain with it.
         finish_reason: why the request ends here, or None.
         weights: the experts' shares that chose it, in the bank's order, where they may change from token to token.
+        top: the likeliest tokens there with their logs, where they were asked for.
     """
 
     request: int
@@ -42,6 +43,7 @@ class Token(NamedTuple):
     text: str
     finish_reason: FinishReason | None
     weights: tuple[float, ...] | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass
@@ -49,7 +51,6 @@ class _Request:
     number: int
     ids: list[int]
     longest: int | float  # tokens of prompt and answer
-    sampler: Sampler
     stream: TextStream
 
 
@@ -98,16 +99,20 @@ class DecodingBatch:
         self._backbone = backbone
         self.rows = CachedRows(backbone, layers, combiner, routing)
         self._prompts = prompts
+        check_biases(draws[0], backbone.output_layer.out_features)
         self._rerouting = rerouting
         self._stop_ids = backbone.stop_ids | end_ids
         bound = math.inf if backbone.positions is None else backbone.positions + 1  # the last one is not read
         most = [min(bound, len(ids) + limit) for ids, limit in zip(prompts, limits, strict=True)]
         each = len(draws)
         self._active = [
-            _Request(each * number + place, list(ids), longest, Sampler(own), TextStream(backbone.tokenizer, own.stop))
+            _Request(each * number + place, list(ids), longest, TextStream(backbone.tokenizer, own.stop))
             for number, (ids, longest) in enumerate(zip(prompts, most, strict=True))
             for place, own in enumerate(draws)
         ]
+        self._sampler = BatchSampler()
+        for request in self._active:
+            self._sampler.join(request.number, draws[request.number % each], prompts[request.number // each])
 
     def run(self) -> Iterator[Token]:
         """Yield tokens step by step, in the order of the requests within a step; a prompt is read once."""
@@ -124,6 +129,7 @@ class DecodingBatch:
             if not staying:
                 return
             if len(staying) < len(self._active):
+                self._sampler.leave([token.request for token in tokens if token.finish_reason is not None])
                 self._active = [self._active[place] for place in staying]
                 self._keep(staying)
             chosen = [request.ids[-1:] for request in self._active]
@@ -139,23 +145,16 @@ class DecodingBatch:
         if self._rerouting is not None:
             self._rerouting.texts.keep(requests)
 
-    @torch.inference_mode()
     def _choose(self, logits: Float[Tensor, "prompt vocabulary"]) -> list[Token]:
-        if all(request.sampler.plain for request in self._active):
-            ids = logits.argmax(dim=-1).tolist()
-        else:
-            pairs = zip(self._active, logits, strict=True)
-            ids = [request.sampler.choose(row, torch.tensor(request.ids)) for request, row in pairs]
-        places = torch.tensor(ids, device=logits.device)[:, None]
-        logprobs = (logits.gather(1, places).squeeze(1) - logits.logsumexp(dim=1)).tolist()
-        triples = zip(self._active, ids, logprobs, strict=True)
-        tokens = [self._advance(request, token, logprob) for request, token, logprob in triples]
+        pairs = zip(self._active, self._sampler.choose(logits[:, None]), strict=True)
+        tokens = [self._advance(request, chosen) for request, (chosen,) in pairs]
         if self._rerouting is None:
             return tokens
         shares = self.rows.routing.normalized().weights.tolist()
         return [token._replace(weights=tuple(row)) for token, row in zip(tokens, shares, strict=True)]
 
-    def _advance(self, request: _Request, token: int, logprob: float) -> Token:
+    def _advance(self, request: _Request, chosen: Chosen) -> Token:
+        token = chosen.id
         request.ids.append(token)
         ends_turn = token in self._stop_ids
         text = "" if ends_turn else request.stream.push(token)
@@ -166,7 +165,7 @@ class DecodingBatch:
             reason = "length"
         if reason and not request.stream.stopped:
             text += request.stream.finish()
-        return Token(request.number, token, logprob, text, reason)
+        return Token(request.number, token, chosen.logprob, text, reason, top=chosen.top)
 
 
 class ScoredTokens(NamedTuple):

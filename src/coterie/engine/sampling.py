@@ -1,43 +1,147 @@
-"""Choosing the next token of one request from its combined logits, with transformers' own processors."""
+"""Choosing the next tokens of all requests of a step at once, on the device, from their combined logits."""
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from coterie.settings.groups import SamplingSettings
+from coterie.engine.sampling_stages import STAGES, Drafts, Logits, SampledText
+from coterie.errors import CoterieError
+from coterie.settings.sampling import SamplingSettings
 
 
-class Sampler:
-    """Chooses tokens for one request; its random numbers depend on its seed alone, not on its batch."""
+class Chosen(NamedTuple):
+    """One token of a request.
 
-    def __init__(self, settings: SamplingSettings) -> None:
-        """Build the processors in the order that `generate` of transformers uses."""
-        self.greedy = settings.temperature == 0
-        self._processors = LogitsProcessorList()
-        if settings.repetition_penalty != 1:
-            self._processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
-        if not self.greedy:
-            if settings.temperature != 1:
-                self._processors.append(TemperatureLogitsWarper(settings.temperature))
-            if settings.top_k > 0:
-                self._processors.append(TopKLogitsWarper(settings.top_k))
-            if settings.top_p < 1:
-                self._processors.append(TopPLogitsWarper(settings.top_p))
-            self._generator = torch.Generator().manual_seed(settings.seed)
-        self.plain = self.greedy and not self._processors
-        """Whether the token is just the argmax, so that a whole batch can be chosen at once."""
+    Attributes:
+        id: the token.
+        logprob: natural log of its probability under the combined distribution, before temperature and penalties.
+        top: the likeliest tokens there with their logs, where they were asked for.
+    """
 
-    def choose(self, logits: Float[Tensor, " vocabulary"], text: Int[Tensor, " position"]) -> int:
-        """Choose a token, given the request's tokens so far (prompt included, no padding)."""
-        scores = self._processors(text[None].long().to(logits.device), logits[None])[0]  # pyrefly: ignore
-        if self.greedy:
-            return int(scores.argmax())
-        probabilities = scores.softmax(dim=-1).cpu()
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def check_biases(settings: SamplingSettings, vocabulary: int) -> None:
+    """Refuse a bias of a token that the model cannot write.
+
+    Raises:
+        CoterieError: naming it.
+    """
+    if beyond := [token for token in settings.biases() if token >= vocabulary]:
+        raise CoterieError(f"--logit-bias {beyond[0]}: the model's tokens have the ids 0 to {vocabulary - 1}")
+
+
+class BatchSampler:
+    """Chooses tokens for the requests that have joined, in the order in which they did.
+
+    What they ask for stands in tensors that change when one joins or leaves. A step does what some request needs, on
+    the rows of those that need it, and copies from the device once.
+    """
+
+    def __init__(self) -> None:
+        """Begin without requests."""
+        self._requests: dict[Hashable, SampledText] = {}
+        self._step: _Step | None = None
+
+    @property
+    def handles(self) -> list[Hashable]:
+        """The requests, in the order of the rows of logits that `choose` wants."""
+        return list(self._requests)
+
+    def join(self, handle: Hashable, settings: SamplingSettings, prompt: Sequence[int]) -> None:
+        """Take in a request whose answer is empty; a repetition penalty counts the tokens of `prompt` as well."""
+        self._step = None
+        self._requests[handle] = SampledText(settings, prompt, [])
+
+    def fork(self, handle: Hashable, copy: Hashable, settings: SamplingSettings) -> None:
+        """Let a further request go on from where one is, under settings of its own."""
+        self._step = None
+        own = self._requests[handle]
+        self._requests[copy] = SampledText(settings, own.prompt, list(own.answer))
+
+    def leave(self, handles: Sequence[Hashable]) -> None:
+        """Let requests go; the others keep their order."""
+        self._step = None
+        for handle in handles:
+            del self._requests[handle]
+
+    @torch.inference_mode()
+    def choose(self, logits: Logits, drafts: Drafts | None = None) -> list[list[Chosen]]:
+        """Choose every request's next token, and those behind it as far as its drafts are what would be chosen.
+
+        Args:
+            logits: combined logits behind each request's text, and behind each of its drafts.
+            drafts: tokens that were proposed to come next, first to last; -1 for none.
+
+        Returns:
+            For every request the drafts that were right and one token more: what one step after the other chooses.
+        """
+        requests = list(self._requests.values())
+        step = self._step = self._step or _Step(requests, logits)
+        ids, right = step.choose(logits, drafts)
+        logprobs = logits.log_softmax(dim=-1)
+        chosen = logprobs.gather(2, ids[..., None]).squeeze(2)
+        top_ids, top_logs = step.top(logprobs)
+        parts = [right[:, None], ids, _bits(chosen), top_ids.flatten(1), _bits(top_logs).flatten(1)]
+        copied = torch.cat([part.int() for part in parts], dim=1).cpu()
+        counts, *columns = copied.split([part.shape[1] for part in parts], dim=1)
+        result = []
+        for request, count, own in zip(requests, counts[:, 0].tolist(), zip(*columns, strict=True), strict=True):
+            own_ids, logs, tops, top_logs = own[0].tolist(), _floats(own[1]).tolist(), own[2], _floats(own[3])
+            tokens = [Chosen(*pair) for pair in zip(own_ids, logs, strict=True)][: count + 1]
+            if most := request.settings.top_logprobs:
+                shown = zip(tops.view(len(logs), -1).tolist(), top_logs.view(len(logs), -1).tolist(), strict=True)
+                pairs = [tuple(zip(*both, strict=True))[:most] for both in shown]
+                tokens = [token._replace(top=top) for token, top in zip(tokens, pairs, strict=False)]
+            request.answer += own_ids[: count + 1]
+            result.append(tokens)
+        return result
+
+
+def _bits(values: Float[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """Show float32 numbers as integers of the same bits, so that they leave the device together with such."""
+    return values.float().view(torch.int32)
+
+
+def _floats(bits: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
+    return bits.contiguous().view(torch.float32)
+
+
+class _Step:
+    """What a step does for requests that stay the same from one to the next."""
+
+    def __init__(self, texts: Sequence[SampledText], logits: Logits) -> None:
+        """Put what they ask for into tensors on the device of the logits."""
+        needed = ((stage, [row for row, own in enumerate(texts) if stage.needed(own.settings)]) for stage in STAGES)
+        self._stages = [stage(rows, texts, logits) for stage, rows in needed if rows]
+        showing = [row for row, own in enumerate(texts) if own.settings.top_logprobs]
+        self._showing = torch.tensor(showing, device=logits.device, dtype=torch.long)
+        self._most_shown = max((own.settings.top_logprobs for own in texts), default=0)
+
+    def choose(
+        self, logits: Logits, drafts: Drafts | None
+    ) -> tuple[Int[Tensor, "request position"], Int[Tensor, " request"]]:
+        """Return the token that would be chosen at every position, and how many drafts of each request are right."""
+        scores = logits
+        for stage in self._stages:
+            scores = stage(scores, drafts)
+        ids = scores.argmax(dim=-1)
+        right = ids.new_zeros(len(ids)) if drafts is None else (ids[:, :-1] == drafts).cumprod(dim=1).sum(dim=1)
+        for stage in self._stages:
+            stage.advance(ids, right)
+        return ids, right
+
+    def top(
+        self, logprobs: Logits
+    ) -> tuple[Int[Tensor, "request position top"], Float[Tensor, "request position top"]]:
+        """Return the likeliest tokens of the requests that show them; zeros for the others."""
+        shape = (*logprobs.shape[:2], self._most_shown)
+        ids, logs = self._showing.new_zeros(shape), logprobs.new_zeros(shape)
+        if self._most_shown:
+            logs[self._showing], ids[self._showing] = logprobs[self._showing].topk(self._most_shown, dim=-1)
+        return ids, logs

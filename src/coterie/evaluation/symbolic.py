@@ -33,8 +33,10 @@ def evaluate_folder(settings: EvaluationSettings) -> Evaluation:
     """Evaluate a folder made by any `coterie fit`.
 
     Raises:
-        CoterieError: as `run_evaluation` and `evaluate_symbolic`.
+        CoterieError: as `run_evaluation` and `evaluate_symbolic`, and for a flag that no record would show.
     """
+    if settings.sampling.top_logprobs:
+        raise CoterieError("--top-logprobs shows in `coterie generate --json` alone; leave it out")
     return evaluate_symbolic(settings) if is_symbolic(settings.mixture) else run_evaluation(settings)
 
 

@@ -29,7 +29,7 @@ class Question:
 
         The seed of greedy decoding is no part of it.
         """
-        sampling = self.sampling.model_dump()
+        sampling = self.sampling.acting()
         if not self.sampling.temperature:
             sampling.pop("seed")
         content = [identity, [asdict(message) for message in self.messages], sampling]

@@ -34,7 +34,7 @@ UNSUPPORTED = re.compile(
     r"|extra_?forbidden|not permitted|not allowed",
     re.IGNORECASE,
 )
-PARAMETER = re.compile(r"\b(?:model|max_\w*tokens|temperature|seed|top_[pk]|repetition_penalty|stop)\b")
+PARAMETER = re.compile(r"\b(?:model|max_\w*tokens|temperature|seed|(?:top|min)_[pk]|\w+_penalty|logit_bias|stop)\b")
 TOO_LONG = re.compile(r"context|too long|input tokens|prompt", re.IGNORECASE)
 FINISHED: Mapping[str, FinishReason] = {
     "stop": "stop",
@@ -93,7 +93,11 @@ def request_body(model: str, question: Question, changes: frozenset[Change] = fr
         "seed": sampling.seed if sampling.temperature else None,
         "top_p": sampling.top_p if sampling.top_p < 1 else None,
         "top_k": sampling.top_k or None,
+        "min_p": sampling.min_p or None,
         "repetition_penalty": sampling.repetition_penalty if sampling.repetition_penalty != 1 else None,
+        "presence_penalty": sampling.presence_penalty or None,
+        "frequency_penalty": sampling.frequency_penalty or None,
+        "logit_bias": {str(token): bias for token, bias in sampling.biases().items()} or None,
         "stop": sampling.stop or None,
     }
     return {

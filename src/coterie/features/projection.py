@@ -38,8 +38,9 @@ class Projection(ABC):
         """Project rows of the tensor called `name`, flattened."""
 
 
-def _signed(value: int) -> int:
-    """Read an unsigned 64-bit constant as the int64 with the same bits."""
+def signed(value: int) -> int:
+    """Read the lowest 64 bits of a number as an int64."""
+    value %= 1 << 64
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
@@ -48,11 +49,11 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def splitmix64(counter: Tensor, key: int) -> Tensor:
+def splitmix64(counter: Tensor, key: int | Tensor) -> Tensor:
     """Hash int64 counters to 64 random bits each (Steele, Lea and Flood 2014), the same on every device."""
-    x = counter * _signed(0x9E3779B97F4A7C15) + _signed(key)
-    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+    x = counter * signed(0x9E3779B97F4A7C15) + (signed(key) if isinstance(key, int) else key)
+    x = (x ^ _shift_right(x, 30)) * signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * signed(0x94D049BB133111EB)
     return x ^ _shift_right(x, 31)
 
 

@@ -20,6 +20,7 @@ class Completion:
         finish_reason: stop or length.
         weights: normalised routing weights of the prompt by expert name.
         trace: how the weights went on from there, where they may change from token to token.
+        top_logprobs: the likeliest tokens at each of them with their logs, where they were asked for.
     """
 
     prompt: str
@@ -29,6 +30,7 @@ class Completion:
     finish_reason: str
     weights: Mapping[str, float]
     trace: Trace | None = field(default=None, repr=False)
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = field(default=None, repr=False)
 
     def record(self) -> dict[str, Any]:
         """Return the object that `generate --json` prints."""
@@ -37,6 +39,7 @@ class Completion:
             "text": self.text,
             "token_ids": list(self.token_ids),
             "logprobs": list(self.logprobs),
+            **({"top_logprobs": [list(map(list, top)) for top in self.top_logprobs]} if self.top_logprobs else {}),
             "finish_reason": self.finish_reason,
             "routing": {"weights": dict(self.weights), **({"trace": self.trace.plain()} if self.trace else {})},
         }
@@ -65,4 +68,5 @@ def completion(
         finish_reason=tokens[-1].finish_reason or "length",
         weights=weights or (dict(zip(trace.experts, trace.weights[0], strict=True)) if trace else {}),
         trace=trace,
+        top_logprobs=tuple(token.top for token in tokens) if tokens[0].top else None,
     )

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_serializer
 
 from coterie.settings.reading import Settings, from_flat
+from coterie.settings.sampling import SamplingSettings as SamplingSettings
 
 FeatureForm = Literal["adam", "adam-centred", "sgd"]
 Projection = Literal["sketch", "rademacher"]
@@ -197,20 +198,6 @@ class ReroutingSettings(Settings):
 
     every: Every = Field("1", description="re-route at every N-th token of an answer; inf: never")
     cache: CacheUse = Field("keep", description="keep what earlier weights left in the KV cache, or recompute it")
-
-
-class SamplingSettings(Settings):
-    """Sampling of tokens."""
-
-    max_new_tokens: int | None = Field(None, ge=1, description="longest answer in tokens; default: the task's")
-    temperature: float = Field(0.0, ge=0, description="0: greedy; above: sampling temperature")
-    top_p: float = Field(1.0, gt=0, le=1, description="keep the smallest set of tokens with this probability mass")
-    top_k: int = Field(0, ge=0, description="keep only the K likeliest tokens; 0: all")
-    repetition_penalty: float = Field(
-        1.0, gt=0, description="above 1: tokens that stand in the text become less likely"
-    )
-    stop: list[str] = Field([], description="stop before this text; may be repeated")
-    seed: int = Field(0, ge=0, description="seed of sampling, for every prompt on its own")
 
 
 class ExpertServingSettings(Settings):
