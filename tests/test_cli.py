@@ -118,7 +118,7 @@ def test_inputs_of_prompts_join_as_those_that_the_mixture_was_fitted_on(run, mix
     ):
         code, out, _ = run("route", tmp_path / folder, *words, *others)
         assert code == 0 and json.loads(out)["prompt"] == prompt
-    assert mixture.prompts.input_template == r"{instruction}\n\n{input}"
+    assert mixture.prompts.reading.record()["input_template"] == r"{instruction}\n\n{input}"
 
 
 def test_another_router_is_a_flag(run, run_folder):

@@ -36,8 +36,8 @@ from coterie.errors import CoterieError
 from coterie.evaluation.few_shot import with_shots
 from coterie.methods.common import hash_examples
 from coterie.mixture.folder import reading_for
-from coterie.settings.groups import INPUT_TEMPLATE, ReadingSettings
 from coterie.settings.reading import from_flat
+from coterie.settings.rows import INPUT_TEMPLATE, ReadingSettings
 
 ROW = {"instruction": "Why?", "response": "Because."}
 ASKED, REPLIED = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
@@ -280,7 +280,10 @@ def test_a_public_row_loses_nothing_in_silence(row, field):
 
 
 def test_what_a_row_lacks_is_told_beside_what_it_has():
-    with pytest.raises(CoterieError, match="row 1 of the data has no response among query, answer; rows have"):
+    with pytest.raises(
+        CoterieError,
+        match="row 1 of the data has no response among query, answer; rows have .*; a column of another name: --map",
+    ):
         load_examples([{"query": "Why?", "answer": "Clouds."}])
     for name, value in {"answers": {"text": ["x"]}, "tests": ["x"], "context": ["x"]}.items():
         with pytest.raises(CoterieError, match=f"{name} must be .* --ignore-fields {name}$"):

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from coterie.data.chat import SYSTEM_IN_QUESTION, ChatTemplate, ChatText, Span
 from coterie.data.examples import Example, Message
 from coterie.errors import CoterieError
-from coterie.settings.groups import INPUT_TEMPLATE
+from coterie.settings.rows import READING, ReadingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class PromptFormat:
         self,
         tokenizer: PreTrainedTokenizerBase,
         system_prompt: str | None = None,
-        input_template: str | None = None,
+        reading: ReadingSettings = READING,
         end: str | None = None,
     ) -> None:
         """Store the tokenizer.
@@ -92,7 +92,7 @@ class PromptFormat:
         Args:
             tokenizer: a fast tokenizer (offsets tell the user's text from the template's).
             system_prompt: put before every conversation that brings none; None leaves it to the template.
-            input_template: how the rows' inputs were joined to their instructions, for rows that are still to be read.
+            reading: how the rows were read that a mixture is fitted on, for those that are still to be read.
             end: the token that ends a turn, as an earlier run found it; None reads it off the template.
 
         Raises:
@@ -104,7 +104,7 @@ class PromptFormat:
             raise CoterieError(f"answers shall end with {end!r}, which this model's tokenizer does not know; fit again")
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
-        self.input_template = input_template or INPUT_TEMPLATE
+        self.reading = reading
         self._template = ChatTemplate(tokenizer, end)
         self._has_told = False
 

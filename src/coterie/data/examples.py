@@ -10,18 +10,17 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from coterie.data.columns import Columns
 from coterie.data.files import rows_of
-from coterie.data.forms import FORMS, Message, conversation_of, filled
+from coterie.data.forms import FORMS, NAMED, Message, conversation_of, filled
 from coterie.errors import CoterieError
-from coterie.settings.groups import ReadingSettings
+from coterie.settings.reading import from_flat
+from coterie.settings.rows import READING, ReadingSettings
 
 MAX_CHARACTERS = 4 * 2**20
 """The longest conversation: a million tokens, more than models read."""
 MAX_DEPTH = 100
 """How deeply a row's tests may be nested."""
-READING = ReadingSettings()
-"""Every field counts, and inputs are joined as usual."""
-
 
 ANSWER_MARK = re.compile(r"(?:^|\n)#### *([^\n]+)\s*$")
 """The last line of a whole solution that is called the answer, as GSM8K has it."""
@@ -83,7 +82,8 @@ def load_examples(
     limit: int | None = None,
     *,
     need_response: bool = True,
-    reading: ReadingSettings = READING,
+    reading: ReadingSettings | None = None,
+    **fields: Any,  # noqa: ANN401 - of ReadingSettings
 ) -> list[Example]:
     """Load examples from a file, any `datasets` source, or rows in memory.
 
@@ -96,12 +96,16 @@ def load_examples(
             answer, answers, tests.
         limit: use only the first rows; no more are read.
         need_response: whether a row without an answer is an error.
-        reading: which fields are passed over, and how an input joins its instruction.
+        reading: which columns hold fields under other names, which are passed over, and how an input joins its
+            instruction.
+        **fields: the same by name: `map={"response": "output"}`, `ignore_fields`, `input_template`.
 
     Raises:
-        CoterieError: naming the file and line of the first bad row, or telling that there are no rows.
+        CoterieError: naming the file and line of the first bad row, telling that there are no rows or that none has a
+            column of the map, or for an unknown keyword.
     """
-    return list(read_examples(source, limit, need_response=need_response, reading=reading))
+    how = from_flat(ReadingSettings, fields, ("limit", "need_response")) if reading is None else reading
+    return list(read_examples(source, limit, need_response=need_response, reading=how))
 
 
 def read_examples(
@@ -116,16 +120,37 @@ def read_examples(
     Raises:
         CoterieError: as `load_examples`.
     """
-    if isinstance(source, (str, Path)):
-        rows = rows_of(source, limit)
-    else:
-        rows = ((f"row {number} of the data", row) for number, row in enumerate(source, start=1))
-    number = -1
-    for number, (place, row) in enumerate(islice(rows, limit)):
-        yield _to_example(row, place, str(number), need_response, reading)
-    if number < 0:
-        name = source if isinstance(source, (str, Path)) else "the data"
-        raise CoterieError(f"{name} holds no examples; rows have the form {FORMS}")
+    return read_all([source], limit, need_response=need_response, reading=reading)
+
+
+def read_all(
+    sources: Sequence[str | Path | Iterable[Mapping[str, Any]]],
+    limit: int | None = None,
+    *,
+    need_response: bool = True,
+    reading: ReadingSettings = READING,
+) -> Iterator[Example]:
+    """Yield the examples of several sources one after the other; a column of the map has to be in one of them.
+
+    Raises:
+        CoterieError: as `load_examples`.
+    """
+    columns = Columns(reading)
+    names = [str(source) if isinstance(source, (str, Path)) else "the data" for source in sources]
+    for name, source in zip(names, sources, strict=True):
+        if isinstance(source, (str, Path)):
+            rows = rows_of(source, limit)
+        else:
+            rows = ((f"row {number} of the data", row) for number, row in enumerate(source, start=1))
+        number = -1
+        for number, (place, row) in enumerate(islice(rows, limit)):
+            try:
+                yield _to_example(row, place, str(number), need_response, reading, columns)
+            except CoterieError as error:
+                raise CoterieError("; ".join(filter(None, [columns.lacks(), str(error)]))) from error
+        if number < 0:
+            raise CoterieError(f"{name} holds no examples; rows have the form {FORMS}")
+    columns.check(", ".join(names))
 
 
 def load_all(sources: Sequence[str], limit: int | None = None, reading: ReadingSettings = READING) -> list[Example]:
@@ -137,7 +162,7 @@ def load_all(sources: Sequence[str], limit: int | None = None, reading: ReadingS
     counts: dict[str, int] = {}
     taken: set[str] = set()
     result = []
-    for example in (example for source in sources for example in load_examples(source, limit, reading=reading)):
+    for example in read_all(sources, limit, reading=reading):
         name = example.id
         while name in taken:  # also when some row's own id looks like a numbered repeat
             counts[example.id] = counts.get(example.id, 1) + 1
@@ -147,11 +172,13 @@ def load_all(sources: Sequence[str], limit: int | None = None, reading: ReadingS
     return result
 
 
-def _to_example(row: object, place: str, default_id: str, need_response: bool, reading: ReadingSettings) -> Example:
+def _to_example(
+    row: object, place: str, default_id: str, need_response: bool, reading: ReadingSettings, columns: Columns
+) -> Example:
     """Take one row in any of its forms; `place` names it in an error."""
     if not isinstance(row, Mapping):
         raise CoterieError(f"{place} holds a {type(row).__name__}, not an object with {FORMS}")
-    fields = filled(row, place, reading.ignored)
+    fields = columns.called(filled(row, place, reading.ignored), row, place)
     labels = {name: _label(fields, name, place) for name in ("id", "source", "category", "answer")}
     if labels["answer"] is not None:
         fields["answer"] = labels["answer"]  # the whole of which can be the response
@@ -159,7 +186,7 @@ def _to_example(row: object, place: str, default_id: str, need_response: bool, r
         labels["answer"] = marked[1] if marked else labels["answer"]
     messages = conversation_of(fields, place, reading)
     if messages[-1].role != "assistant" and need_response:
-        raise CoterieError(f"{place} has no response among {', '.join(fields):.300}; rows have the form {FORMS}")
+        raise CoterieError(f"{place} has no response among {', '.join(fields):.300}; rows have the form {FORMS}{NAMED}")
     if not any(message.role == "user" for message in messages):
         raise CoterieError(f"{place} has no user message; rows have the form {FORMS}")
     for message in messages:

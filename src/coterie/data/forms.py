@@ -3,7 +3,7 @@
 A field is either read (it stands in the conversation or in a label), refused by name (it would change the prompt or
 the loss and is not understood), or bookkeeping, which is every name that is known to none of the tables below. The
 names are those of TRL, LLaMA-Factory and axolotl, and of the data sets that their users know. Columns of other
-names would be renamed before they come here.
+names are called by these before they come here (`data/columns.py`).
 """
 
 import re
@@ -13,7 +13,7 @@ from numbers import Real
 from typing import Any
 
 from coterie.errors import CoterieError
-from coterie.settings.groups import ReadingSettings
+from coterie.settings.rows import ReadingSettings
 
 Fields = Mapping[str, Any]
 """What a row or a message holds, by name; what is missing or passed over is left out."""
@@ -94,6 +94,7 @@ ROLES = {
 MAX_MESSAGES = 1000
 """Turns of one row; the templates of chats render a conversation once for each of its answers."""
 
+NAMED = "; a column of another name: --map FIELD=COLUMN"
 FORMS = ", ".join("+".join([form.asks, "/".join(form.replies)]).rstrip("+") for form in ROW_FORMS)
 _ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 _REFUSED = {name for names in REFUSED.values() for name in names}
@@ -108,7 +109,7 @@ def filled(row: Mapping[Any, Any], place: str, ignored: Collection[str]) -> dict
     found: dict[str, Any] = {}
     for written, value in row.items():
         name = str(written).strip().lower()
-        if _is_missing(value) or name in ignored:
+        if is_missing(value) or name in ignored:
             continue
         if name in found:
             raise CoterieError(f"{place} has {written} twice, in different letter case; rename one")
@@ -116,7 +117,7 @@ def filled(row: Mapping[Any, Any], place: str, ignored: Collection[str]) -> dict
     return found
 
 
-def _is_missing(value: object) -> bool:
+def is_missing(value: object) -> bool:
     """Tell whether this is what tables fill in for what is missing: None, or NaN of any kind."""
     return not isinstance(value, str) and (value is None or (isinstance(value, Real) and bool(value != value)))
 
@@ -128,21 +129,22 @@ def conversation_of(row: Fields, place: str, reading: ReadingSettings) -> tuple[
         CoterieError: for a row of no form, a field that is not understood, and a text that would be lost.
     """
     _refuse_unknown(row, place, _REFUSED)
-    form = next((form for form in ROW_FORMS if _holds(row, form.asks)), None)
+    form = next((form for form in ROW_FORMS if holds(row, form.asks)), None)
     form = form or next((form for form in ROW_FORMS if form.asks in row), None)
     if form is None:
-        raise CoterieError(f"{place} has the fields {', '.join(row) or '(none)':.300}; rows have the form {FORMS}")
+        held = f"{', '.join(row) or '(none)':.300}"
+        raise CoterieError(f"{place} has the fields {held}; rows have the form {FORMS}{NAMED}")
     reply = _first(row, form.replies)
     passage = _first(row, PASSAGES) if isinstance(row[form.asks], str) and form.replies else None
     system = _first(row, SYSTEM_PROMPTS)
     asked = row[form.asks]
-    if passage is not None and _holds(row, passage) and asked.strip():
+    if passage is not None and holds(row, passage) and asked.strip():
         parts = {"instruction": asked, "input": _text(row, passage, place)}
         asked = re.sub(r"\{(instruction|input)\}", lambda found: parts[found[1]], reading.template)
     turns = _history(row, place)
     turns += _turns(asked, form.asks, "user", place, reading.ignored)
     turns += _turns(row[reply], reply, "assistant", place, reading.ignored) if reply is not None else []
-    if system is not None and _holds(row, system):
+    if system is not None and holds(row, system):
         own = Message("system", _text(row, system, place))
         if not any(turn.role == "system" for turn in turns):
             turns.insert(0, own)
@@ -152,7 +154,7 @@ def conversation_of(row: Fields, place: str, reading: ReadingSettings) -> tuple[
     return tuple(turns)
 
 
-def _holds(row: Fields, name: str) -> bool:
+def holds(row: Fields, name: str) -> bool:
     """Tell whether a field holds more than an empty text, list or object."""
     value = row.get(name)
     if isinstance(value, str):
@@ -166,7 +168,7 @@ def _is(value: object, number: int) -> bool:
 
 def _first(row: Fields, names: tuple[str, ...]) -> str | None:
     """Return the first of these fields that holds something, or else the first that is there."""
-    return next((name for name in names if _holds(row, name)), None) or next((n for n in names if n in row), None)
+    return next((name for name in names if holds(row, name)), None) or next((n for n in names if n in row), None)
 
 
 def _text(row: Fields, name: str, place: str) -> str:
@@ -180,18 +182,18 @@ def _text(row: Fields, name: str, place: str) -> str:
 
 
 def _refuse_unknown(fields: Fields, place: str, names: Collection[str]) -> None:
-    held = [name for name in fields if name in names and _holds(fields, name)]
+    held = [name for name in fields if name in names and holds(fields, name)]
     found = [name for name in held if name not in WEIGHTS or not _is(fields[name], 1)]
     if found:
         raise CoterieError(
             f"{place} has {', '.join(found)}, which would change the prompt or the loss and is not understood; take it "
-            f"out, or pass over it with --ignore-fields {','.join(found)}"
+            f"out, say with --map FIELD={found[0]} what it is, or pass over it with --ignore-fields {','.join(found)}"
         )
 
 
 def _refuse_lost(row: Fields, used: Collection[str | None], asks: str, turns: list[Message], place: str) -> None:
     """Refuse texts of another form that the conversation does not have, such as a second answer."""
-    others = [name for name in row if name in SPOKEN and name not in used and _holds(row, name)]
+    others = [name for name in row if name in SPOKEN and name not in used and holds(row, name)]
     said = {turn.content.strip() for turn in turns} if others else set()
     alone = {row[asks].strip()} if isinstance(row[asks], str) else said  # a question without the input that joins it
     parts = alone | {turn.content.strip() for turn in turns if turn.role == "assistant"} if others else set()

@@ -13,9 +13,9 @@ from itertools import chain, islice
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from coterie.data.examples import READING, Example, read_examples
+from coterie.data.examples import Example, read_examples
 from coterie.errors import CoterieError
-from coterie.settings.groups import ReadingSettings
+from coterie.settings.rows import READING, ReadingSettings
 
 ExampleSource = str | Sequence[Example]
 """A source as `load_examples` knows it, or examples in memory."""
@@ -28,12 +28,13 @@ FRESH, COPY, SHOT_QUESTION, EXCLUDED_QUESTION = range(4)
 def stream_examples(
     source: ExampleSource, limit: int | None = None, reading: ReadingSettings = READING
 ) -> Iterator[Example]:
-    """Yield the examples of a source one by one, or those in memory.
+    """Yield the examples of a source one by one, or those in memory; it need not have the columns of the map.
 
     Raises:
         CoterieError: as `load_examples`.
     """
-    return read_examples(source, limit, reading=reading) if isinstance(source, str) else islice(source, limit)
+    is_named = isinstance(source, str)
+    return read_examples(source, limit, reading=reading.shared) if is_named else islice(source, limit)
 
 
 @cache
@@ -107,7 +108,8 @@ class PoolIndex:
         """
         wanted = np.zeros(len(self), dtype=bool)
         wanted[numbers] = True
-        rows = chain.from_iterable(stream_examples(pool, self.limit, self.reading) for pool in self.pools.values())
+        pools = self.pools.values()
+        rows = chain.from_iterable(stream_examples(pool, self.limit, self.reading) for pool in pools)
         names = ", ".join(self.pools)
         changed = CoterieError(f"the pool changed while it was read ({names}); start again when it is complete")
         count = 0

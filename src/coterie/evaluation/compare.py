@@ -262,7 +262,7 @@ def _test_rows(
         return [TestRow(example, example) for example in examples], []
     found = with_shots(
         examples,
-        load_all(shots.few_shot, reading=settings.reading.joined_as(mixture.prompts.input_template)),
+        load_all(shots.few_shot, reading=settings.reading.as_fitted(mixture.prompts.reading.record()).shared),
         count=shots.few_shot_count,
         length=lambda example: mixture.prompts.row(example).prompt_length,
         longest=shots.longest_prompt,

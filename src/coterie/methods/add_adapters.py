@@ -39,8 +39,9 @@ from coterie.experts.cards import (
 )
 from coterie.methods.token_level.fit import check_domain_names, named_values
 from coterie.settings.commands import BankAddSettings
-from coterie.settings.groups import ModelSettings, PlacementSettings, ReadingSettings
+from coterie.settings.groups import ModelSettings, PlacementSettings
 from coterie.settings.reading import from_flat
+from coterie.settings.rows import ReadingSettings
 
 logger = logging.getLogger(__name__)
 

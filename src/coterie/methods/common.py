@@ -8,11 +8,12 @@ from pathlib import Path
 from coterie.artifacts import RunFolder, hash_json, write_jsonl
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow
-from coterie.data.examples import READING, Example, load_examples
+from coterie.data.examples import Example, read_all
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE
 from coterie.experts.training import TrainingPlan, read_log, train_adapter
 from coterie.settings.commands import ElreaSettings, KshotSettings, TokenLevelSettings
-from coterie.settings.groups import LoraSettings, ReadingSettings
+from coterie.settings.groups import LoraSettings
+from coterie.settings.rows import READING, ReadingSettings
 
 DOMAINS_FILE = "domains.jsonl"
 """The texts that every domain's expert was made for: id, source, category and expert of each."""
@@ -37,8 +38,7 @@ def load_questions(
     Raises:
         CoterieError: as `load_examples`.
     """
-    loaded = (load_examples(source, limit, need_response=False, reading=reading) for source in sources)
-    return [example for examples in loaded for example in examples]
+    return list(read_all(sources, limit, need_response=False, reading=reading))
 
 
 def base_plan(

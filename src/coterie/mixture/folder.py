@@ -18,8 +18,9 @@ from coterie.records.mixture import ExtraRecord, MixtureRecord
 from coterie.records.schema import parse, read
 from coterie.routers.base import Router, RouterParts
 from coterie.routers.table import load_router
-from coterie.settings.groups import ModelSettings, PlacementSettings, ReadingSettings
+from coterie.settings.groups import ModelSettings, PlacementSettings
 from coterie.settings.reading import from_flat
+from coterie.settings.rows import ReadingSettings
 
 SAVED_FILES = (
     "experts",
@@ -78,7 +79,7 @@ class StoredMixture:
         backbone = load_backbone(model)
         check_identity(identity, backbone.identity, f"{source} was trained on")
         with naming(folder):
-            prompts = PromptFormat(backbone.tokenizer, record.system_prompt, record.input_template, record.end_of_turn)
+            prompts = PromptFormat(backbone.tokenizer, record.system_prompt, record.reading, record.end_of_turn)
             bank = load_bank({name: folder / "experts" / name for name in record.experts}, backbone.model)
             router = load_router(record.router.plain(), RouterParts(folder / "router", folder, backbone, bank))
             combiner = make_combiner(record.combiner.kind)
@@ -136,7 +137,7 @@ class StoredMixture:
                 "method": self.method,
                 "base_model": asdict(self.backbone.identity),
                 "system_prompt": self.prompts.system_prompt,
-                "input_template": self.prompts.input_template,
+                **self.prompts.reading.record(),
                 "end_of_turn": self.prompts.end,
                 "experts": list(self.bank.names),
                 "router": self.router.save(folder / "router"),
@@ -191,13 +192,19 @@ def find_mixture(source: str | Path) -> Path:
     return hub_folder(str(source), ["*.json", "*.jsonl", "*.safetensors", "*.yaml", "*.md"], advice)
 
 
-def reading_for(source: str | Path, reading: ReadingSettings) -> ReadingSettings:
-    """Return how rows are read for a mixture: their inputs join as those that it was fitted on, unless said otherwise.
+def reading_for(source: str | Path, reading: ReadingSettings | None = None, **fields: Any) -> ReadingSettings:  # noqa: ANN401 - fields of ReadingSettings
+    """Return how rows are read for a mixture: as those that it was fitted on, unless said otherwise.
+
+    Args:
+        source: a mixture's folder, or a hub id.
+        reading: what is said otherwise.
+        **fields: the same by name: map, ignore_fields, input_template.
 
     Raises:
-        CoterieError: when there is no mixture, or its template is none.
+        CoterieError: when there is no mixture, or its template or columns are none, or for an unknown keyword.
     """
-    return reading.joined_as(read_json(find_mixture(source) / "mixture.json").get("input_template"))
+    given = from_flat(ReadingSettings, fields) if reading is None else reading
+    return given.as_fitted(read_json(find_mixture(source) / "mixture.json"))
 
 
 def read_mixture_record(folder: Path) -> MixtureRecord:

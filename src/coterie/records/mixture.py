@@ -5,7 +5,8 @@ from typing import Annotated
 from pydantic import Field, StrictBool, StrictStr, model_validator
 
 from coterie.artifacts import FORMAT
-from coterie.records.schema import Amounts, Facts, FolderNames, Names, Position, Record, Weight
+from coterie.records.schema import Amounts, Facts, FolderNames, Names, Position, Record, Texts, Weight
+from coterie.settings.rows import READING, ReadingSettings
 
 Positive = Annotated[int, Field(strict=True, ge=1, le=2**31)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
@@ -75,11 +76,17 @@ class MixtureRecord(Record):
     base_model: BaseModelRecord
     system_prompt: StrictStr | None = None
     input_template: StrictStr | None = None
+    map: Texts = ()
     end_of_turn: StrictStr | None = None
     experts: FolderNames
     router: RouterRecord
     combiner: CombinerRecord
     clustering: Facts = {}
+
+    @property
+    def reading(self) -> ReadingSettings:
+        """How the rows were read that it was fitted on."""
+        return READING.as_fitted({"input_template": self.input_template, "map": list(self.map)})
 
 
 class ExtraRecord(Record):

@@ -18,7 +18,6 @@ from coterie.settings.groups import (
     ModelSettings,
     PlacementSettings,
     RationaleSettings,
-    ReadingSettings,
     RecruitSettings,
     ReroutingSettings,
     RoutingSettings,
@@ -30,6 +29,7 @@ from coterie.settings.groups import (
     TrainingSettings,
 )
 from coterie.settings.reading import Settings
+from coterie.settings.rows import ReadingSettings
 
 SYMBOLIC_ONLY = "Serving experts (acts on runs of symbolic-moe only)"
 

@@ -1,12 +1,11 @@
 """Groups of settings that commands share: their fields become plain flags."""
 
 from collections.abc import Callable
-from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_serializer
 
-from coterie.settings.reading import Settings, from_flat
+from coterie.settings.reading import Settings
 from coterie.settings.sampling import SamplingSettings as SamplingSettings
 
 FeatureForm = Literal["adam", "adam-centred", "sgd"]
@@ -30,51 +29,6 @@ Every = Annotated[str, AfterValidator(_check_every)]
 def rerouting_interval(every: str) -> int | None:
     """Return the number of tokens that share weights; None for all of them."""
     return None if every == NEVER else int(every)
-
-
-INPUT_TEMPLATE = r"{instruction}\n\n{input}"
-"""How a row's input or passage joins its instruction where nothing else is said; `\\n` stands for a new line."""
-
-
-def _check_template(template: str | None) -> str | None:
-    if template is not None and any(template.count(part) != 1 for part in ("{instruction}", "{input}")):
-        raise ValueError("write {instruction} and {input} into it, each once")
-    return template
-
-
-class ReadingSettings(Settings):
-    """Reading rows."""
-
-    ignore_fields: str | None = Field(
-        None,
-        description="fields to pass over, separated by commas: rows that bring something which would change the prompt "
-        "or the loss and is not understood are refused otherwise",
-    )
-    input_template: Annotated[str | None, AfterValidator(_check_template)] = Field(
-        None,
-        description="how a row's input, context or passage joins its instruction, \\n for a new line; default: as the "
-        rf"mixture was fitted, or {INPUT_TEMPLATE}",
-    )
-
-    def joined_as(self, template: object) -> "ReadingSettings":
-        """Return these settings with another template where they name none.
-
-        Raises:
-            CoterieError: when it is no template.
-        """
-        if self.input_template is not None or template is None:
-            return self
-        return from_flat(ReadingSettings, {"ignore_fields": self.ignore_fields, "input_template": template})
-
-    @cached_property
-    def ignored(self) -> frozenset[str]:
-        """The fields that are passed over, in lower case."""
-        return frozenset(name.strip().lower() for name in (self.ignore_fields or "").split(","))
-
-    @cached_property
-    def template(self) -> str:
-        """The template as it is filled in, with new lines."""
-        return (self.input_template or INPUT_TEMPLATE).replace(r"\n", "\n")
 
 
 class PlacementSettings(Settings):

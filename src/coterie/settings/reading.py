@@ -1,9 +1,9 @@
 """Settings in their three forms: an object, flat flags with plain names, groups in YAML."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from coterie.errors import CoterieError, unknown_name
@@ -19,6 +19,14 @@ class Settings(BaseModel):
     """The command that these are the settings of; a group belongs to none."""
     idle_with: ClassVar[Mapping[str, tuple[str, tuple[Any, ...]]]] = {}
     """Fields that do not act while another one has one of these values."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_text_is_a_list_of_one(cls, values: object) -> object:
+        if not isinstance(values, Mapping):
+            return values
+        lists = {name for name, field in cls.model_fields.items() if get_origin(field.annotation) is list}
+        return {k: [v] if k in lists and isinstance(v, str) else v for k, v in values.items()}
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -91,7 +99,8 @@ def _built(kind: type[AnySettings], values: Mapping[str, Any], beside: Iterable[
         return kind(**_grouped(kind, values))
     except ValidationError as error:
         first = error.errors()[0]
-        flag = flag_of(str(first["loc"][-1]) if first["loc"] else "settings")
+        names = [part for part in first["loc"] if isinstance(part, str)]  # a number is a place in a list
+        flag = flag_of(names[-1] if names else "settings")
         given = "" if first["type"] == "missing" else f", got {first['input']!r}"
         message = first["msg"].removeprefix("Value error, ")
         raise CoterieError(f"{flag}: {message[:1].lower()}{message[1:]}{given}") from error

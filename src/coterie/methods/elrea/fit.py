@@ -66,7 +66,7 @@ def fit_elrea(settings: ElreaSettings, examples: list[Example] | None = None) ->
     backbone = load_backbone(settings.model)
     check_fresh_adapter(backbone, settings.lora)
     counted_blocks(settings.features.blocks, len(backbone.blocks))
-    prompts = PromptFormat(backbone.tokenizer, settings.training.system_prompt, settings.reading.input_template)
+    prompts = PromptFormat(backbone.tokenizer, settings.training.system_prompt, settings.reading)
     kept = tokenise(prompts, examples, settings.training.max_length, backbone.positions)
     _check_enough(len(kept.rows), settings)
     inputs = {"data": hash_examples(examples), "base_model": backbone.identity.sha256}

@@ -123,7 +123,7 @@ def _random_rows(run: KshotRun) -> list[Example]:
     if not settings.pool:
         raise CoterieError(f"{run.folder} was fitted without open data, so there is none to draw at random")
     pools = {source: source for source in settings.pool}
-    index = index_pools(pools, None, run.task.shots, run.task.excluded)
+    index = index_pools(pools, None, run.task.shots, run.task.excluded, settings.reading)
     fresh = np.flatnonzero(index.kinds == FRESH)
     drawn = np.random.default_rng(settings.seed).choice(fresh, min(len(run.gathered), len(fresh)), replace=False)
     return [replace(example, id=f"random-{number}") for number, example in index.read(np.sort(drawn))]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from coterie.artifacts import as_path, check_output, read_json, run_folder, write_json, write_jsonl
 from coterie.data import row_selection
-from coterie.data.examples import Example, load_examples
+from coterie.data.examples import Example, load_examples, read_all
 from coterie.data.row_selection import CHOSEN, EmbeddedRows, RowSelection, select_rows
 from coterie.data.streaming import (
     COPY,
@@ -119,10 +119,8 @@ def load_open_data(settings: GatherSettings, given: Mapping[str, list[Example]])
     Raises:
         CoterieError: for bad data.
     """
-    shots = given.get("shots") or [
-        row for source in settings.shots for row in load_examples(source, reading=settings.reading)
-    ]
-    excluded = given.get("exclude") or load_questions(settings.exclude, reading=settings.reading)
+    shots = given.get("shots") or list(read_all(settings.shots, reading=settings.reading))
+    excluded = given.get("exclude") or load_questions(settings.exclude, reading=settings.reading.shared)
     pools = {IN_MEMORY: given["pool"]} if "pool" in given else {source: source for source in settings.pool}
     return OpenData(shots, excluded, index_pools(pools, settings.limit, shots, excluded, settings.reading))
 

@@ -48,7 +48,7 @@ def open_task(
     Raises:
         CoterieError: for bad data, a broken bank, or a base model that cannot be had or is another one by now.
     """
-    excluded = load_questions(settings.adapters.exclude, reading=settings.reading)
+    excluded = load_questions(settings.adapters.exclude, reading=settings.reading.shared)
     examples = load_all(settings.shots, settings.limit, settings.reading)
     opened = open_bank(Path(bank))
     wanted = BaseModelIdentity(**opened.base_model)
@@ -56,5 +56,5 @@ def open_task(
         placement = settings.placement.model_dump()
         backbone = load_backbone(ModelSettings(model=wanted.id, revision=wanted.revision, **placement))
     check_identity(wanted, backbone.identity, f"{bank} is a bank for")
-    prompts = PromptFormat(backbone.tokenizer, system_prompt, settings.reading.input_template)
+    prompts = PromptFormat(backbone.tokenizer, system_prompt, settings.reading)
     return KshotTask(opened, backbone, prompts, examples, excluded)

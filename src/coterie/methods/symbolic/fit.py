@@ -35,6 +35,7 @@ from coterie.routers.skill import SkillProfile, profile_from, random_recruits, r
 from coterie.settings.commands import SymbolicSettings
 from coterie.settings.groups import RecruitSettings, SamplingSettings
 from coterie.settings.reading import changed, checked, flat_values, from_flat
+from coterie.settings.rows import READING
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +184,8 @@ def fit_symbolic(settings: SymbolicSettings) -> Symbolic:
         raise CoterieError(
             f"the profile in {folder} is of other experts; type: coterie profile {folder} --overwrite ..."
         )
-    template = flat_values(read_run_record(folder / PROFILE / "run.yaml")["settings"]).get("input_template")
+    profiling = flat_values(read_run_record(folder / PROFILE / "run.yaml")["settings"])
+    read_as = {name: profiling.get(name) for name in READING.record()}
     known = ["auto", *VOTES, *pool.names]
     if settings.aggregator not in known:
         raise unknown_name("aggregator", settings.aggregator, known)
@@ -204,7 +206,7 @@ def fit_symbolic(settings: SymbolicSettings) -> Symbolic:
         fitted = Symbolic(pool, profiled, settings.recruiting, judged, chosen, settings.aggregator_for)
         write_json(run.path / "profile.json", profiled.record().plain())
         write_jsonl(run.path / VALIDATION, profiled.rows)
-        write_json(run.path / "mixture.json", {**fitted.record(), "input_template": template})
+        write_json(run.path / "mixture.json", {**fitted.record(), **read_as})
     tell_lone_skills(profiled)
     return fitted
 

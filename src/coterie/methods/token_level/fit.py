@@ -36,8 +36,9 @@ from coterie.mixture import Mixture
 from coterie.routers.fixed import uniform
 from coterie.routers.token import TokenLevel
 from coterie.settings.commands import FromAdaptersSettings, TokenLevelSettings
-from coterie.settings.groups import ModelSettings, ReadingSettings, rerouting_interval
+from coterie.settings.groups import ModelSettings, rerouting_interval
 from coterie.settings.reading import from_flat
+from coterie.settings.rows import ReadingSettings
 
 METHOD = "token-level"
 RESERVED_NAMES = (BACKBONE, NULL, SINGLE_EXPERT, "uniform")
@@ -83,7 +84,7 @@ def fit_token_level(settings: TokenLevelSettings, given: Mapping[str, list[Examp
     backbone = load_backbone(settings.model)
     load_encoder(settings.similarity.encoder, backbone)  # one that cannot be had is told before anything is trained
     check_fresh_adapter(backbone, settings.lora)
-    prompts = PromptFormat(backbone.tokenizer, settings.training.system_prompt, settings.reading.input_template)
+    prompts = PromptFormat(backbone.tokenizer, settings.training.system_prompt, settings.reading)
     longest = settings.training.max_length
     kept = {name: tokenise(prompts, own, longest, backbone.positions) for name, own in examples.items()}
     check_centroids(kept, settings.similarity)
@@ -141,7 +142,7 @@ def fit_from_adapters(settings: FromAdaptersSettings, given: Mapping[str, list[E
     load_bank(adapters, backbone.model)  # checks them before anything is written
     load_encoder(settings.similarity.encoder, backbone)
     examples = _load_domains(sources, settings.limit, settings.reading, given or {})
-    prompts = PromptFormat(backbone.tokenizer, settings.system_prompt, settings.reading.input_template)
+    prompts = PromptFormat(backbone.tokenizer, settings.system_prompt, settings.reading)
     kept = {name: tokenise(prompts, examples[name], settings.max_length, backbone.positions) for name in adapters}
     check_centroids(kept, settings.similarity)
     hashes = {f"adapter {name}": sha256_of(folder / WEIGHTS_FILE) for name, folder in adapters.items()}
@@ -229,7 +230,8 @@ def _load_domains(
 ) -> dict[str, list[Example]]:
     check_domain_names(sources)
     return {
-        name: given[name] if name in given else load_all(list(own), limit, reading) for name, own in sources.items()
+        name: given[name] if name in given else load_all(list(own), limit, reading.shared)
+        for name, own in sources.items()
     }
 
 
