@@ -24,7 +24,7 @@ from coterie.experts.bank_folder import leaks, open_bank
 from coterie.experts.cards import MAX_TEXT_FILE, Card, printable, read_card, short
 from coterie.methods import add_adapters as shelving
 from coterie.methods.add_adapters import bank_add, verify_bank
-from helpers import rewrite_config, save_adapter
+from helpers import refused, rewrite_config, save_adapter
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 README = """---
@@ -640,7 +640,11 @@ def test_verify_refuses_a_base_model_that_has_changed(run, full):
 
 @pytest.mark.parametrize("command", ["list", "verify"])
 def test_a_folder_that_is_no_bank_is_told_in_one_line(run, tmp_path, run_folder, command):
-    for folder in (tmp_path / "nowhere", tmp_path, run_folder):
+    told = (
+        f"{run_folder} is a mixture, not a bank; type: coterie bank add bank/ {run_folder}/experts/\\* --model MODEL$"
+    )
+    refused(run("bank", command, run_folder), told)
+    for folder in (tmp_path / "nowhere", tmp_path):
         code, out, err = run("bank", command, folder)
         assert (code, out) == (2, "")
         assert err == f"error: {folder} holds no bank.json, so it is no bank; make one with: " + (

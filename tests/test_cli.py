@@ -413,13 +413,18 @@ def test_a_router_is_asked_for_by_its_name(run, grid_folder):
     code, out, _ = run("route", grid_folder, PROMPT, "--router", "loss", "--json")
     assert code == 0
     assert json.loads(out)["weights"] == pytest.approx(mixture.replace(router="loss").route([PROMPT]).row(0), abs=1e-5)
-    words = ["--router", "arrow", "--combiner", "layers", "--json", "--max-new-tokens", 3]
-    code, out, _ = run("generate", grid_folder, PROMPT, *words)
-    wanted = mixture.replace(router="arrow", combiner="layers").generate([PROMPT], max_new_tokens=3)[0]
-    assert code == 0 and json.loads(out) == wanted.record()
+    for kind in ("arrow", "spectr", "gate"):  # which the mixture's own combiner does not follow, and one other does
+        wanted = mixture.replace(router=kind, combiner="layers").generate([PROMPT], max_new_tokens=3)[0]
+        assert mixture.replace(router=kind).generate([PROMPT], max_new_tokens=3)[0] == wanted
+        code, out, _ = run("generate", grid_folder, PROMPT, "--router", kind, "--json", "--max-new-tokens", 3)
+        assert code == 0 and json.loads(out) == wanted.record()
+        code, out, _ = run("route", grid_folder, PROMPT, "--router", kind, "--json")
+        assert code == 0 and json.loads(out)["weights"].keys() == wanted.weights.keys()
     refused(
-        run("generate", grid_folder, PROMPT, "--router", "arrow"), "'arrow' gives them anew at every layer; use layers"
+        run("generate", grid_folder, PROMPT, "--router", "arrow", "--combiner", "logits"),
+        "'arrow' gives them anew at every layer; use layers",
     )
+    refused(run("route", grid_folder, PROMPT, "--router", "similarity"), "has no router 'similarity'. There are: arrow")
     refused(
         run("route", grid_folder, PROMPT, "--router", "los"),
         "no router or expert is called 'los'. Did you mean 'loss'. There are: arrow, base, cluster-0, cluster-1, "

@@ -10,7 +10,7 @@ KINDS = [one for one in vars(commands).values() if isinstance(one, type) and iss
 NO_PLACES = {
     *("output", "device", "dtype", "revision", "target_modules", "system_prompt", "input_template", "ignore_fields"),
     *("report_to", "blocks", "every", "router", "combiner", "method", "methods", "stop", "logit_bias", "control"),
-    *("skill_expert", "skill_list", "aggregator", "weights", "prompt", "merge", "map"),
+    *("skill_expert", "skill_list", "aggregator", "weights", "prompt", "merge", "map", "name", "names"),
 }
 """Settings that are texts and name nothing that is read."""
 

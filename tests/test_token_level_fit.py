@@ -21,7 +21,7 @@ from coterie.evaluation.compare import evaluate, run_evaluation
 from coterie.features.embedding import with_answers
 from coterie.methods import common as stages
 from coterie.methods.registry import family_of, make_grid
-from coterie.methods.token_level import fit as domains
+from coterie.methods.token_level import domains, fit
 from coterie.methods.token_level.methods import domain_sources
 from coterie.mixture import Mixture
 from coterie.settings.commands import EvaluationSettings, FromAdaptersSettings, TokenLevelSettings
@@ -90,16 +90,6 @@ def test_a_bank_is_routed_by_what_its_cards_say_that_it_was_trained_on(bank, ada
     routed = [one.route([question.instruction for question in QUESTIONS]).weights for one in (found, wanted)]
     assert torch.equal(*routed)
     assert [adapter.trouble for adapter in coterie.verify_bank(bank, device="cpu")] == [None, None]
-
-
-def test_adapters_of_a_bank_without_known_texts_need_some(bank, files, tmp_path):
-    card = bank / "experts" / "maths" / "card.json"
-    old = {name: value for name, value in json.loads(card.read_text()).items() if name != "trained_on"}
-    card.write_text(json.dumps(old))  # as cards were before they told it
-    common = {"output": tmp_path / "built", "encoder": "hidden", "device": "cpu"}
-    with pytest.raises(CoterieError, match="'maths' has no texts .* add --centroid-data maths=FILE"):
-        methods.from_adapters(bank, **common)
-    assert methods.from_adapters(bank, {"maths": str(files["maths"])}, **common).bank.names == DOMAINS
 
 
 def embeddings(mixture, files) -> dict[str, torch.Tensor]:
@@ -313,7 +303,7 @@ def settings(files, model_folder, tmp_path, **changes):
 def test_bad_input_of_a_fit_is_told_in_one_line_before_training(
     files, model_folder, tmp_path, monkeypatch, changes, message
 ):
-    monkeypatch.setattr(domains, "train_expert", lambda *_: pytest.fail("trained already"))
+    monkeypatch.setattr(fit, "train_expert", lambda *_: pytest.fail("trained already"))
     with pytest.raises(CoterieError) as caught:
         methods.fit_token_level(settings(files, model_folder, tmp_path, **changes))
     assert message in str(caught.value)

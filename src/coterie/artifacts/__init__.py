@@ -18,6 +18,7 @@ from coterie.artifacts.files import (
     write_text,
 )
 from coterie.artifacts.folders import check_tree, real_folder, replace_folder
+from coterie.artifacts.kinds import check_kind
 from coterie.artifacts.locks import locked
 from coterie.artifacts.outputs import check_file, inputs_of, is_stream, write_answers
 from coterie.artifacts.reading import (
@@ -39,6 +40,7 @@ __all__ = [
     "JsonCache",
     "RunFolder",
     "append_text",
+    "check_kind",
     "as_path",
     "check_file",
     "check_output",

@@ -48,6 +48,12 @@ def check_fit(router: Router, combiner: Combiner) -> None:
         )
 
 
+def that_follows(router: Router, combiner: Combiner) -> Combiner:
+    """Return a combiner, or the one that follows the router's weights where no other does."""
+    fitting = [make() for make in COMBINERS.values() if fits(router.grain, make())]
+    return fitting[0] if len(fitting) == 1 and not fits(router.grain, combiner) else combiner
+
+
 def fits(grain: Grain, combiner: Combiner) -> bool:
     """Tell whether a combiner can follow weights of this grain."""
     return GRAINS.index(grain) <= GRAINS.index(combiner.finest)

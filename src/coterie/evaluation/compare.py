@@ -24,7 +24,7 @@ from coterie.evaluation.table import format_table
 from coterie.experts.names import BASE
 from coterie.grading.grade import check_code_execution, code_notes
 from coterie.methods.common import DOMAINS_FILE, hash_examples
-from coterie.methods.family import MethodGrid
+from coterie.methods.family import NAMED_ROUTER, MethodGrid
 from coterie.methods.kshot.run import task_records
 from coterie.methods.registry import family_of, make_grid
 from coterie.mixture import Mixture
@@ -140,7 +140,8 @@ def resolved(settings: EvaluationSettings, mixture: Mixture) -> EvaluationSettin
     if settings.methods is None:
         names = family.usual(mixture)
     else:
-        names = list(family.methods) if settings.methods == "all" else method_names(settings)
+        names = family.available(mixture) if settings.methods == "all" else method_names(settings)
+    names += [f"{NAMED_ROUTER}:{name.strip()}" for name in settings.router.split(",")] if settings.router else []
     if settings.every is not None:
         if TOKEN_LEVEL not in names:
             raise CoterieError(

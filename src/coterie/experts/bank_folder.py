@@ -1,6 +1,6 @@
 """A bank on disk: adapters of one base model, each a plain PEFT folder with a card.
 
-`bank.json` names the base model, `experts/<name>` holds an adapter. To remove an adapter, delete its folder.
+`bank.json` names the base model, `experts/<name>` holds an adapter.
 """
 
 import logging
@@ -13,12 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from coterie.artifacts import FORMAT
+from torch import nn
+
+from coterie.artifacts import FORMAT, check_kind
 from coterie.backbone.loading import BaseModelIdentity
 from coterie.data.examples import Example
 from coterie.data.streaming import KEY_BYTES, question_of, text_key
 from coterie.errors import CoterieError, unknown_name
-from coterie.experts.cards import Card, printable, read_card, read_small_json, short
+from coterie.experts.bank import ExpertBank, load_adapter
+from coterie.experts.cards import Card, check_files, hash_adapter, printable, read_card, read_small_json, short
 from coterie.records.mixture import BaseModelRecord
 from coterie.records.schema import parse
 from coterie.records.wording import columns
@@ -92,17 +95,47 @@ class BankFolder:
         return columns(lines, ALIGNED)
 
 
-def open_bank(path: str | Path) -> BankFolder:
-    """Open a bank and read its cards; the adapters' own files are not read.
+def open_bank(path: str | Path, names: Sequence[str] | None = None) -> BankFolder:
+    """Open a bank, or some adapters of it, and read their cards; the adapters' own files are not read.
 
     Raises:
-        CoterieError: when it is missing, no bank, or broken.
+        CoterieError: when it is missing, no bank, or broken, or has no adapter of such a name.
     """
     folder = Path(path)
     base = asdict(read_base(folder))
     for name in set_aside(folder):
         logger.warning("%s is set aside, since replacing it was cut off; any `coterie bank add` puts it back", name)
-    return BankFolder(folder, base, tuple(read_card(folder / EXPERTS / name) for name in list_names(folder)))
+    known = list_names(folder)
+    for name in names or ():
+        if name not in known:
+            raise unknown_name("adapter", name, known)
+    chosen = [name for name in known if names is None or name in names]
+    return BankFolder(folder, base, tuple(read_card(folder / EXPERTS / name) for name in chosen))
+
+
+def load_opened(bank: BankFolder, model: nn.Module) -> ExpertBank:
+    """Load the adapters of an opened bank, whose files must still be those that were added.
+
+    Raises:
+        CoterieError: when there is none, or naming all that are broken, have changed, or do not fit the base model.
+    """
+    if not bank.cards:
+        raise CoterieError(f"{bank.path} holds no adapters; add some with: coterie bank add {bank.path} ADAPTER ...")
+    adapters, broken = [], {}
+    for card in bank.cards:
+        folder = bank.folder_of(card.name)
+        try:
+            check_files(folder)
+            if hash_adapter(folder) != card.sha256:
+                raise CoterieError("its files are not the ones that were added")
+            adapters.append(load_adapter(folder, model))
+        except CoterieError as error:
+            broken[card.name] = f"{card.name}: {error}"
+    if broken:
+        names = " ".join(broken)
+        advice = f"take out with: coterie bank remove {bank.path} {names}; or choose others by name"
+        raise CoterieError(f"{bank.path}: {'; '.join(broken.values())}; {advice}")
+    return ExpertBank(bank.names, tuple(adapters))
 
 
 def read_base(folder: Path) -> BaseModelIdentity:
@@ -112,6 +145,7 @@ def read_base(folder: Path) -> BaseModelIdentity:
         CoterieError: when the folder is no bank, or its `bank.json` is broken.
     """
     file = folder / BANK_FILE
+    check_kind(folder, BANK_FILE)
     if not file.is_file():
         raise CoterieError(
             f"{folder} holds no {BANK_FILE}, so it is no bank; make one with: "

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from coterie.artifacts import FORMAT, as_path, hash_text, read_json, write_json
+from coterie.artifacts import FORMAT, as_path, check_kind, hash_text, read_json, write_json
 from coterie.backbone.loading import local_weights
 from coterie.errors import CoterieError, naming, unknown_name
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE, check_names
@@ -144,6 +144,7 @@ def read_pool(folder: str | Path) -> Pool:
         CoterieError: when the list is missing or broken, or an adapter or model has changed or is gone.
     """
     file = Path(folder) / POOL_FILE
+    check_kind(file.parent, POOL_FILE)
     if not file.exists():
         raise CoterieError(
             f"{file} does not exist; make it with: coterie experts init {folder} --expert NAME=SOURCE ..."

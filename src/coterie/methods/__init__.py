@@ -10,7 +10,8 @@ from coterie.methods.registry import FAMILIES, listed, load_grid, make_grid, tra
 from coterie.methods.symbolic.fit import fit_symbolic, is_symbolic, load_symbolic, symbolic
 from coterie.methods.symbolic.profile import profile_pool
 from coterie.methods.symbolic.run import generate_symbolic, plan_symbolic
-from coterie.methods.token_level.fit import fit_from_adapters, fit_token_level, from_adapters, token_level
+from coterie.methods.token_level.fit import fit_token_level, token_level
+from coterie.methods.token_level.from_adapters import fit_from_adapters, from_adapters
 
 # The families' functions share their names with the wings that they come from; this runs last, so the functions win.
 __all__ = [

@@ -37,7 +37,7 @@ from coterie.experts.cards import (
     read_card,
     short,
 )
-from coterie.methods.token_level.fit import check_domain_names, named_values
+from coterie.methods.token_level.domains import check_domain_names, named_values
 from coterie.settings.commands import BankAddSettings
 from coterie.settings.groups import ModelSettings, PlacementSettings
 from coterie.settings.reading import from_flat

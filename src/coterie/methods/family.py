@@ -1,5 +1,6 @@
 """A family of methods as one value, and the grid on which the methods of one run work side by side."""
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -7,7 +8,6 @@ from functools import cached_property
 from math import fsum
 from typing import Generic
 
-from coterie.combiners.table import make_combiner
 from coterie.errors import CoterieError, unknown_name
 from coterie.experts.bank import ExpertBank
 from coterie.experts.names import BACKBONE, NULL
@@ -19,10 +19,14 @@ from coterie.routers.fixed import OracleRouter, one_hot
 from coterie.routers.token import TokenLevel
 from coterie.settings.groups import NEVER, ExtrasSettings, rerouting_interval
 
+logger = logging.getLogger(__name__)
+
 CONTROL = "control"
 """Stands in place of a paper."""
 SINGLE_EXPERT = "expert"
 """`expert:NAME` is one expert alone, whatever was fitted."""
+NAMED_ROUTER = "router"
+"""`router:NAME` is the mixture with another router that it can have, as `--router NAME` gives it."""
 VARIANTS = {"top_k": r"[1-9]\d*", "d_proj": r"[1-9]\d*", "ddof": "[01]", "every": rf"[1-9]\d*|{NEVER}"}
 """What can be varied in a method, written `name:top_k=2` or `name:top_k=2+every=1`: only the K largest weights,
 centroids compared in D dimensions, cosines standardised by the deviation over C - ddof of them, weights renewed at
@@ -36,7 +40,7 @@ class Method:
     Attributes:
         bank: where its experts come from.
         router: how prompts find them.
-        combiner: where they meet: a combiner's name.
+        combiner: where they meet: a combiner's name; nothing for the mixture's own.
         paper: source.
         make_router: its router on a grid that has what the method needs; None where no mixture stands behind it.
         needs: the extras that must be trained for it beyond a fitted run.
@@ -71,6 +75,8 @@ class Family(Generic[AnyRun]):
         extras: what methods may need trained beyond the fit, by the name of its folder.
         open_run: reopens a fitted run to train extras; None where no method needs any.
         usual: the methods that are compared where none are named: the run's own and its simplest rivals.
+        also_fitted: other methods of the table that may be a mixture's own.
+        lacks: the methods that a mixture cannot have because of what it was made from, each with the reason.
     """
 
     name: str
@@ -78,6 +84,15 @@ class Family(Generic[AnyRun]):
     extras: Mapping[str, ExtraSpec[AnyRun]]
     open_run: Callable[[Mixture, ExtrasSettings], AnyRun] | None
     usual: Callable[[Mixture], list[str]]
+    also_fitted: tuple[str, ...] = ()
+    lacks: Callable[[Mixture], Mapping[str, str]] = lambda mixture: {}
+
+    def available(self, mixture: Mixture) -> list[str]:
+        """Return the methods that a mixture can have, and tell the others."""
+        lacking = self.lacks(mixture)
+        for name, reason in lacking.items():
+            logger.info("%s is left out: %s", name, reason)
+        return [name for name in self.methods if name not in lacking]
 
     def method(self, name: str) -> tuple[Method, dict[str, str]]:
         """Look a method or a variant up; return the method and the variant's options as they are written.
@@ -88,8 +103,10 @@ class Family(Generic[AnyRun]):
         plain, colon, written = name.partition(":")
         if plain == SINGLE_EXPERT and written:
             return single(written), {}
+        if plain == NAMED_ROUTER and written:
+            return Method("the mixture's own", written, "", CONTROL, lambda grid: grid.own.named_router(written)), {}
         if plain not in self.methods:
-            raise unknown_name("method", plain, [*self.methods, f"{SINGLE_EXPERT}:NAME"])
+            raise unknown_name("method", plain, [*self.methods, f"{SINGLE_EXPERT}:NAME", f"{NAMED_ROUTER}:NAME"])
         options = {}
         for part in written.split("+") if colon else ():
             option, _, value = part.partition("=")
@@ -178,7 +195,5 @@ class MethodGrid:
             router = TokenLevel(router.of_prompts, rerouting_interval(options["every"]), router.cache)
         if "top_k" in options:
             router = keep_top(router, int(options["top_k"]))
-        is_own = name.partition(":")[0] == self.own.method
-        return self.mixture.replace(
-            router=router, combiner=self.own.combiner if is_own else make_combiner(method.combiner)
-        )
+        is_own = name.partition(":")[0] == self.own.method or not method.combiner
+        return self.mixture.replace(router=router, combiner=None if is_own else method.combiner)

@@ -24,11 +24,12 @@ def family_of(mixture: Mixture) -> Family:
     Raises:
         CoterieError: when none is known for it.
     """
-    if mixture.method not in FAMILIES:
-        raise CoterieError(
-            f"nothing is known to compare with {mixture.method!r}; give a folder made by {' or '.join(FAMILIES)}"
-        )
-    return FAMILIES[mixture.method]
+    for family in FAMILIES.values():
+        if mixture.method in (family.name, *family.also_fitted):
+            return family
+    raise CoterieError(
+        f"nothing is known to compare with {mixture.method!r}; give a folder made by {' or '.join(FAMILIES)}"
+    )
 
 
 def make_grid(mixture: Mixture, names: Sequence[str], settings: ExtrasSettings) -> MethodGrid:
@@ -68,7 +69,7 @@ def train_extras(settings: TrainExtrasSettings) -> dict[str, Extra]:
     mixture = Mixture.from_pretrained(settings.mixture, **settings.placement.model_dump())
     family = family_of(mixture)
     everything = settings.methods == "all"
-    names = list(family.methods) if everything else [name.strip() for name in settings.methods.split(",")]
+    names = family.available(mixture) if everything else [name.strip() for name in settings.methods.split(",")]
     return family.prepare(mixture, names, settings.extras, in_run=True)
 
 

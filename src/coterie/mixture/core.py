@@ -9,9 +9,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from coterie.backbone.layers import ExpertLayers
-from coterie.backbone.prototypes import PROTOTYPES
 from coterie.combiners.base import Combiner
-from coterie.combiners.table import check_fit, make_combiner
+from coterie.combiners.table import check_fit, make_combiner, that_follows
 from coterie.combiners.texts import majority
 from coterie.data.batching import TokenRow, by_length, check_lengths
 from coterie.data.examples import Example
@@ -20,7 +19,7 @@ from coterie.engine.decoding import DecodingBatch, ScoredTokens, Token
 from coterie.engine.rerouting import Rerouting
 from coterie.engine.rows import CachedRows
 from coterie.engine.teacher_forcing import score_teacher_forced
-from coterie.errors import CoterieError, unknown_name
+from coterie.errors import CoterieError
 from coterie.grading.answers import read_answer
 from coterie.grading.grade import after_thinking
 from coterie.grading.lengths import ANSWER_TOKENS, longest_answer
@@ -30,9 +29,6 @@ from coterie.mixture.prompts import Prompt, as_examples
 from coterie.mixture.scoring import BATCH, Likelihoods, Scores, answer_positions, score_planned
 from coterie.routers.base import Router, Routing
 from coterie.routers.derived import keep_top
-from coterie.routers.fixed import one_hot, uniform
-from coterie.routers.gate import spectral_router
-from coterie.routers.table import load_router
 from coterie.routers.token import TokenLevel
 from coterie.settings.groups import SamplingSettings
 from coterie.settings.reading import from_flat
@@ -121,36 +117,16 @@ class Mixture(StoredMixture):
         """Return another cell of the grid: another router or combiner on the same bank; nothing is trained.
 
         Args:
-            router: a router or its name: `uniform`, one expert's name, the kind of the mixture's own router or of one
-                that was trained for it (such as `loss`), or `arrow` or `spectr`, which the bank alone gives.
-            combiner: a combiner or its name.
+            router: a router, or a name that `named_router` takes.
+            combiner: a combiner or its name; by default the mixture's own, or `layers` for a router that weighs experts
+                in the layers, which no other combiner follows.
 
         Raises:
-            CoterieError: for an unknown name.
+            CoterieError: for an unknown name, or a combiner that cannot follow the router.
         """
-        return replace(
-            self,
-            router=self._router_named(router) if isinstance(router, str) else router or self.router,
-            combiner=make_combiner(combiner) if isinstance(combiner, str) else combiner or self.combiner,
-        )
-
-    def _router_named(self, name: str) -> Router:
-        own = {router.kind: router for router in (self.router.of_prompts, self.router)}
-        if name == "uniform":
-            return uniform(self.bank.names)
-        if name in self.bank.names:
-            return one_hot(name, self.bank.names)
-        if name in own:
-            return own[name]
-        trained = self.trained_routers()
-        if name in trained:
-            return load_router(*trained[name])
-        if name not in PROTOTYPES:
-            known = {"uniform", *self.bank.names, *own, *trained, *PROTOTYPES}
-            raise unknown_name("router or expert", name, known)
-        pairs = zip(self.bank.names, self.bank.adapters, strict=True)
-        idle = [expert for expert, adapter in pairs if not any(bool(pair.up.any()) for pair in adapter.values())]
-        return spectral_router(name, self.backbone, self.bank, null=idle[0] if idle else None)
+        weighing = self.named_router(router) if isinstance(router, str) else router or self.router
+        meeting = make_combiner(combiner) if isinstance(combiner, str) else combiner
+        return replace(self, router=weighing, combiner=meeting or that_follows(weighing, self.combiner))
 
     def _start(self, rows: Sequence[TokenRow], routing: Routing | None) -> tuple[Routing, Rerouting | None]:
         """Say who weighs the experts: the router where weights change, else whoever gave `routing`, else the router."""

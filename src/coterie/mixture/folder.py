@@ -1,23 +1,27 @@
 """A mixture's folder: what it holds, how it is written, and how it is read where it may come from a stranger."""
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from coterie.artifacts import FORMAT, hub_folder, read_json, sha256_of, write_json, write_text
+from coterie.artifacts import FORMAT, check_kind, hub_folder, read_json, sha256_of, write_json, write_text
 from coterie.backbone.aliases import cache_folder
 from coterie.backbone.loading import Backbone, BaseModelIdentity, check_identity, load_backbone
+from coterie.backbone.prototypes import PROTOTYPES
 from coterie.combiners.base import Combiner
 from coterie.combiners.table import make_combiner
 from coterie.data.batching import PromptFormat
-from coterie.errors import CoterieError, naming
+from coterie.errors import CoterieError, naming, unknown_name
 from coterie.experts.bank import ExpertBank, load_bank
+from coterie.experts.bank_folder import load_opened, open_bank
 from coterie.records.mixture import ExtraRecord, MixtureRecord
 from coterie.records.schema import parse, read
 from coterie.routers.base import Router, RouterParts
-from coterie.routers.table import load_router
+from coterie.routers.fixed import one_hot, uniform
+from coterie.routers.gate import GateRouter, spectral_router
+from coterie.routers.table import ROUTERS, load_router
 from coterie.settings.groups import ModelSettings, PlacementSettings
 from coterie.settings.reading import from_flat
 from coterie.settings.rows import ReadingSettings
@@ -85,11 +89,81 @@ class StoredMixture:
             combiner = make_combiner(record.combiner.kind)
             return cls(backbone, bank, router, combiner, prompts, record.method, folder)
 
+    @classmethod
+    def from_bank(
+        cls: type[Stored],
+        bank: str | Path,
+        *,
+        router: str = "arrow",
+        names: Sequence[str] | None = None,
+        system_prompt: str | None = None,
+        **placement: Any,  # noqa: ANN401 - fields of PlacementSettings
+    ) -> Stored:
+        """Make a mixture of a bank's adapters from nothing but the adapters, in memory alone.
+
+        `coterie.methods.from_adapters` makes the same one in a folder, and can route by what adapters were trained on.
+
+        Args:
+            bank: folder of a bank, as `bank_add` makes it.
+            router: `arrow` (arXiv 2405.11157) or `spectr` (arXiv 2504.03454); `replace` has others.
+            names: adapters to take, in the bank's order; all by default.
+            system_prompt: of every prompt; by default the chat template's own.
+            **placement: fields of `PlacementSettings`: dtype, device, load_in_4bit.
+
+        Raises:
+            CoterieError: for a folder that is no bank, an adapter that is not there or not as it was added, another
+                base model than the bank's, or an unknown router or keyword.
+        """
+        if router not in PROTOTYPES:
+            raise unknown_name("router that a bank alone gives", router, PROTOTYPES)
+        where = from_flat(PlacementSettings, placement, ("router", "names", "system_prompt"))
+        opened = open_bank(bank, names)
+        base = BaseModelIdentity(**opened.base_model)
+        backbone = load_backbone(ModelSettings(model=base.id, revision=base.revision, **where.model_dump()))
+        check_identity(base, backbone.identity, f"{bank} is a bank for")
+        experts = load_opened(opened, backbone.model)
+        prompts = PromptFormat(backbone.tokenizer, system_prompt)
+        start = cls(backbone, experts, uniform(experts.names), make_combiner("layers"), prompts, router)
+        return replace(start, router=start.by_updates(router))
+
+    def named_router(self, name: str) -> Router:
+        """Return a router that this mixture can have, by name.
+
+        It may be `uniform`, an expert's name, the kind of the mixture's own router or of one that was trained for it
+        (such as `loss`), or `arrow` or `spectr`, which the bank alone gives.
+
+        Raises:
+            CoterieError: for an unknown name, or a kind of router that this mixture does not have.
+        """
+        own = {router.kind: router for router in (self.router.of_prompts, self.router)}
+        if name == "uniform":
+            return uniform(self.bank.names)
+        if name in self.bank.names:
+            return one_hot(name, self.bank.names)
+        if name in own:
+            return own[name]
+        trained = self.trained_routers()
+        if name in trained:
+            return load_router(*trained[name])
+        if name in PROTOTYPES:
+            return self.by_updates(name)
+        known = {"uniform", *self.bank.names, *own, *trained, *PROTOTYPES}
+        if name in ROUTERS:
+            raise CoterieError(f"this mixture has no router {name!r}. There are: {', '.join(sorted(known))}")
+        raise unknown_name("router or expert", name, known)
+
+    def by_updates(self, kind: str) -> GateRouter:
+        """Return the router `arrow` or `spectr`; the first expert that changes nothing is its null expert."""
+        pairs = zip(self.bank.names, self.bank.adapters, strict=True)
+        idle = [name for name, adapter in pairs if not any(bool(pair.up.any()) for pair in adapter.values())]
+        return spectral_router(kind, self.backbone, self.bank, null=idle[0] if idle else None)
+
     def trained_routers(self) -> dict[str, tuple[Mapping[str, Any], RouterParts]]:
         """Return what routers are loaded from that were trained beside this one and weigh this bank's experts alone.
 
         Returns:
             By kind: the router's entry and its parts, of what lies in the folder's `methods/` or in the user's cache.
+            A router around another one gives both.
         """
         found: dict[str, tuple[Mapping[str, Any], RouterParts]] = {}
         if self.folder is None:
@@ -97,9 +171,11 @@ class StoredMixture:
         places = (self.folder, derived_folder(self.folder))
         for file in (file for place in places for file in sorted(place.glob("methods/*/ingredient.json"))):
             record = read(ExtraRecord, file, f"delete {file.parent} and train it again")
-            if record.router and set(record.experts) <= set(self.bank.names):
-                parts = RouterParts(file.parent / "router", self.folder, self.backbone, self.bank)
-                found.setdefault(record.router.kind, (record.router.plain(), parts))
+            parts = RouterParts(file.parent / "router", self.folder, self.backbone, self.bank)
+            entry = record.router if set(record.experts) <= set(self.bank.names) else None
+            while entry:
+                found.setdefault(entry.kind, (entry.plain(), parts))
+                entry = entry.of
         return found
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -183,10 +259,11 @@ def find_mixture(source: str | Path) -> Path:
     """Return a mixture's folder, which may first have to be got from the hub.
 
     Raises:
-        CoterieError: when there is none.
+        CoterieError: when there is none, or the folder is something else.
     """
     folder = Path(source)
     if folder.is_dir():
+        check_kind(folder, "mixture.json")
         return folder
     advice = f"there is no mixture folder {source}; make one with: coterie fit elrea --output {source} ..."
     return hub_folder(str(source), ["*.json", "*.jsonl", "*.safetensors", "*.yaml", "*.md"], advice)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from coterie.artifacts import write_json, write_jsonl
+from coterie.artifacts import check_kind, write_json, write_jsonl
 from coterie.errors import CoterieError
 from coterie.records.evaluation import EvaluationRecord, RowRecord
 from coterie.records.schema import AnyRecord, parse
@@ -52,6 +52,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError) as error:
+        check_kind(path.parent, SUMMARY_FILE)
         raise CoterieError(f"{path.parent} holds no {path.name}; make one with: {COMMAND} {path.parent}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise CoterieError(f"{path} cannot be read: {error}; {AGAIN} {path.parent}") from error

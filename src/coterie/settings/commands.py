@@ -75,12 +75,19 @@ class FromAdaptersSettings(Settings):
     """`coterie fit from-adapters`: a mixture of adapters that exist already."""
 
     command = "fit from-adapters"
+    idle_with = {"names": ("bank", (None,))}
     bank: str | None = Field(None, description="folder of a bank, made by coterie bank add: all its adapters")
+    names: str | None = Field(None, description="adapters of --bank to take, separated by commas; default: all")
     adapter: list[str] = Field([], description="NAME=FOLDER: an expert, a plain PEFT folder; repeated")
     centroid_data: list[str] = Field(
         [],
         description="NAME=SOURCE: texts that an expert was made for, as training data is given; repeated; default: "
         "what its card in --bank names",
+    )
+    router: Literal["auto", "similarity", "arrow", "spectr"] = Field(
+        "auto",
+        description="arrow, spectr: by the adapters' own updates, no texts needed; similarity: to the texts that "
+        "every expert was made for; auto: similarity where all experts have texts, else arrow",
     )
     output: str = Field(description="folder to write the mixture to")
     model: str | None = Field(None, description="base model; default: the one that the adapters name")
@@ -112,6 +119,14 @@ class BankAddSettings(Settings):
     overwrite: bool = Field(False, description="replace adapters that have the same names")
     reading: ReadingSettings = ReadingSettings()
     placement: PlacementSettings = PlacementSettings()
+
+
+class BankRemoveSettings(Settings):
+    """`coterie bank remove`: adapters out of a bank on disk."""
+
+    command = "bank remove"
+    folder: str = Field(description="folder of the bank")
+    name: list[str] = Field(min_length=1, description="names of adapters in the bank")
 
 
 class BankVerifySettings(Settings):
@@ -165,6 +180,9 @@ class EvaluationSettings(Settings):
     control: str | None = Field(
         None, description="method that the others are compared with; default: base, or the first one where it is not"
     )
+    router: str | None = Field(
+        None, description="routers to compare besides, separated by commas: those that --router of generate takes"
+    )
     every: str | None = Field(None, description="compare token-level re-routed at every N-th token; several: 1,2,inf")
     limit: int | None = Field(None, ge=1, description="use only the first N examples of every data source")
     overwrite: bool = Field(False, description="replace the output folder if it exists")
@@ -207,6 +225,21 @@ class ExpertPoolSettings(Settings):
     )
     base: str | None = Field(None, description="base model of the adapters; default: the one that each adapter names")
     overwrite: bool = Field(False, description="replace the folder's list of experts")
+
+
+class ExpertAddSettings(ExpertPoolSettings):
+    """`coterie experts add`: more experts to those of a folder."""
+
+    command = "experts add"
+    overwrite: bool = Field(False, description="replace experts that have the same names")
+
+
+class ExpertRemoveSettings(Settings):
+    """`coterie experts remove`: experts out of a folder's list."""
+
+    command = "experts remove"
+    folder: str = Field(description="folder of the experts")
+    name: list[str] = Field(min_length=1, description="names of experts in the list")
 
 
 class ProfileSettings(Settings):
@@ -294,6 +327,8 @@ class KshotSettings(Settings):
     shots: list[str] = Field(min_length=1, description="the task's examples: JSONL file or datasets source; repeated")
     output: str = Field(description="folder to write the mixture to")
     pool: list[str] = Field([], description="open data to add rows from; without it, the shots alone are trained on")
+    selected: str | None = Field(None, description="folder that coterie select wrote: its adapters, none chosen anew")
+    gathered: str | None = Field(None, description="folder that coterie gather wrote: its rows, in place of --pool")
     limit: int | None = Field(None, ge=1, description="use only the first N shots of every source (the paper's K)")
     encoder: str = Field(
         "minilm",

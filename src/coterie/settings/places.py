@@ -17,6 +17,8 @@ READ = (
     "trained_on",
     "shots",
     "pool",
+    "selected",
+    "gathered",
     "exclude",
     "few_shot",
     "encoder",
@@ -24,7 +26,10 @@ READ = (
     "rationales",
 )
 """Settings that name what is read: a folder, a file, or what the hub or an endpoint has; some as NAME=SOURCE."""
-WRITTEN_IN_PLACE = {"bank add": "folder", "experts init": "folder", "profile": "folder", "train-extras": "mixture"}
+WRITTEN_IN_PLACE = {
+    **dict.fromkeys(("bank add", "bank remove", "experts init", "experts add", "experts remove", "profile"), "folder"),
+    "train-extras": "mixture",
+}
 """The setting that names what a command adds to; all others write a new --output."""
 
 

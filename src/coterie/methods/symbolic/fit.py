@@ -11,6 +11,7 @@ import torch
 from coterie.artifacts import (
     FORMAT,
     as_path,
+    check_kind,
     check_output,
     read_json,
     read_run_record,
@@ -224,6 +225,7 @@ def load_symbolic(folder: str | Path) -> Symbolic:
         CoterieError: when something is missing or broken, or an expert has changed or is gone.
     """
     path = Path(folder) / "mixture.json"
+    check_kind(path.parent, path.name)
     record = read_json(path)
     if record.get("format") != FORMAT or record.get("method") != METHOD:
         raise CoterieError(f"{folder} is no run of symbolic-moe; make one with: coterie fit symbolic-moe")
