@@ -62,9 +62,8 @@ def filtered(text, logits):
 
 def alone(own, prompt, logits, steps):
     """Tokens of a request that is by itself."""
-    sampler = BatchSampler()
-    sampler.join("it", own, prompt)
-    return [sampler.choose(logits[None, step : step + 1])[0][0] for step in range(steps)]
+    sampler, text = BatchSampler(), SampledText(own, prompt)
+    return [sampler.choose([text], logits[None, step : step + 1])[0][0] for step in range(steps)]
 
 
 # ------------------------------------------------------------------------------------- the distribution, as elsewhere
@@ -120,13 +119,11 @@ def test_log_probabilities_and_the_likeliest_tokens_are_those_before_temperature
 @pytest.mark.parametrize("own", [{}, {"temperature": 0.5}, {"top_k": 6}, {"top_p": 0.7, "temperature": 1.5}], ids=str)
 def test_tokens_are_drawn_with_their_probabilities(own):
     logits = 2 * torch.randn(12, generator=torch.Generator().manual_seed(4))
-    text = SampledText(SamplingSettings(**{"temperature": 1.0, **own}), [], [])
+    text = SampledText(SamplingSettings(**{"temperature": 1.0, **own}), [])
     wanted = filtered(text, logits).double().softmax(-1)
     draws = 4000
-    sampler = BatchSampler()
-    for seed in range(draws):
-        sampler.join(seed, text.settings.model_copy(update={"seed": seed}), [])
-    drawn = torch.tensor([token.id for (token,) in sampler.choose(logits.expand(draws, 1, -1))])
+    texts = [SampledText(text.settings.model_copy(update={"seed": seed}), []) for seed in range(draws)]
+    drawn = torch.tensor([token.id for (token,) in BatchSampler().choose(texts, logits.expand(draws, 1, -1))])
     counts = drawn.bincount(minlength=12)
     assert not counts[wanted == 0].any()
     expected = draws * wanted / wanted.sum()
@@ -173,22 +170,21 @@ def test_noise_is_a_hash_of_seed_place_and_token():
 @few
 @given(data=st.data())
 def test_a_batch_of_mixed_settings_gives_each_what_it_gets_alone(data):
-    """Bit for bit, log-probabilities and all, whoever joins and leaves meanwhile and whoever forks from it."""
+    """Bit for bit, log-probabilities and all, whoever joins and leaves meanwhile, in whatever order."""
     count, steps = data.draw(st.integers(1, 5)), 6
     own = [SamplingSettings(**one) for one in data.draw(st.lists(SAMPLINGS, min_size=count, max_size=count))]
     prompts = data.draw(st.lists(TEXTS, min_size=count, max_size=count))
     logits = logits_of(data.draw(st.integers(0, 99)), count, steps + 1)
     starts = [data.draw(st.integers(0, 3)) for _ in range(count)]
     ends = [data.draw(st.integers(start + 1, steps + 1)) for start in starts]
-    sampler, found = BatchSampler(), {number: [] for number in range(count)}
+    sampler, found = BatchSampler(), [[] for _ in range(count)]
+    texts = [SampledText(*pair) for pair in zip(own, prompts, strict=True)]
     for moment in range(steps + 1):
-        sampler.leave([number for number in sampler.handles if ends[number] == moment])
-        for number in range(count):
-            if starts[number] == moment:
-                sampler.join(number, own[number], prompts[number])
-        if handles := sampler.handles:
-            rows = torch.stack([logits[number, len(found[number])] for number in handles])
-            for number, (token,) in zip(handles, sampler.choose(rows[:, None]), strict=True):
+        there = [number for number in range(count) if starts[number] <= moment < ends[number]]
+        if numbers := data.draw(st.permutations(there)):
+            rows = torch.stack([logits[number, len(found[number])] for number in numbers])
+            chosen = sampler.choose([texts[number] for number in numbers], rows[:, None])
+            for number, (token,) in zip(numbers, chosen, strict=True):
                 found[number].append(token)
     for number in range(count):
         assert len(found[number]) == ends[number] - starts[number]
@@ -202,10 +198,8 @@ def test_drafts_are_taken_as_far_as_they_are_what_one_step_after_the_other_choos
     steps, own = 7, SamplingSettings(**own)
     logits = logits_of(seed, steps)
     wanted = alone(own, prompt, logits, steps)
-    sampler = BatchSampler()
-    sampler.join("other", SamplingSettings(temperature=1.0), [])
-    sampler.join("it", own, prompt)
-    found = []
+    sampler, found = BatchSampler(), []
+    texts = [SampledText(SamplingSettings(temperature=1.0), []), SampledText(own, prompt)]
     while len(found) < steps:
         ahead = data.draw(st.integers(0, steps - len(found) - 1))
         good = data.draw(st.integers(0, ahead))
@@ -213,9 +207,10 @@ def test_drafts_are_taken_as_far_as_they_are_what_one_step_after_the_other_choos
         drafts += [data.draw(st.integers(-1, VOCABULARY - 1)) for _ in range(ahead - good)]
         rows = logits[len(found) : len(found) + ahead + 1]
         proposed = torch.tensor([[-1] * ahead, drafts]).long().view(2, ahead)
-        other, tokens = sampler.choose(torch.stack([torch.zeros_like(rows), rows]), proposed if ahead else None)
-        assert len(other) == 1 and len(tokens) > good or len(tokens) == good + 1
+        other, tokens = sampler.choose(texts, torch.stack([torch.zeros_like(rows), rows]), proposed if ahead else None)
+        assert len(other) == 1 and len(tokens) > good
         found += tokens
+        assert texts[1].answer == [token.id for token in found]
     assert found == wanted[: len(found)]
 
 
@@ -223,13 +218,11 @@ def test_a_fork_goes_on_from_where_its_request_is_with_a_seed_of_its_own():
     own, prompt = SamplingSettings(temperature=1.0, repetition_penalty=1.4, seed=5), [1, 2, 3]
     logits = logits_of(5, 12)
     wanted = alone(own, prompt, logits, 12)
-    sampler = BatchSampler()
-    sampler.join("it", own, prompt)
+    sampler, text = BatchSampler(), SampledText(own, prompt)
     for step in range(4):
-        sampler.choose(logits[None, step : step + 1])
-    sampler.fork("it", "same", own)
-    sampler.fork("it", "other", own.model_copy(update={"seed": 6}))
-    found = [sampler.choose(logits[None, step : step + 1].expand(3, -1, -1)) for step in range(4, 12)]
+        sampler.choose([text], logits[None, step : step + 1])
+    texts = [text, text.fork(own), text.fork(own.model_copy(update={"seed": 6}))]
+    found = [sampler.choose(texts, logits[None, step : step + 1].expand(3, -1, -1)) for step in range(4, 12)]
     assert [rows[0][0] for rows in found] == [rows[1][0] for rows in found] == wanted[4:]
     assert [rows[2][0].id for rows in found] != [token.id for token in wanted[4:]]
 

@@ -71,7 +71,9 @@ def test_the_pieces_are_the_decoding_of_any_ids(kind, data):
 def test_a_stop_string_ends_the_text_where_it_first_stands(kind, data):
     tokenizer = TOKENIZERS[kind]
     ids = encoded(tokenizer, data.draw(st.text("ab \n한é", max_size=20)))
-    stop = data.draw(st.lists(st.text("ab \n한é", min_size=1, max_size=3), min_size=1, max_size=2))
+    for special in data.draw(st.lists(st.sampled_from(tokenizer.all_special_ids), max_size=2)):
+        ids.insert(data.draw(st.integers(0, len(ids))), special)
+    stop = data.draw(st.lists(st.text("ab \n한é", min_size=1, max_size=4), min_size=1, max_size=4))
     pieces, stopped = streamed(tokenizer, ids, stop)
     whole = "".join(pieces)
     shortest = next((n for n in range(len(ids) + 1) if any(s in decoded(tokenizer, ids[:n]) for s in stop)), None)
@@ -81,6 +83,30 @@ def test_a_stop_string_ends_the_text_where_it_first_stands(kind, data):
     else:
         text = decoded(tokenizer, ids[:shortest])
         assert whole == text[: min(text.find(s) for s in stop if s in text)]
+
+
+@each_kind
+def test_the_stop_string_that_is_complete_first_ends_the_text_however_they_overlap(kind):
+    tokenizer = TOKENIZERS[kind]
+    ids = encoded(tokenizer, "a b한é\nbab")
+    for stop, wanted in {
+        ("b한é\nb", "한é"): "a b",  # complete first, though another one began before it
+        ("한é\nz", "\nba"): "a b한é",  # what one held back, another one ends
+        ("é\nbabb", "bbb"): "a b한é\nbab",  # held back to the end, and never complete
+    }.items():
+        pieces, stopped = streamed(tokenizer, ids, stop)
+        assert "".join(pieces) == wanted and stopped == (wanted != "a b한é\nbab")
+        assert not any("한é\nbab" in piece for piece in pieces[:-1])
+
+
+@each_kind
+def test_a_stop_string_may_be_a_special_token(kind):
+    """Which no text shows, so that the string would never be found."""
+    tokenizer = TOKENIZERS[kind]
+    ids = [*encoded(tokenizer, "a b"), tokenizer.eos_token_id, *encoded(tokenizer, "ab")]
+    pieces, stopped = streamed(tokenizer, ids, ["b ab", "</s>"])
+    assert "".join(pieces) == decoded(tokenizer, ids[:-1])[: len("a b")] and stopped
+    assert not streamed(tokenizer, ids, ["<pad>"])[1]
 
 
 def test_text_comes_as_soon_as_no_token_can_change_it():

@@ -17,6 +17,7 @@ from coterie.data.batching import pad
 from coterie.engine.rerouting import Rerouting
 from coterie.engine.rows import CachedRows, RowPlan
 from coterie.engine.sampling import BatchSampler, Chosen, check_biases
+from coterie.engine.sampling_stages import SampledText
 from coterie.engine.text import TextStream
 from coterie.routers.base import Routing
 from coterie.settings.groups import SamplingSettings
@@ -51,6 +52,7 @@ class _Request:
     number: int
     ids: list[int]
     longest: int | float  # tokens of prompt and answer
+    sampled: SampledText
     stream: TextStream
 
 
@@ -106,13 +108,17 @@ class DecodingBatch:
         most = [min(bound, len(ids) + limit) for ids, limit in zip(prompts, limits, strict=True)]
         each = len(draws)
         self._active = [
-            _Request(each * number + place, list(ids), longest, TextStream(backbone.tokenizer, own.stop))
+            _Request(
+                each * number + place,
+                list(ids),
+                longest,
+                SampledText(own, ids),
+                TextStream(backbone.tokenizer, own.stop),
+            )
             for number, (ids, longest) in enumerate(zip(prompts, most, strict=True))
             for place, own in enumerate(draws)
         ]
         self._sampler = BatchSampler()
-        for request in self._active:
-            self._sampler.join(request.number, draws[request.number % each], prompts[request.number // each])
 
     def run(self) -> Iterator[Token]:
         """Yield tokens step by step, in the order of the requests within a step; a prompt is read once."""
@@ -129,7 +135,6 @@ class DecodingBatch:
             if not staying:
                 return
             if len(staying) < len(self._active):
-                self._sampler.leave([token.request for token in tokens if token.finish_reason is not None])
                 self._active = [self._active[place] for place in staying]
                 self._keep(staying)
             chosen = [request.ids[-1:] for request in self._active]
@@ -146,7 +151,8 @@ class DecodingBatch:
             self._rerouting.texts.keep(requests)
 
     def _choose(self, logits: Float[Tensor, "prompt vocabulary"]) -> list[Token]:
-        pairs = zip(self._active, self._sampler.choose(logits[:, None]), strict=True)
+        chosen = self._sampler.choose([request.sampled for request in self._active], logits[:, None])
+        pairs = zip(self._active, chosen, strict=True)
         tokens = [self._advance(request, chosen) for request, (chosen,) in pairs]
         if self._rerouting is None:
             return tokens

@@ -1,6 +1,6 @@
 """Choosing the next tokens of all requests of a step at once, on the device, from their combined logits."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,68 +37,47 @@ def check_biases(settings: SamplingSettings, vocabulary: int) -> None:
 
 
 class BatchSampler:
-    """Chooses tokens for the requests that have joined, in the order in which they did.
+    """Chooses the next tokens of any texts at once, each as if it were alone.
 
-    What they ask for stands in tensors that change when one joins or leaves. A step does what some request needs, on
+    What they ask for stands in tensors that stay as long as the same texts come. A step does what some text needs, on
     the rows of those that need it, and copies from the device once.
     """
 
     def __init__(self) -> None:
-        """Begin without requests."""
-        self._requests: dict[Hashable, SampledText] = {}
+        """Know no texts yet."""
+        self._texts: list[SampledText] = []
         self._step: _Step | None = None
 
-    @property
-    def handles(self) -> list[Hashable]:
-        """The requests, in the order of the rows of logits that `choose` wants."""
-        return list(self._requests)
-
-    def join(self, handle: Hashable, settings: SamplingSettings, prompt: Sequence[int]) -> None:
-        """Take in a request whose answer is empty; a repetition penalty counts the tokens of `prompt` as well."""
-        self._step = None
-        self._requests[handle] = SampledText(settings, prompt, [])
-
-    def fork(self, handle: Hashable, copy: Hashable, settings: SamplingSettings) -> None:
-        """Let a further request go on from where one is, under settings of its own."""
-        self._step = None
-        own = self._requests[handle]
-        self._requests[copy] = SampledText(settings, own.prompt, list(own.answer))
-
-    def leave(self, handles: Sequence[Hashable]) -> None:
-        """Let requests go; the others keep their order."""
-        self._step = None
-        for handle in handles:
-            del self._requests[handle]
-
     @torch.inference_mode()
-    def choose(self, logits: Logits, drafts: Drafts | None = None) -> list[list[Chosen]]:
-        """Choose every request's next token, and those behind it as far as its drafts are what would be chosen.
+    def choose(self, texts: Sequence[SampledText], logits: Logits, drafts: Drafts | None = None) -> list[list[Chosen]]:
+        """Choose every text's next token, and those behind it as far as its drafts are what would be chosen.
 
         Args:
-            logits: combined logits behind each request's text, and behind each of its drafts.
+            texts: what is sampled; their answers grow by what is chosen.
+            logits: combined logits behind each text, and behind each of its drafts.
             drafts: tokens that were proposed to come next, first to last; -1 for none.
 
         Returns:
-            For every request the drafts that were right and one token more: what one step after the other chooses.
+            For every text the drafts that were right and one token more: what one step after the other chooses.
         """
-        requests = list(self._requests.values())
-        step = self._step = self._step or _Step(requests, logits)
-        ids, right = step.choose(logits, drafts)
+        if self._step is None or list(map(id, texts)) != list(map(id, self._texts)):
+            self._step, self._texts = _Step(texts, logits), list(texts)
+        ids, right = self._step.choose(logits, drafts)
         logprobs = logits.log_softmax(dim=-1)
         chosen = logprobs.gather(2, ids[..., None]).squeeze(2)
-        top_ids, top_logs = step.top(logprobs)
+        top_ids, top_logs = self._step.top(logprobs)
         parts = [right[:, None], ids, _bits(chosen), top_ids.flatten(1), _bits(top_logs).flatten(1)]
         copied = torch.cat([part.int() for part in parts], dim=1).cpu()
         counts, *columns = copied.split([part.shape[1] for part in parts], dim=1)
         result = []
-        for request, count, own in zip(requests, counts[:, 0].tolist(), zip(*columns, strict=True), strict=True):
+        for text, count, own in zip(texts, counts[:, 0].tolist(), zip(*columns, strict=True), strict=True):
             own_ids, logs, tops, top_logs = own[0].tolist(), _floats(own[1]).tolist(), own[2], _floats(own[3])
             tokens = [Chosen(*pair) for pair in zip(own_ids, logs, strict=True)][: count + 1]
-            if most := request.settings.top_logprobs:
+            if most := text.settings.top_logprobs:
                 shown = zip(tops.view(len(logs), -1).tolist(), top_logs.view(len(logs), -1).tolist(), strict=True)
                 pairs = [tuple(zip(*both, strict=True))[:most] for both in shown]
                 tokens = [token._replace(top=top) for token, top in zip(tokens, pairs, strict=False)]
-            request.answer += own_ids[: count + 1]
+            text.answer += own_ids[: count + 1]
             result.append(tokens)
         return result
 

@@ -25,11 +25,15 @@ COLDEST = 1e-6  # a temperature below is as good as greedy, and no number to div
 
 @dataclass
 class SampledText:
-    """How a request is sampled, and what it consists of so far."""
+    """How an answer is sampled, and what it consists of so far."""
 
     settings: SamplingSettings
     prompt: Sequence[int]
     answer: list[int] = field(default_factory=list)
+
+    def fork(self, settings: SamplingSettings) -> "SampledText":
+        """Return a further answer that goes on from here."""
+        return SampledText(settings, self.prompt, list(self.answer))
 
 
 class Stage(ABC):

@@ -21,8 +21,10 @@ class TextStream:
     """Text of one request, growing token by token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
-        """Start empty; `stop` strings end the text and are not part of it."""
+        """Start empty; `stop` strings end the text and are not part of it, also such as special tokens are called."""
         self._tokenizer = tokenizer
+        special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+        self._stop_ids = {token for name, token in special if name in stop}  # no text shows them
         self._stop = [text for text in stop if text]
         self._anchor: list[int] = []  # tokens with a text of their own: what follows is decoded behind them
         self._open: list[int] = []  # tokens whose text can still change
@@ -33,6 +35,10 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Add a token and return the text that is certain by now."""
+        if token in self._stop_ids and not self.stopped:
+            text = self._give(final=True)
+            self.stopped = True
+            return text
         name = self._tokenizer.convert_ids_to_tokens(token)
         if name is not None and (self._decode([token]) or not self._tokenizer.decode([token])):
             self._open.append(token)  # what the decoder leaves out does not part those around it
