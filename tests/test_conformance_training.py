@@ -22,7 +22,8 @@ from conftest import write_rows
 from coterie import methods
 from coterie.artifacts import read_json
 from coterie.backbone.gates import Gates
-from coterie.backbone.layers import ExpertLayers, linear_layers
+from coterie.backbone.layers import ExpertLayers
+from coterie.backbone.linear_layers import linear_layers
 from coterie.backbone.model import Backbone, BaseModelIdentity
 from coterie.backbone.row_mix import Gated
 from coterie.data.batching import IGNORED, PromptFormat, TokenRow, pad

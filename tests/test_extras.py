@@ -11,7 +11,7 @@ from conftest import FIT, GRID
 from coterie import methods
 from coterie.artifacts import read_json, read_jsonl, write_text
 from coterie.backbone.aliases import cache_folder
-from coterie.backbone.layers import linear_shapes
+from coterie.backbone.linear_layers import linear_shapes
 from coterie.data.examples import load_examples
 from coterie.errors import CoterieError
 from coterie.experts import training

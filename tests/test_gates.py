@@ -9,14 +9,15 @@ import torch
 from peft import ArrowConfig, LoraConfig, create_arrow_model, get_peft_model
 
 from coterie.backbone.gates import Gates
-from coterie.backbone.layers import ExpertLayers, linear_layers, linear_shapes
+from coterie.backbone.layers import ExpertLayers
+from coterie.backbone.linear_layers import linear_layers, linear_shapes
 from coterie.backbone.prototypes import PROTOTYPES, prototypes
 from coterie.backbone.row_mix import Gated
 from coterie.combiners.layers import LayerCombiner
 from coterie.data.batching import PromptFormat, TokenRow
 from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank, load_bank
-from coterie.lora import LoraPair, apply_chosen, apply_weighted, stack
+from coterie.lora import LoraPair, add_chosen, add_weighted, stack
 from coterie.mixture import Mixture
 from coterie.routers.base import RouterParts
 from coterie.routers.gate import GateRouter, spectral_router
@@ -155,8 +156,9 @@ def test_gated_layers_equal_a_loop_over_tokens_and_chosen_experts(score, top_k, 
         for expert, share in zip(chosen, shares, strict=True):
             expected[row, position] += share / sum(shares) * (dense(pairs[expert]) @ token)
     weights = gates.weigh("x", x).weights
-    for apply in (apply_weighted, apply_chosen):
-        torch.testing.assert_close(apply(x, stack(pairs), weights), expected, rtol=1e-4, atol=1e-4)
+    for add in (add_weighted, add_chosen):
+        found = add(torch.ones(4, POSITIONS, OUT), x, stack(pairs), weights)
+        torch.testing.assert_close(found, 1 + expected, rtol=1e-4, atol=1e-4)
 
 
 def test_experts_that_are_not_chosen_are_not_computed():
@@ -167,21 +169,22 @@ def test_experts_that_are_not_chosen_are_not_computed():
     x = x.abs()  # so that the third expert's score is the smallest everywhere
     broken = LoraPair(torch.full((2, IN), torch.nan), torch.full((2, OUT), torch.nan))
     weights = gates.weigh("x", x).weights
-    expected = apply_chosen(x, stack(pairs), weights)
+    expected = add_chosen(torch.zeros(2, POSITIONS, OUT), x, stack(pairs), weights)
     assert bool(torch.isfinite(expected).all())
-    torch.testing.assert_close(apply_chosen(x, stack([*pairs[:2], broken]), weights), expected)
+    found = add_chosen(torch.zeros(2, POSITIONS, OUT), x, stack([*pairs[:2], broken]), weights)
+    torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("apply", [apply_weighted, apply_chosen])
+@pytest.mark.parametrize("add", [add_weighted, add_chosen])
 @pytest.mark.parametrize("top_k", [None, 2])
-def test_chosen_experts_pass_gradients_to_their_gate(top_k, apply):
+def test_chosen_experts_pass_gradients_to_their_gate(top_k, add):
     pairs, x = random_pairs([2, 1, 3]), normal(2, POSITIONS, IN, seed=1)
     gate = normal(3, IN, seed=9).double().requires_grad_()
     stacked = stack([LoraPair(pair.down.double(), pair.up.double()) for pair in pairs])
 
     def loss(gate: torch.Tensor) -> torch.Tensor:
         weights = Gates(tuple("abc"), {"x": gate}, top_k=top_k).weigh("x", x).weights
-        return apply(x.double(), stacked, weights).square().sum()
+        return add(torch.zeros(2, POSITIONS, OUT).double(), x.double(), stacked, weights).square().sum()
 
     loss(gate).backward()
     step = torch.zeros_like(gate)
@@ -328,7 +331,8 @@ def test_the_null_expert_changes_nothing_where_it_wins(backbone, bank, kind):
     pairs = [adapter.get(LAYER) for adapter in (bank.adapters[0], bank.adapters[1], {})]
     gates = spectral_router(kind, backbone, bank, ["law", "maths"], top_k=1, null="null").gates
     x = torch.stack([away_from(gates, LAYER), bank.adapters[0][LAYER].down[0]])[None]
-    update = apply_weighted(x, stack(pairs), gates.weigh(LAYER, x).weights)
+    width = pairs[0].up.shape[1]
+    update = add_weighted(torch.zeros(1, 2, width), x, stack(pairs), gates.weigh(LAYER, x).weights)
     assert update[0, 0].count_nonzero() == 0 and update[0, 1].count_nonzero() > 0
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import tiny
 from coterie.artifacts import read_json, read_jsonl
+from coterie.backbone.adding import Adding
 from coterie.backbone.gates import Gates, Weighing
-from coterie.backbone.layers import ExpertLayers, linear_layers, linear_shapes, updating
+from coterie.backbone.layers import ExpertLayers
+from coterie.backbone.linear_layers import linear_layers, linear_shapes
 from coterie.backbone.loading import load_backbone
 from coterie.backbone.row_mix import Gated
 from coterie.data.batching import IGNORED, PromptFormat, TokenRow
@@ -118,11 +121,10 @@ def test_loss_and_gradients_equal_a_loop_over_tokens_and_experts(backbone, adapt
         present = [share * SCALING * (pair[1].T @ (pair[0] @ x)) for share, pair in shares if pair]
         return sum(present) if present else torch.zeros(linear_shapes(backbone.model)[path][1])
 
-    def loop(path: str, x: torch.Tensor) -> torch.Tensor:
-        return torch.stack([torch.stack([token(path, own) for own in row]) for row in x])
+    def loop(path: str, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return out + torch.stack([torch.stack([token(path, own) for own in row]) for row in x])
 
-    modules = {path: linear_layers(backbone.model)[path] for path in leaves}
-    with updating(backbone.model, modules, loop):
+    with Adding(backbone.model, {path: partial(loop, path) for path in leaves})():
         expected = mean_loss(backbone, batch)
     expected.backward()
     assert float(model(**batch)["loss"].detach()) == pytest.approx(float(expected.detach()), rel=1e-5)

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from coterie import lora
+from coterie.backbone.row_mix import alone, chosen
 from coterie.lora import LoraPair, StackedPair
 
 IN, OUT, POSITIONS = 5, 4, 3
+CPU = torch.device("cpu")
 RANKS = [[2, 2, 2], [1, 3, 2], [4, None, 1]]
 """Ranks of three experts; None is an expert that does not change the layer."""
 
@@ -31,7 +33,8 @@ def dense(pair: LoraPair | None) -> torch.Tensor:
 def update_of(pair: LoraPair) -> torch.Tensor:
     """The update (O, I) as the layer's own code applies it: what it makes of the unit vectors."""
     units = torch.eye(pair.down.shape[1], dtype=pair.down.dtype)[None]
-    return lora.apply_by_expert(units, lora.stack([pair]), [1])[0].T
+    out = units.new_zeros(1, pair.down.shape[1], pair.up.shape[1])
+    return lora.add_in_order(out, units, lora.stack([pair]))[0].T
 
 
 def inputs(rows: int, seed: int = 1) -> torch.Tensor:
@@ -72,10 +75,10 @@ def test_padding_to_a_larger_rank_does_not_change_one_bit():
     small = LoraPair(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 5.0]]))
     large = LoraPair(torch.ones(7, 2), torch.ones(7, 2))
     x = torch.tensor([[[1.0, -4.0], [2.0, 9.0]]])
-    alone = lora.apply_by_expert(x, lora.stack([small]), [1])
+    alone = lora.add_in_order(torch.zeros(1, 2, 2), x, lora.stack([small]))
     padded = lora.stack([small, large])
-    assert torch.equal(lora.apply_by_expert(x, StackedPair(padded.down[:1], padded.up[:1]), [1]), alone)
-    assert torch.equal(lora.apply_weighted(x, padded, torch.tensor([[[1.0, 0.0]]])), alone)
+    assert torch.equal(lora.add_in_order(torch.zeros(1, 2, 2), x, padded.part(0, 1)), alone)
+    assert torch.equal(lora.add_weighted(torch.zeros(1, 2, 2), x, padded, torch.tensor([[[1.0, 0.0]]])), alone)
 
 
 def test_a_layer_that_nobody_changes_cannot_be_stacked():
@@ -83,42 +86,93 @@ def test_a_layer_that_nobody_changes_cannot_be_stacked():
         lora.stack([None, None])
 
 
-@pytest.mark.parametrize("ranks", RANKS, ids=str)
-@pytest.mark.parametrize("counts", [(1, 1, 1), (2, 2, 2), (1, 3, 2), (0, 4, 1), (5, 0, 0)], ids=str)
-def test_rows_by_expert_equal_a_loop_over_experts(ranks, counts):
-    pairs, x = random_pairs(ranks), inputs(sum(counts))
-    owners = [expert for expert, count in enumerate(counts) for _ in range(count)]
-    expected = torch.stack([x[row] @ dense(pairs[expert]).T for row, expert in enumerate(owners)])
-    torch.testing.assert_close(lora.apply_by_expert(x, lora.stack(pairs), counts), expected)
-
-
-@pytest.mark.parametrize("ranks", RANKS, ids=str)
-@pytest.mark.parametrize("positions", [1, POSITIONS], ids=["one weight a row", "one weight a position"])
-def test_weighted_rows_equal_the_weighted_sum_of_dense_updates(ranks, positions):
-    pairs, x = random_pairs(ranks), inputs(4)
-    weights = random_weights(4, positions, 3)
-    expected = torch.zeros(4, POSITIONS, OUT, dtype=torch.float64)
-    for row in range(4):
+def by_loop(x: torch.Tensor, pairs: list[LoraPair | None], weights: torch.Tensor) -> torch.Tensor:
+    """What every row and position gets, vector by vector and expert by expert, on top of ones."""
+    weights = weights.expand(len(x), POSITIONS, len(pairs))
+    result = torch.ones(len(x), POSITIONS, OUT, dtype=x.dtype)
+    for row in range(len(x)):
         for position in range(POSITIONS):
-            own = weights[row, position % positions]
-            update = sum(w * dense(pair) for w, pair in zip(own, pairs, strict=True))
-            expected[row, position] = update @ x[row, position]
-    torch.testing.assert_close(lora.apply_weighted(x, lora.stack(pairs), weights), expected)
+            for weight, pair in zip(weights[row, position], pairs, strict=True):
+                result[row, position] += weight * (dense(pair) @ x[row, position])
+    return result
+
+
+def kernels(weights: torch.Tensor) -> dict:
+    """Every way to compute weights that can compute these: (out, x, stack) to the sum."""
+    rows = weights[:, 0].float() if weights.shape[1] == 1 else torch.zeros(0)
+    ways = {"weighted": lambda out, x, pair: lora.add_weighted(out, x, pair, weights)}
+    every = weights.expand(-1, POSITIONS, -1)
+    ways["chosen"] = lambda out, x, pair: lora.add_chosen(out, x, pair, every)
+    if not len(rows):
+        return ways
+    if (own := alone(rows, CPU)) and own.places is None:
+        ways["in order"] = lambda out, x, pair: lora.add_in_order(out, x, pair.part(own.first, own.end))
+    elif own:
+        ways["padded"] = lambda out, x, pair: lora.add_padded(out, x, pair.part(own.first, own.end), *own.places)
+    if few := chosen(rows, CPU):
+        ways["by row"] = lambda out, x, pair: lora.add_by_row(out, x, pair, *few)
+    return ways
+
+
+OWNERS = {
+    "in order": [0, 0, 1, 1, 2, 2],
+    "some in order": [1, 1, 2, 2],
+    "one": [2, 2, 2],
+    "in turn": [0, 1, 2, 0, 1, 2],
+    "unequally many": [2, 0, 1, 0, 2],
+    "nearly all of one": [1, 1, 1, 1, 0, 1, 2],
+}
 
 
 @pytest.mark.parametrize("ranks", RANKS, ids=str)
-def test_one_hot_weights_equal_rows_by_expert(ranks):
-    counts = (2, 1, 3)
-    owners = torch.tensor([expert for expert, count in enumerate(counts) for _ in range(count)])
-    weights = torch.nn.functional.one_hot(owners, 3)[:, None, :].double()
-    stacked, x = lora.stack(random_pairs(ranks)), inputs(6)
-    torch.testing.assert_close(lora.apply_weighted(x, stacked, weights), lora.apply_by_expert(x, stacked, counts))
+@pytest.mark.parametrize("owners", OWNERS)
+def test_rows_of_one_expert_each_equal_a_loop_over_experts(ranks, owners):
+    pairs, rows = random_pairs(ranks), OWNERS[owners]
+    weights = torch.eye(3, dtype=torch.float64)[rows][:, None]
+    x = inputs(len(rows))
+    expected, ways = by_loop(x, pairs, weights), kernels(weights)
+    assert ("in order" in ways) == (owners in ("in order", "some in order", "one"))
+    assert ("padded" in ways) == (owners in ("in turn", "unequally many"))
+    for add in ways.values():
+        torch.testing.assert_close(add(torch.ones(len(rows), POSITIONS, OUT).double(), x, lora.stack(pairs)), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_results_keep_the_dtype_of_the_input(dtype):
-    stacked = StackedPair(*(half.to(dtype) for half in lora.stack(random_pairs([2, 1]))))
-    x = inputs(2).to(dtype)
-    weights = torch.ones(2, 1, 2)
-    assert lora.apply_by_expert(x, stacked, [1, 1]).dtype == dtype
-    assert lora.apply_weighted(x, stacked, weights).dtype == dtype
+MIXED = {
+    "one set a row": torch.tensor([[[0.2, 0.5, 0.4]], [[0.1, 0.0, 0.7]], [[1.0, 0.0, 0.0]]]),
+    "some a row": torch.tensor([[[0.2, 0.5, 0.0]], [[0.0, 0.0, 0.7]], [[1.0, 0.0, 0.0]], [[0.0, 0.0, 0.0]]]),
+    "one set a position": random_weights(3, POSITIONS, 3).masked_fill(random_weights(3, POSITIONS, 3) < 0.4, 0.0),
+}
+
+
+@pytest.mark.parametrize("ranks", RANKS, ids=str)
+@pytest.mark.parametrize("kind", MIXED)
+def test_mixed_rows_equal_a_loop_over_experts(ranks, kind):
+    pairs, weights = random_pairs(ranks), MIXED[kind].double()
+    x = inputs(len(weights))
+    expected, ways = by_loop(x, pairs, weights), kernels(weights)
+    assert ("by row" in ways) == (kind == "some a row")
+    for add in ways.values():
+        found = add(torch.ones(len(x), POSITIONS, OUT).double(), x, lora.stack(pairs))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_outputs_change_in_place_only_where_no_gradient_is_wanted(grad):
+    pairs, ways = lora.stack(random_pairs([2, 1])), kernels(torch.eye(2)[:, None].double())
+    with torch.set_grad_enabled(grad):
+        for name in ("in order", "weighted", "by row"):
+            out = torch.ones(2, POSITIONS, OUT).double()
+            found = ways[name](out, inputs(2), pairs)
+            assert not torch.equal(found, torch.ones_like(out))
+            assert torch.equal(found, out) != grad
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_outputs_keep_their_type_whatever_the_updates_have(wide):
+    stacked = StackedPair(*(half.to(wide) for half in lora.stack(random_pairs([2, 1]))))
+    weights = torch.eye(2)[[1, 0]][:, None]
+    for own in (weights, torch.full_like(weights, 0.5)):
+        found = [add(torch.ones(2, POSITIONS, OUT), inputs(2).to(wide), stacked) for add in kernels(own).values()]
+        assert {tensor.dtype for tensor in found} == {torch.float32}
+        for other in found[1:]:
+            torch.testing.assert_close(other, found[0])

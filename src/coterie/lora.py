@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from coterie.errors import CoterieError, unknown_name
@@ -47,6 +47,10 @@ class StackedPair(NamedTuple):
 
     down: Float[Tensor, "expert rank in"]
     up: Float[Tensor, "expert rank out"]
+
+    def part(self, first: int, end: int) -> "StackedPair":
+        """Return these experts, without `end`: views, no copies."""
+        return self if (first, end) == (0, len(self.down)) else StackedPair(self.down[first:end], self.up[first:end])
 
 
 def stack(pairs: Sequence[LoraPair | None]) -> StackedPair:
@@ -87,54 +91,117 @@ def put(stacked: StackedPair, number: int, pair: LoraPair | None) -> StackedPair
     return stacked
 
 
-def apply_by_expert(
-    x: Float[Tensor, "row position in"], pair: StackedPair, counts: Sequence[int]
+# ------------------------------------------------------------------------------------ updates added to what layers give
+
+
+def add_in_order(
+    out: Float[Tensor, "row position out"], x: Float[Tensor, "row position in"], pair: StackedPair
 ) -> Float[Tensor, "row position out"]:
-    """Apply each row's own expert; rows are ordered by expert, `counts[e]` of them for expert e.
+    """Add each row's own expert, where rows are ordered by expert, equally many of each: two batched products."""
+    groups = (len(pair.down), -1)
+    ranks = torch.bmm(x.reshape(*groups, x.shape[-1]), pair.down.mT)
+    return _add_product(out.reshape(*groups, out.shape[-1]), ranks, pair.up).reshape(out.shape)
 
-    Equal counts take two batched products for all experts together; unequal ones take two small products an expert.
+
+def add_padded(
+    out: Float[Tensor, "row position out"],
+    x: Float[Tensor, "row position in"],
+    pair: StackedPair,
+    order: Int[Tensor, " place"],
+    back: Int[Tensor, " row"],
+) -> Float[Tensor, "row position out"]:
+    """Add each row's own expert, where rows have any order.
+
+    Args:
+        out: what the updates are added to.
+        x: the layer's input.
+        pair: the experts.
+        order: the rows of each expert in turn, equally many: where an expert has fewer, any row stands in.
+        back: where each row stands there.
     """
-    rows, positions, width = x.shape
-    if len(set(counts)) == 1:
-        grouped = x.reshape(len(counts), -1, width)  # [E, N/E * T, I]
-        return torch.bmm(torch.bmm(grouped, pair.down.mT), pair.up).reshape(rows, positions, -1)
-    parts = [
-        part @ down.T @ up
-        for part, down, up in zip(x.split(list(counts)), pair.down, pair.up, strict=True)
-        if len(part)
-    ]
-    return torch.cat(parts)
+    grouped = x[order].reshape(len(pair.down), -1, x.shape[-1])
+    update = torch.bmm(torch.bmm(grouped, pair.down.mT), pair.up)
+    return out + update.reshape(len(order), *out.shape[1:])[back].to(out.dtype)
 
 
-def apply_weighted(
+def add_by_row(
+    out: Float[Tensor, "row position out"],
+    x: Float[Tensor, "row position in"],
+    pair: StackedPair,
+    experts: Int[Tensor, "row chosen"],
+    shares: Float[Tensor, "row chosen"] | None = None,
+) -> Float[Tensor, "row position out"]:
+    """Add the mixture of each row's own experts, whose factors are copied for it; without shares each weighs 1."""
+    down, up = (half[experts].flatten(1, 2) for half in pair)  # [N, K R, I], [N, K R, O]
+    ranks = torch.bmm(x, down.mT)
+    if shares is not None:
+        ranks = ranks * shares.to(x.dtype).repeat_interleave(pair.down.shape[1], dim=1)[:, None]
+    return _add_product(out, ranks, up)
+
+
+def add_weighted(
+    out: Float[Tensor, "row position out"],
     x: Float[Tensor, "row position in"],
     pair: StackedPair,
     weights: Float[Tensor, "row #position expert"],  # noqa: F821
 ) -> Float[Tensor, "row position out"]:
-    """Apply the exact mixture sum_e w_e up_e.T down_e, with weights of its own for every row (and position).
+    """Add the exact mixture sum_e w_e up_e.T down_e, with weights of its own for every row (and position).
 
     All `down` stand in one product, the weights act in rank space, all `up` stand in one product: the cost grows
     with the sum of ranks, and no tensor of size rows x experts x outputs exists.
     """
-    experts, rank, _ = pair.down.shape
-    ranks = (x @ pair.down.flatten(0, 1).T).unflatten(-1, (experts, rank))  # [N, T, E, R]
-    return (ranks * weights.unsqueeze(-1).to(x.dtype)).flatten(-2) @ pair.up.flatten(0, 1)
+    experts, rank, width = pair.down.shape
+    ranks = (x @ pair.down.reshape(-1, width).T).unflatten(-1, (experts, rank))  # [N, T, E, R]
+    ranks = (ranks * weights.unsqueeze(-1).to(x.dtype)).reshape(-1, experts * rank)
+    return _add_product(out.reshape(-1, out.shape[-1]), ranks, pair.up.flatten(0, 1)).reshape(out.shape)
 
 
-def apply_chosen(
+def add_chosen(
+    out: Float[Tensor, "row position out"],
     x: Float[Tensor, "row position in"],
     pair: StackedPair,
     weights: Float[Tensor, "row position expert"],
 ) -> Float[Tensor, "row position out"]:
-    """Apply the same mixture, computing at every token only the experts whose weight there is not 0 (some must be).
+    """Add the same mixture, computing at every token only the experts whose weight there is not 0.
 
     Tokens are grouped by expert, once for each of their experts: the cost grows with the chosen ranks, not with all.
+    How many tokens each has must be known before its products, so this waits for the device.
     """
     tokens, shares = x.flatten(0, 1), weights.flatten(0, 1).to(x.dtype)
     expert, token = shares.T.nonzero(as_tuple=True)  # ordered by expert
     counts = expert.bincount(minlength=shares.shape[1]).tolist()
-    updates = apply_by_expert(tokens[token].unsqueeze(1), pair, counts).squeeze(1) * shares[token, expert].unsqueeze(1)
-    return updates.new_zeros(len(tokens), updates.shape[1]).index_add(0, token, updates).unflatten(0, x.shape[:2])
+    grouped = zip((tokens[token] * shares[token, expert, None]).split(counts), *pair, strict=True)
+    updates = torch.cat([own @ down.T @ up for own, down, up in grouped if len(own)])
+    return out.flatten(0, 1).index_add(0, token, updates.to(out.dtype)).reshape(out.shape)
+
+
+def _add_product(
+    out: Float[Tensor, "*group token out"],
+    ranks: Float[Tensor, "*group token rank"],
+    up: Float[Tensor, "*group rank out"],
+) -> Float[Tensor, "*group token out"]:
+    """Return out + ranks @ up: in `out` itself, where no gradient is wanted."""
+    if out.dtype != up.dtype:
+        return out + (ranks @ up).to(out.dtype)
+    if torch.is_grad_enabled():
+        return torch.baddbmm(out, ranks, up) if out.dim() == 3 else torch.addmm(out, ranks, up)
+    return out.baddbmm_(ranks, up) if out.dim() == 3 else out.addmm_(ranks, up)
+
+
+COPIED = 32  # tokens whose products with a factor cost as much as copying it, measured on CPU
+
+
+def copying_pays(rows: int, positions: int, chosen: int, experts: int) -> bool:
+    """Tell whether copying each row's chosen experts (`add_by_row`) costs less than computing all (`add_weighted`)."""
+    return rows * chosen * (COPIED + positions) < experts * (COPIED + rows * positions)
+
+
+GROUPED_RANKS, GROUPED_TOKENS = 256, 64  # from which on grouping tokens pays, measured on CPU
+
+
+def grouping_pays(tokens: int, chosen: int, experts: int, rank: int) -> bool:
+    """Tell whether grouping tokens by expert (`add_chosen`) costs less than computing all (`add_weighted`)."""
+    return experts * rank >= GROUPED_RANKS and tokens >= GROUPED_TOKENS and 3 * chosen <= experts
 
 
 # ---------------------------------------------------------------------------------------------- one pair out of many

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from coterie.backbone.layers import ExpertLayers, linear_layers, linear_shapes, unchangeable_layers
+from coterie.backbone.layers import ExpertLayers
+from coterie.backbone.linear_layers import linear_layers, linear_shapes, unchangeable_layers
 from coterie.backbone.model import Backbone, Reads
 from coterie.backbone.slots import Slots
 from coterie.data.batching import pad

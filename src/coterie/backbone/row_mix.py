@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -37,49 +38,86 @@ class RequestRows:
     merge: str = EXACT
 
 
-class Groups(NamedTuple):
-    """Rows of one expert each, expert by expert: the rows in `order` are ordered, `counts[i]` of them for `experts[i]`.
+class Alone(NamedTuple):
+    """Experts that rows run alone, in the order of the stack: `first` to `end`, without it.
 
     Attributes:
-        experts: their places in the stack.
-        counts: rows of each.
-        order: the rows, expert by expert; None where they stand so.
-        back: the places of the rows in `order`.
+        first: place of the first expert in the stack.
+        end: place behind the last one.
+        places: the rows of each expert in turn, and where each row stands there (see `lora.add_padded`); None where
+            rows stand so anyway.
     """
 
-    experts: Int[Tensor, " expert"]
-    counts: tuple[int, ...]
-    order: Int[Tensor, " row"] | None
-    back: Int[Tensor, " row"] | None
+    first: int
+    end: int
+    places: tuple[Int[Tensor, " place"], Int[Tensor, " row"]] | None = None
+
+
+class Chosen(NamedTuple):
+    """The experts that rows run, fewer than all, with their weights; None where each row runs one alone."""
+
+    experts: Int[Tensor, "row chosen"]
+    shares: Float[Tensor, "row chosen"] | None
 
 
 @dataclass(frozen=True)
 class RowMix:
-    """What every row of a batch runs, on the model's device.
+    """What every row of a batch runs, on the model's device, in several forms; the layers take the cheapest.
 
     Attributes:
         weights: over the experts of the stack, one set for a row or one for each of its positions.
-        groups: the same where every row runs one expert alone.
+        alone: the same where every row runs one expert alone.
+        chosen: the same where no row runs all experts.
         gated: gates, and the rows that they weigh.
         held: keeps merged adapters in the stack for as long as this mix is there.
     """
 
     weights: Float[Tensor, "row #position expert"]  # noqa: F821
-    groups: Groups | None = None
+    alone: Alone | None = None
+    chosen: Chosen | None = None
     gated: tuple[tuple[Gated, Bool[Tensor, " row"]], ...] = ()
     held: tuple[object, ...] = ()
 
+    @cached_property
+    def most_weighed(self) -> int:
+        """How many experts gates choose at most at a token, or weights do where none choose."""
+        counts = [gates.top_k or len(gates.experts) for (_, gates), _ in self.gated]
+        chosen = self.weights.shape[-1] if self.chosen is None else self.chosen.experts.shape[1]
+        return max(*counts, chosen)
 
-def grouped(weights: Float[Tensor, "row expert"], device: torch.device) -> Groups | None:
-    """Group rows by their experts, if each runs one alone, with a weight of 1."""
+
+PADDING = 1.5  # how much longer rows may get by standing in groups of one size
+
+
+def alone(weights: Float[Tensor, "row expert"], device: torch.device) -> Alone | None:
+    """Group rows by their experts, if each runs one alone, with a weight of 1, and all about equally often."""
     if not bool(((weights == 1).sum(dim=1) == 1).all()) or int(weights.count_nonzero()) != len(weights):
         return None
     owners = weights.argmax(dim=1)
-    experts, counts = owners.unique(return_counts=True)
+    first, end = int(owners.min()), int(owners.max()) + 1
+    counts = (owners - first).bincount()
+    most = int(counts.max())
+    if len(counts) * most > PADDING * len(owners):
+        return None
     order = owners.argsort(stable=True)
-    stands = bool((order[1:] > order[:-1]).all())
-    places = None if stands else (order.to(device), order.argsort().to(device))
-    return Groups(experts.to(device), tuple(counts.tolist()), *(places or (None, None)))
+    if len(counts) * most == len(owners) and bool((owners[1:] >= owners[:-1]).all()):
+        return Alone(first, end)
+    place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[owners[order] - first]  # within the expert's rows
+    place += (owners[order] - first) * most
+    padded = torch.zeros(len(counts) * most, dtype=torch.long)
+    padded[place] = order
+    back = torch.empty_like(order).index_put((order,), place)
+    return Alone(first, end, (padded.to(device), back.to(device)))
+
+
+def chosen(weights: Float[Tensor, "row expert"], device: torch.device) -> Chosen | None:
+    """Name the experts of each row, if no row runs all of them."""
+    most = max(1, int((weights != 0).sum(dim=1).max()))
+    if most == weights.shape[1]:
+        return None
+    experts = weights.abs().argsort(dim=1, descending=True, stable=True)[:, :most]
+    shares = weights.gather(1, experts)
+    return Chosen(experts.to(device), None if bool((shares == 1).all()) else shares.to(device))
 
 
 def gated_rows(requests: Sequence[RequestRows], device: torch.device) -> tuple[tuple[Gated, Bool[Tensor, " row"]], ...]:

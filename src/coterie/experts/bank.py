@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from coterie.artifacts import read_floats, read_json, tensor_claims, write_json, write_tensors
 from coterie.artifacts.tensors import FLOATS
-from coterie.backbone.layers import NEVER_RUNS, linear_shapes, unchangeable_layers
+from coterie.backbone.linear_layers import NEVER_RUNS, linear_shapes, unchangeable_layers
 from coterie.errors import CoterieError, shortened, unknown_name
 from coterie.lora import Adapter, LoraPair
 from coterie.records.adapter import AdapterConfig

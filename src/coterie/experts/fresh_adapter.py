@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from coterie.artifacts import disk_errors, is_full, read_json, write_json
-from coterie.backbone.layers import ExpertLayers, linear_layers, unchangeable_layers
+from coterie.backbone.layers import ExpertLayers
+from coterie.backbone.linear_layers import linear_layers, unchangeable_layers
 from coterie.backbone.loading import Backbone
 from coterie.errors import CoterieError, first_line, unknown_name
 from coterie.experts.bank import CONFIG_FILE, KEY_PREFIX, load_adapter, rank_and_alpha, read_config

@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from coterie.backbone.adding import Adding
 from coterie.backbone.gates import Gates, Weighing
-from coterie.backbone.layers import linear_layers, updating
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import IGNORED
 from coterie.errors import CoterieError
-from coterie.lora import Adapter, LoraPair, StackedPair, apply_weighted, stack
+from coterie.lora import Adapter, LoraPair, StackedPair, add_weighted, stack
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,16 @@ class GatedLayer(nn.Module):
         ]
 
 
+class _Pass(NamedTuple):
+    """What all layers know of a forward pass."""
+
+    gates: Gates
+    real: Bool[Tensor, "row position"]
+    """Tells tokens from padding."""
+    penalties: list[Tensor]
+    """What balance costs, layer by layer."""
+
+
 class GatedModel(nn.Module):
     """The base model with all experts mixed by gates; its parameters are the gates and, optionally, the experts."""
 
@@ -155,9 +167,8 @@ class GatedModel(nn.Module):
         self.dropout = nn.Dropout(training.dropout)
         self.balance = training.balance
         self.step, self.epoch = (Tally(len(self.paths), len(adapters)) for _ in range(2))
-        every = linear_layers(backbone.model)
-        linear = {path: every[path] for path in self.paths}
-        self._held = (backbone, linear, gates, layers)  # hidden from `parameters`
+        adding = Adding(backbone.model, {path: partial(self._mix, number) for number, path in enumerate(self.paths)})
+        self._held = (backbone, adding, gates, layers)  # hidden from `parameters`
         self.to(backbone.device)
 
     def gates(self) -> Gates:
@@ -172,6 +183,19 @@ class GatedModel(nn.Module):
         every = range(len(start.experts))
         return tuple({path: pair for path, own in pairs.items() if (pair := own[n]) is not None} for n in every)
 
+    def _mix(self, number: int, out: Tensor, x: Float[Tensor, "row position in"]) -> Float[Tensor, "row position out"]:
+        """Add a layer's experts to what it gives, as its gate weighs them."""
+        gates, real, penalties = self._pass
+        path = self.paths[number]
+        layer = self._held[3][path]
+        with torch.autocast(x.device.type, enabled=False):  # a choice of experts must not hang on rounding
+            weighing = gates.weigh(path, x)
+        self.step.count(number, weighing.weights, real)
+        if self.balance:
+            penalties.append(balance_loss(weighing, real))
+        pair = StackedPair(layer.down, layer.up * layer.scalings)
+        return add_weighted(out, self.dropout(x.to(pair.down.dtype)), pair, weighing.weights)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -183,22 +207,10 @@ class GatedModel(nn.Module):
         **_unused: Tensor,
     ) -> dict[str, Tensor]:
         """Return the mean loss over labelled tokens, and what balance adds; shapes as `TrainingCollator` makes them."""
-        backbone, linear, _, layers = self._held
-        gates, real = self.gates(), attention_mask.bool()
-        numbers = {path: number for number, path in enumerate(self.paths)}
+        backbone, adding, _, _ = self._held
         penalties: list[Tensor] = []
-
-        def mix(path: str, x: Tensor) -> Tensor:
-            layer = layers[path]
-            with torch.autocast(x.device.type, enabled=False):  # a choice of experts must not hang on rounding
-                weighing = gates.weigh(path, x)
-            self.step.count(numbers[path], weighing.weights, real)
-            if self.balance:
-                penalties.append(balance_loss(weighing, real))
-            pair = StackedPair(layer.down, layer.up * layer.scalings)
-            return apply_weighted(self.dropout(x.to(pair.down.dtype)), pair, weighing.weights)
-
-        with updating(backbone.model, linear, mix):
+        self._pass = _Pass(self.gates(), attention_mask.bool(), penalties)
+        with adding():
             hidden = backbone.hidden(input_ids, attention_mask, position_ids)
         logits = backbone.head(hidden[:, logits_to_keep])
         total = nn.functional.cross_entropy(

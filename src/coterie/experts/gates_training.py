@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from coterie.backbone.gates import Gates
-from coterie.backbone.layers import linear_shapes
+from coterie.backbone.linear_layers import linear_shapes
 from coterie.backbone.loading import Backbone
 from coterie.backbone.prototypes import prototypes
 from coterie.data.batching import TokenRow

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from coterie.backbone.layers import linear_layers
+from coterie.backbone.linear_layers import linear_layers
 from coterie.errors import CoterieError
 from coterie.experts.bank import write_adapter
 from coterie.lora import Adapter, LoraPair

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from coterie.artifacts import read_floats, read_jsonl, read_tensors, write_json, write_jsonl, write_tensors
-from coterie.backbone.layers import linear_shapes
+from coterie.backbone.linear_layers import linear_shapes
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import IGNORED, TokenRow, pad
 from coterie.errors import CoterieError

@@ -7,12 +7,12 @@ than one layer's gradients of one batch exist at any time.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from coterie.artifacts import read_tensors, write_tensors
-from coterie.backbone.layers import ExpertLayers, by_token
+from coterie.backbone.adding import swapped
+from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import Batch, TokenRow, by_length, pad
 from coterie.errors import CoterieError
@@ -115,9 +116,8 @@ class GradientFeatures:
         self._blocks = counted_blocks(settings.blocks, len(backbone.blocks))
         inside = {id(module) for number in self._blocks for module in backbone.blocks[number].modules()}
         named = dict(backbone.model.named_modules())
-        adapted = {path: named[path] for path in checkpoints[0].adapter}
-        self._modules = {path: module for path, module in adapted.items() if id(module) in inside}
-        if not self._modules:
+        self._counted = frozenset(path for path in checkpoints[0].adapter if id(named[path]) in inside)
+        if not self._counted:
             raise CoterieError(f"the adapter changes no layer of the blocks {settings.blocks!r}; use --blocks all")
         self._checkpoints = [(point, ExpertLayers(backbone.model, [point.adapter])) for point in checkpoints]
 
@@ -138,24 +138,22 @@ class GradientFeatures:
         batch = pad([row.ids for row in rows], self.backbone.pad_id, device=self.backbone.device)
         weights = loss_weights(rows, batch, self.settings.loss_on)
         total = torch.zeros(len(rows), self.settings.d_proj, device=self.backbone.device)
-        collector = _Collector(checkpoint, self.projection, self.settings.form, batch, total)
+        collector = _Collector(checkpoint, layers, self._counted, self.projection, self.settings.form, total)
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(layers.running(layers.weighted(torch.ones(len(rows), 1))))
+            stack.enter_context(layers.running(layers.weighted(torch.ones(len(rows), 1)), watch=collector.keep_input))
             first = self.backbone.blocks[self._blocks.start]
-            stack.callback(first.register_forward_pre_hook(_start_graph, with_kwargs=True).remove)
-            for path, module in self._modules.items():
-                stack.callback(module.register_forward_hook(partial(collector.keep_input, path)).remove)
+            stack.enter_context(swapped({first: partial(_start_graph, first.forward)}))
             _backward(self.backbone, batch, weights)
         collector.finish()
         return total
 
 
-def _start_graph(block: nn.Module, inputs: tuple, options: dict) -> tuple[tuple, dict]:
-    """Start the autograd graph at this block's input: nothing before it needs a gradient."""
+def _start_graph(forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:  # noqa: ANN401 - a block's own
+    """Start the autograd graph at a block's input: nothing before it needs a gradient."""
     if inputs:
-        return (inputs[0].detach().requires_grad_(), *inputs[1:]), options
-    return inputs, {**options, "hidden_states": options["hidden_states"].detach().requires_grad_()}
+        return forward(inputs[0].detach().requires_grad_(), *inputs[1:], **options)
+    return forward(**{**options, "hidden_states": options["hidden_states"].detach().requires_grad_()})
 
 
 def loss_weights(rows: Sequence[TokenRow], batch: Batch, loss_on: str) -> Float[Tensor, "row position"]:
@@ -192,32 +190,34 @@ class _Collector:
     """Listens to a backward pass and adds up the projected directions of every row."""
 
     checkpoint: Checkpoint
+    layers: ExpertLayers
+    counted: frozenset[str]
     projection: Projection
     form: str
-    batch: Batch
     total: Float[Tensor, "row d_proj"]
     calls: Counter[str] = field(default_factory=Counter)
-    """How often each module ran in the forward pass."""
+    """How often each layer ran in the forward pass."""
     held: dict[str, Tensor] = field(default_factory=dict)
-    """Gradients so far of modules that ran more than once: the directions of the parts are not those of the sum."""
+    """Gradients so far of layers that ran more than once: the directions of the parts are not those of the sum."""
 
-    def keep_input(self, path: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Keep the input of a module in the forward pass, until the gradient of its output comes by."""
-        if not output.requires_grad:  # a module that also runs in a block before those that count
+    def keep_input(
+        self, path: str, x: Float[Tensor, "row position in"], output: Float[Tensor, "row position out"]
+    ) -> None:
+        """Keep the input of a layer in the forward pass, until the gradient of its output comes by."""
+        if path not in self.counted or not output.requires_grad:  # it may run in a block before those that count
             return
-        x = inputs[0].detach()
+        x = x.detach()
         self.calls[path] += 1
         output.register_hook(lambda gradient: self.collect(path, x, gradient))
 
     @torch.no_grad()
-    def collect(self, path: str, x: Float[Tensor, "... in"], g: Float[Tensor, "... out"]) -> None:
-        """Form the gradients of a module's two factors, and add up what they become."""
-        x, g = (by_token(path, tensor, *self.batch.input_ids.shape).float() for tensor in (x, g))
-        pair = self.checkpoint.adapter[path]
-        down, up = pair.down.to(x), pair.up.to(x)
+    def collect(self, path: str, x: Float[Tensor, "row position in"], g: Float[Tensor, "row position out"]) -> None:
+        """Form the gradients of a layer's two factors, and add up what they become."""
+        x, g = x.float(), g.float()
+        down, up = (half[0].float() for half in self.layers.stack(path))
         gradients = {
             f"{path}.lora_A": (g @ up.T).mT @ x,  # [row, R, I]
-            f"{path}.lora_B": g.mT @ (x @ down.T) * pair.scaling,  # [row, O, R]
+            f"{path}.lora_B": g.mT @ (x @ down.T) * self.checkpoint.adapter[path].scaling,  # [row, O, R]
         }
         for name, gradient in gradients.items():
             if self.calls[path] == 1:

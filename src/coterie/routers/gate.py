@@ -17,7 +17,8 @@ from torch import Tensor
 
 from coterie.artifacts import read_floats, write_tensors
 from coterie.backbone.gates import Gates, MeanWeights
-from coterie.backbone.layers import ExpertLayers, linear_shapes
+from coterie.backbone.layers import ExpertLayers
+from coterie.backbone.linear_layers import linear_shapes
 from coterie.backbone.loading import Backbone
 from coterie.backbone.prototypes import PROTOTYPES, prototypes
 from coterie.backbone.row_mix import Gated
