@@ -99,6 +99,7 @@ def test_adapters_of_unequal_ranks_and_targets_are_added_and_told(add, bank, she
     assert out.splitlines() == [
         f"added all: rank 2, 14 layers, {2 * all_of_it / 1000:.1f}k parameters",
         f"added some: rank 7, 2 layers, {(7 + 5) * (32 + 16)} parameters",
+        f"{bank}: 2 adapters (all, some)",
     ]
     assert open_bank(bank).names == ("all", "some")
     own = {f"experts/{name}/{file}" for name in ("all", "some") for file in (CONFIG_FILE, WEIGHTS_FILE, "card.json")}
@@ -557,7 +558,51 @@ def test_the_list_in_json_is_the_cards(run, full):
     assert code == 0 and [json.loads(line) for line in out.splitlines()] == cards
 
 
-def test_an_adapter_is_removed_by_deleting_its_folder(run, full):
+# ------------------------------------------------------------------------------------------------------------- remove
+
+
+def test_adapters_are_removed_by_name(run, full, add, shelf):
+    assert add(f"third={shelf / 'all'}")[0] == 0
+    code, out, err = run("bank", "remove", full, "third", "all", "third")
+    assert code == 0 and out.splitlines()[-1] == f"{full}: 1 adapter (some)"
+    assert err.splitlines()[-1] == f"next: coterie fit from-adapters --bank {full} --output runs/shelf"
+    assert os.listdir(full / "experts") == ["some"] and ".lock" not in os.listdir(full)
+    assert add(f"third={shelf / 'all'}")[1].startswith("added third")
+
+
+def test_what_cannot_be_removed_is_told_and_everything_stays(run, full, tmp_path):
+    before = files(full)
+    refused(run("bank", "remove", full, "some", "al"), "no adapter is called 'al'. Did you mean 'all'")
+    (full / "experts" / "all" / "notes.md").write_text("mine")
+    refused(run("bank", "remove", full, "some", "all"), "holds what no bank add wrote, so it is not removed; move it")
+    assert files(full) == {*before, "experts/all/notes.md"}
+    with locked(full / ".lock", full):
+        refused(run("bank", "remove", full, "some"), "bank is being written by process")
+    refused(run("bank", "remove", tmp_path / "nowhere", "x"), "holds no bank.json, so it is no bank")
+    refused(run("bank", "remove", full, "../some"), "no adapter is called '../some'")
+
+
+def test_a_removal_killed_in_the_middle_leaves_no_half_adapter(full, run, monkeypatch):
+    def killed(folder: Path) -> None:
+        (folder / WEIGHTS_FILE).unlink()
+        raise KilledError
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(shutil, "rmtree", killed)
+        coterie.bank_remove(full, "all")
+    assert open_bank(full).names == ("some",) and len(os.listdir(full / "experts")) == 2
+    refused(run("bank", "remove", full, "all"), "no adapter is called 'all'")
+    assert os.listdir(full / "experts") == ["some"]
+
+
+def test_no_record_removes_anything(run, full, tmp_path):
+    record = tmp_path / "run.yaml"
+    record.write_text(f"format: 1\ncommand: bank remove\nsettings: {{folder: {full}, name: [all]}}\n")
+    refused(run("run", record), "records 'bank remove'; these can be repeated: fit elrea,")
+    assert open_bank(full).names == ("all", "some")
+
+
+def test_an_adapter_is_removed_by_deleting_its_folder_too(run, full):
     shutil.rmtree(full / "experts" / "all")
     assert open_bank(full).names == ("some",)
     with pytest.raises(CoterieError, match=r"no adapter is called 'som'\. Did you mean 'some'\?"):
@@ -569,6 +614,14 @@ def test_a_bank_as_it_was_added_is_verified(run, full, add, shelf, rows):
     assert add(f"known={shelf / 'all'}", "--trained-on", f"known={rows}")[0] == 0
     code, out, _ = run("bank", "verify", full, "--device", "cpu")
     assert (code, out) == (0, "all: ok\nknown: ok\nsome: ok\n")
+    flip(full / "experts" / "known" / WEIGHTS_FILE)
+    code, out, _ = run("bank", "verify", full, "--json", "--device", "cpu")
+    found = [json.loads(line) for line in out.splitlines()]
+    assert code == 2 and [(one["name"], one["trouble"] is None) for one in found] == [
+        ("all", True),
+        ("known", False),
+        ("some", True),
+    ]
 
 
 def flip(file: Path) -> None:

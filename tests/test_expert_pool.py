@@ -1,6 +1,7 @@
 """A pool's list of experts: what they are is found out, checked when it is made, and again when it is read."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,9 +9,11 @@ import sys
 import pytest
 
 import tiny
+from coterie.artifacts import locked
 from coterie.errors import CoterieError
 from coterie.experts.expert_pool import init_pool, read_pool
 from coterie.settings.commands import ExpertPoolSettings
+from helpers import refused
 
 
 @pytest.fixture
@@ -148,3 +151,74 @@ def test_another_format_and_no_pool_are_told(tmp_path):
     (tmp_path / "pool.json").write_text('{"format": 2}')
     with pytest.raises(CoterieError, match="has format 2, not 1"):
         read_pool(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ add, list, remove
+
+
+@pytest.fixture
+def pool(tmp_path, model_folder):
+    made(tmp_path / "pool", f"base={model_folder}", "big=http://127.0.0.1:8001/v1#some-model")
+    return tmp_path / "pool"
+
+
+def test_experts_are_added_listed_and_removed(run, pool, adapter):
+    code, out, err = run("experts", "add", pool, "--expert", f"maths={adapter}", "--expert", "more=http://h/v1#m")
+    assert code == 0 and out.splitlines()[-1] == f"{pool}: 4 experts"
+    assert err.splitlines() == [f"next: coterie profile {pool} --data val.jsonl --overwrite"]
+    assert read_pool(pool).names == ("base", "big", "maths", "more")
+    code, out, _ = run("experts", "list", pool, "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [(row["name"], row["kind"]) for row in rows] == [
+        ("base", "model"),
+        ("big", "endpoint"),
+        ("maths", "adapter"),
+        ("more", "endpoint"),
+    ]
+    code, out, _ = run("experts", "remove", pool, "big", "maths")
+    assert code == 0 and read_pool(pool).names == ("base", "more") and adapter.is_dir()
+    code, out, _ = run("experts", "list", pool)
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["expert", "base", "more"]
+
+
+def test_the_same_expert_again_is_listed_already_and_another_one_of_its_name_needs_a_word(run, pool, adapter):
+    before = (pool / "pool.json").read_bytes()
+    assert run("experts", "add", pool, "--expert", "big=http://127.0.0.1:8001/v1#some-model")[0] == 0
+    words = ("experts", "add", pool, "--expert", f"big={adapter}")
+    refused(run(*words), "another expert is listed as 'big' in .*; give another name, or add --overwrite to replace it")
+    assert (pool / "pool.json").read_bytes() == before
+    assert run(*words, "--overwrite")[0] == 0
+    assert [(one.name, one.kind) for one in read_pool(pool).experts] == [("base", "model"), ("big", "adapter")]
+
+
+def test_an_expert_that_has_changed_can_be_listed_replaced_and_removed(run, pool, adapter):
+    assert run("experts", "add", pool, "--expert", f"maths={adapter}")[0] == 0
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(CoterieError, match="has other weights"):
+        read_pool(pool)
+    assert run("experts", "list", pool)[0] == 0
+    assert run("experts", "add", pool, "--expert", f"maths={adapter}", "--overwrite")[0] == 0
+    assert run("experts", "remove", pool, "maths")[0] == 0 and read_pool(pool).names == ("base", "big")
+
+
+def test_what_cannot_be_added_or_removed_is_told_and_the_list_stays(run, pool, tmp_path):
+    before = (pool / "pool.json").read_bytes()
+    refused(run("experts", "remove", pool, "bigg"), "no expert is called 'bigg'. Did you mean 'big'")
+    refused(run("experts", "remove", pool, "big", "base"), "would list no experts; delete .* instead")
+    refused(run("experts", "add", pool, "--expert", "x=/nowhere"), "'/nowhere'")
+    with locked(pool / ".lock", pool):
+        for words in (("add", pool, "--expert", "x=http://h/v1#m"), ("remove", pool, "big")):
+            refused(run("experts", *words), "pool is being written by process")
+    assert (pool / "pool.json").read_bytes() == before and os.listdir(pool) == ["pool.json"]
+    for command in ("add --expert x=http://h/v1#m", "remove x", "list"):
+        word, *rest = command.split()
+        refused(run("experts", word, tmp_path / "none", *rest), "pool.json does not exist; make it with: coterie")
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_old_name_of_the_group_has_all_of_its_commands(run, pool):
+    assert run("pool", "add", pool, "--expert", "more=http://h/v1#m")[0] == 0
+    code, out, err = run("pool", "list", pool, "--json")
+    assert code == 0 and len(out.splitlines()) == 3 and "pool list is now called: coterie experts list" in err
+    assert run("pool", "remove", pool, "more")[0] == 0 and read_pool(pool).names == ("base", "big")

@@ -27,6 +27,7 @@ from coterie.mixture import Mixture
 from coterie.settings.commands import EvaluationSettings, FromAdaptersSettings, TokenLevelSettings
 from coterie.settings.groups import ExtrasSettings, ModelSettings
 from coterie.settings.reading import from_flat
+from helpers import same_answers
 
 DOMAINS = ("law", "maths")
 QUESTIONS = load_examples(tiny.make_rows(6, seed=21))
@@ -250,7 +251,7 @@ def test_prompt_routing_is_the_variant_that_is_never_renewed(fitted):
     grid = make_grid(mixture, ["token-level"], ExtrasSettings())
     never = grid.cell("token-level:every=inf").generate(QUESTIONS, max_new_tokens=4)
     plain = mixture.replace(router=mixture.router.router, combiner="layers").generate(QUESTIONS, max_new_tokens=4)
-    assert never == plain
+    same_answers(never, plain)  # the grid has one more expert, which changes nothing but rounding
     with pytest.raises(CoterieError, match="only token-level renews its weights"):
         grid.cell("arrow:every=2")
     with pytest.raises(CoterieError, match="no variant of token-level; write .* token-level:every=N"):

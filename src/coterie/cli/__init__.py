@@ -4,6 +4,7 @@ stdout is the result, stderr is progress. Exit 0; 1 is our bug; 2 is something t
 Nothing here imports torch before a command runs.
 """
 
+from coterie.cli import shelves  # its commands join the table as it is imported
 from coterie.cli.commands import main
 
-__all__ = ["main"]
+__all__ = ["main", "shelves"]

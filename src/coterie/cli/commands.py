@@ -1,4 +1,4 @@
-"""The commands, one per public function, in the order in which help lists them; and `main`, which runs one."""
+"""The commands on mixtures, one per public function, in the order in which help lists them; `main` runs one."""
 
 import json
 import os
@@ -9,25 +9,19 @@ import typer
 
 import coterie
 from coterie.artifacts import as_path, check_file, read_run_record, write_answers
-from coterie.cli.process import TROUBLE, finish
-from coterie.cli.table import COMMANDS, app, command, echo, tell_next
+from coterie.cli.process import finish
+from coterie.cli.table import COMMANDS, AsJson, app, command, echo, tell_next
 from coterie.errors import CoterieError
 from coterie.records.wording import columns, printable
 from coterie.settings.commands import (
-    BankAddSettings,
-    BankVerifySettings,
     ElreaSettings,
     EvaluationSettings,
-    ExpertPoolSettings,
     ExportSettings,
     FromAdaptersSettings,
-    GatherSettings,
     GenerateSettings,
     KshotSettings,
     PlanSettings,
-    ProfileSettings,
     RouteSettings,
-    SelectSettings,
     SymbolicSettings,
     TokenLevelSettings,
     TrainExtrasSettings,
@@ -37,8 +31,9 @@ from coterie.settings.places import WRITTEN_IN_PLACE, sources, target
 from coterie.settings.reading import Settings, changed, checked
 
 LONGEST_LINE = 1000  # characters
+REMOVES = ("bank remove", "experts remove")
+"""What no record asks for: a stranger's would delete what is not its own."""
 Prompts = Annotated[list[str] | None, typer.Argument(help="prompts; a conversation or many prompts: see --input")]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON, one object a line")]
 Input = Annotated[str | None, typer.Option(help="JSONL file with a prompt a line, in the forms that training data has")]
 
 
@@ -195,73 +190,6 @@ def spread(
     echo("\n".join(map(json.dumps, rows)) if as_json else coterie.format_spread(rows))
 
 
-@command("bank add", "coterie bank add bank/ maths=./my-lora --model smollm2-135m --trained-on maths=gsm8k.jsonl")
-def add_to_bank(settings: BankAddSettings) -> None:
-    """Put adapters into a bank on disk: each is checked, then copied. To remove one, delete FOLDER/experts/NAME."""
-    refused = 0
-    for adapter in coterie.methods.add_to_bank(settings):
-        echo(str(adapter), err=bool(adapter.refusal))
-        refused += bool(adapter.refusal)
-    if refused:
-        raise typer.Exit(TROUBLE)
-
-
-@command("bank list", "coterie bank list bank/")
-def list_bank(
-    folder: Annotated[Path, typer.Argument(help="folder of the bank")],
-    as_json: AsJson = False,
-) -> None:
-    """List the adapters of a bank."""
-    found = coterie.open_bank(folder)
-    for line in [json.dumps(vars(card)) for card in found.cards] if as_json else [found]:
-        echo(line)
-
-
-@command("bank verify", "coterie bank verify bank/")
-def verify_bank(settings: BankVerifySettings) -> None:
-    """Hash every adapter of a bank again, load it against the base model, and read its card."""
-    wrong = 0
-    for adapter in coterie.verify_bank(settings.folder, **settings.placement.model_dump()):
-        echo(adapter)
-        wrong += adapter.trouble is not None
-    if wrong:
-        raise typer.Exit(TROUBLE)
-
-
-@command("select", "coterie select bank/ --shots shots.jsonl --keep 4 --output runs/select")
-def select(settings: SelectSettings, as_json: AsJson = False) -> None:
-    """Choose adapters of a bank for a task of which a few examples are known (2408.15915)."""
-    selected = coterie.methods.select_adapters(settings)
-    echo(json.dumps(selected.record.plain()) if as_json else str(selected))
-
-
-@command("gather", "coterie gather --shots shots.jsonl --pool dolly.jsonl --budget 1000 --output runs/gather")
-def gather(settings: GatherSettings, as_json: AsJson = False) -> None:
-    """Choose rows of open data that are similar to a task's examples and diverse among themselves (2408.15915)."""
-    gathered = coterie.methods.gather_rows(settings)
-    echo(json.dumps(gathered.summary) if as_json else str(gathered))
-
-
-@command(
-    "experts init",
-    "coterie experts init experts/ --expert base=smollm2-135m --expert big=http://127.0.0.1:8001/v1#some-model",
-)
-def init_pool(settings: ExpertPoolSettings) -> None:
-    """Check experts and list them in a folder."""
-    lines = [("expert", "kind", "where")]
-    for expert in coterie.init_pool(settings).experts:
-        where = expert.model if expert.kind == "model" else f"{expert.source} ({expert.model})"
-        lines.append((expert.name, expert.kind, where))
-    echo(columns(lines, "<<<"))
-
-
-@command("profile", "coterie profile experts/ --data val.jsonl")
-def profile(settings: ProfileSettings, as_json: AsJson = False) -> None:
-    """Find out what every expert is good at, skill by skill, on validation questions."""
-    found = coterie.methods.profile_pool(settings)
-    echo(json.dumps(found.record().plain()) if as_json else str(found))
-
-
 @command("run", "coterie run runs/elrea/run.yaml")
 def repeat(
     record: Annotated[Path, typer.Argument(help="the run.yaml of a run folder")],
@@ -270,8 +198,8 @@ def repeat(
     """Repeat a run from its record, or run a YAML file's settings, after telling what is read, written and replaced."""
     found = read_run_record(record)
     again = COMMANDS.get(found["command"])
-    if again is None or again.settings is None or again.takes_prompts:
-        known = [name for name, one in COMMANDS.items() if one.settings and not one.takes_prompts]
+    known = [name for name, one in COMMANDS.items() if one.settings and not one.takes_prompts and name not in REMOVES]
+    if again is None or again.settings is None or found["command"] not in known:
         raise CoterieError(f"{record} records {found['command'][:80]!r}; these can be repeated: {', '.join(known)}")
     settings = checked(again.settings, found["settings"])
     if "overwrite" in type(settings).model_fields:

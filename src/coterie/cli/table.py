@@ -24,8 +24,9 @@ PANELS = {
 }
 """The commands in the order in which one comes to use them, as help shows them."""
 
-ARGUMENTS = ("mixture", "folder", "adapters")  # settings that are given by place instead of by a flag
+ARGUMENTS = ("mixture", "folder", "adapters", "name")  # settings that are given by place instead of by a flag
 WIDEST_TYPE = 24  # characters; help at 80 columns cuts names off beside wider ones
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON, one object a line")]
 Function = TypeVar("Function", bound=Callable[..., None])
 
 
@@ -88,8 +89,13 @@ NEXT = {
     "plan": "coterie generate {mixture} 'What do 5 pens cost?'",
     "eval": "coterie report {output}",
     "bank add": "coterie fit from-adapters --bank {folder} --output runs/shelf",
+    "bank remove": "coterie fit from-adapters --bank {folder} --output runs/shelf",
     "bank verify": "coterie fit from-adapters --bank {folder} --output runs/shelf",
+    "select": "coterie fit kshot-moe --bank {folder} --shots {shots} --selected {output} --output runs/task",
+    "gather": "coterie fit kshot-moe --bank bank/ --shots {shots} --gathered {output} --output runs/task",
     "experts init": "coterie profile {folder} --data val.jsonl",
+    "experts add": "coterie profile {folder} --data val.jsonl --overwrite",
+    "experts remove": "coterie profile {folder} --data val.jsonl --overwrite",
     "profile": "coterie fit symbolic-moe --experts {folder} --output runs/sym",
 }
 """What one types after a command, with the places of its settings in it; prompts and data are the user's own."""
@@ -140,7 +146,10 @@ def command(name: str, example: str) -> Callable[[Function], Function]:
 def tell_next(name: str, settings: Settings | None) -> None:
     """Tell on stderr, which keeps results on stdout apart, what to type after a command that went well."""
     if settings is not None and name in NEXT:
-        places = {field: shlex.quote(str(value).rstrip("/") or "/") for field, value in settings}
+        places = {}
+        for field, value in settings:
+            several = [shlex.quote(str(one).rstrip("/") or "/") for one in (value if type(value) is list else [value])]
+            places[field] = f" --{field} ".join(several)
         typer.echo(f"next: {NEXT[name].format(**places)}", err=True)
 
 

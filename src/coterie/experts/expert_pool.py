@@ -1,20 +1,22 @@
 """A pool: experts of any kind by name - adapters, whole models, endpoints - listed in pool.json."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from coterie.artifacts import FORMAT, as_path, check_kind, hash_text, read_json, write_json
+from coterie.artifacts import FORMAT, as_path, check_kind, hash_text, locked, read_json, write_json
 from coterie.backbone.loading import local_weights
 from coterie.errors import CoterieError, naming, unknown_name
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE, check_names
 from coterie.experts.cards import hash_adapter
 from coterie.experts.endpoints import check_address
-from coterie.settings.commands import ExpertPoolSettings
+from coterie.records.wording import columns
+from coterie.settings.commands import ExpertAddSettings, ExpertPoolSettings
 
 POOL_FILE = "pool.json"
 FORMS = "NAME=FOLDER of an adapter, NAME=MODEL, or NAME=http://HOST/v1#MODEL"
@@ -79,6 +81,14 @@ class Pool:
             raise unknown_name("expert", name, self.names)
         return self.experts[self.names.index(name)]
 
+    def __str__(self) -> str:
+        """List the experts, one a line."""
+        lines = [("expert", "kind", "where")]
+        for one in self.experts:
+            where = one.model if one.kind == "model" else f"{one.source} ({one.model})"
+            lines.append((one.name, one.kind, where))
+        return columns(lines, "<<<")
+
     def record(self) -> dict[str, Any]:
         """Return the pool as plain values."""
         return {expert.name: {k: v for k, v in asdict(expert).items() if k != "name"} for expert in self.experts}
@@ -90,12 +100,69 @@ def init_pool(settings: ExpertPoolSettings) -> Pool:
     Raises:
         CoterieError: when an expert's source is not there, two have one name, or the folder holds a pool already.
     """
+    _check_new(settings)
+    pool = Pool(tuple(parse_expert(text, settings.base) for text in settings.expert))
+    with _writing(Path(settings.folder)) as file:
+        _check_new(settings)
+        _write(file, pool)
+    return pool
+
+
+def _check_new(settings: ExpertPoolSettings) -> None:
     file = Path(settings.folder) / POOL_FILE
     if file.exists() and not settings.overwrite:
-        raise CoterieError(f"{file} exists; choose another folder, or add --overwrite to replace it")
-    pool = Pool(tuple(parse_expert(text, settings.base) for text in settings.expert))
-    write_json(file, {"format": FORMAT, "experts": pool.record()})
+        advice = (
+            f"choose another folder, or add --overwrite to replace it; coterie experts add {settings.folder} adds to it"
+        )
+        raise CoterieError(f"{file} exists; {advice}")
+
+
+def add_experts(settings: ExpertAddSettings) -> Pool:
+    """Add experts to a pool's list; what is listed already with the same source stays as it is.
+
+    Raises:
+        CoterieError: as `init_pool`, or when there is no pool, or another expert has a name and is not to be replaced.
+    """
+    added = Pool(tuple(parse_expert(text, settings.base) for text in settings.expert))
+    read_pool(settings.folder, verify=False)
+    with _writing(Path(settings.folder)) as file:
+        listed = {expert.name: expert for expert in read_pool(settings.folder, verify=False).experts}
+        for expert in added.experts:
+            if not settings.overwrite and listed.get(expert.name, expert) != expert:
+                advice = "give another name, or add --overwrite to replace it"
+                raise CoterieError(f"another expert is listed as {expert.name!r} in {file}; {advice}")
+            listed[expert.name] = expert
+        pool = Pool(tuple(listed.values()))
+        _write(file, pool)
     return pool
+
+
+def remove_experts(folder: str | Path, names: Sequence[str]) -> Pool:
+    """Take experts out of a pool's list; their own files stay where they are.
+
+    Raises:
+        CoterieError: when there is no pool, no expert of such a name, or none would be left.
+    """
+    read_pool(folder, verify=False)
+    with _writing(Path(folder)) as file:
+        listed = read_pool(folder, verify=False)
+        gone = {listed.expert(name).name for name in names}
+        pool = Pool(tuple(expert for expert in listed.experts if expert.name not in gone))
+        if not pool.experts:
+            raise CoterieError(f"{file} would list no experts; delete {folder} instead, or add others first")
+        _write(file, pool)
+    return pool
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[Path]:
+    """Let one process at a time write a pool's list."""
+    with locked(folder / ".lock", folder):
+        yield folder / POOL_FILE
+
+
+def _write(file: Path, pool: Pool) -> None:
+    write_json(file, {"format": FORMAT, "experts": pool.record()})
 
 
 def parse_expert(text: str, base: str | None = None) -> PoolExpert:
@@ -137,8 +204,8 @@ def _adapter_hash(folder: Path, model: str) -> str:
     return hash_text(hash_adapter(folder), local_weights(model) or model)
 
 
-def read_pool(folder: str | Path) -> Pool:
-    """Read a pool's folder and verify the experts' hashes.
+def read_pool(folder: str | Path, *, verify: bool = True) -> Pool:
+    """Read a pool's folder and verify the experts' hashes, unless its list alone is wanted.
 
     Raises:
         CoterieError: when the list is missing or broken, or an adapter or model has changed or is gone.
@@ -152,10 +219,10 @@ def read_pool(folder: str | Path) -> Pool:
     record = read_json(file)
     if record.get("format") != FORMAT:
         raise CoterieError(f"{file} has format {record.get('format')!r}, not {FORMAT}; make the pool again")
-    return pool_from(record.get("experts"), str(file))
+    return pool_from(record.get("experts"), str(file), verify=verify)
 
 
-def pool_from(experts: object, place: str) -> Pool:
+def pool_from(experts: object, place: str, *, verify: bool = True) -> Pool:
     """Build a pool from what `Pool.record` gave, and verify the experts' hashes.
 
     Raises:
@@ -165,7 +232,7 @@ def pool_from(experts: object, place: str) -> Pool:
         raise CoterieError(f"{place} lists no experts; make it again with: coterie experts init")
     check_names(list(experts))
     pool = Pool(tuple(_from_record(name, entry, place) for name, entry in experts.items()))
-    for expert in pool.experts:
+    for expert in pool.experts if verify else ():
         if expert.kind == "endpoint" or expert.sha256 is None:
             continue
         folder = Path(expert.source)

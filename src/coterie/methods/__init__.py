@@ -1,6 +1,6 @@
 """The published methods: the loops that fit them, their table, and what is trained for the others."""
 
-from coterie.methods.add_adapters import add_to_bank, bank_add, verify_bank
+from coterie.methods.add_adapters import add_to_bank, bank_add, bank_remove, verify_bank
 from coterie.methods.elrea.fit import elrea, fit_elrea
 from coterie.methods.family import Family, Method, MethodGrid
 from coterie.methods.kshot.choose_adapters import select, select_adapters
@@ -21,6 +21,7 @@ __all__ = [
     "MethodGrid",
     "add_to_bank",
     "bank_add",
+    "bank_remove",
     "elrea",
     "fit_elrea",
     "fit_from_adapters",

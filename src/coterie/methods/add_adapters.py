@@ -1,4 +1,4 @@
-"""Putting strangers' adapters into a bank on disk, each checked before it gets there, and checking what is there."""
+"""Adapters of strangers in a bank on disk: each is checked before it gets there, checked again, and taken out."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ from torch import nn
 from coterie.artifacts import FORMAT, as_path, disk_errors, hub_folder, locked, real_folder, replace_folder, write_json
 from coterie.backbone.loading import Backbone, BaseModelIdentity, check_identity, load_backbone
 from coterie.data.streaming import question_of, stream_examples, text_key
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, unknown_name
 from coterie.experts.bank_folder import (
     BANK_FILE,
     EXPERTS,
@@ -159,6 +159,30 @@ def add_to_bank(settings: BankAddSettings) -> Iterator[AddResult]:
     finally:
         with suppress(OSError):
             folder.rmdir()
+
+
+def bank_remove(folder: str | Path, names: str | Sequence[str]) -> None:
+    """Take adapters out of a bank on disk, whole and for good; where one cannot be taken out, all stay.
+
+    Raises:
+        CoterieError: for a folder that is no bank, a name that is not in it, an adapter's folder that is a link or
+            holds what no `bank_add` wrote, or a bank that another process writes to.
+    """
+    bank = as_path(str(folder))
+    read_base(bank)
+    with locked(bank / ".lock", bank):
+        tidy_up(bank)
+        known = list_names(bank)
+        several = list(dict.fromkeys([names] if isinstance(names, str) else names))
+        for name in several:
+            if name not in known:
+                raise unknown_name("adapter", name, known)
+            _check_own(bank / EXPERTS / name, "removed")
+        for name in several:  # once it has another name it is no adapter, and the next call deletes what is left of it
+            gone = bank / EXPERTS / f".{name}.{secrets.token_hex(8)}.partial"
+            with disk_errors(gone):
+                (bank / EXPERTS / name).rename(gone)
+                shutil.rmtree(gone)
 
 
 def verify_bank(folder: str | Path, **placement: Any) -> Iterator[Verified]:  # noqa: ANN401
@@ -306,7 +330,12 @@ def _publish(draft: Path, addition: _Addition, name: str) -> None:
         bank = {"format": FORMAT, "base_model": asdict(addition.backbone.identity)}
         write_json(addition.folder / BANK_FILE, bank)
     target = draft.with_name(name)
+    _check_own(target, "replaced")
+    replace_folder(draft, target, draft.with_suffix(".old"))
+
+
+def _check_own(target: Path, what: str) -> None:
+    """Refuse to delete an adapter's folder that is a link, or holds what is nobody's but the user's."""
     foreign = set(os.listdir(target)) - OWN_FILES if target.is_dir() else set()
     if target.is_symlink() or foreign:
-        raise CoterieError(f"{target} is a link or holds what no bank add wrote, so it is not replaced; move it away")
-    replace_folder(draft, target, draft.with_suffix(".old"))
+        raise CoterieError(f"{target} is a link or holds what no bank add wrote, so it is not {what}; move it away")

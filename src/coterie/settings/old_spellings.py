@@ -12,7 +12,7 @@ TO_EXTRAS = "coterie train-extras"
 OLD_SPELLINGS = (
     # command, old flag ("" where the command itself has a new name), new spelling
     ("bank build", "", "fit from-adapters"),
-    ("pool init", "", "experts init"),
+    *((f"pool {what}", "", f"experts {what}") for what in ("init", "add", "list", "remove")),
     ("fit symbolic-moe", "--pool", "--experts"),
     ("fit kshot-moe", "--top-k", "--top-k-experts"),
     ("eval", "--shots", "--few-shot"),
