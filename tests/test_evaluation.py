@@ -155,6 +155,28 @@ def test_training_is_counted_for_the_methods_that_need_it(grid, result):
     assert seconds["loss-routing"]["train"] == pytest.approx(both)
 
 
+def test_what_is_scored_together_has_one_time_for_all_and_none_of_its_own(result):
+    (shared,) = result.summary["shared_seconds"]
+    scored = {name for name, line in by_method(result.summary["table"]).items() if line["nll"] is not None}
+    alone = {name for name, stages in result.summary["seconds"].items() if "score" in stages}
+    assert shared["stage"] == "score" and shared["seconds"] > 0
+    assert {"backbone", "base", "elrea", "oracle"} <= set(shared["methods"]) and alone == {
+        "moe-routing",
+        "moe-merging",
+        "mole",
+    }
+    assert set(shared["methods"]) == scored - alone
+
+
+def test_the_mean_length_of_answers_is_recorded(result):
+    tokens = result.summary["answer_tokens"]
+    assert set(tokens) == set(NAMES) and all(0 < mean <= 5 for mean in tokens.values())
+
+
+def by_method(table):
+    return {line["method"]: line for line in table if line["source"] == "all"}
+
+
 def test_weights_are_averaged_over_the_rows_of_a_source(result):
     for source, means in result.summary["routing"].items():
         rows = [row["weights"] for row in result.rows if row["source"] == source]

@@ -137,6 +137,9 @@ def test_bad_calls_are_refused(fitted, evaluate, words, pattern):
     assert not list(fitted.folder.glob("eval*")) and len(fitted.stub.requests) == before
 
 
-def test_the_control_is_the_best_single_expert_if_it_is_there(fitted, evaluate):
-    code, out, _ = evaluate("--methods", "symbolic-moe,past", "--json")
-    assert code == 0 and json.loads(out)["control"] == "symbolic-moe"
+def test_the_control_is_the_single_expert_that_does_best(fitted, evaluate):
+    code, out, _ = evaluate("--methods", "symbolic-moe,past,maths", "--json")
+    found = json.loads(out)
+    right = {line["method"]: line["accuracy"] for line in found["table"] if line["source"] == "all"}
+    assert code == 0 and found["control_among"] == ["past", "maths"]
+    assert found["control"] == max(("past", "maths"), key=right.__getitem__)

@@ -75,7 +75,7 @@ NEW = [
 def test_old_records_make_a_page_without_the_new_sections_and_columns(tmp_path, page):
     old = page_of(tmp_path / "old", *records())
     assert set(NEW) < set(headings(page)) and not set(NEW) & set(headings(old))
-    for words in ("p, adjusted", "oracle", "F1", "Training comes", "Memory", "Frobenius", "by category", "the best"):
+    for words in ("p, adjusted", "oracle", "F1", "Training is what", "Memory", "Frobenius", "by category", "the best"):
         assert words in page.text() and words not in old.text()
 
 
@@ -170,15 +170,40 @@ def test_merge_errors_and_notes_are_told(page):
 
 def test_the_cost_table_shows_training_and_memory(page):
     head, *lines = page.table("Seconds by method")
-    assert head[:7] == ["Method", "Train", "Generate", "Score", "Total", "A row", "Memory, GB"]
-    assert lines[1][:7] == ["elrea", "321.5", "61.2", "22.0", "83.2", "13.88", "0.60"]
-    assert lines[2][:7] == ["oracle", "–", "120.0", "–", "120.0", "20.00", "–"]
+    assert head[:6] == ["Method", "Train", "Generate", "A row", "Memory, GB", "Score"]
+    assert lines[1][:6] == ["elrea", "321.5", "61.2", "10.21", "0.60", "22.0"]
+    assert lines[2][:6] == ["oracle", "–", "120.0", "20.00", "–", "–"]
+
+
+def test_what_methods_share_is_shown_as_shared_and_as_no_time_of_theirs(tmp_path):
+    evaluation, rows = full()
+    for stages in evaluation["seconds"].values():
+        stages.pop("score", None)
+    evaluation["shared_seconds"] = [{"stage": "score", "methods": ["base", "oracle"], "seconds": 31.25}]
+    evaluation["answer_tokens"] = {"base": 41.25, "elrea": 12.0}
+    page = page_of(tmp_path, evaluation, rows)
+    head, *lines = page.table("Seconds by method")
+    assert head[4:7] == ["Tokens a row", "Memory, GB", "Score"]
+    assert [(line[0], line[4], line[6]) for line in lines] == [
+        ("base control", "41.2", "shared"),
+        ("elrea", "12.0", "–"),
+        ("oracle", "–", "shared"),
+    ]
+    assert "Scoring was shared by 2 methods: one pass over the rows, 31.2 seconds for all of them" in page.text()
+
+
+def test_without_answers_the_bars_are_of_scoring(tmp_path):
+    evaluation, rows = full()
+    evaluation["seconds"] = {"base": {"score": 4.5}, "elrea": {"score": 9.0}}
+    page = page_of(tmp_path, evaluation, rows)
+    assert page.table("Seconds by method")[0][-1] == "Score, drawn"
+    assert [line[2] for line in page.table("Seconds by method")[1:]] == ["0.75", "1.50"]
 
 
 def test_memory_without_seconds_has_dashes_for_the_seconds(tmp_path):
     evaluation, rows = full()
     evaluation["seconds"] = {}
-    assert page_of(tmp_path, evaluation, rows).table("Seconds by method")[2][1:6] == ["–", "–", "–", "–", "0.60"][:5]
+    assert page_of(tmp_path, evaluation, rows).table("Seconds by method")[2][1:6] == ["–", "–", "0.60", "–", ""]
 
 
 def pictures(page, kind):

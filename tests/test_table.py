@@ -1,5 +1,6 @@
 """The summary of evaluated rows, and the printed table."""
 
+import math
 import random
 
 import numpy as np
@@ -194,6 +195,43 @@ def test_a_method_that_only_answers_has_an_accuracy_and_no_nll():
         assert (votes["accuracy"], votes["nll"], votes["oracle_share"]) == (1, None, None)
         assert abs(compared["accuracy_difference"]) == 0.5 and compared["accuracy_p"] == 2 / 2**5
         assert [compared[f"nll_{name}"] for name in ("difference", "interval", "p")] == [None] * 3
+
+
+# --------------------------------------------------------------------------------------------------------- control
+
+
+def strongest(*scores):
+    """The strongest of `a`, `b` and `c`, given each row's (correct, NLL) of every one."""
+    names = "abc"[: len(scores[0])]
+    rows = [{name: result(*one) for name, one in zip(names, own, strict=True)} for own in scores]
+    return summaries.strongest([RowRecord(prompt="?", methods=own) for own in rows], names)
+
+
+def test_the_strongest_rival_has_the_highest_accuracy_then_the_lowest_nll_then_comes_first():
+    assert strongest([(True, 2.0), (False, 1.0)], [(True, 2.0), (True, 1.0)]) == "a"
+    assert strongest([(True, 2.0), (True, 1.0)]) == "b"
+    assert strongest([(None, 2.0), (None, 1.0), (None, 1.5)]) == "b"
+    assert strongest([(True, None), (True, 1.0)]) == "b"
+    assert strongest([(False, 1.0), (False, 1.0)]) == "a"
+
+
+def test_p_values_pay_for_a_control_that_was_chosen_by_the_rows():
+    """Of eight methods that are all alike the best of five is the control; 5% of the trials may have a false call."""
+    draw, trials, calls = np.random.default_rng(0), 2000, {1: 0, 5: 0}
+    for _ in range(trials):
+        scores = draw.normal(size=8)  # means of many rows: two of them are sqrt(2) standard errors apart
+        behind = (scores[:5].max() - np.delete(scores, scores[:5].argmax())) / 2**0.5
+        p_values = {str(number): math.erfc(abs(gap) / 2**0.5) for number, gap in enumerate(behind)}
+        for choices in calls:
+            calls[choices] += min(summaries._adjusted(p_values, choices).values()) < 0.05
+    assert calls[5] < 0.05 * trials < 0.08 * trials < calls[1]
+
+
+def test_a_chosen_control_multiplies_p_but_not_beyond_one(rows):
+    once = by_name(summarise(rows, ["base", "new"], "base", [""]))["all", "new"]
+    thrice = by_name(summarise(rows, ["base", "new"], "base", [""], choices=3))["all", "new"]
+    for measure in ("accuracy_p", "nll_p"):
+        assert thrice[measure] == min(1.0, 3 * once[measure])
 
 
 # ---------------------------------------------------------------------------------------------------------- oracle

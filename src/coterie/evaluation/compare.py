@@ -21,7 +21,6 @@ from coterie.evaluation.few_shot import with_shots
 from coterie.evaluation.rows import memory_bytes, merge_errors, row_records, summary_record
 from coterie.evaluation.shared_scores import Scored, SharedRouting, no_cache, score_methods
 from coterie.evaluation.table import format_table
-from coterie.experts.names import BASE
 from coterie.grading.grade import check_code_execution, code_notes
 from coterie.methods.common import DOMAINS_FILE, hash_examples
 from coterie.methods.family import NAMED_ROUTER, MethodGrid
@@ -29,10 +28,11 @@ from coterie.methods.kshot.run import task_records
 from coterie.methods.registry import family_of, make_grid
 from coterie.mixture import Mixture
 from coterie.mixture.folder import read_mixture_record, reading_for
-from coterie.records.evaluation import EvaluationRecord, RowRecord
+from coterie.records.evaluation import EvaluationRecord, RowRecord, SharedSeconds
 from coterie.records.files import write_evaluation
 from coterie.records.mixture import TrainingRow
 from coterie.records.schema import read_rows
+from coterie.records.verdict import advice
 from coterie.settings.commands import EvaluationSettings
 from coterie.settings.groups import ExtrasSettings
 from coterie.settings.reading import changed, from_flat
@@ -62,8 +62,9 @@ class Evaluation:
         return [row.plain() for row in self.row_records]
 
     def __str__(self) -> str:
-        """Return the table."""
-        return format_table(self.record.table)
+        """Return the table, and what to use instead where it does not speak for the mixture's method."""
+        table = format_table(self.record.table, len(self.record.control_among))
+        return "\n".join(filter(None, (table, advice(self.record))))
 
 
 def evaluate(
@@ -131,7 +132,7 @@ def _inputs(mixture: Mixture, examples: Sequence[Example]) -> dict[str, str]:
 
 
 def resolved(settings: EvaluationSettings, mixture: Mixture) -> EvaluationSettings:
-    """Return settings that name every method, each once, and the control: base where nothing was said.
+    """Return settings that name every method, each once.
 
     Raises:
         CoterieError: for an unknown method, a control that is not among them, or `every` without token-level.
@@ -152,8 +153,8 @@ def resolved(settings: EvaluationSettings, mixture: Mixture) -> EvaluationSettin
     names = list(dict.fromkeys(names))
     for name in names:
         family.method(name)
-    control = checked_control(settings.control, names, BASE)
-    return settings.model_copy(update={"methods": ",".join(names), "control": control})
+    check_control(settings.control, names)
+    return settings.model_copy(update={"methods": ",".join(names)})
 
 
 def method_names(settings: EvaluationSettings) -> list[str]:
@@ -161,17 +162,14 @@ def method_names(settings: EvaluationSettings) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in (settings.methods or "").split(",")))
 
 
-def checked_control(control: str | None, methods: Sequence[str], usual: str) -> str:
-    """Return the method that others are compared with: the usual one where nothing was said, or else the first.
+def check_control(control: str | None, methods: Sequence[str]) -> None:
+    """Refuse a control that is not among the methods compared.
 
     Raises:
-        CoterieError: when it is not among those compared.
+        CoterieError: naming those that are.
     """
-    if control is None:
-        return usual if usual in methods else methods[0]
-    if control not in methods:
+    if control is not None and control not in methods:
         raise unknown_name("method to compare with among those evaluated", control, methods)
-    return control
 
 
 def strange_sources(mixture: Mixture, examples: Sequence[Example]) -> list[str]:
@@ -206,13 +204,13 @@ def compare(
     Args:
         mixture: a fitted mixture.
         examples: test rows.
-        settings: with the methods and the control spelled out, as `resolved` does.
+        settings: with the methods spelled out, as `resolved` does.
         cached: keeps what takes long for another try.
 
     Raises:
         CoterieError: when something that a method needs cannot be trained, or code would have to be run unasked.
     """
-    methods, control = method_names(settings), settings.control or BASE
+    methods = method_names(settings)
     check_code_execution(examples, settings.allow_code_execution)
     check_sources(mixture, examples, methods)
     tests, notes = _test_rows(mixture, examples, settings)
@@ -236,7 +234,7 @@ def compare(
         rows,
         routing,
         methods,
-        control,
+        grid.family.simple_rivals(methods),
         [kind_of(row.source, row.category) for row in rows] if has_categories else [],
         mixture=str(folder),
         base_model=asdict(mixture.backbone.identity),
@@ -244,6 +242,8 @@ def compare(
         experts=mixture.bank.names,
         features=features,
         seconds=_seconds(grid, scored, answers),
+        shared_seconds=_shared_seconds(scored),
+        answer_tokens={name: own.mean_tokens for name, own in answers.items()},
         memory=memory_bytes(scored, [len(row.ids) for row in token_rows]),
         merge_error=merge_errors(scored),
         notes=(*notes, *code_notes(examples, run_code=run_code)),
@@ -300,3 +300,9 @@ def _seconds(grid: MethodGrid, scored: Scored, answers: Mapping[str, Answers]) -
         if name in answers:
             seconds[name]["generate"] = answers[name].seconds + scored.routed[name].seconds
     return seconds
+
+
+def _shared_seconds(scored: Scored) -> tuple[SharedSeconds, ...]:
+    """Return what methods were scored in together: the pass over all that meet in the logits, and the experts alone."""
+    together = tuple(name for name in scored.nll if name not in scored.seconds)
+    return (SharedSeconds(stage="score", methods=together, seconds=scored.shared_seconds),) if together else ()

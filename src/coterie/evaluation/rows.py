@@ -10,7 +10,7 @@ from coterie.backbone.loading import cache_numbers
 from coterie.data.examples import Example
 from coterie.evaluation.answers import Answers, TestRow
 from coterie.evaluation.shared_scores import Scored
-from coterie.evaluation.table import summarise
+from coterie.evaluation.table import strongest, summarise
 from coterie.grading.grade import graded
 from coterie.grading.lengths import lengths_in_words
 from coterie.methods.family import MethodGrid
@@ -87,20 +87,24 @@ def summary_record(
     rows: Sequence[RowRecord],
     routing: Routing,
     methods: Sequence[str],
-    control: str,
+    rivals: Sequence[str],
     categories: Sequence[str],
     **others: Any,  # noqa: ANN401 - the fields as they are
 ) -> EvaluationRecord:
     """Sum up what every evaluation has; `others` are the other fields.
 
     The mean weights of `routing` are recorded by the rows' sources and by `categories`, a name for every row, or none.
+    The control is the one that was asked for, else the strongest of the simple `rivals` on these rows.
     """
+    among = () if settings.control else tuple(rivals)
+    control = settings.control or strongest(rows, rivals or methods[:1])
     sources = sorted({row.source for row in rows})
     environment = environment_record()
     return EvaluationRecord(
         format=FORMAT,
         data=", ".join(settings.data),
         control=control,
+        control_among=among,
         methods=tuple(methods),
         rows=len(rows),
         sources=tuple(sources),
@@ -116,7 +120,7 @@ def summary_record(
             "threads": torch.get_num_threads(),
             **environment["versions"],
         },
-        table=tuple(summarise(rows, methods, control, sources, resamples=settings.resamples)),
+        table=tuple(summarise(rows, methods, control, sources, choices=len(among) or 1, resamples=settings.resamples)),
         routing=_mean_weights([row.source for row in rows], routing),
         routing_by_category=_mean_weights(categories, routing),
         **others,

@@ -89,7 +89,7 @@ def spread(evaluations: Sequence[EvaluationRecord | Mapping[str, Any]]) -> list[
             if ours != theirs:
                 raise CoterieError(
                     f"evaluations 1 and {number} have {ours!r} and {theirs!r} as {name}; "
-                    "give evaluations of the same rows with one control"
+                    "give evaluations of the same rows with one control, such as coterie eval --control base"
                 )
     tables = [{row.method: row for row in own.table if row.source == OVERALL} for own in records]
     shared = [method for method in tables[0] if all(method in table for table in tables)]

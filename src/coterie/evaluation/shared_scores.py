@@ -51,7 +51,8 @@ class Scored:
         nll: every method's mean NLL per token of every row; methods that only answer have none.
         expert_nll: (row, expert): the fitted experts alone.
         tokens: (row,): tokens that each mean is over.
-        seconds: every method's seconds of scoring; methods scored together have the time of the whole pass.
+        seconds: of scoring, for every method that was scored alone.
+        shared_seconds: of the one pass that scored all others, and every fitted expert alone.
     """
 
     cells: Mapping[str, Mixture]
@@ -60,6 +61,7 @@ class Scored:
     expert_nll: Float[Tensor, "row expert"]
     tokens: Float[Tensor, " row"]
     seconds: Mapping[str, float]
+    shared_seconds: float
 
 
 def no_cache(name: str, make: Callable[[], Any]) -> Any:
@@ -79,7 +81,7 @@ def score_methods(
     together = cached("likelihoods", lambda: _score_logits(grid, rows, {name: routed[name] for name in in_logits}))
     nll = {name: torch.tensor(values) for name, values in together["nll"].items()}
     expert_nll, tokens = torch.tensor(together["expert_nll"]), torch.tensor(together["tokens"])
-    seconds = dict.fromkeys(in_logits, together["seconds"])
+    seconds = {}
     for name in scorable:
         if name not in in_logits:
             make = partial(_score_alone, cells[name], rows, routed[name], name)
@@ -89,8 +91,7 @@ def score_methods(
         if cell.router.needs_references:
             routed[name] = Routed(cell.router.weigh(expert_nll), 0.0)
             nll[name] = expert_nll.min(dim=1).values
-            seconds[name] = max(seconds.values(), default=0.0)
-    return Scored(cells, routed, nll, expert_nll, tokens, seconds)
+    return Scored(cells, routed, nll, expert_nll, tokens, seconds, together["seconds"])
 
 
 def _score_alone(cell: Mixture, rows: Sequence[TokenRow], routed: Routed, name: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from coterie.artifacts import as_path, check_output, run_folder, sha256_of
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError
-from coterie.evaluation.compare import Evaluation, checked_control, method_names, run_evaluation
+from coterie.evaluation.compare import Evaluation, check_control, method_names, run_evaluation
 from coterie.evaluation.rows import method_result, question_fields, summary_record
 from coterie.grading.grade import after_thinking, check_code_execution, code_notes, graded
 from coterie.methods.common import hash_examples
@@ -58,7 +58,7 @@ def evaluate_symbolic(settings: EvaluationSettings) -> Evaluation:
         raise CoterieError(f"--few-shot does not apply to {METHOD}; put solved examples into the rows' prompts")
     fitted = load_symbolic(settings.mixture)
     names = list(METHODS) if settings.methods in (None, "all") else method_names(settings)
-    control = checked_control(settings.control, names, BEST_SINGLE)
+    check_control(settings.control, names)
     examples = load_all(settings.data, settings.limit, reading_for(settings.mixture, settings.reading))
     check_code_execution(examples, settings.allow_code_execution)
     for name in names:  # an unknown one is told before anything is asked
@@ -66,7 +66,7 @@ def evaluate_symbolic(settings: EvaluationSettings) -> Evaluation:
     inputs = {"data": hash_examples(examples), "mixture": sha256_of(Path(settings.mixture) / "mixture.json")}
     with run_folder(output, settings, inputs) as run:
         cache = run.path / "working" / REPLIES
-        result = _evaluated(settings, fitted, names, control, examples, cache)
+        result = _evaluated(settings, fitted, names, examples, cache)
         write_evaluation(run.path, result.record, result.row_records)
     return result
 
@@ -75,7 +75,6 @@ def _evaluated(
     settings: EvaluationSettings,
     fitted: Symbolic,
     names: Sequence[str],
-    control: str,
     examples: Sequence[Example],
     cache: Path,
 ) -> Evaluation:
@@ -98,7 +97,7 @@ def _evaluated(
         rows,
         routing,
         names,
-        control,
+        [name for name in names if name in (BEST_SINGLE, *fitted.pool.names)],
         [row.category or "-" for row in rows] if has_categories else [],
         mixture=settings.mixture,
         base_model={"id": ", ".join(sorted({expert.model for expert in fitted.pool.experts}))},

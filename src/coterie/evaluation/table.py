@@ -1,5 +1,6 @@
 """The table that sums an evaluation up: every method on all rows and on each source, compared with one of them."""
 
+import math
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -63,6 +64,7 @@ def summarise(
     control: str,
     sources: Sequence[str],
     *,
+    choices: int = 1,
     resamples: int = 2000,
     seed: int = 0,
 ) -> list[TableRow]:
@@ -81,6 +83,8 @@ def summarise(
         methods: The methods to sum up, in the order wanted.
         control: The method that the others are compared with.
         sources: The sources to sum up, in the order wanted.
+        choices: From how many methods the control was chosen by what these rows say. That flatters it, so p-values are
+            multiplied by their number (Bonferroni's inequality, over one list of comparisons for every choice).
         resamples: Bootstrap resamples of the interval of each share of the oracle's gain.
         seed: Seed of the resamples and of the sign flips.
 
@@ -97,11 +101,20 @@ def summarise(
     if len(sources) > 1:
         parts += [(source, [row for row in rows if row.source == source]) for source in sources]
     draws = _Draws(resamples, seed)
-    return [line for source, part in parts for line in _part(source, part, methods, control, draws)]
+    return [line for source, part in parts for line in _part(source, part, methods, control, choices, draws)]
+
+
+def strongest(rows: Sequence[RowRecord], rivals: Sequence[str]) -> str:
+    """Return the rival that does best on these rows, in accuracy, and in NLL among equals; the first of several."""
+    results = {name: [row.methods[name] for row in rows] for name in rivals}
+    right = {name: _mean(_measure((own.correct, 1) for own in found)) for name, found in results.items()}
+    nll = {name: _mean(_measure((own.nll, own.tokens) for own in found)) for name, found in results.items()}
+    by_nll = {name: math.inf if value is None else value for name, value in nll.items()}
+    return min(rivals, key=lambda name: (-(right[name] or 0.0), by_nll[name]))
 
 
 def _part(
-    source: str, rows: Sequence[RowRecord], methods: Sequence[str], control: str, draws: _Draws
+    source: str, rows: Sequence[RowRecord], methods: Sequence[str], control: str, choices: int, draws: _Draws
 ) -> list[TableRow]:
     results = {method: [row.methods[method] for row in rows] for method in methods}
     accuracy = {name: _measure((own.correct, 1) for own in found) for name, found in results.items()}
@@ -111,12 +124,13 @@ def _part(
     verdicts = {n: ([v == 1 for v in pair.own], [v == 1 for v in pair.control]) for n, pair in right.items()}
     right_gaps = {name: accuracy_difference(*pair) for name, pair in verdicts.items()}
     likely_gaps = {name: mean_difference(pair.own, pair.control, weights=pair.weights) for name, pair in likely.items()}
-    right_p = holm({name: mcnemar(*pair) for name, pair in verdicts.items()})
-    likely_p = holm(
+    right_p = _adjusted({name: mcnemar(*pair) for name, pair in verdicts.items()}, choices)
+    likely_p = _adjusted(
         {
             name: sign_flip_test(pair.own, pair.control, weights=pair.weights, seed=draws.seed)
             for name, pair in likely.items()
-        }
+        },
+        choices,
     )
     shares = _oracle_shares(nll, draws)
     return [
@@ -142,6 +156,10 @@ def _part(
         )
         for method in methods
     ]
+
+
+def _adjusted(p_values: Mapping[str, float], choices: int) -> dict[str, float]:
+    return {name: min(1.0, choices * p) for name, p in holm(p_values).items()}
 
 
 def _measure(results: Iterable[tuple[float | None, int]]) -> _Measure:
@@ -224,12 +242,13 @@ class _Test(NamedTuple):
     p: float
 
 
-def format_table(table: Sequence[TableRow]) -> str:
+def format_table(table: Sequence[TableRow], choices: int = 1) -> str:
     """Write the table of an evaluation as plain text of at most 100 columns, all rows first, then each source.
 
     Each measure has a list of its own, left out where it was not measured. Accuracy and F1 are in percent, differences
     of accuracy in points, NLL in nats a token. A star marks a significant adjusted p-value; the last sentences say
-    which differences over all rows these are, and from how many rows on a difference of 5 points would show.
+    which differences over all rows these are, from how many methods the control was chosen by these rows, and from how
+    many rows on a difference of 5 points would show.
     """
     by_source: dict[str, list[TableRow]] = {}
     for row in table:
@@ -239,7 +258,7 @@ def format_table(table: Sequence[TableRow]) -> str:
     with_oracle = any(row.oracle_share is not None for row in table)
     legend = [*((_STAR, _P) if compared else ()), *((_GAIN,) if with_oracle else ())]
     legend += [_CUT] if any(row.cut for row in table) else []
-    conclusion = textwrap.fill(_conclusion(table), WIDTH, break_on_hyphens=False)
+    conclusion = textwrap.fill(_conclusion(table, choices), WIDTH, break_on_hyphens=False)
     return "\n\n".join([*parts, "\n".join([*legend, conclusion])])
 
 
@@ -285,7 +304,7 @@ def _with_ends(
     return f"{write(value)}{ends}{star}"
 
 
-def _conclusion(table: Sequence[TableRow]) -> str:
+def _conclusion(table: Sequence[TableRow], choices: int) -> str:
     """Say which differences over all rows are significant, and which are not."""
     tests, control, rows = _tests(table), table[0].control, table[0].rows
     if not tests:
@@ -299,6 +318,8 @@ def _conclusion(table: Sequence[TableRow]) -> str:
     needed = max((row.rows_to_see_5_points or 0 for row in table if row.source == OVERALL), default=0)
     few = f" A difference of 5 points would show from about {needed:,} graded rows on." if needed > rows else ""
     level = f"by Holm-adjusted p < {LEVEL} (comparisons: {number})"
+    if choices > 1:
+        control += f", the strongest of {choices} simple rivals here (every p is multiplied by {choices} for that),"
     return f"Compared with {control} over all rows, {level}, {found}.{rest if unclear else ''}{few}"
 
 

@@ -44,6 +44,7 @@ class Method:
         paper: source.
         make_router: its router on a grid that has what the method needs; None where no mixture stands behind it.
         needs: the extras that must be trained for it beyond a fitted run.
+        simple: whether one expert, or the untouched base model, answers whatever is asked: what all others must beat.
     """
 
     bank: str
@@ -52,11 +53,14 @@ class Method:
     paper: str
     make_router: "Callable[[MethodGrid], Router] | None" = None
     needs: tuple[str, ...] = ()
+    simple: bool = False
 
 
-def single(expert: str, bank: str = "one expert", paper: str = CONTROL, needs: tuple[str, ...] = ()) -> Method:
+def single(
+    expert: str, bank: str = "one expert", paper: str = CONTROL, needs: tuple[str, ...] = (), *, simple: bool = True
+) -> Method:
     """Return the method that always takes one expert."""
-    return Method(bank, "fixed", "logits", paper, lambda grid: one_hot(expert, grid.mixture.bank.names), needs)
+    return Method(bank, "fixed", "logits", paper, lambda grid: one_hot(expert, grid.mixture.bank.names), needs, simple)
 
 
 def oracle(bank: str) -> Method:
@@ -117,6 +121,10 @@ class Family(Generic[AnyRun]):
                 )
             options[option] = value
         return self.methods[plain], options
+
+    def simple_rivals(self, names: Iterable[str]) -> list[str]:
+        """Return those of the methods that are one expert, or the untouched base model, for all prompts."""
+        return [name for name in names if self.method(name)[0].simple]
 
     def needs(self, names: Iterable[str]) -> list[str]:
         """Return the extras that must be trained for these methods, each once."""

@@ -245,6 +245,14 @@ class RowRecord(Record):
     outcomes: dict[StrictStr, OutcomeRecord] = {}
 
 
+class SharedSeconds(Record):
+    """What one stage took for several methods at once, so that none of them has a time of its own there."""
+
+    stage: StrictStr
+    methods: Names
+    seconds: Weight
+
+
 class MapPoint(Record):
     """One training row on the map, with its cluster's label under every seed."""
 
@@ -323,16 +331,18 @@ class Profile(SkillCounts):
 class EvaluationRecord(Record):
     """The summary of an evaluation; names keep the order of the records.
 
-    `routed` is the mixture's own method. By method: `seconds` a stage, `memory` in bytes, `merge_error` the relative
-    Frobenius error of its merge, `costs` of a question. `composition` has the rows of every cluster by "source /
-    category". `selection`, `gathering` and `gates` tell how a mixture was made from a few shots; `profile` and all that
-    follows it are of recruited experts.
+    `control` was chosen on these rows as the strongest of `control_among`, where there are any; `routed` is the
+    mixture's own method. By method: `seconds` a stage, mean `answer_tokens`, `memory` in bytes, `merge_error` the
+    relative Frobenius error of its merge, `costs` of a question. `composition` has the rows of every cluster by
+    "source / category". `selection`, `gathering` and `gates` tell how a mixture was made from a few shots; `profile`
+    and all that follows it are of recruited experts.
     """
 
     format: Annotated[int, Field(strict=True, ge=FORMAT, le=FORMAT)]
     mixture: StrictStr
     base_model: Facts = {}
     control: StrictStr
+    control_among: Names = ()
     routed: StrictStr | None = None
     methods: Names
     experts: Names
@@ -345,6 +355,8 @@ class EvaluationRecord(Record):
     routing: Grid = {}
     routing_by_category: Grid = {}
     seconds: Grid = {}
+    shared_seconds: tuple[SharedSeconds, ...] = ()
+    answer_tokens: KnownAmounts = {}
     memory: Counts = {}
     merge_error: KnownAmounts = {}
     notes: Texts = ()

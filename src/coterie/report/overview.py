@@ -169,26 +169,30 @@ def _variant_picture(evaluation: EvaluationRecord, parameter: str, way: list[_Va
 
 
 def cost_table(evaluation: EvaluationRecord) -> list[dict[str, Any]]:
-    """List what each method took, with a bar on one scale for all; training is no part of the total."""
+    """List what each method took, with a bar of what answering took on one scale for all.
+
+    Where nothing was generated, scoring the references stands for answering. What was done for several methods at once
+    is none of theirs: it has a line of its own behind them.
+    """
     measured = {*evaluation.seconds, *evaluation.memory}
     spent = {method: evaluation.seconds.get(method, {}) for method in evaluation.methods if method in measured}
-    answering = {m: [stages[stage] for stage in _ANSWERING if stage in stages] for m, stages in spent.items()}
-    totals = {method: sum(seconds) if seconds else None for method, seconds in answering.items()}
-    longest = max((total for total in totals.values() if total), default=0.0)
+    stage = next((stage for stage in _ANSWERING if any(stage in stages for stages in spent.values())), "score")
+    longest = max((stages.get(stage, 0.0) for stages in spent.values()), default=0.0)
     table = []
     for method, stages in spent.items():
-        total = totals[method]
-        parts = [(stage, stages.get(stage, 0.0), "") for stage in _ANSWERING]
+        took = stages.get(stage)
+        words = f"{wording.method_name(method)}: {wording.amount(took, 1)} seconds"
         table.append(
             {
                 "method": method,
                 "train": stages.get("train"),
                 "generate": stages.get("generate"),
-                "score": stages.get("score"),
-                "total": total,
-                "a_row": total / evaluation.rows if total is not None and evaluation.rows else None,
+                "a_row": took / evaluation.rows if took is not None and evaluation.rows else None,
+                "tokens": evaluation.answer_tokens.get(method),
                 "memory": evaluation.memory[method] / _GIGABYTE if method in evaluation.memory else None,
-                "bar": split_bar(parts, f"{wording.method_name(method)}: {wording.amount(total, 1)} seconds", longest),
+                "score": stages.get("score"),
+                "shared": any(method in one.methods and one.stage == "score" for one in evaluation.shared_seconds),
+                "bar": split_bar([(stage, took or 0.0, "")], words, longest),
             }
         )
     return table

@@ -13,6 +13,7 @@ from coterie.artifacts import write_text
 from coterie.errors import CoterieError
 from coterie.records.evaluation import MEASURES, OVERALL, EvaluationRecord, RowRecord
 from coterie.records.files import read_evaluation
+from coterie.records.wording import listed
 from coterie.report import wording
 from coterie.report.clusters import clusters_view
 from coterie.report.examples import examples_view
@@ -103,7 +104,9 @@ def view(evaluation: EvaluationRecord, rows: Sequence[RowRecord]) -> dict[str, A
         "costs": cost_table(evaluation),
         "cost_columns": {
             "train": any("train" in stages for stages in evaluation.seconds.values()),
+            "generate": any("generate" in stages for stages in evaluation.seconds.values()),
             "memory": bool(evaluation.memory),
+            "tokens": bool(evaluation.answer_tokens),
         },
         "cost_pictures": cost_pictures(evaluation),
         **examples_view(evaluation, rows),
@@ -119,7 +122,7 @@ def _facts(evaluation: EvaluationRecord) -> list[tuple[str, str]]:
         ("Base model", base.get("id", "")),
         ("Mixture", evaluation.mixture),
         ("Experts", f"{len(evaluation.experts)}"),
-        ("Control", wording.method_name(evaluation.control)),
+        ("Control", _control(evaluation)),
         ("Test data", evaluation.data),
         ("Rows", f"{evaluation.rows:,}, of which {graded:,} graded"),
         ("Sources", ", ".join(sources) if len(sources) <= MOST_NAMED else f"{len(sources)}"),
@@ -129,6 +132,12 @@ def _facts(evaluation: EvaluationRecord) -> list[tuple[str, str]]:
         ("SHA-256 of the base model", base.get("sha256", "")),
     ]
     return [(name, value) for name, value in facts if value not in ("", "null")]
+
+
+def _control(evaluation: EvaluationRecord) -> str:
+    among = [wording.method_name(name) for name in evaluation.control_among if name != evaluation.control]
+    name = wording.method_name(evaluation.control)
+    return f"{name}, which did better on these rows than {listed(among)}" if among else name
 
 
 def _pairs(facts: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 
 from coterie.records.evaluation import Difference, EvaluationRecord
+from coterie.records.verdict import advice
 from coterie.records.wording import listed, p_value
 
 ABSENT = "–"
@@ -124,10 +125,13 @@ def headline(evaluation: EvaluationRecord) -> str:
         same, interval = "the same as", f"{span(gap, 'nll')} nats"
     else:
         return _neutral_sentence(evaluation)
-    than = f"{more if gap.value else same} {method_name(evaluation.control)}"
+    among = len(evaluation.control_among)
+    rival = f"{method_name(evaluation.control)}{f', the strongest of {among} simple rivals' if among > 1 else ''}"
+    than = f"{more if gap.value else same} {rival}"
     were = "was" if score.cut == 1 else "were"
     cut = f" {counted(score.cut, 'answer')} reached the limit of new tokens and {were} cut." if score.cut else ""
-    return f"{method_name(score.method)} {found}, {than}; {_certainty(gap, interval)}.{cut}"
+    said = f"{method_name(score.method)} {found}, {than}; {_certainty(gap, interval)}.{cut}"
+    return f"{said} {advice(evaluation, method_name)}".strip()
 
 
 def _certainty(difference: Difference, interval: str) -> str:

@@ -178,7 +178,9 @@ class EvaluationSettings(Settings):
         "method and its simplest rivals",
     )
     control: str | None = Field(
-        None, description="method that the others are compared with; default: base, or the first one where it is not"
+        None,
+        description="method that the others are compared with; default: of those that are one expert or the untouched "
+        "base model, the one that does best on the rows",
     )
     router: str | None = Field(
         None, description="routers to compare besides, separated by commas: those that --router of generate takes"

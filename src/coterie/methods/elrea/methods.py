@@ -60,6 +60,7 @@ METHODS = {
         CONTROL,
         lambda grid: one_hot(read_losses(grid.extras["judged"]).best_single(), grid.mixture.bank.names),
         ("judged",),
+        simple=True,
     ),
     "oracle": oracle(CLUSTERS),
 }

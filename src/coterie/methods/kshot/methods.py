@@ -38,9 +38,10 @@ METHODS = {
         PAPER,
         lambda grid: one_hot(f"{UNTUNED}{_selection(grid).first}", grid.mixture.bank.names),
         ("untuned",),
+        simple=True,
     ),
     BEST_TUNED: single(BEST_TUNED, "one adapter", PAPER, (BEST_TUNED,)),
-    LORAHUB: single(LORAHUB, "one adapter", "arXiv 2307.13269", (LORAHUB,)),
+    LORAHUB: single(LORAHUB, "one adapter", "arXiv 2307.13269", (LORAHUB,), simple=False),
     "arrow": Method(
         UNTRAINED,
         "top singular vectors, per layer and token",
@@ -66,5 +67,5 @@ FAMILY: Family[KshotRun] = Family(
     METHODS,
     EXTRAS,
     KshotRun.open,
-    usual=lambda mixture: [BACKBONE, "best-by-shots", "uniform-weights", "arrow", METHOD],
+    usual=lambda mixture: [BACKBONE, "best-by-shots", BEST_TUNED, "uniform-weights", "arrow", METHOD],
 )
