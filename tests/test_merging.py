@@ -191,6 +191,19 @@ def test_requests_of_several_merges_share_a_batch_with_others(backbone, adapters
     assert layers.stacked_experts <= 3 + MERGED_KEPT + 3
 
 
+def test_merged_adapters_come_in_and_out_of_inference_mode(backbone, adapters):
+    layers = ExpertLayers(backbone.model, [load_adapter(folder, backbone.model) for folder in adapters])
+    weights = [torch.tensor([[0.1, 0.2 * number, 0.3]]) for number in range(MERGED_KEPT + 6)]
+    *others, a, b, c, d = (RequestRows(row, torch.ones(1), merge="factors") for row in weights)
+    with torch.inference_mode():
+        for own in others:
+            layers.mix([own])
+    rows = [a, b, c, d]  # in the places of the first ones
+    found = hidden(backbone, layers, layers.mix(rows))
+    alone = ExpertLayers(backbone.model, [layers.merged(tuple(row.weights[0].tolist()), "factors") for row in rows])
+    torch.testing.assert_close(found, hidden(backbone, alone, alone.weighted(torch.eye(4))), rtol=1e-4, atol=1e-4)
+
+
 def test_the_error_of_a_merge_is_that_of_all_dense_updates_together(backbone, adapters):
     layers = ExpertLayers(backbone.model, [load_adapter(folder, backbone.model) for folder in adapters])
     weights = (0.2, 0.5, 0.3)

@@ -75,6 +75,7 @@ def stack(pairs: Sequence[LoraPair | None]) -> StackedPair:
     return StackedPair(down, up)
 
 
+@torch.inference_mode(False)  # or what was put there in inference mode could not be written over outside of it
 def put(stacked: StackedPair, number: int, pair: LoraPair | None) -> StackedPair:
     """Return the stack with this update as that expert's, in place or, where it does not fit, in a larger copy."""
     experts, rank, _ = stacked.down.shape
