@@ -91,7 +91,7 @@ class Backbone:
     def hidden(
         self,
         input_ids: Int[Tensor, "row position"],
-        attention_mask: Tensor | Mapping[str, Tensor | None] | None = None,
+        attention_mask: Tensor | Mapping[str, Tensor] | None = None,
         position_ids: Int[Tensor, "row position"] | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "row position width"]:

@@ -6,7 +6,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
@@ -57,6 +57,7 @@ class Span:
         self.level = lengths[0] if len(set(lengths)) == 1 else None
         """The rows' length before, if they have one in common."""
         self._device = device
+        self._places: dict[int, tuple[Tensor, Tensor]] = {}
 
     @cached_property
     def starts(self) -> Int[Tensor, "row 1"]:
@@ -75,6 +76,13 @@ class Span:
         if self.level is not None:
             return (steps + self.level).expand(len(self.lengths), -1)
         return self.starts + steps
+
+    def places(self, columns: int) -> tuple[Int[Tensor, "row 1"], Int[Tensor, "row position"]]:
+        """Return the rows and columns where the tokens go in a ring of so many columns."""
+        if columns not in self._places:
+            rows = torch.arange(len(self.lengths), device=self._device)[:, None]
+            self._places[columns] = rows, self.positions % columns
+        return self._places[columns]
 
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
@@ -136,8 +144,7 @@ class KeysAndValues(CacheLayerMixin):
         if span.level is not None and (first := span.level % columns) + span.size <= columns:
             block[:, :, first : first + span.size] = states
         else:
-            places = span.positions % columns
-            block.scatter_(2, places[:, None, :, None].expand_as(states), states)
+            block.transpose(1, 2)[span.places(columns)] = states.transpose(1, 2)
 
     def _keep_last(self, blocks: Sequence[Tensor], new: Sequence[Tensor]) -> None:
         """Write the last tokens of a long piece into the ring."""
@@ -158,13 +165,11 @@ class KeysAndValues(CacheLayerMixin):
         return _in_ring(span.starts + span.size, columns)
 
     @property
-    def sees_all(self) -> bool:
-        """Whether each token looks at all keys up to itself, and these end with every row: no mask is needed."""
-        span = self._span
-        even = span.level is not None and (span.size == 1 or span.level == 0)
-        return even and (self.window is None or span.total <= self.window)
+    def is_plain(self) -> bool:
+        """Whether the mask that models make by themselves is right: columns are positions, of all rows alike."""
+        return self._span.level is not None and (self.window is None or self._span.total <= self.window)
 
-    def mask(self) -> Bool[Tensor, "row 1 position column"]:
+    def seen(self) -> Bool[Tensor, "row 1 position column"]:
         """Return which keys each token looks at."""
         keys, tokens = self._key_positions()[:, None, :], self._span.positions[:, :, None]
         seen = (keys <= tokens) & (keys >= 0)
@@ -211,12 +216,10 @@ class States(LinearAttentionLayer):
         self.states = [states.new_zeros(0, *states.shape[1:]) for *_, states in found if states is not None]
 
     def begin(self, span: Span) -> None:
-        """Take in what is read next."""
-        new = [place for place, length in enumerate(span.lengths) if length == 0]
+        """Take in what is read next: rows that have all read something before, or nothing."""
         for (table, number), buffer in zip(self._tables, self.states, strict=True):
-            table[number] = states = buffer[span.slots]
-            states[new] = 0
-        self.has_previous_state = dict.fromkeys(self.has_previous_state, len(new) < len(span.lengths))
+            table[number] = buffer[span.slots]
+        self.has_previous_state = dict.fromkeys(self.has_previous_state, any(span.lengths))
 
 
 class KeysValuesAndStates(KeysAndValues, States):
@@ -236,17 +239,12 @@ class KeysValuesAndStates(KeysAndValues, States):
 class RowCache(Cache):
     """The cache of a model: for every slot as many columns, in every layer."""
 
-    def __init__(self, layers: Sequence[Any], floats: torch.dtype | None) -> None:
-        """Take in the layers, empty.
-
-        Args:
-            layers: of the kinds of this module, or dummies.
-            floats: the type of the model's masks, where these are added to scores; None where they are true or false.
-        """
+    def __init__(self, layers: Sequence[Any], dtype: torch.dtype) -> None:
+        """Take in the layers, empty: of the kinds of this module, or dummies; and the model's type."""
         super().__init__(layers=list(layers))
         self._attention = [layer for layer in layers if isinstance(layer, KeysAndValues)]
         self._recurrent = [layer for layer in layers if isinstance(layer, States)]
-        self._floats = floats
+        self._dtype = dtype
         self.slots, self.columns = 0, 0
 
     @property
@@ -311,25 +309,21 @@ class RowCache(Cache):
         for layer in [*self._attention, *self._recurrent]:
             layer.begin(span)
 
-    def masks(self) -> Tensor | dict[str, Tensor | None] | None:
+    def masks(self) -> Tensor | dict[str, Tensor] | None:
         """Return the masks of what is read next, as models take them: by pattern where there are several.
 
         None where what models make of nothing is right.
         """
         by_kind = {layer.kind: layer for layer in self._attention}
-        if all(layer.sees_all for layer in by_kind.values()):
+        if all(layer.is_plain for layer in by_kind.values()):
             return None
         masks = {kind: self._mask(layer) for kind, layer in by_kind.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
-    def _mask(self, layer: KeysAndValues) -> Tensor | None:
-        if layer.sees_all and self._floats is None:
-            return None
-        seen = layer.mask()
-        if self._floats is None:
-            return seen
-        least = torch.finfo(self._floats).min
-        return torch.zeros_like(seen, dtype=self._floats).masked_fill_(~seen, least)
+    def _mask(self, layer: KeysAndValues) -> Float[Tensor, "row 1 position column"]:
+        """Return what is added to scores; from true or false, every layer would make it anew."""
+        seen = layer.seen()
+        return torch.zeros_like(seen, dtype=self._dtype).masked_fill_(~seen, torch.finfo(self._dtype).min)
 
 
 _SAMPLES: WeakKeyDictionary[PreTrainedModel, DynamicCache] = WeakKeyDictionary()
@@ -352,8 +346,7 @@ def make_row_cache(backbone: Backbone) -> RowCache:
     config = model.config.get_text_config()
     ringed = backbone.reads.ragged
     layers = [_make_layer(layer, config, whole=not ringed) for layer in _SAMPLES[model].layers]
-    chosen: Any = backbone.decoder.config
-    return RowCache(layers, None if chosen._attn_implementation == "sdpa" else model.dtype)  # noqa: SLF001
+    return RowCache(layers, model.dtype)
 
 
 def _make_layer(sample: Any, config: PreTrainedConfig, *, whole: bool) -> Any:  # noqa: ANN401 - transformers' kinds

@@ -54,7 +54,7 @@ class Slots:
             budget: the most bytes that the cache may take; None for as many as it needs.
         """
         self._backbone = backbone
-        self._cache = make_row_cache(backbone)
+        self.cache = make_row_cache(backbone)
         self._budget = budget
         self._rows: dict[int, _Row] = {}
         self._next = 0
@@ -64,16 +64,16 @@ class Slots:
     @property
     def can_rollback(self) -> bool:
         """Whether rows can forget their last tokens; a recurrent state cannot be turned back."""
-        return not self._cache.has_states
+        return not self.cache.has_states
 
     @property
     def bytes(self) -> int:
         """What the buffers take."""
-        return self._cache.bytes
+        return self.cache.bytes
 
     def bytes_for(self, rows: int, length: int) -> int:
         """Return what the buffers take for so many rows of up to so many tokens."""
-        return self._cache.bytes_for(bucket(rows), bucket(length, COLUMNS))
+        return self.cache.bytes_for(bucket(rows), bucket(length, COLUMNS))
 
     def fits(self, rows: int, length: int) -> bool:
         """Tell whether further rows of up to `length` tokens can be claimed beside those that there are.
@@ -107,7 +107,7 @@ class Slots:
         """
         self._make_room(len(self._rows) + count, 0)
         taken = {row.slot for row in self._rows.values()}
-        free = [slot for slot in range(self._cache.slots) if slot not in taken]
+        free = [slot for slot in range(self.cache.slots) if slot not in taken]
         runs = (free[place : place + count] for place in range(len(free) - count + 1))
         slots = next((run for run in runs if run[-1:] == [run[0] + count - 1]), free)
         new = list(range(self._next, self._next + count))
@@ -130,7 +130,7 @@ class Slots:
         return new
 
     def rollback(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
-        """Let rows forget all but their first tokens, or everything.
+        """Let rows forget all but their first tokens, or everything; or a read that broke off.
 
         Raises:
             ValueError: when a row has not read so many, or a layer does not hold any more what it needs to go on there.
@@ -139,8 +139,8 @@ class Slots:
             own = self._rows[row]
             if not 0 <= length <= own.length:
                 raise ValueError(f"row {row} has read {own.length} tokens and cannot go back to {length}")
-            if length < own.length and not self._cache.holds(length, own.written):
-                raise ValueError(f"row {row} has read {own.length} tokens, too many to go back to {length}")
+            if length < own.written and not self.cache.holds(length, own.written):
+                raise ValueError(f"row {row} has read {own.written} tokens, too many to go back to {length}")
             own.length, own.written = length, own.written if length else 0
 
     # reading
@@ -193,7 +193,7 @@ class Slots:
             kind: tuple[int, ...] = ()
             if not self._backbone.reads.ragged:
                 kind = (count, length)
-            elif self._cache.has_states:
+            elif self.cache.has_states:
                 kind = (count, min(length, 1))
             parts.setdefault(kind, []).append(place)
         return list(parts.values())
@@ -206,11 +206,12 @@ class Slots:
         self._make_room(len(self._rows), max(row.length for row in own) + size)
         start = self._side_by_side(rows)
         span = Span(start, [row.length for row in own], counts, size, tokens.device)
-        self._cache.begin(span)
-        masks = self._cache.masks() if self._backbone.reads.ragged else None
-        hidden = self._backbone.hidden(tokens, masks, span.positions, self._cache)
         for row, count in zip(own, counts, strict=True):
             row.written = max(row.written, row.length + (size if size <= SPARE else count))
+        self.cache.begin(span)
+        masks = self.cache.masks() if self._backbone.reads.ragged else None
+        hidden = self._backbone.hidden(tokens, masks, span.positions, self.cache)
+        for row, count in zip(own, counts, strict=True):
             row.length += count
         return hidden
 
@@ -228,7 +229,7 @@ class Slots:
             strangers = sum(target in holder and target not in own for target in targets)
             return strangers + sum(slot != target for slot, target in zip(slots, targets, strict=True))
 
-        starts = {min(max(slot - place, 0), self._cache.slots - len(rows)) for place, slot in enumerate(slots)}
+        starts = {min(max(slot - place, 0), self.cache.slots - len(rows)) for place, slot in enumerate(slots)}
         start = min(sorted(starts), key=moves)
         targets = range(start, start + len(rows))
         left = sorted(own - set(targets))
@@ -244,15 +245,15 @@ class Slots:
     def _copy(self, sources: Sequence[int], rows: Sequence[int]) -> None:
         """Fill the rows' slots with what other slots hold."""
         own = [self._rows[row] for row in rows]
-        self._cache.copy(sources, [row.slot for row in own], max(row.length for row in own))
+        self.cache.copy(sources, [row.slot for row in own], max(row.length for row in own))
 
     def _make_room(self, rows: int, length: int) -> None:
         """Let the buffers grow to the next size, if so many rows or tokens want it, and otherwise shrink."""
-        if rows <= self._cache.slots and length <= self._cache.columns:
+        if rows <= self.cache.slots and length <= self.cache.columns:
             return
         length = max([length, *(row.length for row in self._rows.values())])
         self._check_budget(rows, length)
         held = sorted(self._rows.values(), key=lambda row: row.slot)
-        self._cache.resize([row.slot for row in held], bucket(rows), bucket(length, COLUMNS))
+        self.cache.resize([row.slot for row in held], bucket(rows), bucket(length, COLUMNS))
         for place, row in enumerate(held):
             row.slot = place
