@@ -1,5 +1,6 @@
 """Help can be read in a small terminal, and what it and the README tell to type can be typed."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -7,9 +8,12 @@ from typing import get_args
 
 import pytest
 
-from coterie.cli.table import ARGUMENTS, COMMANDS, NEXT
+from coterie.cli.table import ARGUMENTS, COMMANDS
+from coterie.report.page import REPORT_FILE
 from coterie.settings.old_spellings import is_old
 from coterie.settings.reading import flag_of, flat_fields
+
+REPEAT = COMMANDS["run"]
 
 
 def shown(run, name: str) -> str:
@@ -58,13 +62,43 @@ def test_a_command_of_the_readme_can_be_typed(run, called, line):
     assert run(*shlex.split(line, comments=True)[1:])[0] == 0 and len(called) == 1
 
 
-@pytest.mark.parametrize("name", NEXT)
-def test_a_command_ends_with_the_next_one_ready_to_type(run, called, name):
-    example = shown(run, name).partition("Example:")[2]
-    code, out, err = run(*shlex.split(re.sub(r"\\\s*\n", "", example))[1:])
-    assert (code, out) == (0, "") and err.count("next: coterie ") == 1
-    following = shlex.split(err.rpartition("next: ")[2])
-    assert run(*following[1:])[0] == 0 and len(called) == 2
-    own = called[0][1]
-    place = getattr(own, "output", None) or getattr(own, "folder", None) or own.mixture
-    assert str(place).rstrip("/") in following
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_ends_with_the_next_one_ready_to_type(run, called, name, tmp_path, monkeypatch):
+    example = re.sub(r"\\\s*\n", "", shown(run, name).partition("Example:")[2])
+    if name == "run":  # ends as the command that it repeats
+        monkeypatch.setitem(COMMANDS, "run", REPEAT)
+        example = f"coterie run {tmp_path}/run.yaml"
+        settings = {"model": "m", "data": ["d"], "output": str(tmp_path / "out")}
+        (tmp_path / "run.yaml").write_text(json.dumps({"command": "fit elrea", "settings": settings}))
+    code, out, err = run(*shlex.split(example)[1:])
+    assert (code, out) == (0, "") and err.count("next: ") == 1
+    last = err.splitlines()[-1]
+    following = shlex.split(last.removeprefix("next: "))
+    assert last.startswith("next: ") and "None" not in following
+    named = [word.rstrip("/") for word in shlex.split(example)[2:] if "/" in word and "=" not in word]
+    assert not named or any(word in " ".join(following) for word in (*named, str(tmp_path / "out"))), following
+    if following[0] == "coterie":
+        assert run(*following[1:])[0] == 0 and len(called) >= 2
+    else:
+        assert following[:3] in (["python3", "-m", "webbrowser"], ["cat", "runs/elrea-vllm/README.md"])
+
+
+def test_a_command_tells_what_it_wrote_once_it_is_there(run, called, tmp_path):
+    words = ["fit", "elrea", "--model", "m", "--data", "d.jsonl", "--output", tmp_path / "new run"]
+    assert "wrote" not in run(*words)[2]
+    (tmp_path / "new run").mkdir()
+    assert run(*words)[2].splitlines() == [
+        f"wrote {tmp_path}/new run",
+        f"next: coterie generate '{tmp_path}/new run' 'What do 5 pens cost?'",
+    ]
+
+
+def test_the_next_command_has_what_this_one_was_given(run, called):
+    following = lambda *words: run(*words)[2].splitlines()[-1].removeprefix("next: ")  # noqa: E731
+    assert following("route", "m", "it's", "b c") == """coterie generate m 'it'"'"'s' 'b c'"""
+    assert following("route", "m", "--input", "a b.jsonl") == "coterie generate m --input 'a b.jsonl'"
+    shots = ["--shots", "a.jsonl", "--shots", "b.jsonl"]
+    assert " ".join(shots) in following("select", "bank/", *shots, "--output", "s")
+    assert following("spread", "x", "y") == "coterie report x"
+    assert "--gathered out " in following("gather", *shots, "--pool", "p.jsonl", "--output", "out/")
+    assert following("report", "e/").endswith(f"e/{REPORT_FILE}")

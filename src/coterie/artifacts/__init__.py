@@ -17,7 +17,7 @@ from coterie.artifacts.files import (
     write_tensors,
     write_text,
 )
-from coterie.artifacts.folders import check_tree, real_folder, replace_folder
+from coterie.artifacts.folders import check_copy, check_tree, new_folder, real_folder, replace_folder
 from coterie.artifacts.kinds import check_kind
 from coterie.artifacts.locks import locked
 from coterie.artifacts.outputs import check_file, inputs_of, is_stream, write_answers
@@ -42,6 +42,7 @@ __all__ = [
     "append_text",
     "check_kind",
     "as_path",
+    "check_copy",
     "check_file",
     "check_output",
     "check_tree",
@@ -55,6 +56,7 @@ __all__ = [
     "is_full",
     "is_stream",
     "locked",
+    "new_folder",
     "open_regular",
     "parse_json",
     "parse_yaml",

@@ -8,8 +8,9 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+import tempfile
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from coterie.artifacts.files import TEMPORARY, disk_errors
@@ -108,3 +109,52 @@ def replace_folder(new: Path, folder: Path, aside: Path) -> None:
             aside.rename(folder)
         raise
     shutil.rmtree(aside)
+
+
+def check_copy(target: Path, names: Collection[str], mark: str, inputs: Iterable[Path], *, overwrite: bool) -> None:
+    """Refuse a folder for a saved copy that holds anything but, where it may be overwritten, an earlier one.
+
+    Args:
+        target: the folder.
+        names: all that a copy may hold.
+        mark: the file that every copy has.
+        inputs: what is read to make it.
+        overwrite: whether an earlier copy may be replaced.
+
+    Raises:
+        CoterieError: saying why.
+    """
+    with disk_errors(target):
+        if target.name in ("", "..") or os.path.islink(target):
+            raise CoterieError(f"{target} is a link or has no name of its own; choose another folder")
+        if not os.path.lexists(target):
+            return
+        if not target.is_dir() or os.path.ismount(target):
+            raise CoterieError(f"{target} is no folder that can be replaced; choose another one")
+        if held := next(held_places(target, inputs), None):
+            raise CoterieError(f"{target} is or holds {held}; choose another folder")
+        held_names = set(os.listdir(target))
+        if held_names and not overwrite:
+            raise CoterieError(f"{target} is not empty; choose another folder, or give overwrite=True to replace it")
+        foreign = sorted(held_names - set(names)) or ([] if mark in held_names or not held_names else [f"no {mark}"])
+        if trouble := strange_entry(target) or (foreign[0] if foreign else None):
+            raise CoterieError(f"{target} holds {trouble}, so it is not replaced; choose another folder")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Give a folder to fill, which takes the name `target` when the body is through, in the place of what is there.
+
+    Raises:
+        CoterieError: when it cannot be written.
+    """
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        place = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".new", dir=target.parent))
+        made, aside = place / target.name, place / "old"
+        try:
+            made.mkdir()
+            yield made
+            replace_folder(made, target, aside)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)

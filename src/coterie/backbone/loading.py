@@ -24,10 +24,12 @@ from coterie.backbone.model import Backbone, BaseModelIdentity
 from coterie.backbone.probe import checked
 from coterie.errors import CoterieError, first_line, missing_extra, unknown_name
 from coterie.settings.groups import ModelSettings
+from coterie.settings.keywords import takes_fields
 
 logger = logging.getLogger(__name__)
 
 
+@takes_fields(ModelSettings)
 def load_backbone(settings: ModelSettings) -> Backbone:
     """Load a frozen base model by alias, hub id, local folder or GGUF file, in evaluation mode.
 

@@ -1,6 +1,7 @@
 """How a function and its settings become a command: flags in panels, an example, a row of the table of commands."""
 
 import inspect
+import os
 import re
 import shlex
 import textwrap
@@ -11,8 +12,10 @@ from typing import Annotated, Any, TypeVar, get_args
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
+from coterie.artifacts import as_path
 from coterie.errors import shown
 from coterie.settings.old_spellings import is_old
+from coterie.settings.places import target
 from coterie.settings.reading import FLAGS, Settings, flat_fields, from_flat
 
 PANELS = {
@@ -79,26 +82,38 @@ class Command:
     takes_prompts: bool
 
 
+EVALUATE = "coterie eval {mixture} --data test.jsonl --output {mixture}-eval"
 NEXT = {
+    "methods": "coterie fit elrea --model smollm2-135m --data train.jsonl --output runs/elrea",
     "fit elrea": "coterie generate {output} 'What do 5 pens cost?'",
     "fit token-level": "coterie generate {output} 'What do 5 pens cost?' --show-weights",
     "fit from-adapters": "coterie generate {output} 'What do 5 pens cost?'",
     "fit kshot-moe": "coterie generate {output} 'What do 5 pens cost?'",
     "fit symbolic-moe": "coterie generate {output} 'What do 5 pens cost?'",
-    "train-extras": "coterie eval {mixture} --data test.jsonl --output {mixture}-eval --methods {methods}",
-    "plan": "coterie generate {mixture} 'What do 5 pens cost?'",
+    "train-extras": EVALUATE + " --methods {methods}",
+    "route": "coterie generate {mixture} {prompts}",
+    "generate": EVALUATE,
+    "plan": "coterie generate {mixture} {prompts}",
+    "export": "cat {output}/README.md",
     "eval": "coterie report {output}",
+    "report": "python3 -m webbrowser {evaluation}/report.html",
+    "spread": "coterie report {evaluations_0}",
     "bank add": "coterie fit from-adapters --bank {folder} --output runs/shelf",
     "bank remove": "coterie fit from-adapters --bank {folder} --output runs/shelf",
+    "bank list": "coterie fit from-adapters --bank {folder} --output runs/shelf",
     "bank verify": "coterie fit from-adapters --bank {folder} --output runs/shelf",
     "select": "coterie fit kshot-moe --bank {folder} --shots {shots} --selected {output} --output runs/task",
     "gather": "coterie fit kshot-moe --bank bank/ --shots {shots} --gathered {output} --output runs/task",
     "experts init": "coterie profile {folder} --data val.jsonl",
     "experts add": "coterie profile {folder} --data val.jsonl --overwrite",
+    "experts list": "coterie profile {folder} --data val.jsonl",
     "experts remove": "coterie profile {folder} --data val.jsonl --overwrite",
     "profile": "coterie fit symbolic-moe --experts {folder} --output runs/sym",
 }
-"""What one types after a command, with the places of its settings in it; prompts and data are the user's own."""
+"""What one types after a command, with what it was given in its place; prompts and data are the user's own.
+
+`coterie run` ends with what follows the command that it repeats.
+"""
 
 COMMANDS: dict[str, Command] = {}
 """Every command by its full name, such as "fit elrea": what is typed, and what `coterie run` repeats."""
@@ -125,7 +140,8 @@ def command(name: str, example: str) -> Callable[[Function], Function]:
             given = {name: value for name, value in values.items() if value is not None}
             settings = None if kind is None else from_flat(kind, given)
             COMMANDS[name].function(*([] if settings is None else [settings]), **extra)
-            tell_next(name, settings)
+            if name != "run":  # which ends as the command that it repeats
+                tell_next(name, settings, **extra)
 
         flags = ([] if kind is None else _flags(kind)) + [p.replace(kind=p.KEYWORD_ONLY) for p in own]
         run.__signature__ = inspect.Signature(sorted(flags, key=lambda p: p.name not in ARGUMENTS))  # pyrefly: ignore
@@ -143,14 +159,18 @@ def command(name: str, example: str) -> Callable[[Function], Function]:
     return register
 
 
-def tell_next(name: str, settings: Settings | None) -> None:
-    """Tell on stderr, which keeps results on stdout apart, what to type after a command that went well."""
-    if settings is not None and name in NEXT:
-        places = {}
-        for field, value in settings:
-            several = [shlex.quote(str(one).rstrip("/") or "/") for one in (value if type(value) is list else [value])]
-            places[field] = f" --{field} ".join(several)
-        typer.echo(f"next: {NEXT[name].format(**places)}", err=True)
+def tell_next(name: str, settings: Settings | None, **extra: Any) -> None:  # noqa: ANN401 - what a command takes
+    """Tell on stderr, which keeps results on stdout apart, what a command wrote and what to type after it."""
+    written = None if settings is None else target(settings)
+    if written and os.path.lexists(as_path(written)):
+        echo(f"wrote {written}", err=True)
+    places = {}
+    for field, value in {**extra, **({} if settings is None else dict(settings))}.items():
+        texts = [shlex.quote(str(one).rstrip("/") or "/") for one in (value if isinstance(value, list) else [value])]
+        places |= {field: (" " if field == "prompts" else f" --{field} ").join(texts), f"{field}_0": "".join(texts[:1])}
+    if extra.get("input"):
+        places["prompts"] = f"--input {places['input']}"
+    echo(f"next: {NEXT[name].format(**places)}", err=True)
 
 
 def _flags(kind: type[Settings]) -> list[inspect.Parameter]:

@@ -35,6 +35,7 @@ from coterie.records.schema import read_rows
 from coterie.records.verdict import advice
 from coterie.settings.commands import EvaluationSettings
 from coterie.settings.groups import ExtrasSettings
+from coterie.settings.keywords import names_in
 from coterie.settings.reading import changed, from_flat
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def evaluate(
         CoterieError: for an unknown method or setting, or a control that is not among the methods.
     """
     flat = {"mixture": str(mixture.folder), "data": ["(given)"], "output": "(none)"}
-    named = {} if methods is None else {"methods": methods if isinstance(methods, str) else ",".join(methods)}
+    named = {} if methods is None else {"methods": ",".join(names_in(methods))}
     return compare(mixture, examples, resolved(from_flat(EvaluationSettings, {**flat, **named, **settings}), mixture))
 
 
@@ -159,7 +160,7 @@ def resolved(settings: EvaluationSettings, mixture: Mixture) -> EvaluationSettin
 
 def method_names(settings: EvaluationSettings) -> list[str]:
     """Return the methods that settings name, each once."""
-    return list(dict.fromkeys(name.strip() for name in (settings.methods or "").split(",")))
+    return names_in(settings.methods or "")
 
 
 def check_control(control: str | None, methods: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from coterie.mixture.folder import reading_for
 from coterie.records.evaluation import Clustering, Cost, OutcomeRecord, RowRecord
 from coterie.records.files import write_evaluation
 from coterie.settings.commands import EvaluationSettings
+from coterie.settings.keywords import takes_fields
 
 # Fields of what these methods do not have; they stay in the file, empty.
 _NOT_MEASURED: dict[str, Any] = {
@@ -29,6 +30,7 @@ _NOT_MEASURED: dict[str, Any] = {
 }
 
 
+@takes_fields(EvaluationSettings)
 def evaluate_folder(settings: EvaluationSettings) -> Evaluation:
     """Evaluate a folder made by any `coterie fit`.
 

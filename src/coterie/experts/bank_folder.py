@@ -25,6 +25,7 @@ from coterie.experts.cards import Card, check_files, hash_adapter, printable, re
 from coterie.records.mixture import BaseModelRecord
 from coterie.records.schema import parse
 from coterie.records.wording import columns
+from coterie.settings.keywords import names_in
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class BankFolder:
         return columns(lines, ALIGNED)
 
 
-def open_bank(path: str | Path, names: Sequence[str] | None = None) -> BankFolder:
+def open_bank(path: str | Path, names: str | Sequence[str] | None = None) -> BankFolder:
     """Open a bank, or some adapters of it, and read their cards; the adapters' own files are not read.
 
     Raises:
@@ -106,10 +107,11 @@ def open_bank(path: str | Path, names: Sequence[str] | None = None) -> BankFolde
     for name in set_aside(folder):
         logger.warning("%s is set aside, since replacing it was cut off; any `coterie bank add` puts it back", name)
     known = list_names(folder)
-    for name in names or ():
+    wanted = known if names is None else names_in(names)
+    for name in wanted:
         if name not in known:
             raise unknown_name("adapter", name, known)
-    chosen = [name for name in known if names is None or name in names]
+    chosen = [name for name in known if name in wanted]
     return BankFolder(folder, base, tuple(read_card(folder / EXPERTS / name) for name in chosen))
 
 

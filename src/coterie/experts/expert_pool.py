@@ -17,6 +17,7 @@ from coterie.experts.cards import hash_adapter
 from coterie.experts.endpoints import check_address
 from coterie.records.wording import columns
 from coterie.settings.commands import ExpertAddSettings, ExpertPoolSettings
+from coterie.settings.keywords import takes_fields
 
 POOL_FILE = "pool.json"
 FORMS = "NAME=FOLDER of an adapter, NAME=MODEL, or NAME=http://HOST/v1#MODEL"
@@ -94,6 +95,7 @@ class Pool:
         return {expert.name: {k: v for k, v in asdict(expert).items() if k != "name"} for expert in self.experts}
 
 
+@takes_fields(ExpertPoolSettings)
 def init_pool(settings: ExpertPoolSettings) -> Pool:
     """Check experts and write them to the pool's folder.
 
@@ -117,6 +119,7 @@ def _check_new(settings: ExpertPoolSettings) -> None:
         raise CoterieError(f"{file} exists; {advice}")
 
 
+@takes_fields(ExpertAddSettings)
 def add_experts(settings: ExpertAddSettings) -> Pool:
     """Add experts to a pool's list; what is listed already with the same source stays as it is.
 

@@ -40,6 +40,7 @@ from coterie.experts.cards import (
 from coterie.methods.token_level.domains import check_domain_names, named_values
 from coterie.settings.commands import BankAddSettings
 from coterie.settings.groups import ModelSettings, PlacementSettings
+from coterie.settings.keywords import takes_fields
 from coterie.settings.reading import from_flat
 from coterie.settings.rows import ReadingSettings
 
@@ -126,6 +127,7 @@ def bank_add(folder: str | Path, adapters: str | Path | Sequence[str | Path], **
     return list(add_to_bank(from_flat(BankAddSettings, flat)))
 
 
+@takes_fields(BankAddSettings)
 def add_to_bank(settings: BankAddSettings) -> Iterator[AddResult]:
     """Put adapters into a bank one after the other, telling of each what became of it.
 

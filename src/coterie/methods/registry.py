@@ -13,6 +13,8 @@ from coterie.methods.token_level.methods import FAMILY as TOKEN_LEVEL
 from coterie.mixture import Mixture
 from coterie.settings.commands import TrainExtrasSettings
 from coterie.settings.groups import ExtrasSettings
+from coterie.settings.keywords import names_in, takes_fields
+from coterie.settings.reading import from_flat
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (ELREA, TOKEN_LEVEL, KSHOT, SYMBOLIC)}
 """By what was fitted."""
@@ -32,23 +34,35 @@ def family_of(mixture: Mixture) -> Family:
     )
 
 
-def make_grid(mixture: Mixture, names: Sequence[str], settings: ExtrasSettings) -> MethodGrid:
+def make_grid(
+    mixture: Mixture,
+    names: str | Sequence[str],
+    settings: ExtrasSettings | None = None,
+    **extras: Any,  # noqa: ANN401 - fields of ExtrasSettings
+) -> MethodGrid:
     """Train what these methods still lack, once, into the user's cache, and load it.
 
+    Args:
+        mixture: a fitted mixture.
+        names: of methods, in a list or with commas between them.
+        settings: how what lacks is trained.
+        **extras: the same by name, such as encoder="hidden".
+
     Raises:
-        CoterieError: for an unknown method, or when something cannot be trained.
+        CoterieError: for an unknown method or keyword, or when something cannot be trained.
     """
     family = family_of(mixture)
-    return MethodGrid(mixture, family.prepare(mixture, names, settings), family)
+    how = from_flat(ExtrasSettings, extras) if settings is None else settings
+    return MethodGrid(mixture, family.prepare(mixture, names_in(names), how), family)
 
 
-def load_grid(mixture: Mixture, names: Sequence[str]) -> MethodGrid:
-    """Load what these methods need; nothing is trained.
+def load_grid(mixture: Mixture, names: str | Sequence[str]) -> MethodGrid:
+    """Load what these methods need, named in a list or with commas between them; nothing is trained.
 
     Raises:
         CoterieError: for an unknown method, or when something was not trained yet.
     """
-    family = family_of(mixture)
+    family, names = family_of(mixture), names_in(names)
     needed = family.needs(names)
     for name in needed:
         if mixture.folder is None or not extra_folder(mixture, name).is_dir():
@@ -60,6 +74,7 @@ def load_grid(mixture: Mixture, names: Sequence[str]) -> MethodGrid:
     return MethodGrid(mixture, {name: load_extra(mixture, name) for name in needed}, family)
 
 
+@takes_fields(TrainExtrasSettings)
 def train_extras(settings: TrainExtrasSettings) -> dict[str, Extra]:
     """Train what methods need beyond a fitted run, once, into the run's folder; return all of it by name.
 
@@ -69,7 +84,7 @@ def train_extras(settings: TrainExtrasSettings) -> dict[str, Extra]:
     mixture = Mixture.from_pretrained(settings.mixture, **settings.placement.model_dump())
     family = family_of(mixture)
     everything = settings.methods == "all"
-    names = family.available(mixture) if everything else [name.strip() for name in settings.methods.split(",")]
+    names = family.available(mixture) if everything else names_in(settings.methods)
     return family.prepare(mixture, names, settings.extras, in_run=True)
 
 

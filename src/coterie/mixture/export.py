@@ -17,6 +17,7 @@ from coterie.experts.plain_adapter import rank_of, vllm_rank, write_plain_adapte
 from coterie.lora import Adapter, check_merge
 from coterie.mixture.core import Mixture
 from coterie.settings.commands import ExportSettings
+from coterie.settings.keywords import takes_fields
 
 MIXTURE = "mixture"
 
@@ -61,6 +62,7 @@ class Exported:
         return "\n".join(f"{self.folder / place}: rank {rank}{off}" for place, rank in self.ranks.items())
 
 
+@takes_fields(ExportSettings)
 def export_mixture(settings: ExportSettings) -> Exported:
     """Write a mixture's experts, or one static mixture of them, for another program, with what to type there.
 

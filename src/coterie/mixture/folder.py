@@ -6,7 +6,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from coterie.artifacts import FORMAT, check_kind, hub_folder, read_json, sha256_of, write_json, write_text
+from coterie.artifacts import (
+    FORMAT,
+    as_path,
+    check_copy,
+    check_kind,
+    hub_folder,
+    new_folder,
+    read_json,
+    sha256_of,
+    write_json,
+    write_text,
+)
 from coterie.backbone.aliases import cache_folder
 from coterie.backbone.loading import Backbone, BaseModelIdentity, check_identity, load_backbone
 from coterie.backbone.prototypes import PROTOTYPES
@@ -26,9 +37,12 @@ from coterie.settings.groups import ModelSettings, PlacementSettings
 from coterie.settings.reading import from_flat
 from coterie.settings.rows import ReadingSettings
 
-SAVED_FILES = (
+MIXTURE_FILE = "mixture.json"
+COPIED = (
     "experts",
     "checkpoints",
+    "features",
+    "methods",
     "selection",
     "gathered",
     "clusters.jsonl",
@@ -37,7 +51,9 @@ SAVED_FILES = (
     "run.yaml",
     "metrics.jsonl",
 )
-"""What a saved copy takes along from the folder that a mixture was loaded from; the router writes itself."""
+"""What a saved copy takes along from the folder that a mixture was loaded from."""
+SAVED = (*COPIED, "router", MIXTURE_FILE, "README.md")
+"""All that a saved copy holds."""
 
 Stored = TypeVar("Stored", bound="StoredMixture")
 
@@ -178,48 +194,51 @@ class StoredMixture:
                 entry = entry.of
         return found
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the mixture to a folder that `from_pretrained` loads.
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write the mixture, with what was trained beside it, to a folder that `from_pretrained` loads.
+
+        The folder is made where there is none, whole or not at all.
+
+        Args:
+            folder: where to; an empty one will do.
+            overwrite: replace a mixture that was saved there.
 
         Raises:
-            CoterieError: when the folder holds something already, or the mixture has no files of its own yet.
+            CoterieError: when the folder holds something else, or the mixture has no files of its own yet.
         """
-        target = Path(folder)
-        if target.exists() and any(target.iterdir()):
-            raise CoterieError(f"{target} is not empty; choose another folder")
+        target = as_path(folder)
         if self.folder is None:
             raise CoterieError("this mixture was never written to a folder, so its experts' files do not exist")
+        check_copy(target, SAVED, MIXTURE_FILE, [self.folder], overwrite=overwrite)
         lacking = [name for name in self.bank.names if not (self.folder / "experts" / name).is_dir()]
         if lacking:
             raise CoterieError(f"the expert {lacking[0]!r} has no files in {self.folder}/experts; save another mixture")
-        target.mkdir(parents=True, exist_ok=True)
-        for name in SAVED_FILES:
-            source = self.folder / name
-            if source.is_dir():
-                shutil.copytree(source, target / name)
-            elif source.exists():
-                shutil.copy(source, target / name)
-        self.write_description(target)
+        with new_folder(target) as made:
+            for source in (self.folder / name for name in COPIED):
+                if source.is_dir():
+                    shutil.copytree(source, made / source.name)
+                elif source.exists():
+                    shutil.copy(source, made / source.name)
+            self.write_description(made, read_json(self.folder / MIXTURE_FILE))
 
     def write_description(self, folder: Path, facts: Mapping[str, Any] | None = None) -> None:
         """Write `mixture.json`, the router's tensors and the model card; the experts' folders are there already.
 
         The facts are what else is known of the mixture and is only kept, such as how its clusters were made.
         """
+        described = {
+            "format": FORMAT,
+            "method": self.method,
+            "base_model": asdict(self.backbone.identity),
+            "system_prompt": self.prompts.system_prompt,
+            **self.prompts.reading.record(),
+            "end_of_turn": self.prompts.end,
+            "experts": list(self.bank.names),
+            "router": self.router.save(folder / "router"),
+            "combiner": {"kind": self.combiner.kind},
+        }
         write_json(
-            folder / "mixture.json",
-            {
-                "format": FORMAT,
-                "method": self.method,
-                "base_model": asdict(self.backbone.identity),
-                "system_prompt": self.prompts.system_prompt,
-                **self.prompts.reading.record(),
-                "end_of_turn": self.prompts.end,
-                "experts": list(self.bank.names),
-                "router": self.router.save(folder / "router"),
-                "combiner": {"kind": self.combiner.kind},
-                **(facts or {}),
-            },
+            folder / MIXTURE_FILE, {**described, **{k: v for k, v in (facts or {}).items() if k not in described}}
         )
         write_text(folder / "README.md", self.card())
 
@@ -248,10 +267,8 @@ class StoredMixture:
             raise CoterieError("this mixture was never written to a folder, so there is nothing to upload")
         hub = HfApi()
         hub.create_repo(repo_id, private=private, exist_ok=True)
-        allowed = [f"{name}*" if "." in name else f"{name}/**" for name in (*SAVED_FILES, "router")]
-        info = hub.upload_folder(
-            repo_id=repo_id, folder_path=self.folder, allow_patterns=[*allowed, "mixture.json", "README.md"]
-        )
+        allowed = [f"{name}*" if "." in name else f"{name}/**" for name in SAVED]
+        info = hub.upload_folder(repo_id=repo_id, folder_path=self.folder, allow_patterns=allowed)
         return str(info)
 
 
@@ -263,7 +280,7 @@ def find_mixture(source: str | Path) -> Path:
     """
     folder = Path(source)
     if folder.is_dir():
-        check_kind(folder, "mixture.json")
+        check_kind(folder, MIXTURE_FILE)
         return folder
     advice = f"there is no mixture folder {source}; make one with: coterie fit elrea --output {source} ..."
     return hub_folder(str(source), ["*.json", "*.jsonl", "*.safetensors", "*.yaml", "*.md"], advice)
@@ -281,7 +298,7 @@ def reading_for(source: str | Path, reading: ReadingSettings | None = None, **fi
         CoterieError: when there is no mixture, or its template or columns are none, or for an unknown keyword.
     """
     given = from_flat(ReadingSettings, fields) if reading is None else reading
-    return given.as_fitted(read_json(find_mixture(source) / "mixture.json"))
+    return given.as_fitted(read_json(find_mixture(source) / MIXTURE_FILE))
 
 
 def read_mixture_record(folder: Path) -> MixtureRecord:
@@ -290,7 +307,7 @@ def read_mixture_record(folder: Path) -> MixtureRecord:
     Raises:
         CoterieError: when it is missing, of another format, or a field is missing or wrong.
     """
-    file = folder / "mixture.json"
+    file = folder / MIXTURE_FILE
     fields = read_json(file)
     if fields.get("format") != FORMAT:
         raise CoterieError(f"{file} has format {fields.get('format')!r}, not {FORMAT}; upgrade coterie or fit again")
@@ -307,5 +324,5 @@ def derived_folder(folder: Path) -> Path:
 
     A mixture of the same files has the same one, wherever it lies.
     """
-    files = [folder / "mixture.json", folder / "run.yaml", *sorted(folder.glob("experts/*/adapter_model.safetensors"))]
+    files = [folder / MIXTURE_FILE, folder / "run.yaml", *sorted(folder.glob("experts/*/adapter_model.safetensors"))]
     return cache_folder() / "mixtures" / sha256_of(*(file for file in files if file.is_file()))[:32]

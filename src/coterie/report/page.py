@@ -27,6 +27,7 @@ from coterie.report.traces import trace_pictures
 if TYPE_CHECKING:
     from jinja2 import Template
 
+REPORT_FILE = "report.html"
 MOST_LETTERS = 1500  # of a text in an example; the whole text is in rows.jsonl
 MOST_OPEN_SOURCES = 6  # the pictures of more sources than these are folded away
 MOST_NAMED = 8  # sources named among the facts; more are counted
@@ -56,7 +57,7 @@ def write_report(evaluation: str | Path, *, overwrite: bool = False) -> Path:
             there and may not be overwritten.
     """
     folder = Path(evaluation)
-    path = folder / "report.html"
+    path = folder / REPORT_FILE
     page = _template().render(**view(*read_evaluation(folder)))
     is_there = path.is_file() and not path.is_symlink() and path.read_bytes() == page.encode()
     if not is_there and not overwrite and os.path.lexists(path):

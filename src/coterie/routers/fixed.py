@@ -11,6 +11,7 @@ from torch import Tensor
 from coterie.data.batching import TokenRow
 from coterie.errors import CoterieError, unknown_name
 from coterie.routers.base import Router, RouterParts, Routing
+from coterie.settings.keywords import names_in
 
 
 class FixedRouter(Router):
@@ -41,13 +42,14 @@ class FixedRouter(Router):
         return cls({name: float(weight) for name, weight in record["weights"].items()})
 
 
-def uniform(experts: Sequence[str]) -> FixedRouter:
+def uniform(experts: str | Sequence[str]) -> FixedRouter:
     """Give every expert the same weight, together 1.
 
     In the paper's Uniform Weights each is 1. Logits are normalised, so that is the same there; updates that are added
     up in the layers, or merged, would count once for every expert.
     """
-    return FixedRouter(dict.fromkeys(experts, 1 / max(1, len(experts))))
+    names = names_in(experts)
+    return FixedRouter(dict.fromkeys(names, 1 / max(1, len(names))))
 
 
 def one_hot(expert: str, experts: Sequence[str]) -> FixedRouter:

@@ -32,6 +32,7 @@ from coterie.methods.common import (
 from coterie.mixture import Mixture
 from coterie.routers.centroid import CentroidRouter, centroids_of
 from coterie.settings.commands import ElreaSettings
+from coterie.settings.keywords import takes_fields
 from coterie.settings.reading import from_flat
 
 
@@ -52,6 +53,7 @@ def elrea(model: str, data: str | Sequence[str] | Sequence[Example], *, output: 
     return fit_elrea(from_flat(ElreaSettings, flat), examples or None)
 
 
+@takes_fields(ElreaSettings)
 def fit_elrea(settings: ElreaSettings, examples: list[Example] | None = None) -> Mixture:
     """Run the whole loop; an interrupted run goes on where it stopped and ends with the same files.
 

@@ -40,6 +40,7 @@ from coterie.records.task import AdapterRecord, GroupRecord, HalvingRound, Selec
 from coterie.records.wording import columns
 from coterie.settings.commands import KshotSettings, SelectSettings
 from coterie.settings.groups import SamplingSettings, SelectAdaptersSettings
+from coterie.settings.keywords import takes_fields
 from coterie.settings.reading import from_flat
 
 logger = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ def select(folder: str | Path, shots: str | list[str], *, output: str | Path, **
     return select_adapters(from_flat(SelectSettings, flat))
 
 
+@takes_fields(SelectSettings)
 def select_adapters(settings: SelectSettings) -> Selected:
     """Choose adapters of a bank, and write the choice into the output folder; an interrupted run goes on.
 

@@ -23,6 +23,7 @@ from coterie.methods.kshot.train import GATES_FILE, gate_options, tune
 from coterie.mixture import Mixture
 from coterie.routers.gate import GateRouter, read_gates
 from coterie.settings.commands import GatherSettings, KshotSettings
+from coterie.settings.keywords import takes_fields
 from coterie.settings.reading import changed, from_flat
 
 METHOD = "kshot-moe"
@@ -47,6 +48,7 @@ def kshot(bank: str | Path, shots: str | Sequence[str], *, output: str | Path, *
     return fit_kshot(from_flat(KshotSettings, flat))
 
 
+@takes_fields(KshotSettings)
 def fit_kshot(settings: KshotSettings) -> Mixture:
     """Choose experts by the shots, gather open data near them, and train gates and experts on both.
 

@@ -37,6 +37,7 @@ from coterie.features.embedding_store import EmbeddingStore, TextEncoder, load_t
 from coterie.methods.common import IN_MEMORY, hash_examples, load_questions, named_sources
 from coterie.records.task import GatheringRecord, PoolPoint, PoolSource, Quantiles, ShotServed
 from coterie.settings.commands import GatherSettings
+from coterie.settings.keywords import takes_fields
 from coterie.settings.reading import from_flat
 
 logger = logging.getLogger(__name__)
@@ -151,6 +152,7 @@ def gather(
     return gather_rows(from_flat(GatherSettings, {**named, "output": str(output), **settings}), given)
 
 
+@takes_fields(GatherSettings)
 def gather_rows(settings: GatherSettings, given: Mapping[str, list[Example]] | None = None) -> Gathered:
     """Choose rows as the settings say; an interrupted run keeps what it has embedded.
 

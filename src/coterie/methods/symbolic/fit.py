@@ -35,6 +35,7 @@ from coterie.routers.base import Routing
 from coterie.routers.skill import SkillProfile, profile_from, random_recruits, recruit
 from coterie.settings.commands import SymbolicSettings
 from coterie.settings.groups import RecruitSettings, SamplingSettings
+from coterie.settings.keywords import takes_fields
 from coterie.settings.reading import changed, checked, flat_values, from_flat
 from coterie.settings.rows import READING
 
@@ -170,6 +171,7 @@ def symbolic(pool: str | Path, *, output: str | Path, **settings: Any) -> Symbol
     return fit_symbolic(from_flat(SymbolicSettings, {"pool": str(pool), "output": str(output), **settings}))
 
 
+@takes_fields(SymbolicSettings)
 def fit_symbolic(settings: SymbolicSettings) -> Symbolic:
     """Choose the aggregator for a profiled pool, and write what answering needs into one folder.
 

@@ -37,6 +37,7 @@ from coterie.records.wording import columns
 from coterie.routers.skill import SkillProfile, build_profile, credit_from_likelihood, profile_from
 from coterie.settings.commands import ProfileSettings
 from coterie.settings.groups import SkillSettings
+from coterie.settings.keywords import takes_fields
 from coterie.settings.reading import checked
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ class Profiled:
         return torch.tensor([[math.nan if value is None else value for value in own] for own in values])
 
 
+@takes_fields(ProfileSettings)
 def profile_pool(settings: ProfileSettings) -> Profiled:
     """Profile a pool's experts and write the profile into its folder.
 

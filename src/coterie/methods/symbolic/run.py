@@ -15,10 +15,12 @@ from coterie.methods.symbolic.plan import WorkPlan, plan_work
 from coterie.methods.symbolic.skills import open_scheduler
 from coterie.mixture import Prompt, as_examples
 from coterie.settings.commands import GenerateSettings
+from coterie.settings.keywords import takes_fields
 
 logger = logging.getLogger(__name__)
 
 
+@takes_fields(GenerateSettings)
 def generate_symbolic(settings: GenerateSettings, prompts: Prompt | Sequence[Prompt]) -> list[dict[str, Any]]:
     """Answer prompts with recruited experts, and return a plain record of each.
 
@@ -60,6 +62,7 @@ def generate_symbolic(settings: GenerateSettings, prompts: Prompt | Sequence[Pro
     return records
 
 
+@takes_fields(GenerateSettings)
 def plan_symbolic(settings: GenerateSettings, prompts: Prompt | Sequence[Prompt]) -> WorkPlan:
     """Tell what answering prompts will take, with the settings of `generate_symbolic`; nothing is loaded or asked.
 

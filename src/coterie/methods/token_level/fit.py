@@ -24,6 +24,7 @@ from coterie.methods.token_level.domains import (
 )
 from coterie.mixture import Mixture
 from coterie.settings.commands import TokenLevelSettings
+from coterie.settings.keywords import takes_fields
 from coterie.settings.reading import from_flat
 
 
@@ -44,6 +45,7 @@ def token_level(model: str, data: DomainData, *, output: str | Path, **settings:
     return fit_token_level(from_flat(TokenLevelSettings, flat), given)
 
 
+@takes_fields(TokenLevelSettings)
 def fit_token_level(settings: TokenLevelSettings, given: Mapping[str, list[Example]] | None = None) -> Mixture:
     """Train every domain's adapter, then place centroids; an interrupted run goes on where it stopped.
 

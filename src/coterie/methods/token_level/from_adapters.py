@@ -33,6 +33,7 @@ from coterie.mixture import Mixture
 from coterie.routers.centroid import SIMILARITY
 from coterie.settings.commands import FromAdaptersSettings
 from coterie.settings.groups import ModelSettings
+from coterie.settings.keywords import takes_fields
 from coterie.settings.reading import changed, from_flat
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ def from_adapters(
     return fit_from_adapters(from_flat(FromAdaptersSettings, flat), given)
 
 
+@takes_fields(FromAdaptersSettings)
 def fit_from_adapters(settings: FromAdaptersSettings, given: Mapping[str, list[Example]] | None = None) -> Mixture:
     """Make a mixture of adapters that exist already: check them, copy them, place the centroids of those with texts.
 
