@@ -18,11 +18,12 @@ from transformers import DynamicCache, PreTrainedModel
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone
 from coterie.combiners.logits import LogitCombiner
-from coterie.engine.decoding import DecodingBatch
+from coterie.data.batching import TokenRow
+from coterie.engine.engine import WHOLE_PROMPTS, Engine
+from coterie.engine.request import Request, Token
 from coterie.experts.bank import load_adapter
 from coterie.lora import Adapter
 from coterie.routers.base import Routing
-from coterie.settings.groups import SamplingSettings
 
 EXPERTS = 9
 PROMPT = "Explain in simple words why the sky is blue during the day and red in the evening. " * 3
@@ -44,8 +45,11 @@ def our_steps(backbone: Backbone, layers: ExpertLayers, ids: list[int], steps: i
     """Decode with the ensemble."""
     names = tuple(f"expert-{number}" for number in range(EXPERTS))
     routing = Routing(names, torch.ones(1, EXPERTS))
-    batch = DecodingBatch(backbone, layers, LogitCombiner(), [ids], routing, [SamplingSettings()], [steps + 1])
-    return (token.id for token in batch.run())
+    prompt = TokenRow(tuple(ids), len(ids), (False,) * len(ids), (True,) * len(ids))
+    engine = Engine(backbone, layers, chunk=WHOLE_PROMPTS)
+    for token in engine.run([Request(prompt, routing, LogitCombiner(), steps + 1)]):
+        assert isinstance(token, Token), token.error
+        yield token.id
 
 
 def main() -> None:

@@ -20,6 +20,8 @@ from peft import PeftModel
 from coterie.backbone.loading import Backbone
 from coterie.combiners.layers import LayerCombiner
 from coterie.data.batching import PromptFormat
+from coterie.engine.engine import WHOLE_PROMPTS
+from coterie.engine.request import Token
 from coterie.experts.bank import ExpertBank, load_adapter
 from coterie.mixture import Mixture
 from coterie.routers.centroid import CentroidRouter
@@ -57,9 +59,9 @@ def published_steps(model: PeftModel, mixture: Mixture) -> Iterator[int]:
 
 def batch_steps(mixture: Mixture) -> Iterator[int]:
     """Decode several requests together, one step at a time."""
-    _, decoding = mixture._decoding(mixture.tokens([PROMPT] * BATCH), None, [SamplingSettings()], [1000] * BATCH)
-    for token in decoding.run():
-        if token.request == BATCH - 1:
+    requests = mixture.requests(mixture.tokens([PROMPT] * BATCH), [1000] * BATCH, [SamplingSettings()])
+    for token in mixture.engine(places=BATCH, chunk=WHOLE_PROMPTS).run(requests):
+        if isinstance(token, Token) and token.request == BATCH - 1:
             yield token.id
 
 

@@ -131,7 +131,9 @@ def test_another_combiner_and_another_method_are_flags(run, grid_folder, grid):
     wanted = grid.own.replace(combiner="weights:svd:1").generate([PROMPT], max_new_tokens=4)[0]
     assert code == 0 and json.loads(out) == wanted.record()
     code, out, _ = run("generate", grid_folder, PROMPT, "--json", "--max-new-tokens", 4, "--method", "mole")
-    assert code == 0 and json.loads(out) == grid.cell("mole").generate([PROMPT], max_new_tokens=4)[0].record()
+    wanted, found = grid.cell("mole").generate([PROMPT], max_new_tokens=4)[0], json.loads(out)
+    assert code == 0 and found["token_ids"] == list(wanted.token_ids)
+    assert found["routing"]["weights"] == pytest.approx(wanted.weights)  # sums over another bank round differently
     refused(
         run("generate", grid_folder, PROMPT, "--combiner", "weight"), "no combiner is called 'weight'. Did you mean"
     )

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,17 +17,18 @@ from architectures import ARCHITECTURES, REFUSED, WORKING
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone, load_backbone
 from coterie.combiners.table import make_combiner
-from coterie.engine.decoding import combined_logits
-from coterie.engine.rows import CachedRows
+from coterie.data.batching import TokenRow
+from coterie.engine.engine import Engine
+from coterie.engine.request import Request, Rerouting, Token
 from coterie.errors import CoterieError
 from coterie.experts.bank import load_adapter
 from coterie.experts.fresh_adapter import lora_config
+from coterie.features.growing_text import WholeTexts
 from coterie.routers.base import Routing
 from coterie.settings.groups import LoraSettings, ModelSettings
 
 NAMES = ("one", "other")
 PROMPTS = [[72, 65], [80, 76, 69, 65, 83, 69, 32, 82, 69, 65, 68], [84, 69, 76, 76, 77, 69]]
-ANSWERS = [[66, 67, 68, 69], [70, 71, 72, 73], [74, 75, 76, 77]]
 FIRST = torch.tensor([[0.25, 0.75], [1.0, 0.0], [0.6, 0.4]])
 LATER = torch.tensor([[0.9, 0.1], [0.0, 1.0], [0.5, 0.5]])
 
@@ -38,12 +40,16 @@ class Place(NamedTuple):
     layers: ExpertLayers
     peft: PeftModel
 
-    def rows(self, combiner: str, weights: Tensor) -> CachedRows:
-        return CachedRows(self.backbone, self.layers, make_combiner(combiner), Routing(NAMES, weights))
-
-    def logits(self, rows: CachedRows, tokens: list[list[int]]) -> Tensor:
-        """What a mixture gives behind the last token of every request."""
-        return combined_logits(self.backbone, rows.read(tokens)[:, -1], rows.plan.votes)
+    def answers(self, combiner: str, routings: Sequence[Routing | Rerouting]) -> list[list[Token]]:
+        """Every prompt's answer, of 2, 4 and 3 tokens: one request joins later, and prompts are read in pieces."""
+        engine = Engine(self.backbone, self.layers, places=2, chunk=8)
+        rows = [TokenRow(tuple(ids), len(ids), (False,) * len(ids), (True,) * len(ids)) for ids in PROMPTS]
+        parts = zip(rows, routings, (2, 4, 3), strict=True)
+        found: list[list[Token]] = [[], [], []]
+        for token in engine.run(Request(row, own, make_combiner(combiner), limit) for row, own, limit in parts):
+            assert isinstance(token, Token), token
+            found[token.request].append(token)
+        return found
 
     @torch.no_grad()
     def mixed(self, weights: Tensor) -> str:
@@ -101,6 +107,12 @@ def merged(place: Place, weights: Tensor, text: list[int]) -> Tensor:
     return place.alone(text, place.mixed(weights))
 
 
+def check(token: Token, wanted: Tensor) -> None:
+    """A token is the likeliest there is, or as good as it, and has the probability that these logits give it."""
+    assert float(wanted.max() - wanted[token.id]) <= 1e-4 * float(wanted.abs().max())
+    close(torch.tensor(token.logprob), wanted.log_softmax(dim=0)[token.id])
+
+
 in_every_architecture = pytest.mark.parametrize("place", WORKING, indirect=True)
 
 
@@ -110,44 +122,52 @@ in_every_architecture = pytest.mark.parametrize("place", WORKING, indirect=True)
     [("logits", weighed), ("layers", merged), ("weights", merged)],
     ids=["logits", "layers", "weights"],
 )
-def test_requests_that_join_leave_and_are_read_anew_get_what_peft_gives_them_alone(place, combiner, alone):
-    rows, texts = place.rows(combiner, FIRST), [[], [], []]
+def test_requests_that_join_and_leave_get_what_peft_gives_them_alone(place, combiner, alone):
+    answers = place.answers(combiner, [Routing(NAMES, weights[None]) for weights in FIRST])
+    for prompt, weights, tokens in zip(PROMPTS, FIRST, answers, strict=True):
+        text = list(prompt)
+        for token in tokens:
+            check(token, alone(place, weights, text))
+            text.append(token.id)
 
-    def check(requests: list[int], tokens: list[list[int]], weights: Tensor) -> None:
-        for request in requests:
-            texts[request] = texts[request] + tokens[request]
-        wanted = [alone(place, weights[request], texts[request]) for request in requests]
-        close(place.logits(rows, [tokens[request] for request in requests]), torch.stack(wanted))
 
-    first, second, third, _ = zip(*([[token] for token in answer] for answer in ANSWERS), strict=True)
-    check([0, 1, 2], PROMPTS, FIRST)
-    check([0, 1, 2], first, FIRST)
-    rows.keep([0, 2])
-    check([0, 2], second, FIRST)
-    rows.change(Routing(NAMES, LATER[[0, 2]]), recompute=True)
-    whole, texts = texts, [[], [], []]
-    check([0, 2], whole, LATER)
-    rows.keep([1])
-    check([2], third, LATER)
+def renewing(*, recompute: bool) -> Rerouting:
+    """The prompts' first weights for their first token, and the later ones from then on."""
+
+    def weigh(rows: Sequence[TokenRow]) -> Routing:
+        numbers = [next(n for n, ids in enumerate(PROMPTS) if row.ids[0] == ids[0]) for row in rows]
+        is_grown = [len(row.ids) > len(PROMPTS[number]) for number, row in zip(numbers, rows, strict=True)]
+        pairs = zip(numbers, is_grown, strict=True)
+        return Routing(NAMES, torch.stack([LATER[number] if grown else FIRST[number] for number, grown in pairs]))
+
+    return Rerouting(WholeTexts(list), weigh, NAMES, 1, recompute)
+
+
+@in_every_architecture
+def test_texts_that_are_read_anew_under_other_weights_are_as_if_they_had_those_from_the_start(place):
+    answers = place.answers("layers", [renewing(recompute=True)] * 3)
+    for number, tokens in enumerate(answers):
+        text = list(PROMPTS[number])
+        for place_in_answer, token in enumerate(tokens):
+            check(token, merged(place, (LATER if place_in_answer else FIRST)[number], text))
+            text.append(token.id)
 
 
 @in_every_architecture
 @pytest.mark.parametrize("combiner", ["layers", "weights"])
 def test_weights_that_change_over_a_kept_cache_give_what_they_give_one_text(place, combiner):
-    rows = place.rows(combiner, FIRST)
-    rows.read(PROMPTS)
-    rows.change(Routing(NAMES, LATER))  # rows of merged adapters change places here
-    tokens = [answer[:1] for answer in ANSWERS]
-    found, wanted = place.logits(rows, tokens), []
-    for prompt, token, before, after in zip(PROMPTS, tokens, FIRST, LATER, strict=True):
-        cache, places = DynamicCache(config=place.backbone.model.config), torch.arange(len(prompt) + 1)[None]
-        for ids, positions, weights in ((prompt, places[:, :-1], before), (token, places[:, -1:], after)):
+    answers = place.answers(combiner, [renewing(recompute=False)] * 3)
+    for prompt, before, after, tokens in zip(PROMPTS, FIRST, LATER, answers, strict=True):
+        cache, ids, start = DynamicCache(config=place.backbone.model.config), prompt, 0
+        for token, weights in zip(tokens, [before, *[after] * 3], strict=False):
             place.peft.set_adapter(place.mixed(weights))
-            ids = torch.tensor([ids])
+            positions = torch.arange(start, start + len(ids))[None]
             with torch.no_grad():
-                logits = place.peft(ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
-        wanted.append(logits[0, -1].float())
-    close(found, torch.stack(wanted))
+                logits = place.peft(
+                    torch.tensor([ids]), position_ids=positions, past_key_values=cache, use_cache=True
+                ).logits
+            check(token, logits[0, -1].float())
+            ids, start = [token.id], start + len(ids)
 
 
 @pytest.mark.parametrize("name", REFUSED)

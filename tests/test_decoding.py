@@ -11,7 +11,7 @@ from coterie.combiners.layers import LayerCombiner
 from coterie.combiners.logits import LogitCombiner
 from coterie.combiners.table import COMBINERS
 from coterie.data.examples import load_examples
-from coterie.engine.decoding import score_responses
+from coterie.engine.scoring import score_responses
 from coterie.engine.text import TextStream
 from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank

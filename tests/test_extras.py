@@ -13,6 +13,7 @@ from coterie.artifacts import read_json, read_jsonl, write_text
 from coterie.backbone.aliases import cache_folder
 from coterie.backbone.linear_layers import linear_shapes
 from coterie.data.examples import load_examples
+from coterie.engine.scoring import score_votes
 from coterie.errors import CoterieError
 from coterie.experts import training
 from coterie.experts.gated_model import GatedModel
@@ -27,7 +28,6 @@ from coterie.methods.elrea.run import ElreaRun
 from coterie.methods.extras import extra_folder, load_extra, prepare_extras, read_losses
 from coterie.methods.registry import load_grid, make_grid, train_extras
 from coterie.mixture import Mixture
-from coterie.mixture.scoring import score_votes
 from coterie.routers.base import Gates, Routing
 from coterie.routers.fixed import uniform
 from coterie.routers.gate import GateRouter

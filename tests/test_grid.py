@@ -11,7 +11,7 @@ import tiny
 from coterie.combiners.table import COMBINERS, fits, make_combiner
 from coterie.data.batching import TokenRow
 from coterie.data.examples import load_examples
-from coterie.engine.decoding import score_responses
+from coterie.engine.scoring import score_responses
 from coterie.errors import CoterieError
 from coterie.experts.bank import ExpertBank
 from coterie.mixture import Mixture

@@ -14,7 +14,6 @@ import tiny
 from coterie.artifacts import sha256_of
 from coterie.backbone import model as backbone_model
 from coterie.backbone import probe
-from coterie.backbone.cache import make_cache, select_rows
 from coterie.backbone.loading import check_identity, load_backbone
 from coterie.backbone.model import Backbone, BaseModelIdentity, Reads, float32_product
 from coterie.data.batching import pad
@@ -268,18 +267,3 @@ def test_a_trained_state_still_gets_its_gradient_through_the_head():
     backbone.head(hidden).sum().backward()
     wanted = backbone.output_layer.weight.float().sum(dim=0).expand(2, -1)
     torch.testing.assert_close(hidden.grad, wanted, rtol=1e-2, atol=5e-2)
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "lfm2", "falcon_h1"])
-def test_a_cache_goes_on_with_the_rows_that_were_selected_in_their_order(name):
-    backbone = tampered(name)
-    texts, rows = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]]), [2, 0]
-    cache = make_cache(backbone.model.config)
-    with torch.inference_mode():
-        backbone.hidden(texts, cache=cache)
-        for token in (10, 11):
-            select_rows(cache, rows, torch.device("cpu"))
-            texts = torch.cat([texts[rows], torch.full((2, 1), token)], dim=1)
-            rows, places = [1, 0], torch.full((2, 1), texts.shape[1] - 1)
-            found = backbone.hidden(texts[:, -1:], torch.ones_like(texts), places, cache)[:, -1]
-            close(found, backbone.hidden(texts)[:, -1])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
+from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import PromptFormat
 from coterie.data.examples import Message, from_prompt, load_examples
@@ -16,6 +17,7 @@ from coterie.experts.answering import Done, ExpertGroup, Question, Reply
 from coterie.experts.bank import ExpertBank
 from coterie.experts.expert_pool import init_pool, read_pool
 from coterie.experts.reply_cache import ReplyCache
+from coterie.lora import LoraPair
 from coterie.mixture import Mixture
 from coterie.mixture.local_answers import LocalAnswerer, LocalExpert, load_local
 from coterie.mixture.memory import budget_of, groups_of, needed_bytes
@@ -300,22 +302,32 @@ def test_an_adapter_for_another_model_fails_alone(model_folder, run_folder, tmp_
         load_local(str(model_folder), {"odd": LocalExpert(folder)}, placement, 8)
 
 
-def test_a_batch_that_breaks_is_tried_in_parts(local, monkeypatch):
-    original = LocalAnswerer._decoded
-    tried = []
+def test_an_expert_that_breaks_costs_its_own_questions_alone(local, monkeypatch):
+    original, place = ExpertLayers.mix, local.bank.index("cluster-1")
 
-    def decoded(self, experts, rows, sampling):
-        tried.append(list(experts))
-        if "cluster-1" in experts:
-            raise RuntimeError("probability tensor contains nan")
-        yield from original(self, experts, rows, sampling)
+    def mix(self, requests):
+        if any(own.weights[:, place].any() for own in requests):
+            raise RuntimeError("no memory for this one")
+        return original(self, requests)
 
-    monkeypatch.setattr(LocalAnswerer, "_decoded", decoded)
     asks = [ask(name, text, max_new_tokens=3) for name in ("cluster-0", "cluster-1") for text in QUESTIONS[:2]]
+    wanted = answers(local, asks)
+    monkeypatch.setattr(ExpertLayers, "mix", mix)
     found = answers(local, asks)
-    assert [reply.error is None for reply in found] == [True, True, False, False]
-    assert found[2].error == "probability tensor contains nan"
-    assert sorted(map(len, tried)) == [1, 1, 2, 2, 4]
+    assert [reply.error for reply in found] == [None, None, *["no memory for this one"] * 2]
+    assert texts(found[:2]) == texts(wanted[:2])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_expert_that_gives_no_numbers_costs_its_own_questions_alone(local, mixture, temperature):
+    broken = {path: LoraPair(pair.down * float("nan"), pair.up) for path, pair in local.bank.adapters[1].items()}
+    bank = ExpertBank((*local.bank.names, "broken"), (*local.bank.adapters, broken))
+    answerer = LocalAnswerer(mixture.backbone, bank, dict.fromkeys(bank.names, mixture.prompts), batch_size=4)
+    names = ("cluster-0", "broken", "base")
+    asks = [ask(name, QUESTIONS[0], max_new_tokens=3, temperature=temperature) for name in names]
+    first, bad, last = answers(answerer, asks)
+    assert "no longer finite" in bad.error
+    assert texts([first, last]) == texts(answers(local, [asks[0], asks[2]]))
 
 
 def test_options_have_the_probabilities_of_the_next_token(local, mixture):

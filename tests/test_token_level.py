@@ -359,33 +359,34 @@ def test_a_growing_text_is_embedded_as_the_whole_text_is(mixture):
     full = mixture.prompts.row(QUESTIONS[0])
     counted = with_answers(full, mixture.backbone.tokenizer)
     hidden = mixture.backbone.hidden(torch.tensor([full.ids]))
-    texts = AveragedStates(encoder, [full.prompt()])
-    close(texts.features(), encoder.rows([full.prompt()]))
+    texts = AveragedStates(encoder)
+    (text,) = texts.begin([full.prompt()])
+    close(texts.features([text]), encoder.rows([full.prompt()]))
     places = [p for p in range(full.prompt_length, len(full.ids)) if counted.is_user_text[p]]
     assert places
-    texts.append_states(hidden[:, places])
-    close(texts.features(), encoder.rows([counted]))
+    close(texts.features([texts.append_states(text, hidden[0, places])]), encoder.rows([counted]))
 
 
 @pytest.mark.parametrize("window", [3, None])
 def test_a_text_longer_than_the_window_still_moves_its_embedding(mixture, window):
     encoder = HiddenStateEncoder(mixture.backbone, tail=True, window=window)
     prompt = mixture.tokens(QUESTIONS[:1])
-    texts = AveragedStates(encoder, prompt)
-    states = torch.randn(1, 4, encoder.dimensions, generator=torch.Generator().manual_seed(1))
-    before = texts.features()
-    texts.append_states(states)
-    assert not torch.allclose(texts.features(), before, atol=1e-3)
+    texts = AveragedStates(encoder)
+    (text,) = texts.begin(prompt)
+    states = torch.randn(4, encoder.dimensions, generator=torch.Generator().manual_seed(1))
+    moved = texts.features([texts.append_states(text, states)])
+    assert not torch.allclose(texts.features([text]), moved, atol=1e-3)
     if window:
-        close(texts.features()[0], torch.nn.functional.normalize(states[0, -3:].sum(dim=0), dim=0))
+        close(moved[0], torch.nn.functional.normalize(states[-3:].sum(dim=0), dim=0))
 
 
-def test_texts_that_leave_take_their_words_along(mixture):
-    prompts = mixture.tokens(QUESTIONS)
-    texts = WholeTexts(letters, prompts)
-    texts.append([[1], [2], [3], [4]])
-    texts.keep([2, 0])
-    close(texts.features(), letters([prompts[2].extended([3]), prompts[0].extended([1])]))
+def test_a_text_is_a_value_that_what_is_appended_leaves_as_it_was(mixture):
+    prompts = mixture.tokens(QUESTIONS[:2])
+    texts = WholeTexts(letters)
+    begun = texts.begin(prompts)
+    grown = [texts.append(text, [token]) for token, text in enumerate(begun, start=1)]
+    close(texts.features(begun), letters(prompts))
+    close(texts.features(grown), letters([prompt.extended([token]) for token, prompt in enumerate(prompts, start=1)]))
 
 
 def test_a_router_without_a_way_of_its_own_routes_the_text_again(mixture):
@@ -396,10 +397,9 @@ def test_a_router_without_a_way_of_its_own_routes_the_text_again(mixture):
             return Routing(mixture.bank.names[:2], torch.tensor([[float(len(p.ids)), 1.0] for p in read]))
 
     prompts = mixture.tokens(QUESTIONS[:2])
-    texts = Length().growing(prompts)
-    texts.append([[1, 2], [3, 4]])
-    texts.keep([1])
-    assert Length().weigh(texts.features()).weights[0, 0] == len(prompts[1].ids) + 2
+    texts = Length().growing
+    grown = texts.append(texts.begin(prompts)[1], [3, 4])
+    assert Length().weigh(texts.features([grown])).weights[0, 0] == len(prompts[1].ids) + 2
 
 
 # ------------------------------------------------------------------------------------------------------ files, errors

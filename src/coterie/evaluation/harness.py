@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from coterie.data.batching import TokenRow
-from coterie.engine.decoding import ScoredTokens, score_responses
+from coterie.engine.scoring import ScoredTokens, score_responses
 from coterie.errors import CoterieError, missing_extra
 from coterie.mixture import Mixture
 

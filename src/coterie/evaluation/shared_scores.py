@@ -12,9 +12,9 @@ from torch import Tensor
 
 from coterie.artifacts import JsonCache
 from coterie.data.batching import TokenRow
+from coterie.engine.scoring import score_votes
 from coterie.methods.family import MethodGrid
 from coterie.mixture import Mixture
-from coterie.mixture.scoring import score_votes
 from coterie.routers.base import Router, Routing
 
 

@@ -14,48 +14,52 @@ from coterie.features.embedding import Encoder, HiddenStateEncoder
 
 
 class GrowingFeatures(ABC):
-    """A batch of texts and what is read off them, while answers are written below their prompts."""
+    """What is read off texts while answers are written below their prompts.
+
+    A text is a value: nothing here changes one, so it can be copied by its name, forgotten, and gone back to.
+    """
 
     @abstractmethod
-    def features(self) -> Any:
-        """Read every text as far as it is known."""
-
-    def append(self, tokens: Sequence[Sequence[int]]) -> None:  # noqa: B027
-        """Append tokens to every text, before the model's forward pass over them; by default they do not count."""
-
-    def append_states(self, states: Float[Tensor, "row position width"]) -> None:  # noqa: B027
-        """Append the last hidden states of the model's last forward pass; by default they do not count."""
+    def begin(self, prompts: Sequence[TokenRow]) -> list[Any]:
+        """Return the text of each prompt."""
 
     @abstractmethod
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these texts; one that is named twice becomes two."""
+    def features(self, texts: Sequence[Any]) -> Any:
+        """Read texts as far as they are known, together."""
+
+    def append(self, text: Any, tokens: Sequence[int]) -> Any:
+        """Return the text with further tokens, before the model's forward pass over them; by default as it is."""
+        return text
+
+    def append_states(self, text: Any, states: Float[Tensor, "position width"]) -> Any:
+        """Return the text with the last hidden states of the model at its newest tokens; by default as it is."""
+        return text
 
 
-@dataclass
+@dataclass(frozen=True)
 class WholeTexts(GrowingFeatures):
     """Texts that are read anew, as a whole, whenever they are asked for: what a bidirectional encoder needs.
 
     Attributes:
         read: turns rows into features.
-        rows: the texts so far, at first the prompts.
     """
 
     read: Callable[[Sequence[TokenRow]], Any]
-    rows: Sequence[TokenRow]
 
-    def features(self) -> Any:
-        """Read every text so far, the whole batch at once."""
-        return self.read(self.rows)
+    def begin(self, prompts: Sequence[TokenRow]) -> list[TokenRow]:
+        """Return the prompts: a text is its tokens."""
+        return list(prompts)
 
-    def append(self, tokens: Sequence[Sequence[int]]) -> None:
-        """Append tokens to every text."""
-        self.rows = [row.extended(own) for row, own in zip(self.rows, tokens, strict=True)]
+    def features(self, texts: Sequence[TokenRow]) -> Any:
+        """Read every text so far."""
+        return self.read(texts)
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these texts."""
-        self.rows = [self.rows[row] for row in rows]
+    def append(self, text: TokenRow, tokens: Sequence[int]) -> TokenRow:
+        """Append tokens."""
+        return text.extended(tokens)
 
 
+@dataclass(frozen=True)
 class AveragedStates(GrowingFeatures):
     """Texts whose embedding is the mean of hidden states that the running model computes anyway.
 
@@ -63,23 +67,21 @@ class AveragedStates(GrowingFeatures):
     no forward pass is spent on them. A token counts once the model has read it, which is one step after it was chosen.
     """
 
-    def __init__(self, encoder: HiddenStateEncoder, prompts: Sequence[TokenRow]) -> None:
-        """Start with prompts, in one forward pass of the base model."""
-        self._encoder = encoder
-        self._states = encoder.states(prompts)
+    encoder: HiddenStateEncoder
 
-    def features(self) -> Float[Tensor, "row dimension"]:
+    def begin(self, prompts: Sequence[TokenRow]) -> list[Float[Tensor, "_ width"]]:
+        """Read prompts in one forward pass of the base model: a text is the states of its tokens."""
+        return self.encoder.states(prompts)
+
+    def features(self, texts: Sequence[Float[Tensor, "_ dimension"]]) -> Float[Tensor, "row dimension"]:
         """Average the states of the last tokens of every text, as many as the encoder's window has."""
-        return torch.stack([self._encoder.mean(states) for states in self._states])
+        return torch.stack([self.encoder.mean(states) for states in texts])
 
-    def append_states(self, states: Float[Tensor, "row position width"]) -> None:
-        """Append the states, and forget those that the window has left behind."""
-        pairs = zip(self._states, states, strict=True)
-        self._states = [torch.cat([held.to(new), new])[-self._encoder.window :] for held, new in pairs]
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these texts."""
-        self._states = [self._states[row] for row in rows]
+    def append_states(
+        self, text: Float[Tensor, "position width"], states: Float[Tensor, "new width"]
+    ) -> Float[Tensor, "kept width"]:
+        """Append the states, and leave out those that the window has left behind."""
+        return torch.cat([text.to(states), states])[-self.encoder.window :]
 
 
 @dataclass(frozen=True, eq=False)

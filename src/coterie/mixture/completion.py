@@ -2,10 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from coterie.engine.decoding import Token
+from jaxtyping import Float
+from torch import Tensor
+
+from coterie.engine.request import Token
 from coterie.records.evaluation import Trace
+
+
+class Likelihoods(NamedTuple):
+    """How likely responses are: the natural log of the probability of each as a whole, and its number of tokens.
+
+    The token that ends the answer counts among them.
+    """
+
+    logprobs: Float[Tensor, " response"]
+    tokens: Float[Tensor, " response"]
 
 
 @dataclass(frozen=True)

@@ -9,24 +9,31 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from coterie.backbone.layers import ExpertLayers
+from coterie.backbone.slots import Slots
 from coterie.combiners.base import Combiner
 from coterie.combiners.table import check_fit, make_combiner, that_follows
 from coterie.combiners.texts import majority
 from coterie.data.batching import TokenRow, by_length, check_lengths
 from coterie.data.examples import Example
 from coterie.data.forms import Message
-from coterie.engine.decoding import DecodingBatch, ScoredTokens, Token
-from coterie.engine.rerouting import Rerouting
-from coterie.engine.rows import CachedRows
-from coterie.engine.teacher_forcing import score_teacher_forced
+from coterie.engine.engine import CHUNK, WHOLE_PROMPTS, Engine
+from coterie.engine.reading import Reader
+from coterie.engine.request import Failure, Request, Rerouting, Token
+from coterie.engine.scoring import (
+    BATCH,
+    ScoredTokens,
+    Scores,
+    answer_positions,
+    score_planned,
+    score_teacher_forced,
+)
 from coterie.errors import CoterieError
 from coterie.grading.answers import read_answer
 from coterie.grading.grade import after_thinking
 from coterie.grading.lengths import ANSWER_TOKENS, longest_answer
-from coterie.mixture.completion import Completion, completion
+from coterie.mixture.completion import Completion, Likelihoods, completion
 from coterie.mixture.folder import StoredMixture
 from coterie.mixture.prompts import Prompt, as_examples
-from coterie.mixture.scoring import BATCH, Likelihoods, Scores, answer_positions, score_planned
 from coterie.routers.base import Router, Routing
 from coterie.routers.derived import keep_top
 from coterie.routers.token import TokenLevel
@@ -128,14 +135,6 @@ class Mixture(StoredMixture):
         meeting = make_combiner(combiner) if isinstance(combiner, str) else combiner
         return replace(self, router=weighing, combiner=meeting or that_follows(weighing, self.combiner))
 
-    def _start(self, rows: Sequence[TokenRow], routing: Routing | None) -> tuple[Routing, Rerouting | None]:
-        """Say who weighs the experts: the router where weights change, else whoever gave `routing`, else the router."""
-        if self.router.every is not None:
-            router, recompute = self.router, self.router.cache == "recompute"
-            rerouting = Rerouting(router.growing(rows), router.weigh, self.bank.names, self.router.every, recompute)
-            return rerouting.routing(), rerouting
-        return self.router.start(rows) if routing is None else routing, None
-
     # --------------------------------------------------------------------------------------------- generation
 
     def generate(
@@ -218,6 +217,40 @@ class Mixture(StoredMixture):
         limits = [settings.max_new_tokens or ANSWER_TOKENS] * len(rows)
         return [own[0] for own in self._completions(None, rows, None, [settings], batch_size, limits)]
 
+    def engine(self, *, places: int = 8, chunk: int = CHUNK, budget: int | None = None) -> Engine:
+        """Return an engine for requests to this mixture and all others of its base model and bank.
+
+        Args:
+            places: answers that are written at once.
+            chunk: tokens of prompts that a step reads at most, each counted for every row that reads it.
+            budget: bytes that the cache may take; None for as many as it needs.
+        """
+        return Engine(self.backbone, self.layers, Slots(self.backbone, budget), places=places, chunk=chunk)
+
+    def requests(
+        self,
+        rows: Sequence[TokenRow],
+        limits: Sequence[int],
+        draws: Sequence[SamplingSettings],
+        routing: Routing | None = None,
+    ) -> list[Request]:
+        """Ask for answers of at most so many tokens; the weights are `routing` where it is known, else the router's."""
+        if (rerouting := self._rerouting()) is not None:
+            routings: list[Routing | Rerouting] = [rerouting] * len(rows)
+        else:
+            aligned = (self.router.start(rows) if routing is None else routing).aligned(self.bank.names)
+            routings = [aligned.take([number]) for number in range(len(rows))]
+        end_ids = self.prompts.end_ids
+        parts = zip(rows, routings, limits, strict=True)
+        return [Request(row, own, self.combiner, limit, tuple(draws), end_ids) for row, own, limit in parts]
+
+    def _rerouting(self) -> Rerouting | None:
+        """Return how weights change while answers are written, if they do."""
+        router = self.router
+        if router.every is None:
+            return None
+        return Rerouting(router.growing, router.weigh, self.bank.names, router.every, router.cache == "recompute")
+
     def _completions(
         self,
         examples: Sequence[Example] | None,
@@ -228,24 +261,25 @@ class Mixture(StoredMixture):
         limits: Sequence[int],
     ) -> list[list[Completion]]:
         """Draw answers of at most so many tokens for every row, in the rows' order."""
-        is_known = routing is not None
-        if not is_known and not self.reroutes:
-            routing = self.router.start(rows)
-        result: list[list[Completion]] = [[] for _ in rows]
-        for batch in by_length(rows, max(1, batch_size // len(draws))):
-            own_rows, own_routing = [rows[i] for i in batch], routing and routing.take(batch)
-            started, decoding = self._decoding(own_rows, own_routing, draws, [limits[i] for i in batch])
-            tokens: list[list[Token]] = [[] for _ in range(len(batch) * len(draws))]
-            for token in decoding.run():
-                tokens[token.request].append(token)
-            if decoding.rows.gate_weights is not None and not is_known:
-                started = replace(started, weights=decoding.rows.gate_weights)
-            weights = None if self.reroutes else started.normalized()
-            for number, own in enumerate(tokens):
-                place = number // len(draws)
-                question = examples[batch[place]].instruction if examples else ""
-                shares = weights.row(place) if weights else None
-                result[batch[place]].append(completion(question, own, shares, self.bank.names))
+        started = routing
+        if routing is None and not self.reroutes:
+            started = self.router.start(rows)
+        requests = self.requests(rows, limits, draws, started)
+        engine = self.engine(places=batch_size, chunk=WHOLE_PROMPTS)
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))  # those of similar length are read together
+        places = {engine.submit(requests[i]): i for i in order}
+        tokens: list[list[list[Token]]] = [[[] for _ in draws] for _ in rows]
+        for token in _tokens(engine):
+            tokens[places[token.request]][token.draw].append(token)
+        if started is not None and started.gates and routing is None:  # their weights are known now
+            columns = [self.bank.index(name) for name in started.experts]
+            started = replace(started, weights=torch.tensor([drawn[0][0].weights for drawn in tokens])[:, columns])
+        shares = started and started.normalized()
+        result = []
+        for number, drawn in enumerate(tokens):
+            question = examples[number].instruction if examples else ""
+            weights = shares.row(number) if shares else None
+            result.append([completion(question, own, weights, self.bank.names) for own in drawn])
         return result
 
     def stream(
@@ -264,21 +298,10 @@ class Mixture(StoredMixture):
         rows = self.tokens(examples)
         mixture = self if top_k_experts is None else self.replace(router=keep_top(self.router, top_k_experts))
         settings = from_flat(SamplingSettings, sampling, ("top_k_experts",))
-        yield from mixture._decoding(rows, None, [settings], [longest_answer(settings, examples[0])])[1].run()
-
-    def _decoding(
-        self,
-        rows: Sequence[TokenRow],
-        routing: Routing | None,
-        draws: Sequence[SamplingSettings],
-        limits: Sequence[int],
-    ) -> tuple[Routing, DecodingBatch]:
-        started, rerouting = self._start(rows, routing)
-        prompts, aligned = [row.ids for row in rows], started.aligned(self.bank.names)
-        decoding = DecodingBatch(
-            self.backbone, self.layers, self.combiner, prompts, aligned, draws, limits, rerouting, self.prompts.end_ids
-        )
-        return started, decoding
+        engine = mixture.engine(places=1)
+        for request in mixture.requests(rows, [longest_answer(settings, examples[0])], [settings]):
+            engine.submit(request)
+        yield from _tokens(engine)
 
     # ------------------------------------------------------------------------------------------------ likelihood
 
@@ -330,11 +353,18 @@ class Mixture(StoredMixture):
 
     def score_teacher_forced(self, prompts: Sequence[TokenRow], answers: Sequence[Sequence[int]]) -> list[ScoredTokens]:
         """Score the tokens of given answers where weights change along them (see `reroutes`)."""
-        routing, rerouting = self._start(prompts, None)
+        rerouting = self._rerouting()
         assert rerouting is not None  # whoever asks has looked at `reroutes`
-        rows = CachedRows(self.backbone, self.layers, self.combiner, routing)
-        texts = [(prompt.ids, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        return score_teacher_forced(self.backbone, rows, rerouting, texts)
+        reader = Reader(self.backbone, self.layers, Slots(self.backbone))
+        return score_teacher_forced(reader, self.combiner, rerouting, prompts, answers)
+
+
+def _tokens(engine: Engine) -> Iterator[Token]:
+    """Take steps until all is answered; the first request that fails ends all."""
+    for found in engine.run():
+        if isinstance(found, Failure):
+            raise found.error
+        yield found
 
 
 def elected(example: Example, answers: Sequence[Completion], seed: int) -> Completion:

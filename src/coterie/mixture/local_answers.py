@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,16 +13,17 @@ from torch import Tensor
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone, load_backbone
 from coterie.combiners.logits import LogitCombiner
-from coterie.data.batching import PromptFormat, TokenRow, by_length, check_lengths, pad
+from coterie.data.batching import PromptFormat, TokenRow, by_length, check_lengths
 from coterie.data.examples import Example, from_prompt
-from coterie.engine.decoding import DecodingBatch
+from coterie.engine.engine import WHOLE_PROMPTS, Engine
+from coterie.engine.request import Failure, Request
+from coterie.engine.scoring import score_votes, states_at
 from coterie.errors import CoterieError
 from coterie.experts.answering import Done, Question, Reply, failed
 from coterie.experts.bank import ExpertBank, load_adapter
 from coterie.grading.lengths import ANSWER_TOKENS
 from coterie.lora import Adapter
-from coterie.mixture.scoring import score_votes
-from coterie.routers.base import Routing
+from coterie.routers.fixed import one_hot
 from coterie.settings.groups import ModelSettings, PlacementSettings, SamplingSettings
 
 logger = logging.getLogger(__name__)
@@ -101,12 +102,31 @@ class LocalAnswerer:
                 done(number, failed(f"the question has {len(row.ids)} tokens, the model reads {window}"))
                 continue
             rows[number] = row
-        settings = {questions[number].sampling.model_dump_json(): questions[number].sampling for number in rows}
-        for key, sampling in settings.items():
-            numbers = [number for number in rows if questions[number].sampling.model_dump_json() == key]
-            for places in by_length([rows[number] for number in numbers], self._batch_size):
-                batch = [numbers[place] for place in places]
-                self._run(batch, [questions[n].expert for n in batch], [rows[n] for n in batch], sampling, done)
+        engine = Engine(self.backbone, self.layers, places=self._batch_size, chunk=WHOLE_PROMPTS)
+        asked: dict[int, int] = {}
+        for number in sorted(rows, key=lambda number: -len(rows[number].ids)):  # similar lengths are read together
+            question = questions[number]
+            routing = one_hot(question.expert, self.bank.names).route([rows[number]])
+            end_ids = self._prompts[question.expert].end_ids
+            limit = question.sampling.max_new_tokens or ANSWER_TOKENS
+            request = Request(rows[number], routing, LogitCombiner(), limit, (question.sampling,), end_ids)
+            asked[engine.submit(request)] = number
+        texts, counts, seconds = [""] * len(questions), [0] * len(questions), [0.0] * len(questions)
+        while not engine.is_idle:
+            started = time.perf_counter()
+            found = engine.step()
+            share = (time.perf_counter() - started) / max(1, len(found))
+            for token in found:
+                number = asked[token.request]
+                seconds[number] += share
+                if isinstance(token, Failure):
+                    done(number, failed(token.error))
+                    continue
+                texts[number] += token.text
+                counts[number] += 1
+                if token.finish_reason:
+                    length = len(rows[number].ids)
+                    done(number, Reply(texts[number], length, counts[number], token.finish_reason, seconds[number]))
 
     def close(self) -> None:
         """Nothing to close; memory is freed with the object."""
@@ -115,67 +135,6 @@ class LocalAnswerer:
         if question.expert in self._broken:
             raise CoterieError(self._broken[question.expert])
         return self._prompts[question.expert].row(Example("", question.messages)).prompt()
-
-    def _run(
-        self,
-        numbers: Sequence[int],
-        experts: Sequence[str],
-        rows: Sequence[TokenRow],
-        sampling: SamplingSettings,
-        done: Done,
-    ) -> None:
-        """Decode a batch; if it breaks, its experts one by one, then its questions one by one."""
-        finished: set[int] = set()
-        replies = self._decoded(experts, rows, sampling)
-        while True:
-            try:
-                place, reply = next(replies)
-            except StopIteration:
-                return
-            except Exception as error:  # whatever a model's code raises, also for want of memory
-                broken = error
-                break
-            finished.add(place)
-            done(numbers[place], reply)
-        left = [place for place in range(len(numbers)) if place not in finished]
-        names = dict.fromkeys(experts[place] for place in left)
-        single = [[place] for place in left]
-        for part in [[p for p in left if experts[p] == name] for name in names] if len(names) > 1 else single:
-            own = [numbers[place] for place in part]
-            if len(part) == len(numbers):
-                done(own[0], failed(broken))
-            else:
-                self._run(own, [experts[p] for p in part], [rows[p] for p in part], sampling, done)
-
-    def _decoded(
-        self, experts: Sequence[str], rows: Sequence[TokenRow], sampling: SamplingSettings
-    ) -> Iterator[tuple[int, Reply]]:
-        """Yield every row's place and reply as soon as it is complete."""
-        started = time.perf_counter()
-        batch = DecodingBatch(
-            self.backbone,
-            self.layers,
-            LogitCombiner(),
-            [row.ids for row in rows],
-            self._one_hot(experts),
-            [sampling],
-            [sampling.max_new_tokens or ANSWER_TOKENS] * len(rows),
-            end_ids=self._prompts[experts[0]].end_ids,
-        )
-        texts, counts = [""] * len(rows), [0] * len(rows)
-        for token in batch.run():
-            texts[token.request] += token.text
-            counts[token.request] += 1
-            if token.finish_reason:
-                seconds = (time.perf_counter() - started) / len(rows)
-                prompt = len(rows[token.request].ids)
-                reply = Reply(texts[token.request], prompt, counts[token.request], token.finish_reason, seconds)
-                yield token.request, reply
-
-    def _one_hot(self, experts: Sequence[str]) -> Routing:
-        weights = torch.zeros(len(experts), len(self.bank))
-        weights[range(len(experts)), [self.bank.index(name) for name in experts]] = 1.0
-        return Routing(self.bank.names, weights)
 
     @torch.inference_mode()
     def option_logprobs(
@@ -199,12 +158,11 @@ class LocalAnswerer:
             raise CoterieError("two options begin with the same token, so they cannot be told apart; use letters")
         found = torch.zeros(len(questions), len(options))
         for numbers in by_length(rows, self._batch_size):
-            plan = LogitCombiner().plan(self._one_hot([expert] * len(numbers)))
-            ids = [rows[number].ids for number in numbers]
-            batch = pad(ids, self.backbone.pad_id, side="left", device=self.backbone.device)
-            with self.layers.running(self.layers.mix(plan)):
-                hidden = self.backbone.hidden(*batch)[:, -1]
-            logprobs = self.backbone.head(hidden).log_softmax(dim=-1).cpu()  # [row, vocabulary]
+            own = [rows[number] for number in numbers]
+            plan = LogitCombiner().plan(one_hot(expert, self.bank.names).route(own))
+            states = states_at(self.backbone, self.layers, plan, [row.ids for row in own])
+            last = torch.stack([row[0, -1] for row in states])
+            logprobs = self.backbone.head(last).log_softmax(dim=-1).cpu()  # [row, vocabulary]
             found[numbers] = torch.stack([logprobs[:, own].logsumexp(dim=1) for own in tokens], dim=1)
         return found
 

@@ -172,9 +172,10 @@ class Router(ABC):
         """Return the weights that decoding starts with: those of `route`, unless reading the prompt gives them."""
         return self.route(prompts)
 
-    def growing(self, prompts: Sequence[TokenRow]) -> GrowingFeatures:
-        """Read prompts, and go on while their answers are written; by default each text again as a whole."""
-        return WholeTexts(self.read, prompts)
+    @property
+    def growing(self) -> GrowingFeatures:
+        """What is read off texts while they are written; by default each again as a whole."""
+        return WholeTexts(self.read)
 
     @property
     def of_prompts(self) -> "Router":
@@ -254,9 +255,10 @@ class Wrapper(Router):
         """Weigh as the wrapped router does."""
         return self.router.weigh(read)
 
-    def growing(self, prompts: Sequence[TokenRow]) -> GrowingFeatures:
-        """Follow texts as the wrapped router does."""
-        return self.router.growing(prompts)
+    @property
+    def growing(self) -> GrowingFeatures:
+        """What the wrapped router reads."""
+        return self.router.growing
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the wrapped router's tensors and return the entry for mixture.json, with the wrapped one's in it."""

@@ -42,10 +42,11 @@ class FeatureRouter(Router):
         """What the features are made from."""
         return self.extractor.name, repr(sorted(self.extractor.record.items()))
 
-    def growing(self, prompts: Sequence[TokenRow]) -> GrowingFeatures:
-        """Follow texts by the states that the base model computes anyway, where those are what is embedded."""
+    @property
+    def growing(self) -> GrowingFeatures:
+        """The states that the base model computes anyway, where those are what is embedded."""
         encoder = self.extractor.encoder
-        return AveragedStates(encoder, prompts) if isinstance(encoder, HiddenStateEncoder) else super().growing(prompts)
+        return AveragedStates(encoder) if isinstance(encoder, HiddenStateEncoder) else super().growing
 
     def _centred(self, features: Float[Tensor, "row dimension"]) -> Float[Tensor, "row dimension"]:
         return features if self.centre is None else features - self.centre

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from coterie.artifacts import RunFolder, read_tensors, write_tensors
 from coterie.data.batching import TokenRow
+from coterie.engine.scoring import score_votes
 from coterie.errors import CoterieError
 from coterie.experts.bank import load_bank
 from coterie.experts.names import BASE
 from coterie.methods.common import base_plan, train_clusters, train_expert
 from coterie.methods.elrea.run import ElreaRun
 from coterie.mixture import Mixture
-from coterie.mixture.scoring import score_votes
 from coterie.routers.fixed import uniform
 from coterie.routers.loss import CrossFitLosses
 

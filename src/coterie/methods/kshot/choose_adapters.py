@@ -15,6 +15,7 @@ import torch
 
 from coterie.artifacts import JsonCache, as_path, check_output, run_folder, write_json, write_jsonl
 from coterie.data.examples import Example
+from coterie.engine.scoring import answer_positions
 from coterie.errors import CoterieError
 from coterie.experts.adapter_selection import (
     Ranked,
@@ -34,7 +35,6 @@ from coterie.methods.common import named_sources
 from coterie.methods.kshot.rationales import with_rationales
 from coterie.methods.kshot.task import KshotTask, open_task
 from coterie.mixture.local_answers import LocalAnswerer
-from coterie.mixture.scoring import answer_positions
 from coterie.records.schema import read
 from coterie.records.task import AdapterRecord, GroupRecord, HalvingRound, SelectionRecord
 from coterie.records.wording import columns

@@ -11,6 +11,7 @@ from coterie.artifacts import RunFolder
 from coterie.backbone.layers import ExpertLayers
 from coterie.data.examples import Example
 from coterie.data.streaming import FRESH, index_pools
+from coterie.engine.scoring import score_votes
 from coterie.errors import CoterieError
 from coterie.experts.bank import load_bank, write_adapter
 from coterie.experts.fresh_adapter import is_transposed
@@ -19,7 +20,6 @@ from coterie.methods.common import base_plan, copy_expert, train_expert
 from coterie.methods.extras import ExtraSpec, TrainedExtra
 from coterie.methods.kshot.run import KshotRun
 from coterie.methods.kshot.train import tune
-from coterie.mixture.scoring import score_votes
 from coterie.routers.gate import GateRouter
 
 UNTUNED = "untuned-"

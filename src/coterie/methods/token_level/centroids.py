@@ -8,11 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from coterie.data.batching import Tokenised
+from coterie.engine.scoring import score_votes
 from coterie.errors import CoterieError
 from coterie.experts.names import NULL
 from coterie.features.embedding import HIDDEN, with_answers
 from coterie.mixture import Mixture
-from coterie.mixture.scoring import score_votes
 from coterie.routers.centroid import CentroidRouter, NullExpert, Pool, Weighting, centroids_by_best, null_similarity
 from coterie.routers.feature import growing_text_extractor
 from coterie.settings.groups import SimilaritySettings

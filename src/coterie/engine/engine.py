@@ -1,0 +1,389 @@
+"""The engine: requests join and leave at any step, and whatever they ask for, all of them share the forward passes.
+
+A step reads one chunk of the prompts that wait, then one token of every request that writes, and chooses the next ones.
+Nobody's tokens hang on who else is there.
+"""
+
+import itertools
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from coterie.backbone.layers import ExpertLayers
+from coterie.backbone.loading import Backbone
+from coterie.backbone.row_mix import RequestRows
+from coterie.backbone.slots import Slots
+from coterie.engine.reading import Reader, Text
+from coterie.engine.request import Failure, FinishReason, Request, Rerouting, Token
+from coterie.engine.sampling import BatchSampler, Chosen, check_biases
+from coterie.engine.sampling_stages import SampledText
+from coterie.engine.text import TextStream
+from coterie.errors import CoterieError
+from coterie.routers.base import Routing
+
+CHUNK = 512
+"""Tokens of prompts that a step reads, each counted for every row that reads it: so long do those wait that write."""
+WHOLE_PROMPTS = 16384
+"""The same where nobody waits for the next token."""
+
+Found = TypeVar("Found")
+
+
+class Waiting(NamedTuple):
+    """A request that has not begun, and the rows that it will have."""
+
+    handle: int
+    request: Request
+    plan: RequestRows
+
+
+@dataclass(eq=False)
+class Answer:
+    """One answer that is being written.
+
+    Attributes:
+        handle: of its request.
+        request: what was asked.
+        text: what the model reads.
+        stream: its text as far as it is certain.
+        sampled: how its tokens are chosen.
+        draw: which of the request's answers it is.
+        shares: what the experts weigh, where weights change while it is written.
+        followed: what is known of the text to whoever weighs the experts again.
+        known: tokens whose states are known there.
+        is_due: the experts are to be weighed again before anything else is read.
+    """
+
+    handle: int
+    request: Request
+    text: Text
+    stream: TextStream
+    sampled: SampledText
+    draw: int = 0
+    shares: tuple[float, ...] | None = None
+    followed: Any = None
+    known: int = 0
+    is_due: bool = False
+
+    @property
+    def written(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.text.ids) - len(self.request.prompt.ids)
+
+
+class Engine:
+    """Answers requests on one base model; the thread that takes its steps owns it and the model."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        layers: ExpertLayers,
+        slots: Slots | None = None,
+        *,
+        places: int = 8,
+        chunk: int = CHUNK,
+    ) -> None:
+        """Begin without requests.
+
+        Args:
+            backbone: the base model.
+            layers: the bank's experts.
+            slots: the cache; without a budget if none is given.
+            places: answers that are written at once.
+            chunk: tokens of prompts that a step reads, each counted for every row that reads it: as long do requests
+                that write wait for those that join.
+        """
+        self._backbone = backbone
+        self._reader = Reader(backbone, layers, slots or Slots(backbone))
+        self._places = places
+        self._chunk = chunk
+        self._longest = math.inf if backbone.positions is None else backbone.positions + 1  # the last one is not read
+        self._handles = itertools.count()
+        self._waiting: deque[Waiting] = deque()
+        self._answers: list[Answer] = []
+        self._failures: list[Failure] = []
+        self._sampler = BatchSampler()
+        self._lock = threading.Lock()
+
+    # ------------------------------------------------------------------------------------------------ from outside
+
+    def submit(self, request: Request) -> int:
+        """Let a request wait for its turn, and return its handle; requests begin in the order in which they come.
+
+        Raises:
+            CoterieError: when it can never be answered: an empty prompt, one that is too long, or too little memory.
+        """
+        length = len(request.prompt.ids)
+        if not length:
+            raise CoterieError("a request needs a prompt of at least one token")
+        if length >= self._longest:
+            raise CoterieError(f"the prompt has {length} tokens, but the base model reads {self._longest - 1:.0f}")
+        for settings in request.draws:
+            check_biases(settings, self._backbone.output_layer.out_features)
+        plan = _planned(request)
+        self._reader.slots.fits(len(plan.votes) * len(request.draws), self._reach(request))
+        handle = next(self._handles)
+        with self._owned():
+            self._waiting.append(Waiting(handle, request, plan))
+        return handle
+
+    def cancel(self, handle: int) -> None:
+        """End a request with all of its answers, and no further token; nothing happens where it has ended already."""
+        with self._owned():
+            self._end(handle)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request waits or is being answered."""
+        return not (self._waiting or self._answers)
+
+    def step(self) -> list[Token | Failure]:
+        """Advance every answer that is being written by a token, and read one chunk of the prompts that wait.
+
+        Returns:
+            The new tokens, and what ends without one.
+
+        Raises:
+            CoterieError: when another thread is in a step, or somebody else runs the model.
+        """
+        with self._owned():
+            self._give_up_late_ones()
+            self._admit()
+            self._weigh_again()
+            writing = self._read({answer: 1 for answer in self._answers if answer.text.unread == 1})
+            tokens = self._choose([*writing, *self._read(self._next_chunk())])
+            failures, self._failures = self._failures, []
+            return [*tokens, *failures]
+
+    def run(self, requests: Iterable[Request] = ()) -> Iterator[Token | Failure]:
+        """Submit requests and take steps until all is answered."""
+        for request in requests:
+            self.submit(request)
+        while not self.is_idle:
+            yield from self.step()
+
+    @contextmanager
+    def _owned(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise CoterieError(
+                "this engine is in the middle of a step, of another thread or further up; let one thread own the "
+                "engine and the model, and put requests for it into a queue"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    # ------------------------------------------------------------------------------------------- joining, leaving
+
+    def _admit(self) -> None:
+        """Let those who wait join while there is room, in their order."""
+        joined: list[Answer] = []
+        while self._waiting and self._has_room(self._waiting[0]):
+            handle, request, plan = self._waiting.popleft()
+            text = self._reader.open(request.prompt.ids, plan, self._reach(request))
+            stream = TextStream(self._backbone.tokenizer, request.draws[0].stop)
+            sampled = SampledText(request.draws[0], request.prompt.ids)
+            joined.append(Answer(handle, request, text, stream, sampled, known=len(text.ids)))
+            self._answers.append(joined[-1])
+        for rerouting, group in _by_rerouting(joined):
+            for answers, texts in self._apart(group, partial(_begin, rerouting)):
+                for answer, text in zip(answers, texts, strict=True):
+                    answer.followed, answer.is_due = text, True
+
+    def _has_room(self, waiting: Waiting) -> bool:
+        """Tell whether a request can join now; what those that joined will still take is counted."""
+        draws, rows = len(waiting.request.draws), len(waiting.plan.votes)
+        to_part = [own for own in self._answers if not own.written]
+        taken = len(self._answers) + sum(len(own.request.draws) - 1 for own in to_part)
+        if taken and taken + draws > self._places:
+            return False
+        rows_to_come = sum((len(own.request.draws) - 1) * len(own.text.rows) for own in to_part)
+        with suppress(CoterieError):  # one that could never join was refused when it came
+            return self._reader.slots.fits(rows * draws + rows_to_come, self._reach(waiting.request))
+        return False
+
+    def _reach(self, request: Request) -> int:
+        """Return how many tokens of a request's text are read at most; the last one is not."""
+        return int(min(self._longest, len(request.prompt.ids) + request.limit)) - 1
+
+    def _give_up_late_ones(self) -> None:
+        now = time.monotonic()
+        requests = {own.handle: own.request for own in (*self._waiting, *self._answers)}
+        for handle, request in requests.items():
+            if request.deadline is not None and request.deadline <= now:
+                self._fail(handle, TimeoutError("the deadline of the request has passed"))
+
+    def _apart(
+        self, answers: Sequence[Answer], act: Callable[[Sequence[Answer]], Found]
+    ) -> list[tuple[Sequence[Answer], Found]]:
+        """Do something for answers together; where it breaks, for each request alone, which ends if it breaks again."""
+        if not answers:
+            return []
+        handles = dict.fromkeys(answer.handle for answer in answers)
+        try:
+            return [(answers, act(answers))]
+        except Exception as error:  # whatever a router, a model's code or want of memory raises
+            if len(handles) == 1:
+                self._fail(answers[0].handle, error)
+                return []
+        return [found for handle in handles for found in self._apart([a for a in answers if a.handle == handle], act)]
+
+    def _fail(self, handle: int, error: Exception) -> None:
+        self._end(handle)
+        self._failures.append(Failure(handle, error))
+
+    def _end(self, handle: int) -> None:
+        self._waiting = deque(own for own in self._waiting if own.handle != handle)
+        for answer in [own for own in self._answers if own.handle == handle]:
+            self._leave(answer)
+
+    def _leave(self, answer: Answer) -> None:
+        """Free an answer's place for the last one, whose rows of the cache may have to move then, and no others."""
+        self._reader.close(answer.text)
+        place = self._answers.index(answer)
+        last = self._answers.pop()
+        if last is not answer:
+            self._answers[place] = last
+
+    # ------------------------------------------------------------------------------------------------ reading
+
+    def _weigh_again(self) -> None:
+        """Renew the weights of all answers that are due for it, those together that are weighed by the same."""
+        for rerouting, group in _by_rerouting([answer for answer in self._answers if answer.is_due]):
+            for answers, routings in self._apart(group, partial(_weigh, rerouting)):
+                for answer, routing in zip(answers, routings, strict=True):
+                    answer.shares, answer.is_due = tuple(routing.normalized().weights[0].tolist()), False
+                    plan = answer.request.combiner.plan(routing)[0]
+                    self._reader.change(answer.text, plan, recompute=rerouting.recompute and answer.written > 0)
+
+    def _next_chunk(self) -> dict[Answer, int]:
+        """Say how many tokens to read of the prompts that wait, in their order: of others as many as of the first."""
+        counts: dict[Answer, int] = {}
+        rows = longest = 0
+        for answer in sorted((a for a in self._answers if a.text.unread > 1), key=lambda a: a.handle):
+            own = len(answer.text.rows)
+            longest = longest or min(answer.text.unread, max(1, self._chunk // own))
+            rows += own
+            if counts and rows * longest > self._chunk:
+                break
+            counts[answer] = min(longest, answer.text.unread)
+        return counts
+
+    def _read(self, counts: Mapping[Answer, int]) -> list[tuple[Sequence[Answer], list[Tensor]]]:
+        """Read the next tokens of texts, as many as these counts at most."""
+
+        def read(answers: Sequence[Answer]) -> list[Tensor]:
+            texts = [answer.text for answer in answers]
+            own = [min(counts[answer], answer.text.unread) for answer in answers]
+            try:
+                watched = any(answer.text.plan.gates and not answer.written for answer in answers)
+                return self._reader.read(texts, own, watch_gates=watched)
+            except Exception:
+                for text, count in zip(texts, own, strict=True):
+                    self._reader.restore(text, count)
+                raise
+
+        passes = self._apart(list(counts), read)
+        for answers, hidden in passes:
+            for answer, states in zip(answers, hidden, strict=True):
+                if answer.known < answer.text.read and isinstance(rerouting := answer.request.routing, Rerouting):
+                    new = states[0, answer.known - answer.text.read :]
+                    answer.followed = rerouting.texts.append_states(answer.followed, new)
+                    answer.known = answer.text.read
+        return passes
+
+    # ------------------------------------------------------------------------------------------------ choosing
+
+    def _choose(self, passes: Sequence[tuple[Sequence[Answer], list[Tensor]]]) -> list[Token]:
+        """Choose the next token of all answers whose texts were read to the end; the draws of a request part here."""
+        choosing: list[Answer] = []
+        logits: list[Tensor] = []
+        for answers, hidden in passes:
+            ready = [place for place, answer in enumerate(answers) if not answer.text.unread]
+            if ready:
+                plan = self._reader.planned([answer.text for answer in answers])
+                drawn = [(place, own) for place in ready for own in self._drawn(answers[place])]
+                with torch.inference_mode():
+                    own = plan.logits(self._backbone, torch.cat([states[:, -1] for states in hidden]))
+                    logits.append(own[[place for place, _ in drawn]])
+                choosing += [answer for _, answer in drawn]
+        if not choosing:
+            return []
+        found = self._sampler.choose([answer.sampled for answer in choosing], torch.cat(logits)[:, None])
+        return [
+            token for answer, (chosen,) in zip(choosing, found, strict=True) for token in self._advance(answer, chosen)
+        ]
+
+    def _drawn(self, answer: Answer) -> list[Answer]:
+        """Return an answer; behind the prompt, also the others that are drawn from it, which go on by themselves."""
+        found = [answer]
+        for draw, settings in enumerate([] if answer.written else answer.request.draws[1:], start=1):
+            stream = TextStream(self._backbone.tokenizer, settings.stop)
+            own = {"draw": draw, "stream": stream, "sampled": answer.sampled.fork(settings)}
+            found.append(replace(answer, text=self._reader.fork(answer.text), **own))
+        self._answers += found[1:]
+        return found
+
+    def _advance(self, answer: Answer, chosen: Chosen) -> list[Token]:
+        """Write a token behind an answer, which may end with it."""
+        if answer not in self._answers:  # another answer to its prompt has just failed
+            return []
+        if not math.isfinite(chosen.logprob):
+            self._fail(answer.handle, CoterieError("the model's numbers are no longer finite; try --dtype float32"))
+            return []
+        token = chosen.id
+        request, stream = answer.request, answer.stream
+        answer.text.ids.append(token)
+        ends_turn = token in self._backbone.stop_ids or token in request.end_ids
+        text = "" if ends_turn else stream.push(token)
+        reason: FinishReason | None = None
+        if ends_turn or stream.stopped:
+            reason = "stop"
+        elif len(answer.text.ids) >= self._longest or answer.written >= request.limit:
+            reason = "length"
+        if reason and not stream.stopped:
+            text += stream.finish()
+        gates = answer.text.gate_weights
+        shares = tuple(gates.tolist()) if gates is not None and answer.written == 1 else answer.shares
+        if reason:
+            self._leave(answer)
+        elif isinstance(rerouting := request.routing, Rerouting):
+            answer.followed = rerouting.texts.append(answer.followed, [token])
+            answer.is_due = answer.written % rerouting.every == 0
+        return [Token(answer.handle, token, chosen.logprob, text, reason, shares, answer.draw, chosen.top)]
+
+
+def _planned(request: Request) -> RequestRows:
+    """Return the rows of a request; where its weights are not known yet, a row that runs no expert."""
+    if not isinstance(request.routing, Rerouting):
+        return request.combiner.plan(request.routing)[0]
+    if request.combiner.finest == "prompt":
+        raise CoterieError(f"combiner {request.combiner.kind!r} does not follow weights that change; use layers")
+    return RequestRows(torch.zeros(1, len(request.routing.experts)), torch.ones(1))
+
+
+def _by_rerouting(answers: Sequence[Answer]) -> list[tuple[Rerouting, list[Answer]]]:
+    """Group answers whose weights change by what weighs them."""
+    groups: dict[int, tuple[Rerouting, list[Answer]]] = {}
+    for answer in answers:
+        if isinstance(rerouting := answer.request.routing, Rerouting):
+            groups.setdefault(id(rerouting), (rerouting, []))[1].append(answer)
+    return list(groups.values())
+
+
+def _begin(rerouting: Rerouting, answers: Sequence[Answer]) -> list[Any]:
+    return rerouting.texts.begin([answer.request.prompt for answer in answers])
+
+
+def _weigh(rerouting: Rerouting, answers: Sequence[Answer]) -> list[Routing]:
+    return rerouting.weights([answer.followed for answer in answers])

@@ -1,0 +1,198 @@
+"""Reading texts with the model: each request's rows run its own experts, and all rows share the forward pass."""
+
+import itertools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from coterie.backbone.gates import MeanWeights
+from coterie.backbone.layers import ExpertLayers
+from coterie.backbone.loading import Backbone
+from coterie.backbone.row_mix import RequestRows, RowMix
+from coterie.backbone.slots import Slots
+
+MIXES_KEPT = 2  # that of the requests that write, and that of those whose prompts are being read
+
+
+@dataclass(eq=False)
+class Text:
+    """A text as the model reads it.
+
+    Attributes:
+        ids: its tokens.
+        plan: the model rows that read it.
+        rows: where their cache lies.
+        reach: how many tokens may be read in the end.
+        read: how many tokens were read.
+        gate_weights: what gates have weighed so far, on average over what was read.
+    """
+
+    ids: list[int]
+    plan: RequestRows
+    rows: list[int]
+    reach: int = 0
+    read: int = 0
+    gate_weights: Float[Tensor, " expert"] | None = None
+
+    @property
+    def unread(self) -> int:
+        """Tokens that were not read yet."""
+        return len(self.ids) - self.read
+
+
+class Plan(NamedTuple):
+    """What the rows of several texts run, and how they sum to each text's.
+
+    Attributes:
+        requests: keeps the plans of the texts alive, by whose identity this is found again.
+        mix: what the rows run.
+        rows: (text, row): each text's rows, filled up with its first one.
+        votes: (text, row): the weights of these; 0 where filled up.
+    """
+
+    requests: tuple[RequestRows, ...]
+    mix: RowMix
+    rows: Int[Tensor, "text most"]
+    votes: Float[Tensor, "text most"]
+
+    def row(self, place: int) -> RequestRows:
+        """Return what one of the rows runs, as a request of its own."""
+        for own in self.requests:
+            if place < len(own.votes):
+                return replace(own, weights=own.weights[place : place + 1], votes=own.votes[place : place + 1])
+            place -= len(own.votes)
+        raise IndexError(place)
+
+    def sum(self, states: Float[Tensor, "row width"]) -> Float[Tensor, "text width"]:
+        """Sum each text's own rows with their votes, in float32; what is wrong with a row stays with its text."""
+        return torch.einsum("tr,trd->td", self.votes, states[self.rows].float())
+
+    def logits(self, backbone: Backbone, states: Float[Tensor, "row width"]) -> Float[Tensor, "text vocabulary"]:
+        """Return each text's next-token logits.
+
+        Where logits are linear in the hidden state, the sum is taken before the output layer: the same logits for one
+        product a text instead of one a row. A soft cap is not linear, so there every row goes through on its own.
+        """
+        return backbone.head(self.sum(states)) if backbone.logit_cap is None else self.sum(backbone.head(states))
+
+
+class Reader:
+    """Reads pieces of texts into their rows of the cache."""
+
+    def __init__(self, backbone: Backbone, layers: ExpertLayers, slots: Slots) -> None:
+        """Read nothing yet.
+
+        Args:
+            backbone: the base model.
+            layers: the bank's experts.
+            slots: the cache.
+        """
+        self.backbone = backbone
+        self.layers = layers
+        self.slots = slots
+        self._plans: dict[tuple[int, ...], Plan] = {}
+
+    def open(self, ids: Sequence[int], plan: RequestRows, reach: int = 0) -> Text:
+        """Claim rows for a text of which nothing was read yet, and which may become so long, as far as is known."""
+        return Text(list(ids), plan, self.slots.claim(len(plan.votes), reach), reach)
+
+    def fork(self, text: Text) -> Text:
+        """Let a second text go on from what was read of one."""
+        return replace(text, ids=list(text.ids), rows=self.slots.fork(text.rows))
+
+    def close(self, text: Text) -> None:
+        """Give the rows back."""
+        self.slots.release(text.rows)
+
+    def change(self, text: Text, plan: RequestRows, *, recompute: bool) -> None:
+        """Read on under another plan: with what was read under the earlier one, or forgetting it.
+
+        Raises:
+            ValueError: when the cache is kept and the new plan has another number of rows.
+        """
+        if recompute:
+            self.slots.release(text.rows)
+            text.rows, text.read, text.gate_weights = self.slots.claim(len(plan.votes), text.reach), 0, None
+        elif len(plan.votes) != len(text.rows):
+            raise ValueError("weights can change only where every request has one row of its own")
+        text.plan = plan
+
+    def planned(self, texts: Sequence[Text]) -> Plan:
+        """Return what the rows of texts run; the same as before while neither texts nor their plans change."""
+        key = tuple(id(text.plan) for text in texts)
+        if key not in self._plans:
+            while len(self._plans) >= MIXES_KEPT:
+                del self._plans[next(iter(self._plans))]
+            requests, device = tuple(text.plan for text in texts), self.backbone.device
+            sizes = [len(own.votes) for own in requests]
+            starts = [sum(sizes[:place]) for place in range(len(sizes))]
+            most = range(max(sizes))
+            rows = [
+                [start + (row if row < size else 0) for row in most] for start, size in zip(starts, sizes, strict=True)
+            ]
+            votes = torch.nn.utils.rnn.pad_sequence([own.votes.float() for own in requests], batch_first=True)
+            self._plans[key] = Plan(
+                requests, self.layers.mix(requests), torch.tensor(rows, device=device), votes.to(device)
+            )
+        return self._plans[key]
+
+    def restore(self, text: Text, count: int) -> None:
+        """Go back to what was read before a pass over so many tokens that broke off, or read all anew.
+
+        A longer piece may have written over what sliding windows look at, and states cannot be turned back.
+        """
+        if count == 1 and self.slots.can_rollback:
+            self.slots.rollback(text.rows, [text.read] * len(text.rows))
+        else:
+            self.change(text, text.plan, recompute=True)
+
+    @torch.inference_mode()
+    def read(
+        self, texts: Sequence[Text], counts: Sequence[int], *, watch_gates: bool = False
+    ) -> list[Float[Tensor, "_ _ width"]]:
+        """Read the next tokens of every text, as many as its count, and return its rows' last hidden states there."""
+        sizes = [len(text.rows) for text in texts]
+        longest = max(counts)
+        pieces = [text.ids[text.read : text.read + count] for text, count in zip(texts, counts, strict=True)]
+        filled = torch.tensor([[*piece, *[self.backbone.pad_id] * (longest - len(piece))] for piece in pieces])
+        tokens = filled.repeat_interleave(torch.tensor(sizes), dim=0).to(self.backbone.device)
+        lengths = [count for count, size in zip(counts, sizes, strict=True) for _ in range(size)]
+        plan, watch = self.planned(texts), _GateWatch(lengths) if watch_gates else None
+
+        def running(places: Sequence[int]) -> AbstractContextManager[None]:
+            mix = plan.mix if len(places) == len(lengths) else self.layers.mix([plan.row(place) for place in places])
+            return self.layers.running(mix, None if watch is None else watch.of(places))
+
+        rows = [row for text in texts for row in text.rows]
+        hidden = self.slots.read(rows, tokens, None if min(counts) == longest else lengths, running)
+        starts = itertools.accumulate([0, *sizes])
+        for text, count, start in zip(texts, counts, starts, strict=False):
+            if watch is not None and text.plan.gates:
+                own = watch.mean(start)
+                before = own if text.gate_weights is None else text.gate_weights
+                text.gate_weights = before.lerp(own, count / (text.read + count))
+            text.read += count
+        return [own[:, :count] for own, count in zip(hidden.split(sizes), counts, strict=True)]
+
+
+class _GateWatch:
+    """What gates weigh on average in the rows of one read, which may go through the model in parts."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self._lengths = torch.tensor(lengths)
+        self._parts: list[tuple[Sequence[int], MeanWeights]] = []
+
+    def of(self, places: Sequence[int]) -> MeanWeights:
+        """Watch some of the rows."""
+        own = self._lengths[list(places)]
+        self._parts.append((places, MeanWeights((torch.arange(int(own.max()))[None] < own[:, None]).long())))
+        return self._parts[-1][1]
+
+    def mean(self, row: int) -> Float[Tensor, " expert"]:
+        """Return the mean over the tokens and layers of a row."""
+        return next(seen.mean()[list(places).index(row)] for places, seen in self._parts if row in places)

@@ -1,0 +1,193 @@
+"""The likelihood of given texts: under a mixture, under many weightings of its experts at once, or along re-routing."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from coterie.backbone.layers import ExpertLayers
+from coterie.backbone.loading import Backbone
+from coterie.backbone.row_mix import RequestRows
+from coterie.combiners.base import Combiner
+from coterie.combiners.logits import LogitCombiner
+from coterie.data.batching import TokenRow, by_length, pad
+from coterie.engine.reading import Reader
+from coterie.engine.request import Rerouting
+from coterie.routers.base import Routing
+
+BATCH = 8
+
+
+class ScoredTokens(NamedTuple):
+    """Wanted tokens of one text: natural logs of their probabilities, and whether each is the likeliest token there."""
+
+    logprobs: Float[Tensor, " token"]
+    is_greedy: Bool[Tensor, " token"]
+
+
+class Scores(NamedTuple):
+    """Mean negative log-likelihood per token of every reference under every vote, in nats, and its number of tokens."""
+
+    nll: Float[Tensor, "vote row"]
+    tokens: Float[Tensor, " row"]
+
+
+def score_votes(
+    backbone: Backbone,
+    layers: ExpertLayers,
+    names: tuple[str, ...],
+    rows: Sequence[TokenRow],
+    weights: Float[Tensor, "vote row expert"],
+    label: str,
+) -> Scores:
+    """Score references under many weightings of the experts' logits; one forward pass serves them all.
+
+    The experts' names stand in the order of the layers. Without a label no progress is shown.
+    """
+    together = Routing(names, weights.sum(dim=0))  # runs every expert that some vote has a weight on
+    return score_planned(backbone, layers, LogitCombiner(), together, rows, weights, label)
+
+
+def score_planned(
+    backbone: Backbone,
+    layers: ExpertLayers,
+    combiner: Combiner,
+    routing: Routing,
+    rows: Sequence[TokenRow],
+    weights: Float[Tensor, "vote row expert"] | None,
+    label: str,
+) -> Scores:
+    """Score references under the combiner's own votes, or under those of other weights over the rows that it plans."""
+    nll, tokens = torch.zeros(1 if weights is None else len(weights), len(rows)), torch.zeros(len(rows))
+    with tqdm(total=len(rows), desc=f"likelihood of {label}", unit="row", disable=not label) as bar:
+        for numbers in by_length(rows, BATCH):
+            plan = combiner.plan(routing.take(numbers))
+            if weights is None:
+                own_votes = [[own.votes for own in plan]]
+            else:
+                own_votes = [
+                    [LogitCombiner.votes(own.weights, row) for own, row in zip(plan, vote, strict=True)]
+                    for vote in weights[:, numbers]
+                ]
+            texts = [(rows[i].ids, answer_positions(rows[i])) for i in numbers]
+            found = score_responses(backbone, layers, plan, own_votes, texts)
+            for vote, scored in enumerate(found):
+                nll[vote, numbers] = torch.stack([-own.logprobs.mean() for own in scored])
+            tokens[numbers] = torch.tensor([float(len(positions)) for _, positions in texts])
+            bar.update(len(numbers))
+    return Scores(nll, tokens)
+
+
+def answer_positions(row: TokenRow) -> list[int]:
+    """Return the positions of the final answer's tokens."""
+    return [place for place in range(row.prompt_length, len(row.ids)) if row.is_response[place]]
+
+
+@torch.inference_mode()
+def score_responses(
+    backbone: Backbone,
+    layers: ExpertLayers,
+    requests: Sequence[RequestRows],
+    votes: Sequence[Sequence[Float[Tensor, " row"]]],
+    texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+) -> list[list[ScoredTokens]]:
+    """Score the wanted tokens of given texts, for several votes over the same rows.
+
+    Args:
+        backbone: the base model.
+        layers: the bank's experts.
+        requests: the model rows that are run for each text, once.
+        votes: ways to combine them, each with votes for every text.
+        texts: token ids and the positions of the wanted tokens, first to last (each at least 1).
+
+    Returns:
+        For every vote and text, scores in the order of the positions.
+    """
+    before = [[position - 1 for position in positions] for _, positions in texts]
+    states = states_at(backbone, layers, requests, [ids[: places[-1]] for ids, places in texts])
+    result: list[list[ScoredTokens]] = [[] for _ in votes]
+    for number, ((ids, positions), own) in enumerate(zip(texts, states, strict=True)):
+        wanted = own[:, before[number]]  # [own rows, tokens, width]
+        targets = torch.tensor([ids[position] for position in positions], device=own.device)
+        for place, vote in enumerate(votes):
+            own_vote = vote[number].to(own.device)
+            if backbone.logit_cap is None:  # as in `Plan.logits`
+                logits = backbone.head(torch.einsum("r,rtd->td", own_vote, wanted.float()))
+            else:
+                logits = torch.einsum("r,rtv->tv", own_vote, backbone.head(wanted))
+            result[place].append(scored_tokens(logits, targets))
+    return result
+
+
+@torch.inference_mode()
+def states_at(
+    backbone: Backbone, layers: ExpertLayers, requests: Sequence[RequestRows], texts: Sequence[Sequence[int]]
+) -> list[Float[Tensor, "_ _ width"]]:
+    """Return the last hidden states of every text's rows, from one pass without a cache."""
+    rows = [ids for ids, own in zip(texts, requests, strict=True) for _ in own.votes]
+    batch = pad(rows, backbone.pad_id, device=backbone.device)
+    with layers.running(layers.mix(requests)):
+        hidden = backbone.hidden(
+            batch.input_ids
+        )  # padding stands behind the text, where causal attention cannot see it
+    own = hidden.split([len(own.votes) for own in requests])
+    return [states[:, : len(ids)] for states, ids in zip(own, texts, strict=True)]
+
+
+def scored_tokens(logits: Float[Tensor, "token vocabulary"], targets: Int[Tensor, " token"]) -> ScoredTokens:
+    """Score tokens by the logits at their places."""
+    logprobs = logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+    return ScoredTokens(logprobs.cpu(), (logits.argmax(dim=1) == targets).cpu())
+
+
+def score_teacher_forced(
+    reader: Reader,
+    combiner: Combiner,
+    rerouting: Rerouting,
+    prompts: Sequence[TokenRow],
+    answers: Sequence[Sequence[int]],
+) -> list[ScoredTokens]:
+    """Score answers as if the mixture had written them: the same weights at the same tokens as in decoding.
+
+    Tokens that share their weights are read together, so this takes a forward pass for every re-routing, not for
+    every token. Weighing may need gradients, so inference mode is on for the model's own passes only.
+
+    Args:
+        reader: reads them.
+        combiner: where experts meet.
+        rerouting: how their weights change.
+        prompts: whose answers are scored.
+        answers: of at least one token each.
+
+    Returns:
+        The scores of each answer's tokens.
+    """
+    followed = rerouting.texts.begin(prompts)
+    plans = [combiner.plan(routing)[0] for routing in rerouting.weights(followed)]
+    texts = [reader.open(prompt.ids, plan) for prompt, plan in zip(prompts, plans, strict=True)]
+    found: list[list[ScoredTokens]] = [[] for _ in texts]
+    active, known = list(range(len(texts))), 0
+    while True:
+        wanted = [answers[i][known : known + rerouting.every] for i in active]  # these share their weights
+        for i, own in zip(active, wanted, strict=True):
+            texts[i].ids += own[:-1]
+            followed[i] = rerouting.texts.append(followed[i], own[:-1])
+        hidden = reader.read([texts[i] for i in active], [texts[i].unread for i in active])
+        for i, own, (states,) in zip(active, wanted, hidden, strict=True):
+            with torch.inference_mode():
+                logits = reader.backbone.head(states[-len(own) :])
+                found[i].append(scored_tokens(logits, torch.tensor(own, device=logits.device)))
+            new = len(own) - (known == 0)  # the prompt's states are known
+            followed[i] = rerouting.texts.append_states(followed[i], states[len(states) - new :])
+        known += rerouting.every
+        active = [i for i in active if len(answers[i]) > known]
+        if not active:
+            return [ScoredTokens(*map(torch.cat, zip(*parts, strict=True))) for parts in found]
+        for i in active:
+            texts[i].ids.append(answers[i][known - 1])
+            followed[i] = rerouting.texts.append(followed[i], answers[i][known - 1 : known])
+        for i, routing in zip(active, rerouting.weights([followed[i] for i in active]), strict=True):
+            reader.change(texts[i], combiner.plan(routing)[0], recompute=rerouting.recompute)
