@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coterie.backbone.linear_layers import linear_layers
+from coterie.backbone.products import few_row_forwards
 from coterie.errors import CoterieError
 
 Adder = Callable[[Tensor, Tensor], Tensor]
@@ -60,8 +61,11 @@ class Adding:
     def _forwards(self) -> dict[nn.Module, Callable[..., Any]]:
         """What is called in place of the modules' own; made when nobody else has swapped these."""
         layers, reading = linear_layers(self._model), self._reading
-        added = {layers[path]: _Added(path, layers[path], add, reading).forward for path, add in self._adders.items()}
-        return {self._model.get_input_embeddings(): reading.forward, **added}
+        forwards = few_row_forwards(list(layers.values()))
+        for path, add in self._adders.items():
+            layer = layers[path]
+            forwards[layer] = _Added(path, forwards.get(layer, layer.forward), add, reading).forward
+        return {self._model.get_input_embeddings(): reading.forward, **forwards}
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -109,9 +113,8 @@ class _Reading:
 class _Added:
     """A linear layer with what is added to it."""
 
-    def __init__(self, path: str, layer: nn.Module, add: Adder, reading: _Reading) -> None:
-        self._path, self._add, self._reading = path, add, reading
-        self._base = layer.forward
+    def __init__(self, path: str, base: Callable[..., Any], add: Adder, reading: _Reading) -> None:
+        self._path, self._base, self._add, self._reading = path, base, add, reading
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """Return the layer's product and what is added to it."""
