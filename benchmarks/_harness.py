@@ -2,10 +2,14 @@
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +18,22 @@ from peft import LoraConfig, get_peft_model
 
 from coterie.artifacts import environment_record
 from coterie.backbone.loading import Backbone, load_backbone
+from coterie.cli.process import bound_spinning
 from coterie.experts.training import save_adapter
 from coterie.lora import Adapter
 from coterie.settings.groups import ModelSettings
 
 
 def arguments(description: str) -> argparse.Namespace:
-    """Read the flags that all benchmarks have."""
+    """Read the flags that all benchmarks have; begin anew where torch was loaded without a bound on its waiting."""
+    before = dict(os.environ)
+    bound_spinning()
+    if os.environ != before:
+        os.execv(sys.executable, sys.orig_argv)
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--quick", action="store_true", help="an answer within a minute, with few repeats")
+    parser.add_argument("--beside", type=int, default=0, metavar="N", help="measure beside N other busy processes")
     parser.add_argument("--output", type=Path, help="also write the result to this JSON file")
     return parser.parse_args()
 
@@ -33,13 +43,26 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Run every way once per round, by default after one round that does not count, and return seconds by way."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + warm_up):
-        for name, run in ways.items():
-            started = time.perf_counter()
-            run()
-            if number or not warm_up:
-                seconds[name].append(time.perf_counter() - started)
+    with busy(arguments("").beside):
+        for number in range(rounds + warm_up):
+            for name, run in ways.items():
+                started = time.perf_counter()
+                run()
+                if number or not warm_up:
+                    seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """Context manager: this many other processes, each of which keeps a core busy."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def median_ratio(above: list[float], below: list[float]) -> float:
@@ -50,7 +73,9 @@ def median_ratio(above: list[float], below: list[float]) -> float:
 def hardware_record() -> dict[str, Any]:
     """Return what a result was measured on: the machine, its threads, and the versions of what ran."""
     record = environment_record()
-    return {"name": record["machine"], "threads": torch.get_num_threads(), "versions": record["versions"]}
+    waiting = {key: os.environ[key] for key in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if key in os.environ}
+    threads = {"threads": torch.get_num_threads(), "beside": arguments("").beside, **waiting}
+    return {"name": record["machine"], **threads, "versions": record["versions"]}
 
 
 def publish(name: str, settings: Mapping[str, Any], medians: Mapping[str, float], ratios: Mapping[str, float]) -> None:

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from coterie.cli.process import bound_spinning
+
+bound_spinning()  # before torch is loaded
+
 import tiny
 from coterie import cli, methods
 from coterie.backbone.loading import Backbone, load_backbone

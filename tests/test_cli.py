@@ -1,6 +1,7 @@
 """The command line does what Python does, and bad input gets one line, exit code 2, and leaves nothing behind."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -445,3 +446,39 @@ def test_rerouting_flags_that_do_not_fit_are_refused(run, run_folder):
     refused(run("generate", run_folder, PROMPT, "--json", "--show-weights"), "use one of them")
     code, out, _ = run("generate", run_folder, PROMPT, "--show-weights", "--max-new-tokens", 2)
     assert code == 0 and out.splitlines()[-1].startswith("(every token)")
+
+
+SPINNING = """
+import ctypes, glob, importlib.util, os, sys
+from coterie.cli.process import bound_spinning
+bound_spinning()
+assert "torch" not in sys.modules
+library, = glob.glob(os.path.join(os.path.dirname(importlib.util.find_spec("torch").origin), "lib", "libgomp*"))
+ctypes.CDLL(library)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU OpenMP comes with torch on Linux")
+@pytest.mark.parametrize(
+    ("own", "spins", "policy"),
+    [
+        ({}, "10000", "PASSIVE"),
+        ({"GOMP_SPINCOUNT": "7"}, "7", "PASSIVE"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, None, "ACTIVE"),
+    ],
+)
+def test_threads_wait_for_a_bounded_time_unless_the_user_says_how(own, spins, policy):
+    """GNU OpenMP itself tells, as it is loaded, what it was told."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    env = {**kept, **own, "OMP_DISPLAY_ENV": "VERBOSE"}
+    result = subprocess.run([sys.executable, "-c", SPINNING], env=env, capture_output=True, text=True, check=True)
+    told = dict(re.findall(r"(GOMP_SPINCOUNT|OMP_WAIT_POLICY) = '(\w+)'", result.stderr))
+    assert told["OMP_WAIT_POLICY"] == policy
+    assert spins is None or told["GOMP_SPINCOUNT"] == spins
+
+
+def test_a_command_bounds_the_waiting_of_threads_before_it_runs(run, monkeypatch):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    run("methods")
+    assert os.environ.pop("GOMP_SPINCOUNT") == "10000"
