@@ -27,8 +27,8 @@ IN_A_LOG = {
 }
 """How tqdm, which reads this when it is first imported, writes to what is no terminal: after 10 s, then every 30 s."""
 SPINS = "10000"
-"""How often a thread of GNU OpenMP looks for others before it sleeps. By default it looks 30 times as often, and any busy
-neighbour makes steps 25 times slower; this costs a fifth at most where nobody else works."""
+"""How often a thread of GNU OpenMP looks for others before it sleeps: a thirtieth of its default, with which any busy
+neighbour makes steps 25 times slower. This costs a fifth at most where nobody else works."""
 MOMENT = 0.05  # seconds
 STOPPED = "stopped; the same command goes on where it stopped"
 
