@@ -27,11 +27,12 @@ from coterie.methods.add_adapters import bank_add
 from coterie.methods.kshot import choose_adapters as selecting
 from coterie.methods.kshot import fit as kshot
 from coterie.methods.kshot import train as tuning
+from coterie.methods.kshot.choose_adapters import candidate_count
 from coterie.methods.kshot.methods import METHODS
 from coterie.methods.kshot.run import KshotRun
 from coterie.mixture import Mixture
 from coterie.settings.commands import KshotSettings, TrainExtrasSettings
-from coterie.settings.groups import ExtrasSettings, ModelSettings
+from coterie.settings.groups import ExtrasSettings, ModelSettings, SelectAdaptersSettings
 from coterie.settings.reading import from_flat
 from stub_server import completion, serving
 
@@ -94,8 +95,44 @@ def test_those_that_were_trained_on_the_task_are_chosen(bank, shots, tmp_path):
     assert record == found.record.plain() and record["shots"] == 5
     assert {one["score"] - one["rank_sum"] - one["rank_diversity"] for one in record["subsets"]} == {0}
     assert sorted(own["rank_sum"] for own in record["adapters"]) == [own["rank_sum"] for own in record["adapters"]]
-    assert [own["name"] for own in record["adapters"] if own["candidate"]] == [
-        own["name"] for own in record["adapters"]
+    assert [own["candidate"] for own in record["adapters"]] == [True] * 3 + [False] * 3  # the better half of six
+
+
+@pytest.mark.parametrize(("keep", "given", "count"), [(1, None, 3), (4, None, 4), (2, 5, 5), (3, 2, 3)])
+def test_candidates_are_the_better_half_of_a_small_bank_and_never_fewer_than_are_kept(keep, given, count):
+    assert candidate_count(SelectAdaptersSettings(keep=keep, candidates=given), 6) == count
+    assert candidate_count(SelectAdaptersSettings(), 15) == candidate_count(SelectAdaptersSettings(), 900) == 8
+
+
+def test_every_adapter_is_told_why_it_is_in_or_out(bank, shots, tmp_path, run):
+    words = ("--shots", shots, "--keep", 2, "--max-new-tokens", 6, "--device", "cpu")
+    output = tmp_path / "select"
+    code, out, err = run("select", bank, *words, "--output", output)
+    record = selection_of(output)
+    assert code == 0 and out.splitlines()[-1] == f"{output}: 2 of 6 adapters chosen: {', '.join(record['chosen'])}"
+    assert err.splitlines()[-1] == (
+        f"next: coterie fit kshot-moe --bank {bank} --shots {shots} --selected {output} --output runs/task"
+    )
+    score = {frozenset(one["names"]): one for one in record["subsets"]}
+    assert len(score) == 3  # all pairs of three candidates
+    for place, (own, line) in enumerate(zip(record["adapters"], out.splitlines()[1:], strict=False), start=1):
+        assert line.split()[0] == own["name"] and line.endswith(own["why"])
+        if place > 3:
+            told = f"out: number {place} of 6 by accuracy and perplexity, only the best 3 are candidates"
+            assert own["why"] == told and own["similarity"] is None
+            continue
+        assert f"{own['similarity']:.2f}" in line
+        rivals = [one for names, one in score.items() if (own["name"] in names) != own["chosen"]]
+        least, chosen = min(one["score"] for one in rivals), score[frozenset(record["chosen"])]["score"]
+        what = "without" if own["chosen"] else "with"
+        assert re.match(rf"{'in' if own['chosen'] else 'out'}: the best group {what} it has {least} \(", own["why"])
+        assert f"the chosen one {chosen} (" in own["why"]
+
+
+def test_all_candidates_that_are_kept_are_told_so(bank, shots, tmp_path):
+    record = coterie.select(bank, str(shots), output=tmp_path / "select", keep=3, **FAST).record
+    assert [one.why for one in record.adapters if one.chosen] == [
+        f"in: number {place} of 6 by accuracy and perplexity, and all 3 candidates are kept" for place in (1, 2, 3)
     ]
 
 
@@ -156,6 +193,9 @@ def test_halving_ends_with_the_numbers_of_full_scoring_and_tells_whom_it_left_ou
     ]
     assert full["halving"] == []
     dropped = [own["name"] for own in halved["adapters"] if own["dropped"] == "halving"]
+    assert {row(halved, name)["why"] for name in dropped} == {
+        f"out: not among the best on its {count} shots (--halving)" for count in (2, 4)
+    }
     assert len(dropped) == 4 and all(row(halved, name)["rank_sum"] is None for name in dropped)
     for own in halved["adapters"]:
         if own["dropped"] is None:
@@ -175,12 +215,14 @@ def test_planted_leaks_are_told_and_dropped_where_asked(bank, shelf, shots, tmp_
     assert row(told, "pick-2")["known_rows"] == len(known) and "pick-2" in told["chosen"]
     code, out, _ = run("select", bank, *flags, "--output", tmp_path / "dropped", "--exclude-leaks")
     dropped = selection_of(tmp_path / "dropped")
-    assert code == 0 and re.search(r"^pick-2 +- +- +- +knows shots or excluded rows$", out, re.MULTILINE)
+    assert code == 0 and re.search(
+        r"^pick-2 +- +- +- +- +out: knows 2 of the shots and excluded rows", out, re.MULTILINE
+    )
     assert row(dropped, "pick-2")["dropped"] == "leak" and "pick-2" not in dropped["chosen"]
 
 
 def test_interrupted_scoring_goes_on(bank, shots, tmp_path, monkeypatch):
-    plain, scored = selecting._score, []
+    plain, scored = selecting._score_shots, []
 
     def until(stop: int):
         def score(scoring, names, places):
@@ -192,12 +234,12 @@ def test_interrupted_scoring_goes_on(bank, shots, tmp_path, monkeypatch):
         return score
 
     options = {"output": tmp_path / "select", "keep": 2, "group_size": 2, **FAST}
-    monkeypatch.setattr(selecting, "_score", until(2))
+    monkeypatch.setattr(selecting, "_score_shots", until(2))
     with pytest.raises(KeyboardInterrupt):
         coterie.select(bank, str(shots), **options)
     assert not (tmp_path / "select").exists()
     first = list(scored)
-    monkeypatch.setattr(selecting, "_score", until(99))
+    monkeypatch.setattr(selecting, "_score_shots", until(99))
     scored.clear()
     record = coterie.select(bank, str(shots), **options).record.plain()
     assert len(first) == 2 and len(scored) == 1 and not set(first) & set(scored)

@@ -72,6 +72,9 @@ def select(settings: SelectSettings, as_json: AsJson = False) -> None:
     """Choose adapters of a bank for a task of which a few examples are known (2408.15915)."""
     selected = coterie.methods.select_adapters(settings)
     echo(json.dumps(selected.record.plain()) if as_json else str(selected))
+    if not as_json:
+        total = len(selected.record.adapters)
+        echo(f"{settings.output}: {len(selected.chosen)} of {total} adapters chosen: {', '.join(selected.chosen)}")
 
 
 @command("gather", "coterie gather --shots shots.jsonl --pool dolly.jsonl --budget 1000 --output runs/gather")

@@ -13,7 +13,7 @@ class AdapterRecord(Record):
 
     Numbers are None where it was left out before they were measured. `similarity` is to the chosen group, on average.
     `leak` counts the shots and excluded rows among its `known_rows` of training data; `dropped` tells why it was left
-    out.
+    out before all shots were scored, `why` in words why it is in or out.
     """
 
     name: StrictStr
@@ -29,6 +29,7 @@ class AdapterRecord(Record):
     leak: Count = 0
     known_rows: Count | None = None
     dropped: StrictStr | None = None
+    why: StrictStr | None = None
 
 
 class GroupRecord(Record):

@@ -302,7 +302,12 @@ class SelectAdaptersSettings(Settings):
     idle_with = {"max_new_tokens": ("rank_by", ("perplexity",))}
 
     keep: int = Field(4, ge=1, description="adapters to choose (the paper's N)")
-    candidates: int = Field(8, ge=1, description="best adapters from which the most diverse group is taken (M)")
+    candidates: int | None = Field(
+        None,
+        ge=1,
+        description="best adapters from which the most diverse group is taken (M); default: 8, of a bank of fewer than "
+        "16 the better half",
+    )
     rank_by: Literal["both", "accuracy", "perplexity"] = Field(
         "both", description="what adapters are ranked by on the shots; both adds the two ranks"
     )

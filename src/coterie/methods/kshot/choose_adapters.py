@@ -18,6 +18,7 @@ from coterie.data.examples import Example
 from coterie.engine.scoring import answer_positions
 from coterie.errors import CoterieError
 from coterie.experts.adapter_selection import (
+    AdapterGroup,
     Ranked,
     ShotScores,
     agreement,
@@ -48,7 +49,9 @@ logger = logging.getLogger(__name__)
 SELECTION_FILE = "selection.json"
 SCORES_FILE = "scores.jsonl"
 GROUPS_KEPT = 20
-_REASONS = {"leak": "knows shots or excluded rows", "halving": "left out by halving"}
+FORMATS = ("{:.0%}", "{:.3f}", "{:.0f}", "{:.2f}")
+MOST_CANDIDATES = 8
+"""The paper's M."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +77,16 @@ class Selected:
         write_json(folder / SELECTION_FILE, self.record.plain())
 
     def __str__(self) -> str:
-        """Return a table of all adapters, best first; the last column tells why one was left out."""
-        lines = [("adapter", "right", "perplexity", "ranks", "chosen")]
+        """Return a table of all adapters, best first; the last column tells why each is in or out.
+
+        Likeness is to the chosen group, on average.
+        """
+        lines: list[Sequence[str]] = [("adapter", "right", "perplexity", "ranks", "likeness", "why")]
         for one in self.record.adapters:
-            right = "-" if one.accuracy is None else f"{one.accuracy:.0%}"
-            perplexity = "-" if one.perplexity is None else f"{one.perplexity:.3f}"
-            mark = _REASONS[one.dropped] if one.dropped else "*" if one.chosen else ""
-            lines.append((one.name, right, perplexity, "-" if one.rank_sum is None else f"{one.rank_sum:.0f}", mark))
-        return columns(lines, "<>>><")
+            numbers = zip((one.accuracy, one.perplexity, one.rank_sum, one.similarity), FORMATS, strict=True)
+            told = ["-" if number is None else form.format(number) for number, form in numbers]
+            lines.append((one.name, *told, one.why or ""))
+        return columns(lines, "<>>>><")
 
 
 def select(folder: str | Path, shots: str | list[str], *, output: str | Path, **settings: Any) -> Selected:  # noqa: ANN401
@@ -134,9 +139,10 @@ def choose(task: KshotTask, settings: SelectSettings | KshotSettings, cached: Js
             "add adapters with coterie bank add, or lower --keep"
         )
     rationales = with_rationales(task.shots, settings.rationale, settings.placement, how.scoring_batch_size)
+    how = how.model_copy(update={"candidates": candidate_count(how, len(names))})
     scoring = ShotScoring(task, rationales, how, cached)
     order, rounds = scoring.halve(names)
-    candidates = order[: max(how.keep, how.candidates)]
+    candidates = order[: how.candidates]
     adapters = load_bank({one.name: bank.folder_of(one.name) for one in candidates}, task.backbone.model).adapters
     likeness = similarities(adapters, "factors" if how.diversity == "factors" else "updates")
     best = groups(candidates, likeness, how.keep, diverse=how.diversity != "none")
@@ -149,22 +155,32 @@ def choose(task: KshotTask, settings: SelectSettings | KshotSettings, cached: Js
         settings=how.model_dump(exclude={"exclude"}),
         shots=len(task.shots),
         chosen=best[0].names,
-        adapters=tuple(_adapter_records(scoring, names, order, best[0].names, similarity, known)),
+        adapters=tuple(_adapter_records(scoring, names, order, best, similarity, known)),
         subsets=tuple(GroupRecord(**asdict(group)) for group in best[:GROUPS_KEPT]),
         halving=tuple(rounds),
     )
     return Selected(record, [cell for name in sorted(scoring.cells) for cell in scoring.cells[name]])
 
 
+def candidate_count(how: SelectAdaptersSettings, adapters: int) -> int:
+    """Say how many adapters the group is chosen from: of a small bank the better half, so that quality filters first.
+
+    Were all of a small bank candidates, diversity alone could bring in its worst. There are never fewer than are kept.
+    """
+    return max(how.keep, how.candidates or min(MOST_CANDIDATES, math.ceil(adapters / 2)))
+
+
 def _adapter_records(
     scoring: "ShotScoring",
     names: Sequence[str],
     order: Sequence[Ranked],
-    chosen: Sequence[str],
+    best: Sequence[AdapterGroup],
     similarity: Mapping[str, float],
     known: Mapping[str, int],
 ) -> list[AdapterRecord]:
     """Return a record of every adapter: those that saw all shots, best first, then the others with why they did not."""
+    chosen = best[0].names
+    reasons = _reasons(scoring, order, best, known)
     bank, finished = scoring.task.bank, {one.name: one for one in order}
     trained_on = {card.name: card.rows for card in bank.cards}
     dropped = {name: "halving" for name in names if name not in finished}
@@ -188,9 +204,42 @@ def _adapter_records(
                 leak=known.get(name, 0),
                 known_rows=trained_on[name],
                 dropped=dropped.get(name),
+                why=reasons[name],
             )
         )
     return rows
+
+
+def _reasons(
+    scoring: "ShotScoring", order: Sequence[Ranked], best: Sequence[AdapterGroup], known: Mapping[str, int]
+) -> dict[str, str]:
+    """Say of every adapter of the bank why it is in or out: each filter, and each comparison of groups, in turn."""
+    how, chosen = scoring.settings, best[0]
+    by = {"both": "accuracy and perplexity"}.get(how.rank_by, how.rank_by)
+    told = {}
+    for name in scoring.task.bank.names:
+        if name in scoring.cells:
+            told[name] = f"out: not among the best on its {len(scoring.cells[name])} shots (--halving)"
+        else:
+            told[name] = f"out: knows {known[name]} of the shots and excluded rows (--exclude-leaks)"
+    for place, one in enumerate(order, start=1):
+        is_in = one.name in chosen.names
+        if place > (how.candidates or 0):
+            told[one.name] = (
+                f"out: number {place} of {len(order)} by {by}, only the best {how.candidates} are candidates"
+            )
+            continue
+        other = next((group for group in best if (one.name in group.names) != is_in), None)
+        if other is None:
+            told[one.name] = f"in: number {place} of {len(order)} by {by}, and all {how.candidates} candidates are kept"
+        else:
+            groups_of_it = f"the best group {'without' if is_in else 'with'} it has {_score(other)}"
+            told[one.name] = f"{'in' if is_in else 'out'}: {groups_of_it}, the chosen one {_score(chosen)}"
+    return told
+
+
+def _score(group: AdapterGroup) -> str:
+    return f"{group.score} (ranks {group.rank_sum} + diversity {group.rank_diversity})"
 
 
 # ---------------------------------------------------------------------------------------------------------- scoring
@@ -220,7 +269,7 @@ class ShotScoring:
         Returns the order of those that saw all shots, best first, and a record of every round where there are several.
         """
         alive = sorted(names)
-        least = max(self.settings.keep, self.settings.candidates)
+        least = candidate_count(self.settings, len(alive))
         plan = halving_rounds(len(alive), len(self.task.shots), self.settings.halving, least)
         kept = [count for _, count in [*plan[1:], plan[-1]]]  # how many adapters go on from each round
         orders: list[list[Ranked]] = []
@@ -270,12 +319,12 @@ class ShotScoring:
                 "adapters %d to %d of %d: shots %d to %d", place + 1, place + len(own), len(order), start + 1, shots
             )
             key = f"scores-{start}-{shots}-{'-'.join(own)}"
-            found = self.cached(key, lambda own=own: _score(self, own, range(start, shots)))
+            found = self.cached(key, lambda own=own: _score_shots(self, own, range(start, shots)))
             for name in own:
                 self.cells.setdefault(name, []).extend(found[name])
 
 
-def _score(scoring: ShotScoring, names: Sequence[str], places: range) -> dict[str, list[dict[str, Any]]]:
+def _score_shots(scoring: ShotScoring, names: Sequence[str], places: range) -> dict[str, list[dict[str, Any]]]:
     """Let adapters answer some shots and measure the likelihood of their rationales, all in common batches."""
     task, batch = scoring.task, scoring.settings.scoring_batch_size
     bank = load_bank({name: task.bank.folder_of(name) for name in names}, task.backbone.model)
