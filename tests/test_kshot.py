@@ -34,6 +34,7 @@ from coterie.mixture import Mixture
 from coterie.settings.commands import KshotSettings, TrainExtrasSettings
 from coterie.settings.groups import ExtrasSettings, ModelSettings, SelectAdaptersSettings
 from coterie.settings.reading import from_flat
+from helpers import refused
 from stub_server import completion, serving
 
 SOURCES = ("sum", "spell", "pick")
@@ -436,6 +437,81 @@ def test_the_record_repeats_the_run(task_run, tmp_path, run):
     code, out, _ = run("run", record)
     assert code == 0 and out.startswith(f"{tmp_path / 'again'}: 3 experts (")
     assert (tmp_path / "again" / "gates.json").read_bytes() == (task_run / "gates.json").read_bytes()
+
+
+# ------------------------------------------------------------------------------------- what was chosen before is taken
+
+
+@pytest.fixture(scope="module")
+def made_before(bank, task_shots, pool_file, tmp_path_factory) -> Path:
+    """A folder with what `select` and `gather` have made for the task."""
+    folder = tmp_path_factory.mktemp("before")
+    coterie.select(bank, str(task_shots), output=folder / "select", keep=2, **FAST)
+    common = {"encoder": "hidden", "model": str(bank_model(bank)), "device": "cpu", "embeddings": str(folder / "kept")}
+    coterie.gather(str(task_shots), str(pool_file), output=folder / "gather", budget=4, **common)
+    return folder
+
+
+def bank_model(bank: Path) -> str:
+    return coterie.open_bank(bank).base_model["id"]
+
+
+def task_words(bank, shots, output) -> list[object]:
+    training = ["--epochs", 1, "--learning-rate", 5e-3, "--batch-size", 4, "--device", "cpu"]
+    return ["fit", "kshot-moe", "--bank", bank, "--shots", shots, "--output", output, *training]
+
+
+def test_a_fit_of_what_was_selected_and_gathered_is_the_fit_that_does_both(
+    made_before, bank, task_shots, pool_file, tmp_path, run, monkeypatch
+):
+    fit(
+        bank, task_shots, tmp_path / "whole", pool=[str(pool_file)], budget=4, encoder="hidden",
+        embeddings=str(made_before / "kept"),
+    )  # fmt: skip
+    for name in ("choose", "write_gathered"):
+        monkeypatch.setattr(kshot, name, lambda *_: pytest.fail("done anew"))
+    reused = ["--selected", made_before / "select", "--gathered", made_before / "gather"]
+    code, out, _ = run(*task_words(bank, task_shots, tmp_path / "parts"), *reused)
+    assert code == 0 and out.startswith(f"{tmp_path / 'parts'}: 2 experts (")
+    whole, parts = ({p.relative_to(f) for p in f.rglob("*")} for f in (tmp_path / "whole", tmp_path / "parts"))
+    assert whole == parts
+    files = ["mixture.json", "gates.json", "gathered/gathered.jsonl", "router/gates.safetensors"]
+    for file in [*files, *(str(path) for path in whole if path.name == "adapter_model.safetensors")]:
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes(), file
+    rivals = load_grid(Mixture.from_pretrained(tmp_path / "parts", device="cpu"), ["kshot-moe"])
+    opened = KshotRun.open(rivals.own, ExtrasSettings())
+    assert opened.pools == [str(pool_file)] and len(opened.gathered) == 4
+
+
+def test_what_was_made_for_another_task_is_refused(made_before, bank, shelf, task_shots, tmp_path, run):
+    other = write_rows(tmp_path / "other.jsonl", rows_of("sum", 5, seed=7))
+    selected, gathered = ("--selected", made_before / "select"), ("--gathered", made_before / "gather")
+    words = task_words(bank, other, tmp_path / "x")
+    refused(run(*words, *selected), "select was made for other shots; give the same --shots and --limit, or make it")
+    refused(run(*words, *gathered), "gather was made for other shots; give the same --shots and --limit, or make it")
+    words = task_words(bank, task_shots, tmp_path / "x")
+    refused(run(*words, *gathered, "--exclude", other), "gather was made for other excluded rows")
+    refused(
+        run(*words, "--selected", made_before / "gather"), "gather is a folder of gathered rows, not a choice of ad"
+    )
+    refused(run(*words, "--gathered", tmp_path), "was not made by coterie gather; give the --output of that command")
+    chosen = selection_of(made_before / "select")["chosen"]
+    smaller = shutil.copytree(bank, tmp_path / "smaller")
+    coterie.bank_remove(smaller, chosen[0])
+    words = task_words(smaller, task_shots, tmp_path / "x")
+    refused(run(*words, *selected), f"was made for another adapter {chosen[0]} than .* holds; select from this bank")
+    assert not (tmp_path / "x").exists() and not (tmp_path / "x.partial").exists()
+
+
+def test_settings_of_what_is_taken_as_it_is_are_refused(made_before, bank, task_shots, pool_file, tmp_path, run):
+    words = task_words(bank, task_shots, tmp_path / "x")
+    selected, gathered = ("--selected", made_before / "select"), ("--gathered", made_before / "gather")
+    refused(run(*words, *selected, "--keep", 3), "--keep says how adapters are chosen; leave out --selected, or this")
+    refused(run(*words, *selected, "--rationales", "smollm2-135m"), "--rationales says how adapters are chosen")
+    refused(run(*words, *gathered, "--pool", pool_file), "--gathered was gathered already; leave one of them out")
+    refused(
+        run(*words, *gathered, "--budget", 3), "--budget says how open data is gathered; add --pool, or leave it out"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- the rivals

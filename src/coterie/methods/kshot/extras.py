@@ -120,9 +120,9 @@ def _random_experts(run: KshotRun) -> list[str]:
 def _random_rows(run: KshotRun) -> list[Example]:
     """Draw as many rows of the pools as were gathered; shots and excluded rows are not among them."""
     settings = run.settings
-    if not settings.pool:
+    if not run.pools:
         raise CoterieError(f"{run.folder} was fitted without open data, so there is none to draw at random")
-    pools = {source: source for source in settings.pool}
+    pools = {source: source for source in run.pools}
     index = index_pools(pools, None, run.task.shots, run.task.excluded, settings.reading)
     fresh = np.flatnonzero(index.kinds == FRESH)
     drawn = np.random.default_rng(settings.seed).choice(fresh, min(len(run.gathered), len(fresh)), replace=False)

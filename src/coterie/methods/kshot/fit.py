@@ -10,7 +10,6 @@ from coterie.artifacts import RunFolder, as_path, check_output, read_tensors, ru
 from coterie.combiners.layers import LayerCombiner
 from coterie.data.batching import tokenise
 from coterie.data.examples import Example, load_examples
-from coterie.errors import CoterieError
 from coterie.experts.bank import load_bank
 from coterie.experts.training import check_one_process, read_log
 from coterie.features.embedding import HIDDEN
@@ -18,13 +17,14 @@ from coterie.features.embedding_store import hidden_encoder, load_text_encoder
 from coterie.methods.common import copy_expert, named_sources
 from coterie.methods.kshot.choose_adapters import choose, read_selection
 from coterie.methods.kshot.gather_rows import GATHERED_FILE, load_open_data, write_gathered
+from coterie.methods.kshot.reuse import check_reused, copy_gathered, copy_selection, reused_inputs
 from coterie.methods.kshot.task import KshotTask, open_task
 from coterie.methods.kshot.train import GATES_FILE, gate_options, tune
 from coterie.mixture import Mixture
 from coterie.routers.gate import GateRouter, read_gates
 from coterie.settings.commands import GatherSettings, KshotSettings
 from coterie.settings.keywords import takes_fields
-from coterie.settings.reading import changed, from_flat
+from coterie.settings.reading import from_flat
 
 METHOD = "kshot-moe"
 SELECTION = "selection"
@@ -55,19 +55,18 @@ def fit_kshot(settings: KshotSettings) -> Mixture:
     An interrupted run goes on where it stopped.
 
     Raises:
-        CoterieError: for bad data, a bank without enough adapters, or an output folder that exists.
+        CoterieError: for bad data, a bank without enough adapters, a choice or rows that were made for another task,
+            or an output folder that exists.
     """
     output = as_path(settings.output)
     check_output(output, settings)
     check_one_process()
-    if not settings.pool and (given := changed(settings.rows)):
-        raise CoterieError(f"{given[0]} says how open data is gathered; add --pool, or leave it out")
+    check_reused(settings)
     task = open_task(settings.bank, settings, settings.training.system_prompt)
     pools = {f"pool {name}": sha256_of(Path(name)) for name in settings.pool if Path(name).is_file()}
-    with run_folder(output, settings, {**task.inputs(), **pools}) as run:
-        selection = run.stage(SELECTION, lambda folder: choose(task, settings, run.cached).write(folder))
-        chosen = list(read_selection(selection).chosen)
-        gathered = _gathered(run, task, settings) if settings.pool else []
+    with run_folder(output, settings, {**task.inputs(), **pools, **reused_inputs(settings, task)}) as run:
+        chosen = list(read_selection(_selection(run, task, settings)).chosen)
+        gathered = _gathered(run, task, settings) if settings.pool or settings.gathered else []
         examples = [*task.shots, *gathered]
         rows = tokenise(task.prompts, examples, settings.training.max_length, task.backbone.positions).rows
         experts_by_name = dict(zip(chosen, chosen, strict=True))
@@ -85,8 +84,18 @@ def fit_kshot(settings: KshotSettings) -> Mixture:
     return replace(mixture, folder=output)
 
 
+def _selection(run: RunFolder, task: KshotTask, settings: KshotSettings) -> Path:
+    """Choose adapters, once, or take the choice that was made before."""
+    selected = settings.selected
+    if selected:
+        return run.stage(SELECTION, lambda folder: copy_selection(selected, folder))
+    return run.stage(SELECTION, lambda folder: choose(task, settings, run.cached).write(folder))
+
+
 def _gathered(run: RunFolder, task: KshotTask, settings: KshotSettings) -> list[Example]:
-    """Gather rows of open data, once."""
+    """Gather rows of open data, once, or take those that were gathered before."""
+    if gathered := settings.gathered:
+        return load_examples(run.stage(GATHERED, lambda folder: copy_gathered(gathered, folder)) / GATHERED_FILE)
     wanted = GatherSettings(
         shots=settings.shots,
         pool=settings.pool,

@@ -4,8 +4,9 @@ from coterie.experts.names import BACKBONE
 from coterie.methods.family import CONTROL, Family, Method, MethodGrid, single
 from coterie.methods.kshot.choose_adapters import read_selection
 from coterie.methods.kshot.extras import BEST_TUNED, EXTRAS, LORAHUB, UNTUNED
-from coterie.methods.kshot.fit import METHOD, SELECTION
+from coterie.methods.kshot.fit import GATHERED, METHOD, SELECTION
 from coterie.methods.kshot.run import KshotRun
+from coterie.mixture import Mixture
 from coterie.records.task import SelectionRecord
 from coterie.routers.fixed import one_hot, uniform
 from coterie.routers.gate import spectral_router
@@ -26,6 +27,12 @@ def _untuned(grid: MethodGrid) -> list[str]:
 
 def _gated(extra: str, experts: str) -> Method:
     return Method(experts, "learned token gates", "layers", PAPER, lambda grid: grid.router(extra), (extra,))
+
+
+def _lacks(mixture: Mixture) -> dict[str, str]:
+    """Return what a mixture cannot have that was trained on its shots alone."""
+    has_rows = mixture.folder is not None and (mixture.folder / GATHERED).is_dir()
+    return {} if has_rows else {"random-data": "the mixture was fitted without open data"}
 
 
 METHODS = {
@@ -68,4 +75,5 @@ FAMILY: Family[KshotRun] = Family(
     EXTRAS,
     KshotRun.open,
     usual=lambda mixture: [BACKBONE, "best-by-shots", BEST_TUNED, "uniform-weights", "arrow", METHOD],
+    lacks=_lacks,
 )

@@ -18,6 +18,8 @@ from coterie.records.schema import Record, read
 from coterie.records.task import GateLoads, GatheringRecord, SelectionRecord
 from coterie.settings.commands import KshotSettings
 
+AGAIN = f"make the mixture again with coterie fit {METHOD}"
+
 
 @dataclass(frozen=True)
 class KshotRun(FittedRun[KshotSettings]):
@@ -47,6 +49,12 @@ class KshotRun(FittedRun[KshotSettings]):
         file = self.folder / GATHERED / GATHERED_FILE
         return load_examples(file) if file.exists() else []
 
+    @cached_property
+    def pools(self) -> list[str]:
+        """The sources of open data that those rows were gathered from."""
+        file = self.folder / GATHERED / SUMMARY_FILE
+        return [source.pool for source in read(GatheringRecord, file, AGAIN).pools] if file.exists() else []
+
     def tokenised(self, added: list[Example]) -> list[TokenRow]:
         """Tokenise the shots and other rows beside them, in the run's order."""
         task, longest = self.task, self.settings.training.max_length
@@ -67,5 +75,4 @@ def task_records(folder: Path | None) -> dict[str, Any]:
         "gathering": (folder / GATHERED / SUMMARY_FILE, GatheringRecord),
         "gates": (folder / GATES_FILE, GateLoads),
     }
-    advice = f"make the mixture again with coterie fit {METHOD}"
-    return {name: read(kind, file, advice) for name, (file, kind) in records.items() if file.exists()}
+    return {name: read(kind, file, AGAIN) for name, (file, kind) in records.items() if file.exists()}
