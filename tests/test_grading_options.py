@@ -33,6 +33,11 @@ MMLU = f"{QUESTION}\nA. couch\nB. bed\nC. kitchen table\nD. floor\nAnswer:"
 IN_A_ROW = f"{QUESTION} A. couch B. bed C. kitchen table D. floor"  # CommonsenseQA's prompts
 MATHQA = "How many boys sleep?\noptions: a ) 38 , b ) 27.675 , c ) 30 , d ) data inadequate , e ) none of these"
 NUMBERED = f"{QUESTION}\n1. couch\n2. bed\n3. kitchen table\n4. floor\nAnswer:"
+SENTENCES = (  # ComVE in FLAN
+    "Of the following two sentences, which one is against common sense?\nOptions:\n"
+    '- Sentence A: "He poured orange juice on his cereal."\n- Sentence B: "He poured milk on his cereal."'
+)
+CALLED = f"{QUESTION}\nOptions:\n- Text 1: couch\n- Text 2: bed\n- Text 3: kitchen table\n- Text 4: floor"
 FLAN = f"{QUESTION}\nOPTIONS:\n- couch\n- bed\n- kitchen table\n- floor"
 
 PAIRS: tuple[tuple[str, str, str, bool], ...] = (
@@ -118,6 +123,19 @@ PAIRS: tuple[tuple[str, str, str, bool], ...] = (
     (NUMBERED, "bed", "2", True),
     (NUMBERED, "2", "2. couch", False),
     (NUMBERED, "2", "The answer is 12.", False),
+    (SENTENCES, "Sentence A", "Orange juice does not taste good on cereal.\nThe answer is Sentence A.", True),
+    (SENTENCES, "Sentence A", "Sentence A", True),
+    (SENTENCES, "Sentence A", "A", True),
+    (SENTENCES, "A", "sentence a", True),
+    (SENTENCES, "Sentence A", "He poured orange juice on his cereal.", True),
+    (SENTENCES, "Sentence A", 'Sentence A: "He poured orange juice on his cereal."', True),
+    (SENTENCES, "Sentence A", "The answer is Sentence B.", False),
+    (SENTENCES, "Sentence A", "Sentence A or Sentence B", False),
+    (SENTENCES, "Sentence A", "Sentence A: He poured milk on his cereal.", False),
+    (CALLED, "Text 2", "The answer is text 2.", True),
+    (CALLED, "Text 2", "bed", True),
+    (CALLED, "Text 2", "2", True),
+    (CALLED, "Text 2", "Text 1", False),
     (FLAN, "bed", "bed", True),
     (FLAN, "bed", "The answer is bed.", True),
     (FLAN, "bed", "- bed", True),

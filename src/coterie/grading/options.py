@@ -1,7 +1,7 @@
 """Options that a prompt lists, and the one that a text chooses.
 
-Published sets write options as `(A) bed`, `A. bed`, `a ) bed`, `Answer1: bed`, `Option 1: bed`, `1. bed` or `- bed`,
-one a line or in a row; texts choose by the label, by the option's own text, or by both.
+Published sets write options as `(A) bed`, `A. bed`, `a ) bed`, `Answer1: bed`, `Option 1: bed`, `1. bed`, `- bed` or
+`- Sentence A: bed`, one a line or in a row; texts choose by the label, by the option's own text, or by both.
 """
 
 import re
@@ -32,6 +32,7 @@ _FORMS = tuple(  # of labels; a list keeps to one
 )
 _LETTER = re.compile(r"\(([A-Z])\)|^[ \t]*([A-Z])[.):][ \t]", re.MULTILINE)
 _BULLET = re.compile(r"[ \t]*[-*•][ \t]*(\S.*)")
+_CALLED = re.compile(r"([^\W\d_]+)[ _#]?([A-Za-z]|\d{1,2})[:.)]\s*(\S.*)")
 _HEADING = re.compile(r"(?<!\w)(?:options|choices|alternatives|answers)[ \t]?:\s*$", re.IGNORECASE)
 _BULLETS = re.compile(r"^(?:.{0,40}\s)?(?:options|choices)[ \t]?:[ \t]*\n", re.IGNORECASE | re.MULTILINE)
 _JOINT = re.compile(r"(?:[,;]|\s)\s*(?:or|and)\s*$|[,;.\s]+$")
@@ -45,11 +46,13 @@ class Options:
         texts: every option's own text by its label: `B`, `answer3`, `2`, or where it has none the text itself.
         letters: the letters among the labels, and all others that the prompt has in brackets or at the start of a line.
         word: what numbers are written behind, such as `answer`.
+        called: another word that this prompt calls its options by, such as `sentence`.
     """
 
     texts: Mapping[str, str]
     letters: frozenset[str]
     word: str = ""
+    called: str = ""
 
     def __bool__(self) -> bool:
         return bool(self.texts or self.letters)
@@ -72,6 +75,10 @@ class Options:
     def longest(self) -> int:
         """Characters above which a line is more than an option."""
         return 2 * max(map(len, self.texts.values()), default=0) + 40
+
+    def called_options(self, text: str) -> str:
+        """Call the options of a text so, where the prompt calls them by another word."""
+        return re.sub(rf"\b{self.called}\s+(?=(?:[a-z]|\d+)\b)", "Option ", text, flags=re.I) if self.called else text
 
     def label(self, mark: str) -> str | None:
         """Return the label that a letter or number stands for, if there is one."""
@@ -140,15 +147,31 @@ def _lists(prompt: str, form: re.Pattern[str]) -> list[_List]:
     return [found for found in lists if len(found.marks) > 1][-LISTS:]
 
 
+def _called(bullets: list[str], letters: frozenset[str]) -> Options:
+    """Return the options of bullets: their texts, or where each is called by one word, `Sentence A: ...`, so."""
+    marks = [_CALLED.fullmatch(text) for text in bullets]
+    words = {mark[1].lower() for mark in marks if mark}
+    following = [chr(ord("A") + n) for n in range(len(marks))], [str(n) for n in range(1, len(marks) + 1)]
+    found = [mark[2].upper() if mark else "" for mark in marks]
+    if found not in following or len(words) != 1:
+        plain = dict.fromkeys(map(normalised, bullets))
+        return Options({text: text for text in plain} if len(plain) > 1 else {}, letters)
+    word = words.pop()
+    labels = [f"{word}{label}" if label.isdecimal() else label for label in found]
+    texts = {label: mark[3] for label, mark in zip(labels, marks, strict=True) if mark}
+    is_numbered = found[0].isdecimal()
+    return Options(texts, letters if is_numbered else letters.union(texts), word if is_numbered else "", word)
+
+
 def _bulleted(prompt: str) -> list[str]:
-    """Return the lines behind the last `Options:` that begin with a dash or star; fewer than two are no list."""
+    """Return the lines behind the last `Options:` that begin with a dash or star."""
     heading = next(reversed(list(_BULLETS.finditer(prompt))), None)
     texts: list[str] = []
     for line in prompt[heading.end() :].splitlines() if heading else ():
         if not (bullet := _BULLET.fullmatch(line)):
             break
-        texts.append(normalised(bullet[1]))
-    return texts if len(set(texts)) > 1 else []
+        texts.append(bullet[1])
+    return texts
 
 
 @lru_cache(maxsize=64)
@@ -158,7 +181,7 @@ def listed_options(prompt: str) -> Options:
     letters = letters if len(letters) > 1 else frozenset()
     lists = [found for form in _FORMS for found in _lists(prompt, form) if found.is_offered]
     if not lists:
-        return Options({text: text for text in _bulleted(prompt)}, letters)
+        return _called(_bulleted(prompt), letters)
     last = max(lists, key=lambda found: (found.has_lines, found.marks[0].start()))
     if last.marks[0]["label"].isdecimal():
         word = (last.marks[0].groupdict().get("word") or "").lower()
@@ -200,6 +223,7 @@ def choice_of(line: str, options: Options) -> Choice | None:
 
     The label of one and the own text of another are no choice.
     """
+    line = options.called_options(line)
     if not options.texts or len(line) > options.longest:
         return None
     start = _LABELLED.match(line)
@@ -256,7 +280,7 @@ def find_option(text: str, options: Options) -> Choice | None:
     What a box or "the answer is ..." names comes first, then a first or last line that is an option, the last label in
     brackets or behind `option`, and a letter at the start. One option or another is none.
     """
-    text = unwrapped(text)
+    text = options.called_options(unwrapped(text))
     box = last_box(text)
     if box:
         return find_option(box.content, options) if box.content else None
