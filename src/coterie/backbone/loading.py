@@ -19,7 +19,7 @@ from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from coterie.artifacts import as_path, hash_json, may_be_on_hub, read_json, sha256_of, write_json
-from coterie.backbone.aliases import ALIASES, cache_folder, densify, fetch_alias
+from coterie.backbone.aliases import ALIASES, cache_folder, densify, fetch_alias, named_model
 from coterie.backbone.model import Backbone, BaseModelIdentity
 from coterie.backbone.probe import checked
 from coterie.errors import CoterieError, first_line, missing_extra, unknown_name
@@ -44,6 +44,7 @@ def load_backbone(settings: ModelSettings) -> Backbone:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise CoterieError(f"device {name!r} is not there on this machine; use --device auto or cpu") from error
+    settings = settings.model_copy(update={"model": named_model(settings.model)})
     folder, revision = _locate(settings)
     _refuse_adapter(settings.model, folder, revision)
     source: dict[str, Any] = {"pretrained_model_name_or_path": folder, "revision": revision}
@@ -178,6 +179,14 @@ def local_path(name: str) -> Path | None:
         return location
     config = try_to_load_from_cache(location, "config.json")
     return Path(config).parent if isinstance(config, str) else None
+
+
+def loaded_by(identity: BaseModelIdentity) -> str:
+    """Return what other programs load a base model by: its hub id, or the place where it lies on this machine."""
+    if identity.revision:
+        return identity.id
+    path = fetch_alias(identity.id) if identity.id in ALIASES else as_path(identity.id)
+    return str(path.resolve()) if path.exists() else identity.id
 
 
 def local_weights(name: str) -> str | None:

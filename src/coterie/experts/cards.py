@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from coterie.artifacts import MAX_TENSOR_FILE, read_json, sha256_of
+from coterie.backbone.aliases import named_model
 from coterie.errors import CoterieError
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from coterie.records.wording import printable
@@ -80,7 +81,7 @@ def describe_adapter(
         name=name,
         source=printable(source, 1000),
         sha256=hash_adapter(folder),
-        base=printable(base, 200) if isinstance(base, str) and base else None,
+        base=printable(named_model(base), 200) if isinstance(base, str) and base else None,
         rank=max(len(pair.down) for pair in pairs),
         layers=len(pairs),
         parameters=sum(pair.down.numel() + pair.up.numel() for pair in pairs),

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from coterie.artifacts import FORMAT, as_path, check_kind, hash_text, locked, read_json, write_json
+from coterie.backbone.aliases import named_model
 from coterie.backbone.loading import local_weights
 from coterie.errors import CoterieError, naming, unknown_name
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE, check_names
@@ -194,6 +195,7 @@ def _adapter(name: str, folder: Path, base: str | None) -> PoolExpert:
         raise CoterieError(f"{folder / CONFIG_FILE} names no base model; add --base MODEL")
     if not (folder / WEIGHTS_FILE).is_file():
         raise CoterieError(f"{folder} holds no {WEIGHTS_FILE}; get or train the adapter again")
+    model = named_model(model)
     path = as_path(model)
     model = str(path.resolve()) if path.exists() else model
     # an adapter in a mixture's `experts` folder was trained with the system prompt of that mixture

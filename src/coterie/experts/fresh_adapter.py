@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from coterie.artifacts import disk_errors, is_full, read_json, write_json
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.linear_layers import linear_layers, unchangeable_layers
-from coterie.backbone.loading import Backbone
+from coterie.backbone.loading import Backbone, loaded_by
 from coterie.errors import CoterieError, first_line, unknown_name
 from coterie.experts.bank import CONFIG_FILE, KEY_PREFIX, load_adapter, rank_and_alpha, read_config
 from coterie.settings.groups import LoraSettings
@@ -178,7 +178,7 @@ def _write_and_read(backbone: Backbone, config: LoraConfig, folder: Path) -> Non
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         if all(parameter.grad is None for parameter in model.parameters()):
             raise ValueError("no layer gets a gradient")
-        save_adapter(model, folder, backbone.identity.id)
+        save_adapter(model, folder, loaded_by(backbone.identity))
     finally:
         model.unload()
         backbone.model.eval()
@@ -222,12 +222,12 @@ def check_taken(model: PeftModel, written: Mapping[str, Tensor]) -> None:
             )
 
 
-def save_adapter(model: PeftModel, folder: Path, base_id: str) -> None:
-    """Save as PEFT does, with the base model's own name and everything in a fixed order."""
+def save_adapter(model: PeftModel, folder: Path, base: str) -> None:
+    """Save as PEFT does, with what it loads the base model by (see `loaded_by`), and everything in a fixed order."""
     model.save_pretrained(str(folder), save_embedding_layers=False)  # they are frozen; 'auto' would ask the hub
     (folder / "README.md").unlink(missing_ok=True)
     config = read_json(folder / CONFIG_FILE)
-    config["base_model_name_or_path"] = base_id
+    config["base_model_name_or_path"] = base
     config["target_modules"] = sorted(config["target_modules"])  # a set, so its order is another in every process
     write_json(folder / CONFIG_FILE, dict(sorted(config.items())))
 

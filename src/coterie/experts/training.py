@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from coterie.artifacts import read_floats, read_jsonl, read_tensors, write_json, write_jsonl, write_tensors
 from coterie.backbone.linear_layers import linear_shapes
-from coterie.backbone.loading import Backbone
+from coterie.backbone.loading import Backbone, loaded_by
 from coterie.data.batching import IGNORED, TokenRow, pad
 from coterie.errors import CoterieError
 from coterie.experts.bank import KEY_PREFIX, WEIGHTS_FILE, load_adapter, write_adapter
@@ -93,9 +93,9 @@ def train_adapter(
     try:
         if isinstance(start, Path):
             check_taken(model, read_tensors(start / WEIGHTS_FILE))
-        keeper = _EpochKeeper(folder, plan, backbone.identity.id)
+        keeper = _EpochKeeper(folder, plan, loaded_by(backbone.identity))
         with trained(backbone, model, rows, plan, folder, keeper):
-            save_adapter(model, folder, backbone.identity.id)
+            save_adapter(model, folder, loaded_by(backbone.identity))
     finally:
         model.unload()
         backbone.model.eval()
@@ -153,7 +153,7 @@ def write_null_adapter(backbone: Backbone, folder: Path) -> None:
     record = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": backbone.identity.id,
+        "base_model_name_or_path": loaded_by(backbone.identity),
         "r": 1,
         "lora_alpha": 1,
         "target_modules": [path],
@@ -290,7 +290,7 @@ class _EpochKeeper(TrainerCallback):
 
     folder: Path
     plan: TrainingPlan
-    base_id: str
+    base: str
     rates: list[float] = field(default_factory=list)
 
     def on_step_begin(
@@ -308,7 +308,7 @@ class _EpochKeeper(TrainerCallback):
         temporary = target.with_name("." + target.name)
         shutil.rmtree(temporary, ignore_errors=True)
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])  # accelerate wraps it
-        save_adapter(kwargs["model"], temporary, self.base_id)
+        save_adapter(kwargs["model"], temporary, self.base)
         _save_adam(kwargs["model"], optimizer, rates, state.global_step, temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.artifacts import FORMAT, as_path, check_output, run_folder, sha256_of, write_json, write_text
-from coterie.backbone.loading import local_path
+from coterie.backbone.loading import loaded_by
 from coterie.errors import CoterieError
 from coterie.experts.plain_adapter import rank_of, vllm_rank, write_plain_adapter
 from coterie.lora import Adapter, check_merge
@@ -94,8 +94,7 @@ def export_mixture(settings: ExportSettings) -> Exported:
 
 def _base_model(mixture: Mixture, target: str) -> str:
     """Return what other programs load the base model by."""
-    identity = mixture.backbone.identity
-    base = identity.id if identity.revision else str(local_path(identity.id))
+    base = loaded_by(mixture.backbone.identity)
     if target == "vllm" and base.endswith(".gguf"):
         raise CoterieError(f"vLLM takes adapters on model folders, and {base} is a GGUF file; take --for llama.cpp")
     return base

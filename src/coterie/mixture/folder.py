@@ -18,7 +18,7 @@ from coterie.artifacts import (
     write_json,
     write_text,
 )
-from coterie.backbone.aliases import cache_folder
+from coterie.backbone.aliases import cache_folder, hub_name
 from coterie.backbone.loading import Backbone, BaseModelIdentity, check_identity, load_backbone
 from coterie.backbone.prototypes import PROTOTYPES
 from coterie.combiners.base import Combiner
@@ -244,7 +244,7 @@ class StoredMixture:
 
     def card(self) -> str:
         """Return a model card in the hub's form."""
-        base = self.backbone.identity.id
+        base = hub_name(self.backbone.identity.id)
         front = f"---\nlibrary_name: coterie\nbase_model: {base}\npipeline_tag: text-generation\ntags:\n- lora\n---\n"
         listed = "\n".join(f"- `{name}`" for name in self.bank.names)
         return (

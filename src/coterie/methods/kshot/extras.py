@@ -9,6 +9,7 @@ import torch
 
 from coterie.artifacts import RunFolder
 from coterie.backbone.layers import ExpertLayers
+from coterie.backbone.loading import loaded_by
 from coterie.data.examples import Example
 from coterie.data.streaming import FRESH, index_pools
 from coterie.engine.scoring import score_votes
@@ -62,7 +63,7 @@ def _lorahub(run: KshotRun, into: RunFolder) -> TrainedExtra:
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": task.backbone.identity.id,
+        "base_model_name_or_path": loaded_by(task.backbone.identity),
         "r": max(ranks.values()),
         "lora_alpha": max(ranks.values()),
         "rank_pattern": ranks,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.artifacts import as_path, check_output, read_json, run_folder, sha256_of
+from coterie.backbone.aliases import named_model
 from coterie.backbone.loading import Backbone, BaseModelIdentity, check_identity, load_backbone
 from coterie.data.batching import PromptFormat, tokenise
 from coterie.data.examples import Example
@@ -137,7 +138,8 @@ def _base_model(settings: FromAdaptersSettings, shelf: _Shelf) -> ModelSettings:
         base = shelf.bank.base_model
         return ModelSettings(model=base["id"], revision=base["revision"], **placement)
     configs = [read_json(folder / CONFIG_FILE) for folder in shelf.folders.values()]
-    named = sorted({str(own["base_model_name_or_path"]) for own in configs if own.get("base_model_name_or_path")})
+    written = (own.get("base_model_name_or_path") for own in configs)
+    named = sorted({named_model(str(name)) for name in written if name})
     if len(named) != 1:
         raise CoterieError(f"the adapters name {' and '.join(named) or 'no'} base model; choose one with --model")
     return ModelSettings(model=named[0], revision=settings.revision, **placement)
