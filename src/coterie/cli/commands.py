@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -130,18 +132,19 @@ def generate(
             raise CoterieError(f"recruited experts finish their answers before one is made, so leave {flag} out")
         if settings.sampling.top_logprobs:
             raise CoterieError("recruited experts answer in text alone, so leave --top-logprobs out")
+        _check_engine(settings)
         return _show(coterie.methods.generate_symbolic(settings, given), settings, as_json=as_json)
     if given_elsewhere := changed(settings.serving):
         raise CoterieError(f"{given_elsewhere[0]} acts on runs of symbolic-moe only; leave it out")
-    mixture = _mixture(settings)
     options = {"top_k_experts": settings.routing.top_k_experts, **settings.sampling.model_dump()}
-    if stream:
-        for prompt in given:
-            for token in mixture.stream(prompt, **options):
-                echo(token.text, nl=False)
-            echo()
-        return None
-    answers = mixture.generate(given, n=settings.n, batch_size=settings.batch_size, **options)
+    with _answering(settings) as mixture:
+        if stream:
+            for prompt in given:
+                for token in mixture.stream(prompt, **options):
+                    echo(token.text, nl=False)
+                echo()
+            return None
+        answers = mixture.generate(given, n=settings.n, **{"batch_size": settings.batch_size, **options})
     named = [{"id": one.id} if input else {} for one in given for _ in range(len(answers) // len(given))]
     records = [{**name, **answer.record()} for name, answer in zip(named, answers, strict=True)]
     if settings.output:
@@ -153,13 +156,14 @@ def generate(
 @command("plan", "coterie plan runs/sym --input questions.jsonl")
 def plan(settings: PlanSettings, prompts: Prompts = None, as_json: AsJson = False, input: Input = None) -> None:
     """Tell what recruited experts will take to answer: loads, calls, tokens and memory; nothing is loaded."""
+    _check_engine(settings)
     found = coterie.methods.plan_symbolic(settings, _prompts(prompts, input, settings))
     echo(json.dumps(found.record()) if as_json else str(found))
 
 
 @command("export", "coterie export runs/elrea --for vllm --output runs/elrea-vllm")
 def export(settings: ExportSettings, as_json: AsJson = False) -> None:
-    """Write the experts, or one static mixture of them, as vLLM or PEFT reads them."""
+    """Write the experts, or one static mixture of them, as vLLM, PEFT or llama.cpp reads them."""
     exported = coterie.export_mixture(settings)
     echo(json.dumps(exported.record()) if as_json else str(exported))
 
@@ -276,6 +280,22 @@ def _mixture(settings: RouteSettings) -> Any:
         return mixture.replace(router=routing.router, combiner=routing.combiner)
     every = rerouting_interval(routing.every)
     return mixture.replace(router=routing.router).rerouted(every, cache=routing.cache, combiner=routing.combiner)
+
+
+def _check_engine(settings: GenerateSettings) -> None:
+    if given := changed(settings.engine):
+        raise CoterieError(f"{given[0]} acts on a mixture of adapters, not on recruited experts; leave it out")
+
+
+@contextmanager
+def _answering(settings: GenerateSettings) -> Iterator[Any]:
+    """Give what answers: the mixture itself, or llama.cpp in its place until the `with` ends."""
+    if settings.engine.engine == "coterie":
+        yield _mixture(settings)
+        return
+    coterie.LlamaCpp.library()  # before anything is loaded
+    with coterie.LlamaCpp(_mixture(settings), settings.engine.gguf) as answering:
+        yield answering
 
 
 def _made(mixture: Any) -> str:

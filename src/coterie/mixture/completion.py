@@ -1,5 +1,6 @@
 """Answers, with the weights that led to them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -29,7 +30,8 @@ class Completion:
         prompt: the question, as given by the user.
         text: the answer.
         token_ids: its tokens, with the one that ended it.
-        logprobs: natural log of each token's probability under the combined distribution.
+        logprobs: natural log of each token's probability under the combined distribution; not a number where another
+            engine tells none.
         finish_reason: stop or length.
         weights: normalised routing weights of the prompt by expert name.
         trace: how the weights went on from there, where they may change from token to token.
@@ -51,7 +53,7 @@ class Completion:
             "prompt": self.prompt,
             "text": self.text,
             "token_ids": list(self.token_ids),
-            "logprobs": list(self.logprobs),
+            "logprobs": [None if math.isnan(one) else one for one in self.logprobs],
             **({"top_logprobs": [list(map(list, top)) for top in self.top_logprobs]} if self.top_logprobs else {}),
             "finish_reason": self.finish_reason,
             "routing": {"weights": dict(self.weights), **({"trace": self.trace.plain()} if self.trace else {})},

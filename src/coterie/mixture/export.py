@@ -1,6 +1,7 @@
 """Taking experts to other people's engines: each expert, or one static mixture, as PEFT, vLLM or llama.cpp reads it.
 
-Every request may have a mixture of its own only here and in llama.cpp; elsewhere one static mixture is one adapter.
+llama.cpp adds up several adapters by scales that a request brings, so every routing is a list of scales there. In vLLM
+and PEFT one mixture is one adapter.
 """
 
 import json
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coterie.artifacts import FORMAT, as_path, check_output, run_folder, sha256_of, write_json, write_text
+from coterie.artifacts import FORMAT, RunFolder, as_path, check_output, run_folder, sha256_of, write_json, write_text
+from coterie.backbone.gguf_files import check_layers, write_gguf_adapter, write_gguf_model
 from coterie.backbone.loading import loaded_by
 from coterie.errors import CoterieError
 from coterie.experts.plain_adapter import rank_of, vllm_rank, write_plain_adapter
@@ -19,7 +21,8 @@ from coterie.mixture.core import Mixture
 from coterie.settings.commands import ExportSettings
 from coterie.settings.keywords import takes_fields
 
-MIXTURE = "mixture"
+LLAMA_CPP = "llama.cpp"
+BASE_FILE = "base.gguf"
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Exported:
         target: the program that reads it.
         base_model: what the program loads the base model by.
         ranks: of the adapters, by their place in the folder.
-        weights: of the static mixture, by expert; None where the experts themselves were written.
+        weights: of the static mixture, by expert; None where the experts alone were asked for.
         merge: how they were merged into one adapter; None where they were not.
         error: how far the merged adapter is from the exact mixture: relative, Frobenius over all layers.
     """
@@ -44,6 +47,13 @@ class Exported:
     merge: str | None = None
     error: float = 0.0
 
+    @property
+    def scales(self) -> list[dict[str, Any]] | None:
+        """What a request to llama.cpp brings as `lora`: the adapters that it mixes; None for one adapter by itself."""
+        if self.weights is None or self.merge is not None:
+            return None
+        return lora_list(self.weights, [Path(place).stem for place in self.ranks])
+
     def record(self) -> dict[str, Any]:
         """Return what export.json holds."""
         return {
@@ -54,12 +64,19 @@ class Exported:
             "weights": None if self.weights is None else dict(self.weights),
             "merge": self.merge,
             "relative_error": self.error,
+            "lora": self.scales,
         }
 
     def __str__(self) -> str:
-        """List the adapters, one a line."""
+        """List the adapters, one a line, and the request's list of scales."""
         off = f", relative error {self.error:.2g}" if self.error else ""
-        return "\n".join(f"{self.folder / place}: rank {rank}{off}" for place, rank in self.ranks.items())
+        lines = [f"{self.folder / place}: rank {rank}{off}" for place, rank in self.ranks.items()]
+        return "\n".join([*lines, *([f'"lora": {json.dumps(self.scales)}'] if self.scales else [])])
+
+
+def lora_list(weights: Mapping[str, float], names: list[str]) -> list[dict[str, Any]]:
+    """Return the `lora` of a request to llama.cpp, which knows adapters by their place among `names`."""
+    return [{"id": number, "scale": weights[name]} for number, name in enumerate(names) if weights.get(name)]
 
 
 @takes_fields(ExportSettings)
@@ -73,29 +90,49 @@ def export_mixture(settings: ExportSettings) -> Exported:
     check_output(output, settings)
     given = _given_weights(settings)
     mixture = Mixture.from_pretrained(settings.mixture, **settings.placement.model_dump())
-    base = _base_model(mixture, settings.target)
-    weights = _weights(mixture, settings, given)
-    adapters, error = _adapters(mixture, weights, settings.merge or "exact")
-    ranks = {place: rank_of(adapter) for place, adapter in adapters.items()}
-    if settings.target == "vllm":
-        vllm_rank(max(ranks.values()), _model_type(mixture))
     assert mixture.folder is not None  # it was loaded from one
-    files = sorted(mixture.folder.glob("experts/*/adapter_model.safetensors"))
-    inputs = {"mixture": sha256_of(mixture.folder / "mixture.json", *files)}
-    merge = None if weights is None else settings.merge or "exact"
+    weights = _weights(mixture, settings, given)
+    merge = None if weights is None else settings.merge or (None if settings.target == LLAMA_CPP else "exact")
+    adapters, error = _adapters(mixture, weights, merge)
+    ranks = {
+        f"{place}.gguf" if settings.target == LLAMA_CPP else place: rank_of(own) for place, own in adapters.items()
+    }
+    base = _base_model(mixture, settings)
     exported = Exported(output, settings.target, base, ranks, weights, merge, error)
-    with run_folder(output, settings, inputs) as run:
-        for place, adapter in adapters.items():
-            run.stage(place, lambda folder, own=adapter: write_plain_adapter(folder, own, mixture.backbone.model, base))
+    readme = _readme(exported, mixture)
+    files = sorted(mixture.folder.glob("experts/*/adapter_model.safetensors"))
+    with run_folder(output, settings, {"mixture": sha256_of(mixture.folder / "mixture.json", *files)}) as run:
+        _write(run, exported, mixture, adapters, settings.base_type)
         write_json(run.path / "export.json", exported.record())
-        write_text(run.path / "README.md", _readme(exported, mixture))
+        write_text(run.path / "README.md", readme)
     return exported
 
 
-def _base_model(mixture: Mixture, target: str) -> str:
-    """Return what other programs load the base model by."""
-    base = loaded_by(mixture.backbone.identity)
-    if target == "vllm" and base.endswith(".gguf"):
+def _write(
+    run: RunFolder, exported: Exported, mixture: Mixture, adapters: Mapping[str, Adapter], base_type: str | None
+) -> None:
+    """Write the adapters, and the base model where it was asked for; what an interrupted run has written stays."""
+    model = mixture.backbone.model
+    if base_type and not (run.path / BASE_FILE).exists():
+        write_gguf_model(run.path / BASE_FILE, mixture.backbone, base_type)
+    for place, adapter in zip(exported.ranks, adapters.values(), strict=True):
+        if exported.target == LLAMA_CPP:
+            write_gguf_adapter(run.path / place, adapter, model)
+        else:
+            run.stage(place, lambda to, own=adapter: write_plain_adapter(to, own, model, exported.base_model))
+
+
+def _base_model(mixture: Mixture, settings: ExportSettings) -> str:
+    """Return what the other program loads the base model by, where it can run it.
+
+    Raises:
+        CoterieError: when it cannot.
+    """
+    model, base = mixture.backbone.model, loaded_by(mixture.backbone.identity)
+    if settings.target == LLAMA_CPP:
+        check_layers({path for adapter in mixture.bank.adapters for path in adapter}, model)
+        return BASE_FILE if settings.base_type else base
+    if settings.target == "vllm" and base.endswith(".gguf"):
         raise CoterieError(f"vLLM takes adapters on model folders, and {base} is a GGUF file; take --for llama.cpp")
     return base
 
@@ -143,52 +180,67 @@ def _weights(mixture: Mixture, settings: ExportSettings, given: Mapping[str, flo
     return {name: found[name] for name in mixture.bank.names if found.get(name)}
 
 
-def _adapters(mixture: Mixture, weights: Mapping[str, float] | None, how: str) -> tuple[dict[str, Adapter], float]:
+def _adapters(
+    mixture: Mixture, weights: Mapping[str, float] | None, merge: str | None
+) -> tuple[dict[str, Adapter], float]:
     """Return the adapters to write, by their place in the folder, and the relative error of the merged one."""
-    if weights is None:
+    if weights is None or merge is None:
         pairs = zip(mixture.bank.names, mixture.bank.adapters, strict=True)
         return {f"experts/{name}": adapter for name, adapter in pairs}, 0.0
     row = tuple(weights.get(name, 0.0) for name in mixture.bank.names)
-    error = 0.0 if how == "exact" else mixture.layers.merge_error(row, how)
-    return {MIXTURE: mixture.layers.merged(row, how)}, error
+    error = 0.0 if merge == "exact" else mixture.layers.merge_error(row, merge)
+    return {"mixture": mixture.layers.merged(row, merge)}, error
 
 
 def _readme(exported: Exported, mixture: Mixture) -> str:
-    """Return what to type in the other program."""
+    """Return what to type in the other program.
+
+    Raises:
+        CoterieError: when vLLM does not take adapters on such a model, or of such a rank.
+    """
+    usage = {"vllm": _for_vllm, "peft": _for_peft, LLAMA_CPP: _for_llama_cpp}[exported.target]
+    what = "Experts" if exported.weights is None else "A static mixture of experts"
+    text = f"# {what} on {mixture.backbone.identity.id}, for {exported.target}\n\n{usage(exported, mixture)}"
+    if exported.weights:
+        text += f"\nWeights: {json.dumps(exported.weights)}"
+        text += f", merged by {exported.merge}.\n" if exported.merge else ".\n"
+    if mixture.prompts.system_prompt is not None:
+        told = json.dumps(mixture.prompts.system_prompt)
+        text += f"\nThe experts were trained with this system prompt, which every conversation needs: {told}\n"
+    return text
+
+
+def _for_vllm(exported: Exported, mixture: Mixture) -> str:
     places = list(exported.ranks)
-    if exported.target == "vllm":
-        most = vllm_rank(max(exported.ranks.values()), _model_type(mixture))
-        modules = " ".join(f"{Path(place).name}={place}" for place in places)
-        code = (
-            f"```bash\nvllm serve {exported.base_model} --enable-lora --max-lora-rank {most} "
-            f"--max-loras {len(places)} \\\n    --lora-modules {modules}\n```\n\n"
-            f'A request names its adapter as its model: `"model": "{Path(places[0]).name}"`.\n'
-        )
-    elif exported.base_model.endswith(".gguf"):
-        file = Path(exported.base_model)
-        code = (
-            "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-            f'base = AutoModelForCausalLM.from_pretrained("{file.parent}", gguf_file="{file.name}")\n'
-            f'model = PeftModel.from_pretrained(base, "{places[0]}")\n```\n'
-        )
-    else:
-        code = (
-            "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
-            f'model = AutoPeftModelForCausalLM.from_pretrained("{places[0]}")\n```\n'
-        )
-    what = "Experts" if exported.weights is None else "One static mixture of experts"
-    told = (
-        "" if exported.weights is None else f"\nWeights: {json.dumps(exported.weights)}, merged by {exported.merge}.\n"
+    limit = vllm_rank(max(exported.ranks.values()), mixture.backbone.model.config.get_text_config().model_type)
+    modules = " ".join(f"{Path(place).name}={place}" for place in places)
+    flags = f"--enable-lora --max-lora-rank {limit} --max-loras {len(places)}"
+    return (
+        f"```bash\nvllm serve {exported.base_model} {flags} \\\n    --lora-modules {modules}\n```\n\n"
+        f'A request names its adapter: `"model": "{Path(places[0]).name}"`.\n'
     )
-    return f"# {what} on {mixture.backbone.identity.id}, for {exported.target}\n\n{code}{told}{_system_prompt(mixture)}"
 
 
-def _model_type(mixture: Mixture) -> str:
-    return mixture.backbone.model.config.get_text_config().model_type
+def _for_peft(exported: Exported, mixture: Mixture) -> str:
+    place, base = next(iter(exported.ranks)), Path(exported.base_model)
+    if base.suffix != ".gguf":
+        kind, model = "AutoPeftModelForCausalLM", f'AutoPeftModelForCausalLM.from_pretrained("{place}")'
+        return f"```python\nfrom peft import {kind}\n\nmodel = {model}\n```\n"
+    return (
+        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        f'base = AutoModelForCausalLM.from_pretrained("{base.parent}", gguf_file="{base.name}")\n'
+        f'model = PeftModel.from_pretrained(base, "{place}")\n```\n'
+    )
 
 
-def _system_prompt(mixture: Mixture) -> str:
-    system = mixture.prompts.system_prompt
-    if system is None:
-        return ""
-    return f"\nThe experts were trained with this system prompt, which every conversation needs: {json.dumps(system)}\n"
+def _for_llama_cpp(exported: Exported, mixture: Mixture) -> str:
+    is_file = exported.base_model.endswith(".gguf")
+    base = exported.base_model if is_file else "BASE.gguf"
+    hint = "" if is_file else "BASE.gguf is the base model as GGUF: --base-type writes it here.\n\n"
+    adapters = " ".join(f"--lora {place}" for place in exported.ranks)
+    scales = exported.scales or [{"id": 0, "scale": 1.0}]
+    return (
+        f"{hint}```bash\nllama-server -m {base} --lora-init-without-apply {adapters}\n```\n\n"
+        "A request brings the experts' scales, and no cache of what was read under others:\n\n"
+        f'```json\n{{"messages": [...], "lora": {json.dumps(scales)}, "cache_prompt": false}}\n```\n'
+    )

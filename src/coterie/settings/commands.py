@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from coterie.settings.engines import EngineSettings
 from coterie.settings.groups import (
     ClusterSettings,
     DomainTrainingSettings,
@@ -156,6 +157,7 @@ class GenerateSettings(RouteSettings):
     batch_size: int = Field(8, ge=1, description="answers decoded together")
     output: str | None = Field(None, description="file to write the answers to, a JSON object a line")
     overwrite: bool = Field(False, description="replace the file of answers if it exists")
+    engine: EngineSettings = EngineSettings()
     serving: ExpertServingSettings = Field(ExpertServingSettings(), title=SYMBOLIC_ONLY)
 
 
@@ -358,9 +360,10 @@ class ExportSettings(Settings):
     idle_with = {
         "router": ("prompt", (None,)),
         "top_k_experts": ("prompt", (None,)),
+        "base_type": ("target", ("vllm", "peft")),
     }
     mixture: str = Field(description="folder of a mixture")
-    target: Literal["vllm", "peft"] = Field(description="the program that will read it")
+    target: Literal["vllm", "peft", "llama.cpp"] = Field(description="the program that will read it")
     output: str = Field(description="folder to write to")
     weights: str | None = Field(
         None, description="NAME=W,NAME=W,...: one static mixture with these weights, instead of the experts"
@@ -371,7 +374,10 @@ class ExportSettings(Settings):
     merge: str | None = Field(
         None,
         description="how a mixture becomes one adapter: exact (ranks are stacked), svd:R, or as combiners merge; "
-        "default: exact",
+        "default: exact; llama.cpp mixes the experts by itself, unless this is given",
+    )
+    base_type: Literal["f32", "f16", "q8_0", "q4_1"] | None = Field(
+        None, description="write the base model too, with weights of this type (for llama.cpp)"
     )
     overwrite: bool = Field(False, description="replace the output folder if it exists")
     placement: PlacementSettings = PlacementSettings()

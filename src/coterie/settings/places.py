@@ -24,6 +24,7 @@ READ = (
     "encoder",
     "embeddings",
     "rationales",
+    "gguf",
 )
 """Settings that name what is read: a folder, a file, or what the hub or an endpoint has; some as NAME=SOURCE."""
 WRITTEN_IN_PLACE = {
