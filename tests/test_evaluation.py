@@ -21,6 +21,7 @@ from coterie.evaluation.clusters import cluster_records, feature_map
 from coterie.evaluation.compare import run_evaluation
 from coterie.evaluation.shared_scores import SharedRouting, score_methods
 from coterie.methods.elrea.methods import METHODS
+from coterie.methods.registry import FAMILIES
 from coterie.mixture import Mixture
 from coterie.routers.base import Routing
 from coterie.settings.commands import EvaluationSettings
@@ -153,6 +154,28 @@ def test_training_is_counted_for_the_methods_that_need_it(grid, result):
     assert seconds["mole"]["train"] == grid.extras["gates"].seconds > 0
     both = grid.extras["loss"].seconds + read_json(grid.own.folder / "methods/judged/ingredient.json")["seconds"]
     assert seconds["loss-routing"]["train"] == pytest.approx(both)
+
+
+@pytest.mark.parametrize("named", [None, "elrea"])
+def test_the_control_is_the_simple_rival_that_does_best_unless_it_is_named(grid, named):
+    """`backbone` and `base` are one model each; the loss of their references is all that is measured here."""
+    names = ["uniform-weights", "backbone", "elrea", "base"]
+    found = evaluate(grid.own, EXAMPLES, methods=names, control=named, generate=False, resamples=100)
+    lines = by_method(found.summary["table"])
+    best = min(("backbone", "base"), key=lambda name: lines[name]["nll"])
+    assert found.record.control == (named or best)
+    assert found.record.control_among == (() if named else ("backbone", "base"))
+    least = min(line["nll_p"] for line in lines.values() if line["nll_p"] is not None)
+    assert named or least >= 2 * 2 / 2**9  # nine rows allow 2 / 2**9, and the choice between two doubles it
+    assert ("the strongest of 2 simple rivals" in str(found).replace("\n", " ")) is not bool(named)
+
+
+def test_simple_rivals_are_one_expert_or_the_untouched_base_model():
+    simple = {name: family.simple_rivals(family.methods) for name, family in FAMILIES.items()}
+    assert simple["elrea"] == ["backbone", "base", "best-single"]
+    assert simple["token-level"] == ["backbone"]
+    assert simple["kshot-moe"] == ["backbone", "best-by-shots", "best-tuned"]
+    assert FAMILIES["elrea"].simple_rivals(["expert:a", "oracle", "base"]) == ["expert:a", "base"]
 
 
 def test_what_is_scored_together_has_one_time_for_all_and_none_of_its_own(result):

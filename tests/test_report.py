@@ -345,6 +345,19 @@ def test_the_headline_says_how_far_and_how_sure(tmp_path, changes, words):
     assert words in headline(tmp_path, **changes)
 
 
+def test_the_headline_names_the_rival_that_was_chosen_and_what_to_use_instead(tmp_path):
+    evaluation, rows = records()
+    evaluation["control_among"] = ["base", "backbone"]
+    evaluation["methods"].append("backbone")
+    evaluation["table"][3] |= {"accuracy_difference": -0.1, "accuracy_interval": [-0.2, -0.01], "accuracy_p": 0.02}
+    page = page_of(tmp_path, evaluation, rows)
+    words = page.all("p", "headline")[0]["text"]
+    assert "10.0 points fewer than base, the strongest of 2 simple rivals; the 95%" in words
+    assert words.endswith("is 0.020: more than chance would explain. Use base instead of elrea.")
+    assert "base, which did better on these rows than backbone" in page.text()
+    assert "base was chosen because it did best on these rows among 2 simple rivals." in " ".join(page.text().split())
+
+
 @pytest.mark.parametrize(
     ("entries", "title"),
     [

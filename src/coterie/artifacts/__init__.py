@@ -20,6 +20,7 @@ from coterie.artifacts.files import (
 from coterie.artifacts.folders import check_copy, check_tree, new_folder, real_folder, replace_folder
 from coterie.artifacts.kinds import check_kind
 from coterie.artifacts.locks import locked
+from coterie.artifacts.machine import environment_record, free_memory
 from coterie.artifacts.outputs import check_file, inputs_of, is_stream, write_answers
 from coterie.artifacts.reading import (
     open_regular,
@@ -30,7 +31,7 @@ from coterie.artifacts.reading import (
     read_lines,
     read_text,
 )
-from coterie.artifacts.runs import JsonCache, RunFolder, check_output, environment_record, read_run_record, run_folder
+from coterie.artifacts.runs import JsonCache, RunFolder, check_output, read_run_record, run_folder
 from coterie.artifacts.tensors import MAX_TENSOR_FILE, Claim, read_floats, read_tensors, tensor_claims
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "check_tree",
     "disk_errors",
     "environment_record",
+    "free_memory",
     "hash_json",
     "hash_text",
     "hub_folder",

@@ -4,16 +4,13 @@ So a folder under its own name is always a finished one. Inside, a stage is done
 its own name.
 """
 
-import importlib.metadata
 import os
-import platform
 import re
 import secrets
 import shutil
 import stat
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +21,7 @@ import yaml
 from coterie.artifacts.files import FORMAT, disk_errors, write_json, write_text
 from coterie.artifacts.folders import check_tree, held_places, real_folder, replace_folder, strange_entry
 from coterie.artifacts.locks import locked
+from coterie.artifacts.machine import environment_record
 from coterie.artifacts.outputs import inputs_of, mode_of
 from coterie.artifacts.reading import MAX_YAML, parse_yaml, read_json, read_text
 from coterie.errors import CoterieError
@@ -31,31 +29,12 @@ from coterie.settings.old_spellings import current_command, current_names, is_ol
 from coterie.settings.reading import Settings, flat_values
 
 MAX_KEPT = 2**32  # bytes
-RECORDED_PACKAGES = ("coterie", "torch", "transformers", "peft", "scikit-learn", "numpy")
 
 ADDED_LATER = ("report.html", "methods", "working")
 """What other commands add to a finished run."""
 
 JsonCache = Callable[[str, Callable[[], Any]], Any]
 """Gives a JSON value by name, computing it where it is not known yet; see `RunFolder.cached`."""
-
-
-def environment_record() -> dict[str, Any]:
-    """Describe what a run ran on: package versions, Python, machine and the working folder's git commit."""
-    versions = {}
-    for package in RECORDED_PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    commit = None
-    with suppress(OSError, subprocess.CalledProcessError):  # no git, no repository, or no commit yet
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        commit = git.stdout.strip()
-    processor = platform.processor() or platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
-    machine = f"{processor}, {os.cpu_count()} cores"
-    return {"versions": versions, "python": platform.python_version(), "machine": machine, "git": commit}
 
 
 class _WithoutAliases(yaml.SafeDumper):

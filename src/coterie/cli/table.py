@@ -24,6 +24,7 @@ PANELS = {
     "Compare methods": ("eval", "report", "spread"),
     "Adapters, experts and data that exist already": ("bank", "select", "gather", "experts", "profile"),
     "Again": ("run",),
+    "This machine": ("doctor",),
 }
 """The commands in the order in which one comes to use them, as help shows them."""
 

@@ -1,7 +1,6 @@
 """A pool's experts in the groups that they are loaded in, and how much memory each group takes."""
 
 import math
-import os
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from coterie.artifacts import tensor_claims
+from coterie.artifacts import free_memory, tensor_claims
 from coterie.backbone.loading import cache_numbers, local_path
 from coterie.experts.answering import ExpertGroup
 from coterie.experts.bank import WEIGHTS_FILE
@@ -117,11 +116,5 @@ def budget_of(work: ExpertServingSettings, placement: PlacementSettings) -> int 
     device = placement.device
     if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
         return round(SHARE_OF_FREE * torch.cuda.mem_get_info(None if device in ("auto", "cuda") else device)[0])
-    if device in ("auto", "cpu") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        try:  # what Linux could give, with the part of its file cache that it would drop for it
-            lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-        except (OSError, StopIteration, ValueError):
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return round(SHARE_OF_FREE * free)
-    return None
+    free = free_memory() if device in ("auto", "cpu") else None
+    return None if free is None else round(SHARE_OF_FREE * free)
