@@ -111,9 +111,13 @@ class KeysAndValues(CacheLayerMixin):
         """Return how many columns so many tokens take."""
         return length if self.window is None else min(length, self.window - 1 + SPARE)
 
+    def taken(self, length: int, written: int) -> int:
+        """Return in how many columns a row's first tokens stand; in all of a ring that has turned over."""
+        return length if self.columns(written) == written else self.columns(written)
+
     def holds(self, length: int, written: int) -> bool:
         """Tell whether a row can go on from a length, when tokens up to another were written."""
-        return self.window is None or max(length - self.window + 1, 0) >= written - self.held[0].shape[2]
+        return self.window is None or max(length - self.window + 1, 0) >= written - self.columns(written)
 
     def begin(self, span: Span) -> None:
         """Take in what is read next."""
@@ -299,6 +303,22 @@ class RowCache(Cache):
         for layer in self._recurrent:
             for buffer in layer.states:
                 buffer[went] = buffer[came]
+
+    def save(self, slot: int, length: int, written: int) -> list[Tensor]:
+        """Return a copy of the first tokens that a slot holds, when so many were written."""
+        keys = [buffer[slot, :, : layer.taken(length, written)] for layer in self._attention for buffer in layer.held]
+        return [own.clone() for own in [*keys, *(buffer[slot] for layer in self._recurrent for buffer in layer.states)]]
+
+    def load(self, slot: int, saved: Sequence[Tensor], length: int, written: int) -> None:
+        """Fill a slot with the first tokens of what `save` has copied when so many were written."""
+        states = iter(saved)
+        for layer in self._attention:
+            columns = layer.taken(length, written)
+            for buffer in layer.held:
+                buffer[slot, :, :columns] = next(states)[:, :columns]
+        for layer in self._recurrent:
+            for buffer in layer.states:
+                buffer[slot] = next(states)
 
     def holds(self, length: int, written: int) -> bool:
         """Tell whether a row can go on from a length other than its own, when tokens up to `written` were written."""

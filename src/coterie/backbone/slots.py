@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from coterie.backbone.model import Backbone
+from coterie.backbone.prefixes import Prefix, Prefixes
 from coterie.backbone.row_cache import SPARE, Span, bucket, make_row_cache
 from coterie.errors import CoterieError
 
@@ -46,16 +47,18 @@ class _Row:
 class Slots:
     """What a model has cached of many texts, one a row."""
 
-    def __init__(self, backbone: Backbone, budget: int | None = None) -> None:
+    def __init__(self, backbone: Backbone, budget: int | None = None, prefixes: int = 0) -> None:
         """Start empty.
 
         Args:
             backbone: the base model.
             budget: the most bytes that the cache may take; None for as many as it needs.
+            prefixes: how many of these may be filled with beginnings of texts that rows have read, where there is room.
         """
         self._backbone = backbone
         self.cache = make_row_cache(backbone)
         self._budget = budget
+        self._prefixes = Prefixes(prefixes, self.cache.holds)
         self._rows: dict[int, _Row] = {}
         self._next = 0
 
@@ -68,8 +71,8 @@ class Slots:
 
     @property
     def bytes(self) -> int:
-        """What the buffers take."""
-        return self.cache.bytes
+        """What the buffers take, and the prefixes that are kept."""
+        return self.cache.bytes + self._prefixes.bytes
 
     def bytes_for(self, rows: int, length: int) -> int:
         """Return what the buffers take for so many rows of up to so many tokens."""
@@ -142,6 +145,51 @@ class Slots:
             if length < own.written and not self.cache.holds(length, own.written):
                 raise ValueError(f"row {row} has read {own.written} tokens, too many to go back to {length}")
             own.length, own.written = length, own.written if length else 0
+
+    # beginnings that texts have in common
+
+    @torch.inference_mode()
+    def keep(self, rows: Sequence[int], keys: Sequence[str], tokens: Sequence[int]) -> None:
+        """Keep what rows have cached of a text for later rows, as long as there is room.
+
+        Args:
+            rows: have read these tokens, and nothing else.
+            keys: of all that the rows have run from their first token on; equal for rows that run the same.
+            tokens: the text.
+
+        Raises:
+            ValueError: when a row has read more tokens, or fewer.
+        """
+        room = self._prefixes.budget
+        if self._budget is not None:
+            room = min(room, self._budget - self.cache.bytes)
+        for row, key in zip(rows, keys, strict=True):
+            own = self._rows[row]
+            if own.length != len(tokens):
+                raise ValueError(f"row {row} has read {own.length} tokens, not the {len(tokens)} that are to be kept")
+            if room and self._prefixes.find(key, tokens)[0] < own.length:
+                states = self.cache.save(own.slot, own.length, own.written)
+                self._prefixes.add(key, Prefix(tuple(tokens), states, own.written))
+                self._prefixes.shrink(room)
+
+    @torch.inference_mode()
+    def recall(self, rows: Sequence[int], keys: Sequence[str], tokens: Sequence[int]) -> int:
+        """Fill empty rows with the longest beginning of a text that was kept under all keys, but for its last token.
+
+        Returns:
+            How many tokens need not be read any more.
+        """
+        found = [self._prefixes.find(key, tokens[:-1]) for key in keys]
+        length = min(common for common, _ in found)
+        prefixes = [prefix for _, prefix in found if prefix is not None and self._prefixes.gives(prefix, length)]
+        if len(prefixes) < len(rows) or not length:
+            return 0
+        for row, prefix in zip(rows, prefixes, strict=True):
+            self._make_room(len(self._rows), min(prefix.written, length + SPARE))
+            own = self._rows[row]
+            self.cache.load(own.slot, prefix.states, length, prefix.written)
+            own.length, own.written = length, prefix.written
+        return length
 
     # reading
 
@@ -253,6 +301,8 @@ class Slots:
             return
         length = max([length, *(row.length for row in self._rows.values())])
         self._check_budget(rows, length)
+        if self._budget is not None:
+            self._prefixes.shrink(self._budget - self.bytes_for(rows, length))
         held = sorted(self._rows.values(), key=lambda row: row.slot)
         self.cache.resize([row.slot for row in held], bucket(rows), bucket(length, COLUMNS))
         for place, row in enumerate(held):
