@@ -24,7 +24,8 @@ from coterie.cli.process import STOPPED
 
 SERVER = multiprocessing.get_context("forkserver")  # its children have everything imported, and no threads
 FIT = ["--clusters", "2", "--cluster-rounds", "1", "--d-proj", "64", "--learning-rate", "1e-2", "--batch-size", "4"]
-SHORT = ["--max-new-tokens", "4", "--device", "cpu"]
+ON_CPU = ["--device", "cpu"]
+SHORT = ["--max-new-tokens", "4", *ON_CPU]
 
 
 def command_line(words: list[str], folder: Path, cache: str, ready: Event, largest: int | None) -> None:
@@ -60,13 +61,15 @@ def finished(words: list[str], folder: Path) -> float:
 
 FITTED = ["fit", "elrea", "--model", "model", "--data", "rows.jsonl", "--output", "run", "--device", "cpu", *FIT]
 EXPERTS = [f"{name}=run/experts/{name}" for name in ("base", "cluster-0", "cluster-1")]
+SHELF = ["--adapter", EXPERTS[1], "--adapter", EXPERTS[2], "--centroid-data", "cluster-0=rows.jsonl"]
 COMMANDS = {
     "fit": FITTED,
     "bank add": ["bank", "add", "bank", *EXPERTS, "--model", "model", "--device", "cpu"],
+    "shelf": ["fit", "from-adapters", *SHELF, "--router", "arrow", "--encoder", "hidden", "--output", "shelf", *ON_CPU],
     "profile": ["profile", "pool", "--data", "rows.jsonl", "--skills", "choice", "--skill-list", "sums,words", *SHORT],
     "eval": ["eval", "run", "--data", "rows.jsonl", "--output", "eval", "--methods", "base,elrea", *SHORT],
 }
-RESULTS = {"fit": "run", "bank add": "bank", "profile": "pool/profile", "eval": "eval"}
+RESULTS = {"fit": "run", "bank add": "bank", "shelf": "shelf", "profile": "pool/profile", "eval": "eval"}
 
 
 @pytest.fixture(scope="module")
