@@ -11,24 +11,26 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone
-from coterie.backbone.row_mix import RequestRows
 from coterie.backbone.slots import Slots
-from coterie.engine.reading import Reader, Text
+from coterie.engine.answers import Answer, Waiting, begin, by_rerouting, padded_drafts, planned, weigh
+from coterie.engine.reading import Reader
 from coterie.engine.request import Failure, FinishReason, Request, Rerouting, Token
 from coterie.engine.sampling import BatchSampler, Chosen, check_biases
 from coterie.engine.sampling_stages import SampledText
+from coterie.engine.speculation import Drafting, Speculation
 from coterie.engine.text import TextStream
 from coterie.errors import CoterieError
-from coterie.routers.base import Routing
 
 CHUNK = 512
 """Tokens of prompts that a step reads, each counted for every row that reads it: so long do those wait that write."""
@@ -36,48 +38,6 @@ WHOLE_PROMPTS = 16384
 """The same where nobody waits for the next token."""
 
 Found = TypeVar("Found")
-
-
-class Waiting(NamedTuple):
-    """A request that has not begun, and the rows that it will have."""
-
-    handle: int
-    request: Request
-    plan: RequestRows
-
-
-@dataclass(eq=False)
-class Answer:
-    """One answer that is being written.
-
-    Attributes:
-        handle: of its request.
-        request: what was asked.
-        text: what the model reads.
-        stream: its text as far as it is certain.
-        sampled: how its tokens are chosen.
-        draw: which of the request's answers it is.
-        shares: what the experts weigh, where weights change while it is written.
-        followed: what is known of the text to whoever weighs the experts again.
-        known: tokens whose states are known there.
-        is_due: the experts are to be weighed again before anything else is read.
-    """
-
-    handle: int
-    request: Request
-    text: Text
-    stream: TextStream
-    sampled: SampledText
-    draw: int = 0
-    shares: tuple[float, ...] | None = None
-    followed: Any = None
-    known: int = 0
-    is_due: bool = False
-
-    @property
-    def written(self) -> int:
-        """Tokens of the answer so far."""
-        return len(self.text.ids) - len(self.request.prompt.ids)
 
 
 class Engine:
@@ -112,6 +72,7 @@ class Engine:
         self._answers: list[Answer] = []
         self._failures: list[Failure] = []
         self._sampler = BatchSampler()
+        self._speculation = Speculation()
         self._lock = threading.Lock()
 
     # ------------------------------------------------------------------------------------------------ from outside
@@ -129,7 +90,7 @@ class Engine:
             raise CoterieError(f"the prompt has {length} tokens, but the base model reads {self._longest - 1:.0f}")
         for settings in request.draws:
             check_biases(settings, self._backbone.output_layer.out_features)
-        plan = _planned(request)
+        plan = planned(request)
         self._reader.slots.fits(len(plan.votes) * len(request.draws), self._reach(request))
         handle = next(self._handles)
         with self._owned():
@@ -159,8 +120,13 @@ class Engine:
             self._give_up_late_ones()
             self._admit()
             self._weigh_again()
-            writing = self._read({answer: 1 for answer in self._answers if answer.text.unread == 1})
-            tokens = self._choose([*writing, *self._read(self._next_chunk())])
+            writing = [answer for answer in self._answers if answer.text.unread == 1]
+            started, size = time.perf_counter(), self._propose(writing)
+            passes = self._read(dict.fromkeys(writing, 1))
+            chunk = self._read(self._next_chunk())
+            tokens = self._choose([*passes, *chunk])
+            if len(passes) == 1 and not chunk:
+                self._speculation.costs.note(*size, time.perf_counter() - started)
             failures, self._failures = self._failures, []
             return [*tokens, *failures]
 
@@ -193,10 +159,10 @@ class Engine:
             text = self._reader.open(request.prompt.ids, plan, self._reach(request))
             stream = TextStream(self._backbone.tokenizer, request.draws[0].stop)
             sampled = SampledText(request.draws[0], request.prompt.ids)
-            joined.append(Answer(handle, request, text, stream, sampled, known=len(text.ids)))
+            joined.append(Answer(handle, request, text, sampled, stream, known=len(text.ids)))
             self._answers.append(joined[-1])
-        for rerouting, group in _by_rerouting(joined):
-            for answers, texts in self._apart(group, partial(_begin, rerouting)):
+        for rerouting, group in by_rerouting(joined):
+            for answers, texts in self._apart(group, partial(begin, rerouting)):
                 for answer, text in zip(answers, texts, strict=True):
                     answer.followed, answer.is_due = text, True
 
@@ -257,10 +223,28 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------ reading
 
+    def _propose(self, answers: Sequence[Answer]) -> tuple[int, int]:
+        """Put proposals behind the texts of answers; return the rows of a pass over them, and the tokens of each."""
+        rows = sum(len(answer.text.rows) for answer in answers)
+        texts = [(answer.drafting, answer.text.ids, self._most_drafts(answer)) for answer in answers]
+        found = self._speculation.propose(texts, rows)
+        for answer, drafts in zip(answers, found, strict=True):
+            answer.text.drafts = drafts
+        return rows, 1 + max(map(len, found), default=0)
+
+    def _most_drafts(self, answer: Answer) -> int:
+        """Return how many tokens may be proposed: fewer than the answer or its present weights have left."""
+        if answer.sampled.settings.speculate == "off" or not self._reader.can_speculate:
+            return 0
+        left = min(answer.request.limit - answer.written, self._longest - len(answer.text.ids))
+        if isinstance(rerouting := answer.request.routing, Rerouting):
+            left = min(left, rerouting.every - answer.written % rerouting.every)
+        return int(left) - 1
+
     def _weigh_again(self) -> None:
         """Renew the weights of all answers that are due for it, those together that are weighed by the same."""
-        for rerouting, group in _by_rerouting([answer for answer in self._answers if answer.is_due]):
-            for answers, routings in self._apart(group, partial(_weigh, rerouting)):
+        for rerouting, group in by_rerouting([answer for answer in self._answers if answer.is_due]):
+            for answers, routings in self._apart(group, partial(weigh, rerouting)):
                 for answer, routing in zip(answers, routings, strict=True):
                     answer.shares, answer.is_due = tuple(routing.normalized().weights[0].tolist()), False
                     plan = answer.request.combiner.plan(routing)[0]
@@ -296,40 +280,61 @@ class Engine:
         passes = self._apart(list(counts), read)
         for answers, hidden in passes:
             for answer, states in zip(answers, hidden, strict=True):
-                if answer.known < answer.text.read and isinstance(rerouting := answer.request.routing, Rerouting):
-                    new = states[0, answer.known - answer.text.read :]
-                    answer.followed = rerouting.texts.append_states(answer.followed, new)
-                    answer.known = answer.text.read
+                self._follow(answer, states[0, : states.shape[1] - len(answer.text.drafts)])
         return passes
+
+    def _follow(self, answer: Answer, states: Float[Tensor, "position width"]) -> None:
+        """Show the states of what was read last to whoever weighs the experts again."""
+        if answer.known < answer.text.read and isinstance(rerouting := answer.request.routing, Rerouting):
+            new = states[answer.known - answer.text.read :]
+            answer.followed = rerouting.texts.append_states(answer.followed, new)
+            answer.known = answer.text.read
 
     # ------------------------------------------------------------------------------------------------ choosing
 
     def _choose(self, passes: Sequence[tuple[Sequence[Answer], list[Tensor]]]) -> list[Token]:
-        """Choose the next token of all answers whose texts were read to the end; the draws of a request part here."""
+        """Choose the next tokens of all answers whose texts were read to the end; the draws of a request part here."""
         choosing: list[Answer] = []
+        states: list[Tensor] = []
         logits: list[Tensor] = []
         for answers, hidden in passes:
             ready = [place for place, answer in enumerate(answers) if not answer.text.unread]
             if ready:
                 plan = self._reader.planned([answer.text for answer in answers])
                 drawn = [(place, own) for place in ready for own in self._drawn(answers[place])]
+                sizes = [1 + len(answer.text.drafts) for answer in answers]
+                pairs = zip(hidden, sizes, strict=True)
+                last = [pad(own[:, -size:], (0, 0, 0, max(sizes) - size)) for own, size in pairs]
                 with torch.inference_mode():
-                    own = plan.logits(self._backbone, torch.cat([states[:, -1] for states in hidden]))
+                    own = plan.logits(self._backbone, torch.cat(last))
                     logits.append(own[[place for place, _ in drawn]])
                 choosing += [answer for _, answer in drawn]
+                states += [hidden[place] for place, _ in drawn]
         if not choosing:
             return []
-        found = self._sampler.choose([answer.sampled for answer in choosing], torch.cat(logits)[:, None])
-        return [
-            token for answer, (chosen,) in zip(choosing, found, strict=True) for token in self._advance(answer, chosen)
-        ]
+        drafts = padded_drafts(choosing, logits[0].device)
+        longest = 1 if drafts is None else 1 + drafts.shape[1]
+        joined = torch.cat([pad(own, (0, 0, 0, longest - own.shape[1])) for own in logits])
+        found = self._sampler.choose([answer.sampled for answer in choosing], joined, drafts)
+        triples = zip(choosing, found, states, strict=True)
+        return [token for answer, chosen, own in triples for token in self._write(answer, chosen, own[0])]
+
+    def _write(self, answer: Answer, chosen: Sequence[Chosen], states: Float[Tensor, "position width"]) -> list[Token]:
+        """Write the proposals that were right and one token more, as far as the answer goes."""
+        proposed, right = len(answer.text.drafts), len(chosen) - 1
+        answer.drafting.learn([token.id for token in chosen])
+        self._reader.keep(answer.text, right)
+        tokens = [token for one in chosen for token in self._advance(answer, one)]
+        if right and answer in self._answers:
+            self._follow(answer, states[: states.shape[0] - proposed + right])
+        return [token._replace(speculated=(proposed, right)) for token in tokens[:1]] + tokens[1:]
 
     def _drawn(self, answer: Answer) -> list[Answer]:
         """Return an answer; behind the prompt, also the others that are drawn from it, which go on by themselves."""
         found = [answer]
         for draw, settings in enumerate([] if answer.written else answer.request.draws[1:], start=1):
             stream = TextStream(self._backbone.tokenizer, settings.stop)
-            own = {"draw": draw, "stream": stream, "sampled": answer.sampled.fork(settings)}
+            own = {"draw": draw, "stream": stream, "sampled": answer.sampled.fork(settings), "drafting": Drafting()}
             found.append(replace(answer, text=self._reader.fork(answer.text), **own))
         self._answers += found[1:]
         return found
@@ -361,29 +366,3 @@ class Engine:
             answer.followed = rerouting.texts.append(answer.followed, [token])
             answer.is_due = answer.written % rerouting.every == 0
         return [Token(answer.handle, token, chosen.logprob, text, reason, shares, answer.draw, chosen.top)]
-
-
-def _planned(request: Request) -> RequestRows:
-    """Return the rows of a request; where its weights are not known yet, a row that runs no expert."""
-    if not isinstance(request.routing, Rerouting):
-        return request.combiner.plan(request.routing)[0]
-    if request.combiner.finest == "prompt":
-        raise CoterieError(f"combiner {request.combiner.kind!r} does not follow weights that change; use layers")
-    return RequestRows(torch.zeros(1, len(request.routing.experts)), torch.ones(1))
-
-
-def _by_rerouting(answers: Sequence[Answer]) -> list[tuple[Rerouting, list[Answer]]]:
-    """Group answers whose weights change by what weighs them."""
-    groups: dict[int, tuple[Rerouting, list[Answer]]] = {}
-    for answer in answers:
-        if isinstance(rerouting := answer.request.routing, Rerouting):
-            groups.setdefault(id(rerouting), (rerouting, []))[1].append(answer)
-    return list(groups.values())
-
-
-def _begin(rerouting: Rerouting, answers: Sequence[Answer]) -> list[Any]:
-    return rerouting.texts.begin([answer.request.prompt for answer in answers])
-
-
-def _weigh(rerouting: Rerouting, answers: Sequence[Answer]) -> list[Routing]:
-    return rerouting.weights([answer.followed for answer in answers])

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ class Text:
         rows: where their cache lies.
         reach: how many tokens may be read in the end.
         read: how many tokens were read.
+        drafts: tokens that are proposed to follow, and are read behind all others.
         gate_weights: what gates have weighed so far, on average over what was read.
     """
 
@@ -36,6 +37,7 @@ class Text:
     plan: RequestRows
     rows: list[int]
     reach: int = 0
+    drafts: list[int] = field(default_factory=list)
     read: int = 0
     gate_weights: Float[Tensor, " expert"] | None = None
 
@@ -68,11 +70,13 @@ class Plan(NamedTuple):
             place -= len(own.votes)
         raise IndexError(place)
 
-    def sum(self, states: Float[Tensor, "row width"]) -> Float[Tensor, "text width"]:
+    def sum(self, states: Float[Tensor, "row position width"]) -> Float[Tensor, "text position width"]:
         """Sum each text's own rows with their votes, in float32; what is wrong with a row stays with its text."""
-        return torch.einsum("tr,trd->td", self.votes, states[self.rows].float())
+        return torch.einsum("tr,trpd->tpd", self.votes, states[self.rows].float())
 
-    def logits(self, backbone: Backbone, states: Float[Tensor, "row width"]) -> Float[Tensor, "text vocabulary"]:
+    def logits(
+        self, backbone: Backbone, states: Float[Tensor, "row position width"]
+    ) -> Float[Tensor, "text position vocabulary"]:
         """Return each text's next-token logits.
 
         Where logits are linear in the hidden state, the sum is taken before the output layer: the same logits for one
@@ -122,6 +126,18 @@ class Reader:
             raise ValueError("weights can change only where every request has one row of its own")
         text.plan = plan
 
+    @property
+    def can_speculate(self) -> bool:
+        """Whether several tokens can be read at once, and forgotten again."""
+        return self.slots.can_rollback and self.backbone.reads.in_pieces
+
+    def keep(self, text: Text, right: int) -> None:
+        """Take so many drafts as read, which are about to be written behind the text, and forget the others."""
+        text.read += right
+        if right < len(text.drafts):
+            self.slots.rollback(text.rows, [text.read] * len(text.rows))
+        text.drafts = []
+
     def planned(self, texts: Sequence[Text]) -> Plan:
         """Return what the rows of texts run; the same as before while neither texts nor their plans change."""
         key = tuple(id(text.plan) for text in texts)
@@ -146,6 +162,7 @@ class Reader:
 
         A longer piece may have written over what sliding windows look at, and states cannot be turned back.
         """
+        count, text.drafts = count + len(text.drafts), []
         if count == 1 and self.slots.can_rollback:
             self.slots.rollback(text.rows, [text.read] * len(text.rows))
         else:
@@ -155,13 +172,17 @@ class Reader:
     def read(
         self, texts: Sequence[Text], counts: Sequence[int], *, watch_gates: bool = False
     ) -> list[Float[Tensor, "_ _ width"]]:
-        """Read the next tokens of every text, as many as its count, and return its rows' last hidden states there."""
+        """Read the next tokens of every text, as many as its count, and its drafts.
+
+        Returns:
+            Each text's rows' last hidden states at all of these.
+        """
         sizes = [len(text.rows) for text in texts]
-        longest = max(counts)
-        pieces = [text.ids[text.read : text.read + count] for text, count in zip(texts, counts, strict=True)]
+        pieces = [[*text.ids[text.read : text.read + n], *text.drafts] for text, n in zip(texts, counts, strict=True)]
+        longest = max(map(len, pieces))
         filled = torch.tensor([[*piece, *[self.backbone.pad_id] * (longest - len(piece))] for piece in pieces])
         tokens = filled.repeat_interleave(torch.tensor(sizes), dim=0).to(self.backbone.device)
-        lengths = [count for count, size in zip(counts, sizes, strict=True) for _ in range(size)]
+        lengths = [len(piece) for piece, size in zip(pieces, sizes, strict=True) for _ in range(size)]
         plan, watch = self.planned(texts), _GateWatch(lengths) if watch_gates else None
 
         def running(places: Sequence[int]) -> AbstractContextManager[None]:
@@ -169,7 +190,7 @@ class Reader:
             return self.layers.running(mix, None if watch is None else watch.of(places))
 
         rows = [row for text in texts for row in text.rows]
-        hidden = self.slots.read(rows, tokens, None if min(counts) == longest else lengths, running)
+        hidden = self.slots.read(rows, tokens, None if min(lengths) == longest else lengths, running)
         starts = itertools.accumulate([0, *sizes])
         for text, count, start in zip(texts, counts, starts, strict=False):
             if watch is not None and text.plan.gates:
@@ -177,7 +198,7 @@ class Reader:
                 before = own if text.gate_weights is None else text.gate_weights
                 text.gate_weights = before.lerp(own, count / (text.read + count))
             text.read += count
-        return [own[:, :count] for own, count in zip(hidden.split(sizes), counts, strict=True)]
+        return [own[:, : len(piece)] for own, piece in zip(hidden.split(sizes), pieces, strict=True)]
 
 
 class _GateWatch:

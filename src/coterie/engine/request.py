@@ -73,6 +73,8 @@ class Token(NamedTuple):
             gates weigh them in every layer, the first token has their average over the prompt.
         draw: which of the request's answers it belongs to.
         top: the likeliest tokens there with their logs, where they were asked for.
+        speculated: how many tokens were proposed in the pass that gave this one, and how many of them were right; on
+            the first token of a pass.
     """
 
     request: int
@@ -83,6 +85,7 @@ class Token(NamedTuple):
     weights: tuple[float, ...] | None = None
     draw: int = 0
     top: tuple[tuple[int, float], ...] = ()
+    speculated: tuple[int, int] = (0, 0)
 
 
 class Failure(NamedTuple):

@@ -36,6 +36,7 @@ class Completion:
         weights: normalised routing weights of the prompt by expert name.
         trace: how the weights went on from there, where they may change from token to token.
         top_logprobs: the likeliest tokens at each of them with their logs, where they were asked for.
+        speculated: how many tokens were proposed while it was written, and how many of these were right.
     """
 
     prompt: str
@@ -46,9 +47,11 @@ class Completion:
     weights: Mapping[str, float]
     trace: Trace | None = field(default=None, repr=False)
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = field(default=None, repr=False)
+    speculated: tuple[int, int] = field(default=(0, 0), repr=False, compare=False)
 
     def record(self) -> dict[str, Any]:
         """Return the object that `generate --json` prints."""
+        proposed, accepted = self.speculated
         return {
             "prompt": self.prompt,
             "text": self.text,
@@ -56,6 +59,7 @@ class Completion:
             "logprobs": [None if math.isnan(one) else one for one in self.logprobs],
             **({"top_logprobs": [list(map(list, top)) for top in self.top_logprobs]} if self.top_logprobs else {}),
             "finish_reason": self.finish_reason,
+            **({"speculation": {"proposed": proposed, "accepted": accepted}} if proposed else {}),
             "routing": {"weights": dict(self.weights), **({"trace": self.trace.plain()} if self.trace else {})},
         }
 
@@ -84,4 +88,5 @@ def completion(
         weights=weights or (dict(zip(trace.experts, trace.weights[0], strict=True)) if trace else {}),
         trace=trace,
         top_logprobs=tuple(token.top for token in tokens) if tokens[0].top else None,
+        speculated=(sum(token.speculated[0] for token in tokens), sum(token.speculated[1] for token in tokens)),
     )

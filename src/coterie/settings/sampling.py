@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -57,6 +57,11 @@ class SamplingSettings(Settings):
         0, ge=0, le=MOST_TOP_LOGPROBS, description="likeliest tokens that are shown beside each one of an answer"
     )
 
+    speculate: Literal["lookup", "off"] = Field(
+        "lookup",
+        description="propose what followed the same tokens before, where verifying it pays; answers stay the same",
+    )
+
     def biases(self) -> dict[int, float]:
         """Return what is added to the logits, by token id."""
         pairs = (text.partition("=") for text in self.logit_bias)
@@ -72,6 +77,6 @@ class SamplingSettings(Settings):
 
         What is keyed by settings is then found again when there are more of them.
         """
-        later = ("min_p", "presence_penalty", "frequency_penalty", "logit_bias", "top_logprobs")
+        later = ("min_p", "presence_penalty", "frequency_penalty", "logit_bias", "top_logprobs", "speculate")
         fields = type(self).model_fields
         return {name: value for name, value in self if name not in later or value != fields[name].default}

@@ -1,0 +1,190 @@
+"""Speculation changes no token: proposals, how many of them pay, and answers with and without."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coterie.engine import speculation
+from coterie.engine.speculation import LENGTHS, Drafting, PassCosts, PromptLookup, draft_length
+from helpers import same_answers
+
+few = settings(max_examples=60, deadline=None)
+TEXTS = st.lists(st.integers(0, 3), max_size=40)
+
+
+def looked_up(ids, count):
+    """The slow and obvious way: go back from the end until the last tokens stand there."""
+    for size in PromptLookup.SIZES:
+        for end in range(len(ids) - 1, size - 1, -1):
+            if ids[end - size : end] == ids[len(ids) - size :]:
+                whole = list(ids)
+                for place in range(count):
+                    whole.append(whole[end + place])
+                return whole[len(ids) :]
+    return []
+
+
+@few
+@given(ids=TEXTS, count=st.integers(1, 9), data=st.data())
+def test_a_look_up_finds_what_followed_the_last_tokens_last_time(ids, count, data):
+    """However often it was asked while the text grew."""
+    lookup = PromptLookup()
+    for length in sorted(data.draw(st.sets(st.integers(0, len(ids)), max_size=5))):
+        assert lookup.propose(ids[:length], count) == looked_up(ids[:length], count)
+
+
+def test_a_look_up_goes_round_where_a_text_repeats_itself():
+    assert PromptLookup().propose([7, 1, 2, 3, 1, 2, 3, 1, 2], 7) == [3, 1, 2, 3, 1, 2, 3]
+    assert PromptLookup().propose([1, 2, 3, 4], 5) == []
+
+
+@few
+@given(
+    chances=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 12)), min_size=1, max_size=4),
+    slope=st.floats(0.01, 2),
+)
+def test_as_many_tokens_are_proposed_as_bring_most_a_second(chances, slope):
+    def tokens(length):
+        """By the geometric series: the proposals that are right, and the token behind them."""
+        sums = []
+        for a, most in chances:
+            n = min(length, most) + 1
+            sums.append(n if a == 1 else (1 - a**n) / (1 - a))
+        return sum(sums) / (1 + slope * length)
+
+    found = draft_length(chances, lambda positions: 1 + slope * (positions - 1))
+    assert tokens(found) == pytest.approx(max(tokens(length) for length in LENGTHS))
+
+
+def test_nothing_is_proposed_where_it_loses():
+    assert draft_length([(0.7, 8)], lambda positions: 1.0 if positions == 1 else 2.6 * positions) == 0
+    assert draft_length([(1.0, 0)], lambda positions: 1.0) == 0
+    assert draft_length([(0.9, 12)], lambda positions: 1.0) == 12
+
+
+def test_passes_cost_what_was_measured():
+    costs = PassCosts()
+    assert costs.of(9, 1) == 1 and costs.of(9, 6) == 2.0  # a guess, so that it is tried
+    for seconds in (5.0, 0.2, 0.3):
+        costs.note(9, 1, seconds)  # other work on the machine only adds to it
+    assert costs.of(9, 1) == 1 and costs.of(9, 6) == 2.0
+    costs.note(9, 3, 0.6)
+    assert costs.of(9, 3) == pytest.approx(3.0) and costs.of(9, 2) == pytest.approx(1.2)
+    assert costs.of(9, 6) == pytest.approx(3.6)  # not less than what is shorter
+    costs.note(9, 6, 0.7)
+    assert costs.of(9, 6) == pytest.approx(3.5)
+    assert costs.of(1, 1) == 1 and costs.of(1, 6) == 6.0  # a lone row is read in a cheaper form
+    assert costs.of(200, 6) == 2.0  # of other sizes nothing is known by that
+    for _ in range(100):
+        costs.note(9, 1, 0.2)
+    assert costs.of(9, 6) == pytest.approx(2.0)  # which may have been a mistake
+
+
+def test_proposals_are_trusted_as_they_were_right():
+    good, bad = Drafting(), Drafting()
+    good.proposed, bad.proposed = [1, 2], [1, 2]
+    for _ in range(20):
+        good.learn([1, 2, 3])
+        bad.learn([3])
+    assert good.chance > 0.9 and bad.chance < 0.1
+    before = bad.checked
+    bad.proposed = [5, 6, 7]
+    bad.learn([5, 9])  # one was right, one was wrong, and of the last nothing is known
+    assert bad.checked == pytest.approx(0.9 * (0.9 * before + 1) + 1)
+    bad.proposed = []
+    bad.learn([4])
+    assert bad.checked == pytest.approx(0.9 * (0.9 * before + 1) + 1)
+
+
+# ---------------------------------------------------------------------------------------------------- the same answers
+
+
+class Knowing:
+    """Proposes what will be chosen, with some mistakes; it is told the answers before."""
+
+    answers: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    def __init__(self):
+        self.random = random.Random(1)
+
+    def propose(self, ids, count):
+        for prompt, answer in self.answers.items():
+            whole = [*prompt, *answer]
+            if whole[: len(ids)] == list(ids) and len(ids) >= len(prompt):
+                found = whole[len(ids) :][:count]
+                return [token if self.random.random() < 0.8 else self.random.randrange(30) for token in found]
+        return [self.random.randrange(30) for _ in range(count)]
+
+
+@pytest.fixture
+def proposing(monkeypatch):
+    """Speculation that proposes right and wrong tokens, of any number at any time, whatever they cost."""
+    chance = random.Random(0)
+    monkeypatch.setattr(speculation, "draft_length", lambda chances, cost: chance.choice(LENGTHS))
+    monkeypatch.setattr(Knowing, "answers", {})
+    plain = Drafting.__init__
+    monkeypatch.setattr(Drafting, "__init__", lambda self, **given: plain(self, **{"proposer": Knowing(), **given}))
+    return Knowing.answers
+
+
+PROMPTS = ["add 3 4", "SPELL ABCD NOW", "?? (A) one (B) two ??", "add 11 25 and tell"]
+SAMPLINGS = {
+    "greedy": {},
+    "greedy with penalties": {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": -0.3},
+    "sampled": {"temperature": 1.0, "seed": 3},
+    "sampled with all": {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2},
+    "ended by a text": {"temperature": 1.0, "stop": ["e", "1"]},
+}
+
+
+def check_speculation(mixture, known, **options):
+    """Whatever is proposed, the answers are those without; and some of it was right."""
+    plain = mixture.generate(PROMPTS, speculate="off", batch_size=3, **options)
+    rows = mixture.tokens(PROMPTS)
+    known |= {tuple(row.ids): answer.token_ids for row, answer in zip(rows, plain, strict=True)}
+    found = mixture.generate(PROMPTS, batch_size=3, **options)
+    same_answers(found, plain)
+    assert [(one.text, one.finish_reason) for one in found] == [(one.text, one.finish_reason) for one in plain]
+    assert all(one.speculated == (0, 0) for one in plain)
+    return [sum(counts) for counts in zip(*(one.speculated for one in found), strict=True)]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_speculation_changes_no_token_however_tokens_are_chosen(mixture, proposing, sampling):
+    proposed, right = check_speculation(mixture, proposing, max_new_tokens=24, **SAMPLINGS[sampling])
+    assert proposed > right > 0
+
+
+@pytest.mark.parametrize("combiner", ["layers", "weights", "weights:svd:2"])
+def test_speculation_changes_no_token_wherever_experts_meet(mixture, proposing, combiner):
+    assert check_speculation(mixture.replace(combiner=combiner), proposing, max_new_tokens=20, temperature=0.8)[1]
+
+
+def test_speculation_changes_no_token_under_gates(grid, proposing):
+    assert check_speculation(grid.cell("mole"), proposing, max_new_tokens=16, temperature=0.8)[1]
+
+
+@pytest.mark.parametrize("cache", ["keep", "recompute"])
+def test_speculation_stays_between_two_reroutings(mixture, proposing, cache):
+    """With the same weights at the same tokens; where every token is weighed anew, nothing is proposed."""
+    cell = mixture.rerouted(4, combiner="layers", cache=cache)
+    assert check_speculation(cell, proposing, max_new_tokens=18, temperature=0.8)[1]
+    plain = cell.generate(PROMPTS[0], speculate="off", max_new_tokens=18)[0]
+    found = cell.generate(PROMPTS[0], max_new_tokens=18)[0]
+    for one, other in zip(found.trace.weights, plain.trace.weights, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+    always = mixture.rerouted(1, combiner="layers", cache=cache)
+    assert check_speculation(always, proposing, max_new_tokens=6) == [0, 0]
+
+
+def test_a_look_up_in_a_text_that_repeats_itself_is_right(mixture, monkeypatch):
+    """With tokens that are chosen by a bias, so that every model repeats itself."""
+    monkeypatch.setattr(PassCosts, "of", lambda self, rows, positions: 1.0)
+    options = {"max_new_tokens": 30, "logit_bias": {20: 100}}
+    plain, found = (mixture.generate(PROMPTS[0], speculate=how, **options)[0] for how in ("off", "lookup"))
+    same_answers([found], [plain])
+    proposed, right = found.speculated
+    assert right >= 20 and found.record()["speculation"] == {"proposed": proposed, "accepted": right}
+    assert "speculation" not in plain.record()
