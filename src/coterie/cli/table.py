@@ -110,6 +110,7 @@ NEXT = {
     "experts list": "coterie profile {folder} --data val.jsonl",
     "experts remove": "coterie profile {folder} --data val.jsonl --overwrite",
     "profile": "coterie fit symbolic-moe --experts {folder} --output runs/sym",
+    "doctor": "coterie fit elrea --model smollm2-135m --data train.jsonl --output runs/elrea",
 }
 """What one types after a command, with what it was given in its place; prompts and data are the user's own.
 

@@ -143,7 +143,7 @@ def _control(evaluation: EvaluationRecord) -> str:
 
 def _pairs(facts: Mapping[str, Any]) -> str:
     """Write facts as one line; the one called `name` needs no name."""
-    known = {name: wording.fact(value) for name, value in facts.items() if value not in ("", None)}
+    known = {name: wording.fact(value) for name, value in facts.items() if value not in ("", None, [])}
     return ", ".join(value if name == "name" else f"{name.replace('_', ' ')} {value}" for name, value in known.items())
 
 
