@@ -56,6 +56,7 @@ def test_the_readme_points_to_the_quick_starts():
     assert "docs/quickstart.md" in (PROJECT / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_its_first_cell_to_its_last(run, tmp_path, monkeypatch):
     """Tiny random models lie where the aliases' real ones would; all else is as it is typed."""
     for number, alias in enumerate(("smollm2-135m", "gemma3-270m")):
