@@ -20,6 +20,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from coterie.artifacts import as_path, hash_json, may_be_on_hub, read_json, sha256_of, write_json
 from coterie.backbone.aliases import ALIASES, cache_folder, densify, fetch_alias, named_model
+from coterie.backbone.int8 import hold_in_int8
 from coterie.backbone.model import Backbone, BaseModelIdentity
 from coterie.backbone.probe import checked
 from coterie.errors import CoterieError, first_line, missing_extra, unknown_name
@@ -56,6 +57,11 @@ def load_backbone(settings: ModelSettings) -> Backbone:
     except (OSError, ValueError, KeyError) as error:
         raise CoterieError(f"the base model {settings.model!r} cannot be loaded: {first_line(error)}") from error
     model.requires_grad_(False).eval()
+    if settings.quantize:
+        try:
+            hold_in_int8(model)
+        except ValueError as error:
+            raise CoterieError(f"--quantize does not fit {settings.model!r}: {error}; leave it out") from error
     commit = getattr(model.config, "_commit_hash", None)
     return checked(Backbone(model, tokenizer, _identity(settings.model, folder, commit)))
 
@@ -90,6 +96,11 @@ def _load_model(source: dict[str, Any], settings: ModelSettings, device: torch.d
     dtype = settings.dtype
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
+    if settings.quantize and (settings.load_in_4bit or device.type != "cpu"):
+        raise CoterieError(
+            f"--quantize {settings.quantize} is for a CPU and without --load-in-4bit, got --device {device}"
+            f"{' --load-in-4bit' if settings.load_in_4bit else ''}; leave one of them out"
+        )
     if settings.load_in_4bit:
         try:
             import bitsandbytes  # noqa: F401  # pyrefly: ignore[missing-import] - only to say early what is missing

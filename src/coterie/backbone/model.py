@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
+from coterie.backbone.int8 import Int8Linear
 from coterie.backbone.products import few_row_forwards
 
 
@@ -58,6 +59,7 @@ class Backbone:
         """Return what the model is called, how large it is and where it lies."""
         millions = sum(weight.numel() for weight in self.model.parameters()) / 1e6
         kind, dtype = type(self.model).__name__, str(self.model.dtype).removeprefix("torch.")
+        dtype += ", linear layers in int8" if any(isinstance(m, Int8Linear) for m in self.model.modules()) else ""
         return f"Backbone({self.identity.id}: {kind}, {millions:,.1f}M parameters, {dtype}, {self.device})"
 
     @property

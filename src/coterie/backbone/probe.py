@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from coterie.backbone.int8 import Int8Linear
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.linear_layers import linear_layers, linear_shapes, unchangeable_layers
 from coterie.backbone.model import Backbone, Reads
@@ -214,7 +215,8 @@ def _rounded_anew(model: nn.Module) -> Iterator[None]:
             return None
         draws = torch.randint(0, 24, output.shape, generator=generator)
         steps = (draws == 0).int() - (draws == 1).int()
-        return output * (1 + torch.finfo(output.dtype).eps * steps.to(output))
+        rounded_to = torch.bfloat16 if isinstance(module, Int8Linear) else output.dtype
+        return output * (1 + torch.finfo(rounded_to).eps * steps.to(output))
 
     handles = [module.register_forward_hook(nudge) for module in linear_layers(model).values()]
     try:

@@ -66,6 +66,7 @@ def load_text_encoder(name: str, model: str | None, placement: PlacementSettings
 def hidden_encoder(backbone: Backbone, placement: PlacementSettings) -> TextEncoder:
     """Embed texts by the hidden states of a base model that is loaded already."""
     held = f"{backbone.model.get_input_embeddings().weight.dtype} {placement.load_in_4bit}"
+    held += f" {placement.quantize}" if placement.quantize else ""
     return TextEncoder(HiddenStateEncoder(backbone), hash_text(HIDDEN, backbone.identity.sha256, held))
 
 

@@ -88,10 +88,13 @@ def needed_bytes(
     updates = sum(sum(own.values()) for own in adapters)
     base = weights * (FOUR_BITS if placement.load_in_4bit else size)
     # The head of a GGUF file is not read twice; its weights outweigh the cache by far.
-    if path.is_file():
-        cached = 0
-    else:
-        cached = cached_tokens * cache_numbers(AutoConfig.from_pretrained(path, trust_remote_code=False))
+    cached = 0
+    if not path.is_file():
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        cached = cached_tokens * cache_numbers(config)
+        if placement.quantize:  # embeddings and output layer stay as they are
+            text = config.get_text_config()
+            base = weights + min(weights, 2 * text.vocab_size * text.hidden_size) * (size - 1)
     return round(base + updates * (4 + size) + cached * size)  # updates are read in float32, then stacked
 
 
