@@ -16,7 +16,7 @@ from coterie.artifacts import as_path
 from coterie.errors import shown
 from coterie.settings.old_spellings import is_old
 from coterie.settings.places import target
-from coterie.settings.reading import FLAGS, Settings, flat_fields, from_flat
+from coterie.settings.reading import FLAGS, Settings, flag_of, flat_fields, from_flat
 
 PANELS = {
     "Make a mixture": ("methods", "fit", "train-extras"),
@@ -172,7 +172,24 @@ def tell_next(name: str, settings: Settings | None, **extra: Any) -> None:  # no
         places |= {field: (" " if field == "prompts" else f" --{field} ").join(texts), f"{field}_0": "".join(texts[:1])}
     if extra.get("input"):
         places["prompts"] = f"--input {places['input']}"
-    echo(f"next: {NEXT[name].format(**places)}", err=True)
+    following = NEXT[name].format(**places)
+    echo(f"next: {following}{_read_alike(following, settings)}", err=True)
+
+
+def _read_alike(following: str, settings: Settings | None) -> str:
+    """Return the flags with which the next command reads the same rows as this one, such as --map; none if it does not.
+
+    A mixture itself keeps how its rows were read.
+    """
+    reading = getattr(settings, "reading", None)
+    again = next((one for name, one in COMMANDS.items() if following.startswith(f"coterie {name} ")), None)
+    if reading is None or again is None or again.settings is None or "reading" not in again.settings.model_fields:
+        return ""
+    if again.takes_prompts and "--input" not in following:
+        return ""
+    given = [(name, value) for name, value in reading.model_dump().items() if value]
+    several = [(name, one) for name, value in given for one in (value if isinstance(value, list) else [value])]
+    return "".join(f" {flag_of(name)} {shlex.quote(one)}" for name, one in several)
 
 
 def _flags(kind: type[Settings]) -> list[inspect.Parameter]:
