@@ -240,7 +240,7 @@ def test_all_settings_of_sampling_are_passed_on_or_refused(answering):
     assert set(SamplingSettings.model_fields) == {
         *SAMPLING,
         *("logit_bias", "max_new_tokens"),
-        *("presence_penalty", "frequency_penalty", "top_logprobs"),
+        *("presence_penalty", "frequency_penalty", "top_logprobs", "speculate"),
     }
 
 
