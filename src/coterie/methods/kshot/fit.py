@@ -15,9 +15,9 @@ from coterie.experts.training import check_one_process, read_log
 from coterie.features.embedding import HIDDEN
 from coterie.features.embedding_store import hidden_encoder, load_text_encoder
 from coterie.methods.common import copy_expert, named_sources
-from coterie.methods.kshot.choose_adapters import choose, read_selection
-from coterie.methods.kshot.gather_rows import GATHERED_FILE, load_open_data, write_gathered
-from coterie.methods.kshot.reuse import check_reused, copy_gathered, copy_selection, reused_inputs
+from coterie.methods.kshot.choose_adapters import SCORES_FILE, SELECTION_FILE, choose, read_selection
+from coterie.methods.kshot.gather_rows import GATHERED_FILE, SUMMARY_FILE, load_open_data, write_gathered
+from coterie.methods.kshot.reuse import check_reused, copy_files, reused_inputs
 from coterie.methods.kshot.task import KshotTask, open_task
 from coterie.methods.kshot.train import GATES_FILE, gate_options, tune
 from coterie.mixture import Mixture
@@ -88,14 +88,15 @@ def _selection(run: RunFolder, task: KshotTask, settings: KshotSettings) -> Path
     """Choose adapters, once, or take the choice that was made before."""
     selected = settings.selected
     if selected:
-        return run.stage(SELECTION, lambda folder: copy_selection(selected, folder))
+        return run.stage(SELECTION, lambda folder: copy_files(selected, folder, (SELECTION_FILE, SCORES_FILE)))
     return run.stage(SELECTION, lambda folder: choose(task, settings, run.cached).write(folder))
 
 
 def _gathered(run: RunFolder, task: KshotTask, settings: KshotSettings) -> list[Example]:
     """Gather rows of open data, once, or take those that were gathered before."""
     if gathered := settings.gathered:
-        return load_examples(run.stage(GATHERED, lambda folder: copy_gathered(gathered, folder)) / GATHERED_FILE)
+        files = (GATHERED_FILE, SUMMARY_FILE)
+        return load_examples(run.stage(GATHERED, lambda folder: copy_files(gathered, folder, files)) / GATHERED_FILE)
     wanted = GatherSettings(
         shots=settings.shots,
         pool=settings.pool,

@@ -1,12 +1,12 @@
 """What `coterie select` and `coterie gather` made before, taken for a task's mixture as it is once it fits the task."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from coterie.artifacts import as_path, check_kind, read_run_record, sha256_of
 from coterie.errors import CoterieError
-from coterie.methods.kshot.choose_adapters import SCORES_FILE, SELECTION_FILE, read_selection
+from coterie.methods.kshot.choose_adapters import SELECTION_FILE, read_selection
 from coterie.methods.kshot.gather_rows import GATHERED_FILE, SUMMARY_FILE
 from coterie.methods.kshot.task import KshotTask
 from coterie.settings.commands import GatherSettings, KshotSettings, SelectSettings
@@ -74,13 +74,7 @@ def _check_same(
             raise CoterieError(f"{folder} was made for {MADE_FOR.get(name, other)}")
 
 
-def copy_selection(selected: str, folder: Path) -> None:
-    """Copy a choice of adapters into a stage of the run."""
-    for file in (SELECTION_FILE, SCORES_FILE):
-        shutil.copyfile(as_path(selected) / file, folder / file)
-
-
-def copy_gathered(gathered: str, folder: Path) -> None:
-    """Copy gathered rows into a stage of the run."""
-    for file in (GATHERED_FILE, SUMMARY_FILE):
-        shutil.copyfile(as_path(gathered) / file, folder / file)
+def copy_files(source: str, folder: Path, files: Sequence[str]) -> None:
+    """Copy files of a folder that was made before into a stage of the run."""
+    for file in files:
+        shutil.copyfile(as_path(source) / file, folder / file)
