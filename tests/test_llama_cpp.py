@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 
 import httpx2
 import pytest
@@ -372,3 +373,15 @@ def test_settings_of_a_base_model_that_would_be_lost_are_refused(backbone, tmp_p
     with pytest.raises(CoterieError, match=f"a base model with {told}.* is not written as GGUF here; convert it"):
         write_gguf_model(tmp_path / "x.gguf", dataclasses.replace(backbone, model=model), "f32")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_extra_is_told_before_anything_is_loaded(run, run_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    monkeypatch.setattr(Mixture, "from_pretrained", None)
+    told = r"needs the package 'xllamacpp', which is not installed; type: pip install 'coterie\[llamacpp\]'"
+    refused(run("generate", str(run_folder), "x", "--combiner", "layers", "--engine", "llama.cpp"), told)
+
+
+def test_recruited_experts_have_no_such_engine(run, tmp_path):
+    told = "--engine acts on a mixture of adapters, not on recruited experts"
+    refused(run("plan", str(tmp_path), "x", "--engine", "llama.cpp"), told)
