@@ -233,7 +233,8 @@ def test_all_usual_methods_are_compared(fitted, tmp_path):
         for variant in (variants if name == "token-level" else [name])
     ]
     assert found.summary["methods"] == wanted
-    assert found.summary["control"] == "backbone"
+    alone = ["backbone", *(f"expert:{name}" for name in mixture.bank.names if name != "null")]
+    assert found.summary["control_among"] == alone and found.summary["control"] in alone
     assert found.summary["routed"] == "token-level"
     for row in found.rows:
         assert set(row["expert_nll"]) == set(DOMAINS)
