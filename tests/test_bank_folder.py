@@ -598,7 +598,7 @@ def test_a_removal_killed_in_the_middle_leaves_no_half_adapter(full, run, monkey
 def test_no_record_removes_anything(run, full, tmp_path):
     record = tmp_path / "run.yaml"
     record.write_text(f"format: 1\ncommand: bank remove\nsettings: {{folder: {full}, name: [all]}}\n")
-    refused(run("run", record), "records 'bank remove'; these can be repeated: fit elrea,")
+    refused(run("run", record), "records 'bank remove'; these can be repeated: bank add, bank verify, select")
     assert open_bank(full).names == ("all", "some")
 
 
