@@ -16,8 +16,14 @@ from coterie.backbone.model import Backbone, BaseModelIdentity
 from coterie.backbone.row_cache import SPARE
 from coterie.backbone.row_mix import Gated, RequestRows
 from coterie.backbone.slots import Slots
+from coterie.combiners.table import make_combiner
+from coterie.data.batching import TokenRow
+from coterie.engine.engine import Engine
+from coterie.engine.request import Request
 from coterie.engine.row_keys import row_keys
 from coterie.lora import Adapter, LoraPair
+from coterie.routers.base import Routing
+from coterie.settings.sampling import SamplingSettings
 
 A, B = [[1.0, 0.0]], [[0.0, 1.0]]
 MIXED, OTHERWISE, TOGETHER = [[0.5, 0.5]], [[0.25, 0.75]], [[1.0, 0.0], [0.0, 1.0]]
@@ -203,3 +209,29 @@ def test_nothing_is_kept_where_no_room_is_given_or_a_text_was_not_read():
     (row,) = slots.claim(1)
     with pytest.raises(ValueError, match="has read 0 tokens, not the 5"):
         slots.keep([row], ["key"], [1, 2, 3, 4, 5])
+
+
+def test_an_engine_reads_once_what_prompts_have_in_common(monkeypatch):
+    """The same long prompt under experts, mixtures and again: each answer is that of an engine that knows nothing."""
+    backbone, head, read = make_backbone("llama"), drawn(300), []
+    layers = ExpertLayers(backbone.model, [expert(backbone, seed) for seed in (1, 2)])
+    warm, real, counts = Engine(backbone, layers, Slots(backbone, prefixes=ROOM)), Slots.read, []
+
+    def counted(slots: Slots, names: list[int], tokens: Tensor, *rest: object) -> Tensor:
+        read.append(tokens.shape[1])
+        return real(slots, names, tokens, *rest)
+
+    monkeypatch.setattr(Slots, "read", counted)
+    for place, weights in enumerate((A, B, MIXED, OTHERWISE, A, MIXED)):
+        ids = (*head, 65, 66 + place)
+        row = TokenRow(ids, len(ids), (False,) * len(ids), (True,) * len(ids))
+        routing = Routing(("one", "other"), torch.tensor(weights))
+        request = Request(row, routing, make_combiner("layers"), 3, (SamplingSettings(temperature=0.0),))
+        wanted = [(token.id, token.logprob) for token in Engine(backbone, layers).run([request])]
+        read.clear()
+        found = [(token.id, token.logprob) for token in warm.run([request])]
+        counts.append(sum(read))
+        assert [token for token, _ in found] == [token for token, _ in wanted]
+        assert [share for _, share in found] == pytest.approx([share for _, share in wanted], abs=1e-3)
+        assert len(found) == 3  # of which the last one is not read
+    assert counts == [304, 304, 304, 304, 3, 3]

@@ -148,6 +148,11 @@ class Slots:
 
     # beginnings that texts have in common
 
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether there may be room for beginnings of texts."""
+        return self._prefixes.budget > 0
+
     @torch.inference_mode()
     def keep(self, rows: Sequence[int], keys: Sequence[str], tokens: Sequence[int]) -> None:
         """Keep what rows have cached of a text for later rows, as long as there is room.

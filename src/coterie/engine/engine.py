@@ -157,6 +157,8 @@ class Engine:
         while self._waiting and self._has_room(self._waiting[0]):
             handle, request, plan = self._waiting.popleft()
             text = self._reader.open(request.prompt.ids, plan, self._reach(request))
+            if not isinstance(request.routing, Rerouting):
+                self._reader.recall(text)
             stream = TextStream(self._backbone.tokenizer, request.draws[0].stop)
             sampled = SampledText(request.draws[0], request.prompt.ids)
             joined.append(Answer(handle, request, text, sampled, stream, known=len(text.ids)))
@@ -299,6 +301,9 @@ class Engine:
         logits: list[Tensor] = []
         for answers, hidden in passes:
             ready = [place for place, answer in enumerate(answers) if not answer.text.unread]
+            for answer in (answers[place] for place in ready):
+                if not answer.written and not isinstance(answer.request.routing, Rerouting):
+                    self._reader.remember(answer.text)
             if ready:
                 plan = self._reader.planned([answer.text for answer in answers])
                 drawn = [(place, own) for place in ready for own in self._drawn(answers[place])]

@@ -15,6 +15,7 @@ from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone
 from coterie.backbone.row_mix import RequestRows, RowMix
 from coterie.backbone.slots import Slots
+from coterie.engine.row_keys import row_keys
 
 MIXES_KEPT = 2  # that of the requests that write, and that of those whose prompts are being read
 
@@ -104,6 +105,19 @@ class Reader:
     def open(self, ids: Sequence[int], plan: RequestRows, reach: int = 0) -> Text:
         """Claim rows for a text of which nothing was read yet, and which may become so long, as far as is known."""
         return Text(list(ids), plan, self.slots.claim(len(plan.votes), reach), reach)
+
+    def recall(self, text: Text) -> None:
+        """Take over from earlier texts what they had in common with this one, of which nothing was read yet.
+
+        What gates weigh is averaged while a prompt is read, so that where there are gates all of it is read.
+        """
+        if self.slots.keeps_prefixes and text.plan.gates is None:
+            text.read = self.slots.recall(text.rows, row_keys(self.layers, text.plan), text.ids)
+
+    def remember(self, text: Text) -> None:
+        """Keep what was read of a text for later ones; it must have run its plan from its first token on."""
+        if self.slots.keeps_prefixes and text.plan.gates is None:
+            self.slots.keep(text.rows, row_keys(self.layers, text.plan), text.ids[: text.read])
 
     def fork(self, text: Text) -> Text:
         """Let a second text go on from what was read of one."""

@@ -217,15 +217,16 @@ class Mixture(StoredMixture):
         limits = [settings.max_new_tokens or ANSWER_TOKENS] * len(rows)
         return [own[0] for own in self._completions(None, rows, None, [settings], batch_size, limits)]
 
-    def engine(self, *, places: int = 8, chunk: int = CHUNK, budget: int | None = None) -> Engine:
+    def engine(self, *, places: int = 8, chunk: int = CHUNK, budget: int | None = None, prefixes: int = 0) -> Engine:
         """Return an engine for requests to this mixture and all others of its base model and bank.
 
         Args:
             places: answers that are written at once.
             chunk: tokens of prompts that a step reads at most, each counted for every row that reads it.
             budget: bytes that the cache may take; None for as many as it needs.
+            prefixes: how many of these may keep prompts for later ones that begin alike and run the same experts.
         """
-        return Engine(self.backbone, self.layers, Slots(self.backbone, budget), places=places, chunk=chunk)
+        return Engine(self.backbone, self.layers, Slots(self.backbone, budget, prefixes), places=places, chunk=chunk)
 
     def requests(
         self,
