@@ -1,27 +1,27 @@
 """A cache that is none: the slow and obvious reference of `Slots`, which reads every text anew as a whole."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from coterie.backbone.loading import Backbone
+from coterie.backbone.slots import Running, Slots
 
 
-class SlowSlots:
+class SlowSlots(Slots):
     """Rows that remember their tokens, and nothing that was computed from them."""
 
-    can_rollback = True
-
     def __init__(self, backbone: Backbone) -> None:
-        self._backbone = backbone
+        super().__init__(backbone)
         self._texts: dict[int, list[int]] = {}
         self._next = 0
         self.read_tokens = 0
 
-    def claim(self, n: int) -> list[int]:
-        rows = list(range(self._next, self._next + n))
-        self._next += n
+    def claim(self, count: int, length: int = 0) -> list[int]:
+        rows = list(range(self._next, self._next + count))
+        self._next += count
         self._texts |= {row: [] for row in rows}
         return rows
 
@@ -46,7 +46,17 @@ class SlowSlots:
     def claimed(self) -> int:
         return len(self._texts)
 
-    def read(self, rows: Sequence[int], tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+    def fits(self, rows: int, length: int) -> bool:
+        return True
+
+    @torch.inference_mode()
+    def read(
+        self,
+        rows: Sequence[int],
+        tokens: Tensor,
+        lengths: Sequence[int] | None = None,
+        running: Running | None = None,
+    ) -> Tensor:
         counts = lengths or [tokens.shape[1]] * len(rows)
         starts = [len(self._texts[row]) for row in rows]
         for row, piece, count in zip(rows, tokens.tolist(), counts, strict=True):
@@ -54,7 +64,8 @@ class SlowSlots:
         self.read_tokens += sum(counts)
         longest = max(len(self._texts[row]) for row in rows)
         ids = [self._texts[row] + [self._backbone.pad_id] * (longest - len(self._texts[row])) for row in rows]
-        hidden = self._backbone.hidden(torch.tensor(ids))  # padding stands behind, where nothing sees it
+        with running(range(len(rows))) if running else nullcontext():
+            hidden = self._backbone.hidden(torch.tensor(ids))  # padding stands behind, where nothing sees it
         result = hidden.new_zeros(len(rows), tokens.shape[1], hidden.shape[-1])
         for number, (start, count) in enumerate(zip(starts, counts, strict=True)):
             result[number, :count] = hidden[number, start : start + count]

@@ -85,9 +85,13 @@ class Adding:
             lock.release()
 
 
-def in_use() -> CoterieError:
+class ModelInUse(CoterieError):
+    """Others already run on the base model."""
+
+
+def in_use() -> ModelInUse:
     """Return the error of whoever finds a base model in use."""
-    return CoterieError(
+    return ModelInUse(
         "the base model is in use by other experts, in this thread or in another one; let them end first, or load it a "
         "second time"
     )

@@ -70,6 +70,11 @@ class Slots:
         return not self.cache.has_states
 
     @property
+    def claimed(self) -> int:
+        """How many rows there are."""
+        return len(self._rows)
+
+    @property
     def bytes(self) -> int:
         """What the buffers take, and the prefixes that are kept."""
         return self.cache.bytes + self._prefixes.bytes

@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from coterie.backbone.adding import ModelInUse
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone
 from coterie.backbone.slots import Slots
@@ -123,7 +124,12 @@ class Engine:
             writing = [answer for answer in self._answers if answer.text.unread == 1]
             started, size = time.perf_counter(), self._propose(writing)
             passes = self._read(dict.fromkeys(writing, 1))
-            chunk = self._read(self._next_chunk())
+            try:
+                chunk = self._read(self._next_chunk())
+            except ModelInUse:
+                if not passes:  # what was read must not be lost; the next step tells
+                    raise
+                chunk = []
             tokens = self._choose([*passes, *chunk])
             if len(passes) == 1 and not chunk:
                 self._speculation.costs.note(*size, time.perf_counter() - started)
@@ -200,6 +206,8 @@ class Engine:
         handles = dict.fromkeys(answer.handle for answer in answers)
         try:
             return [(answers, act(answers))]
+        except ModelInUse:
+            raise
         except Exception as error:  # whatever a router, a model's code or want of memory raises
             if len(handles) == 1:
                 self._fail(answers[0].handle, error)
@@ -265,8 +273,8 @@ class Engine:
             counts[answer] = min(longest, answer.text.unread)
         return counts
 
-    def _read(self, counts: Mapping[Answer, int]) -> list[tuple[Sequence[Answer], list[Tensor]]]:
-        """Read the next tokens of texts, as many as these counts at most."""
+    def _read(self, counts: dict[Answer, int]) -> list[tuple[Sequence[Answer], list[Tensor]]]:
+        """Read the next tokens of texts, as many as these counts at most; all that is left where a pass has broken."""
 
         def read(answers: Sequence[Answer]) -> list[Tensor]:
             texts = [answer.text for answer in answers]
@@ -274,9 +282,12 @@ class Engine:
             try:
                 watched = any(answer.text.plan.gates and not answer.written for answer in answers)
                 return self._reader.read(texts, own, watch_gates=watched)
+            except ModelInUse:
+                raise
             except Exception:
                 for text, count in zip(texts, own, strict=True):
                     self._reader.restore(text, count)
+                counts.update((answer, len(answer.text.ids)) for answer in answers)  # alone, all of it
                 raise
 
         passes = self._apart(list(counts), read)

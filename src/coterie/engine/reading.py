@@ -208,7 +208,7 @@ class Reader:
         starts = itertools.accumulate([0, *sizes])
         for text, count, start in zip(texts, counts, starts, strict=False):
             if watch is not None and text.plan.gates:
-                own = watch.mean(start)
+                own = watch.mean(start)[: len(self.layers.adapters)]  # merged adapters come behind
                 before = own if text.gate_weights is None else text.gate_weights
                 text.gate_weights = before.lerp(own, count / (text.read + count))
             text.read += count

@@ -91,7 +91,7 @@ def score_responses(
     backbone: Backbone,
     layers: ExpertLayers,
     requests: Sequence[RequestRows],
-    votes: Sequence[Sequence[Float[Tensor, " row"]]],
+    votes: Sequence[Sequence[Float[Tensor, " _"]]],
     texts: Sequence[tuple[Sequence[int], Sequence[int]]],
 ) -> list[list[ScoredTokens]]:
     """Score the wanted tokens of given texts, for several votes over the same rows.
