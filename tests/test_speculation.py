@@ -144,7 +144,7 @@ def check_speculation(mixture, known, **options):
     plain = mixture.generate(PROMPTS, speculate="off", batch_size=3, **options)
     rows = mixture.tokens(PROMPTS)
     known |= {tuple(row.ids): answer.token_ids for row, answer in zip(rows, plain, strict=True)}
-    found = mixture.generate(PROMPTS, batch_size=3, **options)
+    found = mixture.generate(PROMPTS, speculate="lookup", batch_size=3, **options)
     same_answers(found, plain)
     assert [(one.text, one.finish_reason) for one in found] == [(one.text, one.finish_reason) for one in plain]
     assert all(one.speculated == (0, 0) for one in plain)
@@ -172,7 +172,7 @@ def test_speculation_stays_between_two_reroutings(mixture, proposing, cache):
     cell = mixture.rerouted(4, combiner="layers", cache=cache)
     assert check_speculation(cell, proposing, max_new_tokens=18, temperature=0.8)[1]
     plain = cell.generate(PROMPTS[0], speculate="off", max_new_tokens=18)[0]
-    found = cell.generate(PROMPTS[0], max_new_tokens=18)[0]
+    found = cell.generate(PROMPTS[0], speculate="lookup", max_new_tokens=18)[0]
     for one, other in zip(found.trace.weights, plain.trace.weights, strict=True):
         assert one == pytest.approx(other, abs=1e-5)
     always = mixture.rerouted(1, combiner="layers", cache=cache)

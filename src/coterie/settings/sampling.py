@@ -58,7 +58,7 @@ class SamplingSettings(Settings):
     )
 
     speculate: Literal["lookup", "off"] = Field(
-        "lookup",
+        "off",
         description="propose what followed the same tokens before, where verifying it pays; answers stay the same",
     )
 
