@@ -420,3 +420,10 @@ def test_a_saved_copy_routes_and_answers_as_the_mixture(mixture, tmp_path):
     uniform.save_pretrained(tmp_path / "uniform")
     again = Mixture.from_pretrained(tmp_path / "uniform", device="cpu")
     assert again.generate(PROMPTS, max_new_tokens=5) == uniform.generate(PROMPTS, max_new_tokens=5)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_progress_counts_the_prompts_that_are_answered(mixture, n):
+    counts: list[int] = []
+    answers = mixture.generate(PROMPTS, n=n, temperature=1.0, batch_size=2, max_new_tokens=3, progress=counts.append)
+    assert counts == [1] * len(PROMPTS) and len(answers) == n * len(PROMPTS)

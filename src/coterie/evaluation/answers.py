@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
@@ -42,17 +42,12 @@ def answer(
 
     What happens once, such as stacking experts, happens before the clock starts: the first method would pay for all.
     """
-    order = sorted(range(len(tests)), key=lambda i: len(tests[i].asked.instruction))
-    first = None if cell.reroutes else routing.take(order[:1])
-    cell.generate(tests[order[0]].asked, routing=first, **{**sampling.model_dump(), "max_new_tokens": 1})
+    weights = None if cell.reroutes else routing
+    first = None if weights is None else weights.take([0])
+    options: dict[str, Any] = sampling.model_dump()
+    cell.generate(tests[0].asked, routing=first, **(options | {"max_new_tokens": 1}))
     started = time.perf_counter()
-    found: dict[int, Completion] = {}
-    with tqdm(total=len(order), desc=f"answers of {label}", unit="prompt") as bar:
-        for start in range(0, len(order), batch_size):
-            numbers = order[start : start + batch_size]
-            asked = [tests[i].asked for i in numbers]
-            weights = None if cell.reroutes else routing.take(numbers)
-            own = cell.generate(asked, routing=weights, batch_size=batch_size, **sampling.model_dump())
-            found |= dict(zip(numbers, own, strict=True))
-            bar.update(len(numbers))
-    return Answers([found[i] for i in range(len(tests))], time.perf_counter() - started)
+    with tqdm(total=len(tests), desc=f"answers of {label}", unit="prompt") as bar:
+        asked = [test.asked for test in tests]
+        found = cell.generate(asked, routing=weights, batch_size=batch_size, progress=bar.update, **options)
+    return Answers(found, time.perf_counter() - started)

@@ -1,6 +1,6 @@
 """A mixture is a bank of experts, a router and a combiner on one base model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -145,6 +145,7 @@ class Mixture(StoredMixture):
         batch_size: int = 8,
         top_k_experts: int | None = None,
         routing: Routing | None = None,
+        progress: Callable[[int], object] | None = None,
         **sampling: Any,  # noqa: ANN401 - fields of SamplingSettings
     ) -> list[Completion]:
         """Answer prompts, those of similar length together.
@@ -160,6 +161,7 @@ class Mixture(StoredMixture):
                 depends on the shapes of products, a token may differ if two are nearly as likely.
             top_k_experts: keep only the experts with the largest weights.
             routing: weights of these prompts, if they are known already; they are computed otherwise.
+            progress: is called with 1 whenever a prompt's answers are complete.
             **sampling: fields of `SamplingSettings`, such as max_new_tokens (by default what each prompt's task wants,
                 256 where none is known), temperature, top_p, seed.
 
@@ -167,7 +169,7 @@ class Mixture(StoredMixture):
             CoterieError: for an empty prompt, a setting that does not fit, or a routing that is not of these prompts or
                 would not be followed.
         """
-        settings = from_flat(SamplingSettings, sampling, ("n", "batch_size", "top_k_experts", "routing"))
+        settings = from_flat(SamplingSettings, sampling, ("n", "batch_size", "top_k_experts", "routing", "progress"))
         draws = self.combiner.draws(settings, n)
         examples = as_examples(prompts)
         rows = self.tokens(examples)
@@ -177,7 +179,7 @@ class Mixture(StoredMixture):
         elif top_k_experts is not None:
             mixture = self.replace(router=keep_top(self.router, top_k_experts))
         limits = [longest_answer(settings, example) for example in examples]
-        drawn = mixture._completions(examples, rows, routing, draws, batch_size, limits)
+        drawn = mixture._completions(examples, rows, routing, draws, batch_size, limits, progress)
         if self.combiner.finishes_answers:
             return [elected(example, own, settings.seed) for example, own in zip(examples, drawn, strict=True)]
         return [answer for own in drawn for answer in own]
@@ -260,6 +262,7 @@ class Mixture(StoredMixture):
         draws: Sequence[SamplingSettings],
         batch_size: int,
         limits: Sequence[int],
+        progress: Callable[[int], object] | None = None,
     ) -> list[list[Completion]]:
         """Draw answers of at most so many tokens for every row, in the rows' order."""
         started = routing
@@ -270,8 +273,12 @@ class Mixture(StoredMixture):
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))  # those of similar length are read together
         places = {engine.submit(requests[i]): i for i in order}
         tokens: list[list[list[Token]]] = [[[] for _ in draws] for _ in rows]
+        left = dict.fromkeys(places, len(draws))
         for token in _tokens(engine):
             tokens[places[token.request]][token.draw].append(token)
+            left[token.request] -= token.finish_reason is not None
+            if progress and token.finish_reason and not left[token.request]:
+                progress(1)
         if started is not None and started.gates and routing is None:  # their weights are known now
             columns = [self.bank.index(name) for name in started.experts]
             started = replace(started, weights=torch.tensor([drawn[0][0].weights for drawn in tokens])[:, columns])
