@@ -1,6 +1,6 @@
 """Products of few rows with large weights on a CPU, in the faster of two forms.
 
-`F.linear` parts its work by rows, so with 2 to 12 of them it keeps one core busy; `(W @ x.T).T` parts it by outputs, of
+`F.linear` parts its work by rows, so with a few of them it keeps one core busy; `(W @ x.T).T` parts it by outputs, of
 which there are always many, and takes less for two rows than the other for one (`benchmarks/products.py`).
 Which form is taken hangs on the number of rows and threads alone, so that the same command gives the same numbers
 again. Both forms add up the same numbers, in another order.
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-MOST_ROWS = 12  # beyond, `F.linear` is the faster one
+MOST_ROWS = 8  # beyond, `F.linear` is as fast or faster
 MOST_ROWS_ALONE = 4  # the same on one thread
 SMALLEST = 1 << 16  # numbers of a weight below which both forms are as good
 

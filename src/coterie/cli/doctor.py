@@ -25,6 +25,7 @@ SHOWN = ("torch", "transformers", "peft")  # required packages whose versions pe
 EXTRAS = {
     "data": ("datasets", "Parquet and data sets of the hub"),
     "eval": ("lm-eval", "HarnessModel, for lm-evaluation-harness"),
+    "llamacpp": ("xllamacpp", "--engine llama.cpp"),
     "quant": ("bitsandbytes", "--load-in-4bit on a GPU"),
 }
 """What can be installed besides: the package that it brings, and what that is for."""
