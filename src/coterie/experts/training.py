@@ -270,7 +270,7 @@ class _ProgressBar(ProgressCallback):
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:
-            self.training_bar.set_description(f"training {args.run_name}")
+            self.training_bar.set_description_str(f"training {args.run_name}", refresh=False)
 
     def on_log(
         self,
@@ -281,7 +281,7 @@ class _ProgressBar(ProgressCallback):
         **kwargs: Any,
     ) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)  # in a log, each would be a line
 
 
 @dataclass(eq=False)
