@@ -40,7 +40,7 @@ def row(ids: Sequence[int]) -> TokenRow:
 
 
 def drawn(**options: Any) -> SamplingSettings:
-    return SamplingSettings(temperature=1.0, **options)
+    return SamplingSettings(temperature=1.0, **{"speculate": "lookup", **options})
 
 
 def by_counts(rows: Sequence[TokenRow]) -> Routing:

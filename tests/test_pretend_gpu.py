@@ -27,9 +27,9 @@ model = tiny.make_model(len(tokenizer)).eval().requires_grad_(False)
 linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
 adapter = {n: LoraPair(torch.randn(4, m.in_features), torch.randn(4, m.out_features)) for n, m in linear.items()}
 sampling = {
-    "greedy": SamplingSettings(),
-    "sampled": SamplingSettings(temperature=1.0, top_p=0.9, top_k=30, min_p=0.1, top_logprobs=2, speculate="off"),
-    "penalised": SamplingSettings(repetition_penalty=1.2, presence_penalty=0.5, logit_bias={3: 1}),
+    "greedy": SamplingSettings(speculate="lookup"),
+    "sampled": SamplingSettings(temperature=1.0, top_p=0.9, top_k=30, min_p=0.1, top_logprobs=2),
+    "penalised": SamplingSettings(speculate="lookup", repetition_penalty=1.2, presence_penalty=0.5, logit_bias={3: 1}),
 }
 ids = tuple(range(5, 12))
 prompt = TokenRow(ids, len(ids), (False,) * len(ids), (True,) * len(ids))
