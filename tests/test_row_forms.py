@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import tiny
 from coterie.data import files
 from coterie.data.batching import PromptFormat
-from coterie.data.examples import MAX_CHARACTERS, MAX_DEPTH, Example, load_all, load_examples, read_examples
+from coterie.data.examples import MAX_CHARACTERS, MAX_DEPTH, Example, load_all, load_examples, read_all
 from coterie.data.forms import (
     HISTORY,
     LABELS,
@@ -729,7 +729,7 @@ def test_arrow_files_are_read_as_streams_and_as_files(limit, tmp_path, monkeypat
 def test_rows_in_memory_are_not_asked_for_beyond_the_limit():
     endless = (ROW | {"id": number} for number in iter(int, 1))
     assert len(load_examples(endless, limit=6)) == 6
-    assert len(list(islice(read_examples(iter([ROW] * 9)), 3))) == 3
+    assert len(list(islice(read_all([iter([ROW] * 9)]), 3))) == 3
 
 
 # ------------------------------------------------------------------------------------------------------- real data

@@ -101,7 +101,7 @@ class MergedSlot:
 class ExpertLayers:
     """The stacked updates of several experts, ready to run on one base model.
 
-    Base weights are never written to, and the hooks are gone when the `with` ends.
+    Base weights are never written to, and the layers are as they were when the `with` of `running` ends.
     """
 
     def __init__(self, model: PreTrainedModel, adapters: Sequence[Adapter], dtype: torch.dtype | None = None) -> None:

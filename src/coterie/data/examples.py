@@ -105,22 +105,7 @@ def load_examples(
             column of the map, or for an unknown keyword.
     """
     how = from_flat(ReadingSettings, fields, ("limit", "need_response")) if reading is None else reading
-    return list(read_examples(source, limit, need_response=need_response, reading=how))
-
-
-def read_examples(
-    source: str | Path | Iterable[Mapping[str, Any]],
-    limit: int | None = None,
-    *,
-    need_response: bool = True,
-    reading: ReadingSettings = READING,
-) -> Iterator[Example]:
-    """Yield the examples of a source one by one; as `load_examples`, which holds them all.
-
-    Raises:
-        CoterieError: as `load_examples`.
-    """
-    return read_all([source], limit, need_response=need_response, reading=reading)
+    return list(read_all([source], limit, need_response=need_response, reading=how))
 
 
 def read_all(
@@ -130,7 +115,9 @@ def read_all(
     need_response: bool = True,
     reading: ReadingSettings = READING,
 ) -> Iterator[Example]:
-    """Yield the examples of several sources one after the other; a column of the map has to be in one of them.
+    """Yield the examples of sources one by one, as `load_examples`, which holds all of one.
+
+    A column of the map has to be in one of the sources.
 
     Raises:
         CoterieError: as `load_examples`.

@@ -13,7 +13,7 @@ from itertools import chain, islice
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from coterie.data.examples import Example, read_examples
+from coterie.data.examples import Example, read_all
 from coterie.errors import CoterieError
 from coterie.settings.rows import READING, ReadingSettings
 
@@ -34,7 +34,7 @@ def stream_examples(
         CoterieError: as `load_examples`.
     """
     is_named = isinstance(source, str)
-    return read_examples(source, limit, reading=reading.shared) if is_named else islice(source, limit)
+    return read_all([source], limit, reading=reading.shared) if is_named else islice(source, limit)
 
 
 @cache

@@ -1,7 +1,7 @@
 """Reading texts with the model: each request's rows run its own experts, and all rows share the forward pass."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -78,12 +78,19 @@ class Plan(NamedTuple):
     def logits(
         self, backbone: Backbone, states: Float[Tensor, "row position width"]
     ) -> Float[Tensor, "text position vocabulary"]:
-        """Return each text's next-token logits.
+        """Return each text's next-token logits."""
+        return summed_logits(backbone, self.sum, states)
 
-        Where logits are linear in the hidden state, the sum is taken before the output layer: the same logits for one
-        product a text instead of one a row. A soft cap is not linear, so there every row goes through on its own.
-        """
-        return backbone.head(self.sum(states)) if backbone.logit_cap is None else self.sum(backbone.head(states))
+
+def summed_logits(
+    backbone: Backbone, add_up: Callable[[Tensor], Tensor], states: Float[Tensor, "*rows width"]
+) -> Tensor:
+    """Return the logits of hidden states, added up over rows.
+
+    Where logits are linear in the hidden state, the sum is taken before the output layer: the same logits for one
+    product a text instead of one a row. A soft cap is not linear, so there every row goes through on its own.
+    """
+    return backbone.head(add_up(states)) if backbone.logit_cap is None else add_up(backbone.head(states))
 
 
 class Reader:

@@ -14,7 +14,7 @@ from coterie.backbone.row_mix import RequestRows
 from coterie.combiners.base import Combiner
 from coterie.combiners.logits import LogitCombiner
 from coterie.data.batching import TokenRow, by_length, pad
-from coterie.engine.reading import Reader
+from coterie.engine.reading import Reader, summed_logits
 from coterie.engine.request import Rerouting
 from coterie.routers.base import Routing
 
@@ -114,10 +114,9 @@ def score_responses(
         targets = torch.tensor([ids[position] for position in positions], device=own.device)
         for place, vote in enumerate(votes):
             own_vote = vote[number].to(own.device)
-            if backbone.logit_cap is None:  # as in `Plan.logits`
-                logits = backbone.head(torch.einsum("r,rtd->td", own_vote, wanted.float()))
-            else:
-                logits = torch.einsum("r,rtv->tv", own_vote, backbone.head(wanted))
+            logits = summed_logits(
+                backbone, lambda rows, by=own_vote: torch.einsum("r,rtd->td", by, rows.float()), wanted
+            )
             result[place].append(scored_tokens(logits, targets))
     return result
 
@@ -130,9 +129,7 @@ def states_at(
     rows = [ids for ids, own in zip(texts, requests, strict=True) for _ in own.votes]
     batch = pad(rows, backbone.pad_id, device=backbone.device)
     with layers.running(layers.mix(requests)):
-        hidden = backbone.hidden(
-            batch.input_ids
-        )  # padding stands behind the text, where causal attention cannot see it
+        hidden = backbone.hidden(batch.input_ids)  # padding stands behind, where causal attention cannot see it
     own = hidden.split([len(own.votes) for own in requests])
     return [states[:, : len(ids)] for states, ids in zip(own, texts, strict=True)]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from coterie.artifacts import JsonCache, as_path, check_output, run_folder, sha256_of
+from coterie.artifacts import JsonCache, as_path, check_output, run_folder
 from coterie.data.batching import check_lengths
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError, unknown_name
@@ -27,7 +27,7 @@ from coterie.methods.family import NAMED_ROUTER, MethodGrid
 from coterie.methods.kshot.run import task_records
 from coterie.methods.registry import family_of, make_grid
 from coterie.mixture import Mixture
-from coterie.mixture.folder import read_mixture_record, reading_for
+from coterie.mixture.folder import hash_mixture, read_mixture_record, reading_for
 from coterie.records.evaluation import EvaluationRecord, RowRecord, SharedSeconds
 from coterie.records.files import write_evaluation
 from coterie.records.mixture import TrainingRow
@@ -124,10 +124,9 @@ def run_evaluation(settings: EvaluationSettings) -> Evaluation:
 def _inputs(mixture: Mixture, examples: Sequence[Example]) -> dict[str, str]:
     """Hash what an evaluation depends on, so that an interrupted one is not finished with something else."""
     assert mixture.folder is not None  # it was loaded from one
-    files = sorted(mixture.folder.glob("experts/*/adapter_model.safetensors"))
     return {
         "base_model": mixture.backbone.identity.sha256,
-        "mixture": sha256_of(mixture.folder / "mixture.json", *files),
+        "mixture": hash_mixture(mixture.folder),
         "data": hash_examples(examples),
     }
 

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coterie.artifacts import FORMAT, RunFolder, as_path, check_output, run_folder, sha256_of, write_json, write_text
+from coterie.artifacts import FORMAT, RunFolder, as_path, check_output, run_folder, write_json, write_text
 from coterie.backbone.gguf_files import check_layers, write_gguf_adapter, write_gguf_model
 from coterie.backbone.loading import loaded_by
 from coterie.errors import CoterieError
 from coterie.experts.plain_adapter import rank_of, vllm_rank, write_plain_adapter
 from coterie.lora import Adapter, check_merge
 from coterie.mixture.core import Mixture
+from coterie.mixture.folder import hash_mixture
 from coterie.settings.commands import ExportSettings
 from coterie.settings.keywords import takes_fields
 
@@ -100,8 +101,7 @@ def export_mixture(settings: ExportSettings) -> Exported:
     base = _base_model(mixture, settings)
     exported = Exported(output, settings.target, base, ranks, weights, merge, error)
     readme = _readme(exported, mixture)
-    files = sorted(mixture.folder.glob("experts/*/adapter_model.safetensors"))
-    with run_folder(output, settings, {"mixture": sha256_of(mixture.folder / "mixture.json", *files)}) as run:
+    with run_folder(output, settings, {"mixture": hash_mixture(mixture.folder)}) as run:
         _write(run, exported, mixture, adapters, settings.base_type)
         write_json(run.path / "export.json", exported.record())
         write_text(run.path / "README.md", readme)

@@ -25,7 +25,7 @@ from coterie.combiners.base import Combiner
 from coterie.combiners.table import make_combiner
 from coterie.data.batching import PromptFormat
 from coterie.errors import CoterieError, naming, unknown_name
-from coterie.experts.bank import ExpertBank, load_bank
+from coterie.experts.bank import WEIGHTS_FILE, ExpertBank, load_bank
 from coterie.experts.bank_folder import load_opened, open_bank
 from coterie.records.mixture import ExtraRecord, MixtureRecord
 from coterie.records.schema import parse, read
@@ -324,5 +324,14 @@ def derived_folder(folder: Path) -> Path:
 
     A mixture of the same files has the same one, wherever it lies.
     """
-    files = [folder / MIXTURE_FILE, folder / "run.yaml", *sorted(folder.glob("experts/*/adapter_model.safetensors"))]
-    return cache_folder() / "mixtures" / sha256_of(*(file for file in files if file.is_file()))[:32]
+    return cache_folder() / "mixtures" / hash_mixture(folder, "run.yaml")[:32]
+
+
+def hash_mixture(folder: Path, *also: str) -> str:
+    """Hash a mixture's description, other files where they are there, and its experts' weights."""
+    files = [
+        folder / MIXTURE_FILE,
+        *(folder / name for name in also),
+        *sorted(folder.glob(f"experts/*/{WEIGHTS_FILE}")),
+    ]
+    return sha256_of(*(file for file in files if file.is_file()))

@@ -150,9 +150,7 @@ class LlamaCpp:
         (request,) = self._requests(examples, settings, top_k_experts)
         fields = {**request.fields, **_sampling_fields(settings), "stream": True}
         with self._client.stream("POST", "/completion", json=fields) as response:
-            if response.status_code != httpx2.codes.OK:
-                response.read()
-                raise _refusal(response)
+            _check_reply(response)
             for line in response.iter_lines():
                 if line.startswith("data: "):
                     piece = json.loads(line.removeprefix("data: "))
@@ -213,8 +211,7 @@ class LlamaCpp:
 
     def _ask(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         response = self._client.post("/completion", json=dict(fields))
-        if response.status_code != httpx2.codes.OK:
-            raise _refusal(response)
+        _check_reply(response)
         return response.json()
 
     def _make_room(self, tokens: int) -> None:
@@ -326,8 +323,10 @@ def _sampling_fields(settings: SamplingSettings) -> dict[str, Any]:
     return {**values, "samplers": list(ORDER), "logit_bias": biases}
 
 
-def _refusal(response: Any) -> CoterieError:  # noqa: ANN401 - of httpx2
-    return CoterieError(f"llama.cpp refuses the request: {response.text[:300]}; take --engine coterie")
+def _check_reply(response: Any) -> None:  # noqa: ANN401 - of httpx2
+    if response.status_code != httpx2.codes.OK:
+        response.read()
+        raise CoterieError(f"llama.cpp refuses the request: {response.text[:300]}; take --engine coterie")
 
 
 CUT_OFF = {"logprob": math.nan}
