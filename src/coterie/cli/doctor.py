@@ -26,6 +26,7 @@ EXTRAS = {
     "data": ("datasets", "Parquet and data sets of the hub"),
     "eval": ("lm-eval", "HarnessModel, for lm-evaluation-harness"),
     "llamacpp": ("xllamacpp", "--engine llama.cpp"),
+    "serve": ("fastapi", "coterie serve"),
     "quant": ("bitsandbytes", "--load-in-4bit on a GPU"),
 }
 """What can be installed besides: the package that it brings, and what that is for."""
