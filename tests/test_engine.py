@@ -1,6 +1,8 @@
 """The engine: whatever joins, leaves, breaks or is given up beside it, a request gets the tokens that it gets alone."""
 
+import itertools
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -256,6 +258,29 @@ def test_a_request_that_is_cancelled_after_any_number_of_steps_leaves_no_trace(k
         same(tokens[handles[2]], kinds.alone(3))
         same(tokens.get(handles[1], []), kinds.alone(8), is_cut=True)
         assert slots.claimed == 0
+
+
+def test_the_load_of_an_engine_is_what_waits_and_what_is_written_and_nothing_in_the_end(kinds):
+    engine = kinds.engine(places=3)
+    handles = [engine.submit(kinds.requests[kind]) for kind in (0, 3, 8, 4)]  # the third wants three places at once
+    assert engine.load == (4, 0, 0.0)
+    engine.step()
+    assert engine.load[:2] == (2, 2) and 0 < engine.load.cache <= 1
+    engine.cancel(handles[2])
+    engine.step()
+    assert engine.load[:2] == (0, 3)
+    list(engine.run())
+    assert engine.load == (0, 0, 0.0)
+
+
+def test_the_first_token_of_every_answer_tells_when_its_request_joined(kinds, monkeypatch):
+    clock = itertools.count(1.0)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    tokens = list(kinds.engine(places=3).run([kinds.requests[0], kinds.requests[8]]))
+    first = {(token.request, token.draw): token.begun for token in tokens if token.begun}
+    assert first.keys() == {(token.request, token.draw) for token in tokens}
+    assert len([token for token in tokens if token.begun]) == 4
+    assert first[0, 0].joined < first[1, 0].joined and len({first[1, draw] for draw in range(3)}) == 1
 
 
 # ------------------------------------------------------------------------------------------------ what breaks

@@ -229,8 +229,10 @@ def test_an_engine_reads_once_what_prompts_have_in_common(monkeypatch):
         request = Request(row, routing, make_combiner("layers"), 3, (SamplingSettings(temperature=0.0),))
         wanted = [(token.id, token.logprob) for token in Engine(backbone, layers).run([request])]
         read.clear()
-        found = [(token.id, token.logprob) for token in warm.run([request])]
+        tokens = list(warm.run([request]))
+        found = [(token.id, token.logprob) for token in tokens]
         counts.append(sum(read))
+        assert [token.begun and token.begun.cached for token in tokens] == [302 + 2 - sum(read), None, None]
         assert [token for token, _ in found] == [token for token, _ in wanted]
         assert [share for _, share in found] == pytest.approx([share for _, share in wanted], abs=1e-3)
         assert len(found) == 3  # of which the last one is not read

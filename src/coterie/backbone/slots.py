@@ -79,6 +79,13 @@ class Slots:
         """What the buffers take, and the prefixes that are kept."""
         return self.cache.bytes + self._prefixes.bytes
 
+    @property
+    def usage(self) -> float:
+        """The share that rows fill of the bytes that the cache may take, or of its buffers where it may take any."""
+        held = sum(row.length for row in list(self._rows.values()))
+        room = self.cache.slots * self.cache.columns
+        return held / room * (1 if self._budget is None else self.cache.bytes / self._budget) if held else 0.0
+
     def bytes_for(self, rows: int, length: int) -> int:
         """Return what the buffers take for so many rows of up to so many tokens."""
         return self.cache.bytes_for(bucket(rows), bucket(length, COLUMNS))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coterie.backbone.row_mix import RequestRows
 from coterie.engine.reading import Text
-from coterie.engine.request import Request, Rerouting
+from coterie.engine.request import Begun, Request, Rerouting
 from coterie.engine.sampling_stages import SampledText
 from coterie.engine.speculation import Drafting
 from coterie.engine.text import TextStream
@@ -36,6 +36,7 @@ class Answer:
         text: what the model reads.
         sampled: how its tokens are chosen, and those that were.
         stream: its text as far as it is certain.
+        begun: when it joined, and what was known of its prompt.
         draw: which of the request's answers it is.
         shares: what the experts weigh, where weights change while it is written.
         followed: what is known of the text to whoever weighs the experts again.
@@ -49,6 +50,7 @@ class Answer:
     text: Text
     sampled: SampledText
     stream: TextStream
+    begun: Begun
     draw: int = 0
     shares: tuple[float, ...] | None = None
     followed: Any = None

@@ -26,7 +26,7 @@ from coterie.backbone.loading import Backbone
 from coterie.backbone.slots import Slots
 from coterie.engine.answers import Answer, Waiting, begin, by_rerouting, padded_drafts, planned, weigh
 from coterie.engine.reading import Reader
-from coterie.engine.request import Failure, FinishReason, Request, Rerouting, Token
+from coterie.engine.request import Begun, Failure, FinishReason, Load, Request, Rerouting, Token
 from coterie.engine.sampling import BatchSampler, Chosen, check_biases
 from coterie.engine.sampling_stages import SampledText
 from coterie.engine.speculation import Drafting, Speculation
@@ -104,6 +104,12 @@ class Engine:
             self._end(handle)
 
     @property
+    def load(self) -> Load:
+        """What there is to do; any thread may ask."""
+        writing = {answer.handle for answer in list(self._answers)}
+        return Load(len(self._waiting), len(writing), self._reader.slots.usage)
+
+    @property
     def is_idle(self) -> bool:
         """Whether no request waits or is being answered."""
         return not (self._waiting or self._answers)
@@ -167,7 +173,8 @@ class Engine:
                 self._reader.recall(text)
             stream = TextStream(self._backbone.tokenizer, request.draws[0].stop)
             sampled = SampledText(request.draws[0], request.prompt.ids)
-            joined.append(Answer(handle, request, text, sampled, stream, known=len(text.ids)))
+            begun = Begun(time.monotonic(), text.read)
+            joined.append(Answer(handle, request, text, sampled, stream, begun, known=len(text.ids)))
             self._answers.append(joined[-1])
         for rerouting, group in by_rerouting(joined):
             for answers, texts in self._apart(group, partial(begin, rerouting)):
@@ -381,4 +388,5 @@ class Engine:
         elif isinstance(rerouting := request.routing, Rerouting):
             answer.followed = rerouting.texts.append(answer.followed, [token])
             answer.is_due = answer.written % rerouting.every == 0
-        return [Token(answer.handle, token, chosen.logprob, text, reason, shares, answer.draw, chosen.top)]
+        token = Token(answer.handle, token, chosen.logprob, text, reason, shares, answer.draw, chosen.top)
+        return [token._replace(begun=answer.begun) if answer.written == 1 else token]

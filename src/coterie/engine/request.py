@@ -60,6 +60,18 @@ class Request:
     deadline: float | None = None
 
 
+class Begun(NamedTuple):
+    """How a request began.
+
+    Attributes:
+        joined: the time, by `time.monotonic`, at which it waited no longer.
+        cached: tokens of its prompt that were not read, since an earlier text had begun alike.
+    """
+
+    joined: float
+    cached: int
+
+
 class Token(NamedTuple):
     """One token of an answer.
 
@@ -75,6 +87,7 @@ class Token(NamedTuple):
         top: the likeliest tokens there with their logs, where they were asked for.
         speculated: how many tokens were proposed in the pass that gave this one, and how many of them were right; on
             the first token of a pass.
+        begun: how its request began; on the first token of each answer.
     """
 
     request: int
@@ -86,6 +99,7 @@ class Token(NamedTuple):
     draw: int = 0
     top: tuple[tuple[int, float], ...] = ()
     speculated: tuple[int, int] = (0, 0)
+    begun: Begun | None = None
 
 
 class Failure(NamedTuple):
@@ -98,3 +112,17 @@ class Failure(NamedTuple):
 
     request: int
     error: Exception
+
+
+class Load(NamedTuple):
+    """What an engine has to do at one moment.
+
+    Attributes:
+        waiting: requests that have not begun.
+        running: requests that are being answered.
+        cache: the share of its cache that texts fill, from 0 to 1.
+    """
+
+    waiting: int
+    running: int
+    cache: float
