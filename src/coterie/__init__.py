@@ -41,6 +41,7 @@ _HOMES = {
     "select": "coterie.methods",
     "gather": "coterie.methods",
     "write_report": "coterie.report",
+    "run_server": "coterie.serve.app",
     "print_weights": "coterie.report.terminal",
 }
 

@@ -31,6 +31,7 @@ from coterie.settings.commands import (
 from coterie.settings.groups import NEVER, rerouting_interval
 from coterie.settings.places import WRITTEN_IN_PLACE, sources, target
 from coterie.settings.reading import Settings, changed, checked
+from coterie.settings.serving import ServeSettings
 
 LONGEST_LINE = 1000  # characters
 REMOVES = ("bank remove", "experts remove")
@@ -166,6 +167,12 @@ def export(settings: ExportSettings, as_json: AsJson = False) -> None:
     """Write the experts, or one static mixture of them, as vLLM, PEFT or llama.cpp reads them."""
     exported = coterie.export_mixture(settings)
     echo(json.dumps(exported.record()) if as_json else str(exported))
+
+
+@command("serve", "coterie serve runs/elrea --port 8000")
+def serve(settings: ServeSettings) -> None:
+    """Answer over HTTP, as OpenAI's API has it, with experts mixed for every request."""
+    coterie.run_server(settings)
 
 
 @command("eval", "coterie eval runs/elrea --data test.jsonl --output runs/eval --methods base,elrea,uniform-weights")

@@ -20,7 +20,7 @@ from coterie.settings.reading import FLAGS, Settings, flag_of, flat_fields, from
 
 PANELS = {
     "Make a mixture": ("methods", "fit", "train-extras"),
-    "Ask it": ("route", "generate", "plan", "export"),
+    "Ask it": ("route", "generate", "plan", "serve", "export"),
     "Compare methods": ("eval", "report", "spread"),
     "Adapters, experts and data that exist already": ("bank", "select", "gather", "experts", "profile"),
     "Again": ("run",),
@@ -28,7 +28,13 @@ PANELS = {
 }
 """The commands in the order in which one comes to use them, as help shows them."""
 
-ARGUMENTS = ("mixture", "folder", "adapters", "name")  # settings that are given by place instead of by a flag
+ARGUMENTS = (
+    "mixture",
+    "mixtures",
+    "folder",
+    "adapters",
+    "name",
+)  # settings that are given by place instead of by a flag
 WIDEST_TYPE = 24  # characters; help at 80 columns cuts names off beside wider ones
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, one object a line")]
 Function = TypeVar("Function", bound=Callable[..., None])
@@ -95,6 +101,7 @@ NEXT = {
     "route": "coterie generate {mixture} {prompts}",
     "generate": EVALUATE,
     "plan": "coterie generate {mixture} {prompts}",
+    "serve": "coterie generate {mixtures_0} 'What do 5 pens cost?'",
     "export": "cat {output}/README.md",
     "eval": "coterie report {output}",
     "report": "python3 -m webbrowser {evaluation}/report.html",

@@ -4,6 +4,7 @@ from coterie.settings.reading import Settings, flat_values
 
 READ = (
     "mixture",
+    "mixtures",
     "folder",
     "experts",
     "bank",
