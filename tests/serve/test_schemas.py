@@ -7,6 +7,8 @@ from fastapi.testclient import TestClient
 from coterie.errors import CoterieError
 from coterie.serve.errors import ApiError, as_api_error, install
 from coterie.serve.schemas import ChatRequest, CompletionRequest
+from coterie.settings.reading import from_flat
+from coterie.settings.sampling import SamplingSettings
 
 ASKED = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "m", "prompt": "hi"}
@@ -171,6 +173,19 @@ def test_log_probabilities_are_shown_where_they_were_asked_for():
     assert ChatRequest.model_validate(ASKED | {"logprobs": True, "top_logprobs": 3}).alternatives == 3
     assert CompletionRequest.model_validate(TEXT | {"logprobs": 0}).alternatives == 0
     assert CompletionRequest.model_validate(TEXT).alternatives is None
+
+
+def test_sampling_is_what_the_engine_understands_by_it():
+    given = {"temperature": 0.5, "top_k": -1, "logit_bias": {"7": 1e-5}, "stop": "x", "seed": -1, "logprobs": True}
+    made = from_flat(SamplingSettings, ChatRequest.model_validate(ASKED | given | {"top_logprobs": 2}).sampling())
+    assert (made.temperature, made.top_k, made.stop, made.seed) == (0.5, 0, ["x"], 2**63 - 1)
+    assert made.biases() == {7: 1e-5} and made.top_logprobs == 2
+    plain = from_flat(SamplingSettings, ChatRequest.model_validate(ASKED).sampling())
+    assert plain == SamplingSettings(temperature=1.0, seed=plain.seed)
+
+
+def test_requests_without_a_seed_have_different_ones():
+    assert len({ChatRequest.model_validate(ASKED).sampling()["seed"] for _ in range(5)}) == 5
 
 
 def test_one_prompt_or_several_of_texts_or_tokens_are_a_list():

@@ -7,7 +7,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from coterie.errors import CoterieError
-from coterie.serve import chat, completions
+from coterie.serve import chat, completions, errors
 from coterie.serve.catalogue import Catalogue
 from coterie.serve.worker import Worker
 from coterie.settings.keywords import takes_fields
@@ -18,6 +18,7 @@ def create_app(catalogue: Catalogue, worker: Worker, settings: ServeSettings) ->
     """Put the routes together; what they share lies in the application's state."""
     app = FastAPI(title="Coterie", summary="LoRA experts, mixed for every request", docs_url=None, redoc_url=None)
     app.state.catalogue, app.state.worker, app.state.settings = catalogue, worker, settings
+    errors.install(app)
     for part in (chat, completions):
         app.include_router(part.routes)
     return app

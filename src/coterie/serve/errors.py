@@ -11,6 +11,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from coterie.errors import CoterieError, shortened
+from coterie.serve.catalogue import UnknownModel
+from coterie.serve.worker import WorkerDied
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +65,6 @@ class ApiError(CoterieError):
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def model_not_found(name: str, known: str = "") -> ApiError:
-    """Build the error for a model that is not served; `known` says which are."""
-    message = f"no model is called {shortened(name, 80)!r}; {known or 'GET /v1/models lists all'}"
-    return ApiError(message, 404, param="model", code="model_not_found")
-
-
 def as_api_error(error: Exception) -> ApiError:
     """Say what a client is told of any error; of a bug of ours nothing but that it is one."""
     if isinstance(error, ApiError):
@@ -78,6 +74,10 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, HTTPException):
         message = WORDS.get(error.status_code, str(error.detail))
         return ApiError(message, error.status_code, headers=error.headers)
+    if isinstance(error, UnknownModel):
+        return ApiError(str(error), 404, param="model", code="model_not_found")
+    if isinstance(error, WorkerDied):
+        return ApiError(str(error), 503, code="worker_died")
     if isinstance(error, CoterieError):
         return ApiError(str(error))
     if isinstance(error, TimeoutError):

@@ -5,6 +5,7 @@ is not known here is passed over, and the answer's header `X-Coterie-Ignored` na
 """
 
 import re
+import secrets
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args
 
@@ -161,6 +162,20 @@ class Request(Body):
         if self.lora is not None and self.coterie.weights is not None:
             raise wrong("lora", "lora and coterie.weights are the same thing; give one of them")
         return self
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many alternatives are shown beside each token; None for no log-probabilities at all."""
+        raise NotImplementedError
+
+    def sampling(self) -> dict[str, Any]:
+        """Return the fields of `SamplingSettings`; without a seed, one that nobody has had."""
+        penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+        same = {name: getattr(self, name) for name in ("temperature", "top_p", "min_p", "stop", *penalties)}
+        biases = [f"{token}={bias:.17f}" for token, bias in self.logit_bias.items()]
+        seed = secrets.randbits(32) if self.seed is None else self.seed % 2**63
+        rest = {"top_k": max(0, self.top_k), "logit_bias": biases, "seed": seed}
+        return same | rest | {"top_logprobs": self.alternatives or 0}
 
     def ignored(self) -> list[str]:
         """Return the names of what was given and does not act, those inside messages and options with dots."""
