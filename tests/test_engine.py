@@ -13,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
+from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.linear_layers import linear_shapes
 from coterie.backbone.loading import Backbone
 from coterie.backbone.slots import Slots
@@ -390,6 +391,33 @@ def test_a_model_that_others_run_is_told_to_whoever_takes_the_step_and_costs_no_
     ):
         engine.step()
     same(answered([*found, *engine.run()])[0], kinds.alone(0))
+
+
+@pytest.mark.parametrize("weights", [[0.0, 0.0, 0.0, 0.0, 1.0], [0.0, 0.2, 0.0, 0.3, 0.5]])
+@pytest.mark.parametrize("steps", [1, 3, 6])
+def test_numbers_that_are_not_finite_stay_with_their_request(kinds, weights, steps):
+    """Neither its company nor those who take over its rows of the cache notice, whenever it ends."""
+    own = kinds.mixture
+    broken = {path: LoraPair(pair.down / 0, pair.up) for path, pair in own.bank.adapters[0].items()}
+    bank = ExpertBank((*NAMES, "broken"), (*own.bank.adapters, broken))
+    wide = [replace(one, routing=one.routing.aligned(bank.names)) for one in kinds.requests[:5]]
+    layers = ExpertLayers(own.backbone.model, bank.adapters)
+    engine = Engine(own.backbone, layers, places=5, chunk=24)
+    handles = {engine.submit(wide[kind]): kind for kind in (0, 2, 3)}
+    bad = replace(kinds.request(20, [1.0] * 4, "layers", 5), routing=Routing(bank.names, torch.tensor([weights])))
+    found, ends = engine.step(), engine.submit(bad)
+    for _ in range(steps):
+        found += engine.step()
+    if steps < 6:
+        engine.cancel(ends)
+    handles |= {engine.submit(wide[kind]): kind for kind in (2, 1, 3, 4)}
+    found += engine.run()
+    failures = [token for token in found if isinstance(token, Failure)]
+    assert bool(failures) == (steps >= 5)
+    assert all(own.request == ends and "no longer finite" in str(own.error) for own in failures)
+    tokens = answered(token for token in found if isinstance(token, Token))
+    for handle, kind in handles.items():
+        same(tokens[handle], kinds.alone(kind))
 
 
 # ------------------------------------------------------------------------------------------------ what fits

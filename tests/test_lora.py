@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from coterie import lora
-from coterie.backbone.row_mix import alone, chosen
+from coterie.backbone.row_mix import alone, chosen, unused
 from coterie.lora import LoraPair, StackedPair
 
 IN, OUT, POSITIONS = 5, 4, 3
@@ -100,7 +100,7 @@ def by_loop(x: torch.Tensor, pairs: list[LoraPair | None], weights: torch.Tensor
 def kernels(weights: torch.Tensor) -> dict:
     """Every way to compute weights that can compute these: (out, x, stack) to the sum."""
     rows = weights[:, 0].float() if weights.shape[1] == 1 else torch.zeros(0)
-    ways = {"weighted": lambda out, x, pair: lora.add_weighted(out, x, pair, weights)}
+    ways = {"weighted": lambda out, x, pair: lora.add_weighted(out, x, pair, weights, unused(weights, CPU))}
     every = weights.expand(-1, POSITIONS, -1)
     ways["chosen"] = lambda out, x, pair: lora.add_chosen(out, x, pair, every)
     if not len(rows):
@@ -154,6 +154,28 @@ def test_mixed_rows_equal_a_loop_over_experts(ranks, kind):
     for add in ways.values():
         found = add(torch.ones(len(x), POSITIONS, OUT).double(), x, lora.stack(pairs))
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+BROKEN = {
+    "NaN in down": lambda down, up: down[0].fill_(torch.nan),
+    "infinity in up": lambda down, up: up[0, 0].fill_(torch.inf),
+    "products too large": lambda down, up: down.fill_(1e308),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize("kind", ["some a row", "one set a position", *OWNERS])
+def test_an_expert_whose_numbers_are_not_finite_touches_nobody_that_does_not_run_it(kind, how):
+    weights = MIXED[kind].double() if kind in MIXED else torch.eye(3, dtype=torch.float64)[OWNERS[kind]][:, None]
+    pairs, x = random_pairs([2, 2, 2]), inputs(len(weights))
+    spared = weights.expand(-1, POSITIONS, -1)[..., 1] == 0
+    expected = by_loop(x, pairs, weights)
+    BROKEN[how](pairs[1].down, pairs[1].up)
+    stacked = lora.contained(lora.stack(pairs))
+    for name, add in kernels(weights).items():
+        found = add(torch.ones(len(x), POSITIONS, OUT).double(), x, stacked)
+        torch.testing.assert_close(found[spared], expected[spared], rtol=1e-6, atol=1e-6, msg=name)
+        assert bool(spared.all()) or not bool(found[~spared].isfinite().all())
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from coterie.errors import CoterieError, unknown_name
@@ -86,10 +86,24 @@ def put(stacked: StackedPair, number: int, pair: LoraPair | None) -> StackedPair
         for half, old in zip(larger, stacked, strict=True):
             half[:experts, :rank] = old
         stacked = larger
-    for half, new in zip(stacked, (down, up), strict=True):
+    new = contained(StackedPair(*(side[None].to(half.dtype) for half, side in zip(stacked, (down, up), strict=True))))
+    for half, (own,) in zip(stacked, new, strict=True):
         half[number] = 0
-        half[number, : len(new)] = new
+        half[number, : len(own)] = own
     return stacked
+
+
+def contained(stacked: StackedPair) -> StackedPair:
+    """Let experts with numbers that are not finite give NaN by `down` alone.
+
+    From there it comes as ranks of their own, which are left out where they weigh 0. In `up` it would reach every row
+    of a product, whatever it weighs there.
+    """
+    broken = ~(stacked.down.isfinite().flatten(1).all(dim=1) & stacked.up.isfinite().flatten(1).all(dim=1))
+    if not bool(broken.any()):
+        return stacked
+    fillings = zip(stacked, (torch.nan, 0.0), strict=True)
+    return StackedPair(*(half.masked_fill(broken[:, None, None], filling) for half, filling in fillings))
 
 
 # ------------------------------------------------------------------------------------ updates added to what layers give
@@ -131,12 +145,24 @@ def add_by_row(
     pair: StackedPair,
     experts: Int[Tensor, "row chosen"],
     shares: Float[Tensor, "row chosen"] | None = None,
+    unused: Bool[Tensor, "row chosen"] | None = None,
 ) -> Float[Tensor, "row position out"]:
-    """Add the mixture of each row's own experts, whose factors are copied for it; without shares each weighs 1."""
+    """Add the mixture of each row's own experts, whose factors are copied for it.
+
+    Args:
+        out: what the updates are added to.
+        x: the layer's input.
+        pair: the experts.
+        experts: of each row.
+        shares: their weights; without, each weighs 1.
+        unused: where these are 0, if they are anywhere.
+    """
     down, up = (half[experts].flatten(1, 2) for half in pair)  # [N, K R, I], [N, K R, O]
     ranks = torch.bmm(x, down.mT)
     if shares is not None:
-        ranks = ranks * shares.to(x.dtype).repeat_interleave(pair.down.shape[1], dim=1)[:, None]
+        own = None if unused is None else unused[:, None]
+        by_expert = ranks.unflatten(-1, (-1, pair.down.shape[1]))
+        ranks = _weighed(by_expert, shares[:, None], own).flatten(-2)
     return _add_product(out, ranks, up)
 
 
@@ -145,16 +171,28 @@ def add_weighted(
     x: Float[Tensor, "row position in"],
     pair: StackedPair,
     weights: Float[Tensor, "row #position expert"],  # noqa: F821
+    unused: Bool[Tensor, "row #position expert"] | None = None,  # noqa: F821
 ) -> Float[Tensor, "row position out"]:
     """Add the exact mixture sum_e w_e up_e.T down_e, with weights of its own for every row (and position).
 
     All `down` stand in one product, the weights act in rank space, all `up` stand in one product: the cost grows
-    with the sum of ranks, and no tensor of size rows x experts x outputs exists.
+    with the sum of ranks, and no tensor of size rows x experts x outputs exists. Where weights are `unused`, ranks that
+    are not finite touch nobody.
     """
     experts, rank, width = pair.down.shape
     ranks = (x @ pair.down.reshape(-1, width).T).unflatten(-1, (experts, rank))  # [N, T, E, R]
-    ranks = (ranks * weights.unsqueeze(-1).to(x.dtype)).reshape(-1, experts * rank)
+    ranks = _weighed(ranks, weights, unused).reshape(-1, experts * rank)
     return _add_product(out.reshape(-1, out.shape[-1]), ranks, pair.up.flatten(0, 1)).reshape(out.shape)
+
+
+def _weighed(
+    ranks: Float[Tensor, "row position expert rank"],
+    weights: Float[Tensor, "row #position expert"],  # noqa: F821
+    unused: Bool[Tensor, "row #position expert"] | None,  # noqa: F821
+) -> Float[Tensor, "row position expert rank"]:
+    """Weigh the ranks of experts; of those that are not used, 0 times infinity is 0 as well."""
+    ranks = ranks * weights.unsqueeze(-1).to(ranks.dtype)
+    return ranks if unused is None else ranks.masked_fill(unused.unsqueeze(-1), 0)
 
 
 def add_chosen(

@@ -22,7 +22,7 @@ from coterie import lora
 from coterie.backbone.adding import Adding
 from coterie.backbone.gates import MeanWeights
 from coterie.backbone.linear_layers import linear_layers
-from coterie.backbone.row_mix import EXACT, Gated, RequestRows, RowMix, alone, chosen, gated_rows
+from coterie.backbone.row_mix import EXACT, Gated, RequestRows, RowMix, alone, chosen, gated_rows, unused
 from coterie.lora import Adapter, StackedPair
 
 MERGED_KEPT = 16  # merged adapters that stay in the stacks when no row runs them any more
@@ -60,7 +60,7 @@ class ExpertLinear:
             return lora.add_padded(out, x, self.stack.part(mix.alone.first, mix.alone.end), *mix.alone.places)
         if mix.chosen and lora.copying_pays(rows, positions, mix.chosen.experts.shape[1], experts):
             return lora.add_by_row(out, x, self.stack, *mix.chosen)
-        return lora.add_weighted(out, x, self.stack.part(0, experts), mix.weights)
+        return lora.add_weighted(out, x, self.stack.part(0, experts), mix.weights, mix.unused)
 
     def _gated(self, out: Tensor, x: Tensor, mix: RowMix) -> Tensor:
         """Add the experts as gates weigh them at every token."""
@@ -76,10 +76,10 @@ class ExpertLinear:
         if lora.copying_pays(tokens, 1, most, experts):
             shares, places = weights.flatten(0, 1).topk(most)
             flat, vectors = (tensor.reshape(tokens, 1, -1) for tensor in (out, x))
-            return lora.add_by_row(flat, vectors, stack, places, shares).reshape(out.shape)
+            return lora.add_by_row(flat, vectors, stack, places, shares, shares == 0).reshape(out.shape)
         if x.device.type == "cpu" and lora.grouping_pays(tokens, most, experts, stack.down.shape[1]):
             return lora.add_chosen(out, x, stack, weights)
-        return lora.add_weighted(out, x, stack, weights)
+        return lora.add_weighted(out, x, stack, weights, weights == 0)
 
 
 class Run:
@@ -133,8 +133,9 @@ class ExpertLayers:
         stacked = {}
         for path in self.paths:
             pair = lora.stack([adapter.get(path) for adapter in self.adapters])
+            own = lora.contained(StackedPair(*(half.to(self._dtype) for half in pair)))
             device = next(modules[path].parameters()).device
-            stacked[path] = ExpertLinear(path, StackedPair(*(half.to(device, self._dtype) for half in pair)), self._run)
+            stacked[path] = ExpertLinear(path, StackedPair(*(half.to(device) for half in own)), self._run)
         return stacked
 
     @cached_property
@@ -170,8 +171,9 @@ class ExpertLayers:
         """Mix the experts inside every layer, with weights of its own for every row (or every position of it)."""
         device = self.device
         if weights.dim() == 3:
-            return RowMix(weights.to(device))
-        return RowMix(weights[:, None].to(device), alone(weights, device), chosen(weights, device))
+            return RowMix(weights.to(device), unused(weights, device))
+        by_row = weights[:, None]
+        return RowMix(by_row.to(device), unused(by_row, device), alone(weights, device), chosen(weights, device))
 
     def gated(self, gated: Gated, rows: int) -> RowMix:
         """Let gates weigh the experts of every row, at every token."""

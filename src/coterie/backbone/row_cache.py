@@ -304,6 +304,24 @@ class RowCache(Cache):
             for buffer in layer.states:
                 buffer[went] = buffer[came]
 
+    def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
+        """Let slots change places with all that they hold of so many tokens; places that nobody takes are cleared."""
+        came, went = list(sources), list(targets)
+        for layer in self._attention:
+            for buffer in layer.held:
+                states = buffer[came, :, : layer.columns(length)]
+                buffer[came, :, : layer.columns(length)] = 0
+                buffer[went, :, : layer.columns(length)] = states
+        for layer in self._recurrent:
+            for buffer in layer.states:
+                buffer[went] = buffer[came]
+
+    def clear(self, slot: int, length: int) -> None:
+        """Forget so many tokens of a slot: numbers that attention leaves out must be finite."""
+        for layer in self._attention:
+            for buffer in layer.held:
+                buffer[slot, :, : layer.columns(length)].zero_()
+
     def save(self, slot: int, length: int, written: int) -> list[Tensor]:
         """Return a copy of the first tokens that a slot holds, when so many were written."""
         keys = [buffer[slot, :, : layer.taken(length, written)] for layer in self._attention for buffer in layer.held]

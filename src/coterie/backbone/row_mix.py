@@ -54,10 +54,14 @@ class Alone(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """The experts that rows run, fewer than all, with their weights; None where each row runs one alone."""
+    """The experts that rows run, fewer than all, with their weights; None where each row runs one alone.
+
+    `unused` says where these are 0, if they are anywhere.
+    """
 
     experts: Int[Tensor, "row chosen"]
     shares: Float[Tensor, "row chosen"] | None
+    unused: Bool[Tensor, "row chosen"] | None
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class RowMix:
 
     Attributes:
         weights: over the experts of the stack, one set for a row or one for each of its positions.
+        unused: where they are 0; None where every row runs all experts.
         alone: the same where every row runs one expert alone.
         chosen: the same where no row runs all experts.
         gated: gates, and the rows that they weigh.
@@ -73,6 +78,7 @@ class RowMix:
     """
 
     weights: Float[Tensor, "row #position expert"]  # noqa: F821
+    unused: Bool[Tensor, "row #position expert"] | None = None  # noqa: F821
     alone: Alone | None = None
     chosen: Chosen | None = None
     gated: tuple[tuple[Gated, Bool[Tensor, " row"]], ...] = ()
@@ -117,7 +123,15 @@ def chosen(weights: Float[Tensor, "row expert"], device: torch.device) -> Chosen
         return None
     experts = weights.abs().argsort(dim=1, descending=True, stable=True)[:, :most]
     shares = weights.gather(1, experts)
-    return Chosen(experts.to(device), None if bool((shares == 1).all()) else shares.to(device))
+    if bool((shares == 1).all()):
+        return Chosen(experts.to(device), None, None)
+    return Chosen(experts.to(device), shares.to(device), unused(shares, device))
+
+
+def unused(weights: Float[Tensor, "*row expert"], device: torch.device) -> Bool[Tensor, "*row expert"] | None:
+    """Say where weights are 0; None where they are not."""
+    found = weights == 0
+    return found.to(device) if bool(found.any()) else None
 
 
 def gated_rows(requests: Sequence[RequestRows], device: torch.device) -> tuple[tuple[Gated, Bool[Tensor, " row"]], ...]:

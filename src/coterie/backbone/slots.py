@@ -36,12 +36,14 @@ class _Row:
         reach: how many tokens it may have in the end, as far as is known.
         length: tokens read.
         written: tokens up to which it was written once, with padding and what was rolled back.
+        touched: columns behind which its slot is clear; padding of long pieces may stand before.
     """
 
     slot: int
     reach: int
     length: int = 0
     written: int = 0
+    touched: int = 0
 
 
 class Slots:
@@ -130,10 +132,12 @@ class Slots:
         self._rows |= {row: _Row(slot, length) for row, slot in zip(new, slots, strict=False)}
         return new
 
+    @torch.inference_mode()
     def release(self, rows: Sequence[int]) -> None:
-        """Give rows up; nothing is copied or cleared."""
+        """Give rows up; nothing is copied, and nothing of them is left to whoever comes after."""
         for row in rows:
-            del self._rows[row]
+            own = self._rows.pop(row)
+            self.cache.clear(own.slot, own.touched)
 
     @torch.inference_mode()
     def fork(self, rows: Sequence[int]) -> list[int]:
@@ -141,7 +145,8 @@ class Slots:
         new = self.claim(len(rows))
         old = [self._rows[row] for row in rows]
         self._rows |= {row: replace(from_, slot=self._rows[row].slot) for row, from_ in zip(new, old, strict=True)}
-        self._copy([row.slot for row in old], new)
+        slots = [self._rows[row].slot for row in new]
+        self.cache.copy([row.slot for row in old], slots, max(row.length for row in old))
         return new
 
     def rollback(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
@@ -205,7 +210,8 @@ class Slots:
             self._make_room(len(self._rows), min(prefix.written, length + SPARE))
             own = self._rows[row]
             self.cache.load(own.slot, prefix.states, length, prefix.written)
-            own.length, own.written = length, prefix.written
+            own.length = length
+            own.written = own.touched = prefix.written
         return length
 
     # reading
@@ -273,6 +279,7 @@ class Slots:
         span = Span(start, [row.length for row in own], counts, size, tokens.device)
         for row, count in zip(own, counts, strict=True):
             row.written = max(row.written, row.length + (size if size <= SPARE else count))
+            row.touched = max(row.touched, row.length + size)
         self.cache.begin(span)
         masks = self.cache.masks() if self._backbone.reads.ragged else None
         hidden = self._backbone.hidden(tokens, masks, span.positions, self.cache)
@@ -304,13 +311,8 @@ class Slots:
         sources = [self._rows[row].slot for row in moving]
         for row, target in moving.items():
             self._rows[row].slot = target
-        self._copy(sources, list(moving))
+        self.cache.move(sources, list(moving.values()), max(self._rows[row].touched for row in moving))
         return start
-
-    def _copy(self, sources: Sequence[int], rows: Sequence[int]) -> None:
-        """Fill the rows' slots with what other slots hold."""
-        own = [self._rows[row] for row in rows]
-        self.cache.copy(sources, [row.slot for row in own], max(row.length for row in own))
 
     def _make_room(self, rows: int, length: int) -> None:
         """Let the buffers grow to the next size, if so many rows or tokens want it, and otherwise shrink."""
