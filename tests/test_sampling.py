@@ -18,6 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from coterie.engine import sampling_stages
 from coterie.engine.sampling import BatchSampler, check_biases
 from coterie.engine.sampling_stages import STAGES, Noise, SampledText, gumbel
 from coterie.errors import CoterieError
@@ -41,6 +42,15 @@ SAMPLINGS = st.fixed_dictionaries(
     }
 )
 TEXTS = st.lists(st.integers(0, VOCABULARY - 1), max_size=12)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_looks():
+    """A small vocabulary is looked at in parts too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling_stages, "FEW", 3)
+        patch.setattr(sampling_stages, "SOME", 20)
+        yield
 
 
 def logits_of(seed, *shape):
@@ -111,6 +121,19 @@ def test_log_probabilities_and_the_likeliest_tokens_are_those_before_temperature
     values, ids = logprobs.topk(4)
     assert token.logprob == float(logprobs[token.id])
     assert token.top == tuple(zip(ids.tolist(), values.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("top_p", "looks", "count"), [(0.3, [3], 2), (0.5, [3, 20], 4), (0.99, [3, 20, 30], 21), (1.0, [], 30)]
+)
+def test_as_few_of_the_likeliest_tokens_are_sorted_as_hold_the_mass(monkeypatch, top_p, looks, count):
+    """30 tokens, each a fifth less likely than the one before: 3 have 49% of the mass, 4 have 59%, 20 have 99%."""
+    seen, topk = [], torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "topk", lambda own, k, **kw: seen.append(k) or topk(own, k, **kw))
+    logits = 0.8 ** torch.arange(30.0)[torch.randperm(30, generator=torch.Generator().manual_seed(1))]
+    kept = filtered(SampledText(SamplingSettings(temperature=1.0, top_p=top_p), []), logits.log()) > -math.inf
+    assert seen == looks
+    assert int(kept.sum()) == count
 
 
 # ------------------------------------------------------------------------------------------------------------- noise

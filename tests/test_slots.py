@@ -174,8 +174,8 @@ TestAnyOrder.settings = settings(
 
 def test_moves_are_few_and_reads_of_rows_side_by_side_move_nothing(monkeypatch):
     texts, copied = Texts(backbones("llama")), []
-    move = texts.slots.cache.move
-    monkeypatch.setattr(texts.slots.cache, "move", lambda *args: (copied.append(len(args[0])), move(*args)))
+    copy = texts.slots.cache.copy
+    monkeypatch.setattr(texts.slots.cache, "copy", lambda *args, **kw: (copied.append(len(args[0])), copy(*args, **kw)))
     rows = texts.claim(6)
     texts.read(rows, [[1, 2, 3]] * 6)
     texts.read(rows, [[4]] * 6)

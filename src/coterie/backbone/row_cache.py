@@ -294,23 +294,17 @@ class RowCache(Cache):
                 new[: len(index)] = old[index]
         self.slots, self.columns = slots, columns
 
-    def copy(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
-        """Copy what slots hold of so many tokens into other slots; all are read before any is written."""
-        came, went = list(sources), list(targets)
-        for layer in self._attention:
-            for buffer in layer.held:
-                buffer[went, :, : layer.columns(length)] = buffer[came, :, : layer.columns(length)]
-        for layer in self._recurrent:
-            for buffer in layer.states:
-                buffer[went] = buffer[came]
+    def copy(self, sources: Sequence[int], targets: Sequence[int], length: int, *, moves: bool = False) -> None:
+        """Copy what slots hold of so many tokens into other slots; all are read before any is written.
 
-    def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
-        """Let slots change places with all that they hold of so many tokens; places that nobody takes are cleared."""
+        Where rows move, nothing stays behind.
+        """
         came, went = list(sources), list(targets)
         for layer in self._attention:
             for buffer in layer.held:
                 states = buffer[came, :, : layer.columns(length)]
-                buffer[came, :, : layer.columns(length)] = 0
+                if moves:
+                    buffer[came, :, : layer.columns(length)] = 0
                 buffer[went, :, : layer.columns(length)] = states
         for layer in self._recurrent:
             for buffer in layer.states:
@@ -318,9 +312,8 @@ class RowCache(Cache):
 
     def clear(self, slot: int, length: int) -> None:
         """Forget so many tokens of a slot: numbers that attention leaves out must be finite."""
-        for layer in self._attention:
-            for buffer in layer.held:
-                buffer[slot, :, : layer.columns(length)].zero_()
+        for buffer, columns in [(own, layer.columns(length)) for layer in self._attention for own in layer.held]:
+            buffer[slot, :, :columns].zero_()
 
     def save(self, slot: int, length: int, written: int) -> list[Tensor]:
         """Return a copy of the first tokens that a slot holds, when so many were written."""

@@ -311,7 +311,8 @@ class Slots:
         sources = [self._rows[row].slot for row in moving]
         for row, target in moving.items():
             self._rows[row].slot = target
-        self.cache.move(sources, list(moving.values()), max(self._rows[row].touched for row in moving))
+        touched = max(self._rows[row].touched for row in moving)
+        self.cache.copy(sources, list(moving.values()), touched, moves=True)
         return start
 
     def _make_room(self, rows: int, length: int) -> None:

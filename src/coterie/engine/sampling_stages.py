@@ -20,6 +20,7 @@ from coterie.settings.sampling import SamplingSettings
 
 Logits = Float[Tensor, "request position vocabulary"]
 Drafts = Int[Tensor, "request position-1"]
+FEW, SOME = 256, 4096  # likeliest tokens that are looked at before a whole vocabulary is sorted, which takes longest
 COLDEST = 1e-6  # a temperature below is as good as greedy, and no number to divide by
 
 
@@ -174,7 +175,10 @@ class Nucleus(Stage):
         super().__init__(rows, texts, logits)
         counts = [min(own.top_k or self._vocabulary, self._vocabulary) for own in self._settings]
         self._top_k = torch.tensor(counts, device=logits.device)[:, None, None]
-        self._top_p, self._longest = self.column("top_p"), max(counts)
+        self._top_p, self._is_cut = self.column("top_p"), self._top_k < self._vocabulary
+        longest, cut = max(counts), max((own for own in counts if own < self._vocabulary), default=0)
+        looks = [FEW, SOME] if logits.device.type == "cpu" else []  # elsewhere, to ask whether these do is to wait
+        self._looks = [*(size for size in looks if cut <= size < longest), longest]
 
     @staticmethod
     def needed(settings: SamplingSettings) -> bool:
@@ -183,11 +187,16 @@ class Nucleus(Stage):
 
     def change(self, scores: Logits, drafts: Drafts | None) -> Logits:
         """Let all others have no chance."""
-        likeliest = scores.topk(self._longest, dim=-1).values
-        is_kept = torch.arange(self._longest, device=scores.device) < self._top_k
-        chances = (likeliest - likeliest[..., :1]).exp() * is_kept
-        mass = chances.cumsum(dim=-1)
-        is_kept = is_kept & ((mass - chances < self._top_p * mass[..., -1:]) | (self._top_p == 1))
+        whole = scores.softmax(dim=-1).amax(dim=-1, keepdim=True).reciprocal()
+        for size in self._looks:
+            likeliest = scores.topk(size, dim=-1).values
+            is_kept = torch.arange(size, device=scores.device) < self._top_k
+            chances = (likeliest - likeliest[..., :1]).exp() * is_kept
+            mass = chances.cumsum(dim=-1)
+            total = torch.where(self._is_cut, mass[..., -1:], whole)
+            is_kept = is_kept & ((mass - chances < self._top_p * total) | (self._top_p == 1))
+            if size == self._looks[-1] or not bool((is_kept[..., -1:] & ~self._is_cut).any()):
+                break
         lowest = likeliest.masked_fill(~is_kept, torch.inf).amin(dim=-1, keepdim=True)
         return scores.masked_fill(scores < lowest, -torch.inf)
 
