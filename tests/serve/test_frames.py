@@ -181,7 +181,7 @@ def test_the_routing_is_told_only_on_demand():
     tokenizer = TOKENIZERS["byte-level"]
     pieces = [piece._replace(weights=(0.25, 0.75)) for piece in pieces_of(tokenizer, encoded(tokenizer, "xy"))]
     assert "coterie" not in ChatFrames("m", BYTES, Usage(1)).whole([pieces])["choices"][0]
-    asked = {"experts": ("x", "y"), "weights": {"x": 0.5, "y": 0.5}}
+    asked = {"experts": ("x", "y"), "weights": {0: {"x": 0.5, "y": 0.5}}}
     told = ChatFrames("m", BYTES, Usage(1), **asked).whole([pieces])["choices"][0]["coterie"]
     token = {"weights": {"x": 0.25, "y": 0.75}}
     assert told == {"weights": {"x": 0.5, "y": 0.5}, "tokens": [{"text": "x"} | token, {"text": "y"} | token]}

@@ -170,7 +170,7 @@ class Frames:
         usage_chunk: end a stream with its usage.
         usage_always: give it with every chunk, too.
         experts: names in the bank's order, where the routing is told; empty where it is not.
-        weights: what they weigh for the prompt, where that is known.
+        weights: what they weigh for the prompt of each answer, by its index, where that is known.
     """
 
     model: str
@@ -180,7 +180,7 @@ class Frames:
     usage_chunk: bool = False
     usage_always: bool = False
     experts: tuple[str, ...] = ()
-    weights: Mapping[str, float] | None = None
+    weights: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     head: Json = field(init=False)
 
     prefix, object, chunk = "", "", ""
@@ -233,11 +233,12 @@ class Frames:
         """Return what is told of an answer's routing: the prompt's weights once, and those of tokens."""
         if not self.experts:
             return {}
-        first = pieces[0].index not in self._begun
-        self._begun.add(pieces[0].index)
+        index = pieces[0].index
+        first = index not in self._begun
+        self._begun.add(index)
         own = [dict(zip(self.experts, one.weights, strict=True)) if one.weights else None for one in pieces]
         tokens = [{"text": one.text, "weights": weights} for one, weights in zip(pieces, own, strict=True)]
-        weights = {"weights": self.weights or own[0]} if first else {}
+        weights = {"weights": self.weights.get(index, own[0])} if first else {}
         return {"coterie": weights | ({"tokens": tokens} if any(own) else {})}
 
     def _choice(self, piece: Piece) -> Json:
@@ -257,14 +258,11 @@ class ChatFrames(Frames):
 
     def opening(self, index: int) -> bytes:
         """Say who speaks, before anything is said."""
-        choice = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None}
-        return self._frame([choice | {"finish_reason": None} | self._prompt_detail(index)])
-
-    def _prompt_detail(self, index: int) -> Json:
-        if not (self.experts and self.weights):
-            return {}
-        self._begun.add(index)
-        return {"coterie": {"weights": dict(self.weights)}}
+        choice: Json = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None}
+        if self.experts and index in self.weights:
+            self._begun.add(index)
+            choice["coterie"] = {"weights": self.weights[index]}
+        return self._frame([choice | {"finish_reason": None}])
 
     def _choice(self, piece: Piece) -> Json:
         logprobs = chat_logprobs(piece.logs, self.alternatives, self.vocabulary)
