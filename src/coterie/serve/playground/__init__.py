@@ -1,0 +1,1 @@
+"""The playground: a page at `/` that asks this server, and shows which expert leads every token."""
