@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from pretend_answers import ANSWER, EXPERTS, pretend_app, running, weights
 
@@ -75,8 +76,6 @@ def move(page, name: str, value: float) -> None:
 
 
 def test_the_page_may_load_and_run_nothing_from_elsewhere():
-    from fastapi import FastAPI
-
     app = FastAPI()
     app.include_router(routes)
     with TestClient(app) as client:

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from coterie.errors import CoterieError
 from coterie.serve import chat, completions, errors
 from coterie.serve.catalogue import Catalogue
+from coterie.serve.playground import pages
 from coterie.serve.worker import Worker
 from coterie.settings.keywords import takes_fields
 from coterie.settings.serving import AddressSettings, ServeSettings
@@ -19,7 +20,7 @@ def create_app(catalogue: Catalogue, worker: Worker, settings: ServeSettings) ->
     app = FastAPI(title="Coterie", summary="LoRA experts, mixed for every request", docs_url=None, redoc_url=None)
     app.state.catalogue, app.state.worker, app.state.settings = catalogue, worker, settings
     errors.install(app)
-    for part in (chat, completions):
+    for part in (chat, completions, pages):
         app.include_router(part.routes)
     return app
 
