@@ -14,6 +14,7 @@ from coterie.methods.family import SINGLE_EXPERT
 from coterie.settings.reading import flat_fields
 
 PROJECT = Path(__file__).parents[1]
+TESTS = PROJECT / "tests"
 PACKAGE = PROJECT / "src" / "coterie"
 ARCHITECTURE = (PROJECT / "docs" / "architecture.md").read_text()
 PLACE = re.compile(r"`([\w/]+\.\w+)(?:::(\w+))?`")
@@ -68,13 +69,13 @@ def test_a_place_that_is_gone_is_found():
     ]
 
 
-NAMED_TEST = re.compile(r"`(?:tests/)?(?:(test_\w+\.py)(?:::(test_\w+))?|(test_\w+))`")
+NAMED_TEST = re.compile(r"`(?:tests/)?(?:((?:\w+/)*test_\w+\.py)(?:::(test_\w+))?|(test_\w+))`")
 """A file of tests, a test in it, or a test without its file."""
 
 
 def lacking_tests(text: str) -> list[str]:
     """The tests that a document names and that are not there."""
-    tests = {file.name: top_level(file) for file in (PROJECT / "tests").glob("test_*.py")}
+    tests = {str(file.relative_to(TESTS)): top_level(file) for file in TESTS.rglob("test_*.py")}
     anywhere: set[str] = set().union(*tests.values())
     found = NAMED_TEST.findall(text)
     return [

@@ -59,6 +59,7 @@ def opened(browser, pretend):
 
 
 def ask(page, question: str, answers: int = 1) -> None:
+    page.locator("#send:enabled").wait_for()
     page.fill("#question", question)
     page.press("#question", "Enter")
     page.locator(".answer[aria-busy=false]").nth(answers - 1).wait_for()
@@ -208,9 +209,23 @@ def test_weights_that_are_all_zero_are_refused_before_anything_is_sent(opened, p
 
 
 @needs_browser
+def test_a_question_that_is_asked_before_the_models_are_known_is_not_lost(opened, pretend):
+    page = opened()
+    held = []
+    page.route("**/v1/models", lambda route: held.append(route))
+    page.reload()
+    page.fill("#question", "Say: early")
+    page.press("#question", "Enter")
+    assert page.locator("#question").input_value() == "Say: early"
+    held[0].continue_()
+    page.locator("#send:enabled").click()
+    page.locator(".answer[aria-busy=false]").wait_for()
+    assert page.locator(".token").all_text_contents() == ["early"]
+
+
+@needs_browser
 def test_two_settings_answer_side_by_side_and_go_on_with_their_own_answers(opened, pretend):
     page = opened()
-    page.locator("#send:enabled").wait_for()
     page.click("#compare")
     page.locator("select[data-field=model]").nth(1).select_option("cluster-0")
     page.locator("input[data-field=temperature]").nth(1).fill("0.7")

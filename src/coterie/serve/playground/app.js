@@ -58,7 +58,7 @@ function messages(place, before, question) {
 
 function ask() {
   const question = at("question").value.trim();
-  if (!question || running.size) return;
+  if (!question || running.size || !settings.length) return;
   const obstacle = settings.map((setting) => setting.obstacle).find(Boolean);
   complain(obstacle ?? "");
   if (obstacle) return;
