@@ -17,7 +17,7 @@ HEADERS = {
 }
 """No script, style, picture or call from elsewhere, no script made of text, and no page around this one."""
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
-PARTS = {file.name: file for file in files(__package__).iterdir() if PurePath(file.name).suffix in KINDS}
+PARTS = {file.name: file for file in files("coterie.serve.playground").iterdir() if PurePath(file.name).suffix in KINDS}
 
 routes = APIRouter(include_in_schema=False)
 
