@@ -1,10 +1,11 @@
 """One server for the tests of a module: the tiny mixture behind real HTTP, in a thread, on a free port."""
 
 import contextlib
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx2
 import pytest
@@ -15,6 +16,8 @@ from coterie.serve.catalogue import Catalogue
 from coterie.serve.worker import Worker
 from coterie.settings.reading import from_flat
 from coterie.settings.serving import ServeSettings
+
+QUESTION = "add 3 4"
 
 
 class Server(NamedTuple):
@@ -31,6 +34,7 @@ def started(*mixtures: str, **options: object) -> Iterator[Server]:
     settings = from_flat(ServeSettings, {"mixtures": list(mixtures), "device": "cpu", "port": 0, **options})
     with contextlib.closing(listening(settings.address)) as listener, Worker() as worker:
         catalogue = Catalogue(settings)
+        catalogue.load_all()
         app = create_app(catalogue, worker, settings)
         running = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         thread = threading.Thread(target=running.run, args=([listener],))
@@ -53,3 +57,26 @@ def server(run_folder: Path) -> Iterator[Server]:
 def client(server: Server) -> Iterator[httpx2.Client]:
     with httpx2.Client(base_url=server.url, timeout=60) as http:
         yield http
+
+
+def chat_body(**fields: Any) -> dict[str, Any]:
+    return {"model": "elrea", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 8, **fields}
+
+
+def chat(client: httpx2.Client, **fields: Any) -> dict[str, Any]:
+    """Ask the usual question."""
+    answer = client.post("/v1/chat/completions", json=chat_body(**fields))
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def chat_stream(client: httpx2.Client, **fields: Any) -> list[dict[str, Any]]:
+    """Ask the usual question, and return the frames of the stream."""
+    return frames_of(client.post("/v1/chat/completions", json=chat_body(stream=True, **fields)))
+
+
+def frames_of(response: httpx2.Response) -> list[dict[str, Any]]:
+    assert response.status_code == 200, response.text
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]

@@ -1,33 +1,19 @@
 """The server: what it answers is what the mixture answers in Python."""
 
-import json
-
-import httpx2
 import pytest
 
+from conftest import QUESTION, chat, chat_stream, frames_of
 from coterie.mixture import Mixture
-
-QUESTION = "add 3 4"
-
-
-def asked(**fields: object) -> dict[str, object]:
-    return {"model": "elrea", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 12, **fields}
-
-
-def frames_of(response: httpx2.Response) -> list[dict]:
-    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.0, "seed": 7}])
 def test_a_chat_is_answered_as_python_answers_it_streamed_and_whole(client, mixture: Mixture, options):
     wanted = mixture.generate(QUESTION, max_new_tokens=12, **options)[0]
-    whole = client.post("/v1/chat/completions", json=asked(**options)).json()
+    whole = chat(client, max_tokens=12, **options)
     choice = whole["choices"][0]
     assert choice["message"]["content"] == wanted.text and choice["finish_reason"] == wanted.finish_reason
     assert whole["usage"]["completion_tokens"] == len(wanted.token_ids)
-    frames = frames_of(client.post("/v1/chat/completions", json=asked(stream=True, **options)))
+    frames = chat_stream(client, max_tokens=12, **options)
     assert "".join(frame["choices"][0]["delta"].get("content", "") for frame in frames) == wanted.text
     assert frames[-1]["choices"][0]["finish_reason"] == wanted.finish_reason
 

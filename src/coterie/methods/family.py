@@ -45,6 +45,7 @@ class Method:
         make_router: its router on a grid that has what the method needs; None where no mixture stands behind it.
         needs: the extras that must be trained for it beyond a fitted run.
         simple: whether one expert, or the untouched base model, answers whatever is asked: what all others must beat.
+        by_prompt: whether a prompt is all that it needs; else it also wants its reference, or the name of its data set.
     """
 
     bank: str
@@ -54,6 +55,7 @@ class Method:
     make_router: "Callable[[MethodGrid], Router] | None" = None
     needs: tuple[str, ...] = ()
     simple: bool = False
+    by_prompt: bool = True
 
 
 def single(
@@ -66,7 +68,7 @@ def single(
 def oracle(bank: str) -> Method:
     """Return the control that knows which fitted expert is the best on each row."""
     router = "the best on each row's reference (evaluation only)"
-    return Method(bank, router, "logits", CONTROL, lambda grid: OracleRouter(grid.fitted))
+    return Method(bank, router, "logits", CONTROL, lambda grid: OracleRouter(grid.fitted), by_prompt=False)
 
 
 @dataclass(frozen=True)

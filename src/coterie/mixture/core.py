@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -238,7 +239,7 @@ class Mixture(StoredMixture):
         routing: Routing | None = None,
     ) -> list[Request]:
         """Ask for answers of at most so many tokens; the weights are `routing` where it is known, else the router's."""
-        if (rerouting := self._rerouting()) is not None:
+        if (rerouting := self._rerouting) is not None:
             routings: list[Routing | Rerouting] = [rerouting] * len(rows)
         else:
             aligned = (self.router.start(rows) if routing is None else routing).aligned(self.bank.names)
@@ -247,8 +248,9 @@ class Mixture(StoredMixture):
         parts = zip(rows, routings, limits, strict=True)
         return [Request(row, own, self.combiner, limit, tuple(draws), end_ids) for row, own, limit in parts]
 
+    @cached_property
     def _rerouting(self) -> Rerouting | None:
-        """Return how weights change while answers are written, if they do."""
+        """How weights change while answers are written, if they do; requests that share it are weighed together."""
         router = self.router
         if router.every is None:
             return None
@@ -361,7 +363,7 @@ class Mixture(StoredMixture):
 
     def score_teacher_forced(self, prompts: Sequence[TokenRow], answers: Sequence[Sequence[int]]) -> list[ScoredTokens]:
         """Score the tokens of given answers where weights change along them (see `reroutes`)."""
-        rerouting = self._rerouting()
+        rerouting = self._rerouting
         assert rerouting is not None  # whoever asks has looked at `reroutes`
         reader = Reader(self.backbone, self.layers, Slots(self.backbone))
         return score_teacher_forced(reader, self.combiner, rerouting, prompts, answers)

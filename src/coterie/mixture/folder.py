@@ -81,22 +81,30 @@ class StoredMixture:
     folder: Path | None = None
 
     @classmethod
-    def from_pretrained(cls: type[Stored], source: str | Path, **placement: Any) -> Stored:  # noqa: ANN401 - fields of PlacementSettings
+    def from_pretrained(
+        cls: type[Stored],
+        source: str | Path,
+        *,
+        backbone: Backbone | None = None,
+        **placement: Any,  # noqa: ANN401 - fields of PlacementSettings
+    ) -> Stored:
         """Load a mixture from a folder or from the hub.
 
         Args:
             source: a folder, or a hub id.
+            backbone: its base model, where that is loaded already.
             **placement: fields of `PlacementSettings`: dtype, device, load_in_4bit.
 
         Raises:
             CoterieError: when something is missing, broken, or made for another base model, or for an unknown keyword.
         """
-        where = from_flat(PlacementSettings, placement)
+        where = from_flat(PlacementSettings, placement, ("backbone",))
         folder = find_mixture(source)
         record = read_mixture_record(folder)
         identity = BaseModelIdentity(**dict(record.base_model))
-        model = ModelSettings(model=identity.id, revision=identity.revision, **where.model_dump())
-        backbone = load_backbone(model)
+        backbone = backbone or load_backbone(
+            ModelSettings(model=identity.id, revision=identity.revision, **where.model_dump())
+        )
         check_identity(identity, backbone.identity, f"{source} was trained on")
         with naming(folder):
             prompts = PromptFormat(backbone.tokenizer, record.system_prompt, record.reading, record.end_of_turn)
@@ -113,6 +121,7 @@ class StoredMixture:
         router: str = "arrow",
         names: Sequence[str] | None = None,
         system_prompt: str | None = None,
+        backbone: Backbone | None = None,
         **placement: Any,  # noqa: ANN401 - fields of PlacementSettings
     ) -> Stored:
         """Make a mixture of a bank's adapters from nothing but the adapters, in memory alone.
@@ -124,6 +133,7 @@ class StoredMixture:
             router: `arrow` (arXiv 2405.11157) or `spectr` (arXiv 2504.03454); `replace` has others.
             names: adapters to take, in the bank's order; all by default.
             system_prompt: of every prompt; by default the chat template's own.
+            backbone: the base model, where it is loaded already.
             **placement: fields of `PlacementSettings`: dtype, device, load_in_4bit.
 
         Raises:
@@ -132,10 +142,10 @@ class StoredMixture:
         """
         if router not in PROTOTYPES:
             raise unknown_name("router that a bank alone gives", router, PROTOTYPES)
-        where = from_flat(PlacementSettings, placement, ("router", "names", "system_prompt"))
+        where = from_flat(PlacementSettings, placement, ("router", "names", "system_prompt", "backbone"))
         opened = open_bank(bank, names)
         base = BaseModelIdentity(**opened.base_model)
-        backbone = load_backbone(ModelSettings(model=base.id, revision=base.revision, **where.model_dump()))
+        backbone = backbone or load_backbone(ModelSettings(model=base.id, revision=base.revision, **where.model_dump()))
         check_identity(base, backbone.identity, f"{bank} is a bank for")
         experts = load_opened(opened, backbone.model)
         prompts = PromptFormat(backbone.tokenizer, system_prompt)

@@ -1,55 +1,104 @@
-"""What both routes do with requests to the engine: answer them, streamed or whole, as long as the client is there."""
+"""What both routes do: route and answer what was asked, streamed or whole, for as long as the client is there."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from coterie.data.batching import TokenRow
 from coterie.engine.request import Token
-from coterie.serve.asking import Asked
-from coterie.serve.simple import Frames
+from coterie.serve.asking import Asked, Body, ask
+from coterie.serve.catalogue import Cell
+from coterie.serve.errors import as_api_error
+from coterie.serve.frames import Frames, Pieces, Usage
 
 CLIENT_GONE = 499
 """The status, which nobody reads, of a request that its client has given up; nginx calls it so."""
+SHOW_WEIGHTS = "X-Coterie-Weights"
+"""Header that asks for the routing, and tells it where it is known before the answer."""
+IGNORED = "X-Coterie-Ignored"
+"""Header that names what was asked for and passed over."""
 
 Result = TypeVar("Result")
 
 
-async def respond(request: Request, asked: Asked, frames: Frames, *, stream: bool) -> Response:
-    """Answer requests as they were asked: frame by frame, or all at once."""
-    tokens = request.app.state.worker.answer(asked.cell.desk.engine, asked.requests)
-    if stream:
-        return StreamingResponse(streamed(tokens, frames), media_type="text/event-stream")
-    found = await unless_gone(request, collected(tokens))
-    return Response(status_code=CLIENT_GONE) if found is None else JSONResponse(frames.whole(found))
+async def respond(request: Request, body: Body, rows: Callable[[Cell], list[TokenRow]], form: type[Frames]) -> Response:
+    """Answer the prompts that `rows` makes of a body, in a route's form."""
+    server = request.app.state
+    cell: Cell = server.catalogue.resolve(body.model)
+    detail = body.coterie.detail or SHOW_WEIGHTS in request.headers
+
+    async def answered() -> Response:
+        timeout = server.settings.capacity.timeout
+        asked: Asked = await server.worker.call(lambda: ask(cell, rows(cell), body, timeout))
+        answer = Answer(asked, body, cell, form, detail=detail)
+        tokens = server.worker.answer(cell.desk.engine, asked.requests)
+        if not body.stream:
+            return JSONResponse(await answer.whole(tokens), headers=answer.headers)
+        first = await anext(tokens)  # what is refused, is refused with a status
+        return StreamingResponse(answer.stream(first, tokens), media_type="text/event-stream", headers=answer.headers)
+
+    return await unless_gone(request, answered()) or Response(status_code=CLIENT_GONE)
 
 
-async def streamed(tokens: AsyncGenerator[Token], frames: Frames) -> AsyncGenerator[bytes]:
-    """Yield the frames of an answer as its tokens come; an error is a frame too, and the end is always told."""
-    async with aclosing(tokens):
-        for frame in frames.first():
-            yield frame
-        try:
+class Answer:
+    """The answers to one body, told as its client wants them."""
+
+    def __init__(self, asked: Asked, body: Body, cell: Cell, form: type[Frames], *, detail: bool) -> None:
+        """Begin to answer."""
+        self._draws = body.n
+        self._choices = range(len(asked.requests) * body.n)
+        self._pieces = [Pieces(index, cell.desk.vocabulary) for index in self._choices]
+        weights = {index: known for index in self._choices if (known := asked.weights(index // body.n))}
+        options = body.stream_options
+        self._frames = form(
+            body.model,
+            cell.desk.vocabulary,
+            Usage(sum(len(request.prompt.ids) for request in asked.requests)),
+            body.alternatives,
+            usage_chunk=bool(options and options.include_usage),
+            usage_always=bool(options and options.continuous_usage_stats),
+            experts=asked.mixture.bank.names if detail else (),
+            weights=weights,
+        )
+        self.headers = {IGNORED: ", ".join(body.ignored())} if body.ignored() else {}
+        if detail and 0 in weights:
+            self.headers[SHOW_WEIGHTS] = json.dumps(weights[0])
+
+    async def whole(self, tokens: AsyncGenerator[Token]) -> dict[str, Any]:
+        """Wait for all tokens."""
+        found = [[] for _ in self._choices]
+        async with aclosing(tokens):
             async for token in tokens:
-                for frame in frames.of(token):
-                    yield frame
-            for frame in frames.last():
-                yield frame
-        except Exception as error:  # noqa: BLE001 - the status was sent long ago
-            yield frames.error(error)
-    yield frames.DONE
+                index, piece = self._take(token)
+                found[index].append(piece)
+        return self._frames.whole(found)
+
+    async def stream(self, first: Token, others: AsyncGenerator[Token]) -> AsyncGenerator[bytes]:
+        """Yield frames as tokens come; an error is a frame, too, and the end is always told."""
+        async with aclosing(others):
+            for index in self._choices:
+                yield self._frames.opening(index)
+            yield self._frames.piece(self._take(first)[1])
+            try:
+                async for token in others:
+                    yield self._frames.piece(self._take(token)[1])
+                yield self._frames.closing()
+            except Exception as error:  # noqa: BLE001 - the status was sent long ago
+                yield self._frames.failed(as_api_error(error).body())
+
+    def _take(self, token: Token) -> tuple[int, Any]:
+        if token.begun and token.draw == 0:
+            self._frames.usage.cached += token.begun.cached
+        index = token.request * self._draws + token.draw
+        return index, self._pieces[index].push(token)
 
 
-async def collected(tokens: AsyncGenerator[Token]) -> list[Token]:
-    """Wait for all tokens."""
-    async with aclosing(tokens):
-        return [token async for token in tokens]
-
-
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
+async def unless_gone(request: Request, work: Awaitable[Result]) -> Result | None:
     """Do something for a client that waits; None when it has gone, and the work was cancelled."""
 
     async def gone() -> None:

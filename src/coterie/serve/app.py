@@ -33,7 +33,9 @@ def run_server(settings: ServeSettings) -> None:
         CoterieError: for an address that cannot be listened at, or mixtures that cannot be loaded.
     """
     with closing(listening(settings.address)) as listener, Worker() as worker:
-        app = create_app(Catalogue(settings), worker, settings)
+        catalogue = Catalogue(settings)
+        catalogue.load_all()
+        app = create_app(catalogue, worker, settings)
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listener])
 
 

@@ -1,62 +1,137 @@
-"""What a client asks in OpenAI's form, as requests to the engine."""
+"""What a client asks, as requests to the engine: how the experts are weighed, how tokens are chosen, how long."""
 
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from coterie.data.batching import TokenRow
 from coterie.engine.request import Request
-from coterie.errors import CoterieError
+from coterie.errors import unknown_name
+from coterie.experts.names import BACKBONE
 from coterie.mixture import Mixture
-from coterie.routers.base import Routing
+from coterie.routers.base import Router, Routing
+from coterie.routers.derived import keep_top
+from coterie.routers.fixed import FixedRouter, one_hot
 from coterie.serve.catalogue import Cell
-from coterie.settings.reading import from_flat
+from coterie.serve.errors import ApiError
+from coterie.serve.schemas import AdapterScale, ChatRequest, CompletionRequest, CoterieField
+from coterie.settings.groups import rerouting_interval
 from coterie.settings.sampling import SamplingSettings
+
+Body = ChatRequest | CompletionRequest
+VARIANTS = 64  # of each model that are kept
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Requests to the engine, with what their answers are told by.
+    """Requests to the engine.
 
     Attributes:
-        cell: what answers.
+        mixture: what answers them.
         requests: one for every prompt.
     """
 
-    cell: Cell
+    mixture: Mixture
     requests: list[Request]
 
     def weights(self, prompt: int) -> dict[str, float] | None:
-        """Return a prompt's shares by expert; None where they change while it is answered."""
+        """Return what the experts weigh for a prompt, together 1; None where its answer's tokens tell it."""
         routing = self.requests[prompt].routing
         if not isinstance(routing, Routing) or routing.gates:
             return None
         return {name: weight for name, weight in routing.normalized().row(0).items() if weight}
 
 
-def ask(cell: Cell, rows: Sequence[TokenRow], body: Any, timeout: float) -> Asked:  # noqa: ANN401 - either request
-    """Ask for the answers to prompts, which may take so many seconds.
+def ask(cell: Cell, rows: Sequence[TokenRow], body: Body, timeout: float) -> Asked:
+    """Ask for the answers to prompts, which may take so many seconds together.
 
-    The prompts are routed here, so this runs where the base model may be run.
+    Prompts are routed here, so this runs where the base model may be run.
 
     Raises:
-        CoterieError: for a setting that does not fit.
+        CoterieError: for what does not fit the mixture.
     """
-    mixture: Mixture = cell.mixture
-    draws = mixture.combiner.draws(from_flat(SamplingSettings, body.sampling()), body.n)
-    limits = [body.limit or room(mixture, row) for row in rows]
+    mixture = mixed(cell, body.coterie, body.lora)
+    draws = mixture.combiner.draws(SamplingSettings(**body.sampling()), body.n)
+    limits = [room(mixture, row) if body.limit is None else max(1, body.limit) for row in rows]
     deadline = time.monotonic() + timeout
-    requests = [replace(request, deadline=deadline) for request in mixture.requests(rows, limits, draws)]
-    return Asked(cell, requests)
+    requests = mixture.requests(rows, limits, draws)
+    return Asked(mixture, [replace(request, deadline=deadline) for request in requests])
+
+
+def mixed(cell: Cell, wanted: CoterieField, lora: Sequence[AdapterScale] | None = None) -> Mixture:
+    """Return a model's mixture with the router, the weights and the combiner that one request wants.
+
+    What is wanted again is the same object, since requests of one router are weighed together.
+
+    Raises:
+        CoterieError: for an unknown name, or what does not go together.
+    """
+    weights, combiner = wanted.weights, wanted.combiner
+    if lora is not None:
+        weights, combiner = scales(cell, lora), combiner or "layers"
+    key = (wanted.router, combiner, wanted.top_k, wanted.every, json.dumps(weights))
+    if key not in cell.variants:
+        while len(cell.variants) >= VARIANTS:
+            del cell.variants[next(iter(cell.variants))]
+        router = chosen_router(cell, weights or wanted.router)
+        cell.variants[key] = vary(cell.mixture, router, combiner, wanted.top_k, wanted.every)
+    return cell.variants[key]
+
+
+def chosen_router(cell: Cell, wanted: Mapping[str, float] | str | None) -> Router | None:
+    """Return the router that is called so in the mixture as it was fitted, or the one that gives these weights.
+
+    Raises:
+        CoterieError: for a name that there is not.
+    """
+    grid = cell.desk.grid
+    if wanted is None:
+        return None
+    if isinstance(wanted, str):
+        return one_hot(BACKBONE, grid.mixture.bank.names) if wanted == BACKBONE else grid.own.named_router(wanted)
+    for name in wanted:
+        grid.mixture.bank.index(name)
+    return FixedRouter(wanted)
+
+
+def vary(
+    mixture: Mixture, router: Router | None, combiner: str | None, top_k: int | None, every: int | str | None
+) -> Mixture:
+    """Return a mixture with another router and combiner, as `coterie generate` does; None leaves what there is.
+
+    Raises:
+        CoterieError: for an unknown name, or what does not go together.
+    """
+    if every is None:
+        mixture = mixture.replace(router=router, combiner=combiner)
+    else:
+        mixture = mixture.replace(router=router).rerouted(rerouting_interval(str(every)), combiner=combiner)
+    return mixture if top_k is None else mixture.replace(router=keep_top(mixture.router, top_k))
+
+
+def scales(cell: Cell, lora: Sequence[AdapterScale]) -> dict[str, float]:
+    """Return the weights that llama.cpp's list of scales means: experts by number or name, others have none.
+
+    Raises:
+        ApiError: for an expert that there is not.
+    """
+    experts = cell.desk.experts
+    named = {}
+    for one in lora:
+        name = experts[one.id] if isinstance(one.id, int) and 0 <= one.id < len(experts) else str(one.id)
+        if name not in experts:
+            raise ApiError(str(unknown_name("expert", name, experts)), param="lora")
+        named[name] = one.scale
+    return named if any(named.values()) else {BACKBONE: 1.0}
 
 
 def room(mixture: Mixture, row: TokenRow) -> int:
-    """Return how many tokens can be written after a prompt before the base model's positions end.
+    """Return how many tokens fit behind a prompt.
 
     Raises:
-        CoterieError: when its positions are unbounded.
+        ApiError: when any number does, so that an answer might never end.
     """
     if mixture.backbone.positions is None:
-        raise CoterieError("this base model reads texts of any length, so an answer has no longest one; say max_tokens")
-    return mixture.backbone.positions + 1 - len(row.ids)
+        raise ApiError("this model reads texts of any length, so say how long an answer may be", param="max_tokens")
+    return max(1, mixture.backbone.positions + 1 - len(row.ids))

@@ -1,18 +1,25 @@
-"""The catalogue: what each model id of the API answers as."""
+"""The catalogue: what answers as which model id."""
 
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
+from coterie.backbone.loading import BaseModelIdentity
 from coterie.engine.engine import Engine
-from coterie.errors import CoterieError, unknown_name
+from coterie.errors import CoterieError, shortened, unknown_name
+from coterie.experts.bank_folder import open_bank
 from coterie.experts.names import BACKBONE
 from coterie.methods.family import MethodGrid
-from coterie.methods.registry import family_of
+from coterie.methods.registry import family_of, load_grid
 from coterie.mixture import Mixture
+from coterie.mixture.folder import find_mixture, read_mixture_record
+from coterie.records.schema import is_folder_name
 from coterie.routers.fixed import one_hot
+from coterie.serve.token_bytes import TokenBytes
+from coterie.settings.keywords import names_in
 from coterie.settings.serving import CapacitySettings, ServeSettings
 
 GIB = 2**30
@@ -20,48 +27,67 @@ GIB = 2**30
 
 @dataclass(frozen=True, eq=False)
 class Desk:
-    """A loaded mixture with the engine that answers all that is asked of it, its experts and its base model.
+    """A loaded mixture, with the engine that answers all that is asked of it, its experts and its base model.
 
     Attributes:
         name: the mixture's id.
-        own: the mixture as it was fitted.
-        mixture: the same with the untouched base model in its bank, as an expert that changes nothing.
+        grid: its methods on one bank, in which the untouched base model is an expert that changes nothing.
+        methods: those that it can answer as, beside its own.
         engine: answers requests to all of its cells.
         loaded: when, in seconds since 1970.
     """
 
     name: str
-    own: Mixture
-    mixture: Mixture
+    grid: MethodGrid
+    methods: tuple[str, ...]
     engine: Engine
     loaded: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property
-    def cells(self) -> "dict[str, Cell]":
-        """What answers, by the ids that a client may give; the first id of each is the one that is listed."""
-        base, names = self.own.backbone.identity.id, self.mixture.bank.names
-        cells = [Cell(base, self, self.mixture.replace(router=one_hot(BACKBONE, names), combiner="layers"))]
-        cells.append(Cell(self.name, self, self.mixture, base))
-        experts = [name for name in self.own.bank.names if name != BACKBONE]
-        singles = [Cell(name, self, self.mixture.replace(router=name, combiner="layers"), base) for name in experts]
-        return {cell.id: cell for cell in [*cells, *singles]}
+    def base(self) -> str:
+        """The base model's id; of one on this machine, the last part of its path."""
+        name = self.grid.own.backbone.identity.id
+        return Path(name).name if Path(name).exists() else name
+
+    @cached_property
+    def vocabulary(self) -> TokenBytes:
+        """The bytes of the base model's tokens."""
+        return TokenBytes(self.grid.own.tokenizer)
+
+    @property
+    def experts(self) -> list[str]:
+        """The names of its own experts."""
+        return [name for name in self.grid.own.bank.names if name != BACKBONE]
+
+    def single(self, expert: str) -> Mixture:
+        """Return what answers with one expert alone."""
+        return self.grid.mixture.replace(router=one_hot(expert, self.grid.mixture.bank.names), combiner="layers")
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """What a model id stands for.
+    """What a model id stands for: a mixture as one of its methods, one of its experts, or its base model.
 
     Attributes:
-        id: as it is listed.
-        desk: whose engine answers.
-        mixture: as what.
-        parent: id of the base model; None for itself.
+        id: the one that is listed.
+        root: what it is called where it comes from.
+        parent: id of the base model; None for that itself.
+        desk: where it is answered.
+        make: makes what answers, when it is asked for first.
+        variants: what answers with other routers or combiners, by what requests wanted.
     """
 
     id: str
+    root: str
+    parent: str | None
     desk: Desk
-    mixture: Mixture
-    parent: str | None = None
+    make: Callable[[], Mixture] = field(repr=False)
+    variants: dict[Hashable, Mixture] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def mixture(self) -> Mixture:
+        """What answers; to be had where the base model may be run."""
+        return self.make()
 
 
 class UnknownModel(CoterieError):
@@ -69,49 +95,134 @@ class UnknownModel(CoterieError):
 
 
 class Catalogue:
-    """Model ids, and what answers to each."""
+    """Model ids and what answers to them: a table that is replaced as a whole, so that any thread may read it."""
 
     def __init__(self, settings: ServeSettings) -> None:
-        """Load the mixtures that are to be served.
-
-        Raises:
-            CoterieError: as `Mixture.from_pretrained`, or for a name that is given twice.
-        """
-        self.settings = settings
+        """Begin empty."""
+        self._settings = settings
         self._desks: dict[str, Desk] = {}
-        for text in settings.mixtures:
-            name, source = named(text)
-            if name in self._desks:
-                raise CoterieError(f"two mixtures are called {name!r}; give one as NAME=FOLDER")
-            mixture = Mixture.from_pretrained(source, **settings.placement.model_dump())
-            self._desks[name] = open_desk(name, mixture, settings.capacity)
+        self._cells: dict[str, Cell] = {}
 
-    def __iter__(self) -> Iterator[Cell]:
-        """Yield what is listed, base models first."""
-        cells = [cell for desk in self._desks.values() for cell in desk.cells.values()]
-        yield from sorted(cells, key=lambda cell: cell.parent is not None)
+    @property
+    def desks(self) -> tuple[Desk, ...]:
+        """The mixtures."""
+        return tuple(self._desks.values())
+
+    @property
+    def listed(self) -> list[Cell]:
+        """Every cell once, base models first."""
+        return sorted(dict.fromkeys(self._cells.values()), key=lambda cell: cell.parent is not None)
 
     def resolve(self, name: str) -> Cell:
         """Return what a model id stands for.
 
         Raises:
-            UnknownModel: when nothing does.
+            UnknownModel: when it stands for nothing.
         """
-        cells = {cell.id: cell for cell in self}
-        if name not in cells:
-            raise UnknownModel(str(unknown_name("model", name, cells)))
-        return cells[name]
+        if (cell := self._cells.get(name)) is None:
+            raise UnknownModel(str(unknown_name("model", shortened(name, 80), [one.id for one in self.listed])))
+        return cell
+
+    def load_all(self) -> None:
+        """Load the mixtures of the settings.
+
+        Raises:
+            CoterieError: as `load`, or when two have one name.
+        """
+        named = [name_and_source(text) for text in self._settings.mixtures]
+        for name, count in Counter(name for name, _ in named).items():
+            if count > 1:
+                raise CoterieError(f"{count} mixtures are called {name!r}; give them names of their own: NAME=FOLDER")
+        for name, source in named:
+            self.load(name, source)
+
+    def load(self, name: str, source: str) -> None:
+        """Load a mixture, or a bank as one, where base models may be run; what has its name answers nothing new then.
+
+        Raises:
+            CoterieError: as `Mixture.from_pretrained`, or for a method that the mixture does not have.
+        """
+        if not is_folder_name(name) or ":" in name:
+            raise CoterieError(
+                f"{name!r} cannot be a model's id; give one of letters, digits, '-' and '_': NAME=FOLDER"
+            )
+        mixture = self._open(source)
+        methods = ready_methods(mixture) if self._settings.methods is None else names_in(self._settings.methods)
+        grid = load_grid(mixture, methods)
+        desk = Desk(name, grid, tuple(methods), open_engine(grid.mixture, self._settings.capacity))
+        self._show({**self._desks, name: desk})
+
+    def remove(self, name: str) -> None:
+        """Let nothing new be asked of a mixture."""
+        self._show({own: desk for own, desk in self._desks.items() if own != name})
+
+    def _open(self, source: str) -> Mixture:
+        """Load a mixture on the base model of another one, where that is the same."""
+        is_bank = (Path(source) / "bank.json").is_file()
+        base = open_bank(source).base_model if is_bank else dict(read_mixture_record(find_mixture(source)).base_model)
+        loaded = (desk.grid.own.backbone for desk in self.desks)
+        backbone = next((one for one in loaded if one.identity == BaseModelIdentity(**base)), None)
+        load = Mixture.from_bank if is_bank else Mixture.from_pretrained
+        return load(source, backbone=backbone, **self._settings.placement.model_dump())
+
+    def _show(self, desks: dict[str, Desk]) -> None:
+        """Let these be what is asked."""
+        self._desks, self._cells = desks, cells_of(desks.values())
 
 
-def named(text: str) -> tuple[str, str]:
-    """Read NAME=FOLDER, or a folder, whose own name is taken then."""
+def name_and_source(text: str) -> tuple[str, str]:
+    """Read NAME=FOLDER, or a folder, which has its own name then."""
     name, equals, source = text.partition("=")
     return (name, source) if equals else (Path(text).resolve().name, text)
 
 
-def open_desk(name: str, mixture: Mixture, capacity: CapacitySettings) -> Desk:
-    """Get a mixture ready for requests."""
-    everything = MethodGrid(mixture, {}, family_of(mixture)).mixture
+def ready_methods(mixture: Mixture) -> list[str]:
+    """Return the methods that a mixture can answer prompts as, for which nothing more was to be trained."""
+    family = family_of(mixture)
+    lacking = family.lacks(mixture)
+    ready = {
+        name: method.by_prompt and method.make_router and not method.needs for name, method in family.methods.items()
+    }
+    return [name for name, is_ready in ready.items() if is_ready and name not in lacking]
+
+
+def open_engine(mixture: Mixture, capacity: CapacitySettings) -> Engine:
+    """Return an engine of a mixture, within what it may take."""
     budget = None if capacity.cache_memory is None else int(capacity.cache_memory * GIB)
-    prefixes = int(capacity.prefix_memory * GIB)
-    return Desk(name, mixture, everything, everything.engine(places=capacity.places, budget=budget, prefixes=prefixes))
+    return mixture.engine(places=capacity.places, budget=budget, prefixes=int(capacity.prefix_memory * GIB))
+
+
+def cells_of(desks: Iterable[Desk]) -> dict[str, Cell]:
+    """Name all that can be asked: mixtures, their methods and experts, base models.
+
+    An expert is called by its own name, or after its base model, unless two mixtures have one of that name; after its
+    mixture, always.
+    """
+    desks = list(desks)
+    cells: dict[str, Cell] = {}
+    bases = [base_cell(desk, cells, {own.name for own in desks}) for desk in desks]
+    for desk, base in zip(desks, bases, strict=True):
+        add = partial(Cell, parent=base.id, desk=desk)
+        cells[desk.name] = add(desk.name, desk.name, make=lambda desk=desk: desk.grid.mixture)
+        for method in (one for one in desk.methods if one not in (desk.grid.own.method, BACKBONE, *desk.experts)):
+            name = f"{desk.name}:{method}"
+            cells[name] = add(name, method, make=partial(desk.grid.cell, method))
+        cells |= {f"{desk.name}:{desk.grid.own.method}": cells[desk.name], f"{desk.name}:{BACKBONE}": base}
+    counts = Counter([*cells, *(name for desk in desks for name in desk.experts)])
+    for desk, base in zip(desks, bases, strict=True):
+        for expert in desk.experts:
+            full = f"{desk.name}:{expert}"
+            name = expert if counts[expert] == 1 else full
+            cell = Cell(name, expert, base.id, desk, partial(desk.single, expert))
+            cells |= dict.fromkeys({name, full, full if name == full else f"{desk.base}:{expert}"}, cell)
+    return cells
+
+
+def base_cell(desk: Desk, cells: dict[str, Cell], taken: set[str]) -> Cell:
+    """Return what answers as a mixture's base model, which others may share; it is put among the cells."""
+    known = cells.get(desk.base)
+    if known and known.desk.grid.own.backbone.identity == desk.grid.own.backbone.identity:
+        return known
+    name = f"{desk.name}:{BACKBONE}" if known or desk.base in taken else desk.base
+    cells[name] = Cell(name, desk.base, None, desk, partial(desk.single, BACKBONE))
+    return cells[name]

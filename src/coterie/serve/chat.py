@@ -1,26 +1,19 @@
-"""`POST /v1/chat/completions`."""
+"""`POST /v1/chat/completions`: a conversation that is answered."""
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from coterie.data.examples import load_examples
+from coterie.data.examples import Example
+from coterie.data.forms import Message
 from coterie.serve.answering import respond
-from coterie.serve.asking import Asked, ask
-from coterie.serve.simple import ChatFrames, ChatRequest
+from coterie.serve.frames import ChatFrames
+from coterie.serve.schemas import ChatRequest
 
 routes = APIRouter()
 
 
 @routes.post("/v1/chat/completions", response_model=None)
 async def chat(body: ChatRequest, request: Request) -> Response:
-    """Answer a conversation."""
-    server = request.app.state
-    cell = server.catalogue.resolve(body.model)
-
-    def make() -> Asked:
-        example = load_examples([{"messages": body.turns()}], need_response=False)[0]
-        rows = cell.mixture.tokens(example)
-        return ask(cell, rows, body, server.settings.capacity.timeout)
-
-    asked = await server.worker.call(make)
-    return await respond(request, asked, ChatFrames(cell.id, asked), stream=body.stream)
+    """Answer a conversation, as OpenAI's API has it."""
+    example = Example("", tuple(Message(turn.speaker, turn.text) for turn in body.messages))
+    return await respond(request, body, lambda cell: cell.mixture.tokens(example), ChatFrames)

@@ -4,29 +4,30 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from coterie.data.batching import TokenRow
+from coterie.errors import CoterieError
 from coterie.serve.answering import respond
-from coterie.serve.asking import Asked, ask
 from coterie.serve.catalogue import Cell
-from coterie.serve.simple import CompletionRequest, TextFrames
+from coterie.serve.frames import CompletionFrames
+from coterie.serve.schemas import CompletionRequest
 
 routes = APIRouter()
 
 
 @routes.post("/v1/completions", response_model=None)
 async def complete(body: CompletionRequest, request: Request) -> Response:
-    """Go on with texts."""
-    server = request.app.state
-    cell = server.catalogue.resolve(body.model)
-
-    def make() -> Asked:
-        rows = [row(cell, prompt) for prompt in body.prompts()]
-        return ask(cell, rows, body, server.settings.capacity.timeout)
-
-    asked = await server.worker.call(make)
-    return await respond(request, asked, TextFrames(cell.id, asked), stream=body.stream)
+    """Go on with texts, as OpenAI's API has it."""
+    return await respond(
+        request, body, lambda cell: [as_it_stands(cell, prompt) for prompt in body.prompt], CompletionFrames
+    )
 
 
-def row(cell: Cell, prompt: str | list[int]) -> TokenRow:
-    """Take a text, or tokens, for the user's own words; no template is put around them."""
+def as_it_stands(cell: Cell, prompt: str | list[int]) -> TokenRow:
+    """Take a text, or tokens, for the user's own words; no template is put around them.
+
+    Raises:
+        CoterieError: for a token that the model does not know.
+    """
     ids = tuple(cell.mixture.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
+    if unknown := [token for token in ids if token >= cell.mixture.backbone.embeddings]:
+        raise CoterieError(f"prompt: the model knows {cell.mixture.backbone.embeddings} tokens, got {unknown[0]}")
     return TokenRow(ids, len(ids), (False,) * len(ids), (True,) * len(ids))

@@ -33,6 +33,11 @@ class ServeSettings(Settings):
     mixtures: list[str] = Field(
         min_length=1, description="folders of mixtures, or NAME=FOLDER for another name than the folder's"
     )
+    methods: str | None = Field(
+        None,
+        description="other methods that mixtures answer as, separated by commas; see `coterie methods`; default: all "
+        "for which nothing more was to be trained",
+    )
     address: AddressSettings = AddressSettings()
     capacity: CapacitySettings = CapacitySettings()
     placement: PlacementSettings = PlacementSettings()

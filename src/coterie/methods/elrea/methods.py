@@ -1,5 +1,7 @@
 """Methods on a run of ELREA: experts of clusters, continued from one base adapter, and what is trained beside them."""
 
+from dataclasses import replace
+
 from coterie.experts.names import BACKBONE, BASE
 from coterie.methods.elrea.extras import EXTRAS
 from coterie.methods.elrea.run import ElreaRun
@@ -35,7 +37,9 @@ def _with_base(extra: str, bank: str, paper: str = PAPER) -> Method:
 METHODS = {
     BACKBONE: single(BACKBONE, "none", PAPER),
     BASE: single(BASE, "base adapter", PAPER),
-    "per-dataset": _extra("datasets", "one LoRA per data set", "the data set's own name", "logits"),
+    "per-dataset": replace(
+        _extra("datasets", "one LoRA per data set", "the data set's own name", "logits"), by_prompt=False
+    ),
     "moe-routing": Method(CLUSTERS, "gradient centroids, normalised", "layers", PAPER, _normalised),
     "moe-merging": Method(CLUSTERS, "gradient centroids, normalised", "weights:factors", PAPER, _normalised),
     "mole": _extra(

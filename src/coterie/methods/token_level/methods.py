@@ -62,7 +62,12 @@ def _spectral(kind: str, router: str, paper: str) -> Method:
 METHODS = {
     BACKBONE: single(BACKBONE, "none"),
     PER_DATASET: Method(
-        BANK, "the data set's own name", "logits", CONTROL, lambda grid: SourceRouter(domain_sources(grid.own))
+        BANK,
+        "the data set's own name",
+        "logits",
+        CONTROL,
+        lambda grid: SourceRouter(domain_sources(grid.own)),
+        by_prompt=False,
     ),
     "uniform-weights": Method(BANK, "uniform", "layers", CONTROL, lambda grid: uniform(grid.fitted)),
     "unit-weights": Method(
