@@ -264,14 +264,22 @@ def test_a_request_that_is_cancelled_after_any_number_of_steps_leaves_no_trace(k
 def test_the_load_of_an_engine_is_what_waits_and_what_is_written_and_nothing_in_the_end(kinds):
     engine = kinds.engine(places=3)
     handles = [engine.submit(kinds.requests[kind]) for kind in (0, 3, 8, 4)]  # the third wants three places at once
-    assert engine.load == (4, 0, 0.0)
+    assert engine.load == (4, 0, 0.0, 0)
     engine.step()
     assert engine.load[:2] == (2, 2) and 0 < engine.load.cache <= 1
     engine.cancel(handles[2])
     engine.step()
     assert engine.load[:2] == (0, 3)
     list(engine.run())
-    assert engine.load == (0, 0, 0.0)
+    assert engine.load[:3] == (0, 0, 0.0)
+
+
+def test_the_load_of_an_engine_counts_the_tokens_that_its_steps_read(kinds):
+    engine, request = kinds.engine(chunk=16), kinds.requests[4]  # 23 tokens, in one row
+    engine.submit(request)
+    for read in (16, 23, 24, 25, 26):
+        engine.step()
+        assert engine.load.tokens == read
 
 
 def test_the_first_token_of_every_answer_tells_when_its_request_joined(kinds, monkeypatch):

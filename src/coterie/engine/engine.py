@@ -107,7 +107,7 @@ class Engine:
     def load(self) -> Load:
         """What there is to do; any thread may ask."""
         writing = {answer.handle for answer in list(self._answers)}
-        return Load(len(self._waiting), len(writing), self._reader.slots.usage)
+        return Load(len(self._waiting), len(writing), self._reader.slots.usage, self._reader.tokens)
 
     @property
     def is_idle(self) -> bool:

@@ -107,6 +107,7 @@ class Reader:
         self.backbone = backbone
         self.layers = layers
         self.slots = slots
+        self.tokens = 0  # that were read so far, each once for all rows of its text
         self._plans: dict[tuple[int, ...], Plan] = {}
 
     def open(self, ids: Sequence[int], plan: RequestRows, reach: int = 0) -> Text:
@@ -212,6 +213,7 @@ class Reader:
 
         rows = [row for text in texts for row in text.rows]
         hidden = self.slots.read(rows, tokens, None if min(lengths) == longest else lengths, running)
+        self.tokens += sum(map(len, pieces))
         starts = itertools.accumulate([0, *sizes])
         for text, count, start in zip(texts, counts, starts, strict=False):
             if watch is not None and text.plan.gates:

@@ -121,8 +121,10 @@ class Load(NamedTuple):
         waiting: requests that have not begun.
         running: requests that are being answered.
         cache: the share of its cache that texts fill, from 0 to 1.
+        tokens: that were read so far, those of prompts and answers and those that were proposed.
     """
 
     waiting: int
     running: int
     cache: float
+    tokens: int

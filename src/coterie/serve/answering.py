@@ -36,7 +36,8 @@ async def respond(request: Request, body: Body, rows: Callable[[Cell], list[Toke
         timeout = server.settings.capacity.timeout
         asked: Asked = await server.worker.call(lambda: ask(cell, rows(cell), body, timeout))
         answer = Answer(asked, body, cell, form, detail=detail)
-        tokens = server.worker.answer(cell.desk.engine, asked.requests)
+        answering = server.worker.answer(cell.desk.engine, asked.requests)
+        tokens = server.metrics.watched(cell.id, asked.requests, answering, request.state.facts)
         if not body.stream:
             return JSONResponse(await answer.whole(tokens), headers=answer.headers)
         first = await anext(tokens)  # what is refused, is refused with a status

@@ -2,27 +2,63 @@
 
 import socket
 from contextlib import closing
+from functools import partial
 
 import uvicorn
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
+from coterie.artifacts import as_path
+from coterie.engine.request import Load
 from coterie.errors import CoterieError
-from coterie.serve import chat, completions, errors
+from coterie.serve import chat, completions, errors, health
 from coterie.serve.catalogue import Catalogue
+from coterie.serve.keys import KeyGate, read_keys
+from coterie.serve.limits import BodyLimit, QueueLimit
+from coterie.serve.logs import RequestLog, write_logs
+from coterie.serve.metrics import Metrics
 from coterie.serve.playground import pages
 from coterie.serve.worker import Worker
 from coterie.settings.keywords import takes_fields
 from coterie.settings.serving import AddressSettings, ServeSettings
+
+MIB = 2**20
+ASKING = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/route"})
+"""Where models are asked, which takes time."""
 
 
 def create_app(catalogue: Catalogue, worker: Worker, settings: ServeSettings) -> FastAPI:
     """Put the routes together; what they share lies in the application's state."""
     app = FastAPI(title="Coterie", summary="LoRA experts, mixed for every request", docs_url=None, redoc_url=None)
     app.state.catalogue, app.state.worker, app.state.settings = catalogue, worker, settings
+
+    def loads() -> dict[str, Load]:
+        return {desk.name: desk.engine.load for desk in catalogue.desks}
+
+    app.state.metrics = metrics = Metrics(loads, settings.operation.metrics_names)
+    metrics.set_up({name: str(value) for name, value in settings.capacity})
+    worker.stepped = partial(metrics.add, "iteration_tokens_total")
     errors.install(app)
-    for part in (chat, completions, pages):
+    for part in (chat, completions, health, pages):
         app.include_router(part.routes)
+    guard(app, settings)
     return app
+
+
+def guard(app: FastAPI, settings: ServeSettings) -> None:
+    """Put before an app what logs, lets in and limits; each sees what those that are added after it let through.
+
+    Raises:
+        CoterieError: as `read_keys`.
+    """
+    access, limits = settings.access, settings.limits
+    keys = None if access.api_key_file is None else read_keys(as_path(access.api_key_file))
+    app.add_middleware(BodyLimit, most=int(limits.max_body * MIB))
+    app.add_middleware(QueueLimit, paths=ASKING, most=limits.max_queue)
+    app.add_middleware(KeyGate, keys=keys)
+    if access.cors_origin:
+        app.add_middleware(CORSMiddleware, allow_origins=access.cors_origin, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(RequestLog, ended=app.state.metrics.answered)
 
 
 @takes_fields(ServeSettings)
@@ -36,7 +72,8 @@ def run_server(settings: ServeSettings) -> None:
         catalogue = Catalogue(settings)
         catalogue.load_all()
         app = create_app(catalogue, worker, settings)
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listener])
+        write_logs()
+        uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False)).run([listener])
 
 
 def listening(address: AddressSettings) -> socket.socket:

@@ -1,6 +1,7 @@
 """Every error in OpenAI's form: {"error": {"message", "type", "param", "code"}}, and nothing of this machine in it."""
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -112,7 +113,19 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
     told = as_api_error(error)
     if told.status == 500:
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return JSONResponse(told.body(), told.status, dict(told.headers or {}))
+    response = as_response(told)
+    response.headers["x-request-id"] = getattr(request.state, "request_id", "")  # that of a bug passes no middleware
+    return response
+
+
+def as_response(error: ApiError) -> JSONResponse:
+    """Return what is sent, which is an ASGI application too."""
+    return JSONResponse(error.body(), error.status, dict(error.headers or {}))
+
+
+def come_again(seconds: float) -> dict[str, str]:
+    """Return the header that says when to ask again."""
+    return {"Retry-After": str(max(1, math.ceil(seconds)))}
 
 
 def install(app: FastAPI) -> None:

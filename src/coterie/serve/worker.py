@@ -34,6 +34,7 @@ class Worker:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._listeners: dict[Engine, dict[int, Callable[[Token | Failure], None]]] = {}
         self._death: WorkerDied | None = None
+        self.stepped: Callable[[int], object] = lambda tokens: None  # is told how many tokens a step has read
         self._thread = threading.Thread(target=self._run, name="coterie-worker", daemon=True)
 
     def __enter__(self) -> "Worker":
@@ -130,8 +131,10 @@ class Worker:
     def _step(self) -> None:
         try:
             for engine, listeners in self._listeners.items():
+                before = engine.load.tokens
                 for found in engine.step():
                     listeners[found.request](found)
+                self.stepped(engine.load.tokens - before)
         except Exception as error:
             logger.exception("a step has broken; nothing is answered any more")
             self._die(WorkerDied(f"the engine has died of {type(error).__name__}; start the server again"))

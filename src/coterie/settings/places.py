@@ -26,6 +26,7 @@ READ = (
     "embeddings",
     "rationales",
     "gguf",
+    "api_key_file",
 )
 """Settings that name what is read: a folder, a file, or what the hub or an endpoint has; some as NAME=SOURCE."""
 WRITTEN_IN_PLACE = {

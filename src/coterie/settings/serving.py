@@ -1,5 +1,7 @@
 """Settings of the server."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from coterie.settings.groups import PlacementSettings
@@ -26,6 +28,32 @@ class CapacitySettings(Settings):
     timeout: float = Field(600.0, gt=0, description="seconds that a request may take in all")
 
 
+class AccessSettings(Settings):
+    """Who may ask, and for what."""
+
+    api_key_file: str | None = Field(
+        None, description="file with a key on every line; default: everybody who reaches the server may ask"
+    )
+    cors_origin: list[str] | None = Field(
+        None, description="origin of pages in browsers that may ask, such as https://chat.example.org; default: none"
+    )
+
+
+class LimitSettings(Settings):
+    """What a request may take."""
+
+    max_body: float = Field(8.0, gt=0, description="MiB that the body of a request may have")
+    max_queue: int = Field(1024, ge=1, description="requests that are answered or wait at once; others get 429")
+
+
+class OperationSettings(Settings):
+    """How the server is watched."""
+
+    metrics_names: Literal["coterie", "vllm"] = Field(
+        "coterie", description="prefix of /metrics: coterie_, or vllm: for dashboards and gateways made for vLLM"
+    )
+
+
 class ServeSettings(Settings):
     """`coterie serve`: mixtures behind OpenAI's API."""
 
@@ -40,4 +68,7 @@ class ServeSettings(Settings):
     )
     address: AddressSettings = AddressSettings()
     capacity: CapacitySettings = CapacitySettings()
+    access: AccessSettings = AccessSettings()
+    limits: LimitSettings = LimitSettings()
+    operation: OperationSettings = OperationSettings()
     placement: PlacementSettings = PlacementSettings()
