@@ -7,7 +7,7 @@ import logging
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -16,7 +16,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from coterie.data.chat import SYSTEM_IN_QUESTION, ChatTemplate, ChatText, Span
+from coterie.data.chat import SYSTEM_IN_QUESTION, ChatTemplate, ChatText
+from coterie.data.control_tokens import ControlTokens, Span
 from coterie.data.examples import Example, Message
 from coterie.errors import CoterieError
 from coterie.settings.rows import READING, ReadingSettings
@@ -142,7 +143,7 @@ class PromptFormat:
             CoterieError: as `row`.
         """
         text = self._text(example)
-        ids, offsets = self._encode(text.prompt)
+        ids, offsets = self._control.encode(text.prompt)
         pairs = zip(offsets, _last_begun(offsets, text.earlier), strict=True)
         trained = [start <= a < end for (a, _), (start, end) in pairs]
         asked = [a < end for (a, _), (_, end) in zip(offsets, _last_begun(offsets, text.questions), strict=True)]
@@ -160,13 +161,21 @@ class PromptFormat:
     def following(self, example: Example, words: str) -> list[int]:
         """Tokenise words as they go on right after an example's question."""
         prompt = self._text(example).prompt
-        return self._continuation(self._encode(prompt)[0], prompt, words)
+        return self._continuation(self._control.encode(prompt)[0], prompt, words)
 
     def _text(self, example: Example) -> ChatText:
         messages = example.messages
         if self.system_prompt is not None and messages[0].role != "system":
             messages = (Message("system", self.system_prompt), *messages)
-        return self._template.text(messages)
+        trusted = ("system", "assistant")
+        disarm = self._control.disarm
+        return self._template.text(
+            [m if m.role in trusted else replace(m, content=disarm(m.content)) for m in messages]
+        )
+
+    @cached_property
+    def _control(self) -> ControlTokens:
+        return ControlTokens(self.tokenizer, self.end)
 
     @cached_property
     def _lead(self) -> list[int]:
@@ -177,26 +186,22 @@ class PromptFormat:
         places = (n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)
         return whole[: next(places, 0)]
 
-    def _encode(self, text: str) -> tuple[list[int], list[Span]]:
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return encoding["input_ids"], encoding["offset_mapping"]
-
     def _continuation(self, before: list[int], prompt: str, answer: str) -> list[int]:
         """Tokenise an answer as it goes on after its prompt, which has the tokens `before`.
 
         Alone it might begin otherwise: many vocabularies put a space before a text. Where a token of the whole text
         reaches from the prompt into the answer, the answer is tokenised behind something that it does not merge with.
         """
-        whole, _ = self._encode(prompt + answer)
+        whole, _ = self._control.encode(prompt + answer)
         if whole[: len(before)] == before:
             return whole[len(before) :]
         wanted = self.tokenizer.decode(whole, clean_up_tokenization_spaces=False)
         for front in ("\n", "a", self.end):
-            lead, ids = self._encode(front)[0], self._encode(front + answer)[0]
+            lead, ids = self._control.encode(front)[0], self._control.encode(front + answer)[0]
             found = self.tokenizer.decode([*before, *ids[len(lead) :]], clean_up_tokenization_spaces=False)
             if ids[: len(lead)] == lead and found == wanted:
                 return ids[len(lead) :]
-        return self._encode(answer)[0]
+        return self._control.encode(answer)[0]
 
 
 def _last_begun(offsets: Sequence[Span], spans: Sequence[Span]) -> list[Span]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from coterie.data.control_tokens import Span
 from coterie.data.examples import Message
 from coterie.errors import CoterieError
 
@@ -24,9 +25,6 @@ LAST_ANSWER_ONLY = (
 EMPTY_THOUGHT = "the chat template opens a thought and the answer has none, so an empty one is trained before it"
 
 OPENED_THOUGHT = r"<(think\w*|thought|reason\w*)>\s*$"
-
-Span = tuple[int, int]
-"""First character and the one behind the last."""
 
 
 class ChatText(NamedTuple):
