@@ -60,9 +60,7 @@ def in_scheduler(pool: Pool, asks: Sequence[Question]) -> list[str]:
                     model, tuple(own), lambda m=model, e=own: load_local(m, e, PlacementSettings(), BATCH), size=1
                 )
             )
-    with ExpertScheduler(
-        groups, {name: name for name in wanted}, ReplyCache(), budget=len(groups), quiet=True
-    ) as scheduler:
+    with ExpertScheduler(groups, {name: name for name in wanted}, ReplyCache(), budget=len(groups)) as scheduler:
         return [reply.text for reply in scheduler.ask(asks)]
 
 

@@ -1,8 +1,5 @@
 """How a training runs: on which device, in which batches, in one process."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -99,27 +96,3 @@ def test_training_in_several_processes_is_refused_before_anything_is_loaded(vari
         with pytest.raises(CoterieError, match=f"training runs in one process .*{message}"):
             start()
     assert not output.exists()
-
-
-LOGGED_TRAINING = """
-import os
-from coterie.cli.process import IN_A_LOG
-os.environ |= IN_A_LOG
-from transformers import TrainerControl, TrainerState
-from types import SimpleNamespace
-from coterie.experts.training import _ProgressBar
-bar, args = _ProgressBar(), SimpleNamespace(run_name="base")
-state, control = TrainerState(max_steps=38), TrainerControl()
-bar.on_train_begin(args, state, control)
-for state.global_step in range(1, 39):
-    bar.on_step_end(args, state, control)
-    bar.on_log(args, state, control, logs={"loss": 1.0})
-bar.on_train_end(args, state, control)
-"""
-
-
-def test_a_short_training_writes_nothing_in_a_log_but_its_end():
-    """Tqdm reads its settings when it is first imported, so in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", LOGGED_TRAINING], capture_output=True, text=True, check=True)
-    lines = [line for line in done.stderr.split("\n") if line.strip("\r ")]
-    assert len(lines) <= 1 and all(line.strip().startswith("training base: 38 of 38") for line in lines)

@@ -14,6 +14,7 @@ from coterie.artifacts import as_path, check_file, read_run_record, write_answer
 from coterie.cli.process import finish
 from coterie.cli.table import COMMANDS, AsJson, app, command, echo, tell_next
 from coterie.errors import CoterieError
+from coterie.progress import steps
 from coterie.records.wording import columns, printable
 from coterie.settings.commands import (
     ElreaSettings,
@@ -145,7 +146,9 @@ def generate(
                     echo(token.text, nl=False)
                 echo()
             return None
-        answers = mixture.generate(given, n=settings.n, **{"batch_size": settings.batch_size, **options})
+        with steps("answers" if len(given) > 1 else "", len(given), "prompt") as done:
+            asked = {"n": settings.n, "batch_size": settings.batch_size, "progress": done, **options}
+            answers = mixture.generate(given, **asked)
     named = [{"id": one.id} if input else {} for one in given for _ in range(len(answers) // len(given))]
     records = [{**name, **answer.record()} for name, answer in zip(named, answers, strict=True)]
     if settings.output:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from coterie.artifacts import is_full
 from coterie.cli.table import echo
@@ -60,6 +60,18 @@ def bound_spinning() -> None:
         os.environ["GOMP_SPINCOUNT"] = SPINS
 
 
+class _BesideBars(logging.StreamHandler[TextIO]):
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line where no bar stands; in a log there is none."""
+        if not self.stream.isatty():
+            super().emit(record)
+            return
+        from tqdm import tqdm  # which reads when it is imported how it writes
+
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
 class _Shown(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return shown(super().format(record), keep="\n\t")
@@ -106,7 +118,7 @@ def _signals_stop() -> Iterator[list[int]]:
 def _outcome(run: Callable[[list[str]], object]) -> tuple[int, str]:
     """Return the exit code, and the line that tells why."""
     try:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _BesideBars(sys.stderr)
         handler.setFormatter(_Shown("%(message)s"))
         logging.basicConfig(level=logging.WARNING, handlers=[handler])
         warnings.filterwarnings("ignore", category=FutureWarning)  # libraries talking to each other, not to the user

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone
@@ -16,6 +15,7 @@ from coterie.combiners.logits import LogitCombiner
 from coterie.data.batching import TokenRow, by_length, pad
 from coterie.engine.reading import Reader, summed_logits
 from coterie.engine.request import Rerouting
+from coterie.progress import steps
 from coterie.routers.base import Routing
 
 BATCH = 8
@@ -62,7 +62,7 @@ def score_planned(
 ) -> Scores:
     """Score references under the combiner's own votes, or under those of other weights over the rows that it plans."""
     nll, tokens = torch.zeros(1 if weights is None else len(weights), len(rows)), torch.zeros(len(rows))
-    with tqdm(total=len(rows), desc=f"likelihood of {label}", unit="row", disable=not label) as bar:
+    with steps(label and f"likelihood of {label}", len(rows), "row") as done:
         for numbers in by_length(rows, BATCH):
             plan = combiner.plan(routing.take(numbers))
             if weights is None:
@@ -77,7 +77,7 @@ def score_planned(
             for vote, scored in enumerate(found):
                 nll[vote, numbers] = torch.stack([-own.logprobs.mean() for own in scored])
             tokens[numbers] = torch.tensor([float(len(positions)) for _, positions in texts])
-            bar.update(len(numbers))
+            done(len(numbers))
     return Scores(nll, tokens)
 
 

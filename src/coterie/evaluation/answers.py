@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tqdm.auto import tqdm
-
 from coterie.data.examples import Example
 from coterie.mixture import Completion, Mixture
+from coterie.progress import steps
 from coterie.routers.base import Routing
 from coterie.settings.groups import SamplingSettings
 
@@ -47,7 +46,7 @@ def answer(
     options: dict[str, Any] = sampling.model_dump()
     cell.generate(tests[0].asked, routing=first, **(options | {"max_new_tokens": 1}))
     started = time.perf_counter()
-    with tqdm(total=len(tests), desc=f"answers of {label}", unit="prompt") as bar:
+    with steps(f"answers of {label}", len(tests), "prompt") as done:
         asked = [test.asked for test in tests]
-        found = cell.generate(asked, routing=weights, batch_size=batch_size, progress=bar.update, **options)
+        found = cell.generate(asked, routing=weights, batch_size=batch_size, progress=done, **options)
     return Answers(found, time.perf_counter() - started)

@@ -28,6 +28,7 @@ from coterie.methods.kshot.run import task_records
 from coterie.methods.registry import family_of, make_grid
 from coterie.mixture import Mixture
 from coterie.mixture.folder import hash_mixture, read_mixture_record, reading_for
+from coterie.progress import ANSWERING, GRADIENTS, part, whole
 from coterie.records.evaluation import EvaluationRecord, RowRecord, SharedSeconds
 from coterie.records.files import write_evaluation
 from coterie.records.mixture import TrainingRow
@@ -216,9 +217,21 @@ def compare(
     tests, notes = _test_rows(mixture, examples, settings)
     token_rows = [mixture.prompts.row(test.asked) for test in tests]
     check_lengths(token_rows, mixture.backbone.positions, [f"test row {example.id}" for example in examples])
-    grid = make_grid(mixture, methods, settings.extras or ExtrasSettings())
-    scored = score_methods(grid, token_rows, methods, cached)
-    answers = {name: _answers(name, scored, tests, settings, cached) for name in methods if settings.generate}
+    extras = settings.extras or ExtrasSettings()
+    work = {
+        "extras": family_of(mixture).work(mixture, methods, extras),
+        "scores": len(tests) * (GRADIENTS + len(methods)),
+        **{name: ANSWERING * len(tests) for name in methods if settings.generate},
+    }
+    answers = {}
+    with whole(settings.command, work):
+        with part("extras"):
+            grid = make_grid(mixture, methods, extras)
+        with part("scores"):
+            scored = score_methods(grid, token_rows, methods, cached)
+        for name in methods if settings.generate else ():
+            with part(name):
+                answers[name] = _answers(name, scored, tests, settings, cached)
     if mixture.method in scored.routed:  # the weights of the mixture's own method are recorded in any case
         routing = scored.routed[mixture.method].routing
     else:

@@ -1,7 +1,7 @@
 """Routing and scoring of every method on the same rows, with the work shared where methods share it."""
 
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,7 +15,11 @@ from coterie.data.batching import TokenRow
 from coterie.engine.scoring import score_votes
 from coterie.methods.family import MethodGrid
 from coterie.mixture import Mixture
+from coterie.progress import GRADIENTS, part, whole
 from coterie.routers.base import Router, Routing
+
+ROUTING, IN_LOGITS = "routing of all rows", "all that meet in the logits"
+"""Parts of the work beside the methods that are scored alone."""
 
 
 class Routed(NamedTuple):
@@ -39,6 +43,17 @@ class SharedRouting:
             self._read[router.reads] = (router.read(self.prompts), time.perf_counter() - started)
         read, seconds = self._read[router.reads]
         return Routed(router.weigh(read), seconds)
+
+    def all(self, routers: Iterable[Router]) -> list[Routed]:
+        """Route all prompts by all routers, those that read the same side by side."""
+        routers = list(routers)
+        readings = {reads: f"reading {number}" for number, reads in enumerate({one.reads: 0 for one in routers})}
+        routed = []
+        with whole("routing", dict.fromkeys(readings.values(), 1.0)):
+            for router in routers:
+                with part(readings[router.reads]):
+                    routed.append(self(router))
+        return routed
 
 
 @dataclass(frozen=True)
@@ -75,17 +90,23 @@ def score_methods(
     """Route and score all methods on rows with answers; `cached` keeps what takes long for another try."""
     cells = {name: grid.cell(name) for name in names}
     shared = SharedRouting([row.prompt() for row in rows])
-    routed = {name: shared(cell.router) for name, cell in cells.items() if not cell.router.needs_references}
-    scorable = [name for name in routed if not cells[name].combiner.finishes_answers]
+    routable = {name: cell for name, cell in cells.items() if not cell.router.needs_references}
+    scorable = [name for name, cell in routable.items() if not cell.combiner.finishes_answers]
     in_logits = [name for name in scorable if cells[name].combiner.kind == "logits"]
-    together = cached("likelihoods", lambda: _score_logits(grid, rows, {name: routed[name] for name in in_logits}))
-    nll = {name: torch.tensor(values) for name, values in together["nll"].items()}
-    expert_nll, tokens = torch.tensor(together["expert_nll"]), torch.tensor(together["tokens"])
+    apart = [name for name in scorable if name not in in_logits]
     seconds = {}
-    for name in scorable:
-        if name not in in_logits:
-            make = partial(_score_alone, cells[name], rows, routed[name], name)
-            alone = cached(f"likelihood-{name}", make)
+    work = {ROUTING: GRADIENTS, IN_LOGITS: float(len(grid.fitted)), **dict.fromkeys(apart, 2.0)}
+    with whole("scores", work):
+        with part(ROUTING):
+            routed = dict(zip(routable, shared.all(cell.router for cell in routable.values()), strict=True))
+        with part(IN_LOGITS):
+            own = {name: routed[name] for name in in_logits}
+            together = cached("likelihoods", lambda: _score_logits(grid, rows, own))
+        nll = {name: torch.tensor(values) for name, values in together["nll"].items()}
+        expert_nll, tokens = torch.tensor(together["expert_nll"]), torch.tensor(together["tokens"])
+        for name in apart:
+            with part(name):
+                alone = cached(f"likelihood-{name}", partial(_score_alone, cells[name], rows, routed[name], name))
             nll[name], seconds[name] = torch.tensor(alone["nll"]), alone["seconds"]
     for name, cell in cells.items():
         if cell.router.needs_references:

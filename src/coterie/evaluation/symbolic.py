@@ -18,6 +18,7 @@ from coterie.methods.symbolic.methods import BEST_SINGLE, METHOD, METHODS
 from coterie.methods.symbolic.profile import REPLIES
 from coterie.methods.symbolic.skills import open_scheduler
 from coterie.mixture.folder import reading_for
+from coterie.progress import ANSWERING, part, whole
 from coterie.records.evaluation import Clustering, Cost, OutcomeRecord, RowRecord
 from coterie.records.files import write_evaluation
 from coterie.settings.commands import EvaluationSettings
@@ -80,10 +81,14 @@ def _evaluated(
     examples: Sequence[Example],
     cache: Path,
 ) -> Evaluation:
+    most = len(examples) * fitted.recruiting.recruits * len(names)  # answers; methods share some of them
     with open_scheduler(fitted.pool, settings, examples, cache) as scheduler:
-        skills = fitted.skills(scheduler, examples)
-        plans = {name: fitted.recruiting_plan(name, examples, skills, settings.sampling) for name in names}
-        outcomes = answer_all(scheduler, examples, plans)
+        with whole(settings.command, {"skills": fitted.skills_work(examples), "answers": ANSWERING * most}):
+            with part("skills"):
+                skills = fitted.skills(scheduler, examples)
+            plans = {name: fitted.recruiting_plan(name, examples, skills, settings.sampling) for name in names}
+            with part("answers"):
+                outcomes = answer_all(scheduler, examples, plans)
         loads, peak = dict(scheduler.loads), scheduler.peak
     first, run_code = METHOD if METHOD in names else names[0], bool(settings.allow_code_execution)
     routing = plans[first].routing

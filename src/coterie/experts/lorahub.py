@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from coterie.errors import CoterieError
 from coterie.lora import Adapter, LoraPair, merge
+from coterie.progress import steps
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +59,10 @@ def search_weights(loss: Callable[[Sequence[float]], float], count: int, plan: S
     """
     if count < 1 or plan.steps < 1:
         raise CoterieError(f"{count} adapters and {plan.steps} steps leave nothing to search; give one or more of both")
-    with tqdm(total=plan.steps, desc="search of weights", unit="step") as bar:
+    with steps("search of weights", plan.steps, "step") as done:
 
         def value(weights: list[float]) -> float:
-            bar.update()
+            done()
             found = loss(weights) + plan.penalty * sum(map(abs, weights)) / count
             return found if math.isfinite(found) else math.inf
 

@@ -5,8 +5,8 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from coterie.experts.fresh_adapter import (
 )
 from coterie.features.gradient import AdamState, Checkpoint, Moments
 from coterie.lora import LoraPair
+from coterie.progress import steps
 from coterie.records.adapter import AdamRecord
 from coterie.records.schema import read
 from coterie.settings.groups import LoraSettings
@@ -124,13 +125,9 @@ def trained(
     whole = [path for path in checkpoints if _is_whole(path)]
     for path in set(checkpoints) - set(whole):
         shutil.rmtree(path)
-    bar = _ProgressBar()
-    trainer = make_trainer(backbone, model, rows, plan, working, [callback, bar])
-    try:
+    with ExitStack() as stack:
+        trainer = make_trainer(backbone, model, rows, plan, working, [callback, _Progress(plan.label, stack)])
         trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
-    finally:
-        if bar.training_bar is not None:  # leaves the line, also when an error stopped the training
-            bar.training_bar.close()
     yield
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     log = [{"stage": plan.label, **{key: entry[key] for key in (*LOGGED, *also)}} for entry in history]
@@ -262,26 +259,28 @@ class _FiniteLoss(TrainerCallback):
             )
 
 
-class _ProgressBar(ProgressCallback):
-    """A bar with the time left and the loss, on stderr; stdout is for results."""
+@dataclass(eq=False)
+class _Progress(TrainerCallback):
+    """Tells of every step and its loss, until the stack is left."""
+
+    label: str
+    stack: ExitStack
+    told: Callable[..., None] | None = None
+    note: str = ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description_str(f"training {args.run_name}", refresh=False)
+        label, done = f"training {self.label}", state.global_step
+        self.told = self.stack.enter_context(steps(label, state.max_steps, "step", done=done))
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)  # in a log, each would be a line
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        assert self.told is not None  # the training has begun
+        self.told(1, self.note)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        loss = (kwargs.get("logs") or {}).get("loss")
+        self.note = self.note if loss is None else f"loss {loss:.3f}"
 
 
 @dataclass(eq=False)

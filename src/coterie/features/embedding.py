@@ -23,6 +23,7 @@ from coterie.backbone.aliases import ENCODER_ALIASES, fetch_alias
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow, by_length, pad
 from coterie.errors import CoterieError, first_line, unknown_name
+from coterie.progress import steps
 from coterie.records.schema import Record, read
 
 BATCH_ROWS = 32
@@ -239,9 +240,11 @@ def _token_row(ids: Sequence[int], counted: Sequence[bool]) -> TokenRow:
 
 def _batches(rows: Sequence[TokenRow]) -> Iterator[list[int]]:
     """Yield the numbers of rows of similar length together; rows without tokens are left out."""
-    for numbers in by_length(rows, BATCH_ROWS):
-        if filled := [i for i in numbers if rows[i].ids]:
-            yield filled
+    with steps("", len(rows), "text") as done:
+        for numbers in by_length(rows, BATCH_ROWS):
+            if filled := [i for i in numbers if rows[i].ids]:
+                yield filled
+            done(len(numbers))
 
 
 def _check_modules(folder: Path) -> None:

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from coterie.artifacts import read_tensors, write_tensors
 from coterie.backbone.adding import swapped
@@ -27,6 +26,7 @@ from coterie.data.batching import Batch, TokenRow, by_length, pad
 from coterie.errors import CoterieError
 from coterie.features.projection import Projection, make_projection
 from coterie.lora import Adapter
+from coterie.progress import steps
 from coterie.settings.groups import FeatureSettings
 
 SHARD_ROWS = 64  # rows between two writes: what an interruption costs at most
@@ -128,10 +128,12 @@ class GradientFeatures:
         """
         result = torch.zeros(len(rows), self.settings.d_proj, device=self.backbone.device)
         batches = by_length(rows, self.settings.feature_batch_size)
-        for numbers in tqdm(batches, desc="gradients of prompts", leave=False, disable=len(rows) <= SHARD_ROWS):
-            batch = [rows[i] for i in numbers]
-            for checkpoint, layers in self._checkpoints:
-                result[numbers] += self._batch(batch, checkpoint, layers) / len(self._checkpoints)
+        with steps("gradients of prompts" if len(rows) > SHARD_ROWS else "", len(rows), "prompt") as done:
+            for numbers in batches:
+                batch = [rows[i] for i in numbers]
+                for checkpoint, layers in self._checkpoints:
+                    result[numbers] += self._batch(batch, checkpoint, layers) / len(self._checkpoints)
+                done(len(numbers))
         return result
 
     def _batch(self, rows: Sequence[TokenRow], checkpoint: Checkpoint, layers: ExpertLayers) -> Tensor:
@@ -243,15 +245,15 @@ def write_features(features: GradientFeatures, rows: Sequence[TokenRow], folder:
     rows of every batch are fixed, it ends with the same numbers.
     """
     shards = by_length(rows, SHARD_ROWS)
-    with tqdm(total=len(rows), desc="gradient features", unit="prompt") as bar:
-        for number, shard in enumerate(shards):
-            path = folder / f"{number:05d}.safetensors"
-            if not path.exists():
-                write_tensors(path, {"features": features([rows[i] for i in shard])})
-            bar.update(len(shard))
+    files = {folder / f"{number:05d}.safetensors": shard for number, shard in enumerate(shards)}
+    lacking = {file: shard for file, shard in files.items() if not file.exists()}
+    with steps("gradient features", len(rows), "prompt", done=len(rows) - sum(map(len, lacking.values()))) as done:
+        for file, shard in lacking.items():
+            write_tensors(file, {"features": features([rows[i] for i in shard])})
+            done(len(shard))
     result = torch.empty(len(rows), features.settings.d_proj)
-    for number, shard in enumerate(shards):
-        result[shard] = read_tensors(folder / f"{number:05d}.safetensors")["features"]
+    for file, shard in files.items():
+        result[shard] = read_tensors(file)["features"]
     write_tensors(folder / "features.safetensors", {"features": result})
-    for number in range(len(shards)):
-        (folder / f"{number:05d}.safetensors").unlink()
+    for file in files:
+        file.unlink()

@@ -11,6 +11,7 @@ from coterie.data.batching import TokenRow
 from coterie.data.examples import Example, read_all
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE
 from coterie.experts.training import TrainingPlan, read_log, train_adapter
+from coterie.progress import part, whole
 from coterie.settings.commands import ElreaSettings, KshotSettings, TokenLevelSettings
 from coterie.settings.groups import LoraSettings
 from coterie.settings.rows import READING, ReadingSettings
@@ -82,13 +83,17 @@ def train_clusters(
     A cluster without rows gets the base adapter itself.
     """
     how = settings.experts
+    members = {
+        f"{prefix}-{number}": [row for row, label in zip(rows, labels, strict=True) if label == number]
+        for number in range(count)
+    }
     folders = {}
-    for number in range(count):
-        name = f"{prefix}-{number}"
-        own = [row for row, label in zip(rows, labels, strict=True) if label == number]
-        plan = base_plan(settings, f"{name} ({number + 1} of {count})")
-        plan = replace(plan, epochs=how.expert_epochs, learning_rate=how.expert_learning_rate)
-        folders[name] = train_expert(run, name, own, backbone, plan, base) if own else base
+    with whole(f"experts of {prefix}", {name: len(own) for name, own in members.items()}):
+        for number, (name, own) in enumerate(members.items(), start=1):
+            plan = base_plan(settings, f"{name} ({number} of {count})")
+            plan = replace(plan, epochs=how.expert_epochs, learning_rate=how.expert_learning_rate)
+            with part(name):
+                folders[name] = train_expert(run, name, own, backbone, plan, base) if own else base
     return folders
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from math import fsum
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -19,6 +20,7 @@ from coterie.errors import CoterieError, naming
 from coterie.experts.bank import ExpertBank, load_bank
 from coterie.mixture import Mixture
 from coterie.mixture.folder import derived_folder
+from coterie.progress import part, whole
 from coterie.records.mixture import ExtraRecord
 from coterie.records.schema import read
 from coterie.routers.base import Router, RouterParts
@@ -89,11 +91,13 @@ class ExtraSpec(Generic[AnyRun]):
 
     Attributes:
         make: makes it from a fitted run, in a folder that may hold what an interrupted making left.
+        work: what making it weighs beside others (see `coterie.progress`).
         settings: the fields of `ExtrasSettings` that it depends on.
         needs: extras that it is made from.
     """
 
     make: Callable[[AnyRun, RunFolder], TrainedExtra]
+    work: Callable[[AnyRun], float]
     settings: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
 
@@ -119,16 +123,11 @@ def prepare_extras(
         CoterieError: when one was trained with other settings than those asked for, its files are broken, or another
             process trains some of this run.
     """
-    order: list[str] = []
-    for name in names:
-        order += [needed for needed in (*specs[name].needs, name) if needed not in order]
-    for name in order:
-        folder = extra_folder(run.mixture, name, in_run=in_run)
-        if not folder.exists():
-            logger.info("training what the run lacks: %s", name)
-            _train(run, name, specs[name], folder.parents[1])
-            continue
-        before = _read(folder).settings
+    order = _with_needed(names, specs)
+    folders = {name: extra_folder(run.mixture, name, in_run=in_run) for name in order}
+    lacking = [name for name, folder in folders.items() if not folder.exists()]
+    for name in (name for name in order if name not in lacking):
+        folder, before = folders[name], _read(folders[name]).settings
         for field in specs[name].settings:  # those that nobody gave a value for are taken as it was trained
             value = getattr(run.extras, field)
             trained = before.get(field)
@@ -137,7 +136,23 @@ def prepare_extras(
                     f"{folder} was trained with --{field.replace('_', '-')} {trained}, not {value}; ask for that "
                     "value, or delete the folder"
                 )
+    with whole("train-extras", {name: specs[name].work(run) for name in lacking}):
+        for name in lacking:
+            logger.info("training what the run lacks: %s", name)
+            with part(name):
+                _train(run, name, specs[name], folders[name].parents[1])
     return {name: load_extra(run.mixture, name) for name in order}
+
+
+def lacking_work(run: AnyRun, names: Iterable[str], specs: Mapping[str, ExtraSpec[AnyRun]]) -> float:
+    """Return what training the extras that a run lacks weighs."""
+    order = _with_needed(names, specs)
+    return fsum(specs[name].work(run) for name in order if not extra_folder(run.mixture, name).exists())
+
+
+def _with_needed(names: Iterable[str], specs: Mapping[str, ExtraSpec[Any]]) -> list[str]:
+    """Put what extras are made from before them, each once."""
+    return list(dict.fromkeys(one for name in names for one in (*specs[name].needs, name)))
 
 
 def extra_folder(mixture: Mixture, name: str, *, in_run: bool = False) -> Path:

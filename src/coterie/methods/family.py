@@ -11,7 +11,7 @@ from typing import Generic
 from coterie.errors import CoterieError, unknown_name
 from coterie.experts.bank import ExpertBank
 from coterie.experts.names import BACKBONE, NULL
-from coterie.methods.extras import AnyRun, Extra, ExtraSpec, prepare_extras
+from coterie.methods.extras import AnyRun, Extra, ExtraSpec, lacking_work, prepare_extras
 from coterie.mixture import Mixture
 from coterie.routers.base import Router
 from coterie.routers.derived import keep_top
@@ -144,6 +144,11 @@ class Family(Generic[AnyRun]):
         if not needed or self.open_run is None:
             return {}
         return prepare_extras(self.open_run(mixture, settings), needed, self.extras, in_run=in_run)
+
+    def work(self, mixture: Mixture, names: Iterable[str], settings: ExtrasSettings) -> float:
+        """Return what training what these methods still lack weighs (see `coterie.progress`)."""
+        needed = self.needs(names)
+        return lacking_work(self.open_run(mixture, settings), needed, self.extras) if needed and self.open_run else 0.0
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from coterie.backbone.layers import ExpertLayers
@@ -35,6 +34,7 @@ from coterie.grading.lengths import ANSWER_TOKENS, longest_answer
 from coterie.mixture.completion import Completion, Likelihoods, completion
 from coterie.mixture.folder import StoredMixture
 from coterie.mixture.prompts import Prompt, as_examples
+from coterie.progress import steps
 from coterie.routers.base import Router, Routing
 from coterie.routers.derived import keep_top
 from coterie.routers.token import TokenLevel
@@ -351,14 +351,14 @@ class Mixture(StoredMixture):
             aligned = routing.aligned(self.bank.names)
             return score_planned(self.backbone, self.layers, self.combiner, aligned, rows, None, label)
         nll, tokens = torch.zeros(1, len(rows)), torch.zeros(len(rows))
-        with tqdm(total=len(rows), desc=f"likelihood of {label}", unit="row", disable=not label) as bar:
+        with steps(label and f"likelihood of {label}", len(rows), "row") as done:
             for numbers in by_length(rows, BATCH):
                 answers = [rows[i].ids[rows[i].prompt_length :] for i in numbers]
                 found = self.score_teacher_forced([rows[i].prompt() for i in numbers], answers)
                 for i, scored in zip(numbers, found, strict=True):
                     wanted = [place - rows[i].prompt_length for place in answer_positions(rows[i])]
                     nll[0, i], tokens[i] = -scored.logprobs[wanted].mean(), len(wanted)
-                bar.update(len(numbers))
+                done(len(numbers))
         return Scores(nll, tokens)
 
     def score_teacher_forced(self, prompts: Sequence[TokenRow], answers: Sequence[Sequence[int]]) -> list[ScoredTokens]:

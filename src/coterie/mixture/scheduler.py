@@ -8,15 +8,15 @@ long as they fit, and endpoints answer meanwhile.
 import gc
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
-from tqdm.auto import tqdm
 
 from coterie.errors import CoterieError
 from coterie.experts.answering import Answerer, ExpertGroup, Question, Reply, failed
 from coterie.experts.reply_cache import ReplyCache
+from coterie.progress import steps
 
 GIB = 2**30
 
@@ -39,8 +39,6 @@ class ExpertScheduler(AbstractContextManager["ExpertScheduler"]):
         identities: Mapping[str, str],
         cache: ReplyCache,
         budget: int | None = None,
-        *,
-        quiet: bool = False,
     ) -> None:
         """Load nothing yet.
 
@@ -49,7 +47,6 @@ class ExpertScheduler(AbstractContextManager["ExpertScheduler"]):
             identities: what stands for every expert's weights in the cache.
             cache: replies that are there already, and where new ones go.
             budget: bytes that loaded groups may take together; without one, one group is loaded at a time.
-            quiet: show no progress.
         """
         self.cache = cache
         self.loads: Counter[str] = Counter()
@@ -57,7 +54,6 @@ class ExpertScheduler(AbstractContextManager["ExpertScheduler"]):
         self._groups = {expert: group for group in groups for expert in group.experts}
         self._identities = dict(identities)
         self._budget = budget
-        self._quiet = quiet
         self._held: dict[str, tuple[Answerer, int]] = {}
         self._remote: dict[str, Answerer] = {}
         self._later: set[str] = set()
@@ -84,7 +80,12 @@ class ExpertScheduler(AbstractContextManager["ExpertScheduler"]):
         self._later = {self._groups[expert].name for expert in last}
         keys = [question.key(self._identities[question.expert]) for question in questions]
         missing = {key: question for key, question in zip(keys, questions, strict=True) if self.cache.get(key) is None}
-        errors = self._answer(missing)
+        if missing:
+            distinct = len(set(keys))
+            with steps("answers", distinct, "answer", done=distinct - len(missing)) as told:
+                errors = self._answer(missing, told)
+        else:
+            errors = {}
         found = [self.cache.get(key) or errors.get(key) for key in keys]
         return [reply or failed("no reply came") for reply in found]
 
@@ -116,7 +117,7 @@ class ExpertScheduler(AbstractContextManager["ExpertScheduler"]):
             self.peak = max(self.peak, taken)
         return self._held[group.name][0]
 
-    def _answer(self, missing: Mapping[str, Question]) -> dict[str, Reply]:
+    def _answer(self, missing: Mapping[str, Question], told: Callable[..., None]) -> dict[str, Reply]:
         """Let every group answer its questions; return the replies of those that failed."""
         shares: dict[str, dict[str, Question]] = {}
         for key, question in missing.items():
@@ -131,7 +132,7 @@ class ExpertScheduler(AbstractContextManager["ExpertScheduler"]):
 
         def answer_remotely(group: ExpertGroup) -> None:
             try:
-                self._answer_group(group, shares[group.name], errors)
+                self._answer_group(group, shares[group.name], errors, told)
             except _Unwritable as error:  # told to the thread that waits
                 unwritable.append(error)
 
@@ -142,7 +143,7 @@ class ExpertScheduler(AbstractContextManager["ExpertScheduler"]):
             thread.start()
         try:
             for group in local:
-                self._answer_group(group, shares[group.name], errors)
+                self._answer_group(group, shares[group.name], errors, told)
             for thread in threads:
                 thread.join()
                 if unwritable:
@@ -152,13 +153,11 @@ class ExpertScheduler(AbstractContextManager["ExpertScheduler"]):
             raise error.__cause__ from None
         return errors
 
-    def _answer_group(self, group: ExpertGroup, share: Mapping[str, Question], errors: dict[str, Reply]) -> None:
+    def _answer_group(
+        self, group: ExpertGroup, share: Mapping[str, Question], errors: dict[str, Reply], told: Callable[..., None]
+    ) -> None:
         """Let one group answer its share; errors fail only the unanswered questions."""
         keys, questions = list(share), list(share.values())
-        bars = {
-            name: tqdm(total=count, desc=f"answers of {name}", unit="answer", disable=self._quiet)
-            for name, count in Counter(question.expert for question in questions).items()
-        }
 
         def done(number: int, reply: Reply) -> None:
             if reply.error is not None:
@@ -167,7 +166,7 @@ class ExpertScheduler(AbstractContextManager["ExpertScheduler"]):
                 self.cache.add(keys[number], reply)
             except Exception as error:
                 raise _Unwritable from error
-            bars[questions[number].expert].update()
+            told(1, questions[number].expert)
 
         try:
             self.loaded(questions[0].expert).answer(questions, done)
@@ -177,9 +176,6 @@ class ExpertScheduler(AbstractContextManager["ExpertScheduler"]):
             for key in keys:
                 if self.cache.get(key) is None and key not in errors:
                     errors[key] = failed(error)
-        finally:
-            for bar in bars.values():
-                bar.close()
 
     def _need(self, group: ExpertGroup) -> int:
         """Return the bytes that a group takes, all there are where that is not known; refuse more than that."""

@@ -22,6 +22,7 @@ from coterie.experts.names import BASE
 from coterie.methods.common import base_plan, train_clusters, train_expert
 from coterie.methods.elrea.run import ElreaRun
 from coterie.mixture import Mixture
+from coterie.progress import TRAINING, part, whole
 from coterie.routers.fixed import uniform
 from coterie.routers.loss import CrossFitLosses
 
@@ -38,13 +39,23 @@ def cross_fit(run: ElreaRun, into: RunFolder) -> CrossFitLosses:
     folds = assign_folds(run.labels, count, run.settings.seed)
 
     def score_fold(folder: Path, fold: int) -> None:
-        mixture = _fold_mixture(run, RunFolder(folder), folds != fold, fold)
         rows = [run.kept.rows[i] for i in torch.nonzero(folds == fold).flatten().tolist()]
-        write_tensors(folder / SCORES, _score_pairs(mixture, rows, f"fold {fold + 1}"))
+        work = {
+            "base": TRAINING * (len(folds) - len(rows)) * run.settings.training.epochs,
+            "experts": TRAINING * (len(folds) - len(rows)) * run.settings.experts.expert_epochs,
+            "scores": len(rows) * len(run.mixture.bank),
+        }
+        with whole(f"fold {fold + 1}", work):
+            mixture = _fold_mixture(run, RunFolder(folder), folds != fold, fold)
+            with part("scores"):
+                write_tensors(folder / SCORES, _score_pairs(mixture, rows, f"fold {fold + 1}"))
 
-    parts = [
-        read_tensors(into.stage(f"folds/{fold}", partial(score_fold, fold=fold)) / SCORES) for fold in range(count)
-    ]
+    parts = []
+    with whole("judged", {f"fold {fold + 1}": 1.0 for fold in range(count)}):
+        for fold in range(count):
+            with part(f"fold {fold + 1}"):
+                done = into.stage(f"folds/{fold}", partial(score_fold, fold=fold))
+            parts.append(read_tensors(done / SCORES))
     order = torch.cat([torch.nonzero(folds == fold).flatten() for fold in range(count)]).argsort()
     losses = (torch.cat([part[key] for part in parts])[order] for key in ("nll", "pairs", "tokens"))
     return CrossFitLosses(run.mixture.bank.names, *losses)
@@ -72,9 +83,11 @@ def _fold_mixture(run: ElreaRun, into: RunFolder, seen: Tensor, fold: int) -> Mi
     numbers = torch.nonzero(seen).flatten().tolist()
     rows = [run.kept.rows[i] for i in numbers]
     plan = base_plan(run.settings, f"base, {of_folds}")
-    base = train_expert(into, BASE, rows, run.mixture.backbone, plan, run.settings.lora)
+    with part("base"):
+        base = train_expert(into, BASE, rows, run.mixture.backbone, plan, run.settings.lora)
     labels, count = [run.labels[i] for i in numbers], max(run.labels) + 1
-    experts = train_clusters(into, "cluster", rows, labels, count, run.mixture.backbone, run.settings, base)
+    with part("experts"):
+        experts = train_clusters(into, "cluster", rows, labels, count, run.mixture.backbone, run.settings, base)
     bank = load_bank({BASE: base, **experts}, run.mixture.backbone.model)
     return replace(run.mixture, bank=bank, router=uniform(bank.names))
 

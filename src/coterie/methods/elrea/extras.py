@@ -19,6 +19,7 @@ from coterie.methods.common import base_plan, origin, train_clusters, train_expe
 from coterie.methods.elrea.cross_fit import cross_fit
 from coterie.methods.elrea.run import ElreaRun
 from coterie.methods.extras import LOSSES, ExtraSpec, TrainedExtra, load_extra, read_losses
+from coterie.progress import EMBEDDING, TRAINING, part, whole
 from coterie.routers.centroid import CentroidRouter, centroids_by_best, centroids_of
 from coterie.routers.feature import embedding_extractor
 from coterie.routers.fixed import SourceRouter
@@ -38,9 +39,12 @@ def _random_clusters(run: ElreaRun, into: RunFolder) -> TrainedExtra:
 def _embedding_clusters(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Cluster and route by sentence embeddings (ELREA's Instruction Embedding)."""
     extractor = embedding_extractor(run.extras.encoder, run.mixture.backbone)
-    features = extractor([row.prompt() for row in run.kept.rows])
-    clustering = cluster(features.numpy(), run.settings.clustering, sources=run.sources, seed=run.settings.seed)
-    experts = _cluster_experts(run, into, "embedding", clustering.labels)
+    with whole("embedding-clusters", {"features": EMBEDDING * len(run.kept.rows), "experts": _cluster_work(run)}):
+        with part("features"):
+            features = extractor([row.prompt() for row in run.kept.rows])
+        clustering = cluster(features.numpy(), run.settings.clustering, sources=run.sources, seed=run.settings.seed)
+        with part("experts"):
+            experts = _cluster_experts(run, into, "embedding", clustering.labels)
     centroids = centroids_of(features, clustering.labels, clustering.count)
     router = CentroidRouter.by_cluster(extractor, centroids, list(experts), base=BASE)
     return TrainedExtra(experts, router, {"clustering": clustering.record()})
@@ -48,13 +52,14 @@ def _embedding_clusters(run: ElreaRun, into: RunFolder) -> TrainedExtra:
 
 def _seeds(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Train adapters on all data from other seeds (LoRA Ensembles, arXiv 2310.00035)."""
+    rows, backbone, count = run.kept.rows, run.mixture.backbone, run.extras.ensemble_size - 1
+    names = {f"seed-{number}": number for number in range(1, count + 1)}
     experts = {}
-    for number in range(1, run.extras.ensemble_size):
-        name = f"seed-{number}"
-        seed = run.settings.seed + number
-        label = f"{name} ({number} of {run.extras.ensemble_size - 1})"
-        plan = base_plan(run.settings, label, seed=seed)
-        experts[name] = train_expert(into, name, run.kept.rows, run.mixture.backbone, plan, run.settings.lora)
+    with whole("seeds", dict.fromkeys(names, 1.0)):
+        for name, number in names.items():
+            plan = base_plan(run.settings, f"{name} ({number} of {count})", seed=run.settings.seed + number)
+            with part(name):
+                experts[name] = train_expert(into, name, rows, backbone, plan, run.settings.lora)
     return TrainedExtra(experts)
 
 
@@ -68,10 +73,13 @@ def _datasets(run: ElreaRun, into: RunFolder) -> TrainedExtra:
         plain = "dataset-" + re.sub(r"[^A-Za-z0-9._-]+", "-", source)
         names[source] = plain if plain not in names.values() else f"{plain}-{len(names)}"
     folders = {}
-    for number, source in enumerate(sources, start=1):
-        rows = [row for row, own in zip(run.kept.rows, run.sources, strict=True) if own == source]
-        plan = base_plan(run.settings, f"{names[source]} ({number} of {len(sources)})")
-        folders[names[source]] = train_expert(into, names[source], rows, run.mixture.backbone, plan, run.settings.lora)
+    with whole("datasets", {names[source]: run.sources.count(source) for source in sources}):
+        for number, source in enumerate(sources, start=1):
+            name, backbone = names[source], run.mixture.backbone
+            rows = [row for row, own in zip(run.kept.rows, run.sources, strict=True) if own == source]
+            plan = base_plan(run.settings, f"{name} ({number} of {len(sources)})")
+            with part(name):
+                folders[name] = train_expert(into, name, rows, backbone, plan, run.settings.lora)
     return TrainedExtra(folders, SourceRouter(names))
 
 
@@ -126,14 +134,32 @@ def _loss(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     return TrainedExtra({}, router, {"penalty": fitted.penalty, "expected_nll": fitted.expected_nll})
 
 
+def _base_work(run: ElreaRun) -> float:
+    return TRAINING * run.row_count * run.settings.training.epochs
+
+
+def _cluster_work(run: ElreaRun) -> float:
+    return TRAINING * run.row_count * run.settings.experts.expert_epochs
+
+
+def _judged_work(run: ElreaRun) -> float:
+    """Every fold leaves its own rows out, and is scored on them by all experts."""
+    trained = (run.extras.judge_folds - 1) * (_base_work(run) + _cluster_work(run))
+    return trained + len(run.mixture.bank) * run.row_count
+
+
 EXTRAS: dict[str, ExtraSpec[ElreaRun]] = {
-    "random-clusters": ExtraSpec(_random_clusters),
-    "embedding-clusters": ExtraSpec(_embedding_clusters, ("encoder",)),
-    "seeds": ExtraSpec(_seeds, ("ensemble_size",)),
-    "datasets": ExtraSpec(_datasets),
-    "gates": ExtraSpec(_gates, ("gate_epochs", "gate_learning_rate")),
-    "judged": ExtraSpec(_judged, ("judge_folds",)),
-    "performance": ExtraSpec(_performance, needs=("judged",)),
-    "loss": ExtraSpec(_loss, needs=("judged",)),
+    "random-clusters": ExtraSpec(_random_clusters, _cluster_work),
+    "embedding-clusters": ExtraSpec(_embedding_clusters, _cluster_work, ("encoder",)),
+    "seeds": ExtraSpec(_seeds, lambda run: (run.extras.ensemble_size - 1) * _base_work(run), ("ensemble_size",)),
+    "datasets": ExtraSpec(_datasets, _base_work),
+    "gates": ExtraSpec(
+        _gates,
+        lambda run: TRAINING * run.row_count * run.extras.gate_epochs,
+        ("gate_epochs", "gate_learning_rate"),
+    ),
+    "judged": ExtraSpec(_judged, _judged_work, ("judge_folds",)),
+    "performance": ExtraSpec(_performance, lambda run: run.row_count / 10, needs=("judged",)),
+    "loss": ExtraSpec(_loss, lambda run: run.row_count / 10, needs=("judged",)),
 }
 """By the name of the extra's folder."""

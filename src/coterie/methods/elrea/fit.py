@@ -30,6 +30,7 @@ from coterie.methods.common import (
     train_clusters,
 )
 from coterie.mixture import Mixture
+from coterie.progress import GRADIENTS, TRAINING, part, whole
 from coterie.routers.centroid import CentroidRouter, centroids_of
 from coterie.settings.commands import ElreaSettings
 from coterie.settings.keywords import takes_fields
@@ -72,7 +73,13 @@ def fit_elrea(settings: ElreaSettings, examples: list[Example] | None = None) ->
     kept = tokenise(prompts, examples, settings.training.max_length, backbone.positions)
     _check_enough(len(kept.rows), settings)
     inputs = {"data": hash_examples(examples), "base_model": backbone.identity.sha256}
-    with run_folder(output, settings, inputs) as run:
+    row_epochs = len(kept.rows) * settings.training.epochs
+    work = {
+        "base": TRAINING * row_epochs,
+        "features": GRADIENTS * row_epochs,
+        "experts": TRAINING * len(kept.rows) * settings.experts.expert_epochs,
+    }
+    with run_folder(output, settings, inputs) as run, whole(settings.command, work):
         mixture = _fit(run, settings, backbone, prompts, kept)
     return replace(mixture, folder=output)
 
@@ -88,12 +95,11 @@ def _fit(
     run: RunFolder, settings: ElreaSettings, backbone: Backbone, prompts: PromptFormat, kept: Tokenised
 ) -> Mixture:
     # 1) the base adapter: its epochs go to `checkpoints`, its last state is the expert `base`
-    trained = run.stage(
-        "training/base",
-        lambda folder: train_adapter(
-            backbone, kept.rows, base_plan(settings, BASE, keep_epochs=True), folder, settings.lora
-        ),
-    )
+    plan = base_plan(settings, BASE, keep_epochs=True)
+    with part("base"):
+        trained = run.stage(
+            "training/base", lambda folder: train_adapter(backbone, kept.rows, plan, folder, settings.lora)
+        )
     names = [f"epoch-{epoch}" for epoch in range(settings.training.epochs)]
     for name in names:
         run.stage(f"checkpoints/{name}", partial(shutil.copytree, trained / name, dirs_exist_ok=True))
@@ -102,23 +108,26 @@ def _fit(
     checkpoints = [load_checkpoint(run.path / "checkpoints" / name, backbone.model) for name in names]
     gradients = GradientFeatures(backbone, checkpoints, settings.features, settings.seed)
     prompts_alone = [row.prompt() for row in kept.rows]
-    folder = run.stage("features", lambda folder: write_features(gradients, prompts_alone, folder))
+    with part("features"):
+        folder = run.stage("features", lambda folder: write_features(gradients, prompts_alone, folder))
     features = read_tensors(folder / "features.safetensors")["features"]
     centre = features.mean(dim=0) if settings.features.form == "adam-centred" else None
     shifted = features if centre is None else features - centre
     sources = [example.source for example in kept.examples]
     clustering = cluster(shifted.numpy(), settings.clustering, sources=sources, seed=settings.seed)
     # 3) an expert for each cluster, and the router that finds it
-    experts = train_clusters(run, "cluster", kept.rows, clustering.labels, clustering.count, backbone, settings, base)
+    labels, count = clustering.labels, clustering.count
+    with part("experts"):
+        experts = train_clusters(run, "cluster", kept.rows, labels, count, backbone, settings, base)
     record = {"checkpoints": names, "features": settings.features.model_dump(), "seed": settings.seed}
-    centroids = centroids_of(shifted, clustering.labels, clustering.count)
+    centroids = centroids_of(shifted, labels, count)
     extractor = FeatureExtractor("gradient", gradients, record)
     router = CentroidRouter.by_cluster(extractor, centroids, list(experts), base=BASE, centre=centre)
     bank = load_bank({BASE: base, **experts}, backbone.model)
     mixture = Mixture(backbone, bank, router, LogitCombiner(), prompts, "elrea", run.path)
     # 4) the records
-    labels = zip(kept.examples, clustering.labels, strict=True)
-    records = [{**origin(example), "cluster": f"cluster-{label}"} for example, label in labels]
+    rows = zip(kept.examples, labels, strict=True)
+    records = [{**origin(example), "cluster": f"cluster-{label}"} for example, label in rows]
     write_jsonl(run.path / "clusters.jsonl", records)
     mixture.write_description(run.path, {"clustering": clustering.record()})
     close_training(run, mixture.bank.names)

@@ -46,10 +46,18 @@ class ElreaRun(FittedRun[ElreaSettings]):
         )
 
     @cached_property
+    def row_count(self) -> int:
+        """The number of training rows, without reading them."""
+        return len(self._rows_of_clusters)
+
+    @cached_property
+    def _rows_of_clusters(self) -> tuple[TrainingRow, ...]:
+        return read_rows(TrainingRow, self.folder / "clusters.jsonl", "get the folder again, or fit again")
+
+    @cached_property
     def labels(self) -> list[int]:
         """The cluster of every training row."""
-        rows = read_rows(TrainingRow, self.folder / "clusters.jsonl", "get the folder again, or fit again")
-        numbers = [row.cluster.rpartition("-")[2] for row in rows]
+        numbers = [row.cluster.rpartition("-")[2] for row in self._rows_of_clusters]
         if len(numbers) != len(self.kept.rows) or not all(re.fullmatch("[0-9]{1,6}", number) for number in numbers):
             raise CoterieError(
                 f"{self.folder / 'clusters.jsonl'} does not name a cluster for each of the {len(self.kept.rows)} "

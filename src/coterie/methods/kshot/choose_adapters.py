@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,10 @@ from coterie.experts.bank_folder import leaks
 from coterie.grading.grade import is_right
 from coterie.grading.lengths import with_length
 from coterie.methods.common import named_sources
-from coterie.methods.kshot.rationales import with_rationales
+from coterie.methods.kshot.rationales import FROM_DATA, with_rationales
 from coterie.methods.kshot.task import KshotTask, open_task
 from coterie.mixture.local_answers import LocalAnswerer
+from coterie.progress import ANSWERING, part, steps, whole
 from coterie.records.schema import read
 from coterie.records.task import AdapterRecord, GroupRecord, HalvingRound, SelectionRecord
 from coterie.records.wording import columns
@@ -138,10 +140,14 @@ def choose(task: KshotTask, settings: SelectSettings | KshotSettings, cached: Js
             f"{bank.path} has {len(names)} adapters to choose from, fewer than --keep {how.keep}; "
             "add adapters with coterie bank add, or lower --keep"
         )
-    rationales = with_rationales(task.shots, settings.rationale, settings.placement, how.scoring_batch_size)
     how = how.model_copy(update={"candidates": candidate_count(how, len(names))})
-    scoring = ShotScoring(task, rationales, how, cached)
-    order, rounds = scoring.halve(names)
+    written = settings.rationale.rationales != FROM_DATA
+    with whole("select", {"rationales": ANSWERING * len(task.shots) * written, "scores": scoring_work(task, how)}):
+        with part("rationales"):
+            rationales = with_rationales(task.shots, settings.rationale, settings.placement, how.scoring_batch_size)
+        scoring = ShotScoring(task, rationales, how, cached)
+        with part("scores"):
+            order, rounds = scoring.halve(names)
     candidates = order[: how.candidates]
     adapters = load_bank({one.name: bank.folder_of(one.name) for one in candidates}, task.backbone.model).adapters
     likeness = similarities(adapters, "factors" if how.diversity == "factors" else "updates")
@@ -160,6 +166,11 @@ def choose(task: KshotTask, settings: SelectSettings | KshotSettings, cached: Js
         halving=tuple(rounds),
     )
     return Selected(record, [cell for name in sorted(scoring.cells) for cell in scoring.cells[name]])
+
+
+def scoring_work(task: KshotTask, how: SelectAdaptersSettings) -> float:
+    """Return what scoring all adapters on all shots weighs."""
+    return len(task.bank.names) * len(task.shots) * (1.0 + ANSWERING * (how.rank_by != "perplexity"))
 
 
 def candidate_count(how: SelectAdaptersSettings, adapters: int) -> int:
@@ -273,10 +284,14 @@ class ShotScoring:
         plan = halving_rounds(len(alive), len(self.task.shots), self.settings.halving, least)
         kept = [count for _, count in [*plan[1:], plan[-1]]]  # how many adapters go on from each round
         orders: list[list[Ranked]] = []
-        for (shots, _), count in zip(plan, kept, strict=True):
-            self.score(alive, shots)
-            orders.append(self.rank(alive, shots))
-            alive = [one.name for one in orders[-1][:count]]
+        new = [shots - before for before, shots in pairwise([0, *(shots for shots, _ in plan)])]
+        work = {f"{shots} shots": own * adapters for (shots, adapters), own in zip(plan, new, strict=True)}
+        with whole("scores", work):
+            for (shots, _), count in zip(plan, kept, strict=True):
+                with part(f"{shots} shots"):
+                    self.score(alive, shots)
+                orders.append(self.rank(alive, shots))
+                alive = [one.name for one in orders[-1][:count]]
         final = {one.name: one.rank_sum for one in orders[-1]}
         rounds = []
         for (shots, _), count, order in zip(plan, kept, orders, strict=True):
@@ -313,15 +328,14 @@ class ShotScoring:
         ranks = {card.name: card.rank for card in self.task.bank.cards}
         order = sorted(names, key=lambda name: (ranks[name], name))
         start, size = len(self.cells.setdefault(order[0], [])), self.settings.group_size
-        for place in range(0, len(order), size):
-            own = order[place : place + size]
-            logger.info(
-                "adapters %d to %d of %d: shots %d to %d", place + 1, place + len(own), len(order), start + 1, shots
-            )
-            key = f"scores-{start}-{shots}-{'-'.join(own)}"
-            found = self.cached(key, lambda own=own: _score_shots(self, own, range(start, shots)))
-            for name in own:
-                self.cells.setdefault(name, []).extend(found[name])
+        groups = [order[place : place + size] for place in range(0, len(order), size)]
+        with whole("shots", {", ".join(own): len(own) for own in groups}):
+            for own in groups:
+                key = f"scores-{start}-{shots}-{'-'.join(own)}"
+                with part(", ".join(own)):
+                    found = self.cached(key, lambda own=own: _score_shots(self, own, range(start, shots)))
+                for name in own:
+                    self.cells.setdefault(name, []).extend(found[name])
 
 
 def _score_shots(scoring: ShotScoring, names: Sequence[str], places: range) -> dict[str, list[dict[str, Any]]]:
@@ -332,10 +346,19 @@ def _score_shots(scoring: ShotScoring, names: Sequence[str], places: range) -> d
     shots, rationales = ([rows[place] for place in places] for rows in (task.shots, scoring.rationales))
     sampling = SamplingSettings(max_new_tokens=scoring.settings.max_new_tokens)
     replies: dict[int, Reply] = {}
-    if scoring.settings.rank_by != "perplexity":
-        questions = [Question(name, shot.prompt, with_length(sampling, shot)) for name in names for shot in shots]
-        answerer.answer(questions, replies.__setitem__)
-    nll = -answerer.likelihoods(rationales)
+
+    def done(number: int, reply: Reply) -> None:
+        replies[number] = reply
+        told()
+
+    answers = scoring.settings.rank_by != "perplexity"
+    questions = [Question(name, shot.prompt, with_length(sampling, shot)) for name in names for shot in shots]
+    with whole("shots", {"answers": ANSWERING * answers, "likelihoods": 1.0}):
+        if answers:
+            with part("answers"), steps(f"answers of {', '.join(names)}", len(questions), "answer") as told:
+                answerer.answer(questions, done)
+        with part("likelihoods"):
+            nll = -answerer.likelihoods(rationales)
     tokens = [len(answer_positions(task.prompts.row(row))) for row in rationales]
     cells: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for number, name in enumerate(names):

@@ -21,6 +21,7 @@ from coterie.methods.common import base_plan, copy_expert, train_expert
 from coterie.methods.extras import ExtraSpec, TrainedExtra
 from coterie.methods.kshot.run import KshotRun
 from coterie.methods.kshot.train import tune
+from coterie.progress import TRAINING
 from coterie.routers.gate import GateRouter
 
 UNTUNED = "untuned-"
@@ -92,7 +93,7 @@ def _ablation(
         tuned = tune(into.path, run.task, origins, run.tokenised(added), run.settings)
         return TrainedExtra(tuned.experts, tuned.router, {"gates": tuned.record.plain()})
 
-    return ExtraSpec(make)
+    return ExtraSpec(make, lambda run: len(run.selection.chosen) * _training_work(run))
 
 
 def _copied(run: KshotRun, into: RunFolder, prefix: str) -> TrainedExtra:
@@ -130,10 +131,14 @@ def _random_rows(run: KshotRun) -> list[Example]:
     return [replace(example, id=f"random-{number}") for number, example in index.read(np.sort(drawn))]
 
 
+def _training_work(run: KshotRun) -> float:
+    return TRAINING * (run.selection.shots + len(run.gathered)) * run.settings.training.epochs
+
+
 EXTRAS: Mapping[str, ExtraSpec[KshotRun]] = {
-    "untuned": ExtraSpec(_untuned),
-    BEST_TUNED: ExtraSpec(_best_tuned),
-    LORAHUB: ExtraSpec(_lorahub, ("lorahub_steps",)),
+    "untuned": ExtraSpec(_untuned, lambda run: run.selection.shots / 10),
+    BEST_TUNED: ExtraSpec(_best_tuned, _training_work),
+    LORAHUB: ExtraSpec(_lorahub, lambda run: run.extras.lorahub_steps * run.selection.shots, ("lorahub_steps",)),
     "kshot-only": _ablation("shots", data=lambda run: []),
     "random-experts": _ablation("random", experts=_random_experts),
     "random-data": _ablation("randomdata", data=_random_rows),

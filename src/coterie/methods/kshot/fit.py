@@ -15,12 +15,13 @@ from coterie.experts.training import check_one_process, read_log
 from coterie.features.embedding import HIDDEN
 from coterie.features.embedding_store import hidden_encoder, load_text_encoder
 from coterie.methods.common import copy_expert, named_sources
-from coterie.methods.kshot.choose_adapters import SCORES_FILE, SELECTION_FILE, choose, read_selection
-from coterie.methods.kshot.gather_rows import GATHERED_FILE, SUMMARY_FILE, load_open_data, write_gathered
+from coterie.methods.kshot.choose_adapters import SCORES_FILE, SELECTION_FILE, choose, read_selection, scoring_work
+from coterie.methods.kshot.gather_rows import GATHERED_FILE, SUMMARY_FILE, OpenData, load_open_data, write_gathered
 from coterie.methods.kshot.reuse import check_reused, copy_files, reused_inputs
 from coterie.methods.kshot.task import KshotTask, open_task
 from coterie.methods.kshot.train import GATES_FILE, gate_options, tune
 from coterie.mixture import Mixture
+from coterie.progress import EMBEDDING, TRAINING, part, whole
 from coterie.routers.gate import GateRouter, read_gates
 from coterie.settings.commands import GatherSettings, KshotSettings
 from coterie.settings.keywords import takes_fields
@@ -64,13 +65,20 @@ def fit_kshot(settings: KshotSettings) -> Mixture:
     check_reused(settings)
     task = open_task(settings.bank, settings, settings.training.system_prompt)
     pools = {f"pool {name}": sha256_of(Path(name)) for name in settings.pool if Path(name).is_file()}
-    with run_folder(output, settings, {**task.inputs(), **pools, **reused_inputs(settings, task)}) as run:
-        chosen = list(read_selection(_selection(run, task, settings)).chosen)
-        gathered = _gathered(run, task, settings) if settings.pool or settings.gathered else []
+    inputs = {**task.inputs(), **pools, **reused_inputs(settings, task)}
+    data = load_open_data(_wanted(settings), {"shots": task.shots, "exclude": task.excluded}) if settings.pool else None
+    with run_folder(output, settings, inputs) as run, whole(settings.command, _work(settings, task, data)):
+        with part("selection"):
+            chosen = list(read_selection(_selection(run, task, settings)).chosen)
+        with part("open data"):
+            gathered = _gathered(run, task, settings, data)
         examples = [*task.shots, *gathered]
         rows = tokenise(task.prompts, examples, settings.training.max_length, task.backbone.positions).rows
         experts_by_name = dict(zip(chosen, chosen, strict=True))
-        tuned = run.stage(TUNED, lambda folder: tune(folder, task, experts_by_name, rows, settings).router.save(folder))
+        with part("training"):
+            tuned = run.stage(
+                TUNED, lambda folder: tune(folder, task, experts_by_name, rows, settings).router.save(folder)
+            )
         folders = {name: copy_expert(run, name, tuned / "experts" / name) for name in chosen}
         experts = load_bank(folders, task.backbone.model)
         options = gate_options(settings, len(experts))
@@ -84,6 +92,18 @@ def fit_kshot(settings: KshotSettings) -> Mixture:
     return replace(mixture, folder=output)
 
 
+def _work(settings: KshotSettings, task: KshotTask, data: OpenData | None) -> dict[str, float]:
+    """Weigh the parts of the run."""
+    rows = len(task.shots) + (min(settings.rows.budget, len(data.fresh)) if data else 0)
+    if settings.gathered:
+        rows += len(load_examples(as_path(settings.gathered) / GATHERED_FILE))
+    return {
+        "selection": 0.0 if settings.selected else scoring_work(task, settings.adapters),
+        "open data": EMBEDDING * len(data.index) if data else 0.0,
+        "training": TRAINING * rows * settings.training.epochs * settings.adapters.keep,
+    }
+
+
 def _selection(run: RunFolder, task: KshotTask, settings: KshotSettings) -> Path:
     """Choose adapters, once, or take the choice that was made before."""
     selected = settings.selected
@@ -92,12 +112,9 @@ def _selection(run: RunFolder, task: KshotTask, settings: KshotSettings) -> Path
     return run.stage(SELECTION, lambda folder: choose(task, settings, run.cached).write(folder))
 
 
-def _gathered(run: RunFolder, task: KshotTask, settings: KshotSettings) -> list[Example]:
-    """Gather rows of open data, once, or take those that were gathered before."""
-    if gathered := settings.gathered:
-        files = (GATHERED_FILE, SUMMARY_FILE)
-        return load_examples(run.stage(GATHERED, lambda folder: copy_files(gathered, folder, files)) / GATHERED_FILE)
-    wanted = GatherSettings(
+def _wanted(settings: KshotSettings) -> GatherSettings:
+    """Return how open data is gathered."""
+    return GatherSettings(
         shots=settings.shots,
         pool=settings.pool,
         output=settings.output,
@@ -109,12 +126,20 @@ def _gathered(run: RunFolder, task: KshotTask, settings: KshotSettings) -> list[
         placement=settings.placement,
     )
 
+
+def _gathered(run: RunFolder, task: KshotTask, settings: KshotSettings, data: OpenData | None) -> list[Example]:
+    """Gather rows of open data, once, or take those that were gathered before; none where there is no such data."""
+    if gathered := settings.gathered:
+        files = (GATHERED_FILE, SUMMARY_FILE)
+        return load_examples(run.stage(GATHERED, lambda folder: copy_files(gathered, folder, files)) / GATHERED_FILE)
+    if data is None:
+        return []
+
     def make(folder: Path) -> None:
-        data = load_open_data(wanted, {"shots": task.shots, "exclude": task.excluded})
         if settings.encoder == HIDDEN:
             encoder = hidden_encoder(task.backbone, settings.placement)
         else:
             encoder = load_text_encoder(settings.encoder, None, settings.placement)
-        write_gathered(folder, data, encoder, wanted)
+        write_gathered(folder, data, encoder, _wanted(settings))
 
     return load_examples(run.stage(GATHERED, make) / GATHERED_FILE)

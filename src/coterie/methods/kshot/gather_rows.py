@@ -35,6 +35,7 @@ from coterie.data.streaming import (
 from coterie.errors import CoterieError
 from coterie.features.embedding_store import EmbeddingStore, TextEncoder, load_text_encoder
 from coterie.methods.common import IN_MEMORY, hash_examples, load_questions, named_sources
+from coterie.progress import part, whole
 from coterie.records.task import GatheringRecord, PoolPoint, PoolSource, Quantiles, ShotServed
 from coterie.settings.commands import GatherSettings
 from coterie.settings.keywords import takes_fields
@@ -184,9 +185,13 @@ def write_gathered(folder: Path, data: OpenData, encoder: TextEncoder, settings:
     missing = data.fresh[store.missing(data.keys)]
     logger.info("%d of %d pool rows have to be embedded", len(missing), len(data.index))
     texts = (text_of(row) for _, row in data.index.read(missing)) if len(missing) else iter(())
-    for number, block in enumerate(iter(lambda: list(islice(texts, settings.rows.block_rows)), [])):
-        store.add(block)
-        logger.info("embedded %d of %d", number * settings.rows.block_rows + len(block), len(missing))
+    starts = range(0, len(missing), settings.rows.block_rows)
+    blocks = {f"rows from {start + 1}": min(settings.rows.block_rows, len(missing) - start) for start in starts}
+    with whole("embedding of open data", blocks):
+        for name, count in blocks.items():
+            with part(name):
+                store.add(list(islice(texts, count)))
+    next(texts, None)  # reads on to the end, where a pool that changed is found out
     shots = store.embed([text_of(shot) for shot in data.shots])
     excluded = store.embed([text_of(row) for row in data.excluded]) if data.excluded else None
     pool = store.rows(data.keys)

@@ -14,6 +14,7 @@ from coterie.grading.grade import after_thinking
 from coterie.grading.lengths import with_length
 from coterie.methods.symbolic.profile import tell_failures
 from coterie.mixture.scheduler import ExpertScheduler
+from coterie.progress import part, whole
 from coterie.records.evaluation import Cost, ExpertAnswerRecord, OutcomeRecord, ReplyRecord
 from coterie.routers.base import Routing
 from coterie.settings.groups import SamplingSettings
@@ -127,8 +128,22 @@ def answer_all(
         for number, example in enumerate(examples)
     }
     flat = [question for questions in asked.values() for question in questions]
-    replies = scheduler.ask(flat, last=list(dict.fromkeys(aggregators)))
-    tell_failures(flat, replies)
+    with whole("answers", {"answers": len(flat), "syntheses": len(aggregators)}):
+        with part("answers"):
+            replies = scheduler.ask(flat, last=list(dict.fromkeys(aggregators)))
+        tell_failures(flat, replies)
+        given = _given(examples, plans, asked, replies)
+        with part("syntheses"):
+            return _aggregated(scheduler, examples, plans, given)
+
+
+def _given(
+    examples: Sequence[Example],
+    plans: Mapping[str, RecruitingPlan],
+    asked: Mapping[tuple[str, int], Sequence[Question]],
+    replies: Sequence[Reply],
+) -> dict[tuple[str, int], tuple[ExpertAnswer, ...]]:
+    """Put the replies to the questions that they answer, with what is read in them and what they weigh."""
     queue = iter(replies)
     given = {}
     for (name, number), questions in asked.items():
@@ -140,7 +155,7 @@ def answer_all(
             weight = float(plan.relevance[number, plan.routing.experts.index(question.expert)])
             answers.append(ExpertAnswer(question.expert, reply, reading, weight))
         given[name, number] = tuple(answers)
-    return _aggregated(scheduler, examples, plans, given)
+    return given
 
 
 def _aggregated(

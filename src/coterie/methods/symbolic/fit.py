@@ -29,7 +29,7 @@ from coterie.methods.symbolic.aggregator import best_aggregators, judge_aggregat
 from coterie.methods.symbolic.answer import RecruitingPlan
 from coterie.methods.symbolic.methods import BEST_SINGLE, METHOD, METHODS, RANDOM, SELF_CONSISTENCY
 from coterie.methods.symbolic.profile import PROFILE, REPLIES, VALIDATION, Profiled, read_profile, tell_lone_skills
-from coterie.methods.symbolic.skills import LABELS, find_skills, open_scheduler
+from coterie.methods.symbolic.skills import LABELS, find_skills, open_scheduler, skills_work
 from coterie.mixture.scheduler import ExpertScheduler
 from coterie.routers.base import Routing
 from coterie.routers.skill import SkillProfile, profile_from, random_recruits, recruit
@@ -89,6 +89,10 @@ class Symbolic:
         embed = load_embed(how.encoder) if strange else None
         nearest = nearest_skills([skill for own in renamed for skill in own], known, embed)
         return [tuple(nearest[skill] for skill in own if skill in nearest) for own in renamed]
+
+    def skills_work(self, examples: Sequence[Example]) -> float:
+        """Return what finding the skills of these questions weighs."""
+        return skills_work(self.profiled.how, len(examples))
 
     @property
     def chooser(self) -> str | None:

@@ -19,6 +19,7 @@ from coterie.methods.symbolic.fit import Symbolic
 from coterie.methods.symbolic.skills import LABELS, ask_expert, groups_for, keyword_asks
 from coterie.mixture.memory import budget_of
 from coterie.mixture.scheduler import GIB, ExpertScheduler
+from coterie.progress import whole
 from coterie.records.wording import columns
 from coterie.settings.commands import GenerateSettings
 
@@ -157,7 +158,7 @@ def plan_work(
     groups = [replace(group, load=lambda: counting) for group in sizes]
     budget = budget_of(settings.serving, settings.placement)
     cache = ReplyCache(replies, read_only=True)
-    with ExpertScheduler(groups, fitted.pool.identities, cache, budget, quiet=True) as scheduler:
+    with whole("plan", {}), ExpertScheduler(groups, fitted.pool.identities, cache, budget) as scheduler:
         skills, is_exact = _skills(fitted, scheduler, counting, examples)
         plan = fitted.recruiting_plan(name, examples, skills, settings.sampling)
         answer_all(scheduler, examples, {name: plan})

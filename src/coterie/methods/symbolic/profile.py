@@ -28,9 +28,18 @@ from coterie.features.skills import load_embed, merge_synonyms
 from coterie.grading.grade import is_right
 from coterie.grading.lengths import with_length
 from coterie.methods.common import hash_examples, load_questions, origin
-from coterie.methods.symbolic.skills import LABELS, ask_expert, find_skills, open_scheduler, settled, skill_list
+from coterie.methods.symbolic.skills import (
+    LABELS,
+    ask_expert,
+    find_skills,
+    open_scheduler,
+    settled,
+    skill_list,
+    skills_work,
+)
 from coterie.mixture.local_answers import LocalAnswerer
 from coterie.mixture.scheduler import ExpertScheduler
+from coterie.progress import ANSWERING, part, whole
 from coterie.records.evaluation import Profile, ValidationRow
 from coterie.records.schema import read, read_rows
 from coterie.records.wording import columns
@@ -131,8 +140,12 @@ def profile_pool(settings: ProfileSettings) -> Profiled:
     inputs = {"data": hash_examples(examples), "pool": hash_json(pool.record(), ensure_ascii=True)}
     with run_folder(output, settings, inputs) as run:
         with open_scheduler(pool, settings, examples, folder / REPLIES) as scheduler:
-            skills = find_skills(scheduler, pool, how, examples, options)
-            replies, scores = _scored(scheduler, pool, settings, examples)
+            work = {"skills": skills_work(how, len(examples)), "answers": ANSWERING * len(examples) * len(pool.names)}
+            with whole(settings.command, work):
+                with part("skills"):
+                    skills = find_skills(scheduler, pool, how, examples, options)
+                with part("answers"):
+                    replies, scores = _scored(scheduler, pool, settings, examples)
         names = merge_synonyms(Counter(s for own in skills for s in own), embed, how.synonyms)
         merged = [tuple(dict.fromkeys(names[skill] for skill in own)) for own in skills]
         profile = build_profile(pool.names, merged, scores)

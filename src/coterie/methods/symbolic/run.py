@@ -14,6 +14,7 @@ from coterie.methods.symbolic.methods import METHOD
 from coterie.methods.symbolic.plan import WorkPlan, plan_work
 from coterie.methods.symbolic.skills import open_scheduler
 from coterie.mixture import Prompt, as_examples
+from coterie.progress import ANSWERING, part, whole
 from coterie.settings.commands import GenerateSettings
 from coterie.settings.keywords import takes_fields
 
@@ -38,10 +39,14 @@ def generate_symbolic(settings: GenerateSettings, prompts: Prompt | Sequence[Pro
     if output is not None:
         check_file(output, settings)
     fitted, name, examples, replies = _opened(settings, prompts)
-    with open_scheduler(fitted.pool, settings, examples, replies) as scheduler:
-        skills = fitted.skills(scheduler, examples)
+    answers = ANSWERING * len(examples) * fitted.recruiting.recruits
+    work = {"skills": fitted.skills_work(examples), "answers": answers}
+    with open_scheduler(fitted.pool, settings, examples, replies) as scheduler, whole(settings.command, work):
+        with part("skills"):
+            skills = fitted.skills(scheduler, examples)
         plan = fitted.recruiting_plan(name, examples, skills, settings.sampling)
-        outcomes = answer_all(scheduler, examples, {name: plan})[name]
+        with part("answers"):
+            outcomes = answer_all(scheduler, examples, {name: plan})[name]
     recruits = [plan.routing.row(number) for number in range(len(examples))]
     records = [
         {

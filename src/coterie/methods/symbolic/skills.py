@@ -22,6 +22,7 @@ from coterie.grading.lengths import longest_answer
 from coterie.mixture.local_answers import LocalAnswerer
 from coterie.mixture.memory import budget_of, groups_of
 from coterie.mixture.scheduler import ExpertScheduler
+from coterie.progress import ANSWERING
 from coterie.settings.commands import EvaluationSettings, GenerateSettings, ProfileSettings, SymbolicSettings
 from coterie.settings.groups import SamplingSettings, SkillSettings
 
@@ -141,6 +142,11 @@ def find_skills(
         advice = "--skills choice suits small models"
         logger.warning("%s named no skill twice for %d of %d questions; %s", expert, lacking, len(skills), advice)
     return skills
+
+
+def skills_work(settings: SkillSettings, questions: int) -> float:
+    """Return what finding the skills of so many questions weighs (see `coterie.progress`)."""
+    return questions * {"keywords": SAMPLES * ANSWERING, "choice": 1.0}.get(settings.skills or "", 0.0)
 
 
 def keyword_asks(expert: str, questions: Sequence[str]) -> list[Question]:

@@ -13,6 +13,7 @@ from coterie.errors import CoterieError
 from coterie.experts.names import NULL
 from coterie.features.embedding import HIDDEN, with_answers
 from coterie.mixture import Mixture
+from coterie.progress import part, whole
 from coterie.routers.centroid import CentroidRouter, NullExpert, Pool, Weighting, centroids_by_best, null_similarity
 from coterie.routers.feature import growing_text_extractor
 from coterie.settings.groups import SimilaritySettings
@@ -51,7 +52,11 @@ def similarity_router(
     """
     extractor, encoder = growing_text_extractor(settings.encoder, settings.window, mixture.backbone)
     tokenizer = mixture.backbone.tokenizer
-    raw = {name: encoder.rows([with_answers(row, tokenizer) for row in kept.rows]) for name, kept in texts.items()}
+    raw = {}
+    with whole("embedding of texts", {name: len(kept.rows) for name, kept in texts.items()}):
+        for name, kept in texts.items():
+            with part(name):
+                raw[name] = encoder.rows([with_answers(row, tokenizer) for row in kept.rows])
     centre = torch.stack([rows.mean(dim=0) for rows in raw.values()]).mean(dim=0) if encoder.name == HIDDEN else None
     features = raw if centre is None else {name: rows - centre for name, rows in raw.items()}
     by_performance = settings.centroids_by == "performance"

@@ -23,9 +23,13 @@ from coterie.methods.token_level.domains import (
     sources_by_name,
 )
 from coterie.mixture import Mixture
+from coterie.progress import EMBEDDING, TRAINING, part, whole
 from coterie.settings.commands import TokenLevelSettings
 from coterie.settings.keywords import takes_fields
 from coterie.settings.reading import from_flat
+
+CENTROIDS = ""
+"""The part of the work after the domains' own, whose names are their own."""
 
 
 def token_level(model: str, data: DomainData, *, output: str | Path, **settings: Any) -> Mixture:  # noqa: ANN401
@@ -63,11 +67,16 @@ def fit_token_level(settings: TokenLevelSettings, given: Mapping[str, list[Examp
     longest = settings.training.max_length
     kept = {name: tokenise(prompts, own, longest, backbone.positions) for name, own in examples.items()}
     check_centroids(kept, settings.similarity)
-    with run_folder(output, settings, domain_inputs(examples, backbone)) as run:
+    count = {name: len(rows.rows) for name, rows in kept.items()}
+    work = {name: TRAINING * own * settings.training.epochs for name, own in count.items()}
+    work[CENTROIDS] = EMBEDDING * sum(count.values())
+    with run_folder(output, settings, domain_inputs(examples, backbone)) as run, whole(settings.command, work):
         folders = {}
         for number, (name, rows) in enumerate(kept.items(), start=1):
             plan = base_plan(settings, f"{name} ({number} of {len(kept)})")
-            folders[name] = train_expert(run, name, rows.rows, backbone, plan, settings.lora)
-        mixture = assemble(run, backbone, prompts, kept, folders, settings)
+            with part(name):
+                folders[name] = train_expert(run, name, rows.rows, backbone, plan, settings.lora)
+        with part(CENTROIDS):
+            mixture = assemble(run, backbone, prompts, kept, folders, settings)
         close_training(run, kept)
     return replace(mixture, folder=output)

@@ -1,0 +1,174 @@
+"""One bar for the whole of a long command, with the time that is left; in a log, a line now and then.
+
+A command says before its first step what its parts weigh (`whole`), in passes of a row through the model. It enters
+them one by one (`part`), and the loops inside (`steps`) move the bar within the part that they run in. A loop that no
+command is around has a bar of its own.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm as plain_tqdm
+from tqdm.auto import tqdm
+from tqdm.notebook import tqdm_notebook
+
+TRAINING = 3.0
+"""What training on a row weighs, in passes of a row without gradients: the pass, and its way back."""
+GRADIENTS = 3.0
+"""What a row's gradient feature weighs at one checkpoint."""
+EMBEDDING = 0.2
+"""What a text's embedding by a sentence encoder weighs."""
+ANSWERING = 8.0
+"""What a row's answer weighs: some hundred tokens, of which each takes a small part of a pass."""
+
+NOW_AND_THEN = {"delay": 10.0, "mininterval": 30.0}
+"""How a log is written to: seconds until its first line, and between two."""
+WHOLE = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left{postfix}"
+WHOLE_IN_A_LOG = "{desc}: {percentage:.0f}%, {elapsed} gone, {remaining} left{postfix}"
+LOOP_IN_A_LOG = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}"
+
+
+class _Lines(plain_tqdm):
+    """A bar in a log: plain lines, the last of them only where there was a first."""
+
+    @staticmethod
+    def status_printer(file: Any) -> Callable[[str], None]:  # noqa: ANN401 - any stream
+        def write(line: str) -> None:
+            if line:
+                print(line, file=file, flush=True)
+
+        return write
+
+    def close(self) -> None:
+        if not self.disable and self.last_print_t >= self.start_t + self.delay:
+            self.display()
+        self.delay = math.inf  # nothing is left to be wiped out
+        super().close()
+
+
+@dataclass
+class _Stretch:
+    """A piece of a bar: its length, its parts, and how far it has come."""
+
+    bar: plain_tqdm
+    length: float
+    parts: dict[str, float] = field(default_factory=dict)
+    come: float = 0.0
+
+    def move(self, by: float) -> None:
+        """Move the bar by work that was done now."""
+        self.bar.update(self._within(by))
+
+    def skip(self, by: float) -> None:
+        """Move the bar by what was there already, as in a run that goes on: it tells nothing of the pace."""
+        by = self._within(by)
+        if not self.bar.disable:
+            self.bar.initial += by
+            self.bar.n += by
+
+    def _within(self, by: float) -> float:
+        """Go on by this much, but beyond the end neither of the stretch nor, where sums are rounded, of the bar."""
+        by = min(by, self.length - self.come)
+        self.come += by
+        return max(0.0, min(by, self.bar.total - self.bar.n))
+
+
+_AROUND: ContextVar[_Stretch | None] = ContextVar("_AROUND", default=None)
+
+
+@contextmanager
+def whole(name: str, parts: Mapping[str, int | float]) -> Iterator[None]:
+    """Show one bar for all parts, each as long as its weight; inside a part, divide that part in their ratio.
+
+    Without parts nothing is shown, neither of itself nor of what is done in it.
+    """
+    around = _AROUND.get()
+    total = float(sum(parts.values()))
+    length = total if around is None else around.length
+    own = {part: length * weight / (total or 1.0) for part, weight in parts.items()}
+    if around is not None:
+        with _within(_Stretch(around.bar, length, own)):
+            yield
+        around.come = length
+        return
+    with _bar(name, total, is_whole=True, disable=not total) as bar, _within(_Stretch(bar, total, own)):
+        yield
+        bar.n = total  # sums of fractions end beside it
+
+
+@contextmanager
+def part(name: str) -> Iterator[None]:
+    """Do a part of the command around, if there is one; what of it no step tells of was there already.
+
+    Raises:
+        KeyError: when the command has no such part.
+    """
+    around = _AROUND.get()
+    if around is None:
+        yield
+        return
+    around.bar.set_postfix_str(name, refresh=False)
+    length, around.parts[name] = around.parts[name], 0.0  # whoever enters it again finds it done
+    with _within(_Stretch(around.bar, length)):
+        yield
+    around.come += length
+
+
+@contextmanager
+def steps(label: str, total: int, unit: str, *, done: int = 0) -> Iterator[Callable[..., None]]:
+    """Give a function that tells of so many more steps of a loop, with what is to be known of them.
+
+    Args:
+        label: what the loop does; without one it has no bar of its own.
+        total: steps of the loop.
+        unit: what a step is.
+        done: steps that were done before.
+    """
+    around = _AROUND.get()
+    if around is None:
+        with _bar(label, total, unit=unit, initial=done, disable=not label) as bar:
+            yield lambda count=1, note="": _tell(bar, note, lambda: bar.update(count))
+        return
+    each = around.length / total if total and not around.parts else 0.0
+    around.skip(done * each)
+    if label:
+        around.bar.set_postfix_str(label, refresh=False)
+    token = _AROUND.set(_Stretch(around.bar, 0.0))  # a loop inside this one is no further work
+    try:
+        yield lambda count=1, note="": _tell(
+            around.bar, ", ".join(filter(None, (label, note))), lambda: around.move(count * each)
+        )
+    finally:
+        _AROUND.reset(token)
+
+
+@contextmanager
+def _within(stretch: _Stretch) -> Iterator[None]:
+    """Let loops move a stretch, and bring it to its end, unless an error ends it."""
+    token = _AROUND.set(stretch)
+    try:
+        yield
+    finally:
+        _AROUND.reset(token)
+    stretch.skip(stretch.length)
+
+
+def _tell(bar: plain_tqdm, note: str, move: Callable[[], object]) -> None:
+    if note:
+        bar.set_postfix_str(note, refresh=False)  # in a log, each would be a line
+    move()
+
+
+def _bar(name: str, total: int | float, *, is_whole: bool = False, **how: Any) -> plain_tqdm:  # noqa: ANN401 - tqdm's own
+    if is_whole:
+        how["smoothing"] = 0.0  # parts are weighed alike, so the pace of all says more than the last moment's
+    if not sys.stderr.isatty() and not issubclass(tqdm, tqdm_notebook):
+        return _Lines(
+            total=total, desc=name, **NOW_AND_THEN, **how, bar_format=WHOLE_IN_A_LOG if is_whole else LOOP_IN_A_LOG
+        )
+    return tqdm(total=total, desc=name, **how, bar_format=WHOLE if is_whole else None)
