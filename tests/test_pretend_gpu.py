@@ -1,4 +1,4 @@
-"""A rehearsal for a GPU without one: nothing mixes devices, and a step copies to the host once."""
+"""A rehearsal for a GPU without one: nothing mixes devices, and this is all that the host waits for."""
 
 import json
 import subprocess
@@ -7,79 +7,123 @@ from pathlib import Path
 
 import pytest
 
-STEPS = """
-import json, sys
-import torch
-import pretend_gpu, tiny
-from coterie.backbone.layers import ExpertLayers
-from coterie.backbone.model import Backbone, BaseModelIdentity
-from coterie.combiners.table import make_combiner
-from coterie.data.batching import TokenRow
-from coterie.engine.engine import Engine
-from coterie.engine.request import Failure, Request
-from coterie.lora import LoraPair
-from coterie.routers.base import Routing
-from coterie.settings.sampling import SamplingSettings
+from coterie.combiners.table import COMBINERS
+from coterie.features.projection import PROJECTIONS
+from coterie.routers.table import ROUTERS
+from rehearsal import SAMPLINGS
 
-pretend_gpu.set_up()
-tokenizer = tiny.make_tokenizer()
-model = tiny.make_model(len(tokenizer)).eval().requires_grad_(False)
-linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
-adapter = {n: LoraPair(torch.randn(4, m.in_features), torch.randn(4, m.out_features)) for n, m in linear.items()}
-sampling = {
-    "greedy": SamplingSettings(speculate="lookup"),
-    "sampled": SamplingSettings(temperature=1.0, top_p=0.9, top_k=30, min_p=0.1, top_logprobs=2),
-    "penalised": SamplingSettings(speculate="lookup", repetition_penalty=1.2, presence_penalty=0.5, logit_bias={3: 1}),
+CHOICE = "to host engine/sampling.py:choose"
+"""The tokens of a step with all that is told of them."""
+GATES = "to host backbone/gates.py:mean"
+"""What gates have weighed on average: once a piece of prompts, behind which routing tells it."""
+EMBEDDING, GRADIENT = "to host features/embedding.py:means", "to host features/growing_text.py:__call__"
+"""Features of a batch of prompts."""
+BATCH = "to device elsewhere"
+"""transformers' copy of a batch to the device, one for each of its tensors."""
+
+DECODING = [f"combiner {kind}" for kind in COMBINERS] + [f"sampling {name}" for name in SAMPLINGS]
+WAITS = {
+    "gates top-1": {(GATES, CHOICE), (CHOICE,)},
+    "gates top-None": {(GATES, CHOICE), (CHOICE,)},
+    "re-routing, keep": {(EMBEDDING, CHOICE), (CHOICE,)},
+    "re-routing, recompute": {(EMBEDDING, CHOICE), (CHOICE,)},
+    "scoring two texts under two votes": {("to host engine/scoring.py:on_host",)},
+    **{f"gradient features, {projection}": {()} for projection in PROJECTIONS},
+    "a training step": {(BATCH,) * 7},
+    "a training step of gates": {(BATCH,) * 6},
 }
-ids = tuple(range(5, 12))
-prompt = TokenRow(ids, len(ids), (False,) * len(ids), (True,) * len(ids))
-gpu, found = pretend_gpu.PretendGpu(), {}
-with gpu, torch.no_grad():
-    model.to("pretend:0")
-    backbone = Backbone(model, tokenizer, BaseModelIdentity("tiny", None, "x"))
-    layers = ExpertLayers(model, [adapter] * 3)
-    for combiner in ("logits", "layers", "weights"):
-        for name, own in sampling.items():
-            engine = Engine(backbone, layers)
-            routing = Routing(("a", "b", "c"), torch.ones(1, 3))
-            engine.submit(Request(prompt, routing, make_combiner(combiner), 14, (own,)))
-            steps = []
-            while not engine.is_idle:
-                gpu.copies.clear()
-                tokens = engine.step()
-                failed = [repr(token.error) for token in tokens if isinstance(token, Failure)]
-                drafts = sum(token.speculated[0] for token in tokens if not isinstance(token, Failure))
-                steps.append({"failed": failed, "copies": list(gpu.copies), "drafts": drafts})
-            found[f"{combiner} {name}"] = steps
-print(json.dumps(found))
-"""
-CASES = [
-    f"{combiner} {name}" for combiner in ("logits", "layers", "weights") for name in ("greedy", "sampled", "penalised")
-]
+ROUTING = {
+    "fixed": (),
+    "source": (),
+    "gradient-centroids": (GRADIENT,),
+    "embedding-centroids": (EMBEDDING,),
+    "performance-centroids": (EMBEDDING,),
+    "similarity": (EMBEDDING,),
+    "loss": (GRADIENT,),
+    "gate": (GATES,),
+    "arrow": (GATES,),
+    "spectr": (GATES,),
+    "derived": (EMBEDDING,),
+    "token-level": (EMBEDDING,),
+}
+"""By kind of router, whatever the number of prompts in a batch."""
+
+
+def in_a_process(*code: str) -> str:
+    """What a script prints; all of torch is told of the device, so it has a process of its own."""
+    folder = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, *code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": f"{folder.parent / 'src'}:{folder}", "HOME": "/"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def rehearsal():
-    """In a process of its own, since all of torch is told of the device."""
-    folder = Path(__file__).parent
-    path = f"{folder.parent / 'src'}:{folder}"
-    done = subprocess.run(
-        [sys.executable, "-c", STEPS],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"PYTHONPATH": path, "HOME": "/"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(in_a_process(str(Path(__file__).with_name("rehearsal.py"))))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_step_copies_to_the_host_once_and_mixes_no_devices(rehearsal, case):
-    steps = rehearsal[case]
-    assert len(steps) > 1 and not any(step["failed"] for step in steps)
-    assert {tuple(step["copies"]) for step in steps} == {("engine/sampling.py:choose",)}
+@pytest.mark.parametrize("case", DECODING)
+def test_a_step_waits_for_the_device_once(rehearsal, case):
+    """However experts meet, tokens are chosen and proposed, also with rows of unequal length that come and go."""
+    assert len(rehearsal[case]) > 3
+    assert {tuple(step) for step in rehearsal[case]} == {(CHOICE,)}
 
 
-def test_steps_with_proposals_were_among_them(rehearsal):
-    assert any(step["drafts"] for step in rehearsal["logits greedy"])
+@pytest.mark.parametrize("case", WAITS)
+def test_what_else_is_waited_for_is_this(rehearsal, case):
+    assert {tuple(step) for step in rehearsal[case]} == WAITS[case]
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_routing_waits_for_the_device_once_a_batch(rehearsal, kind):
+    """Every kind of router has its line in ROUTING and is made by `routers` in rehearsal.py."""
+    assert rehearsal[f"router {kind}"] == [list(ROUTING[kind])]
+
+
+PRETENDING = """
+import json, torch, pretend_gpu
+pretend_gpu.set_up()
+gpu, found = pretend_gpu.PretendGpu(), {}
+with gpu:
+    there, host = torch.zeros(3, device=pretend_gpu.DEVICE), torch.zeros(3)
+    places = torch.tensor([0, 1])
+    ways = {
+        "numbers": lambda: there + 1,
+        "in advance": lambda: host.to(there.device, non_blocking=True),
+        "to it": lambda: host.to(there.device),
+        "from it": lambda: there.cpu(),
+        "a list": lambda: torch.tensor([1], device=there.device),
+        "places": lambda: there[places],
+        "a part": lambda: there[:2].copy_(host[:2]),
+        "both": lambda: there + host,
+        "a number": lambda: there.sum().item(),
+        "a decision": lambda: bool(there.any()),
+        "a search": lambda: there.nonzero(),
+        "a mask": lambda: there[there > 0],
+    }
+    for name, way in ways.items():
+        with gpu.waits() as waits:
+            try:
+                way()
+                error = ""
+            except Exception as caught:
+                error = type(caught).__name__
+        found[name] = [*waits, error]
+print(json.dumps(found))
+"""
+
+
+def test_the_pretend_gpu_tells_what_a_gpu_would_wait_for_or_refuse():
+    found = json.loads(in_a_process("-c", PRETENDING))
+    up, down = ["to device elsewhere", ""], ["to host elsewhere", ""]
+    assert found.pop("numbers") == found.pop("in advance") == [""]
+    assert [found.pop(name) for name in ("to it", "a list", "places", "a part")] == [up] * 4
+    assert found.pop("from it") == down
+    assert found.pop("both") == ["FakeTensorDeviceMismatchError"]
+    assert all(own[0] in ("DataDependentOutputException", "DynamicOutputShapeException") for own in found.values())

@@ -15,8 +15,9 @@ import tiny
 from architectures import WORKING
 from coterie.backbone import probe
 from coterie.backbone.model import Backbone, BaseModelIdentity, Reads
-from coterie.backbone.row_cache import SPARE, bucket
+from coterie.backbone.row_cache import SPARE
 from coterie.backbone.slots import Slots
+from coterie.backbone.span import bucket
 from coterie.errors import CoterieError
 
 WINDOW = architectures.WINDOW

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from coterie.data.devices import on_device
 from coterie.errors import CoterieError, unknown_name
 
 
@@ -79,17 +80,17 @@ def stack(pairs: Sequence[LoraPair | None]) -> StackedPair:
 def put(stacked: StackedPair, number: int, pair: LoraPair | None) -> StackedPair:
     """Return the stack with this update as that expert's, in place or, where it does not fit, in a larger copy."""
     experts, rank, _ = stacked.down.shape
-    down, up = (stacked.down[:0, 0], stacked.up[:0, 0]) if pair is None else pair[:2]
+    down, up = (half.new_zeros(0, half.shape[2], device="cpu") for half in stacked) if pair is None else pair[:2]
+    own = contained(StackedPair(down[None].to(stacked.down.dtype), up[None].to(stacked.up.dtype)))
     if number >= experts or len(down) > rank:
         size = (max(experts, number + 1), max(rank, len(down)))
         larger = StackedPair(*(half.new_zeros(*size, half.shape[2]) for half in stacked))
         for half, old in zip(larger, stacked, strict=True):
             half[:experts, :rank] = old
         stacked = larger
-    new = contained(StackedPair(*(side[None].to(half.dtype) for half, side in zip(stacked, (down, up), strict=True))))
-    for half, (own,) in zip(stacked, new, strict=True):
+    for half, (new,) in zip(stacked, own, strict=True):
         half[number] = 0
-        half[number, : len(own)] = own
+        half[number, : len(new)] = on_device(new, half.device)
     return stacked
 
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from coterie.data.devices import on_device
 from coterie.errors import CoterieError, unknown_name
 
 SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -85,7 +86,9 @@ class Gates:
 
     def to(self, device: torch.device) -> "Gates":
         """Return the same gates on a device."""
-        layers, floors = ({path: t.to(device) for path, t in side.items()} for side in (self.layers, self.floors))
+        layers, floors = (
+            {path: on_device(t, device) for path, t in side.items()} for side in (self.layers, self.floors)
+        )
         return replace(self, layers=layers, floors=floors)
 
 

@@ -23,6 +23,7 @@ from coterie.backbone.adding import Adding
 from coterie.backbone.gates import MeanWeights
 from coterie.backbone.linear_layers import linear_layers
 from coterie.backbone.row_mix import EXACT, Gated, RequestRows, RowMix, alone, chosen, gated_rows, unused
+from coterie.data.devices import on_device
 from coterie.lora import Adapter, StackedPair
 
 MERGED_KEPT = 16  # merged adapters that stay in the stacks when no row runs them any more
@@ -65,10 +66,10 @@ class ExpertLinear:
     def _gated(self, out: Tensor, x: Tensor, mix: RowMix) -> Tensor:
         """Add the experts as gates weigh them at every token."""
         weights, experts = mix.weights, mix.weights.shape[-1]
-        for (places, gates), rows in mix.gated:
+        for gates, rows, places in mix.gated:
             own = weights.new_zeros(*x.shape[:2], experts)
             if self._path in gates.layers:
-                own[..., list(places)] = gates.weigh(self._path, x).weights.to(own)
+                own.index_copy_(2, places, gates.weigh(self._path, x).weights.to(own))
             weights = torch.where(rows[:, None, None], own, weights)
         if self._run.seen is not None:
             self._run.seen.add(weights)
@@ -135,7 +136,7 @@ class ExpertLayers:
             pair = lora.stack([adapter.get(path) for adapter in self.adapters])
             own = lora.contained(StackedPair(*(half.to(self._dtype) for half in pair)))
             device = next(modules[path].parameters()).device
-            stacked[path] = ExpertLinear(path, StackedPair(*(half.to(device) for half in own)), self._run)
+            stacked[path] = ExpertLinear(path, StackedPair(*(on_device(half, device) for half in own)), self._run)
         return stacked
 
     @cached_property
@@ -171,9 +172,10 @@ class ExpertLayers:
         """Mix the experts inside every layer, with weights of its own for every row (or every position of it)."""
         device = self.device
         if weights.dim() == 3:
-            return RowMix(weights.to(device), unused(weights, device))
+            return RowMix(on_device(weights, device), unused(weights, device))
         by_row = weights[:, None]
-        return RowMix(by_row.to(device), unused(by_row, device), alone(weights, device), chosen(weights, device))
+        forms = unused(by_row, device), alone(weights, device), chosen(weights, device)
+        return RowMix(on_device(by_row, device), *forms)
 
     def gated(self, gated: Gated, rows: int) -> RowMix:
         """Let gates weigh the experts of every row, at every token."""

@@ -1,7 +1,6 @@
 """The layers of a cache by row: keys and values by column, rings of a sliding window, recurrent states by slot."""
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,69 +20,12 @@ from transformers.cache_utils import (
 )
 
 from coterie.backbone.model import Backbone
+from coterie.backbone.span import Span
+from coterie.data.devices import on_device
 from coterie.errors import CoterieError
 
 SPARE = 16
 """Columns of a ring beyond its window: the longest piece that is read inside it, and the furthest way back."""
-
-
-def bucket(size: int, step: int = 1) -> int:
-    """Round up to a multiple of the step, or of an eighth of the next power of two: a quarter more at most."""
-    if size <= 0:
-        return 0
-    step = max(step, 2 ** (size - 1).bit_length() // 8)
-    return -(-size // step) * step
-
-
-class Span:
-    """What one forward pass reads: rows in slots side by side, each from its own end on."""
-
-    def __init__(
-        self, start: int, lengths: Sequence[int], counts: Sequence[int], size: int, device: torch.device
-    ) -> None:
-        """Take in the rows.
-
-        Args:
-            start: slot of the first row.
-            lengths: tokens that each row has read before.
-            counts: tokens that each row reads now; the rest of `size` is padding.
-            size: positions of the pass.
-            device: of the model.
-        """
-        self.slots = slice(start, start + len(lengths))
-        self.lengths, self.counts, self.size = tuple(lengths), tuple(counts), size
-        self.total = max(lengths) + size
-        """Columns that keys take."""
-        self.level = lengths[0] if len(set(lengths)) == 1 else None
-        """The rows' length before, if they have one in common."""
-        self._device = device
-        self._places: dict[int, tuple[Tensor, Tensor]] = {}
-
-    @cached_property
-    def starts(self) -> Int[Tensor, "row 1"]:
-        """The rows' lengths before."""
-        return torch.tensor(self.lengths, device=self._device)[:, None]
-
-    @cached_property
-    def ends(self) -> Int[Tensor, "row 1"]:
-        """The rows' lengths behind, without padding."""
-        return self.starts + torch.tensor(self.counts, device=self._device)[:, None]
-
-    @cached_property
-    def positions(self) -> Int[Tensor, "row position"]:
-        """Where the tokens stand in their texts."""
-        steps = torch.arange(self.size, device=self._device)
-        if self.level is not None:
-            return (steps + self.level).expand(len(self.lengths), -1)
-        return self.starts + steps
-
-    def places(self, columns: int) -> tuple[Int[Tensor, "row 1"], Int[Tensor, "row position"]]:
-        """Return the rows and columns where the tokens go in a ring of so many columns."""
-        if columns not in self._places:
-            rows = torch.arange(len(self.lengths), device=self._device)[:, None]
-            self._places[columns] = rows, self.positions % columns
-        return self._places[columns]
-
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 """transformers' names of patterns of attention: all tokens before, the last ones, those of the same chunk."""
@@ -281,7 +223,7 @@ class RowCache(Cache):
 
         What is not written yet is 0: numbers that attention leaves out must be finite.
         """
-        index = list(kept)
+        index = self._places(kept)
         for layer in self._attention:
             width = layer.columns(columns)
             for place, old in enumerate(layer.held):
@@ -294,12 +236,15 @@ class RowCache(Cache):
                 new[: len(index)] = old[index]
         self.slots, self.columns = slots, columns
 
+    def _places(self, slots: Sequence[int]) -> Int[Tensor, " slot"]:
+        return on_device(slots, self._buffers[0].device, torch.long)
+
     def copy(self, sources: Sequence[int], targets: Sequence[int], length: int, *, moves: bool = False) -> None:
         """Copy what slots hold of so many tokens into other slots; all are read before any is written.
 
         Where rows move, nothing stays behind.
         """
-        came, went = list(sources), list(targets)
+        came, went = self._places(sources), self._places(targets)
         for layer in self._attention:
             for buffer in layer.held:
                 states = buffer[came, :, : layer.columns(length)]

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from coterie.backbone.gates import Gates
+from coterie.data.devices import on_device
 
 EXACT = "exact"
 
@@ -64,6 +65,14 @@ class Chosen(NamedTuple):
     unused: Bool[Tensor, "row chosen"] | None
 
 
+class GatedRows(NamedTuple):
+    """Gates, the rows that they weigh, and the places in the bank of their experts, on the model's device."""
+
+    gates: Gates
+    rows: Bool[Tensor, " row"]
+    experts: Int[Tensor, " expert"]
+
+
 @dataclass(frozen=True)
 class RowMix:
     """What every row of a batch runs, on the model's device, in several forms; the layers take the cheapest.
@@ -81,13 +90,13 @@ class RowMix:
     unused: Bool[Tensor, "row #position expert"] | None = None  # noqa: F821
     alone: Alone | None = None
     chosen: Chosen | None = None
-    gated: tuple[tuple[Gated, Bool[Tensor, " row"]], ...] = ()
+    gated: tuple[GatedRows, ...] = ()
     held: tuple[object, ...] = ()
 
     @cached_property
     def most_weighed(self) -> int:
         """How many experts gates choose at most at a token, or weights do where none choose."""
-        counts = [gates.top_k or len(gates.experts) for (_, gates), _ in self.gated]
+        counts = [own.gates.top_k or len(own.experts) for own in self.gated]
         chosen = self.weights.shape[-1] if self.chosen is None else self.chosen.experts.shape[1]
         return max(*counts, chosen)
 
@@ -113,7 +122,7 @@ def alone(weights: Float[Tensor, "row expert"], device: torch.device) -> Alone |
     padded = torch.zeros(len(counts) * most, dtype=torch.long)
     padded[place] = order
     back = torch.empty_like(order).index_put((order,), place)
-    return Alone(first, end, (padded.to(device), back.to(device)))
+    return Alone(first, end, (on_device(padded, device), on_device(back, device)))
 
 
 def chosen(weights: Float[Tensor, "row expert"], device: torch.device) -> Chosen | None:
@@ -124,23 +133,25 @@ def chosen(weights: Float[Tensor, "row expert"], device: torch.device) -> Chosen
     experts = weights.abs().argsort(dim=1, descending=True, stable=True)[:, :most]
     shares = weights.gather(1, experts)
     if bool((shares == 1).all()):
-        return Chosen(experts.to(device), None, None)
-    return Chosen(experts.to(device), shares.to(device), unused(shares, device))
+        return Chosen(on_device(experts, device), None, None)
+    return Chosen(on_device(experts, device), on_device(shares, device), unused(shares, device))
 
 
 def unused(weights: Float[Tensor, "*row expert"], device: torch.device) -> Bool[Tensor, "*row expert"] | None:
     """Say where weights are 0; None where they are not."""
     found = weights == 0
-    return found.to(device) if bool(found.any()) else None
+    return on_device(found, device) if bool(found.any()) else None
 
 
-def gated_rows(requests: Sequence[RequestRows], device: torch.device) -> tuple[tuple[Gated, Bool[Tensor, " row"]], ...]:
+def gated_rows(requests: Sequence[RequestRows], device: torch.device) -> tuple[GatedRows, ...]:
     """Return every kind of gates among requests, with the rows that it weighs."""
     owners = [own.gates for own in requests for _ in own.votes]
     numbers = [None if own is None else (id(own.gates), own.experts) for own in owners]
     kinds = dict(zip(numbers, owners, strict=True))
     return tuple(
-        (kind, torch.tensor([other == number for other in numbers], device=device))
+        GatedRows(
+            kind.gates, on_device([other == number for other in numbers], device), on_device(kind.experts, device)
+        )
         for number, kind in kinds.items()
         if kind is not None
     )

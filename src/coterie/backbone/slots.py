@@ -16,7 +16,8 @@ from torch.nn.functional import pad
 
 from coterie.backbone.model import Backbone
 from coterie.backbone.prefixes import Prefix, Prefixes
-from coterie.backbone.row_cache import SPARE, Span, bucket, make_row_cache
+from coterie.backbone.row_cache import SPARE, make_row_cache
+from coterie.backbone.span import Span, bucket
 from coterie.errors import CoterieError
 
 Running = Callable[[Sequence[int]], AbstractContextManager[Any]]

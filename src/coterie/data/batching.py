@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from coterie.data.chat import SYSTEM_IN_QUESTION, ChatTemplate, ChatText
 from coterie.data.control_tokens import ControlTokens, Span
+from coterie.data.devices import on_device
 from coterie.data.examples import Example, Message
 from coterie.errors import CoterieError
 from coterie.settings.rows import READING, ReadingSettings
@@ -284,9 +285,9 @@ def pad(
         mask = [0] * len(filler)
         ids.append([*filler, *row] if side == "left" else [*row, *filler])
         masks.append([*mask, *[1] * len(row)] if side == "left" else [*[1] * len(row), *mask])
-    attention = torch.tensor(masks, device=device)
+    attention = on_device(masks, device)
     positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
-    return Batch(torch.tensor(ids, device=device), attention, positions)
+    return Batch(on_device(ids, device), attention, positions)
 
 
 def by_length(rows: Sequence[TokenRow], size: int) -> list[list[int]]:

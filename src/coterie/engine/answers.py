@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from coterie.backbone.row_mix import RequestRows
+from coterie.data.devices import on_device
 from coterie.engine.reading import Text
 from coterie.engine.request import Begun, Request, Rerouting
 from coterie.engine.sampling_stages import SampledText
@@ -97,4 +98,4 @@ def padded_drafts(answers: Sequence[Answer], device: torch.device) -> Int[Tensor
     if not (longest := max(len(answer.text.drafts) for answer in answers)):
         return None
     rows = [answer.text.drafts + [-1] * (longest - len(answer.text.drafts)) for answer in answers]
-    return torch.tensor(rows, device=device)
+    return on_device(rows, device)

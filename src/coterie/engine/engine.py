@@ -24,6 +24,7 @@ from coterie.backbone.adding import ModelInUse
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone
 from coterie.backbone.slots import Slots
+from coterie.data.devices import on_device
 from coterie.engine.answers import Answer, Waiting, begin, by_rerouting, padded_drafts, planned, weigh
 from coterie.engine.reading import Reader
 from coterie.engine.request import Begun, Failure, FinishReason, Load, Request, Rerouting, Token
@@ -330,7 +331,8 @@ class Engine:
                 last = [pad(own[:, -size:], (0, 0, 0, max(sizes) - size)) for own, size in pairs]
                 with torch.inference_mode():
                     own = plan.logits(self._backbone, torch.cat(last))
-                    logits.append(own[[place for place, _ in drawn]])
+                    places = [place for place, _ in drawn]
+                    logits.append(own if places == [*range(len(own))] else own[on_device(places, own.device)])
                 choosing += [answer for _, answer in drawn]
                 states += [hidden[place] for place, _ in drawn]
         if not choosing:

@@ -15,6 +15,7 @@ from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone
 from coterie.backbone.row_mix import RequestRows, RowMix
 from coterie.backbone.slots import Slots
+from coterie.data.devices import on_device
 from coterie.engine.row_keys import row_keys
 
 MIXES_KEPT = 2  # that of the requests that write, and that of those whose prompts are being read
@@ -175,7 +176,7 @@ class Reader:
             ]
             votes = torch.nn.utils.rnn.pad_sequence([own.votes.float() for own in requests], batch_first=True)
             self._plans[key] = Plan(
-                requests, self.layers.mix(requests), torch.tensor(rows, device=device), votes.to(device)
+                requests, self.layers.mix(requests), on_device(rows, device), on_device(votes, device)
             )
         return self._plans[key]
 
@@ -203,9 +204,9 @@ class Reader:
         pieces = [[*text.ids[text.read : text.read + n], *text.drafts] for text, n in zip(texts, counts, strict=True)]
         longest = max(map(len, pieces))
         filled = torch.tensor([[*piece, *[self.backbone.pad_id] * (longest - len(piece))] for piece in pieces])
-        tokens = filled.repeat_interleave(torch.tensor(sizes), dim=0).to(self.backbone.device)
+        tokens = on_device(filled.repeat_interleave(torch.tensor(sizes), dim=0), self.backbone.device)
         lengths = [len(piece) for piece, size in zip(pieces, sizes, strict=True) for _ in range(size)]
-        plan, watch = self.planned(texts), _GateWatch(lengths) if watch_gates else None
+        plan, watch = self.planned(texts), _GateWatch(lengths, tokens.device) if watch_gates else None
 
         def running(places: Sequence[int]) -> AbstractContextManager[None]:
             mix = plan.mix if len(places) == len(lengths) else self.layers.mix([plan.row(place) for place in places])
@@ -215,9 +216,10 @@ class Reader:
         hidden = self.slots.read(rows, tokens, None if min(lengths) == longest else lengths, running)
         self.tokens += sum(map(len, pieces))
         starts = itertools.accumulate([0, *sizes])
+        weighed = None if watch is None else watch.means()[:, : len(self.layers.adapters)]  # merged ones come behind
         for text, count, start in zip(texts, counts, starts, strict=False):
-            if watch is not None and text.plan.gates:
-                own = watch.mean(start)[: len(self.layers.adapters)]  # merged adapters come behind
+            if weighed is not None and text.plan.gates:
+                own = weighed[start]
                 before = own if text.gate_weights is None else text.gate_weights
                 text.gate_weights = before.lerp(own, count / (text.read + count))
             text.read += count
@@ -227,16 +229,19 @@ class Reader:
 class _GateWatch:
     """What gates weigh on average in the rows of one read, which may go through the model in parts."""
 
-    def __init__(self, lengths: Sequence[int]) -> None:
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self._lengths = torch.tensor(lengths)
+        self._device = device
         self._parts: list[tuple[Sequence[int], MeanWeights]] = []
 
     def of(self, places: Sequence[int]) -> MeanWeights:
         """Watch some of the rows."""
         own = self._lengths[list(places)]
-        self._parts.append((places, MeanWeights((torch.arange(int(own.max()))[None] < own[:, None]).long())))
+        is_token = torch.arange(int(own.max()))[None] < own[:, None]
+        self._parts.append((places, MeanWeights(on_device(is_token.long(), self._device))))
         return self._parts[-1][1]
 
-    def mean(self, row: int) -> Float[Tensor, " expert"]:
-        """Return the mean over the tokens and layers of a row."""
-        return next(seen.mean()[list(places).index(row)] for places, seen in self._parts if row in places)
+    def means(self) -> Float[Tensor, "row expert"]:
+        """Return the mean over the tokens and layers of every row, on the CPU."""
+        order = torch.tensor([place for places, _ in self._parts for place in places]).argsort()
+        return torch.cat([seen.mean() for _, seen in self._parts])[order]

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from coterie.data.devices import on_device
 from coterie.engine.sampling_stages import STAGES, Drafts, Logits, SampledText
 from coterie.errors import CoterieError
 from coterie.settings.sampling import SamplingSettings
@@ -99,7 +100,7 @@ class _Step:
         needed = ((stage, [row for row, own in enumerate(texts) if stage.needed(own.settings)]) for stage in STAGES)
         self._stages = [stage(rows, texts, logits) for stage, rows in needed if rows]
         showing = [row for row, own in enumerate(texts) if own.settings.top_logprobs]
-        self._showing = torch.tensor(showing, device=logits.device, dtype=torch.long)
+        self._showing = on_device(showing, logits.device, torch.long)
         self._most_shown = max((own.settings.top_logprobs for own in texts), default=0)
 
     def choose(

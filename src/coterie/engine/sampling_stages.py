@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from coterie.data.devices import on_device
 from coterie.features.projection import signed, splitmix64
 from coterie.settings.sampling import SamplingSettings
 
@@ -48,7 +49,7 @@ class Stage(ABC):
         self._texts = [texts[row] for row in rows]
         self._settings = [text.settings for text in self._texts]
         self._every = len(rows) == len(texts)
-        self._rows = torch.tensor(rows, device=logits.device)
+        self._rows = on_device(rows, logits.device)
         self._vocabulary = logits.shape[-1]
 
     @staticmethod
@@ -75,7 +76,7 @@ class Stage(ABC):
     def column(self, name: str) -> Float[Tensor, "request 1 1"]:
         """Return a setting of each of its requests."""
         values = [getattr(settings, name) for settings in self._settings]
-        return torch.tensor(values, device=self._rows.device, dtype=torch.float32)[:, None, None]
+        return on_device(values, self._rows.device, torch.float32)[:, None, None]
 
 
 class Biases(Stage):
@@ -86,8 +87,8 @@ class Biases(Stage):
         super().__init__(rows, texts, logits)
         biases = [(row, *pair) for row, own in enumerate(self._settings) for pair in own.biases().items()]
         row, token, bias = zip(*biases, strict=True)
-        self._places = torch.tensor(row, device=logits.device), torch.tensor(token, device=logits.device)
-        self._biases = torch.tensor(bias, device=logits.device)[:, None]
+        self._places = on_device(row, logits.device), on_device(token, logits.device)
+        self._biases = on_device(bias, logits.device)[:, None]
 
     @staticmethod
     def needed(settings: SamplingSettings) -> bool:
@@ -119,7 +120,7 @@ class Penalties(Stage):
     def _counted(self, ids: Sequence[Sequence[int]]) -> Int[Tensor, "request vocabulary"]:
         size = self._vocabulary
         counts = [torch.bincount(torch.tensor(own, dtype=torch.long), minlength=size)[:size] for own in ids]
-        return torch.stack(counts).int().to(self._rows.device)
+        return on_device(torch.stack(counts).int(), self._rows.device)
 
     @staticmethod
     def needed(settings: SamplingSettings) -> bool:
@@ -174,7 +175,7 @@ class Nucleus(Stage):
         """Gather both, and how many of the likeliest tokens have to be looked at."""
         super().__init__(rows, texts, logits)
         counts = [min(own.top_k or self._vocabulary, self._vocabulary) for own in self._settings]
-        self._top_k = torch.tensor(counts, device=logits.device)[:, None, None]
+        self._top_k = on_device(counts, logits.device)[:, None, None]
         self._top_p, self._is_cut = self.column("top_p"), self._top_k < self._vocabulary
         longest, cut = max(counts), max((own for own in counts if own < self._vocabulary), default=0)
         looks = [FEW, SOME] if logits.device.type == "cpu" else []  # elsewhere, to ask whether these do is to wait
@@ -225,8 +226,8 @@ class Noise(Stage):
     def __init__(self, rows: Sequence[int], texts: Sequence[SampledText], logits: Logits) -> None:
         """Gather what the noise hangs on."""
         super().__init__(rows, texts, logits)
-        self._seeds = torch.tensor([signed(own.seed) for own in self._settings], device=logits.device)
-        self._positions = torch.tensor([len(text.answer) for text in self._texts], device=logits.device)
+        self._seeds = on_device([signed(own.seed) for own in self._settings], logits.device)
+        self._positions = on_device([len(text.answer) for text in self._texts], logits.device)
 
     @staticmethod
     def needed(settings: SamplingSettings) -> bool:

@@ -13,6 +13,7 @@ from coterie.backbone.row_mix import RequestRows
 from coterie.combiners.base import Combiner
 from coterie.combiners.logits import LogitCombiner
 from coterie.data.batching import TokenRow, by_length, pad
+from coterie.data.devices import on_device
 from coterie.engine.reading import Reader, summed_logits
 from coterie.engine.request import Rerouting
 from coterie.progress import steps
@@ -106,19 +107,20 @@ def score_responses(
     Returns:
         For every vote and text, scores in the order of the positions.
     """
-    before = [[position - 1 for position in positions] for _, positions in texts]
     states = states_at(backbone, layers, requests, [ids[: places[-1]] for ids, places in texts])
-    result: list[list[ScoredTokens]] = [[] for _ in votes]
+    scored = []
     for number, ((ids, positions), own) in enumerate(zip(texts, states, strict=True)):
-        wanted = own[:, before[number]]  # [own rows, tokens, width]
-        targets = torch.tensor([ids[position] for position in positions], device=own.device)
-        for place, vote in enumerate(votes):
-            own_vote = vote[number].to(own.device)
+        before = on_device([position - 1 for position in positions], own.device)
+        wanted = own[:, before]  # [own rows, tokens, width]
+        targets = on_device([ids[position] for position in positions], own.device)
+        for vote in votes:
+            own_vote = on_device(vote[number], own.device)
             logits = summed_logits(
                 backbone, lambda rows, by=own_vote: torch.einsum("r,rtd->td", by, rows.float()), wanted
             )
-            result[place].append(scored_tokens(logits, targets))
-    return result
+            scored.append(scored_tokens(logits, targets))
+    found = on_host(scored)
+    return [found[vote :: len(votes)] for vote in range(len(votes))]
 
 
 @torch.inference_mode()
@@ -135,9 +137,17 @@ def states_at(
 
 
 def scored_tokens(logits: Float[Tensor, "token vocabulary"], targets: Int[Tensor, " token"]) -> ScoredTokens:
-    """Score tokens by the logits at their places."""
+    """Score tokens by the logits at their places; the scores are where the logits are."""
     logprobs = logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(dim=1)
-    return ScoredTokens(logprobs.cpu(), (logits.argmax(dim=1) == targets).cpu())
+    return ScoredTokens(logprobs, logits.argmax(dim=1) == targets)
+
+
+def on_host(scored: Sequence[ScoredTokens]) -> list[ScoredTokens]:
+    """Copy scores to the CPU, all at once, so that the device is waited for once."""
+    sizes = [len(own.logprobs) for own in scored]
+    both = torch.stack([torch.cat([own.logprobs for own in scored]), torch.cat([own.is_greedy for own in scored])])
+    logprobs, is_greedy = both.cpu()
+    return [ScoredTokens(*own) for own in zip(logprobs.split(sizes), is_greedy.bool().split(sizes), strict=True)]
 
 
 def score_teacher_forced(
@@ -176,13 +186,13 @@ def score_teacher_forced(
         for i, own, (states,) in zip(active, wanted, hidden, strict=True):
             with torch.inference_mode():
                 logits = reader.backbone.head(states[-len(own) :])
-                found[i].append(scored_tokens(logits, torch.tensor(own, device=logits.device)))
+                found[i].append(scored_tokens(logits, on_device(own, logits.device)))
             new = len(own) - (known == 0)  # the prompt's states are known
             followed[i] = rerouting.texts.append_states(followed[i], states[len(states) - new :])
         known += rerouting.every
         active = [i for i in active if len(answers[i]) > known]
         if not active:
-            return [ScoredTokens(*map(torch.cat, zip(*parts, strict=True))) for parts in found]
+            return on_host([ScoredTokens(*map(torch.cat, zip(*parts, strict=True))) for parts in found])
         for i in active:
             texts[i].ids.append(answers[i][known - 1])
             followed[i] = rerouting.texts.append(followed[i], answers[i][known - 1 : known])

@@ -22,6 +22,7 @@ from coterie.artifacts import as_path, hub_folder, parse_json, read_json, read_t
 from coterie.backbone.aliases import ENCODER_ALIASES, fetch_alias
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow, by_length, pad
+from coterie.data.devices import on_device
 from coterie.errors import CoterieError, first_line, unknown_name
 from coterie.progress import steps
 from coterie.records.schema import Record, read
@@ -164,26 +165,26 @@ class HiddenStateEncoder:
 
     def rows(self, rows: Sequence[TokenRow]) -> Float[Tensor, "row dimension"]:
         """Embed prompts: all tokens are read, the user's own are counted. Without one, a row gets zeros."""
-        result = torch.zeros(len(rows), self.dimensions)
-        for number, states in enumerate(self.states(rows)):
-            result[number] = self.mean(states)
-        return result
+        return self.means(self.states(rows))
 
-    def mean(self, states: Float[Tensor, "token width"]) -> Float[Tensor, " width"]:
-        """Return the embedding of a text with these states: their mean, scaled to length 1, in float32 on the CPU."""
-        return nn.functional.normalize(states.float().sum(dim=0), dim=0).cpu()
+    def means(self, texts: Sequence[Float[Tensor, "_ width"]]) -> Float[Tensor, "text width"]:
+        """Embed texts with these states: the mean of each, scaled to length 1, in float32 on the CPU."""
+        if not texts:
+            return torch.zeros(0, self.dimensions)
+        sums = torch.stack([states.float().sum(dim=0) for states in texts])
+        return nn.functional.normalize(sums, dim=-1).cpu()
 
     @torch.no_grad()
     def states(self, rows: Sequence[TokenRow]) -> list[Float[Tensor, "token width"]]:
         """Return the last hidden states of the tokens that count, of every row."""
         cut = [_token_row(row.ids[self._part], row.is_user_text[self._part]) for row in rows]
-        found: list[Tensor] = [torch.zeros(0, self.dimensions)] * len(rows)
         pad_id, device = self._backbone.pad_id, self._backbone.device
+        found: list[Tensor] = [torch.zeros(0, self.dimensions, device=device)] * len(rows)
         for numbers in _batches(cut):
             hidden = self._backbone.hidden(*pad([cut[i].ids for i in numbers], pad_id, device=device))
             for i, states in zip(numbers, hidden, strict=True):
                 counted = [place for place, counts in enumerate(cut[i].is_user_text) if counts]
-                found[i] = states[counted[-self.window :]]
+                found[i] = states[on_device(counted[-self.window :], device, torch.long)]
         return found
 
 

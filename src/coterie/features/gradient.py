@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from coterie.artifacts import read_tensors, write_tensors
@@ -23,6 +23,7 @@ from coterie.backbone.adding import swapped
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import Batch, TokenRow, by_length, pad
+from coterie.data.devices import on_device
 from coterie.errors import CoterieError
 from coterie.features.projection import Projection, make_projection
 from coterie.lora import Adapter
@@ -130,9 +131,9 @@ class GradientFeatures:
         batches = by_length(rows, self.settings.feature_batch_size)
         with steps("gradients of prompts" if len(rows) > SHARD_ROWS else "", len(rows), "prompt") as done:
             for numbers in batches:
-                batch = [rows[i] for i in numbers]
+                batch, places = [rows[i] for i in numbers], on_device(numbers, result.device)
                 for checkpoint, layers in self._checkpoints:
-                    result[numbers] += self._batch(batch, checkpoint, layers) / len(self._checkpoints)
+                    result.index_add_(0, places, self._batch(batch, checkpoint, layers) / len(self._checkpoints))
                 done(len(numbers))
         return result
 
@@ -161,25 +162,26 @@ def _start_graph(forward: Callable[..., Any], *inputs: Any, **options: Any) -> A
 def loss_weights(rows: Sequence[TokenRow], batch: Batch, loss_on: str) -> Float[Tensor, "row position"]:
     """Weigh the prediction made at every position so that each row's loss is the mean over its counted tokens.
 
-    Position t predicts token t + 1; a row's first token is predicted by nothing.
+    Position t predicts token t + 1; a row's first token is predicted by nothing. The weights are on the CPU.
     """
     weights = torch.zeros(batch.input_ids.shape)
     for number, row in enumerate(rows):
         counted = row.is_user_text if loss_on == "user-text" else [not answer for answer in row.is_response]
         flags = torch.tensor(counted[1:], dtype=torch.float)
         weights[number, : len(flags)] = flags / flags.sum().clamp(min=1)
-    return weights.to(batch.input_ids.device)
+    return weights
 
 
 def _backward(backbone: Backbone, batch: Batch, weights: Float[Tensor, "row position"]) -> None:
     """Backpropagate the weighted loss; the output layer sees only positions with loss, a bounded number at a time."""
     hidden = backbone.hidden(*batch)
-    counted: Bool[Tensor, "row position"] = weights > 0
-    targets = batch.input_ids.roll(-1, dims=1)[counted]
-    states = hidden[counted]
+    places = weights.flatten().nonzero().squeeze(1)  # found on the host, so that nobody waits for the device
+    counted, weighed = on_device(places, hidden.device), on_device(weights.flatten()[places], hidden.device)
+    targets = batch.input_ids.roll(-1, dims=1).flatten()[counted]
+    states = hidden.flatten(0, 1).index_select(0, counted)
     leaf = states.detach().requires_grad_()
     size = max(1, LOGIT_ELEMENTS // backbone.output_layer.out_features)
-    pieces = zip(leaf.split(size), targets.split(size), weights[counted].split(size), strict=True)
+    pieces = zip(leaf.split(size), targets.split(size), weighed.split(size), strict=True)
     for part, target, weight in pieces:
         loss = nn.functional.cross_entropy(backbone.head(part), target, reduction="none")
         (loss * weight).sum().backward()

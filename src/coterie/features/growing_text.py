@@ -75,7 +75,7 @@ class AveragedStates(GrowingFeatures):
 
     def features(self, texts: Sequence[Float[Tensor, "_ dimension"]]) -> Float[Tensor, "row dimension"]:
         """Average the states of the last tokens of every text, as many as the encoder's window has."""
-        return torch.stack([self.encoder.mean(states) for states in texts])
+        return self.encoder.means(texts)
 
     def append_states(
         self, text: Float[Tensor, "position width"], states: Float[Tensor, "new width"]
