@@ -41,17 +41,21 @@ def check_fit(router: Router, combiner: Combiner) -> None:
         CoterieError: naming the combiners that can.
     """
     if not fits(router.grain, combiner):
-        fitting = [name for name, make in COMBINERS.items() if fits(router.grain, make())]
         raise CoterieError(
             f"combiner {combiner.kind!r} takes weights once a {combiner.finest}, but router {router.kind!r} gives "
-            f"them anew at every {router.grain}; use {' or '.join(fitting)}"
+            f"them anew at every {router.grain}; use {' or '.join(fitting(router))}"
         )
+
+
+def fitting(router: Router) -> list[str]:
+    """Return the combiners that can follow a router, by name."""
+    return [name for name, make in COMBINERS.items() if fits(router.grain, make())]
 
 
 def that_follows(router: Router, combiner: Combiner) -> Combiner:
     """Return a combiner, or the one that follows the router's weights where no other does."""
-    fitting = [make() for make in COMBINERS.values() if fits(router.grain, make())]
-    return fitting[0] if len(fitting) == 1 and not fits(router.grain, combiner) else combiner
+    names = fitting(router)
+    return make_combiner(names[0]) if len(names) == 1 and not fits(router.grain, combiner) else combiner
 
 
 def fits(grain: Grain, combiner: Combiner) -> bool:

@@ -11,10 +11,10 @@ from fastapi.middleware.cors import CORSMiddleware
 from coterie.artifacts import as_path
 from coterie.engine.request import Load
 from coterie.errors import CoterieError
-from coterie.serve import chat, completions, errors, health
+from coterie.serve import chat, completions, errors, health, models
 from coterie.serve.catalogue import Catalogue
 from coterie.serve.keys import KeyGate, read_keys
-from coterie.serve.limits import BodyLimit, QueueLimit
+from coterie.serve.limits import AnyTypeIsJson, BodyLimit, QueueLimit
 from coterie.serve.logs import RequestLog, write_logs
 from coterie.serve.metrics import Metrics
 from coterie.serve.playground import pages
@@ -39,7 +39,7 @@ def create_app(catalogue: Catalogue, worker: Worker, settings: ServeSettings) ->
     metrics.set_up({name: str(value) for name, value in settings.capacity})
     worker.stepped = partial(metrics.add, "iteration_tokens_total")
     errors.install(app)
-    for part in (chat, completions, health, pages):
+    for part in (chat, completions, models, health, pages):
         app.include_router(part.routes)
     guard(app, settings)
     return app
@@ -53,6 +53,7 @@ def guard(app: FastAPI, settings: ServeSettings) -> None:
     """
     access, limits = settings.access, settings.limits
     keys = None if access.api_key_file is None else read_keys(as_path(access.api_key_file))
+    app.add_middleware(AnyTypeIsJson)
     app.add_middleware(BodyLimit, most=int(limits.max_body * MIB))
     app.add_middleware(QueueLimit, paths=ASKING, most=limits.max_queue)
     app.add_middleware(KeyGate, keys=keys)

@@ -3,11 +3,9 @@
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from coterie.data.examples import Example
-from coterie.data.forms import Message
 from coterie.serve.answering import respond
 from coterie.serve.frames import ChatFrames
-from coterie.serve.schemas import ChatRequest
+from coterie.serve.schemas import ChatRequest, conversation
 
 routes = APIRouter()
 
@@ -15,5 +13,5 @@ routes = APIRouter()
 @routes.post("/v1/chat/completions", response_model=None)
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation, as OpenAI's API has it."""
-    example = Example("", tuple(Message(turn.speaker, turn.text) for turn in body.messages))
+    example = conversation(body.messages)
     return await respond(request, body, lambda cell: cell.mixture.tokens(example), ChatFrames)

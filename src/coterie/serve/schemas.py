@@ -6,12 +6,14 @@ is not known here is passed over, and the answer's header `X-Coterie-Ignored` na
 
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from coterie.data.examples import Example
+from coterie.data.forms import MAX_MESSAGES, Message
 from coterie.settings.sampling import MOST_TOP_LOGPROBS
 
 MOST_CHOICES = 128
@@ -93,6 +95,58 @@ class Body(BaseModel):
         fields = cls.model_fields
         nulls = {name for name, field in fields.items() if type(None) in get_args(field.annotation)}
         return {name: value for name, value in values.items() if value is not None or name in nulls}
+
+
+class ContentPart(Body):
+    """A piece of a message."""
+
+    type: str
+    text: Text | None = None
+    refusal: Text | None = None
+
+    @model_validator(mode="after")
+    def _is_text(self) -> "ContentPart":
+        if self.type not in ("text", "refusal", "input_text", "output_text"):
+            raise ValueError(f"parts of type {self.type[:40]!r} are not read; give parts of type text")
+        if self.text is None and self.refusal is None:
+            raise ValueError("a part of a message needs a text")
+        return self
+
+
+class ChatMessage(Body):
+    """One turn of a conversation; what else a client keeps in it is passed over."""
+
+    role: Annotated[Text, Field(min_length=1, max_length=64)]
+    content: Text | list[ContentPart] | None = None
+
+    @property
+    def text(self) -> str:
+        """What the turn says: the texts of its parts are parted by line ends."""
+        if isinstance(self.content, list):
+            return "\n".join(part.text or part.refusal or "" for part in self.content)
+        return self.content or ""
+
+    @property
+    def speaker(self) -> str:
+        """The role as chat templates know it."""
+        return "system" if self.role == "developer" else self.role
+
+
+def _asks_something(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """Refuse a conversation that leaves nothing to answer."""
+    if not any(message.role == "user" for message in messages):
+        raise wrong("messages", "messages need a question: a message of the role user")
+    if messages[-1].role == "assistant":
+        raise wrong("messages", "messages end with an answer of the assistant; end them with what it is to answer")
+    return messages
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(_asks_something)]
+
+
+def conversation(messages: Sequence[ChatMessage]) -> Example:
+    """Return a conversation that a model is to answer."""
+    return Example("", tuple(Message(turn.speaker, turn.text) for turn in messages))
 
 
 class CoterieField(Body):
@@ -193,45 +247,10 @@ def _unknown(body: Body, place: str = "") -> Iterator[str]:
                 yield from _unknown(inner, f"{place}{name}.")
 
 
-class ContentPart(Body):
-    """A piece of a message."""
-
-    type: str
-    text: Text | None = None
-    refusal: Text | None = None
-
-    @model_validator(mode="after")
-    def _is_text(self) -> "ContentPart":
-        if self.type not in ("text", "refusal", "input_text", "output_text"):
-            raise ValueError(f"parts of type {self.type[:40]!r} are not read; give parts of type text")
-        if self.text is None and self.refusal is None:
-            raise ValueError("a part of a message needs a text")
-        return self
-
-
-class ChatMessage(Body):
-    """One turn of a conversation; what else a client keeps in it is passed over."""
-
-    role: Annotated[Text, Field(min_length=1, max_length=64)]
-    content: Text | list[ContentPart] | None = None
-
-    @property
-    def text(self) -> str:
-        """What the turn says: the texts of its parts are parted by line ends."""
-        if isinstance(self.content, list):
-            return "\n".join(part.text or part.refusal or "" for part in self.content)
-        return self.content or ""
-
-    @property
-    def speaker(self) -> str:
-        """The role as chat templates know it."""
-        return "system" if self.role == "developer" else self.role
-
-
 class ChatRequest(Request):
     """What `/v1/chat/completions` takes."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_PROMPTS)
+    messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -259,13 +278,9 @@ class ChatRequest(Request):
         return sorted([*super().ignored(), *tools])
 
     @model_validator(mode="after")
-    def _is_a_conversation(self) -> "ChatRequest":
+    def _promises_text(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
             raise wrong("top_logprobs", "top_logprobs needs logprobs to be true")
-        if not any(message.role == "user" for message in self.messages):
-            raise wrong("messages", "messages need a question: a message of the role user")
-        if self.messages[-1].role == "assistant":
-            raise wrong("messages", "messages end with an answer of the assistant; end them with what it is to answer")
         for name, choice in (("tool_choice", self.tool_choice), ("function_call", self.function_call)):
             forced = choice.get("allowed_tools", choice).get("mode") != "auto" if isinstance(choice, dict) else True
             if choice not in UNFORCED and forced:
@@ -332,10 +347,9 @@ class TokenizeRequest(Body):
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MOST_PROMPTS)
-    add_special_tokens: bool | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool = True
     return_token_strs: bool = False
-    add_generation_prompt: bool = True
 
     @model_validator(mode="after")
     def _one_text(self) -> "TokenizeRequest":
@@ -363,7 +377,7 @@ class RouteRequest(Body):
         ]
         | None
     ) = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MOST_PROMPTS)
+    messages: Messages | None = None
     coterie: CoterieField = CoterieField()
 
     @model_validator(mode="after")

@@ -1,0 +1,165 @@
+"""What is served, and what prompts are to it: its models, embeddings, tokens, and routing without an answer."""
+
+import base64
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from fastapi import APIRouter, Request
+from jaxtyping import Float
+from torch import Tensor
+
+from coterie.combiners.table import fitting
+from coterie.data.batching import TokenRow, check_lengths
+from coterie.routers.base import Routing
+from coterie.serve.asking import mixed
+from coterie.serve.catalogue import Cell
+from coterie.serve.completions import as_it_stands
+from coterie.serve.errors import ApiError
+from coterie.serve.schemas import DetokenizeRequest, EmbeddingRequest, RouteRequest, TokenizeRequest, conversation
+
+Json = dict[str, Any]
+
+ROWS = 8
+"""Prompts that are read between two steps of the engine: those who wait for tokens wait for no more."""
+
+routes = APIRouter()
+
+
+@routes.get("/v1/models")
+async def models(request: Request) -> Json:
+    """List all that can be asked, base models first."""
+    server = request.app.state
+    cells = server.catalogue.listed
+    return {"object": "list", "data": await server.worker.call(lambda: [described(cell) for cell in cells])}
+
+
+@routes.get("/v1/models/{name:path}")
+async def model(name: str, request: Request) -> Json:
+    """Describe one of them."""
+    server = request.app.state
+    cell = server.catalogue.resolve(name)
+    return await server.worker.call(lambda: described(cell))
+
+
+def described(cell: Cell) -> Json:
+    """Return what is told of a model, in OpenAI's form with vLLM's fields, and how it mixes its experts."""
+    mixture, desk = cell.mixture, cell.desk
+    names = {"id": cell.id, "object": "model", "created": desk.loaded, "owned_by": "coterie"}
+    origin = {"root": cell.root, "parent": cell.parent, "max_model_len": mixture.backbone.positions}
+    kinds = {None: "base", desk.name: "mixture"}
+    kind = kinds.get(cell.parent and cell.root, "expert" if cell.root in desk.experts else "method")
+    router, combiner = mixture.router, mixture.combiner
+    how = {
+        "kind": kind,
+        "experts": mixture.bank.names,
+        "router": router.kind,
+        "combiner": combiner.kind,
+        "combiners": fitting(router),
+        "reroutes": mixture.reroutes,
+    }
+    return names | origin | {"coterie": how | ({"method": cell.root} if kind == "method" else {})}
+
+
+@routes.post("/v1/embeddings")
+async def embeddings(body: EmbeddingRequest, request: Request) -> Json:
+    """Return what the model's router reads off prompts: the embedding or the gradient that it weighs experts by."""
+    cell = request.app.state.catalogue.resolve(body.model)
+
+    def read(rows: Sequence[TokenRow]) -> Float[Tensor, "row dimension"]:
+        return cell.mixture.router.of_prompts.features(rows).cpu().float()
+
+    rows: list[TokenRow] = await request.app.state.worker.call(lambda: prompt_rows(cell, body.input))
+    vectors = torch.cat(await in_turns(request, rows, read))
+    if body.dimensions not in (None, vectors.shape[1]):
+        raise ApiError(f"the embeddings have {vectors.shape[1]} dimensions, got {body.dimensions}", param="dimensions")
+    as_text = body.encoding_format == "base64"
+    data = [
+        {"object": "embedding", "index": index, "embedding": encoded(vector) if as_text else vector.tolist()}
+        for index, vector in enumerate(vectors)
+    ]
+    count = sum(len(row.ids) for row in rows)
+    usage = {"prompt_tokens": count, "total_tokens": count}
+    return {"object": "list", "model": body.model, "data": data, "usage": usage}
+
+
+def encoded(vector: Float[Tensor, " dimension"]) -> str:
+    """Write a vector as the base64 of its little-endian numbers of four bytes, as OpenAI's clients ask for it."""
+    return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()
+
+
+@routes.post("/v1/route")
+async def route(body: RouteRequest, request: Request) -> Json:
+    """Weigh the experts for prompts, or a conversation, without an answer."""
+    cell = request.app.state.catalogue.resolve(body.model)
+
+    def read() -> list[TokenRow]:
+        if body.messages is not None:
+            return cell.mixture.tokens(conversation(body.messages))
+        return cell.mixture.tokens(body.prompt or [])
+
+    def weigh(rows: Sequence[TokenRow]) -> Routing:
+        return mixed(cell, body.coterie).router.route(rows).normalized()
+
+    rows: list[TokenRow] = await request.app.state.worker.call(read)
+    data = []
+    for routing in await in_turns(request, rows, weigh):
+        for number in range(len(routing.weights)):
+            similarities = {name: float(values[number]) for name, values in routing.similarities.items()}
+            told = {"weights": routing.row(number), "similarities": similarities}
+            data.append({"object": "routing", "index": len(data)} | told)
+    return {"object": "list", "model": body.model, "data": data}
+
+
+async def in_turns(request: Request, rows: Sequence[TokenRow], read: Callable[[Sequence[TokenRow]], Any]) -> list[Any]:
+    """Read rows where the base model may be run, a few at a time, so that nobody waits for all of them."""
+    starts = range(0, len(rows), ROWS)
+    return [await request.app.state.worker.call(lambda at=at: read(rows[at : at + ROWS])) for at in starts]
+
+
+def prompt_rows(cell: Cell, prompts: Sequence[str] | Sequence[list[int]]) -> list[TokenRow]:
+    """Take texts for questions of a user, and rows of tokens as they stand."""
+    rows = [cell.mixture.tokens(one)[0] if isinstance(one, str) else as_it_stands(cell, one) for one in prompts]
+    check_lengths(rows, cell.mixture.backbone.positions, [f"input {number}" for number in range(len(rows))])
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ tokens
+
+
+def asked_or_first(request: Request, name: str | None) -> Cell:
+    """Return a model, or the first of all where none is named, as lm-evaluation-harness names none."""
+    catalogue = request.app.state.catalogue
+    return catalogue.listed[0] if name is None else catalogue.resolve(name)
+
+
+@routes.post("/tokenize")
+async def tokenize(body: TokenizeRequest, request: Request) -> Json:
+    """Cut a text into tokens as `/v1/completions` does, or a conversation as `/v1/chat/completions` does."""
+    cell = asked_or_first(request, body.model)
+
+    def read() -> Json:
+        backbone = cell.mixture.backbone
+        if body.messages is not None:
+            ids = list(cell.mixture.prompts.row(conversation(body.messages)).prompt().ids)
+        else:
+            ids = backbone.tokenizer(body.prompt, add_special_tokens=body.add_special_tokens)["input_ids"]
+        strings = backbone.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
+        return {"count": len(ids), "max_model_len": backbone.positions, "tokens": ids, "token_strs": strings}
+
+    return await request.app.state.worker.call(read)
+
+
+@routes.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, request: Request) -> Json:
+    """Return the text of tokens, control tokens by their names."""
+    tokenizer = asked_or_first(request, body.model).desk.grid.own.tokenizer
+    return {"prompt": await request.app.state.worker.call(lambda: tokenizer.decode(body.tokens))}
+
+
+@routes.get("/tokenizer_info")
+async def tokenizer_info(request: Request, model: str | None = None) -> Json:
+    """Return what clients need that apply the chat template themselves."""
+    tokenizer: Any = asked_or_first(request, model).desk.grid.own.tokenizer
+    names = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template", "model_max_length", "padding_side")
+    return {"tokenizer_class": type(tokenizer).__name__} | {name: getattr(tokenizer, name) for name in names}
