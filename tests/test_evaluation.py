@@ -138,10 +138,10 @@ def test_the_error_of_the_merge_is_recorded(grid, result, scored):
 
 def test_memory_counts_the_base_the_experts_that_run_and_the_cache_of_their_rows(grid, result):
     memory, model = result.summary["memory"], grid.mixture.backbone.model
-    base = 4 * sum(parameter.numel() for parameter in model.parameters())
+    base = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     adapter = 4 * sum(pair.down.numel() + pair.up.numel() for pair in grid.own.bank.adapters[0].values())
     rows = [grid.own.prompts.row(example) for example in EXAMPLES]
-    cache = 4 * 2 * tiny.LAYERS * 2 * (tiny.WIDTH // 4) * sum(len(row.ids) for row in rows) / len(rows)
+    cache = 4 * 2 * tiny.LAYERS * 2 * (tiny.WIDTH // 4) * round(sum(len(row.ids) for row in rows) / len(rows))
     assert memory["backbone"] == round(base + cache)
     assert memory["base"] == round(base + adapter + cache)
     assert memory["uniform-weights"] == round(base + 4 * adapter + 4 * cache)

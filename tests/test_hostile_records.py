@@ -235,9 +235,9 @@ def test_a_pipe_in_place_of_weights_is_not_waited_for_when_memory_is_counted(mod
     os.mkfifo(tmp_path / "base" / "model.safetensors")
     shutil.copy(model_folder / "config.json", tmp_path / "base")
     with pytest.raises(CoterieError, match="is not a regular file"):
-        needed_bytes(str(tmp_path / "base"), {"a": LocalExpert()}, PlacementSettings(device="cpu"), 0)
+        needed_bytes(str(tmp_path / "base"), {"a": LocalExpert()}, PlacementSettings(device="cpu"), 1, 8)
     with pytest.raises(CoterieError, match="is not a regular file"):
-        needed_bytes(str(model_folder), {"a": LocalExpert(folder)}, PlacementSettings(device="cpu"), 0)
+        needed_bytes(str(model_folder), {"a": LocalExpert(folder)}, PlacementSettings(device="cpu"), 1, 8)
 
 
 def test_weights_along_an_answer_show_others_names_as_text():

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from coterie.backbone.layers import ExpertLayers
-from coterie.backbone.loading import Backbone
 from coterie.data.batching import PromptFormat
 from coterie.data.examples import Message, from_prompt, load_examples
 from coterie.errors import CoterieError
@@ -20,7 +19,7 @@ from coterie.experts.reply_cache import ReplyCache
 from coterie.lora import LoraPair
 from coterie.mixture import Mixture
 from coterie.mixture.local_answers import LocalAnswerer, LocalExpert, load_local
-from coterie.mixture.memory import budget_of, groups_of, needed_bytes
+from coterie.mixture.memory import budget_of, groups_of
 from coterie.mixture.scheduler import ExpertScheduler
 from coterie.settings.commands import ExpertPoolSettings
 from coterie.settings.groups import ExpertServingSettings, PlacementSettings, SamplingSettings
@@ -387,23 +386,6 @@ def test_a_pool_of_every_kind_answers(tmp_path, model_folder, run_folder):
         .text
         == replies[1].text
     )
-
-
-def test_memory_is_told_from_the_files_alone(model_folder, run_folder, backbone: Backbone):
-    parameters = sum(tensor.numel() for tensor in backbone.model.state_dict().values())
-    tied = backbone.model.lm_head.weight.numel()
-    here = PlacementSettings(device="cpu")
-    plain = needed_bytes(str(model_folder), {"a": LocalExpert()}, here, 0)
-    assert plain == 4 * (parameters - tied)
-    halved = PlacementSettings(device="cpu", dtype="bfloat16")
-    assert needed_bytes(str(model_folder), {"a": LocalExpert()}, halved, 0) == plain / 2
-    cached = needed_bytes(str(model_folder), {"a": LocalExpert()}, here, 10)
-    assert cached - plain == 10 * 4 * 2 * 2 * 2 * 8  # tokens, bytes, keys and values, layers, their heads, width
-    adapter = run_folder / "experts" / "base"
-    file = os.path.getsize(adapter / "adapter_model.safetensors")
-    with_adapter = needed_bytes(str(model_folder), {"a": LocalExpert(adapter)}, here, 0)
-    assert 0.8 * 2 * file < with_adapter - plain <= 2 * file
-    assert needed_bytes("some/model-at-the-hub", {"a": LocalExpert()}, here, 0) is None
 
 
 def test_the_budget_is_what_was_asked_for_or_a_part_of_what_is_free():

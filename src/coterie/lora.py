@@ -101,7 +101,7 @@ def contained(stacked: StackedPair) -> StackedPair:
     of a product, whatever it weighs there.
     """
     broken = ~(stacked.down.isfinite().flatten(1).all(dim=1) & stacked.up.isfinite().flatten(1).all(dim=1))
-    if not bool(broken.any()):
+    if broken.is_meta or not bool(broken.any()):
         return stacked
     fillings = zip(stacked, (torch.nan, 0.0), strict=True)
     return StackedPair(*(half.masked_fill(broken[:, None, None], filling) for half, filling in fillings))

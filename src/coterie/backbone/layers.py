@@ -143,6 +143,10 @@ class ExpertLayers:
     def _adding(self) -> Adding:
         return Adding(self.model, self._layers)
 
+    def load(self) -> None:
+        """Stack the updates now, in place of when they are used first."""
+        _ = self._layers
+
     def stack(self, path: str) -> StackedPair:
         """Return a layer's updates, stacked over the experts."""
         return self._layers[path].stack

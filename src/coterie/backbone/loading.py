@@ -12,7 +12,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import cached_file
@@ -209,14 +208,6 @@ def local_weights(name: str) -> str | None:
     path = local_path(name)
     files = [] if path is None else _weight_files(path)
     return _hash_files(files) if files and all(file.exists() for file in files) else None
-
-
-def cache_numbers(config: PreTrainedConfig) -> int:
-    """Count the numbers that one token takes in the cache: a key and a value in every layer."""
-    text: Any = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * width
 
 
 def check_identity(wanted: BaseModelIdentity, found: BaseModelIdentity, relation: str) -> None:

@@ -317,7 +317,7 @@ def make_row_cache(backbone: Backbone) -> RowCache:
     model = backbone.model
     if model not in _SAMPLES:
         cache = DynamicCache(config=model.config)
-        backbone.hidden(torch.tensor([[backbone.pad_id]], device=backbone.device), cache=cache)
+        backbone.hidden(torch.zeros(1, 1, dtype=torch.long, device=backbone.device), cache=cache)
         _SAMPLES[model] = cache
     config = model.config.get_text_config()
     ringed = backbone.reads.ragged

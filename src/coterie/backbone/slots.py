@@ -50,17 +50,28 @@ class _Row:
 class Slots:
     """What a model has cached of many texts, one a row."""
 
-    def __init__(self, backbone: Backbone, budget: int | None = None, prefixes: int = 0) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        budget: int | None = None,
+        prefixes: int = 0,
+        beside: Callable[[], int] = lambda: 0,
+    ) -> None:
         """Start empty.
 
         Args:
             backbone: the base model.
-            budget: the most bytes that the cache may take; None for as many as it needs.
+            budget: the most bytes that the cache may take, with what is beside it; None for as many as it needs.
             prefixes: how many of these may be filled with beginnings of texts that rows have read, where there is room.
+            beside: counts what others take of the budget, as weights and experts.
+
+        Raises:
+            CoterieError: when others leave nothing.
         """
         self._backbone = backbone
         self.cache = make_row_cache(backbone)
-        self._budget = budget
+        self._budget, self._beside = budget, beside
+        self.recount()
         self._prefixes = Prefixes(prefixes, self.cache.holds)
         self._rows: dict[int, _Row] = {}
         self._next = 0
@@ -87,7 +98,25 @@ class Slots:
         """The share that rows fill of the bytes that the cache may take, or of its buffers where it may take any."""
         held = sum(row.length for row in list(self._rows.values()))
         room = self.cache.slots * self.cache.columns
-        return held / room * (1 if self._budget is None else self.cache.bytes / self._budget) if held else 0.0
+        return held / room * (1 if self._room is None else self.cache.bytes / self._room) if held else 0.0
+
+    def recount(self) -> None:
+        """Count again what others take of the budget.
+
+        Raises:
+            CoterieError: when they leave nothing.
+        """
+        self._others = 0 if self._budget is None else self._beside()
+        if self._budget is not None and self._others >= self._budget:
+            raise CoterieError(
+                f"the base model with its experts and routers takes {self._others:,} bytes, and all may take "
+                f"{self._budget:,}; give more, or hold the base model in fewer (--dtype, --quantize)"
+            )
+
+    @property
+    def _room(self) -> int | None:
+        """The bytes that the cache may take."""
+        return None if self._budget is None else self._budget - self._others
 
     def bytes_for(self, rows: int, length: int) -> int:
         """Return what the buffers take for so many rows of up to so many tokens."""
@@ -101,13 +130,14 @@ class Slots:
         """
         self._check_budget(rows, length)
         longest = max([length, *(max(row.reach, row.length) for row in self._rows.values())])
-        return self._budget is None or self.bytes_for(len(self._rows) + rows, longest) <= self._budget
+        return self._room is None or self.bytes_for(len(self._rows) + rows, longest) <= self._room
 
     def _check_budget(self, rows: int, length: int) -> None:
-        if self._budget is not None and (needed := self.bytes_for(rows, length)) > self._budget:
+        if self._room is not None and (needed := self.bytes_for(rows, length)) > self._room:
+            others = f"{self._budget:,} less {self._others:,} of weights" if self._others else f"{self._room:,}"
             raise CoterieError(
                 f"the cache of {rows} rows of up to {length} tokens takes {needed:,} bytes, more than the "
-                f"{self._budget:,} that it may have; ask for fewer tokens, rows or experts"
+                f"{others} that it may have; ask for fewer tokens, rows or experts"
             )
 
     def length(self, row: int) -> int:
@@ -184,8 +214,8 @@ class Slots:
             ValueError: when a row has read more tokens, or fewer.
         """
         room = self._prefixes.budget
-        if self._budget is not None:
-            room = min(room, self._budget - self.cache.bytes)
+        if self._room is not None:
+            room = min(room, self._room - self.cache.bytes)
         for row, key in zip(rows, keys, strict=True):
             own = self._rows[row]
             if own.length != len(tokens):
@@ -322,8 +352,8 @@ class Slots:
             return
         length = max([length, *(row.length for row in self._rows.values())])
         self._check_budget(rows, length)
-        if self._budget is not None:
-            self._prefixes.shrink(self._budget - self.bytes_for(rows, length))
+        if self._room is not None:
+            self._prefixes.shrink(self._room - self.bytes_for(rows, length))
         held = sorted(self._rows.values(), key=lambda row: row.slot)
         self.cache.resize([row.slot for row in held], bucket(rows), bucket(length, COLUMNS))
         for place, row in enumerate(held):

@@ -36,6 +36,8 @@ from coterie.errors import CoterieError
 
 CHUNK = 512
 """Tokens of prompts that a step reads, each counted for every row that reads it: so long do those wait that write."""
+RECOUNTED = 16
+"""Requests for one count of what others take of the memory, which takes 30 ms."""
 WHOLE_PROMPTS = 16384
 """The same where nobody waits for the next token."""
 
@@ -69,7 +71,7 @@ class Engine:
         self._places = places
         self._chunk = chunk
         self._longest = math.inf if backbone.positions is None else backbone.positions + 1  # the last one is not read
-        self._handles = itertools.count()
+        self._handles, self._asked = itertools.count(), 0
         self._waiting: deque[Waiting] = deque()
         self._answers: list[Answer] = []
         self._failures: list[Failure] = []
@@ -93,6 +95,9 @@ class Engine:
         for settings in request.draws:
             check_biases(settings, self._backbone.output_layer.out_features)
         plan = planned(request)
+        self._asked += 1
+        if self._asked % RECOUNTED == 1:
+            self._reader.slots.recount()
         self._reader.slots.fits(len(plan.votes) * len(request.draws), self._reach(request))
         handle = next(self._handles)
         with self._owned():

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from coterie.artifacts import FORMAT, environment_record
-from coterie.backbone.loading import cache_numbers
+from coterie.backbone.memory import held_bytes
+from coterie.backbone.row_cache import make_row_cache
 from coterie.data.examples import Example
 from coterie.evaluation.answers import Answers, TestRow
 from coterie.evaluation.shared_scores import Scored
@@ -157,16 +158,15 @@ def memory_bytes(scored: Scored, lengths: Sequence[int]) -> dict[str, int]:
         scored: the methods.
         lengths: tokens of every prompt and its answer; the cache is counted at their mean.
     """
-    tokens = sum(lengths) / len(lengths)
+    tokens = round(sum(lengths) / len(lengths))
     held = {}
     for name, cell in scored.cells.items():
-        model: Any = cell.backbone.model
-        routing = scored.routed[name].routing
-        base = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        used = (routing.aligned(cell.bank.names).weights > 0).any(dim=0)
-        adapters = [adapter for adapter, is_used in zip(cell.bank.adapters, used.tolist(), strict=True) if is_used]
+        routing = scored.routed[name].routing.aligned(cell.bank.names)
+        used = (routing.weights > 0).any(dim=0).tolist()
+        adapters = [adapter for adapter, is_used in zip(cell.bank.adapters, used, strict=True) if is_used]
         experts = sum(pair.down.numel() + pair.up.numel() for adapter in adapters for pair in adapter.values())
-        plan = cell.combiner.plan(routing.aligned(cell.bank.names))
-        cache = cache_numbers(model.config) * tokens * sum(len(own.votes) for own in plan) / len(plan)
-        held[name] = round(base + next(model.parameters()).element_size() * (experts + cache))
+        plan = cell.combiner.plan(routing)
+        rows = sum(len(own.votes) for own in plan) / len(plan)
+        cache = make_row_cache(cell.backbone).bytes_for(1, tokens) * rows
+        held[name] = round(held_bytes(cell.backbone.model) + experts * cell.backbone.model.dtype.itemsize + cache)
     return held

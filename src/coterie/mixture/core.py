@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from coterie.backbone.layers import ExpertLayers
+from coterie.backbone.memory import held_bytes
 from coterie.backbone.slots import Slots
 from coterie.combiners.base import Combiner
 from coterie.combiners.table import check_fit, make_combiner, that_follows
@@ -226,10 +227,17 @@ class Mixture(StoredMixture):
         Args:
             places: answers that are written at once.
             chunk: tokens of prompts that a step reads at most, each counted for every row that reads it.
-            budget: bytes that the cache may take; None for as many as it needs.
+            budget: bytes that all may take: base model, experts, what the router holds, and the cache; None for as
+                many as it needs. They are counted anew now and then.
             prefixes: how many of these may keep prompts for later ones that begin alike and run the same experts.
+
+        Raises:
+            CoterieError: when there is nothing left for a cache.
         """
-        return Engine(self.backbone, self.layers, Slots(self.backbone, budget, prefixes), places=places, chunk=chunk)
+        if budget is not None:
+            self.layers.load()
+        slots = Slots(self.backbone, budget, prefixes, partial(held_bytes, self, device=self.backbone.device))
+        return Engine(self.backbone, self.layers, slots, places=places, chunk=chunk)
 
     def requests(
         self,

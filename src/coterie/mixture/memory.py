@@ -7,31 +7,25 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from coterie.artifacts import free_memory, tensor_claims
-from coterie.backbone.loading import cache_numbers, local_path
+from coterie.backbone.layers import ExpertLayers
+from coterie.backbone.linear_layers import linear_shapes
+from coterie.backbone.loading import local_path
+from coterie.backbone.memory import held_bytes, twin
+from coterie.backbone.slots import Slots
 from coterie.experts.answering import ExpertGroup
-from coterie.experts.bank import WEIGHTS_FILE
+from coterie.experts.bank import KEY_PREFIX, WEIGHTS_FILE
 from coterie.experts.endpoints import Endpoint, EndpointAnswerer
 from coterie.experts.expert_pool import Pool
+from coterie.lora import Adapter, LoraPair
 from coterie.mixture.local_answers import LocalExpert, load_local
 from coterie.settings.groups import ExpertServingSettings, PlacementSettings
 
-PROMPT_TOKENS = 1024  # of a question, where memory is estimated before any was seen
+PROMPT_TOKENS = 1024  # of a question, where memory is counted before any was seen
 FOUR_BITS = 0.6  # bytes a parameter: NF4, its scales, and the layers that stay as they are
-DTYPE_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "I64": 8,
-    "I32": 4,
-    "I8": 1,
-    "U8": 1,
-}
+STORED = {"BF16": torch.bfloat16, "F16": torch.float16}
+"""Types in which models are loaded on a GPU as files hold them; all others become float32."""
 SHARE_OF_FREE = 0.8  # of free memory that models may take by default
 
 
@@ -40,7 +34,7 @@ def groups_of(
 ) -> list[ExpertGroup]:
     """Put the experts of one base model into one group, and every endpoint into its own.
 
-    Memory is estimated for batches of this size and answers of at most `new_tokens`.
+    Memory is counted for batches of this size and answers of at most `new_tokens`.
 
     Raises:
         CoterieError: when a model does not exist.
@@ -50,11 +44,12 @@ def groups_of(
         if expert.kind != "endpoint":
             adapter = Path(expert.source) if expert.kind == "adapter" else None
             local.setdefault(expert.model, {})[expert.name] = LocalExpert(adapter, expert.system_prompt)
-    tokens = batch_size * (PROMPT_TOKENS + new_tokens)
+    length = PROMPT_TOKENS + new_tokens
     groups = []
     for model, experts in local.items():
         load = partial(load_local, model, experts, placement, batch_size)
-        groups.append(ExpertGroup(model, tuple(experts), load, needed_bytes(model, experts, placement, tokens)))
+        size = needed_bytes(model, experts, placement, batch_size, length)
+        groups.append(ExpertGroup(model, tuple(experts), load, size))
     for expert in pool.experts:
         if expert.kind == "endpoint":
             load = partial(EndpointAnswerer, Endpoint(expert.name, expert.source, expert.model), work)
@@ -64,49 +59,61 @@ def groups_of(
 
 
 def needed_bytes(
-    model: str, experts: Mapping[str, LocalExpert], placement: PlacementSettings, cached_tokens: int
+    model: str, experts: Mapping[str, LocalExpert], placement: PlacementSettings, rows: int, length: int
 ) -> int | None:
-    """Estimate the bytes of a base model with its experts and a full cache, from the heads of its files.
+    """Count the bytes of a base model with its experts and a full cache, from the heads of its files.
 
-    The cache holds so many tokens over all rows of a batch. None: the model is not on this machine yet.
+    The cache holds so many rows of up to so many tokens. None: the model is not on this machine yet, or is not known.
 
     Raises:
-        CoterieError: when there is no such model.
+        CoterieError: when there is no such model, or a file is none.
     """
     path = local_path(model)
     counts = {} if path is None else _parameters(path)
     if path is None or not counts:
         return None
-    if placement.dtype != "auto":
-        size = 4 if placement.dtype == "float32" else 2
-    else:
-        found = torch.cuda.is_available() or torch.backends.mps.is_available()
-        on_cpu = placement.device == "cpu" or (placement.device == "auto" and not found)
-        size = 4 if on_cpu else DTYPE_BYTES.get(max(counts, key=lambda dtype: counts[dtype]), 4)
-    weights = sum(counts.values())
-    adapters = [_parameters(expert.adapter) for expert in experts.values() if expert.adapter is not None]
-    updates = sum(sum(own.values()) for own in adapters)
-    base = weights * (FOUR_BITS if placement.load_in_4bit else size)
-    # The head of a GGUF file is not read twice; its weights outweigh the cache by far.
-    cached = 0
-    if not path.is_file():
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        cached = cached_tokens * cache_numbers(config)
-        if placement.quantize:  # embeddings and output layer stay as they are
-            text = config.get_text_config()
-            base = weights + min(weights, 2 * text.vocab_size * text.hidden_size) * (size - 1)
-    return round(base + updates * (4 + size) + cached * size)  # updates are read in float32, then stacked
+    dtype = getattr(torch, placement.dtype) if placement.dtype != "auto" else torch.float32
+    on_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    if placement.dtype == "auto" and placement.device != "cpu" and (placement.device != "auto" or on_gpu):
+        dtype = STORED.get(max(counts, key=lambda name: counts[name]), torch.float32)
+    adapters = [{} if expert.adapter is None else claimed_adapter(expert.adapter) for expert in experts.values()]
+    try:
+        backbone = twin(path, dtype, in_int8=bool(placement.quantize))
+    except (OSError, ValueError, KeyError):  # whoever loads it tells
+        return None
+    shapes = linear_shapes(backbone.model)
+    fitting = [
+        {path: pair for path, pair in own.items() if shapes.get(path) == (pair.down.shape[1], pair.up.shape[1])}
+        for own in adapters
+    ]
+    layers = ExpertLayers(backbone.model, fitting)
+    layers.load()
+    held = held_bytes(layers) + Slots(backbone).bytes_for(rows, length)
+    if placement.load_in_4bit:
+        held += round(FOUR_BITS * sum(counts.values())) - held_bytes(backbone.model)
+    return held
+
+
+def claimed_adapter(folder: Path) -> Adapter:
+    """Return the updates that an adapter's file claims to hold, without numbers."""
+    claims = tensor_claims(folder / WEIGHTS_FILE)
+    adapter = {}
+    for key, (_, shape) in claims.items():
+        _, other = claims.get(key.replace(".lora_A.", ".lora_B."), ("", ()))
+        if key.endswith(".lora_A.weight") and len(shape) == len(other) == 2:
+            sides = torch.empty(shape, device="meta"), torch.empty(other[::-1], device="meta")
+            adapter[key.removeprefix(KEY_PREFIX).removesuffix(".lora_A.weight")] = LoraPair(*sides)
+    return adapter
 
 
 def _parameters(path: Path) -> dict[str, int]:
-    """Count the numbers of every dtype in a model's or adapter's files, from their heads alone."""
+    """Count the numbers of every dtype in a model's files, from their heads alone."""
     if path.is_file():
         from gguf import GGUFReader
 
         return {"F32": sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)}
-    adapter = path / WEIGHTS_FILE
     counts: dict[str, int] = {}
-    for file in [adapter] if adapter.is_file() else sorted(path.glob("*.safetensors")):
+    for file in sorted(path.glob("*.safetensors")):
         for claim in tensor_claims(file, max_bytes=sys.maxsize).values():
             counts[claim.dtype] = counts.get(claim.dtype, 0) + math.prod(claim.shape)
     return counts

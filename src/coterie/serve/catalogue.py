@@ -188,7 +188,7 @@ def ready_methods(mixture: Mixture) -> list[str]:
 
 def open_engine(mixture: Mixture, capacity: CapacitySettings) -> Engine:
     """Return an engine of a mixture, within what it may take."""
-    budget = None if capacity.cache_memory is None else int(capacity.cache_memory * GIB)
+    budget = None if capacity.memory is None else int(capacity.memory * GIB)
     return mixture.engine(places=capacity.places, budget=budget, prefixes=int(capacity.prefix_memory * GIB))
 
 

@@ -19,8 +19,10 @@ class CapacitySettings(Settings):
     """How much is answered at once."""
 
     places: int = Field(16, ge=1, description="answers that are written at once, for each mixture; others wait")
-    cache_memory: float | None = Field(
-        None, gt=0, description="GiB that the cache of each mixture may take; default: as much as its answers need"
+    memory: float | None = Field(
+        None,
+        gt=0,
+        description="GiB that each mixture may take in all, its base model included; default: what answers need",
     )
     prefix_memory: float = Field(
         0.25, ge=0, description="GiB in which each mixture keeps prompts for later ones that begin alike; 0: none"
