@@ -37,7 +37,8 @@ def test_a_newcomer_gets_from_a_shelf_and_a_csv_to_a_report(run, home, model_fol
 
     add = ["bank", "add", "shelf/", "adapters/maths", "adapters/law", "--model", model_folder]
     trained = ["--trained-on", "maths=fragen.csv"]
-    refused(run("bnak", "add"), "type: coterie --help$")
+    columns = ["--map", "question=Frage", "--map", "response=Antwort"]
+    refused(run("bnak", "add"), r"Did you mean 'bank'\? Or type: coterie --help$")
     refused(run("bank", "ad"), "type: coterie bank --help$")
     refused(run(*add[:4], "adapters/lwa", *add[5:], "--trained-onn", "x"), "--trained-on", "coterie bank add --help$")
     refused(run(*add, "--trained-on", "maths=frage.csv"), "frage.csv does not exist")
@@ -45,7 +46,8 @@ def test_a_newcomer_gets_from_a_shelf_and_a_csv_to_a_report(run, home, model_fol
     refused(run(*add, *trained, "--map", "qestion=Frage"), "Did you mean 'question'")
     refused(run(*add, *trained, "--map", "question=Fage"), "--map question=fage: .* Did you mean 'Frage'")
     assert not (home / "shelf").exists()
-    columns = ["--map", "question=Frage", "--map", "response=Antwort"]
+    (home / "lücken.csv").write_text("Frage,Antwort\nWie?,So.\n,So.\n")
+    refused(run(*add, "--trained-on", "maths=lücken.csv", *columns), "row 2 has an empty prompt; fill it in or delete")
     added = run(*add, *trained, *columns)
     assert "wrote shelf" in added[2] and added[2].endswith(f"{' '.join(columns)}\n")
     fitted = follow(added)

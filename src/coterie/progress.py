@@ -26,8 +26,8 @@ EMBEDDING = 0.2
 ANSWERING = 8.0
 """What a row's answer weighs: some hundred tokens, of which each takes a small part of a pass."""
 
-NOW_AND_THEN = {"delay": 10.0, "mininterval": 30.0}
-"""How a log is written to: seconds until its first line, and between two."""
+NOW_AND_THEN = {"delay": 10.0, "mininterval": 30.0, "miniters": 0}
+"""How a log is written to: seconds until its first line and between two, however many steps are done meanwhile."""
 WHOLE = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left{postfix}"
 WHOLE_IN_A_LOG = "{desc}: {percentage:.0f}%, {elapsed} gone, {remaining} left{postfix}"
 LOOP_IN_A_LOG = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}"

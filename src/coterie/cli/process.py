@@ -23,6 +23,7 @@ READER_GONE = OF_SIGNAL + 13  # SIGPIPE, which not every system has
 IN_A_LOG = {
     "TQDM_DELAY": "10",
     "TQDM_MININTERVAL": "30",
+    "TQDM_MINITERS": "0",
     "TQDM_BAR_FORMAT": "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left\n",
 }
 """How tqdm, which reads this when it is first imported, writes to what is no terminal: after 10 s, then every 30 s."""
@@ -145,8 +146,14 @@ def _outcome(run: Callable[[list[str]], object]) -> tuple[int, str]:
             raise
         message = error.format_message()  # empty where no command was given: the help stands there already
         command = getattr(getattr(error, "ctx", None), "command_path", "coterie")
-        return TROUBLE, f"error: {message}; type: {command} --help" if message else "type one of the commands above"
+        return TROUBLE, _usage_trouble(message, command) if message else "type one of the commands above"
     return code if isinstance(code, int) else 0, ""
+
+
+def _usage_trouble(message: str, command: str) -> str:
+    """Return the line for what typer says of the words, ending with the help that shows the right ones."""
+    ends = " Or type:" if message.endswith("?") else "; type:"
+    return f"error: {message.rstrip('.')}{ends} {command} --help"
 
 
 def _disk_trouble(error: OSError) -> tuple[int, str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from coterie.data.columns import Columns
 from coterie.data.files import rows_of
-from coterie.data.forms import FORMS, NAMED, Message, conversation_of, filled
+from coterie.data.forms import ASKS, FORMS, NAMED, REPLIES, Message, conversation_of, filled, is_missing
 from coterie.errors import CoterieError
 from coterie.settings.reading import from_flat
 from coterie.settings.rows import READING, ReadingSettings
@@ -22,6 +22,7 @@ MAX_CHARACTERS = 4 * 2**20
 MAX_DEPTH = 100
 """How deeply a row's tests may be nested."""
 
+EMPTY = "{place} has an empty {part}; fill it in or delete the row"
 ANSWER_MARK = re.compile(r"(?:^|\n)#### *([^\n]+)\s*$")
 """The last line of a whole solution that is called the answer, as GSM8K has it."""
 
@@ -166,12 +167,18 @@ def _to_example(
     if not isinstance(row, Mapping):
         raise CoterieError(f"{place} holds a {type(row).__name__}, not an object with {FORMS}")
     fields = columns.called(filled(row, place, reading.ignored), row, place)
+    blank = {str(name).strip().lower() for name, value in row.items() if is_missing(value)}
+    blank |= {field for field, column in reading.columns.items() if column in blank}
     labels = {name: _label(fields, name, place) for name in ("id", "source", "category", "answer")}
     if labels["answer"] is not None:
         fields["answer"] = labels["answer"]  # the whole of which can be the response
         marked = ANSWER_MARK.search(labels["answer"])
         labels["answer"] = marked[1] if marked else labels["answer"]
+    if blank & ASKS and not fields.keys() & ASKS:
+        raise CoterieError(EMPTY.format(place=place, part="prompt"))
     messages = conversation_of(fields, place, reading)
+    if blank & REPLIES and messages[-1].role != "assistant" and need_response:
+        raise CoterieError(EMPTY.format(place=place, part="response"))
     if messages[-1].role != "assistant" and need_response:
         raise CoterieError(f"{place} has no response among {', '.join(fields):.300}; rows have the form {FORMS}{NAMED}")
     if not any(message.role == "user" for message in messages):
@@ -179,7 +186,7 @@ def _to_example(
     for message in messages:
         if message.role != "system" and not message.content.strip():
             part = "response" if message.role == "assistant" else "prompt"
-            raise CoterieError(f"{place} has an empty {part}; fill it in or delete the row")
+            raise CoterieError(EMPTY.format(place=place, part=part))
     if sum(len(message.content) for message in messages) > MAX_CHARACTERS:
         raise CoterieError(f"{place} has more than {MAX_CHARACTERS} characters of text; split or delete the row")
     example = Example(

@@ -96,6 +96,8 @@ MAX_MESSAGES = 1000
 
 NAMED = "; a column of another name: --map FIELD=COLUMN"
 FORMS = ", ".join("+".join([form.asks, "/".join(form.replies)]).rstrip("+") for form in ROW_FORMS)
+ASKS = frozenset(form.asks for form in ROW_FORMS)
+REPLIES = frozenset(name for form in ROW_FORMS for name in form.replies)
 _ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 _REFUSED = {name for names in REFUSED.values() for name in names}
 
