@@ -132,7 +132,7 @@ class LlamaCpp:
         answers = []
         for request in requests:
             for own in draws:
-                found = self._ask({**request.fields, **_sampling_fields(own)})
+                found = self._ask({**request.fields, **sampling_fields(own)})
                 answers.append(self._completion(request, own.stop, found))
         return answers
 
@@ -148,7 +148,7 @@ class LlamaCpp:
         if len(examples := as_examples(prompt)) != 1:
             raise CoterieError(f"a stream answers one prompt, but {len(examples)} are given; use generate for several")
         (request,) = self._requests(examples, settings, top_k_experts)
-        fields = {**request.fields, **_sampling_fields(settings), "stream": True}
+        fields = {**request.fields, **sampling_fields(settings), "stream": True}
         with self._client.stream("POST", "/completion", json=fields) as response:
             _check_reply(response)
             for line in response.iter_lines():
@@ -162,7 +162,7 @@ class LlamaCpp:
         self, examples: Sequence[Example], settings: SamplingSettings, top_k_experts: int | None
     ) -> Iterator["_Request"]:
         """Yield what llama.cpp is asked for every prompt, sampling apart, after making room for the longest text."""
-        _check_sampling(settings)
+        check_sampling(settings)
         rows = self.mixture.tokens(examples)
         limits = [longest_answer(settings, example) for example in examples]
         self._make_room(max(len(row.ids) + limit for row, limit in zip(rows, limits, strict=True)))
@@ -307,7 +307,7 @@ def _file_of(mixture: Mixture, given: str | Path | None) -> Path:
     )
 
 
-def _check_sampling(settings: SamplingSettings) -> None:
+def check_sampling(settings: SamplingSettings) -> None:
     """Refuse settings that llama.cpp would not follow."""
     for name in type(settings).model_fields:
         if name not in (*SAMPLING, "logit_bias", "max_new_tokens") and flag_of(name) in changed(settings):
@@ -316,7 +316,7 @@ def _check_sampling(settings: SamplingSettings) -> None:
         raise CoterieError(f"llama.cpp takes seeds up to {LARGEST_SEED}, got --seed {settings.seed}")
 
 
-def _sampling_fields(settings: SamplingSettings) -> dict[str, Any]:
+def sampling_fields(settings: SamplingSettings) -> dict[str, Any]:
     """Return how llama.cpp chooses tokens: by the same steps in the same order."""
     values = {theirs: getattr(settings, ours) for ours, theirs in SAMPLING.items()}
     biases = [[token, bias] for token, bias in settings.biases().items()]

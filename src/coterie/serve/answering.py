@@ -35,8 +35,12 @@ async def respond(request: Request, body: Body, rows: Callable[[Cell], list[Toke
     async def answered() -> Response:
         timeout = server.settings.capacity.timeout
         asked: Asked = await server.worker.call(lambda: ask(cell, rows(cell), body, timeout))
+        if server.upstream:
+            asked = server.upstream.accept(asked)
         answer = Answer(asked, body, cell, form, detail=detail)
-        answering = server.worker.answer(cell.desk.engine, asked.requests)
+        answering = (
+            server.upstream.answer(asked) if server.upstream else server.worker.answer(cell.desk.engine, asked.requests)
+        )
         tokens = server.metrics.watched(cell.id, asked.requests, answering, request.state.facts)
         if not body.stream:
             return JSONResponse(await answer.whole(tokens), headers=answer.headers)

@@ -18,6 +18,7 @@ from coterie.serve.limits import AnyTypeIsJson, BodyLimit, QueueLimit
 from coterie.serve.logs import RequestLog, write_logs
 from coterie.serve.metrics import Metrics
 from coterie.serve.playground import pages
+from coterie.serve.upstream.opening import open_upstream
 from coterie.serve.worker import Worker
 from coterie.settings.keywords import takes_fields
 from coterie.settings.serving import AddressSettings, ServeSettings
@@ -31,6 +32,7 @@ def create_app(catalogue: Catalogue, worker: Worker, settings: ServeSettings) ->
     """Put the routes together; what they share lies in the application's state."""
     app = FastAPI(title="Coterie", summary="LoRA experts, mixed for every request", docs_url=None, redoc_url=None)
     app.state.catalogue, app.state.worker, app.state.settings = catalogue, worker, settings
+    app.state.upstream = open_upstream(settings.upstream, [desk.grid.mixture for desk in catalogue.desks], worker)
 
     def loads() -> dict[str, Load]:
         return {desk.name: desk.engine.load for desk in catalogue.desks}

@@ -147,6 +147,8 @@ class Catalogue:
                 f"{name!r} cannot be a model's id; give one of letters, digits, '-' and '_': NAME=FOLDER"
             )
         mixture = self._open(source)
+        if self._settings.upstream:
+            mixture = mixture.replace(combiner="layers")
         methods = ready_methods(mixture) if self._settings.methods is None else names_in(self._settings.methods)
         grid = load_grid(mixture, methods)
         desk = Desk(name, grid, tuple(methods), open_engine(grid.mixture, self._settings.capacity))

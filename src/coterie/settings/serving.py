@@ -68,6 +68,11 @@ class ServeSettings(Settings):
         description="other methods that mixtures answer as, separated by commas; see `coterie methods`; default: all "
         "for which nothing more was to be trained",
     )
+    upstream: str | None = Field(
+        None,
+        description="another server that computes the answers, llama.cpp=URL or vllm=URL: experts are weighed here "
+        "and mixed there, in the layers",
+    )
     address: AddressSettings = AddressSettings()
     capacity: CapacitySettings = CapacitySettings()
     access: AccessSettings = AccessSettings()
