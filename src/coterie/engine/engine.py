@@ -26,6 +26,7 @@ from coterie.backbone.loading import Backbone
 from coterie.backbone.slots import Slots
 from coterie.data.devices import on_device
 from coterie.engine.answers import Answer, Waiting, begin, by_rerouting, padded_drafts, planned, weigh
+from coterie.engine.prompt_logprobs import score_prompt
 from coterie.engine.reading import Reader
 from coterie.engine.request import Begun, Failure, FinishReason, Load, Request, Rerouting, Token
 from coterie.engine.sampling import BatchSampler, Chosen, check_biases
@@ -175,7 +176,7 @@ class Engine:
         while self._waiting and self._has_room(self._waiting[0]):
             handle, request, plan = self._waiting.popleft()
             text = self._reader.open(request.prompt.ids, plan, self._reach(request))
-            if not isinstance(request.routing, Rerouting):
+            if not isinstance(request.routing, Rerouting) and request.prompt_logprobs is None:
                 self._reader.recall(text)
             stream = TextStream(self._backbone.tokenizer, request.draws[0].stop)
             sampled = SampledText(request.draws[0], request.prompt.ids)
@@ -306,6 +307,7 @@ class Engine:
         passes = self._apart(list(counts), read)
         for answers, hidden in passes:
             for answer, states in zip(answers, hidden, strict=True):
+                score_prompt(self._backbone, answer, states)
                 self._follow(answer, states[0, : states.shape[1] - len(answer.text.drafts)])
         return passes
 

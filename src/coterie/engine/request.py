@@ -49,6 +49,7 @@ class Request:
         draws: how the tokens of each answer are chosen; the prompt is read once for all of them.
         end_ids: tokens that end an answer besides the model's own.
         deadline: the time, by `time.monotonic`, at which the request is given up; None for never.
+        prompt_logprobs: score the prompt's own tokens, too, with so many alternatives to each; None for no such thing.
     """
 
     prompt: TokenRow
@@ -58,6 +59,14 @@ class Request:
     draws: tuple[SamplingSettings, ...] = (SamplingSettings(),)
     end_ids: frozenset[int] = frozenset()
     deadline: float | None = None
+    prompt_logprobs: int | None = None
+
+
+class Scored(NamedTuple):
+    """The natural log of a given token's probability, and the likeliest tokens there with theirs."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 class Begun(NamedTuple):
@@ -66,10 +75,12 @@ class Begun(NamedTuple):
     Attributes:
         joined: the time, by `time.monotonic`, at which it waited no longer.
         cached: tokens of its prompt that were not read, since an earlier text had begun alike.
+        prompt: how likely the prompt's tokens from the second on are, where that was asked for.
     """
 
     joined: float
     cached: int
+    prompt: tuple[Scored, ...] = ()
 
 
 class Token(NamedTuple):

@@ -14,7 +14,8 @@ from coterie.engine.request import Token
 from coterie.serve.asking import Asked, Body, ask
 from coterie.serve.catalogue import Cell
 from coterie.serve.errors import as_api_error
-from coterie.serve.frames import Frames, Pieces, Usage
+from coterie.serve.frames import Frames, Piece, Pieces, Usage, echo
+from coterie.serve.schemas import CompletionRequest
 
 CLIENT_GONE = 499
 """The status, which nobody reads, of a request that its client has given up; nginx calls it so."""
@@ -56,6 +57,9 @@ class Answer:
     def __init__(self, asked: Asked, body: Body, cell: Cell, form: type[Frames], *, detail: bool) -> None:
         """Begin to answer."""
         self._draws = body.n
+        self._body = body
+        self._vocabulary = cell.desk.vocabulary
+        self._prompts = [request.prompt.ids for request in asked.requests]
         self._choices = range(len(asked.requests) * body.n)
         self._pieces = [Pieces(index, cell.desk.vocabulary) for index in self._choices]
         weights = {index: known for index in self._choices if (known := asked.weights(index // body.n))}
@@ -79,8 +83,8 @@ class Answer:
         found = [[] for _ in self._choices]
         async with aclosing(tokens):
             async for token in tokens:
-                index, piece = self._take(token)
-                found[index].append(piece)
+                for piece in self._take(token):
+                    found[piece.index].append(piece)
         return self._frames.whole(found)
 
     async def stream(self, first: Token, others: AsyncGenerator[Token]) -> AsyncGenerator[bytes]:
@@ -88,19 +92,27 @@ class Answer:
         async with aclosing(others):
             for index in self._choices:
                 yield self._frames.opening(index)
-            yield self._frames.piece(self._take(first)[1])
+            yield b"".join(map(self._frames.piece, self._take(first)))
             try:
                 async for token in others:
-                    yield self._frames.piece(self._take(token)[1])
+                    yield b"".join(map(self._frames.piece, self._take(token)))
                 yield self._frames.closing()
             except Exception as error:  # noqa: BLE001 - the status was sent long ago
                 yield self._frames.failed(as_api_error(error).body())
 
-    def _take(self, token: Token) -> tuple[int, Any]:
-        if token.begun and token.draw == 0:
+    def _take(self, token: Token) -> list[Piece]:
+        """Return what a token makes certain; before the first one of an answer comes its prompt, if that is wanted."""
+        index, body = token.request * self._draws + token.draw, self._body
+        piece = self._pieces[index].push(token)
+        if token.begun is None:
+            return [piece]
+        if token.draw == 0:
             self._frames.usage.cached += token.begun.cached
-        index = token.request * self._draws + token.draw
-        return index, self._pieces[index].push(token)
+        if not isinstance(body, CompletionRequest) or not body.echo:
+            return [piece]
+        prompt, ids = body.prompt[token.request], self._prompts[token.request]
+        echoed = echo(index, prompt if isinstance(prompt, str) else None, ids, token.begun.prompt, self._vocabulary)
+        return [echoed, piece] if body.limit != 0 else [echoed._replace(finish_reason="length")]
 
 
 async def unless_gone(request: Request, work: Awaitable[Result]) -> Result | None:

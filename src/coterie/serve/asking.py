@@ -56,7 +56,8 @@ def ask(cell: Cell, rows: Sequence[TokenRow], body: Body, timeout: float) -> Ask
     limits = [room(mixture, row) if body.limit is None else max(1, body.limit) for row in rows]
     deadline = time.monotonic() + timeout
     requests = mixture.requests(rows, limits, draws)
-    return Asked(mixture, [replace(request, deadline=deadline) for request in requests])
+    also = {"deadline": deadline, "prompt_logprobs": body.prompt_alternatives}
+    return Asked(mixture, [replace(request, **also) for request in requests])
 
 
 def mixed(cell: Cell, wanted: CoterieField, lora: Sequence[AdapterScale] | None = None) -> Mixture:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from coterie.engine.request import FinishReason, Token
+from coterie.engine.request import FinishReason, Scored, Token
 from coterie.serve.token_bytes import TokenBytes
 
 Json = dict[str, Any]
@@ -89,7 +89,7 @@ class Pieces:
         self._begins = self._begins and not self._vocabulary.shows(token.id)
         self._waiting.append(Log(token.id, own, token.logprob, token.top))
         logs = self._shown(len(token.text.encode()))
-        if token.finish_reason == "length":  # nothing was cut off: the rest is only invisible
+        if token.finish_reason == "length" or (token.finish_reason and not own):  # what is left is only invisible
             logs += self._waiting
         return Piece(self._index, token.text, tuple(logs), token.finish_reason, token.weights)
 
@@ -104,12 +104,24 @@ class Pieces:
         return shown
 
 
+def echo(index: int, prompt: str | None, ids: Sequence[int], scored: Sequence[Scored], vocabulary: TokenBytes) -> Piece:
+    """Return a prompt as the beginning of its answer, the first token without a log; None for a prompt of tokens."""
+    logs: list[Log] = []
+    begins = True
+    for token, known in zip(ids, [None, *scored] if scored else [None] * len(ids), strict=True):
+        own = vocabulary.added(token, begins=begins)
+        begins = begins and not vocabulary.shows(token)
+        logs.append(Log(token, own, known.logprob if known else None, known.top if known else ()))
+    text = b"".join(log.bytes for log in logs).decode(errors="replace") if prompt is None else prompt
+    return Piece(index, text, tuple(logs), written=0)
+
+
 def chat_logprobs(logs: Sequence[Log], alternatives: int | None, vocabulary: TokenBytes) -> Json | None:
     """Return the logs of a chat's tokens, each with so many alternatives; None where they were not asked for."""
 
     def entry(token: int, own: bytes, logprob: float | None) -> Json:
-        text = own.decode(errors="replace")
-        return {"token": text or vocabulary.name(token), "logprob": floored(logprob), "bytes": list(own)}
+        text = own.decode(errors="replace") or vocabulary.name(token)
+        return {"token": text, "logprob": floored(logprob), "bytes": list(own)}
 
     if alternatives is None:
         return None
@@ -204,7 +216,7 @@ class Frames:
         """Write the frames of a piece: its text if it has any, and the end of the answer if it ends."""
         self.usage.written += piece.written
         frames = b""
-        if piece.text or piece.logs or (self.experts and piece.weights):
+        if piece.text or self._logs(piece) or (self.experts and piece.weights):
             frames += self._frame([self._choice(piece._replace(finish_reason=None)) | self._detail(piece)])
         if piece.finish_reason:
             frames += self._frame([self._end(piece.index, piece.finish_reason)])
@@ -241,6 +253,10 @@ class Frames:
         weights = {"weights": self.weights.get(index, own[0])} if first else {}
         return {"coterie": weights | ({"tokens": tokens} if any(own) else {})}
 
+    def _logs(self, piece: Piece) -> list[Log]:
+        """Return the logs that are told: of a text all, with that of the token that ends it."""
+        return [*piece.logs] if self.alternatives is not None else []
+
     def _choice(self, piece: Piece) -> Json:
         raise NotImplementedError
 
@@ -264,15 +280,19 @@ class ChatFrames(Frames):
             choice["coterie"] = {"weights": self.weights[index]}
         return self._frame([choice | {"finish_reason": None}])
 
+    def _logs(self, piece: Piece) -> list[Log]:
+        """Return the logs that are told: of a chat those of tokens that are seen, which together are its content."""
+        return [log for log in super()._logs(piece) if log.bytes]
+
     def _choice(self, piece: Piece) -> Json:
-        logprobs = chat_logprobs(piece.logs, self.alternatives, self.vocabulary)
+        logprobs = chat_logprobs(self._logs(piece), self.alternatives, self.vocabulary)
         return {"index": piece.index, "delta": {"content": piece.text}, "logprobs": logprobs, "finish_reason": None}
 
     def _end(self, index: int, reason: FinishReason) -> Json:
         return {"index": index, "delta": {}, "logprobs": None, "finish_reason": reason}
 
     def _whole(self, piece: Piece) -> Json:
-        logprobs = chat_logprobs(piece.logs, self.alternatives, self.vocabulary)
+        logprobs = chat_logprobs(self._logs(piece), self.alternatives, self.vocabulary)
         message = {"role": "assistant", "content": piece.text, "refusal": None}
         return {"index": piece.index, "message": message, "logprobs": logprobs, "finish_reason": piece.finish_reason}
 
@@ -296,5 +316,5 @@ class CompletionFrames(Frames):
         return {"index": index, "text": "", "logprobs": None, "finish_reason": reason}
 
     def _whole(self, piece: Piece, offset: int = 0) -> Json:
-        logprobs = completion_logprobs(piece.logs, self.alternatives, self.vocabulary, offset)
+        logprobs = completion_logprobs(self._logs(piece), self.alternatives, self.vocabulary, offset)
         return {"index": piece.index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish_reason}

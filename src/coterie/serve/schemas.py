@@ -222,6 +222,11 @@ class Request(Body):
         """How many alternatives are shown beside each token; None for no log-probabilities at all."""
         raise NotImplementedError
 
+    @property
+    def prompt_alternatives(self) -> int | None:
+        """The same for the tokens of the prompt."""
+        return None
+
     def sampling(self) -> dict[str, Any]:
         """Return the fields of `SamplingSettings`; without a seed, one that nobody has had."""
         penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -321,6 +326,11 @@ class CompletionRequest(Request):
     def alternatives(self) -> int | None:
         """How many alternatives are shown beside each token; None for no log-probabilities at all."""
         return self.logprobs
+
+    @property
+    def prompt_alternatives(self) -> int | None:
+        """The same for the tokens of the prompt, which are told where it is given back."""
+        return self.logprobs if self.echo else None
 
     @model_validator(mode="after")
     def _is_a_text(self) -> "CompletionRequest":
