@@ -40,7 +40,7 @@ def row(ids):
 
 @pytest.mark.parametrize("model", ["cluster-0", "elrea"])
 def test_tokens_of_a_prompt_have_the_logs_that_they_have_in_python(client, mixture: Mixture, model):
-    """What routes does so by all tokens of the prompt, context and continuation: a client does not say where one ends."""
+    """What routes does so by all of the prompt: no client says where a context ends and a continuation begins."""
     cell = mixture if model == "elrea" else mixture.replace(router=model, combiner="layers")
     ids = mixture.tokenizer("add 3 4 gives 7")["input_ids"]
     plan = cell.combiner.plan(cell.router.start([row(ids)]).aligned(mixture.bank.names))
