@@ -205,10 +205,9 @@ class Engine:
         return int(min(self._longest, len(request.prompt.ids) + request.limit)) - 1
 
     def _give_up_late_ones(self) -> None:
-        now = time.monotonic()
         requests = {own.handle: own.request for own in (*self._waiting, *self._answers)}
         for handle, request in requests.items():
-            if request.deadline is not None and request.deadline <= now:
+            if request.deadline is not None and request.deadline <= time.monotonic():
                 self._fail(handle, TimeoutError("the deadline of the request has passed"))
 
     def _apart(
