@@ -11,7 +11,7 @@ import httpx2
 import pytest
 import uvicorn
 
-from coterie.serve.app import create_app, listening
+from coterie.serve.app import create_app, listening, load
 from coterie.serve.catalogue import Catalogue
 from coterie.serve.worker import Worker
 from coterie.settings.reading import from_flat
@@ -34,8 +34,8 @@ def started(*mixtures: str, **options: object) -> Iterator[Server]:
     settings = from_flat(ServeSettings, {"mixtures": list(mixtures), "device": "cpu", "port": 0, **options})
     with contextlib.closing(listening(settings.address)) as listener, Worker() as worker:
         catalogue = Catalogue(settings)
-        catalogue.load_all()
         app = create_app(catalogue, worker, settings)
+        worker.put(lambda: load(app)).result()
         running = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         thread = threading.Thread(target=running.run, args=([listener],))
         thread.start()

@@ -1,10 +1,12 @@
 """The server as a FastAPI application, and how `coterie serve` runs it."""
 
+import logging
+import os
 import socket
+from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
 
-import uvicorn
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
@@ -14,6 +16,7 @@ from coterie.errors import CoterieError
 from coterie.serve import chat, completions, errors, health, models
 from coterie.serve.catalogue import Catalogue
 from coterie.serve.keys import KeyGate, read_keys
+from coterie.serve.lifetime import Doors, Lifetime, Server
 from coterie.serve.limits import AnyTypeIsJson, BodyLimit, QueueLimit
 from coterie.serve.logs import RequestLog, write_logs
 from coterie.serve.metrics import Metrics
@@ -23,16 +26,31 @@ from coterie.serve.worker import Worker
 from coterie.settings.keywords import takes_fields
 from coterie.settings.serving import AddressSettings, ServeSettings
 
+logger = logging.getLogger(__name__)
+
 MIB = 2**20
 ASKING = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/route"})
 """Where models are asked, which takes time."""
 
 
-def create_app(catalogue: Catalogue, worker: Worker, settings: ServeSettings) -> FastAPI:
-    """Put the routes together; what they share lies in the application's state."""
+def create_app(
+    catalogue: Catalogue, worker: Worker, settings: ServeSettings, lifetime: Lifetime | None = None
+) -> FastAPI:
+    """Put the routes together; what they share lies in the application's state.
+
+    Args:
+        catalogue: what answers.
+        worker: owns the models.
+        settings: of the server.
+        lifetime: says when requests are taken; always, if none is given.
+
+    Raises:
+        CoterieError: for a file of keys that is not one.
+    """
     app = FastAPI(title="Coterie", summary="LoRA experts, mixed for every request", docs_url=None, redoc_url=None)
     app.state.catalogue, app.state.worker, app.state.settings = catalogue, worker, settings
-    app.state.upstream = open_upstream(settings.upstream, [desk.grid.mixture for desk in catalogue.desks], worker)
+    app.state.lifetime = lifetime or Lifetime()
+    app.state.upstream = None
 
     def loads() -> dict[str, Load]:
         return {desk.name: desk.engine.load for desk in catalogue.desks}
@@ -48,20 +66,29 @@ def create_app(catalogue: Catalogue, worker: Worker, settings: ServeSettings) ->
 
 
 def guard(app: FastAPI, settings: ServeSettings) -> None:
-    """Put before an app what logs, lets in and limits; each sees what those that are added after it let through.
-
-    Raises:
-        CoterieError: as `read_keys`.
-    """
+    """Put before an app what logs, lets in and limits; each sees what those that are added after it let through."""
     access, limits = settings.access, settings.limits
     keys = None if access.api_key_file is None else read_keys(as_path(access.api_key_file))
     app.add_middleware(AnyTypeIsJson)
     app.add_middleware(BodyLimit, most=int(limits.max_body * MIB))
     app.add_middleware(QueueLimit, paths=ASKING, most=limits.max_queue)
     app.add_middleware(KeyGate, keys=keys)
+    app.add_middleware(Doors, lifetime=app.state.lifetime)
     if access.cors_origin:
         app.add_middleware(CORSMiddleware, allow_origins=access.cors_origin, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(RequestLog, ended=app.state.metrics.answered)
+
+
+def load(app: FastAPI) -> None:
+    """Load all that is served, where base models may be run.
+
+    Raises:
+        CoterieError: for mixtures that cannot be loaded, or another server that cannot answer for them.
+    """
+    server = app.state
+    server.catalogue.load_all()
+    mixtures = [desk.grid.mixture for desk in server.catalogue.desks]
+    server.upstream = open_upstream(server.settings.upstream, mixtures, server.worker)
 
 
 @takes_fields(ServeSettings)
@@ -72,11 +99,27 @@ def run_server(settings: ServeSettings) -> None:
         CoterieError: for an address that cannot be listened at, or mixtures that cannot be loaded.
     """
     with closing(listening(settings.address)) as listener, Worker() as worker:
-        catalogue = Catalogue(settings)
-        catalogue.load_all()
-        app = create_app(catalogue, worker, settings)
+        catalogue, lifetime = Catalogue(settings), Lifetime("loading")
+        app = create_app(catalogue, worker, settings, lifetime)
         write_logs()
-        uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False)).run([listener])
+        server = Server(app, lifetime, settings.operation.drain)
+        loading = worker.put(lambda: load(app))
+
+        def loaded(future: Future[None]) -> None:
+            server.should_exit |= future.exception() is not None
+            if lifetime.state == "loading" and not server.should_exit:
+                lifetime.state = "ready"
+                url = "http://{}:{}".format(*listener.getsockname()[:2])
+                models = [cell.id for cell in catalogue.listed]
+                logger.info("ready", extra={"facts": {"url": url, "models": models}})
+
+        loading.add_done_callback(loaded)
+        server.run([listener])
+        if loading.done():
+            loading.result()
+    if worker.is_busy:  # with something that took too long to wait for, in torch, which does not end well by itself
+        logging.shutdown()
+        os._exit(0)
 
 
 def listening(address: AddressSettings) -> socket.socket:

@@ -13,6 +13,14 @@ async def health(request: Request) -> Response:
     return JSONResponse({"status": "alive" if is_alive else "dead"}, 200 if is_alive else 503)
 
 
+@routes.get("/ready", response_model=None)
+async def ready(request: Request) -> Response:
+    """Answer 200 while requests are taken: all that is served has been loaded, and the server is not told to stop."""
+    server = request.app.state
+    state = server.lifetime.state if server.worker.is_alive else "dead"
+    return JSONResponse({"status": state}, 200 if state == "ready" else 503)
+
+
 @routes.get("/metrics", response_model=None)
 async def metrics(request: Request) -> Response:
     """Return all that is measured, in the form that Prometheus reads."""

@@ -97,6 +97,11 @@ class Keys:
         return 0.0 if taken else (1 - left) / rate
 
 
+def is_open(path: str) -> bool:
+    """Tell whether everybody may ask this: probes, and the page, which asks everything else with a key."""
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
+
+
 def read_keys(file: Path) -> Keys:
     """Read a file of keys, one a line; empty lines and those that begin with # count for nothing.
 
@@ -163,7 +168,7 @@ class KeyGate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, with the key's name in its state, or refuse it: 401, 403 or 429."""
         path = scope.get("path", "")
-        if scope["type"] == "http" and path not in OPEN_PATHS and not path.startswith(OPEN_FOLDER):
+        if scope["type"] == "http" and not is_open(path):
             try:
                 self._check(scope, path)
             except ApiError as error:

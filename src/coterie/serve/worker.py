@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+PATIENCE = 2.0  # seconds
+
 
 class WorkerDied(CoterieError):
     """The worker does nothing any more: it was stopped, or a step has broken in a way that no request caused."""
@@ -34,6 +36,7 @@ class Worker:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._listeners: dict[Engine, dict[int, Callable[[Token | Failure], None]]] = {}
         self._death: WorkerDied | None = None
+        self._door = threading.Lock()  # behind a death no job comes in, which nobody would do
         self.stepped: Callable[[int], object] = lambda tokens: None  # is told how many tokens a step has read
         self._thread = threading.Thread(target=self._run, name="coterie-worker", daemon=True)
 
@@ -43,9 +46,9 @@ class Worker:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Stop after the present step."""
+        """Stop after the present step; a job that takes long, such as loading, is left behind."""
         self._jobs.put(None)
-        self._thread.join()
+        self._thread.join(PATIENCE)
 
     # ------------------------------------------------------------------------------------------ from the event loop
 
@@ -54,13 +57,18 @@ class Worker:
         """Whether what is asked will be done."""
         return self._death is None and self._thread.is_alive()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether the thread has not ended; behind the `with`, because something takes too long."""
+        return self._thread.is_alive()
+
     async def call(self, function: Callable[[], Result]) -> Result:
         """Let the worker call a function between two steps, and return what it returns.
 
         Raises:
             WorkerDied: when nothing is done any more.
         """
-        return await asyncio.wrap_future(self._put(function))
+        return await asyncio.wrap_future(self.put(function))
 
     async def answer(self, engine: Engine, requests: Sequence[Request]) -> AsyncGenerator[Token]:
         """Yield the tokens of requests as they come, each with its request's place among these in place of a handle.
@@ -94,9 +102,10 @@ class Worker:
                 left[found.request] -= found.finish_reason is not None
                 yield found._replace(request=handles.index(found.request))
         finally:
-            self._put(lambda: self._end(engine, handles))
+            self.put(lambda: self._end(engine, handles))
 
-    def _put(self, function: Callable[[], Result]) -> Future[Result]:
+    def put(self, function: Callable[[], Result]) -> Future[Result]:
+        """Let the worker call a function between two steps; any thread may ask."""
         future: Future[Result] = Future()
 
         def job() -> None:
@@ -109,7 +118,11 @@ class Worker:
             except Exception as error:  # noqa: BLE001 - it is raised where it was asked for
                 future.set_exception(error)
 
-        self._jobs.put(job)
+        with self._door:
+            if self._death:
+                future.set_exception(self._death)
+            else:
+                self._jobs.put(job)
         return future
 
     # --------------------------------------------------------------------------------------------- in the thread
@@ -141,7 +154,8 @@ class Worker:
 
     def _die(self, death: WorkerDied) -> None:
         """Tell everybody who waits; jobs that come later are told the same."""
-        self._death = self._death or death
+        with self._door:
+            self._death = self._death or death
         for listeners in self._listeners.values():
             for handle, push in listeners.items():
                 push(Failure(handle, self._death))

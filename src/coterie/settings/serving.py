@@ -49,7 +49,9 @@ class LimitSettings(Settings):
 
 
 class OperationSettings(Settings):
-    """How the server is watched."""
+    """How the server is watched, and how it ends."""
+
+    drain: int = Field(25, ge=0, description="seconds in which answers may end after the server was told to stop")
 
     metrics_names: Literal["coterie", "vllm"] = Field(
         "coterie", description="prefix of /metrics: coterie_, or vllm: for dashboards and gateways made for vLLM"
