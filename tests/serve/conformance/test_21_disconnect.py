@@ -79,7 +79,7 @@ def test_who_has_gone_costs_one_step_more(server, client, steps, fields, written
     wait_for(lambda: steps.engine.is_idle or not server.worker._jobs.empty())
     steps.allow(1)
     wait_for(lambda: steps.engine.is_idle)
-    assert steps.engine.load == (0, 0, 0.0) and steps.count <= written + 1
+    assert steps.engine.load[:3] == (0, 0, 0.0) and steps.count <= written + 1
     steps.allow(10_000)
     assert chat(client)["choices"]
 
