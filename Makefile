@@ -16,10 +16,10 @@ DEMO_RUN := runs/demo
 DEMO_EVAL := runs/demo-eval
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo bench clean
+.PHONY: help setup test lint format demo demo-auto bench clean
 
 help: ## list these commands
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 10
 
 setup: $(READY) ## create .venv and install everything into it, once
 
@@ -52,9 +52,14 @@ demo: $(READY) ## fit, evaluate and report on the sample data with a real small 
 	$(BIN)/coterie eval $(DEMO_RUN) --data examples/data/test.jsonl --methods $(DEMO_METHODS) --output $(DEMO_EVAL) --overwrite $(DEMO_EVAL_SETTINGS)
 	$(BIN)/coterie report $(DEMO_EVAL)
 
+demo-auto: $(READY) ## the same data, with router and combiner, or no mixture, chosen by evidence
+	$(BIN)/coterie fit auto --model $(DEMO_MODEL) --data examples/data/train.jsonl --output $(DEMO_RUN)-auto --overwrite --clusters 5 --cluster-rounds 1 --system-prompt ""
+	$(BIN)/coterie eval $(DEMO_RUN)-auto --data examples/data/test.jsonl --methods base,auto,elrea,uniform-weights,oracle --no-generate --output $(DEMO_EVAL)-auto --overwrite
+	$(BIN)/coterie report $(DEMO_EVAL)-auto
+
 bench: $(READY) ## run every benchmark in its quick form
 	@for script in benchmarks/[a-z]*.py; do echo "$$script --quick"; $(BIN)/python "$$script" --quick || exit 1; done
 
 clean: ## remove caches, builds and the demonstration's runs; .venv stays
-	rm -rf build dist .pytest_cache .ruff_cache .hypothesis $(DEMO_RUN) $(DEMO_EVAL)
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis $(DEMO_RUN) $(DEMO_EVAL) $(DEMO_RUN)-auto $(DEMO_EVAL)-auto
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -152,8 +152,8 @@ def test_training_is_counted_for_the_methods_that_need_it(grid, result):
     seconds = result.summary["seconds"]
     assert "train" not in seconds["elrea"] and "train" not in seconds["moe-merging"]
     assert seconds["mole"]["train"] == grid.extras["gates"].seconds > 0
-    both = grid.extras["loss"].seconds + read_json(grid.own.folder / "methods/judged/ingredient.json")["seconds"]
-    assert seconds["loss-routing"]["train"] == pytest.approx(both)
+    parts = [read_json(grid.own.folder / f"methods/{name}/ingredient.json") for name in ("loss", "judged", "unlike")]
+    assert seconds["loss-routing"]["train"] == pytest.approx(sum(part["seconds"] for part in parts))
 
 
 @pytest.mark.parametrize("named", [None, "elrea"])
@@ -172,7 +172,7 @@ def test_the_control_is_the_simple_rival_that_does_best_unless_it_is_named(grid,
 
 def test_simple_rivals_are_one_expert_or_the_untouched_base_model():
     simple = {name: family.simple_rivals(family.methods) for name, family in FAMILIES.items()}
-    assert simple["elrea"] == ["backbone", "base", "best-single"]
+    assert simple["elrea"] == ["backbone", "base", "one-lora-same-budget", "best-single"]
     assert simple["token-level"] == ["backbone"]
     assert simple["kshot-moe"] == ["backbone", "best-by-shots", "best-tuned"]
     assert FAMILIES["elrea"].simple_rivals(["expert:a", "oracle", "base"]) == ["expert:a", "base"]
@@ -273,7 +273,9 @@ def test_all_methods_of_strange_rows_leave_that_one_out(grid_folder, tmp_path):
     data = write_rows(tmp_path / "test.jsonl", [{**row, "source": "elsewhere"} for row in tiny.make_rows(3)])
     flat = {**GRID.model_dump(), "mixture": str(grid_folder), "data": [str(data)], "output": str(tmp_path / "eval")}
     settings = from_flat(EvaluationSettings, {**flat, "methods": "all", "generate": False, "device": "cpu"})
-    assert run_evaluation(settings).summary["methods"] == [name for name in METHODS if name != "per-dataset"]
+    assert run_evaluation(settings).summary["methods"] == [
+        name for name in METHODS if name not in ("per-dataset", "auto")
+    ]
     assert (tmp_path / "eval" / "rows.jsonl").exists()
 
 

@@ -21,6 +21,7 @@ from coterie.experts.gates_training import train_gates
 from coterie.experts.training import TrainingCollator, TrainingPlan
 from coterie.lora import LoraPair
 from coterie.methods.elrea import extras as elrea_extras
+from coterie.methods.elrea import fitted_routers
 from coterie.methods.elrea.cross_fit import assign_folds, even_pairs
 from coterie.methods.elrea.extras import EXTRAS
 from coterie.methods.elrea.methods import FAMILY
@@ -232,7 +233,7 @@ def test_nothing_is_trained_twice(grid_folder, monkeypatch):
     monkeypatch.setattr(elrea_extras, "train_expert", refuse)
     monkeypatch.setattr(elrea_extras, "train_clusters", refuse)
     monkeypatch.setattr(elrea_extras, "train_gates", refuse)
-    monkeypatch.setattr(elrea_extras, "cross_fit", refuse)
+    monkeypatch.setattr(fitted_routers, "cross_fit", refuse)
     found = prepare_extras(opened(grid_folder), EXTRAS, EXTRAS)
     assert set(found) == set(EXTRAS)
 
@@ -283,7 +284,7 @@ def test_extras_are_trained_ahead_for_the_methods_that_need_them(copy):
 
 def test_what_is_made_from_something_comes_after_it():
     assert FAMILY.needs(["loss-routing", "performance-centroids", "base"]) == ["loss", "performance"]
-    assert EXTRAS["loss"].needs == ("judged",)
+    assert EXTRAS["loss"].needs == ("judged", "unlike")
 
 
 # ---------------------------------------------------------------------------------------------- a stranger's mixture
@@ -380,7 +381,8 @@ def test_a_broken_extra_is_told(copy, grid_folder):
         ("elrae", "no method is called 'elrae'. Did you mean 'elrea'"),
         (
             "elrea:top=2",
-            "'elrea:top=2' is no variant of elrea; write elrea:top_k=K, elrea:d_proj=D, elrea:ddof=1 or ",
+            "'elrea:top=2' is no variant of elrea; write elrea:top_k=K, elrea:d_proj=D, elrea:ddof=1, "
+            "elrea:every=N or elrea:caution=C",
         ),
         ("elrea:top_k=0", "is no variant"),
         ("elrea:top_k=many", "is no variant"),
@@ -411,3 +413,37 @@ def test_variants_of_a_method_change_its_router_alone(grid):
         grid.cell("uniform-weights:d_proj=64")
     with pytest.raises(CoterieError, match="does not act on gates"):
         grid.cell("mole:top_k=1").router.route(prompts)
+
+
+# ------------------------------------------------------------------------------------------------------------ controls
+
+
+def test_random_experts_lie_as_far_from_the_base_adapter_as_the_fitted_ones_tensor_by_tensor(grid):
+    base = grid.own.bank.adapters[grid.own.bank.index("base")]
+    noise = grid.extras["random-weights"].bank
+    assert noise.names == ("noise-0", "noise-1", "noise-2")
+    for number, adapter in enumerate(noise.adapters):
+        fitted = grid.own.bank.adapters[grid.own.bank.index(f"cluster-{number}")]
+        assert set(adapter) == set(fitted)
+        for path, own in adapter.items():
+            for half in ("down", "up"):
+                start, trained, drawn = (getattr(pair, half) for pair in (base[path], fitted[path], own))
+                assert drawn.shape == trained.shape
+                torch.testing.assert_close((drawn - start).norm(), (trained - start).norm(), rtol=1e-3, atol=1e-6)
+    steps = [
+        torch.cat([(a[p].down - base[p].down).flatten() for p in base])
+        for a in (noise.adapters[0], grid.own.bank.adapters[1])
+    ]
+    assert abs(float(torch.cosine_similarity(*steps, dim=0))) < 0.1
+
+
+def test_one_adapter_is_trained_on_as_many_tokens_as_all_experts_together(grid):
+    """It goes on from the base adapter like them, on all rows, for their epochs: 36 rows in batches of 8, one epoch."""
+    settings = grid.own.folder / "methods" / "one-lora" / "experts" / "one-lora" / "adapter_config.json"
+    assert settings.exists()
+    base, own = (
+        bank.adapters[bank.index(name)]
+        for bank, name in ((grid.own.bank, "base"), (grid.extras["one-lora"].bank, "one-lora"))
+    )
+    assert set(own) == set(base) and all(own[path].down.shape == base[path].down.shape for path in base)
+    assert any(not torch.equal(own[path].up, base[path].up) for path in base)

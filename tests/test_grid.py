@@ -44,12 +44,14 @@ def routers(grid):
         grid.own.router,
         grid.router("embedding-clusters"),
         grid.router("performance"),
-        grid.router("loss"),
+        grid.router("loss").with_caution(None),
         grid.router("gates"),
         grid.router("datasets"),
         DerivedRouter(grid.own.router, top_k=2, normalised=True),
         similarity,
         TokenLevel(similarity, every=2),
+        *(grid.router(extra) for extra in ("membership", "refusal", "distilled", "avengers", "lorauter")),
+        grid.router("prefill").with_caution(None),
         spectral_router("arrow", grid.own.backbone, grid.own.bank, top_k=2),
         spectral_router("spectr", grid.own.backbone, grid.own.bank, temperature=2.0),
     ]
@@ -153,11 +155,18 @@ def test_gates_report_their_average_weights_without_a_pass_of_their_own(grid, ro
 
 
 @pytest.mark.parametrize(
-    ("name", "extra"), [("loss", "loss"), ("performance-centroids", "performance"), ("gate", "gates")]
+    ("name", "extra"),
+    [
+        *(("loss", "loss"), ("prefill", "prefill"), ("distilled", "distilled"), ("membership", "membership")),
+        *(("avengers", "avengers"), ("lorauter", "lorauter")),
+        *(("performance-centroids", "performance"), ("gate", "gates")),
+    ],
 )
 def test_a_router_that_was_trained_for_a_mixture_is_found_by_its_kind(grid, name, extra):
     cell = grid.own.replace(router=name, combiner="layers")
-    found, wanted = (router.route(cell.tokens(QUESTIONS)) for router in (cell.router, grid.router(extra)))
+    trained = grid.router(extra)
+    wanted = trained.with_caution(None) if trained.kind == "refusal" else trained
+    found, wanted = (router.route(cell.tokens(QUESTIONS)) for router in (cell.router, wanted))
     assert found.experts == wanted.experts
     assert torch.equal(found.weights, wanted.weights)
 
@@ -185,7 +194,8 @@ def test_an_unknown_router_is_told_with_all_that_there_are(grid):
     names = str(told.value).partition("There are: ")[2].split("; ")[0]
     assert set(names.split(", ")) == {
         *("uniform", *grid.own.bank.names),
-        *("gradient-centroids", "loss", "performance-centroids", "gate", "arrow", "spectr"),
+        *("gradient-centroids", "loss", "prefill", "distilled", "membership", "refusal", "avengers", "lorauter"),
+        *("performance-centroids", "gate", "arrow", "spectr"),
     }
     assert grid.mixture.replace(router="source").router.kind == "source"
 

@@ -35,6 +35,11 @@ def full():
             "cluster-1": {f"math / topic {n}": 20 - n for n in range(8)} | {"gsm8k / sums": 0},
         },
         "routing_by_category": {"gsm8k / algebra": {"base": 0.25, "cluster-0": 0.75}},
+        "unfamiliar_routing": {"elrea": {"base": 0.25, "cluster-0": 0.75}, "uniform-weights": {"cluster-1": 0.5}},
+        "choice": {
+            **{"chosen": "base", "combiner": "layers", "rows": 40, "trained_tokens": 900},
+            "candidates": [{"name": "base", "cost": 1.0, "nll": 1.25, "difference": 0.0, "p": 1.0}],
+        },
         "features": {"d_proj": 8192, "kind": "gradient"},
         "map": {
             "kind": "t-SNE",
@@ -65,7 +70,9 @@ def headings(page):
 
 
 NEW = [
+    "How the mixture was chosen",
     "Limits of this evaluation",
+    "Unfamiliar prompts",
     "Variants",
     "What each cluster is made of",
     "Map of the training rows",
@@ -81,12 +88,22 @@ def test_old_records_make_a_page_without_the_new_sections_and_columns(tmp_path, 
 
 @pytest.mark.parametrize(
     "field",
-    ["memory", "merge_error", "composition", "routing_by_category", "features", "map", "notes", "seconds"],
+    [
+        "memory",
+        "merge_error",
+        "composition",
+        "routing_by_category",
+        "unfamiliar_routing",
+        "features",
+        "map",
+        "notes",
+        "seconds",
+    ],
 )
 @pytest.mark.parametrize("value", ["missing", None, "empty"])
 def test_every_optional_record_may_be_missing_null_or_empty_by_itself(tmp_path, field, value):
     evaluation, rows = full()
-    evaluation[field] = type(evaluation[field])() if value == "empty" and field != "map" else None
+    evaluation[field] = type(evaluation[field])() if value == "empty" and field not in ("map", "choice") else None
     if value == "missing":
         del evaluation[field]
     page = page_of(tmp_path, evaluation, rows)
@@ -289,6 +306,18 @@ def test_routing_by_category_is_a_table_that_is_folded_away(page):
     ]
     folded = [e for e in page.all("caption") if "by category and expert" in e["text"]]
     assert "details" in folded[0]["inside"]
+
+
+def test_what_fit_auto_chose_is_told_in_its_own_sentences(page):
+    assert "No mixture helps here: use the base adapter. Nothing had a smaller loss on held-out rows." in page.text()
+
+
+def test_weights_of_unfamiliar_prompts_are_a_table_of_the_methods_that_look_at_prompts(page):
+    assert page.table("Mean routing weight of unfamiliar prompts by method and expert") == [
+        ["Method", "base", "cluster-0", "cluster-1"],
+        ["elrea", "0.25", "0.75", "0.00"],
+        ["uniform-weights", "0.00", "0.00", "0.50"],
+    ]
 
 
 def test_the_map_is_drawn_for_every_seed_and_by_source_with_its_indices(page):

@@ -16,6 +16,7 @@ from coterie.cli.table import COMMANDS, AsJson, app, command, echo, tell_next
 from coterie.errors import CoterieError
 from coterie.progress import steps
 from coterie.records.wording import columns, printable
+from coterie.settings.auto import AutoSettings
 from coterie.settings.commands import (
     ElreaSettings,
     EvaluationSettings,
@@ -54,6 +55,13 @@ def list_methods(as_json: AsJson = False) -> None:
 def fit_elrea(settings: ElreaSettings) -> None:
     """Fit an ensemble of low-rank expert adapters: base adapter, gradient clusters, one expert each (2502.00089)."""
     echo(_made(coterie.methods.fit_elrea(settings)))
+
+
+@command("fit auto", "coterie fit auto --model smollm2-135m --data train.jsonl --output runs/auto --budget 1000000")
+def fit_auto(settings: AutoSettings) -> None:
+    """Fit experts to one data set, and choose router, combiner or no mixture by evidence; auto.md tells why."""
+    coterie.fit_auto(settings)
+    echo((as_path(settings.output) / "auto.md").read_text(encoding="utf-8").rstrip())
 
 
 @command(

@@ -21,6 +21,7 @@ from coterie.settings.commands import (
     ProfileSettings,
     SelectSettings,
 )
+from coterie.settings.influence import InfluenceSettings
 
 
 @command("bank add", "coterie bank add bank/ maths=./my-lora --model smollm2-135m --trained-on maths=gsm8k.jsonl")
@@ -82,6 +83,15 @@ def gather(settings: GatherSettings, as_json: AsJson = False) -> None:
     """Choose rows of open data that are similar to a task's examples and diverse among themselves (2408.15915)."""
     gathered = coterie.methods.gather_rows(settings)
     echo(json.dumps(gathered.summary) if as_json else str(gathered))
+
+
+@command(
+    "influence",
+    "coterie influence runs/elrea --target few.jsonl --data many.jsonl --share 0.05 --output runs/influence",
+)
+def influence(settings: InfluenceSettings) -> None:
+    """Find the rows of much data that would help most with a few, by gradients (LESS, 2402.04333)."""
+    echo(coterie.methods.write_influence(settings))
 
 
 @command(

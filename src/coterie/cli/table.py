@@ -22,7 +22,7 @@ PANELS = {
     "Make a mixture": ("methods", "fit", "train-extras"),
     "Ask it": ("route", "generate", "plan", "serve", "export"),
     "Compare methods": ("eval", "report", "spread"),
-    "Adapters, experts and data that exist already": ("bank", "select", "gather", "experts", "profile"),
+    "Adapters, experts and data that exist already": ("bank", "select", "gather", "influence", "experts", "profile"),
     "Again": ("run",),
     "This machine": ("doctor",),
 }
@@ -93,6 +93,7 @@ EVALUATE = "coterie eval {mixture} --data test.jsonl --output {mixture}-eval"
 NEXT = {
     "methods": "coterie fit elrea --model smollm2-135m --data train.jsonl --output runs/elrea",
     "fit elrea": "coterie generate {output} 'What do 5 pens cost?'",
+    "fit auto": "coterie generate {output} 'What do 5 pens cost?'",
     "fit token-level": "coterie generate {output} 'What do 5 pens cost?' --show-weights",
     "fit from-adapters": "coterie generate {output} 'What do 5 pens cost?'",
     "fit kshot-moe": "coterie generate {output} 'What do 5 pens cost?'",
@@ -112,6 +113,7 @@ NEXT = {
     "bank verify": "coterie fit from-adapters --bank {folder} --output runs/shelf",
     "select": "coterie fit kshot-moe --bank {folder} --shots {shots} --selected {output} --output runs/task",
     "gather": "coterie fit kshot-moe --bank bank/ --shots {shots} --gathered {output} --output runs/task",
+    "influence": "coterie fit elrea --model smollm2-135m --data {output}/chosen.jsonl --output runs/chosen",
     "experts init": "coterie profile {folder} --data val.jsonl",
     "experts add": "coterie profile {folder} --data val.jsonl --overwrite",
     "experts list": "coterie profile {folder} --data val.jsonl",

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -21,6 +22,7 @@ from coterie.evaluation.few_shot import with_shots
 from coterie.evaluation.rows import memory_bytes, merge_errors, row_records, summary_record
 from coterie.evaluation.shared_scores import Scored, SharedRouting, no_cache, score_methods
 from coterie.evaluation.table import format_table
+from coterie.evaluation.unfamiliar import weights_for_unfamiliar
 from coterie.grading.grade import check_code_execution, code_notes
 from coterie.methods.common import DOMAINS_FILE, hash_examples
 from coterie.methods.family import NAMED_ROUTER, MethodGrid
@@ -29,10 +31,11 @@ from coterie.methods.registry import family_of, make_grid
 from coterie.mixture import Mixture
 from coterie.mixture.folder import hash_mixture, read_mixture_record, reading_for
 from coterie.progress import ANSWERING, GRADIENTS, part, whole
+from coterie.records.auto import AUTO_FILE, AutoRecord
 from coterie.records.evaluation import EvaluationRecord, RowRecord, SharedSeconds
 from coterie.records.files import write_evaluation
 from coterie.records.mixture import TrainingRow
-from coterie.records.schema import read_rows
+from coterie.records.schema import read, read_rows
 from coterie.records.verdict import advice
 from coterie.settings.commands import EvaluationSettings
 from coterie.settings.groups import ExtrasSettings
@@ -260,11 +263,19 @@ def compare(
         memory=memory_bytes(scored, [len(row.ids) for row in token_rows]),
         merge_error=merge_errors(scored),
         notes=(*notes, *code_notes(examples, run_code=run_code)),
+        unfamiliar_routing=cached("unfamiliar", lambda: weights_for_unfamiliar(scored.cells)),
+        choice=_choice(folder),
         map=feature_map(folder),
         **cluster_records(folder),
         **task_records(folder),
     )
     return Evaluation(record, tuple(rows))
+
+
+def _choice(folder: Path | None) -> AutoRecord | None:
+    """Read what `coterie fit auto` chose, where it made the mixture."""
+    file = folder / AUTO_FILE if folder else None
+    return read(AutoRecord, file, AGAIN) if file and file.exists() else None
 
 
 def _test_rows(

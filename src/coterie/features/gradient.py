@@ -166,7 +166,8 @@ def loss_weights(rows: Sequence[TokenRow], batch: Batch, loss_on: str) -> Float[
     """
     weights = torch.zeros(batch.input_ids.shape)
     for number, row in enumerate(rows):
-        counted = row.is_user_text if loss_on == "user-text" else [not answer for answer in row.is_response]
+        prompt = [not answer for answer in row.is_response]
+        counted = {"user-text": row.is_user_text, "prompt": prompt, "response": row.is_response}[loss_on]
         flags = torch.tensor(counted[1:], dtype=torch.float)
         weights[number, : len(flags)] = flags / flags.sum().clamp(min=1)
     return weights

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from coterie.data.batching import TokenRow
 from coterie.features.embedding import Encoder, HiddenStateEncoder
+from coterie.features.prefill import PrefillStates
 
 
 class GrowingFeatures(ABC):
@@ -89,16 +90,16 @@ class FeatureExtractor:
     """Turns prompts into features, and knows what it was made from.
 
     Attributes:
-        name: gradient, embedding or growing-text.
+        name: gradient, embedding, prefill or growing-text.
         extract: turns prompts into features (row, dimension), not necessarily of unit length.
         record: what it was made from, for mixture.json.
-        encoder: where features are embeddings: what embeds.
+        encoder: where features are embeddings or states: what makes them.
     """
 
     name: str
     extract: Callable[[Sequence[TokenRow]], Tensor]
     record: Mapping[str, Any]
-    encoder: Encoder | None = None
+    encoder: Encoder | PrefillStates | None = None
 
     @property
     def dimensions(self) -> int:

@@ -3,6 +3,7 @@
 from coterie.methods.add_adapters import add_to_bank, bank_add, bank_remove, verify_bank
 from coterie.methods.elrea.fit import elrea, fit_elrea
 from coterie.methods.family import Family, Method, MethodGrid
+from coterie.methods.influence import influence, write_influence
 from coterie.methods.kshot.choose_adapters import select, select_adapters
 from coterie.methods.kshot.fit import fit_kshot, kshot
 from coterie.methods.kshot.gather_rows import gather, gather_rows
@@ -32,6 +33,7 @@ __all__ = [
     "gather",
     "gather_rows",
     "generate_symbolic",
+    "influence",
     "is_symbolic",
     "kshot",
     "listed",
@@ -46,4 +48,5 @@ __all__ = [
     "token_level",
     "train_extras",
     "verify_bank",
+    "write_influence",
 ]

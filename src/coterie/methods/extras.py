@@ -43,6 +43,7 @@ class FittedRun(Generic[AnySettings]):
 
     Attributes:
         made_by: settings of the command that makes such runs.
+        also_made_by: those of other commands that do.
         mixture: what the run made.
         settings: how it made it.
         extras: how extras are trained.
@@ -51,6 +52,7 @@ class FittedRun(Generic[AnySettings]):
     """
 
     made_by: ClassVar[type[Settings]]
+    also_made_by: ClassVar[tuple[type[Settings], ...]] = ()
     mixture: Mixture
     settings: AnySettings
     extras: ExtrasSettings
@@ -65,15 +67,16 @@ class FittedRun(Generic[AnySettings]):
             CoterieError: when the mixture lies in no folder, or was made by another command.
         """
         folder, command = mixture.folder, cls.made_by.command
+        kinds = {kind.command: kind for kind in (cls.made_by, *cls.also_made_by)}
         if folder is None or not (folder / "run.yaml").exists():
             raise CoterieError(
                 "this mixture has no run.yaml beside it, so nothing more can be trained for it; fit it again"
             )
         record = read_run_record(folder / "run.yaml")
-        if record["command"] != command:
+        if record["command"] not in kinds:
             raise CoterieError(f"{folder} was made by {record['command']!r}; give a folder made by coterie {command}")
         inputs = {str(name): str(value) for name, value in (record.get("inputs") or {}).items()}
-        return cls(mixture, checked(cls.made_by, record["settings"]), extras, folder, inputs)
+        return cls(mixture, checked(kinds[record["command"]], record["settings"]), extras, folder, inputs)
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,12 @@ SINGLE_EXPERT = "expert"
 """`expert:NAME` is one expert alone, whatever was fitted."""
 NAMED_ROUTER = "router"
 """`router:NAME` is the mixture with another router that it can have, as `--router NAME` gives it."""
+OFF = "off"
 VARIANTS = {"top_k": r"[1-9]\d*", "d_proj": r"[1-9]\d*", "ddof": "[01]", "every": rf"[1-9]\d*|{NEVER}"}
+VARIANTS |= {"caution": rf"0|1|0?\.\d+|{OFF}"}
 """What can be varied in a method, written `name:top_k=2` or `name:top_k=2+every=1`: only the K largest weights,
 centroids compared in D dimensions, cosines standardised by the deviation over C - ddof of them, weights renewed at
-every N-th token (or never: inf)."""
+every N-th token (or never: inf), unfamiliar prompts refused by another caution (or none: off)."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,8 @@ class Family(Generic[AnyRun]):
             option, _, value = part.partition("=")
             if option not in VARIANTS or not re.fullmatch(VARIANTS[option], value, re.ASCII):
                 raise CoterieError(
-                    f"{name!r} is no variant of {plain}; write {plain}:top_k=K, {plain}:d_proj=D, {plain}:ddof=1 or "
-                    f"{plain}:every=N, joined by + for several"
+                    f"{name!r} is no variant of {plain}; write {plain}:top_k=K, {plain}:d_proj=D, {plain}:ddof=1, "
+                    f"{plain}:every=N or {plain}:caution=C, joined by + for several"
                 )
             options[option] = value
         return self.methods[plain], options
@@ -204,6 +206,8 @@ class MethodGrid:
             router = router.folded(int(options["d_proj"]))
         if "ddof" in options:
             router = router.with_ddof(int(options["ddof"]))
+        if "caution" in options:
+            router = router.with_caution(None if options["caution"] == OFF else float(options["caution"]))
         if "every" in options:
             if router.of_prompts is router:
                 raise CoterieError(f"{name!r}: only token-level renews its weights")

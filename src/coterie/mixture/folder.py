@@ -48,6 +48,8 @@ COPIED = (
     "clusters.jsonl",
     "domains.jsonl",
     "gates.json",
+    "auto.json",
+    "auto.md",
     "run.yaml",
     "metrics.jsonl",
 )

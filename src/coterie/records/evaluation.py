@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from coterie.artifacts import FORMAT
+from coterie.records.auto import AutoRecord
 from coterie.records.schema import (
     Amount,
     Amounts,
@@ -30,8 +31,7 @@ from coterie.records.schema import (
 from coterie.records.task import GateLoads, GatheringRecord, SelectionRecord
 
 OVERALL = "all"  # the source name of a table row that averages over all sources
-MEASURES = ("accuracy", "nll")
-LEVEL = 0.05  # an adjusted p below this counts as significant
+MEASURES, LEVEL = ("accuracy", "nll"), 0.05  # an adjusted p below the level counts as significant
 _ROUNDING = 0.02  # how far the recorded weights of a token may be from a sum of 1
 
 
@@ -331,11 +331,10 @@ class Profile(SkillCounts):
 class EvaluationRecord(Record):
     """The summary of an evaluation; names keep the order of the records.
 
-    `control` was chosen on these rows as the strongest of `control_among`, where there are any; `routed` is the
-    mixture's own method. By method: `seconds` a stage, mean `answer_tokens`, `memory` in bytes, `merge_error` the
-    relative Frobenius error of its merge, `costs` of a question. `composition` has the rows of every cluster by
-    "source / category". `selection`, `gathering` and `gates` tell how a mixture was made from a few shots; `profile`
-    and all that follows it are of recruited experts.
+    `control` is the strongest on these rows of `control_among`, where there are any, `routed` the mixture's own method.
+    By method: `seconds` a stage, mean `answer_tokens`, `memory` in bytes, relative Frobenius `merge_error`, `costs` a
+    question, `unfamiliar_routing`: mean weights. `composition` has rows of clusters by "source / category", `choice` is
+    that of `fit auto`; `selection`, `gathering`, `gates` are of few-shot mixtures, `profile` and all below of recruits.
     """
 
     format: Annotated[int, Field(strict=True, ge=FORMAT, le=FORMAT)]
@@ -354,11 +353,13 @@ class EvaluationRecord(Record):
     table: tuple[TableRow, ...]
     routing: Grid = {}
     routing_by_category: Grid = {}
+    unfamiliar_routing: Grid = {}
     seconds: Grid = {}
     shared_seconds: tuple[SharedSeconds, ...] = ()
     answer_tokens: KnownAmounts = {}
     memory: Counts = {}
     merge_error: KnownAmounts = {}
+    choice: AutoRecord | None = None
     notes: Texts = ()
     clusters: dict[str, Counts] = {}
     composition: dict[str, Counts] = {}

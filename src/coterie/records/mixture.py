@@ -1,6 +1,6 @@
 """What a mixture's folder says of it: `mixture.json`, and `ingredient.json` of all that was trained beside it."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, StrictStr, model_validator
 
@@ -54,6 +54,11 @@ class RouterRecord(Record, extra="allow"):
     features: Facts = {}
     seed: Seed = 0
     sharpness: Weight = 0.0
+    fallback: StrictStr | None = None
+    caution: Weight = 0.0
+    tolerance: Weight = 0.0
+    layer: Positive | None = None
+    pooling: Literal["mean", "last"] | None = None
 
     @model_validator(mode="after")
     def _check_experts(self) -> "RouterRecord":

@@ -97,6 +97,7 @@ def view(evaluation: EvaluationRecord, rows: Sequence[RowRecord]) -> dict[str, A
         "selection": selection_view(evaluation.selection),
         "gathering": gathering_view(evaluation.gathering),
         "routing": routing_map(evaluation.routing, evaluation.experts, "Source"),
+        "unfamiliar_routing": routing_map(evaluation.unfamiliar_routing, evaluation.experts, "Method"),
         "category_routing": routing_map(evaluation.routing_by_category, evaluation.experts, "Source / category"),
         "traces": trace_pictures(evaluation, rows),
         "subject_traced": evaluation.subject in traced,

@@ -207,6 +207,14 @@ class Router(ABC):
         """
         raise CoterieError(f"only standardised cosines have a deviation, but router {self.kind!r} has none")
 
+    def with_caution(self, caution: float | None) -> "Router":
+        """Return the router that refuses unfamiliar prompts by another caution, or never (None).
+
+        Raises:
+            CoterieError: when it never refuses.
+        """
+        raise CoterieError(f"router {self.kind!r} was never calibrated to refuse prompts, so it has no caution")
+
     def as_published(self, backbone: Backbone) -> "Router":
         """Return the router that weighs the same similarities as Belofsky 2023 published it.
 

@@ -15,6 +15,7 @@ from coterie.experts.training import load_checkpoint
 from coterie.features.embedding import Encoder, HiddenStateEncoder, load_encoder
 from coterie.features.gradient import GradientFeatures
 from coterie.features.growing_text import AveragedStates, FeatureExtractor, GrowingFeatures
+from coterie.features.prefill import Pooling, PrefillStates
 from coterie.routers.base import Router, RouterParts
 from coterie.settings.groups import FeatureSettings
 from coterie.settings.reading import checked
@@ -65,6 +66,8 @@ def load_extractor(record: Mapping[str, Any], parts: RouterParts) -> FeatureExtr
     """
     if record.get("description", "gradient") == "embedding":
         return embedding_extractor(record["encoder"], parts.backbone)
+    if record.get("description") == PrefillStates.name:
+        return prefill_extractor(parts.backbone, int(record["layer"]), record["pooling"])
     kept = {key: record[key] for key in ("checkpoints", "features", "seed")}
     check_names(kept["checkpoints"])
     folder = parts.run / "checkpoints"
@@ -83,6 +86,16 @@ def embedding_extractor(name: str, backbone: Backbone) -> FeatureExtractor:
     """
     encoder = load_encoder(name, backbone)
     return FeatureExtractor("embedding", encoder.rows, {"encoder": name}, encoder)
+
+
+def prefill_extractor(backbone: Backbone, layer: int, pooling: Pooling) -> FeatureExtractor:
+    """Describe prompts by the base model's states behind a block.
+
+    Raises:
+        CoterieError: when there is no such block.
+    """
+    states = PrefillStates(backbone, layer, pooling)
+    return FeatureExtractor(states.name, states.rows, {"layer": layer, "pooling": pooling}, states)
 
 
 def growing_text_extractor(

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from coterie.artifacts import read_floats
 from coterie.errors import CoterieError
 from coterie.features.growing_text import FeatureExtractor
+from coterie.features.prefill import PrefillStates
 from coterie.routers.base import RouterParts, Routing
 from coterie.routers.feature import FeatureRouter, load_extractor
 
@@ -69,10 +70,9 @@ class Ridge(NamedTuple):
 
 
 class LossRouter(FeatureRouter):
-    """Gives expert e the weight softmax(-sharpness * predicted loss)_e."""
+    """Gives expert e the weight softmax(-sharpness * predicted loss)_e; of states it is called `prefill`."""
 
-    kind = "loss"
-    kinds = (kind,)
+    kinds = ("loss", PrefillStates.name)
 
     def __init__(
         self,
@@ -90,6 +90,7 @@ class LossRouter(FeatureRouter):
         if not len(experts) == len(ridge.bias) == len(ridge.weight):
             raise CoterieError(f"{len(ridge.bias)} predictions do not fit the {len(experts)} experts")
         super().__init__(extractor, centre)
+        self.kind = extractor.name if extractor.name in self.kinds else "loss"
         self.ridge = ridge
         self.experts = tuple(experts)
         self.sharpness = sharpness
@@ -131,12 +132,16 @@ def weigh(predicted: Float[Tensor, "row expert"], sharpness: float) -> Float[Ten
 
 
 class Fitted(NamedTuple):
-    """A regression with what was chosen for it by cross-validation, and the loss it is estimated to reach."""
+    """A regression with what was chosen for it by cross-validation, and the loss it is estimated to reach.
+
+    `weights` are those that regressions which did not see a row give it.
+    """
 
     ridge: Ridge
     penalty: float
     sharpness: float
     expected_nll: float
+    weights: Float[Tensor, "row expert"]
 
 
 def fit_loss_router(features: Float[Tensor, "row dimension"], losses: CrossFitLosses, *, seed: int = 0) -> Fitted:
@@ -145,21 +150,64 @@ def fit_loss_router(features: Float[Tensor, "row dimension"], losses: CrossFitLo
     Every row's estimate uses predictions of regressions that did not see it (5 folds); rows weigh by their tokens, as
     in every mean NLL here.
     """
-    unit = torch.nn.functional.normalize(features.double(), dim=-1)
     target = losses.nll.double() - losses.nll.double().mean(dim=1, keepdim=True)
     tokens = losses.tokens.double()
-    scale = float(unit.sub(unit.mean(dim=0)).square().sum(dim=1).mean())
     best = None
     for penalty in PENALTIES:
-        predicted = _out_of_fold(unit, target, tokens, penalty * scale, seed)
+        predicted = out_of_fold(features, target, tokens, penalty=penalty, seed=seed)
         for sharpness in SHARPNESSES:
-            nll = losses.mixture_nll(weigh(predicted, sharpness).to(losses.nll.dtype)).double()
+            weights = weigh(predicted, sharpness).to(losses.nll.dtype)
+            nll = losses.mixture_nll(weights).double()
             expected = float((nll * tokens).sum() / tokens.sum())
             if best is None or expected < best[0]:
-                best = (expected, penalty, sharpness)
+                best = (expected, penalty, sharpness, weights)
     assert best is not None  # the tables above are not empty
-    expected, penalty, sharpness = best
-    return Fitted(_ridge(unit, target, tokens, penalty * scale), penalty, sharpness, expected)
+    expected, penalty, sharpness, weights = best
+    return Fitted(fit_ridge(features, target, tokens, penalty=penalty), penalty, sharpness, expected, weights)
+
+
+def fit_ridge(
+    features: Float[Tensor, "row dimension"],
+    target: Float[Tensor, "row expert"],
+    tokens: Float[Tensor, " row"] | None = None,
+    *,
+    penalty: float,
+) -> Ridge:
+    """Regress on unit features; rows weigh by their tokens, and the penalty is in mean squared lengths of these."""
+    unit, weights, scale = _scaled(features, tokens)
+    return _ridge(unit, target, weights, penalty * scale)
+
+
+def out_of_fold(
+    features: Float[Tensor, "row dimension"],
+    target: Float[Tensor, "row expert"],
+    tokens: Float[Tensor, " row"] | None = None,
+    *,
+    penalty: float,
+    seed: int = 0,
+) -> Float[Tensor, "row expert"]:
+    """Predict every row by a regression on the other folds."""
+    unit, weights, scale = _scaled(features, tokens)
+    fold = folds_of(len(unit), seed)
+    predicted = torch.zeros_like(target)
+    for number in fold.unique():
+        own, others = fold == number, fold != number
+        if bool(others.any()):
+            ridge = _ridge(unit[others], target[others], weights[others], penalty * scale)
+            predicted[own] = predict(ridge, unit[own].float()).double()
+    return predicted
+
+
+def folds_of(count: int, seed: int) -> Int[Tensor, " row"]:
+    """Return the number of the fold that each row is in."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)) % min(FOLDS, count)
+
+
+def _scaled(features: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor, float]:
+    """Return unit features, the rows' weights, and the mean squared length of centred features."""
+    unit = torch.nn.functional.normalize(features.double(), dim=-1)
+    weights = torch.ones(len(unit), dtype=torch.float64) if tokens is None else tokens.double()
+    return unit, weights, float(unit.sub(unit.mean(dim=0)).square().sum(dim=1).mean())
 
 
 def _ridge(unit: Tensor, target: Tensor, tokens: Tensor, penalty: float) -> Ridge:
@@ -176,16 +224,3 @@ def _ridge(unit: Tensor, target: Tensor, tokens: Tensor, penalty: float) -> Ridg
     solved = torch.linalg.solve(gram, right)
     weight = (rows.T @ solved if count < dimensions else solved).T
     return Ridge(weight.float(), (level - weight @ centre).float())
-
-
-def _out_of_fold(unit: Tensor, target: Tensor, tokens: Tensor, penalty: float, seed: int) -> Tensor:
-    """Predict every row by a regression on the other folds."""
-    fold = torch.randperm(len(unit), generator=torch.Generator().manual_seed(seed)) % min(FOLDS, len(unit))
-    predicted = torch.zeros_like(target)
-    for number in fold.unique():
-        own, others = fold == number, fold != number
-        if bool(others.any()):
-            predicted[own] = predict(
-                _ridge(unit[others], target[others], tokens[others], penalty), unit[own].float()
-            ).double()
-    return predicted

@@ -8,9 +8,13 @@ from coterie.errors import CoterieError, unknown_name
 from coterie.routers.base import Router, RouterParts
 from coterie.routers.centroid import CentroidRouter
 from coterie.routers.derived import DerivedRouter
+from coterie.routers.distilled import DistilledRouter
 from coterie.routers.fixed import FixedRouter, SourceRouter
 from coterie.routers.gate import GateRouter
 from coterie.routers.loss import LossRouter
+from coterie.routers.membership import MembershipRouter
+from coterie.routers.refusal import RefusalRouter
+from coterie.routers.score_table import ScoreTableRouter
 from coterie.routers.token import TokenLevel
 
 ROUTERS: dict[str, type[Router]] = {
@@ -18,11 +22,15 @@ ROUTERS: dict[str, type[Router]] = {
     for router in (
         FixedRouter,
         CentroidRouter,
+        MembershipRouter,
         LossRouter,
+        ScoreTableRouter,
         TokenLevel,
         GateRouter,
         SourceRouter,
         DerivedRouter,
+        DistilledRouter,
+        RefusalRouter,
     )
     for kind in router.kinds
 }

@@ -203,6 +203,9 @@ class ExtrasSettings(Settings):
     judge_folds: int = Field(
         2, ge=2, description="parts of the training rows: experts are judged on each by copies trained on the others"
     )
+    unlike: str | None = Field(
+        None, description="rows unlike the training data, by which routers learn to refuse; default: 56 that come along"
+    )
 
     @model_serializer(mode="wrap")
     def _asked_for(self, plain: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:

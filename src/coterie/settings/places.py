@@ -27,6 +27,8 @@ READ = (
     "rationales",
     "gguf",
     "api_key_file",
+    "unlike",
+    "target_rows",
 )
 """Settings that name what is read: a folder, a file, or what the hub or an endpoint has; some as NAME=SOURCE."""
 WRITTEN_IN_PLACE = {

@@ -31,7 +31,7 @@ class Settings(BaseModel):
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
-FLAGS = {"target": "--for"}
+FLAGS = {"target": "--for", "target_rows": "--target"}
 """Settings whose flag is a word that Python keeps to itself."""
 
 

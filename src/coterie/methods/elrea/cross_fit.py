@@ -48,7 +48,7 @@ def cross_fit(run: ElreaRun, into: RunFolder) -> CrossFitLosses:
         with whole(f"fold {fold + 1}", work):
             mixture = _fold_mixture(run, RunFolder(folder), folds != fold, fold)
             with part("scores"):
-                write_tensors(folder / SCORES, _score_pairs(mixture, rows, f"fold {fold + 1}"))
+                write_tensors(folder / SCORES, score_pairs(mixture, rows, f"fold {fold + 1}"))
 
     parts = []
     with whole("judged", {f"fold {fold + 1}": 1.0 for fold in range(count)}):
@@ -92,7 +92,7 @@ def _fold_mixture(run: ElreaRun, into: RunFolder, seen: Tensor, fold: int) -> Mi
     return replace(run.mixture, bank=bank, router=uniform(bank.names))
 
 
-def _score_pairs(mixture: Mixture, rows: Sequence[TokenRow], label: str) -> dict[str, Tensor]:
+def score_pairs(mixture: Mixture, rows: Sequence[TokenRow], label: str) -> dict[str, Tensor]:
     """Score every expert and every even pair, in one pass over the rows."""
     count = len(mixture.bank)
     first, second = torch.triu_indices(count, count)

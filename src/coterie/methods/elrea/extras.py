@@ -1,32 +1,32 @@
-"""What the methods on ELREA's clusters need trained: experts, gates, cross-fitted losses, routers fitted to them."""
+"""What the methods on ELREA's clusters need trained: experts, gates, and routers (`fitted_routers.py`)."""
 
-import logging
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from coterie.artifacts import RunFolder, write_jsonl, write_tensors
+from coterie.artifacts import RunFolder, read_tensors, write_jsonl, write_tensors
 from coterie.backbone.gates import Gates
 from coterie.errors import CoterieError
+from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE
 from coterie.experts.clustering import cluster
 from coterie.experts.gates_training import train_gates
 from coterie.experts.names import BASE
 from coterie.methods.common import base_plan, origin, train_clusters, train_expert
-from coterie.methods.elrea.cross_fit import cross_fit
+from coterie.methods.elrea import fitted_routers
 from coterie.methods.elrea.run import ElreaRun
-from coterie.methods.extras import LOSSES, ExtraSpec, TrainedExtra, load_extra, read_losses
+from coterie.methods.extras import ExtraSpec, TrainedExtra
 from coterie.progress import EMBEDDING, TRAINING, part, whole
-from coterie.routers.centroid import CentroidRouter, centroids_by_best, centroids_of
+from coterie.routers.centroid import CentroidRouter, centroids_of
 from coterie.routers.feature import embedding_extractor
 from coterie.routers.fixed import SourceRouter
 from coterie.routers.gate import GateRouter
-from coterie.routers.loss import LossRouter, fit_loss_router
 
-logger = logging.getLogger(__name__)
+ONE_LORA = "one-lora"
 
 
 def _random_clusters(run: ElreaRun, into: RunFolder) -> TrainedExtra:
@@ -91,6 +91,42 @@ def _cluster_experts(run: ElreaRun, into: RunFolder, prefix: str, labels: Sequen
     return train_clusters(into, prefix, run.kept.rows, labels, count, run.mixture.backbone, run.settings, base)
 
 
+def _random_weights(run: ElreaRun, into: RunFolder) -> TrainedExtra:
+    """Draw experts that lie as far from the base adapter as ELREA's do, tensor by tensor, in random directions.
+
+    Random adapters do as well as chosen ones in many banks (arXiv 2602.12323), so they are what training has to beat.
+    """
+    base = read_tensors(run.folder / "experts" / BASE / WEIGHTS_FILE)
+    generator = torch.Generator().manual_seed(run.settings.seed)
+    folders = {}
+    for number in range(max(run.labels) + 1):
+        fitted = read_tensors(run.folder / "experts" / f"cluster-{number}" / WEIGHTS_FILE)
+        moved = {name: _turned(fitted[name].float() - own.float(), generator) for name, own in sorted(base.items())}
+
+        def write(folder: Path, moved: Mapping[str, Tensor] = moved) -> None:
+            shutil.copy(run.folder / "experts" / BASE / CONFIG_FILE, folder / CONFIG_FILE)
+            write_tensors(folder / WEIGHTS_FILE, {name: base[name].float() + step for name, step in moved.items()})
+
+        name = f"noise-{number}"
+        folders[name] = into.stage(f"experts/{name}", write)
+    return TrainedExtra(folders)
+
+
+def _turned(step: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a step of the same shape and length in a random direction."""
+    drawn = torch.randn(step.shape, generator=generator)
+    return drawn * (step.norm() / drawn.norm())
+
+
+def _one_lora(run: ElreaRun, into: RunFolder) -> TrainedExtra:
+    """Continue the base adapter on all rows together: as many tokens as all experts were trained on, in one adapter."""
+    how = run.settings.experts
+    plan = base_plan(run.settings, ONE_LORA)
+    plan = replace(plan, epochs=how.expert_epochs, learning_rate=how.expert_learning_rate)
+    base = run.folder / "experts" / BASE
+    return TrainedExtra({ONE_LORA: train_expert(into, ONE_LORA, run.kept.rows, run.mixture.backbone, plan, base)})
+
+
 # --------------------------------------------------------------------------------------------- gates, fitted routers
 
 
@@ -101,37 +137,6 @@ def _gates(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     plan = replace(plan, epochs=settings.gate_epochs, learning_rate=settings.gate_learning_rate)
     layers = train_gates(run.mixture.backbone, bank.adapters, run.kept.rows, plan, into.path)
     return TrainedExtra({}, GateRouter(run.mixture.backbone, bank.adapters, Gates(bank.names, layers)))
-
-
-def _judged(run: ElreaRun, into: RunFolder) -> TrainedExtra:
-    """Measure the experts' losses on the training rows, with copies that were not trained on them (cross-fitting)."""
-    losses = cross_fit(run, into)
-    write_tensors(into.path / LOSSES, {"nll": losses.nll, "pairs": losses.pairs, "tokens": losses.tokens})
-    shutil.rmtree(into.path / "folds")
-    return TrainedExtra({}, None, {"judged": list(losses.experts), "best_single": losses.best_single()})
-
-
-def _performance(run: ElreaRun, into: RunFolder) -> TrainedExtra:
-    """Place centroids by who is best on training rows (RouterRetriever)."""
-    losses = read_losses(load_extra(run.mixture, "judged"))
-    centre = run.features.mean(dim=0)
-    centroids = centroids_by_best(run.features - centre, losses.best_of_rows(), run.sources)
-    return TrainedExtra({}, CentroidRouter.by_performance(run.mixture.router.features, centroids, centre))
-
-
-def _loss(run: ElreaRun, into: RunFolder) -> TrainedExtra:
-    """Fit the router that predicts every expert's loss."""
-    losses = read_losses(load_extra(run.mixture, "judged"))
-    centre = run.features.mean(dim=0)
-    fitted = fit_loss_router(run.features - centre, losses, seed=run.settings.seed)
-    logger.info(
-        "loss router: penalty %g, sharpness %g, expected NLL %.4f",
-        fitted.penalty,
-        fitted.sharpness,
-        fitted.expected_nll,
-    )
-    router = LossRouter(run.mixture.router.features, fitted.ridge, losses.experts, fitted.sharpness, centre)
-    return TrainedExtra({}, router, {"penalty": fitted.penalty, "expected_nll": fitted.expected_nll})
 
 
 def _base_work(run: ElreaRun) -> float:
@@ -148,6 +153,19 @@ def _judged_work(run: ElreaRun) -> float:
     return trained + len(run.mixture.bank) * run.row_count
 
 
+def _unlike_work(run: ElreaRun) -> float:
+    """Some rows are scored by all experts; how many is known when they are read."""
+    return fitted_routers.UNLIKE_ROWS / 4 * len(run.mixture.bank)
+
+
+def _embedding_work(run: ElreaRun) -> float:
+    return EMBEDDING * run.row_count
+
+
+def _little_work(run: ElreaRun) -> float:
+    return run.row_count / 10
+
+
 EXTRAS: dict[str, ExtraSpec[ElreaRun]] = {
     "random-clusters": ExtraSpec(_random_clusters, _cluster_work),
     "embedding-clusters": ExtraSpec(_embedding_clusters, _cluster_work, ("encoder",)),
@@ -158,8 +176,17 @@ EXTRAS: dict[str, ExtraSpec[ElreaRun]] = {
         lambda run: TRAINING * run.row_count * run.extras.gate_epochs,
         ("gate_epochs", "gate_learning_rate"),
     ),
-    "judged": ExtraSpec(_judged, _judged_work, ("judge_folds",)),
-    "performance": ExtraSpec(_performance, lambda run: run.row_count / 10, needs=("judged",)),
-    "loss": ExtraSpec(_loss, lambda run: run.row_count / 10, needs=("judged",)),
+    "random-weights": ExtraSpec(_random_weights, _little_work),
+    ONE_LORA: ExtraSpec(_one_lora, _cluster_work),
+    "judged": ExtraSpec(fitted_routers.judged, _judged_work, ("judge_folds",)),
+    "unlike": ExtraSpec(fitted_routers.unlike, _unlike_work, ("unlike",)),
+    "membership": ExtraSpec(fitted_routers.membership, _little_work),
+    "performance": ExtraSpec(fitted_routers.performance, _little_work, needs=("judged",)),
+    "refusal": ExtraSpec(fitted_routers.refusing, _little_work, needs=("judged", "unlike")),
+    "loss": ExtraSpec(fitted_routers.loss, _little_work, needs=("judged", "unlike")),
+    "prefill": ExtraSpec(fitted_routers.prefill, lambda run: run.row_count, needs=("judged", "unlike")),
+    "avengers": ExtraSpec(fitted_routers.avengers, _embedding_work, ("encoder",), needs=("judged",)),
+    "lorauter": ExtraSpec(fitted_routers.lorauter, _embedding_work, ("encoder",), needs=("judged",)),
+    "distilled": ExtraSpec(fitted_routers.distilled, lambda run: run.row_count, needs=("judged",)),
 }
 """By the name of the extra's folder."""

@@ -65,35 +65,44 @@ def fit_elrea(settings: ElreaSettings, examples: list[Example] | None = None) ->
     check_output(output, settings)
     check_one_process()
     examples = load_all(settings.data, settings.limit, settings.reading) if examples is None else examples
-    _check_enough(len(examples), settings)
+    check_enough(len(examples), settings)
     backbone = load_backbone(settings.model)
     check_fresh_adapter(backbone, settings.lora)
     counted_blocks(settings.features.blocks, len(backbone.blocks))
     prompts = PromptFormat(backbone.tokenizer, settings.training.system_prompt, settings.reading)
     kept = tokenise(prompts, examples, settings.training.max_length, backbone.positions)
-    _check_enough(len(kept.rows), settings)
+    check_enough(len(kept.rows), settings)
     inputs = {"data": hash_examples(examples), "base_model": backbone.identity.sha256}
-    row_epochs = len(kept.rows) * settings.training.epochs
-    work = {
-        "base": TRAINING * row_epochs,
-        "features": GRADIENTS * row_epochs,
-        "experts": TRAINING * len(kept.rows) * settings.experts.expert_epochs,
-    }
-    with run_folder(output, settings, inputs) as run, whole(settings.command, work):
-        mixture = _fit(run, settings, backbone, prompts, kept)
+    with run_folder(output, settings, inputs) as run, whole(settings.command, work_of(settings, len(kept.rows))):
+        mixture = fit_experts(run, settings, backbone, prompts, kept)
     return replace(mixture, folder=output)
 
 
-def _check_enough(count: int, settings: ElreaSettings) -> None:
+def work_of(settings: ElreaSettings, rows: int) -> dict[str, float]:
+    """Return what the parts of `fit_experts` weigh (see `coterie.progress`)."""
+    return {
+        "base": TRAINING * rows * settings.training.epochs,
+        "features": GRADIENTS * rows * settings.training.epochs,
+        "experts": TRAINING * rows * settings.experts.expert_epochs,
+    }
+
+
+def check_enough(count: int, settings: ElreaSettings) -> None:
+    """Refuse to cluster fewer rows than clusters.
+
+    Raises:
+        CoterieError: naming both numbers.
+    """
     if count < settings.clustering.clusters:
         raise CoterieError(
             f"{count} examples cannot make {settings.clustering.clusters} clusters; give more data or fewer --clusters"
         )
 
 
-def _fit(
+def fit_experts(
     run: RunFolder, settings: ElreaSettings, backbone: Backbone, prompts: PromptFormat, kept: Tokenised
 ) -> Mixture:
+    """Train the base adapter, cluster the rows, train an expert for each cluster, and write the mixture."""
     # 1) the base adapter: its epochs go to `checkpoints`, its last state is the expert `base`
     plan = base_plan(settings, BASE, keep_epochs=True)
     with part("base"):

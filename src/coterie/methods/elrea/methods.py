@@ -3,23 +3,29 @@
 from dataclasses import replace
 
 from coterie.experts.names import BACKBONE, BASE
-from coterie.methods.elrea.extras import EXTRAS
+from coterie.methods.elrea.extras import EXTRAS, ONE_LORA
 from coterie.methods.elrea.run import ElreaRun
 from coterie.methods.extras import read_losses
 from coterie.methods.family import CONTROL, Family, Method, MethodGrid, oracle, single
+from coterie.mixture import Mixture
 from coterie.routers.base import Router
 from coterie.routers.derived import DerivedRouter
 from coterie.routers.fixed import one_hot, uniform
 
-PAPER = "arXiv 2502.00089"
+PAPER, OURS = "arXiv 2502.00089", "this project"
 CLUSTERS = "ELREA's"
 EMBEDDING = "embedding clusters -> one LoRA each, plus base"
 RANDOM = "random clusters of ELREA's sizes -> one LoRA each, plus base"
 FITTED = "base adapter -> gradient features -> BIRCH clusters -> one LoRA each, plus base"
 
 
+def _elreas(grid: MethodGrid) -> Router:
+    """Return ELREA's own router, also where evidence chose another one for the mixture."""
+    return grid.own.named_router("gradient-centroids")
+
+
 def _normalised(grid: MethodGrid) -> Router:
-    return DerivedRouter(grid.own.router, normalised=True)
+    return DerivedRouter(_elreas(grid), normalised=True)
 
 
 def _extra(name: str, bank: str, router: str, combiner: str, paper: str = PAPER) -> Method:
@@ -52,11 +58,30 @@ METHODS = {
     "instruction-embedding": _extra("embedding-clusters", EMBEDDING, "embedding centroids", "logits"),
     "random-cluster": _with_base("random-clusters", RANDOM),
     "uniform-weights": Method(CLUSTERS, "uniform", "logits", PAPER, lambda grid: uniform(grid.fitted)),
-    "elrea": Method(FITTED, "gradient centroids", "logits", PAPER, lambda grid: grid.own.router),
+    "random-weights": _with_base(
+        "random-weights", "experts as far from the base adapter as ELREA's, at random", "arXiv 2602.12323"
+    ),
+    "one-lora-same-budget": single(ONE_LORA, "base adapter, trained on on all rows", CONTROL, (ONE_LORA,)),
+    "elrea": Method(FITTED, "gradient centroids", "logits", PAPER, _elreas),
     "performance-centroids": _extra(
         "performance", CLUSTERS, "centroids of rows by who is best on them", "logits", "AAAI 2025, RouterRetriever"
     ),
-    "loss-routing": _extra("loss", CLUSTERS, "predicted loss of every expert", "logits", "this project"),
+    "membership-routing": _extra(
+        "membership", CLUSTERS, "gradient centroids, by what is usual for each", "logits", OURS
+    ),
+    "elrea-refusing": _extra("refusal", CLUSTERS, "gradient centroids; base where unfamiliar", "logits", OURS),
+    "loss-routing": _extra("loss", CLUSTERS, "predicted loss of every expert; base where unfamiliar", "logits", OURS),
+    "prefill": _extra(
+        "prefill", CLUSTERS, "the same from hidden states, without gradients", "logits", "after arXiv 2603.20895"
+    ),
+    "avengers": _extra(
+        "avengers", CLUSTERS, "nearest cluster of embeddings, by measured loss", "logits", "arXiv 2505.19797"
+    ),
+    "lorauter": _extra("lorauter", CLUSTERS, "similar data sets, by measured loss", "logits", "arXiv 2601.21795"),
+    "distilled": _extra(
+        "distilled", CLUSTERS, "ELREA's weights, taught to hidden states", "logits", "after arXiv 2512.06678"
+    ),
+    "auto": Method(CLUSTERS, "chosen by evidence (`coterie fit auto`)", "", OURS, lambda grid: grid.own.router),
     "best-single": Method(
         CLUSTERS,
         "fixed: the best on training rows, judged crosswise",
@@ -70,6 +95,21 @@ METHODS = {
 }
 """By name."""
 
+AUTO = "auto"
+USUAL = [BACKBONE, BASE, "elrea", "uniform-weights"]
+
+
+def _lacks(mixture: Mixture) -> dict[str, str]:
+    """Return the methods that a mixture cannot have."""
+    return {} if mixture.method == AUTO else {AUTO: "the mixture was not made by coterie fit auto"}
+
+
 FAMILY: Family[ElreaRun] = Family(
-    "elrea", METHODS, EXTRAS, ElreaRun.open, usual=lambda mixture: [BACKBONE, BASE, "elrea", "uniform-weights"]
+    "elrea",
+    METHODS,
+    EXTRAS,
+    ElreaRun.open,
+    usual=lambda mixture: [*USUAL, AUTO] if mixture.method == AUTO else USUAL,
+    also_fitted=(AUTO,),
+    lacks=_lacks,
 )

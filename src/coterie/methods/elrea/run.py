@@ -1,5 +1,6 @@
 """What a run of `coterie fit elrea` was made from, so that more can be trained on the same rows in the same way."""
 
+import random
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,8 @@ from coterie.methods.common import IN_MEMORY, hash_examples
 from coterie.methods.extras import FittedRun
 from coterie.records.mixture import TrainingRow
 from coterie.records.schema import read_rows
+from coterie.routers.centroid import CentroidRouter
+from coterie.settings.auto import AutoSettings
 from coterie.settings.commands import ElreaSettings
 
 
@@ -22,6 +25,9 @@ class ElreaRun(FittedRun[ElreaSettings]):
     """A run of `coterie fit elrea`, opened for further training."""
 
     made_by = ElreaSettings
+    also_made_by = (AutoSettings,)
+    given: Tokenised | None = None
+    """The training rows, where they are at hand already."""
 
     @cached_property
     def kept(self) -> Tokenised:
@@ -30,6 +36,8 @@ class ElreaRun(FittedRun[ElreaSettings]):
         Raises:
             CoterieError: when the data is not there any more, or is another one.
         """
+        if self.given is not None:
+            return self.given
         if IN_MEMORY in self.settings.data:
             raise CoterieError(
                 f"{self.folder} was fitted on rows in memory, so nothing more can be trained on them; "
@@ -41,9 +49,17 @@ class ElreaRun(FittedRun[ElreaSettings]):
                 f"{', '.join(self.settings.data)} is not what {self.folder} was fitted on; "
                 "restore the file, or fit again"
             )
-        return tokenise(
+        kept = tokenise(
             self.mixture.prompts, examples, self.settings.training.max_length, self.mixture.backbone.positions
         )
+        return within_budget(kept, self.settings)
+
+    @cached_property
+    def router(self) -> CentroidRouter:
+        """ELREA's own router, also where evidence chose another one for the mixture."""
+        router = self.mixture.named_router("gradient-centroids")
+        assert isinstance(router, CentroidRouter)
+        return router
 
     @cached_property
     def row_count(self) -> int:
@@ -79,3 +95,32 @@ class ElreaRun(FittedRun[ElreaSettings]):
         """
         wanted = {"features": (len(self.kept.rows), None)}
         return read_floats(self.folder / "features" / "features.safetensors", wanted, "fit again")["features"]
+
+
+def within_budget(kept: Tokenised, settings: ElreaSettings) -> Tokenised:
+    """Keep as many rows, drawn by the seed, as can be trained on within the budget of a run that chooses by evidence.
+
+    Every row is trained on by the base adapter and by an expert, and by the copies of both for all folds but its own.
+
+    Raises:
+        CoterieError: when it does not do for as many rows as there are to be clusters.
+    """
+    if not isinstance(settings, AutoSettings) or settings.budget is None:
+        return kept
+    times = (settings.training.epochs + settings.experts.expert_epochs) * settings.judge_folds
+    order = list(range(len(kept.rows)))
+    random.Random(settings.seed).shuffle(order)
+    left, chosen = settings.budget, []
+    for number in order:
+        left -= times * len(kept.rows[number].ids)
+        if left < 0:
+            break
+        chosen.append(number)
+    if len(chosen) < settings.clustering.clusters:
+        least = times * sum(sorted(len(row.ids) for row in kept.rows)[-settings.clustering.clusters :])
+        raise CoterieError(
+            f"--budget {settings.budget} does for {len(chosen)} rows, fewer than the {settings.clustering.clusters} "
+            f"--clusters; give {least} or more"
+        )
+    chosen.sort()
+    return Tokenised([kept.examples[i] for i in chosen], [kept.rows[i] for i in chosen], kept.dropped)

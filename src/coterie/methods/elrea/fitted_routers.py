@@ -1,0 +1,296 @@
+"""Routers for ELREA's experts that are fitted to what these are good at, and what they are fitted to.
+
+All are fitted to cross-fitted losses: of copies of the experts that were not trained on the rows they are judged on.
+"""
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from coterie.artifacts import RunFolder, read_floats, write_tensors
+from coterie.data.batching import check_lengths
+from coterie.data.examples import load_all
+from coterie.data.unlike import UNLIKE
+from coterie.experts.names import BASE
+from coterie.features.growing_text import FeatureExtractor
+from coterie.features.prefill import POOLINGS, candidate_layers, prefill_states
+from coterie.methods.elrea.cross_fit import cross_fit, score_pairs
+from coterie.methods.elrea.run import ElreaRun
+from coterie.methods.extras import LOSSES, TrainedExtra, load_extra, read_losses
+from coterie.routers.base import Router
+from coterie.routers.centroid import CentroidRouter, centroids_by_best, centroids_of
+from coterie.routers.distilled import DistilledRouter, Learnt, distil, misplaced
+from coterie.routers.feature import embedding_extractor, prefill_extractor
+from coterie.routers.loss import CrossFitLosses, Fitted, LossRouter, fit_loss_router
+from coterie.routers.membership import MembershipRouter, leave_one_out_scale
+from coterie.routers.refusal import CAUTION, Calibration, Familiarity, Observed, RefusalRouter
+from coterie.routers.score_table import AVENGERS, LORAUTER, Pieces, ScoreTableRouter, fit_table
+
+logger = logging.getLogger(__name__)
+
+JUDGED, UNFAMILIAR = "judged", "unlike"
+FEATURES, HELD_OUT = "features.safetensors", "held-out.safetensors"
+CLUSTERS, TEMPERATURES = (4, 8, 16), (0.05, 0.1, 0.2)
+UNLIKE_ROWS = 200  # of an out-of-domain sample that are scored at most
+
+
+def judged(run: ElreaRun, into: RunFolder, keep: Path | None = None) -> TrainedExtra:
+    """Measure the experts' losses on the training rows, with copies that were not trained on them (cross-fitting).
+
+    The copies are gone then, unless they are to be moved to a folder that keeps them.
+    """
+    losses = cross_fit(run, into)
+    _write_losses(losses, into)
+    if keep is None:
+        shutil.rmtree(into.path / "folds")
+    else:
+        shutil.rmtree(keep, ignore_errors=True)
+        (into.path / "folds").rename(keep)
+    return TrainedExtra({}, None, {"judged": list(losses.experts), "best_single": losses.best_single()})
+
+
+def unlike(run: ElreaRun, into: RunFolder) -> TrainedExtra:
+    """Measure the experts' losses, and read features, on rows that are unlike the training data."""
+    examples = load_all([run.extras.unlike or str(UNLIKE)], UNLIKE_ROWS)
+    mixture = run.mixture
+    rows = [mixture.prompts.row(example) for example in examples]
+    check_lengths(rows, mixture.backbone.positions, [f"unlike row {example.id}" for example in examples])
+    losses = CrossFitLosses(mixture.bank.names, **score_pairs(mixture, rows, "unlike rows"))
+    _write_losses(losses, into)
+    prompts = [row.prompt() for row in rows]
+    states = prefill_states(mixture.backbone, prompts, candidate_layers(mixture.backbone))
+    features = {"gradients": run.router.features(prompts), "states": states}
+    write_tensors(into.path / FEATURES, features)
+    return TrainedExtra({}, None, {JUDGED: list(losses.experts)})
+
+
+def _write_losses(losses: CrossFitLosses, into: RunFolder) -> None:
+    write_tensors(into.path / LOSSES, {"nll": losses.nll, "pairs": losses.pairs, "tokens": losses.tokens})
+
+
+class UnlikeRows(NamedTuple):
+    """Rows that are unlike the training data: losses of the experts, gradient features, states of the prefill."""
+
+    losses: CrossFitLosses
+    gradients: Float[Tensor, "row dimension"]
+    states: Float[Tensor, "row layer pooling width"]
+
+
+def unlike_rows(run: ElreaRun) -> UnlikeRows:
+    """Read what the extra of this name has measured."""
+    extra = load_extra(run.mixture, UNFAMILIAR)
+    losses = read_losses(extra)
+    wanted = {"gradients": (len(losses.tokens), None), "states": (len(losses.tokens), None, len(POOLINGS), None)}
+    return UnlikeRows(losses, **read_floats(extra.folder / FEATURES, wanted, f"delete {extra.folder}"))
+
+
+# ------------------------------------------------------------------------------------------------ refusing prompts
+
+
+def calibrated(
+    router: Router,
+    inside: tuple[Float[Tensor, "row dimension"], Float[Tensor, "row expert"], CrossFitLosses],
+    outside: tuple[Float[Tensor, "other dimension"], Float[Tensor, "other expert"], CrossFitLosses],
+    extractor: FeatureExtractor | None = None,
+    caution: float = CAUTION,
+) -> RefusalRouter:
+    """Wrap a router so that unfamiliar prompts go to the base adapter.
+
+    Args:
+        router: to wrap.
+        inside: of the training rows: features, weights of routers that did not see the row, and losses.
+        outside: the same of unlike rows.
+        extractor: of these features, where the router does not read them itself.
+        caution: the share of its gain inside that the mixture may lose.
+    """
+    familiarity = Familiarity.of(inside[0])
+    seen = [Observed(familiarity(features), gain(losses, weights)) for features, weights, losses in (inside, outside)]
+    result = RefusalRouter(router, familiarity, Calibration(*seen), BASE, caution, extractor)
+    shares = [100 * float((one.familiarity < result.threshold).float().mean()) for one in seen]
+    logger.info("%s stays out of %.0f%% of rows like its own and %.0f%% of others", router.kind, *shares)
+    return result
+
+
+def gain(losses: CrossFitLosses, weights: Float[Tensor, "row expert"]) -> Float[Tensor, " row"]:
+    """Return what a mixture gains over the base adapter on every row, in nats summed over its tokens."""
+    alone = losses.nll[:, losses.experts.index(BASE)]
+    return (alone - losses.mixture_nll(weights)) * losses.tokens
+
+
+def refusing(run: ElreaRun, into: RunFolder) -> TrainedExtra:
+    """Calibrate a refusal around ELREA's own routing."""
+    router, other = run.router, unlike_rows(run)
+    losses = read_losses(load_extra(run.mixture, JUDGED))
+    parts = ((run.features, losses), (other.gradients, other.losses))
+    inside, outside = ((features, weights_of(router, features, own), own) for features, own in parts)
+    return TrainedExtra({}, calibrated(router, inside, outside))
+
+
+def weights_of(router: Router, read: Any, losses: CrossFitLosses) -> Float[Tensor, "row expert"]:  # noqa: ANN401 - what a router reads
+    """Return a router's weights, scaled to sum 1, in the order of the losses' experts."""
+    return router.weigh(read).normalized().aligned(losses.experts).weights
+
+
+# ----------------------------------------------------------------------------------------------------- the routers
+
+
+def membership(run: ElreaRun, into: RunFolder) -> TrainedExtra:
+    """Judge cosines by what is usual for each expert, which equation 9 does not."""
+    router = run.router
+    centre, labels, count = router.centre, run.labels, max(run.labels) + 1
+    features = run.features if centre is None else run.features - centre
+    scale = leave_one_out_scale(features, labels, count)
+    centroids = centroids_of(features, labels, count)
+    mended = MembershipRouter(router.features, centroids, scale, router.experts, base=BASE, centre=centre)
+    return TrainedExtra({}, mended, {"own": scale.own.tolist(), "others": scale.others.tolist()})
+
+
+def performance(run: ElreaRun, into: RunFolder) -> TrainedExtra:
+    """Place centroids by who is best on training rows (RouterRetriever)."""
+    losses = read_losses(load_extra(run.mixture, JUDGED))
+    centre = run.features.mean(dim=0)
+    centroids = centroids_by_best(run.features - centre, losses.best_of_rows(), run.sources)
+    return TrainedExtra({}, CentroidRouter.by_performance(run.router.features, centroids, centre))
+
+
+def loss(run: ElreaRun, into: RunFolder) -> TrainedExtra:
+    """Fit the router that predicts every expert's loss from the prompt's gradient."""
+    return _by_loss(run, into, run.router.features, run.features, unlike_rows(run).gradients)
+
+
+def prefill(run: ElreaRun, into: RunFolder) -> TrainedExtra:
+    """Fit the same to the states of the prompt's prefill; block and pooling are chosen by cross-validation."""
+    losses, other = read_losses(load_extra(run.mixture, JUDGED)), unlike_rows(run)
+    layers, states = candidate_layers(run.mixture.backbone), _states(run)
+    tried = [(place, pool) for place in range(len(layers)) for pool in range(len(POOLINGS))]
+
+    def expected(choice: tuple[int, int]) -> float:
+        own = states[:, *choice]
+        return fit_loss_router(own - own.mean(dim=0), losses, seed=run.settings.seed).expected_nll
+
+    place, pool = min(tried, key=expected)
+    extractor = prefill_extractor(run.mixture.backbone, layers[place], POOLINGS[pool])
+    logger.info("prefill: block %d of %d, %s", layers[place], len(run.mixture.backbone.blocks), POOLINGS[pool])
+    return _by_loss(run, into, extractor, states[:, place, pool].contiguous(), other.states[:, place, pool])
+
+
+def _states(run: ElreaRun) -> Float[Tensor, "row layer pooling width"]:
+    prompts = [row.prompt() for row in run.kept.rows]
+    return prefill_states(run.mixture.backbone, prompts, candidate_layers(run.mixture.backbone))
+
+
+class HeldOut(NamedTuple):
+    """What a router that is fitted to losses reads of training rows and of unlike ones, and its weights of the former.
+
+    These are of regressions that did not see the row.
+    """
+
+    inside: Float[Tensor, "row dimension"]
+    outside: Float[Tensor, "other dimension"]
+    weights: Float[Tensor, "row expert"]
+
+
+def held_out(run: ElreaRun, name: str) -> HeldOut:
+    """Read that of `loss` or `prefill`."""
+    extra = load_extra(run.mixture, name)
+    wanted = {"inside": (None, None), "outside": (None, None), "weights": (None, None)}
+    return HeldOut(**read_floats(extra.folder / HELD_OUT, wanted, f"delete {extra.folder}"))
+
+
+def _by_loss(
+    run: ElreaRun, into: RunFolder, extractor: FeatureExtractor, features: Tensor, unlike_features: Tensor
+) -> TrainedExtra:
+    losses, other = read_losses(load_extra(run.mixture, JUDGED)), unlike_rows(run)
+    centre = features.mean(dim=0)
+    fitted = fit_loss_router(features - centre, losses, seed=run.settings.seed)
+    router = LossRouter(extractor, fitted.ridge, losses.experts, fitted.sharpness, centre)
+    _tell(router, fitted)
+    write_tensors(into.path / HELD_OUT, HeldOut(features, unlike_features.contiguous(), fitted.weights)._asdict())
+    outside = (unlike_features, weights_of(router, unlike_features, other.losses), other.losses)
+    refusal = calibrated(router, (features, fitted.weights, losses), outside)
+    return TrainedExtra({}, refusal, {"penalty": fitted.penalty, "expected_nll": fitted.expected_nll})
+
+
+def _tell(router: LossRouter, fitted: Fitted) -> None:
+    told = router.kind, fitted.penalty, fitted.sharpness, fitted.expected_nll
+    logger.info("%s router: penalty %g, sharpness %g, expected NLL %.4f", *told)
+
+
+def avengers(run: ElreaRun, into: RunFolder) -> TrainedExtra:
+    """Score the experts on clusters of sentence embeddings."""
+    extractor, features = _embedded(run)
+    tried = [Pieces(_kmeans(features, count, run.settings.seed)) for count in CLUSTERS if count <= len(features)]
+    return _by_table(run, AVENGERS, extractor, features, tried)
+
+
+def lorauter(run: ElreaRun, into: RunFolder) -> TrainedExtra:
+    """Score the experts on the rows of every source; where rows name none, all rows are one task."""
+    extractor, features = _embedded(run)
+    names = list(dict.fromkeys(run.sources))
+    centroids = centroids_of(features, [names.index(source) for source in run.sources], len(names))
+    return _by_table(run, LORAUTER, extractor, features, [Pieces(centroids, heat) for heat in TEMPERATURES])
+
+
+def _embedded(run: ElreaRun) -> tuple[FeatureExtractor, Float[Tensor, "row dimension"]]:
+    extractor = embedding_extractor(run.extras.encoder, run.mixture.backbone)
+    return extractor, extractor([row.prompt() for row in run.kept.rows])
+
+
+def _kmeans(features: Float[Tensor, "row dimension"], count: int, seed: int) -> Float[Tensor, "cluster dimension"]:
+    from sklearn.cluster import KMeans
+
+    unit = torch.nn.functional.normalize(features, dim=-1)
+    return torch.from_numpy(KMeans(count, n_init=10, random_state=seed).fit(unit.numpy()).cluster_centers_).float()
+
+
+def _by_table(
+    run: ElreaRun, kind: str, extractor: FeatureExtractor, features: Tensor, tried: Sequence[Pieces]
+) -> TrainedExtra:
+    losses = read_losses(load_extra(run.mixture, JUDGED))
+    fitted = fit_table(features, losses, tried, seed=run.settings.seed)
+    router = ScoreTableRouter(kind, extractor, fitted.pieces, fitted.table, losses.experts)
+    return TrainedExtra({}, router, {"pieces": len(fitted.table), "expected_nll": fitted.expected_nll})
+
+
+def distilled(run: ElreaRun, into: RunFolder) -> TrainedExtra:
+    """Teach ELREA's own weights to a router that reads the states of the prefill, and tell how far they agree."""
+    losses, teacher, names = read_losses(load_extra(run.mixture, JUDGED)), run.router, run.mixture.bank.names
+    wanted = teacher.weigh(run.features).normalized().aligned(names).weights
+    layers, states, seed = candidate_layers(run.mixture.backbone), _states(run), run.settings.seed
+    learnt = {
+        (place, pool): distil(states[:, place, pool], wanted, seed=seed)
+        for place in range(len(layers))
+        for pool in range(len(POOLINGS))
+    }
+    place, pool = min(learnt, key=lambda choice: learnt[choice].error)
+    best = learnt[place, pool]
+    extractor = prefill_extractor(run.mixture.backbone, layers[place], POOLINGS[pool])
+    router = DistilledRouter(teacher, extractor, best.ridge, names, best.familiarity, best.curve)
+    agreement = agreements(best, wanted, losses)
+    logger.info("distilled: %s", ", ".join(f"{name} {value:.3f}" for name, value in agreement.items()))
+    return TrainedExtra({}, router, {"agreement": agreement})
+
+
+def agreements(learnt: Learnt, wanted: Float[Tensor, "row expert"], losses: CrossFitLosses) -> Mapping[str, float]:
+    """Return how far a pupil agrees with its teacher on rows that it was not taught.
+
+    `top_1` is how often both favour the same expert, `rank_correlation` Spearman's over the experts, `misplaced` the
+    share of the weight that the pupil has on other experts, `nll` what its mixture loses to the teacher's.
+    """
+    pupil, tokens = learnt.weights, losses.tokens
+    ranks = [weights.argsort(dim=1).argsort(dim=1).float() for weights in (pupil, wanted)]
+    centred = [rank - rank.mean(dim=1, keepdim=True) for rank in ranks]
+    rank_correlation = torch.nn.functional.cosine_similarity(*centred, dim=1)
+    worse = losses.mixture_nll(pupil) - losses.mixture_nll(wanted)
+    return {
+        "top_1": float((pupil.argmax(dim=1) == wanted.argmax(dim=1)).float().mean()),
+        "rank_correlation": float(rank_correlation.mean()),
+        "misplaced": float(misplaced(pupil, wanted).mean()),
+        "nll": float((worse * tokens).sum() / tokens.sum()),
+    }

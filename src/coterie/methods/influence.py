@@ -1,0 +1,165 @@
+"""LESS (arXiv 2402.04333): how much a step on a training row would lower the loss on the rows that are aimed at.
+
+At every checkpoint that is the cosine of Adam's step for the one and the plain gradient of the other, which are summed
+by the checkpoints' learning rates; of several tasks among the rows aimed at, by their sources, the best counts.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from coterie.artifacts import RunFolder, as_path, check_output, read_tensors, run_folder, write_json, write_jsonl
+from coterie.data.batching import TokenRow, tokenise
+from coterie.data.examples import Example, load_all
+from coterie.errors import CoterieError
+from coterie.experts.training import load_checkpoint
+from coterie.features.gradient import Checkpoint, GradientFeatures, write_features
+from coterie.methods.common import hash_examples, named_sources
+from coterie.mixture import Mixture
+from coterie.mixture.folder import find_mixture, hash_mixture
+from coterie.settings.influence import AnswerFeatureSettings, InfluenceSettings
+from coterie.settings.keywords import takes_fields
+from coterie.settings.reading import from_flat
+
+logger = logging.getLogger(__name__)
+
+LONGEST = 2048  # tokens of a row
+SCORES_FILE, CHOSEN_FILE, SUMMARY_FILE = "scores.jsonl", "chosen.jsonl", "influence.json"
+
+
+@dataclass(frozen=True)
+class Influence:
+    """The folder of a finished `coterie influence`.
+
+    Attributes:
+        folder: with the scores and the chosen rows.
+        scores: of every row that was not too long, in the data's order.
+        examples: the rows.
+        chosen: numbers of the chosen rows, the most helpful first.
+    """
+
+    folder: Path
+    scores: Float[Tensor, " row"]
+    examples: Sequence[Example]
+    chosen: Sequence[int]
+
+    def __str__(self) -> str:
+        rows = f"{len(self.chosen)} of {len(self.examples)} rows"
+        ends = f"influence {self.scores[self.chosen[0]]:.4f} to {self.scores[self.chosen[-1]]:.4f}"
+        return f"{self.folder / CHOSEN_FILE}: {rows}, {ends} (all: {float(self.scores.mean()):.4f} on average)"
+
+
+def influence(
+    mixture: str | Path,
+    target_rows: str | Sequence[str] | Sequence[Example],
+    data: str | Sequence[str] | Sequence[Example],
+    *,
+    output: str | Path,
+    **settings: Any,  # noqa: ANN401 - fields of InfluenceSettings
+) -> Influence:
+    """Score training rows by how much each would help with a few rows that are aimed at; write the best ones out.
+
+    Args:
+        mixture: folder of a run of `fit elrea` or `fit auto`.
+        target_rows: what is aimed at: a file, `datasets` source, several of them, or examples.
+        data: rows to choose from, in the same forms.
+        output: folder to write to.
+        **settings: other fields of `InfluenceSettings`, such as share=0.1.
+
+    Raises:
+        CoterieError: for bad data, settings, or an output folder that exists.
+    """
+    parts = {name: named_sources(part) for name, part in (("target_rows", target_rows), ("data", data))}
+    named = {name: sources for name, (sources, _) in parts.items()}
+    given = {name: examples for name, (_, examples) in parts.items() if examples}
+    flat = {"mixture": str(mixture), **named, "output": str(output), **settings}
+    return write_influence(from_flat(InfluenceSettings, flat), given)
+
+
+@takes_fields(InfluenceSettings)
+def write_influence(settings: InfluenceSettings, given: dict[str, list[Example]] | None = None) -> Influence:
+    """Score the rows as the settings say; an interrupted run keeps the features that it has.
+
+    Raises:
+        CoterieError: for bad data, settings, or an output folder that exists.
+    """
+    output, given = as_path(settings.output), given or {}
+    check_output(output, settings)
+    aimed = given.get("target_rows") or load_all(settings.target_rows, reading=settings.reading.shared)
+    rows = given.get("data") or load_all(settings.data, settings.limit, settings.reading)
+    checkpoints = sorted((find_mixture(settings.mixture) / "checkpoints").glob("epoch-*"))
+    if not checkpoints:
+        raise CoterieError(
+            f"{settings.mixture} has no checkpoints/epoch-0, whose gradients tell influence; "
+            "give a run of coterie fit elrea or coterie fit auto"
+        )
+    mixture = Mixture.from_pretrained(settings.mixture, **settings.placement.model_dump())
+    sides = {"aimed": _fitting(mixture, aimed, "rows aimed at"), "data": _fitting(mixture, rows, "rows of data")}
+    assert mixture.folder is not None  # it was loaded from one
+    inputs = {"mixture": hash_mixture(mixture.folder), "target": hash_examples(aimed), "data": hash_examples(rows)}
+    with run_folder(output, settings, inputs) as run:
+        points = [load_checkpoint(folder, mixture.backbone.model) for folder in checkpoints]
+        tokens = {side: [row for _, row in own] for side, own in sides.items()}
+        tasks = [example.source for example, _ in sides["aimed"]]
+        scores = score_rows(mixture, points, tokens["data"], tokens["aimed"], tasks, settings, run)
+        examples = [example for example, _ in sides["data"]]
+        chosen = scores.argsort(descending=True, stable=True)[: math.ceil(settings.share * len(scores))].tolist()
+        known = zip(examples, scores.tolist(), strict=True)
+        told = [{"id": row.id, "source": row.source, "influence": score} for row, score in known]
+        write_jsonl(run.path / SCORES_FILE, told)
+        write_jsonl(run.path / CHOSEN_FILE, [_record(examples[i], float(scores[i])) for i in chosen])
+        facts = {"rows": len(examples), "chosen": len(chosen), "target_rows": len(tasks), "checkpoints": len(points)}
+        write_json(run.path / SUMMARY_FILE, facts)
+    return Influence(output, scores, examples, chosen)
+
+
+def _fitting(mixture: Mixture, examples: Sequence[Example], what: str) -> list[tuple[Example, TokenRow]]:
+    """Tokenise rows; too long ones are left out and counted."""
+    kept = tokenise(mixture.prompts, list(examples), LONGEST, mixture.backbone.positions)
+    if kept.dropped:
+        logger.info("%d of %d %s are longer than %d tokens and left out", kept.dropped, len(examples), what, LONGEST)
+    if not kept.rows:
+        raise CoterieError(f"all {what} are longer than {LONGEST} tokens; give shorter ones")
+    return list(zip(kept.examples, kept.rows, strict=True))
+
+
+def _record(example: Example, score: float) -> dict[str, Any]:
+    return {**{name: value for name, value in asdict(example).items() if value}, "influence": score}
+
+
+def score_rows(
+    mixture: Mixture,
+    checkpoints: Sequence[Checkpoint],
+    rows: Sequence[TokenRow],
+    aimed: Sequence[TokenRow],
+    tasks: Sequence[str | None],
+    settings: InfluenceSettings,
+    run: RunFolder,
+) -> Float[Tensor, " row"]:
+    """Sum over checkpoints the cosines of rows' steps and gradients aimed at, by learning rates that sum to 1."""
+    total = torch.zeros(len(rows), len(aimed))
+    rates = torch.tensor([point.adam.learning_rate for point in checkpoints], dtype=torch.float64)
+    for number, (point, share) in enumerate(zip(checkpoints, (rates / rates.sum()).tolist(), strict=True)):
+        unit = []
+        for side, form, own in (("data", "adam", rows), ("aimed", "sgd", aimed)):
+            how = AnswerFeatureSettings(form=form, d_proj=settings.d_proj)
+            features = GradientFeatures(mixture.backbone, [point], how, settings.seed)
+            folder = run.stage(f"working/features/{number}-{side}", partial(write_features, features, own))
+            found = read_tensors(folder / "features.safetensors")["features"]
+            unit.append(torch.nn.functional.normalize(found, dim=-1))
+        total += share * (unit[0] @ unit[1].T)
+    return best_task(total, tasks)
+
+
+def best_task(influences: Float[Tensor, "row aimed"], tasks: Sequence[str | None]) -> Float[Tensor, " row"]:
+    """Average over the rows of each task, and take the task that a row helps most."""
+    groups = [[i for i, own in enumerate(tasks) if own == task] for task in dict.fromkeys(tasks)]
+    return torch.stack([influences[:, own].mean(dim=1) for own in groups]).amax(dim=0)

@@ -1,0 +1,211 @@
+"""Knowing when to say no: a wrapper that gives a prompt to one expert alone where it is unlike all that was trained on.
+
+A prompt's familiarity is its mean cosine to the nearest training rows (Sun et al. 2022, "Out-of-Distribution Detection
+with Deep Nearest Neighbors", arXiv 2204.06507). Below which familiarity the mixture stays out is calibrated on what it
+gained over that expert: on rows like the training data, by copies that were not trained on them, and on unlike ones.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from coterie.artifacts import read_floats, write_tensors
+from coterie.data.batching import TokenRow
+from coterie.errors import CoterieError
+from coterie.features.growing_text import FeatureExtractor, GrowingFeatures, WholeTexts
+from coterie.routers.base import Router, RouterParts, Routing, Wrapper
+from coterie.routers.centroid import fold
+from coterie.routers.feature import load_extractor
+
+NEIGHBOURS = 5
+CAUTION = 0.1
+"""The share of its gain on familiar rows that a mixture may lose by staying out."""
+MOST_ROWS = 2000  # that are kept to compare with, drawn evenly
+FOLDED = 1024  # dimensions that gradient features are compared in: 2,000 rows are 8 MB
+
+
+class Observed(NamedTuple):
+    """Rows whose references the mixture was scored on.
+
+    Attributes:
+        familiarity: of every row.
+        gain: the expert's loss minus the mixture's, in nats, summed over the row's tokens.
+    """
+
+    familiarity: Float[Tensor, " row"]
+    gain: Float[Tensor, " row"]
+
+    def gain_above(self, thresholds: Float[Tensor, " threshold"]) -> Float[Tensor, " threshold"]:
+        """Return what is gained where the mixture answers the rows from each threshold up, and the expert the rest."""
+        answered = self.familiarity >= thresholds[:, None]
+        return (answered * self.gain.double()).sum(dim=1)
+
+
+class Calibration(NamedTuple):
+    """What a refusal is calibrated on: rows like the training data, and unlike ones (there may be none)."""
+
+    inside: Observed
+    outside: Observed
+
+    def threshold(self, caution: float) -> float:
+        """Return the familiarity from which on the mixture answers.
+
+        Of the thresholds that keep at least `1 - caution` of the gain on the rows inside, it is that with the largest
+        gain (or least harm) on the rows outside; where several are as good, the middle between them, or the highest one
+        if nothing outside is known. It is inf, so that the mixture never answers, where nothing is gained inside.
+        """
+        total = float(self.inside.gain.double().sum())
+        if total <= 0:
+            return torch.inf
+        places = torch.cat([self.inside.familiarity, self.outside.familiarity]).unique()  # sorted
+        places = torch.cat([places, torch.tensor([torch.inf])])
+        kept = self.inside.gain_above(places) >= (1 - caution) * total * (1 - 1e-9)
+        if not len(self.outside.gain):
+            return float(places[kept].max())
+        outside = self.outside.gain_above(places)
+        best = places[kept & (outside >= outside[kept].max())]
+        low, high = float(best.min()), float(best.max())
+        if high == torch.inf:
+            return high
+        below = places[places < low]
+        return ((float(below.max()) if len(below) else low) + high) / 2
+
+
+class Familiarity(NamedTuple):
+    """Training rows that prompts are compared with, as features of length 1."""
+
+    rows: Float[Tensor, "row dimension"]
+
+    @classmethod
+    def of(cls, features: Float[Tensor, "row dimension"], seed: int = 0) -> "Familiarity":
+        """Keep `MOST_ROWS` of the rows at most."""
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
+        return cls(_comparable(features[order[:MOST_ROWS].sort().values]))
+
+    def __call__(self, features: Float[Tensor, "row dimension"]) -> Float[Tensor, " row"]:
+        """Return every prompt's mean cosine to the nearest rows.
+
+        A row that equals one of these is not compared with it: training rows are as familiar as new ones of their kind.
+        """
+        found = _comparable(features) @ self.rows.T
+        found = found.masked_fill(found > 1 - 1e-5, -torch.inf)
+        nearest = found.topk(min(NEIGHBOURS, len(self.rows)), dim=1).values
+        known = nearest.isfinite()
+        return torch.where(known, nearest, 0.0).sum(dim=1) / known.sum(dim=1).clamp(min=1)
+
+
+def _comparable(features: Float[Tensor, "row dimension"]) -> Float[Tensor, "row folded"]:
+    """Scale features to length 1, long ones (of projected gradients) in fewer dimensions."""
+    long = features.shape[1] > FOLDED and not features.shape[1] % FOLDED
+    return torch.nn.functional.normalize(fold(features, FOLDED) if long else features, dim=-1)
+
+
+class RefusalRouter(Wrapper):
+    """Routes as another router does where a prompt is familiar, and gives it to one expert alone where it is not."""
+
+    kind = "refusal"
+    kinds = (kind,)
+    saved = ("fallback", "caution")
+
+    def __init__(
+        self,
+        router: Router,
+        familiarity: Familiarity,
+        calibration: Calibration,
+        fallback: str,
+        caution: float = CAUTION,
+        extractor: FeatureExtractor | None = None,
+    ) -> None:
+        """Wrap a router of prompts.
+
+        Args:
+            router: weighs the experts for familiar prompts.
+            familiarity: the training rows.
+            calibration: what the threshold is chosen by.
+            fallback: the expert that gets all of an unfamiliar prompt.
+            caution: the share of its gain on familiar rows that the mixture may lose by staying out.
+            extractor: of the features that are compared; None for those that the router reads itself.
+
+        Raises:
+            CoterieError: for a router that weighs experts in the layers, or a caution that is no share.
+        """
+        if router.grain == "layer":
+            raise CoterieError(
+                f"router {router.kind!r} weighs experts inside the layers, where no prompt as a whole can be refused; "
+                "take a router of prompts"
+            )
+        if not 0 <= caution <= 1:
+            raise CoterieError(f"caution is the share of the gain that may be lost, from 0 to 1; got {caution:g}")
+        super().__init__(router)
+        self.grain, self.every, self.cache = router.grain, router.every, router.cache
+        self.familiarity = familiarity
+        self.calibration = calibration
+        self.fallback = fallback
+        self.caution = caution
+        self.extractor = extractor
+        self.threshold = calibration.threshold(caution)
+
+    def read(self, prompts: Sequence[TokenRow]) -> Any:
+        """Read what the wrapped router reads, and features where these are others."""
+        read = self.router.read(prompts)
+        return read if self.extractor is None else (read, self.extractor(prompts))
+
+    @property
+    def reads(self) -> Hashable:
+        """What the wrapped router reads, where that is compared too."""
+        return self.router.reads if self.extractor is None else id(self)
+
+    @property
+    def growing(self) -> GrowingFeatures:
+        """What the wrapped router reads, where that is compared too."""
+        return self.router.growing if self.extractor is None else WholeTexts(self.read)
+
+    def weigh(self, read: Any) -> Routing:
+        """Weigh as the wrapped router does, scaled to sum 1, or give everything to the fallback."""
+        read, features = (read, read) if self.extractor is None else read
+        routing = self.router.weigh(read).normalized()
+        names, weights = routing.experts, routing.weights
+        if self.fallback not in names:
+            names, weights = (*names, self.fallback), torch.nn.functional.pad(weights, (0, 1))
+        alone = torch.zeros(len(names))
+        alone[names.index(self.fallback)] = 1.0
+        answered = self.familiarity(features) >= self.threshold
+        return Routing(names, torch.where(answered[:, None], weights, alone), routing.similarities)
+
+    def with_caution(self, caution: float | None) -> Router:
+        """Return the router with another caution, or the one that never refuses (None).
+
+        Raises:
+            CoterieError: when it is no share.
+        """
+        if caution is None:
+            return self.router
+        known = self.familiarity, self.calibration, self.fallback
+        return RefusalRouter(self.router, *known, caution, self.extractor)
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write the rows and the calibration, and the wrapped router; return the entry for mixture.json."""
+        inside, outside = self.calibration
+        tensors = {"rows": self.familiarity.rows, "inside": torch.stack(inside)}
+        if len(outside.gain):
+            tensors["outside"] = torch.stack(outside)
+        write_tensors(folder / "refusal.safetensors", tensors)
+        how = {"description": self.extractor.name, **self.extractor.record} if self.extractor else {}
+        return {**super().save(folder), **how}
+
+    @classmethod
+    def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "RefusalRouter":
+        """Build it from its entry and its tensors, around the router that was built already."""
+        if parts.inner is None:
+            raise KeyError("of")
+        wanted = {"rows": (None, None), "inside": (2, None), "outside": (2, None)}
+        tensors = read_floats(parts.folder / "refusal.safetensors", wanted, "fit again", optional=["outside"])
+        extractor = load_extractor(record, parts) if "description" in record else None
+        outside = Observed(*tensors.get("outside", torch.zeros(2, 0)))
+        calibration = Calibration(Observed(*tensors["inside"]), outside)
+        fallback, caution = str(record["fallback"]), float(record["caution"])
+        return cls(parts.inner, Familiarity(tensors["rows"]), calibration, fallback, caution, extractor)

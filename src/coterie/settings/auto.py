@@ -1,0 +1,43 @@
+"""Settings of `coterie fit auto`."""
+
+from pydantic import Field
+
+from coterie.settings.commands import ElreaSettings
+from coterie.settings.groups import ExpertSettings, TrainingSettings
+
+
+class AutoTrainingSettings(TrainingSettings):
+    """Training of the base adapter.
+
+    At these rates a small model learns from a few hundred rows, which the papers' rates for 2B models hardly move.
+    """
+
+    learning_rate: float = Field(5e-4, gt=0, description="its peak learning rate, decaying linearly to 0")
+    batch_size: int = Field(8, ge=1, description="examples per optimiser step")
+
+
+class AutoExpertSettings(ExpertSettings):
+    """Training of the clusters' experts, continued from the base adapter."""
+
+    expert_epochs: int = Field(1, ge=1, description="epochs of every cluster's expert")
+    expert_learning_rate: float = Field(2e-4, gt=0, description="peak learning rate of the experts")
+
+
+class AutoSettings(ElreaSettings):
+    """`coterie fit auto`: experts from one data set, and what to do with them, chosen by evidence."""
+
+    command = "fit auto"
+    judge_folds: int = Field(
+        2, ge=2, description="parts of the rows: experts are judged on each by copies trained on the others"
+    )
+    unlike: str | None = Field(
+        None, description="rows unlike the training data, by which the mixture learns to refuse; default: 56 of ours"
+    )
+    caution: float = Field(
+        0.1, ge=0, le=1, description="share of its gain that the mixture may lose by leaving prompts to the base"
+    )
+    budget: int | None = Field(
+        None, ge=1, description="tokens to train on, at most, the copies that judge included; fewer rows are used then"
+    )
+    training: AutoTrainingSettings = AutoTrainingSettings()
+    experts: AutoExpertSettings = AutoExpertSettings()

@@ -1,0 +1,180 @@
+"""`coterie fit auto` trains, judges, compares and writes a mixture of what evidence chose, with its reasons."""
+
+import json
+
+import pytest
+import torch
+
+import coterie
+from conftest import FIT
+from coterie.errors import CoterieError
+from coterie.evaluation import auto
+from coterie.evaluation.choice import Candidate, choose
+from coterie.experts.names import BASE
+from coterie.methods.elrea.run import ElreaRun, within_budget
+from coterie.methods.extras import load_extra, read_losses
+from coterie.methods.registry import make_grid
+from coterie.mixture import Mixture
+from coterie.records.auto import AutoRecord
+from coterie.routers.fixed import FixedRouter
+from coterie.routers.loss import CrossFitLosses
+from coterie.routers.refusal import RefusalRouter
+from coterie.settings.groups import ExtrasSettings
+
+
+@pytest.fixture(scope="module")
+def folder(model_folder, train_file, tmp_path_factory):
+    output = tmp_path_factory.mktemp("auto") / "run"
+    coterie.auto(str(model_folder), str(train_file), output=output, device="cpu", **FIT)
+    return output
+
+
+@pytest.fixture(scope="module")
+def opened(folder) -> ElreaRun:
+    return ElreaRun.open(Mixture.from_pretrained(folder, device="cpu"), ExtrasSettings())
+
+
+def test_what_was_chosen_is_written_with_its_reasons_and_the_mixture_does_it(folder):
+    record = AutoRecord.model_validate(json.loads((folder / "auto.json").read_text()))
+    mixture = Mixture.from_pretrained(folder, device="cpu")
+    assert mixture.method == "auto"
+    assert mixture.combiner.kind == record.combiner
+    if record.chosen == BASE:
+        assert isinstance(mixture.router, FixedRouter) and mixture.router.weights[BASE] == 1
+    elif record.chosen != "best-single":
+        assert isinstance(mixture.router, RefusalRouter)
+    page = (folder / "auto.md").read_text()
+    assert page == record.page()
+    assert all(sentence in page for sentence in record.sentences)
+    names = [one.name for one in record.candidates]
+    assert names[0] == BASE and {"uniform", "elrea", "elrea:top_k=1", "membership", "loss", "prefill"} <= set(names)
+    assert not (folder / "working").exists()
+
+
+def test_what_is_chosen_is_what_the_losses_say(folder, opened):
+    """The record's losses are those of the mixtures that the candidates' weights make of the judged experts."""
+    record = AutoRecord.model_validate(json.loads((folder / "auto.json").read_text()))
+    losses = read_losses(load_extra(opened.mixture, "judged"))
+    ways = list(auto._ways(opened, losses, 0.1))
+    candidates = [Candidate(way.name, way.cost, losses.mixture_nll(way.weights)) for way in ways]
+    again = choose(candidates, losses.tokens)
+    assert record.outweighed or again.chosen == record.chosen
+    for one, other in zip(again.compared, record.candidates, strict=True):
+        assert (one.candidate.name, one.nll) == (other.name, pytest.approx(other.nll, abs=1e-6))
+    for way in ways:
+        torch.testing.assert_close(way.weights.sum(dim=1), torch.ones(len(losses.tokens)))
+
+
+def test_methods_of_its_family_work_on_the_run_and_elrea_is_still_elreas_routing(opened):
+    grid = make_grid(opened.mixture, ["base", "elrea", "auto", "loss-routing"])
+    assert grid.cell("elrea").router.kind == "gradient-centroids"
+    assert grid.cell("auto").router is opened.mixture.router
+    assert grid.cell("auto").combiner.kind == opened.mixture.combiner.kind
+
+
+def test_an_interrupted_run_ends_with_the_same_choice(folder, model_folder, train_file, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(auto, "choose", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            coterie.auto(str(model_folder), str(train_file), output=output, device="cpu", **FIT)
+    monkeypatch.setattr(auto, "fit_experts", lambda *_: pytest.fail("the experts were there already"))
+    coterie.auto(str(model_folder), str(train_file), output=output, device="cpu", **FIT)
+    for name in ("auto.json", "auto.md", "mixture.json"):
+        assert (output / name).read_text() == (folder / name).read_text()
+
+
+def test_a_saved_copy_keeps_the_reasons(folder, tmp_path):
+    Mixture.from_pretrained(folder, device="cpu").save_pretrained(tmp_path / "copy")
+    assert (tmp_path / "copy" / "auto.md").read_text() == (folder / "auto.md").read_text()
+
+
+# ------------------------------------------------------------------------------------- made-up losses, known answers
+
+
+def made_up(opened: ElreaRun, planted: float) -> tuple[CrossFitLosses, AutoRecord]:
+    """Losses of experts that are good at the rows of their own clusters by `planted` nats, and else noise."""
+    names, labels = opened.mixture.bank.names, torch.tensor(opened.labels)
+    generator = torch.Generator().manual_seed(0)
+    nll = 2 + 0.3 * torch.randn(len(labels), 1, generator=generator).abs()
+    nll = nll + 0.02 * torch.randn(len(labels), len(names), generator=generator)
+    for place, name in enumerate(names):
+        if name != BASE:
+            nll[labels == int(name.rpartition("-")[2]), place] -= planted
+    pairs = (nll[:, :, None] + nll[:, None, :]) / 2
+    return CrossFitLosses(names, nll, pairs, torch.full((len(labels),), 10.0))
+
+
+def chosen(opened: ElreaRun, losses: CrossFitLosses) -> str:
+    ways = list(auto._ways(opened, losses, 0.1))
+    return choose([Candidate(w.name, w.cost, losses.mixture_nll(w.weights)) for w in ways], losses.tokens).chosen
+
+
+def test_routing_is_chosen_where_experts_are_good_at_their_own_rows(opened):
+    assert chosen(opened, made_up(opened, 0.5)) not in (BASE, "uniform", "best-single")
+
+
+def test_the_base_is_chosen_where_experts_are_noise(opened):
+    assert chosen(opened, made_up(opened, 0.0)) == BASE
+
+
+def recorded(**facts) -> AutoRecord:
+    candidates = [
+        {"name": "base", "cost": 1.0, "nll": 1.2, "difference": 0.0, "p": 0.001},
+        {"name": "loss:top_k=1", "cost": 3.5, "nll": 1.1, "difference": -0.1, "interval": [-0.12, -0.08], "p": 1.0},
+    ]
+    return AutoRecord.model_validate(
+        {"combiner": "layers", "rows": 9, "trained_tokens": 1, "candidates": candidates, **facts}
+    )
+
+
+def test_the_reasons_are_plain_sentences():
+    told = recorded(
+        chosen="loss:top_k=1",
+        expected=-0.09,
+        interval=[-0.11, -0.07],
+        p=0.0002,
+        refused={"inside": 0.02, "outside": 0.9},
+    ).sentences
+    assert told == (
+        "Chosen: routing by the loss that the prompt's gradient predicts for each expert, the 1 largest weight only, "
+        "with the experts mixed in the layers.",
+        "It is the best of all that were tried.",
+        "On held-out rows the loss changes by -0.0900 nats a token against the base adapter (95% interval -0.1100 to "
+        "-0.0700, p = <0.001); the choice was made on the same rows, so expect a little less.",
+        "A request costs about 3.50 times what one adapter costs.",
+        "Prompts unlike the data go to the base adapter: 2.0% of the rows here, 90.0% of the unlike ones.",
+    )
+    assert recorded(chosen="base").sentences[0] == "No mixture helps here: use the base adapter."
+    assert "not significantly better when it was scored" in recorded(chosen="base", outweighed=True).sentences[1]
+
+
+# --------------------------------------------------------------------------------------------------------- the budget
+
+
+def test_a_budget_bounds_the_tokens_that_are_trained_on(opened):
+    """Each row is trained on for two epochs and one, in the final fit and in one of two folds: six times."""
+    kept = opened.kept
+    every = 6 * sum(len(row.ids) for row in kept.rows)
+    for budget in (every // 2, every - 1):
+        settings = opened.settings.model_copy(update={"budget": budget})
+        some = within_budget(kept, settings)
+        assert 6 * sum(len(row.ids) for row in some.rows) <= budget
+        assert 0.8 * budget < 6 * sum(len(row.ids) for row in some.rows)
+        ids = [int(example.id[1:]) for example in some.examples]
+        assert ids == sorted(ids)
+    assert within_budget(kept, opened.settings.model_copy(update={"budget": every})).rows == kept.rows
+
+
+def test_a_budget_for_fewer_rows_than_clusters_is_refused_at_once(model_folder, train_file, tmp_path):
+    with pytest.raises(
+        CoterieError, match=r"--budget 100 does for \d rows, fewer than the 3 --clusters; give \d+ or more"
+    ):
+        coterie.auto(str(model_folder), str(train_file), output=tmp_path / "run", device="cpu", budget=100, **FIT)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "run.partial").exists()
+
+
+def test_unlike_rows_that_are_not_there_are_told_before_anything_is_trained(model_folder, train_file, tmp_path):
+    with pytest.raises(CoterieError, match=r"nowhere\.jsonl"):
+        coterie.auto(str(model_folder), str(train_file), output=tmp_path / "run", unlike="nowhere.jsonl", **FIT)
+    assert not (tmp_path / "run.partial").exists()

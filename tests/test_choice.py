@@ -1,0 +1,63 @@
+"""The cheapest that the best is not significantly better than is chosen: the planted best, or the base among noise."""
+
+import pytest
+import torch
+
+from coterie.evaluation.choice import Candidate, choose
+from helpers import normal
+
+ROWS = 200
+TOKENS = torch.full((ROWS,), 10.0)
+
+
+def noisy(mean: float, seed: int, spread: float = 0.1) -> torch.Tensor:
+    """Losses around a common row difficulty."""
+    return 2.0 + normal(ROWS, seed=99).abs() + mean + spread * normal(ROWS, seed=seed)
+
+
+def test_the_planted_best_is_chosen():
+    candidates = [
+        Candidate("base", 1.0, noisy(0.0, 1)),
+        Candidate("uniform", 2.0, noisy(-0.05, 2)),
+        Candidate("planted", 5.0, noisy(-0.2, 3)),
+        Candidate("worse", 3.0, noisy(0.1, 4)),
+    ]
+    found = choose(candidates, TOKENS)
+    assert found.chosen == found.best == "planted"
+    assert [one.candidate.name for one in found.compared] == ["base", "uniform", "worse", "planted"]
+    gap = next(one.gap for one in found.compared if one.candidate.name == "planted")
+    assert gap.low < -0.2 < gap.high and gap.value == pytest.approx(-0.2, abs=0.03)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_among_candidates_that_are_noise_the_base_is_chosen(seed):
+    candidates = [Candidate(f"{n}", 1.0 + n, noisy(0.0, 100 * seed + n)) for n in range(8)]
+    assert choose(candidates, TOKENS).chosen == "0"
+
+
+def test_of_two_that_are_as_good_the_cheaper_one_is_chosen_although_it_is_not_the_best():
+    cheap = noisy(-0.2, 2)
+    candidates = [
+        Candidate("base", 1.0, noisy(0.0, 1)),
+        Candidate("dear", 5.0, cheap - 0.001 + 0.05 * normal(ROWS, seed=7)),
+        Candidate("cheap", 2.0, cheap),
+    ]
+    means = {one.name: float(one.nll.mean()) for one in candidates}
+    found = choose(candidates, TOKENS)
+    assert means[found.best] == min(means.values())
+    assert found.chosen == "cheap"
+
+
+def test_rows_weigh_by_their_tokens():
+    """`long` is worse on most rows but better on the ones that have nearly all tokens."""
+    tokens = torch.where(torch.arange(ROWS) < 60, 100.0, 1.0)
+    base = noisy(0.0, 1)
+    longer = base + torch.where(torch.arange(ROWS) < 60, -0.2, 0.2) + 0.01 * normal(ROWS, seed=5)
+    candidates = [Candidate("base", 1.0, base), Candidate("long", 2.0, longer)]
+    assert choose(candidates, tokens).chosen == "long"
+    assert choose(candidates, TOKENS).chosen == "base"
+
+
+def test_the_first_candidate_is_chosen_where_it_is_the_best_whatever_others_cost():
+    candidates = [Candidate("base", 1.0, noisy(-0.2, 1)), Candidate("free", 0.5, noisy(0.0, 2))]
+    assert choose(candidates, TOKENS).chosen == "base"
