@@ -105,6 +105,18 @@ def test_what_a_mixture_cannot_do_is_refused_in_one_line(client, fields, words):
     assert client.post("/v1/chat/completions", json={**body, "stream": True}).json() == answer.json()
 
 
-@pytest.mark.parametrize("method", ["moe-routing", "moe-merging", "uniform-weights", "elrea", "base", "backbone"])
+@pytest.mark.parametrize(
+    "method", ["moe-routing", "moe-merging", "uniform-weights", "self-consistency", "elrea", "base"]
+)
 def test_a_mixture_answers_as_each_method_that_needs_no_training(client, mixture, method):
-    assert http(client, model=f"elrea:{method}") == python(load_grid(mixture, [method]).cell(method))
+    wanted = python(load_grid(mixture, [method]).cell(method), seed=5)
+    assert http(client, model=f"elrea:{method}", seed=5) == wanted
+    frames = chat_stream(client, model=f"elrea:{method}", max_tokens=10, temperature=0, seed=5)
+    assert "".join(frame["choices"][0]["delta"].get("content", "") for frame in frames) == wanted
+
+
+def test_answers_that_vote_go_on_with_no_text_and_are_one_answer(client):
+    body = {"model": "elrea:self-consistency", "prompt": "add"}
+    assert "ask a chat" in client.post("/v1/completions", json=body).json()["error"]["message"]
+    several = client.post("/v1/chat/completions", json=chat_body(model="elrea:self-consistency", n=2))
+    assert several.status_code == 400 and "leave n out" in several.json()["error"]["message"]

@@ -47,7 +47,7 @@ def test_a_request_that_takes_too_long_is_told_so_and_leaves_nothing_behind(run_
         for stream in (False, True):
             answer = client.post("/v1/chat/completions", json=chat_body(stream=stream))
             assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
-        assert server.catalogue.desks[0].engine.load == (0, 0, 0.0)
+        assert server.catalogue.desks[0].engine.load[:3] == (0, 0, 0.0)
 
 
 def test_a_deadline_that_passes_in_the_middle_of_a_stream_ends_it_with_an_error(server, client, monkeypatch):
@@ -63,4 +63,4 @@ def test_a_deadline_that_passes_in_the_middle_of_a_stream_ends_it_with_an_error(
     monkeypatch.setattr(engine, "step", late)
     frames = chat_stream(client, temperature=0)
     assert len(frames) < 8 and frames[-1]["error"]["code"] == "timeout"
-    assert engine.load == (0, 0, 0.0)
+    assert engine.load[:3] == (0, 0, 0.0)

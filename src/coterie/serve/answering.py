@@ -2,15 +2,18 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from coterie.data.batching import TokenRow
+from coterie.data.examples import Example
 from coterie.engine.request import Token
+from coterie.mixture.completion import completion
+from coterie.mixture.core import elected
 from coterie.serve.asking import Asked, Body, ask
 from coterie.serve.catalogue import Cell
 from coterie.serve.errors import as_api_error
@@ -27,96 +30,114 @@ IGNORED = "X-Coterie-Ignored"
 Result = TypeVar("Result")
 
 
-async def respond(request: Request, body: Body, rows: Callable[[Cell], list[TokenRow]], form: type[Frames]) -> Response:
-    """Answer the prompts that `rows` makes of a body, in a route's form."""
+async def respond(
+    request: Request,
+    body: Body,
+    form: type[Frames],
+    rows: Callable[[Cell], list[TokenRow]],
+    question: Example | None = None,
+) -> Response:
+    """Answer what a mixture was asked.
+
+    Args:
+        request: the client's.
+        body: of it.
+        form: of the answer.
+        rows: makes the prompts, where the model may be used.
+        question: the one that a prompt is of, for which answers can vote.
+    """
     server = request.app.state
     cell: Cell = server.catalogue.resolve(body.model)
+    asked: Asked = await server.worker.call(
+        lambda: ask(cell, rows(cell), body, question, server.settings.capacity.timeout)
+    )
+    if server.upstream:
+        asked = server.upstream.accept(asked)
+        tokens = server.upstream.answer(asked)
+    else:
+        tokens = server.worker.answer(cell.desk.engine, asked.requests)
+    tokens = server.metrics.watched(cell.id, asked.requests, tokens, request.state.facts)
+    if question and asked.mixture.combiner.finishes_answers:
+        tokens = the_elected(tokens, question, asked.seed)
+    choices = range(len(asked.requests) * body.n)
+    weights = {index: known for index in choices if (known := asked.weights(index // body.n))}
     detail = body.coterie.detail or SHOW_WEIGHTS in request.headers
-
-    async def answered() -> Response:
-        timeout = server.settings.capacity.timeout
-        asked: Asked = await server.worker.call(lambda: ask(cell, rows(cell), body, timeout))
-        if server.upstream:
-            asked = server.upstream.accept(asked)
-        answer = Answer(asked, body, cell, form, detail=detail)
-        answering = (
-            server.upstream.answer(asked) if server.upstream else server.worker.answer(cell.desk.engine, asked.requests)
-        )
-        tokens = server.metrics.watched(cell.id, asked.requests, answering, request.state.facts)
-        if not body.stream:
-            return JSONResponse(await answer.whole(tokens), headers=answer.headers)
-        first = await anext(tokens)  # what is refused, is refused with a status
-        return StreamingResponse(answer.stream(first, tokens), media_type="text/event-stream", headers=answer.headers)
-
-    return await unless_gone(request, answered()) or Response(status_code=CLIENT_GONE)
+    frames = form(
+        body.model,
+        cell.desk.vocabulary,
+        Usage(sum(len(own.prompt.ids) for own in asked.requests)),
+        body.alternatives,
+        usage_chunk=bool(body.stream_options and body.stream_options.include_usage),
+        usage_always=bool(body.stream_options and body.stream_options.continuous_usage_stats),
+        experts=asked.mixture.bank.names if detail else (),
+        weights=weights,
+    )
+    headers = {SHOW_WEIGHTS: json.dumps(weights[0])} if detail and 0 in weights else {}
+    return await send(pieces_of(tokens, frames, asked, body), frames, body, len(choices), headers)
 
 
-class Answer:
-    """The answers to one body, told as its client wants them."""
-
-    def __init__(self, asked: Asked, body: Body, cell: Cell, form: type[Frames], *, detail: bool) -> None:
-        """Begin to answer."""
-        self._draws = body.n
-        self._body = body
-        self._vocabulary = cell.desk.vocabulary
-        self._prompts = [request.prompt.ids for request in asked.requests]
-        self._choices = range(len(asked.requests) * body.n)
-        self._pieces = [Pieces(index, cell.desk.vocabulary) for index in self._choices]
-        weights = {index: known for index in self._choices if (known := asked.weights(index // body.n))}
-        options = body.stream_options
-        self._frames = form(
-            body.model,
-            cell.desk.vocabulary,
-            Usage(sum(len(request.prompt.ids) for request in asked.requests)),
-            body.alternatives,
-            usage_chunk=bool(options and options.include_usage),
-            usage_always=bool(options and options.continuous_usage_stats),
-            experts=asked.mixture.bank.names if detail else (),
-            weights=weights,
-        )
-        self.headers = {IGNORED: ", ".join(body.ignored())} if body.ignored() else {}
-        if detail and 0 in weights:
-            self.headers[SHOW_WEIGHTS] = json.dumps(weights[0])
-
-    async def whole(self, tokens: AsyncGenerator[Token]) -> dict[str, Any]:
-        """Wait for all tokens."""
-        found = [[] for _ in self._choices]
-        async with aclosing(tokens):
-            async for token in tokens:
-                for piece in self._take(token):
-                    found[piece.index].append(piece)
-        return self._frames.whole(found)
-
-    async def stream(self, first: Token, others: AsyncGenerator[Token]) -> AsyncGenerator[bytes]:
-        """Yield frames as tokens come; an error is a frame, too, and the end is always told."""
-        async with aclosing(others):
-            for index in self._choices:
-                yield self._frames.opening(index)
-            yield b"".join(map(self._frames.piece, self._take(first)))
-            try:
-                async for token in others:
-                    yield b"".join(map(self._frames.piece, self._take(token)))
-                yield self._frames.closing()
-            except Exception as error:  # noqa: BLE001 - the status was sent long ago
-                yield self._frames.failed(as_api_error(error).body())
-
-    def _take(self, token: Token) -> list[Piece]:
-        """Return what a token makes certain; before the first one of an answer comes its prompt, if that is wanted."""
-        index, body = token.request * self._draws + token.draw, self._body
-        piece = self._pieces[index].push(token)
-        if token.begun is None:
-            return [piece]
-        if token.draw == 0:
-            self._frames.usage.cached += token.begun.cached
-        if not isinstance(body, CompletionRequest) or not body.echo:
-            return [piece]
-        prompt, ids = body.prompt[token.request], self._prompts[token.request]
-        echoed = echo(index, prompt if isinstance(prompt, str) else None, ids, token.begun.prompt, self._vocabulary)
-        return [echoed, piece] if body.limit != 0 else [echoed._replace(finish_reason="length")]
+async def send(
+    pieces: AsyncGenerator[Piece], frames: Frames, body: Body, choices: int, headers: Mapping[str, str]
+) -> Response:
+    """Send so many answers, frame by frame or all at once, as it was asked."""
+    ignored = {IGNORED: ", ".join(body.ignored())} if body.ignored() else {}
+    if body.stream:
+        first = await anext(pieces)  # what is refused is refused with a status
+        content = frames_of(first, pieces, frames, choices)
+        return StreamingResponse(content, media_type="text/event-stream", headers={**headers, **ignored})
+    answers: list[list[Piece]] = [[] for _ in range(choices)]
+    async with aclosing(pieces):
+        async for piece in pieces:
+            answers[piece.index].append(piece)
+    return JSONResponse(frames.whole(answers), headers={**headers, **ignored})
 
 
-async def unless_gone(request: Request, work: Awaitable[Result]) -> Result | None:
-    """Do something for a client that waits; None when it has gone, and the work was cancelled."""
+async def frames_of(first: Piece, others: AsyncGenerator[Piece], frames: Frames, choices: int) -> AsyncGenerator[bytes]:
+    """Yield frames as pieces come; an error is a frame, too, and the end is always told."""
+    async with aclosing(others):
+        for index in range(choices):
+            yield frames.opening(index)
+        yield frames.piece(first)
+        try:
+            async for piece in others:
+                yield frames.piece(piece)
+            yield frames.closing()
+        except Exception as error:  # noqa: BLE001 - the status was sent long ago
+            yield frames.failed(as_api_error(error).body())
+
+
+async def pieces_of(tokens: AsyncGenerator[Token], frames: Frames, asked: Asked, body: Body) -> AsyncGenerator[Piece]:
+    """Yield what becomes certain of each answer; before its first token comes its prompt, where that is wanted."""
+    answers: dict[int, Pieces] = {}
+    async with aclosing(tokens):
+        async for token in tokens:
+            index = token.request * body.n + token.draw
+            piece = answers.setdefault(index, Pieces(index, frames.vocabulary)).push(token)
+            if token.begun and token.draw == 0:
+                frames.usage.cached += token.begun.cached
+            if token.begun and isinstance(body, CompletionRequest) and body.echo:
+                prompt, ids = body.prompt[token.request], asked.requests[token.request].prompt.ids
+                text = prompt if isinstance(prompt, str) else None
+                echoed = echo(index, text, ids, token.begun.prompt, frames.vocabulary)
+                yield echoed if body.limit != 0 else echoed._replace(finish_reason="length")
+            if body.limit != 0:
+                yield piece
+
+
+async def the_elected(tokens: AsyncGenerator[Token], question: Example, seed: int) -> AsyncGenerator[Token]:
+    """Wait for all answers to a question, let them vote, and yield the tokens of the one that wins."""
+    drawn: dict[int, list[Token]] = {}
+    async with aclosing(tokens):
+        async for token in tokens:
+            drawn.setdefault(token.draw, []).append(token)
+    answers = {draw: completion("", drawn[draw], {}, ()) for draw in sorted(drawn)}
+    winner = elected(question, list(answers.values()), seed)
+    for token in next(drawn[draw] for draw, answer in answers.items() if answer is winner):
+        yield token._replace(draw=0)
+
+
+async def unless_gone(request: Request, work: Awaitable[Result]) -> Result | Response:
+    """Do something for a client that waits; when it has gone, the work is cancelled."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -125,7 +146,7 @@ async def unless_gone(request: Request, work: Awaitable[Result]) -> Result | Non
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
+        return working.result() if working.done() else Response(status_code=CLIENT_GONE)
     finally:
         working.cancel()
         leaving.cancel()

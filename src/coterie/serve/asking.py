@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from coterie.data.batching import TokenRow
+from coterie.data.examples import Example
 from coterie.engine.request import Request
-from coterie.errors import unknown_name
+from coterie.errors import CoterieError, unknown_name
 from coterie.experts.names import BACKBONE
 from coterie.mixture import Mixture
 from coterie.routers.base import Router, Routing
@@ -30,10 +31,12 @@ class Asked:
     Attributes:
         mixture: what answers them.
         requests: one for every prompt.
+        seed: of their answers.
     """
 
     mixture: Mixture
     requests: list[Request]
+    seed: int
 
     def weights(self, prompt: int) -> dict[str, float] | None:
         """Return what the experts weigh for a prompt, together 1; None where its answer's tokens tell it."""
@@ -43,8 +46,8 @@ class Asked:
         return {name: weight for name, weight in routing.normalized().row(0).items() if weight}
 
 
-def ask(cell: Cell, rows: Sequence[TokenRow], body: Body, timeout: float) -> Asked:
-    """Ask for the answers to prompts, which may take so many seconds together.
+def ask(cell: Cell, rows: Sequence[TokenRow], body: Body, question: Example | None, timeout: float) -> Asked:
+    """Ask for the answers to prompts, or to a question, which may take so many seconds together.
 
     Prompts are routed here, so this runs where the base model may be run.
 
@@ -52,12 +55,15 @@ def ask(cell: Cell, rows: Sequence[TokenRow], body: Body, timeout: float) -> Ask
         CoterieError: for what does not fit the mixture.
     """
     mixture = mixed(cell, body.coterie, body.lora)
-    draws = mixture.combiner.draws(SamplingSettings(**body.sampling()), body.n)
+    if question is None and mixture.combiner.finishes_answers:
+        raise CoterieError("combiner 'texts' lets answers to a question vote, so it goes on with no text; ask a chat")
+    settings = SamplingSettings(**body.sampling())
+    draws = mixture.combiner.draws(settings, body.n)
     limits = [room(mixture, row) if body.limit is None else max(1, body.limit) for row in rows]
     deadline = time.monotonic() + timeout
     requests = mixture.requests(rows, limits, draws)
     also = {"deadline": deadline, "prompt_logprobs": body.prompt_alternatives}
-    return Asked(mixture, [replace(request, **also) for request in requests])
+    return Asked(mixture, [replace(request, **also) for request in requests], settings.seed)
 
 
 def mixed(cell: Cell, wanted: CoterieField, lora: Sequence[AdapterScale] | None = None) -> Mixture:

@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from coterie.serve.answering import respond
+from coterie.serve.answering import respond, unless_gone
 from coterie.serve.frames import ChatFrames
 from coterie.serve.schemas import ChatRequest, conversation
 
@@ -13,5 +13,6 @@ routes = APIRouter()
 @routes.post("/v1/chat/completions", response_model=None)
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation, as OpenAI's API has it."""
-    example = conversation(body.messages)
-    return await respond(request, body, lambda cell: cell.mixture.tokens(example), ChatFrames)
+    question = conversation(body.messages)
+    work = respond(request, body, ChatFrames, lambda cell: cell.mixture.tokens(question), question)
+    return await unless_gone(request, work)

@@ -5,7 +5,7 @@ from fastapi.responses import Response
 
 from coterie.data.batching import TokenRow
 from coterie.errors import CoterieError
-from coterie.serve.answering import respond
+from coterie.serve.answering import respond, unless_gone
 from coterie.serve.catalogue import Cell
 from coterie.serve.frames import CompletionFrames
 from coterie.serve.schemas import CompletionRequest
@@ -16,9 +16,8 @@ routes = APIRouter()
 @routes.post("/v1/completions", response_model=None)
 async def complete(body: CompletionRequest, request: Request) -> Response:
     """Go on with texts, as OpenAI's API has it."""
-    return await respond(
-        request, body, lambda cell: [as_it_stands(cell, prompt) for prompt in body.prompt], CompletionFrames
-    )
+    work = respond(request, body, CompletionFrames, lambda cell: [as_it_stands(cell, one) for one in body.prompt])
+    return await unless_gone(request, work)
 
 
 def as_it_stands(cell: Cell, prompt: str | list[int]) -> TokenRow:

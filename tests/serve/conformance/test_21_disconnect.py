@@ -98,4 +98,4 @@ def test_a_client_that_leaves_while_others_are_answered_takes_nobody_along(serve
     steps.allow(10_000)
     staying.join()
     assert found in (["length"], ["stop"])
-    wait_for(lambda: steps.engine.load == (0, 0, 0.0))
+    wait_for(lambda: steps.engine.load[:3] == (0, 0, 0.0))
