@@ -52,6 +52,11 @@ SAMPLINGS = {
     "speculating": SamplingSettings(speculate="lookup"),
     "speculating, penalised": SamplingSettings(speculate="lookup", repetition_penalty=1.2, logit_bias={3: 1}),
 }
+MODELS = {
+    "base": SamplingSettings(speculate="base", temperature=0.7),
+    "merged": SamplingSettings(speculate="merged", repetition_penalty=1.2),
+    "blocks:1": SamplingSettings(speculate="blocks:1"),
+}
 IDENTITY = BaseModelIdentity("tiny", None, "x")
 
 
@@ -84,9 +89,10 @@ PROPOSED: list[int] = []
 def rehearse() -> dict[str, list[list[str]]]:
     """What the host waits for, by case and step."""
     pretend_gpu.set_up()
-    tiny.LAYERS = 1
     gpu = pretend_gpu.PretendGpu()
     tokenizer = tiny.make_tokenizer()
+    two_blocks = tiny.make_model(len(tokenizer)).eval().requires_grad_(False)
+    tiny.LAYERS = 1
     model = tiny.make_model(len(tokenizer)).eval().requires_grad_(False)
     shapes = {path: shape for path, shape in linear_shapes(model).items() if path != "lm_head"}
     adapters = [
@@ -100,6 +106,8 @@ def rehearse() -> dict[str, list[list[str]]]:
         backbone = Backbone(model, tokenizer, IDENTITY)
         found |= decoding(gpu, backbone, adapters)
         found |= routing(gpu, backbone, adapters)
+        two_blocks.to(pretend_gpu.DEVICE)
+        found |= proposing(gpu, Backbone(two_blocks, tokenizer, IDENTITY), adapters)
         peft.to(pretend_gpu.DEVICE)
         trained = Backbone(on_cpu.model, tokenizer, IDENTITY)
         found["a training step"] = training(gpu, trained, peft)
@@ -132,6 +140,17 @@ def decoding(gpu, backbone, adapters) -> dict[str, list[list[str]]]:
     with gpu.waits() as waits:
         score_votes(backbone, layers, NAMES, [row(6, 3), row(5, 2)], torch.ones(2, 2, 3), "")
     return found | {"scoring two texts under two votes": [waits]}
+
+
+def proposing(gpu, backbone, adapters) -> dict[str, list[list[str]]]:
+    """Steps with tokens that cheaper models propose; the experts change the first block alone."""
+    layers, even, found = ExpertLayers(backbone.model, adapters), Routing(NAMES, torch.ones(1, len(NAMES))), {}
+    for name, sampling in MODELS.items():
+        PROPOSED.clear()
+        requests = [Request(row(n), even, make_combiner("logits"), 6, (sampling,)) for n in (7, 9)]
+        found[f"proposed by {name}"] = engine_steps(gpu, Engine(backbone, layers), requests)
+        assert any(PROPOSED), name
+    return found
 
 
 def routing(gpu, backbone, adapters) -> dict[str, list[list[str]]]:

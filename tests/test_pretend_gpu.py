@@ -10,12 +10,14 @@ import pytest
 from coterie.combiners.table import COMBINERS
 from coterie.features.projection import PROJECTIONS
 from coterie.routers.table import ROUTERS
-from rehearsal import SAMPLINGS
+from rehearsal import MODELS, SAMPLINGS
 
 CHOICE = "to host engine/sampling.py:choose"
 """The tokens of a step with all that is told of them."""
 GATES = "to host backbone/gates.py:mean"
 """What gates have weighed on average: once a piece of prompts, behind which routing tells it."""
+PROPOSED = "to host engine/proposing.py:_draft"
+"""All tokens that a cheaper model proposes for the answers of a step."""
 EMBEDDING, GRADIENT = "to host features/embedding.py:means", "to host features/growing_text.py:__call__"
 """Features of a batch of prompts."""
 BATCH = "to device elsewhere"
@@ -27,6 +29,7 @@ WAITS = {
     "gates top-None": {(GATES, CHOICE), (CHOICE,)},
     "re-routing, keep": {(EMBEDDING, CHOICE), (CHOICE,)},
     "re-routing, recompute": {(EMBEDDING, CHOICE), (CHOICE,)},
+    **{f"proposed by {name}": {(CHOICE,), (PROPOSED, CHOICE)} for name in MODELS},
     "scoring two texts under two votes": {("to host engine/scoring.py:on_host",)},
     **{f"gradient features, {projection}": {()} for projection in PROJECTIONS},
     "a training step": {(BATCH,) * 7},

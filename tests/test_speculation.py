@@ -1,14 +1,22 @@
 """Speculation changes no token: proposals, how many of them pay, and answers with and without."""
 
+import copy
 import random
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coterie.engine import speculation
+from coterie.backbone.slots import Slots
+from coterie.engine import proposing as proposals
+from coterie.engine.engine import Engine
+from coterie.engine.proposing import first_blocks
 from coterie.engine.speculation import LENGTHS, Drafting, PassCosts, PromptLookup, draft_length
-from helpers import same_answers
+from coterie.errors import CoterieError
+from coterie.routers.fixed import one_hot
+from coterie.settings.sampling import SamplingSettings
+from helpers import close, same_answers
 
 few = settings(max_examples=60, deadline=None)
 TEXTS = st.lists(st.integers(0, 3), max_size=40)
@@ -122,7 +130,7 @@ class Knowing:
 def proposing(monkeypatch):
     """Speculation that proposes right and wrong tokens, of any number at any time, whatever they cost."""
     chance = random.Random(0)
-    monkeypatch.setattr(speculation, "draft_length", lambda chances, cost: chance.choice(LENGTHS))
+    monkeypatch.setattr(proposals, "draft_length", lambda chances, cost: chance.choice(LENGTHS))
     monkeypatch.setattr(Knowing, "answers", {})
     plain = Drafting.__init__
     monkeypatch.setattr(Drafting, "__init__", lambda self, **given: plain(self, **{"proposer": Knowing(), **given}))
@@ -188,3 +196,126 @@ def test_a_look_up_in_a_text_that_repeats_itself_is_right(mixture, monkeypatch):
     proposed, right = found.speculated
     assert right >= 20 and found.record()["speculation"] == {"proposed": proposed, "accepted": right}
     assert "speculation" not in plain.record()
+
+
+# ------------------------------------------------------------------------------------------------------ cheaper models
+
+
+MODELS = ["base", "merged", "blocks:1"]
+
+
+@pytest.fixture
+def any_length(monkeypatch):
+    """Proposals of any number at any time, whatever they cost."""
+    chance = random.Random(0)
+    monkeypatch.setattr(proposals, "draft_length", lambda chances, cost: chance.choice(LENGTHS))
+
+
+def check_model(mixture, proposer, **options):
+    """The same answers, whatever a model proposes; how many tokens it proposed, and how many were right."""
+    plain = mixture.generate(PROMPTS, batch_size=3, **options)
+    found = mixture.generate(PROMPTS, batch_size=3, speculate=proposer, **options)
+    same_answers(found, plain)
+    assert [(one.text, one.finish_reason) for one in found] == [(one.text, one.finish_reason) for one in plain]
+    return [sum(counts) for counts in zip(*(one.speculated for one in found), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("proposer", "sampling"),
+    [*(("merged", name) for name in SAMPLINGS), ("base", "sampled with all"), ("blocks:1", "sampled with all")],
+)
+def test_no_model_that_proposes_changes_a_token(mixture, any_length, proposer, sampling):
+    proposed, right = check_model(mixture, proposer, max_new_tokens=20, **SAMPLINGS[sampling])
+    assert proposed > 0
+    assert right > 0 or proposer == "blocks:1"
+
+
+@pytest.mark.parametrize("proposer", MODELS)
+def test_models_propose_under_gates_across_reroutings_and_for_several_draws(mixture, grid, any_length, proposer):
+    assert check_model(grid.cell("mole"), proposer, max_new_tokens=12, temperature=0.8)[0]
+    assert check_model(mixture.rerouted(4, combiner="layers"), proposer, max_new_tokens=14)[0]
+    assert check_model(mixture, proposer, max_new_tokens=12, temperature=1.0, n=3)[0]
+
+
+@pytest.mark.parametrize(
+    ("proposer", "sampling"), [("base", "greedy with penalties"), ("merged", "sampled with all"), ("base", "sampled")]
+)
+def test_a_model_that_is_the_mixture_is_always_right(mixture, any_length, proposer, sampling):
+    """It chooses with the same noise, penalties and limits, however many of its tokens are taken at a time."""
+    alone = mixture.replace(router=one_hot("base", mixture.bank.names))
+    proposed, right = check_model(alone, proposer, max_new_tokens=24, **SAMPLINGS[sampling])
+    assert proposed == right > 20
+
+
+def test_first_blocks_give_what_a_model_of_these_blocks_gives(backbone):
+    shorter = copy.deepcopy(backbone.model)
+    del shorter.model.layers[1:]
+    ids = torch.arange(14).view(2, 7)
+    with torch.no_grad():
+        wanted = shorter.model(input_ids=ids, use_cache=False).last_hidden_state
+        with first_blocks(backbone, 1):
+            found = backbone.hidden(ids)
+        assert not torch.allclose(backbone.hidden(ids), wanted, atol=1e-3)
+    close(found, wanted)
+
+
+@pytest.mark.parametrize(("right", "verifying", "drafting", "gain"), [(2.6, 2.5, 0.40, 0.88), (2.6, 2.5, 0, 1.44)])
+def test_a_model_proposes_where_the_formula_says_that_it_pays(right, verifying, drafting, gain):
+    """Measured with nine experts: (a + 1) / (k c + v), four tokens by the base adapter, and by nobody at all."""
+    chance = next(a / 1000 for a in range(1000) if sum((a / 1000) ** n for n in range(1, 5)) >= right)
+    assert (right + 1) / (4 * drafting + verifying) == pytest.approx(gain, abs=0.01)
+    found = draft_length([(chance, 4)], lambda size: 1.0 if size == 1 else verifying + drafting * (size - 1))
+    assert (found > 0) == (gain > 1)
+
+
+def test_proposed_tokens_cost_what_was_measured():
+    costs = PassCosts()
+    assert costs.of_drafts("base", 1, 9) == 0.3  # a guess, so that it is tried
+    costs.note_drafts("base", 1, 0.1)
+    costs.note(9, 1, 0.2)
+    assert costs.of_drafts("base", 1, 9) == pytest.approx(0.5)
+    assert costs.of_drafts("blocks:2", 1, 9) == costs.of_drafts("base", 8, 9) == 0.3
+    for _ in range(100):
+        costs.note(9, 1, 0.2)
+    assert costs.of_drafts("base", 1, 9) == 0.3  # which may have been a mistake
+
+
+def test_a_model_that_costs_too_much_is_asked_once(mixture, monkeypatch):
+    noted = []
+    monkeypatch.setattr(PassCosts, "note_drafts", lambda self, *own: noted.append(own))
+    monkeypatch.setattr(PassCosts, "of", lambda self, rows, size: 1.0)
+    monkeypatch.setattr(PassCosts, "of_drafts", lambda self, *own: 9.0 if noted else 0.1)
+    assert check_model(mixture, "base", max_new_tokens=20)[0] > 0
+    assert len(noted) == 1
+
+
+def test_a_model_that_fails_costs_its_proposals_alone(mixture, any_length, monkeypatch):
+    monkeypatch.setattr(proposals.Proposing, "_draft", lambda *given: 1 / 0)
+    assert check_model(mixture, "merged", max_new_tokens=12) == [0, 0]
+
+
+def test_the_row_of_a_model_is_in_the_budget(mixture):
+    rows = mixture.tokens(PROMPTS[:1])
+
+    def asked(speculate, count):
+        settings = [SamplingSettings(speculate=speculate)]
+        size = Slots(mixture.backbone).bytes_for(count, len(rows[0].ids) + 7)
+        engine = Engine(mixture.backbone, mixture.layers, Slots(mixture.backbone, size))
+        return engine, mixture.requests(rows, [8], settings)[0]
+
+    experts = len(mixture.bank.names)
+    engine, request = asked("base", experts)
+    with pytest.raises(CoterieError, match=f"the cache of {experts + 1} rows"):
+        engine.submit(request)
+    engine, request = asked("base", experts + 1)
+    assert len(list(engine.run([request]))) > 1
+    engine, request = asked("off", experts)
+    assert len(list(engine.run([request]))) > 1
+    assert engine._reader.slots.claimed == 0  # nor is anything of a model left
+
+
+def test_a_proposer_that_there_is_not_is_refused(mixture):
+    with pytest.raises(CoterieError, match=r"blocks:2: the base model has 2 blocks; .* such as blocks:1"):
+        mixture.generate(PROMPTS, speculate="blocks:2")
+    with pytest.raises(CoterieError, match="give off, lookup, base, merged or blocks:K"):
+        mixture.generate(PROMPTS, speculate="blocks:0")

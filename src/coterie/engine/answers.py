@@ -1,7 +1,7 @@
 """The answers that an engine writes, and what is done for several of them at once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -38,12 +38,12 @@ class Answer:
         sampled: how its tokens are chosen, and those that were.
         stream: its text as far as it is certain.
         begun: when it joined, and what was known of its prompt.
+        drafting: what is proposed for it, and how good that was.
         draw: which of the request's answers it is.
         shares: what the experts weigh, where weights change while it is written.
         followed: what is known of the text to whoever weighs the experts again.
         known: tokens whose states are known there.
         is_due: the experts are to be weighed again before anything else is read.
-        drafting: what is proposed for it, and how good that was.
     """
 
     handle: int
@@ -52,12 +52,12 @@ class Answer:
     sampled: SampledText
     stream: TextStream
     begun: Begun
+    drafting: Drafting
     draw: int = 0
     shares: tuple[float, ...] | None = None
     followed: Any = None
     known: int = 0
     is_due: bool = False
-    drafting: Drafting = field(default_factory=Drafting)
 
     @property
     def written(self) -> int:

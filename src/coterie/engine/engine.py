@@ -27,11 +27,12 @@ from coterie.backbone.slots import Slots
 from coterie.data.devices import on_device
 from coterie.engine.answers import Answer, Waiting, begin, by_rerouting, padded_drafts, planned, weigh
 from coterie.engine.prompt_logprobs import score_prompt
+from coterie.engine.proposing import Proposing
 from coterie.engine.reading import Reader
 from coterie.engine.request import Begun, Failure, FinishReason, Load, Request, Rerouting, Token
 from coterie.engine.sampling import BatchSampler, Chosen, check_biases
 from coterie.engine.sampling_stages import SampledText
-from coterie.engine.speculation import Drafting, Speculation
+from coterie.engine.speculation import Drafting
 from coterie.engine.text import TextStream
 from coterie.errors import CoterieError
 
@@ -77,7 +78,7 @@ class Engine:
         self._answers: list[Answer] = []
         self._failures: list[Failure] = []
         self._sampler = BatchSampler()
-        self._speculation = Speculation()
+        self._proposing = Proposing(self._reader, self._longest, chunk)
         self._lock = threading.Lock()
 
     # ------------------------------------------------------------------------------------------------ from outside
@@ -99,7 +100,7 @@ class Engine:
         self._asked += 1
         if self._asked % RECOUNTED == 1:
             self._reader.slots.recount()
-        self._reader.slots.fits(len(plan.votes) * len(request.draws), self._reach(request))
+        self._reader.slots.fits(self._proposing.rows(request, plan) * len(request.draws), self._reach(request))
         handle = next(self._handles)
         with self._owned():
             self._waiting.append(Waiting(handle, request, plan))
@@ -135,7 +136,7 @@ class Engine:
             self._admit()
             self._weigh_again()
             writing = [answer for answer in self._answers if answer.text.unread == 1]
-            started, size = time.perf_counter(), self._propose(writing)
+            size, started = self._proposing(writing), time.perf_counter()
             passes = self._read(dict.fromkeys(writing, 1))
             try:
                 chunk = self._read(self._next_chunk())
@@ -145,7 +146,7 @@ class Engine:
                 chunk = []
             tokens = self._choose([*passes, *chunk])
             if len(passes) == 1 and not chunk:
-                self._speculation.costs.note(*size, time.perf_counter() - started)
+                self._proposing.costs.note(*size, time.perf_counter() - started)
             failures, self._failures = self._failures, []
             return [*tokens, *failures]
 
@@ -181,7 +182,8 @@ class Engine:
             stream = TextStream(self._backbone.tokenizer, request.draws[0].stop)
             sampled = SampledText(request.draws[0], request.prompt.ids)
             begun = Begun(time.monotonic(), text.read)
-            joined.append(Answer(handle, request, text, sampled, stream, begun, known=len(text.ids)))
+            drafting = Drafting.by(request.draws[0].speculate)
+            joined.append(Answer(handle, request, text, sampled, stream, begun, drafting, known=len(text.ids)))
             self._answers.append(joined[-1])
         for rerouting, group in by_rerouting(joined):
             for answers, texts in self._apart(group, partial(begin, rerouting)):
@@ -190,12 +192,13 @@ class Engine:
 
     def _has_room(self, waiting: Waiting) -> bool:
         """Tell whether a request can join now; what those that joined will still take is counted."""
-        draws, rows = len(waiting.request.draws), len(waiting.plan.votes)
+        draws, rows = len(waiting.request.draws), self._proposing.rows(waiting.request, waiting.plan)
         to_part = [own for own in self._answers if not own.written]
         taken = len(self._answers) + sum(len(own.request.draws) - 1 for own in to_part)
         if taken and taken + draws > self._places:
             return False
-        rows_to_come = sum((len(own.request.draws) - 1) * len(own.text.rows) for own in to_part)
+        rows_to_come = sum(len(own.request.draws) * self._proposing.rows(own.request, own.text.plan) for own in to_part)
+        rows_to_come -= sum(len(own.text.rows) for own in to_part) - self._proposing.unclaimed(self._answers)
         with suppress(CoterieError):  # one that could never join was refused when it came
             return self._reader.slots.fits(rows * draws + rows_to_come, self._reach(waiting.request))
         return False
@@ -239,30 +242,13 @@ class Engine:
     def _leave(self, answer: Answer) -> None:
         """Free an answer's place for the last one, whose rows of the cache may have to move then, and no others."""
         self._reader.close(answer.text)
+        self._proposing.forget(answer)
         place = self._answers.index(answer)
         last = self._answers.pop()
         if last is not answer:
             self._answers[place] = last
 
     # ------------------------------------------------------------------------------------------------ reading
-
-    def _propose(self, answers: Sequence[Answer]) -> tuple[int, int]:
-        """Put proposals behind the texts of answers; return the rows of a pass over them, and the tokens of each."""
-        rows = sum(len(answer.text.rows) for answer in answers)
-        texts = [(answer.drafting, answer.text.ids, self._most_drafts(answer)) for answer in answers]
-        found = self._speculation.propose(texts, rows)
-        for answer, drafts in zip(answers, found, strict=True):
-            answer.text.drafts = drafts
-        return rows, 1 + max(map(len, found), default=0)
-
-    def _most_drafts(self, answer: Answer) -> int:
-        """Return how many tokens may be proposed: fewer than the answer or its present weights have left."""
-        if answer.sampled.settings.speculate == "off" or not self._reader.can_speculate:
-            return 0
-        left = min(answer.request.limit - answer.written, self._longest - len(answer.text.ids))
-        if isinstance(rerouting := answer.request.routing, Rerouting):
-            left = min(left, rerouting.every - answer.written % rerouting.every)
-        return int(left) - 1
 
     def _weigh_again(self) -> None:
         """Renew the weights of all answers that are due for it, those together that are weighed by the same."""
@@ -365,8 +351,9 @@ class Engine:
         found = [answer]
         for draw, settings in enumerate([] if answer.written else answer.request.draws[1:], start=1):
             stream = TextStream(self._backbone.tokenizer, settings.stop)
-            own = {"draw": draw, "stream": stream, "sampled": answer.sampled.fork(settings), "drafting": Drafting()}
-            found.append(replace(answer, text=self._reader.fork(answer.text), **own))
+            own = {"draw": draw, "stream": stream, "sampled": answer.sampled.fork(settings)}
+            drafting = Drafting.by(settings.speculate)
+            found.append(replace(answer, text=self._reader.fork(answer.text), drafting=drafting, **own))
         self._answers += found[1:]
         return found
 

@@ -18,7 +18,7 @@ from coterie.backbone.slots import Slots
 from coterie.data.devices import on_device
 from coterie.engine.row_keys import row_keys
 
-MIXES_KEPT = 2  # that of the requests that write, and that of those whose prompts are being read
+MIXES_KEPT = 3  # of the requests that write, of those whose prompts are being read, and of what proposes tokens
 
 
 @dataclass(eq=False)
@@ -206,14 +206,8 @@ class Reader:
         filled = torch.tensor([[*piece, *[self.backbone.pad_id] * (longest - len(piece))] for piece in pieces])
         tokens = on_device(filled.repeat_interleave(torch.tensor(sizes), dim=0), self.backbone.device)
         lengths = [len(piece) for piece, size in zip(pieces, sizes, strict=True) for _ in range(size)]
-        plan, watch = self.planned(texts), _GateWatch(lengths, tokens.device) if watch_gates else None
-
-        def running(places: Sequence[int]) -> AbstractContextManager[None]:
-            mix = plan.mix if len(places) == len(lengths) else self.layers.mix([plan.row(place) for place in places])
-            return self.layers.running(mix, None if watch is None else watch.of(places))
-
-        rows = [row for text in texts for row in text.rows]
-        hidden = self.slots.read(rows, tokens, None if min(lengths) == longest else lengths, running)
+        watch = _GateWatch(lengths, tokens.device) if watch_gates else None
+        hidden = self._read(texts, tokens, None if min(lengths) == longest else lengths, watch)
         self.tokens += sum(map(len, pieces))
         starts = itertools.accumulate([0, *sizes])
         weighed = None if watch is None else watch.means()[:, : len(self.layers.adapters)]  # merged ones come behind
@@ -224,6 +218,29 @@ class Reader:
                 text.gate_weights = before.lerp(own, count / (text.read + count))
             text.read += count
         return [own[:, : len(piece)] for own, piece in zip(hidden.split(sizes), pieces, strict=True)]
+
+    @torch.inference_mode()
+    def read_on(self, texts: Sequence[Text], tokens: Int[Tensor, "text 1"]) -> Float[Tensor, "text 1 width"]:
+        """Read one further token of texts of one row each, which the host need not know."""
+        hidden = self._read(texts, tokens)
+        for text in texts:
+            text.read += 1
+        return hidden
+
+    def _read(
+        self,
+        texts: Sequence[Text],
+        tokens: Int[Tensor, "row position"],
+        lengths: Sequence[int] | None = None,
+        watch: "_GateWatch | None" = None,
+    ) -> Float[Tensor, "row position width"]:
+        plan, rows = self.planned(texts), [row for text in texts for row in text.rows]
+
+        def running(places: Sequence[int]) -> AbstractContextManager[None]:
+            mix = plan.mix if len(places) == len(rows) else self.layers.mix([plan.row(place) for place in places])
+            return self.layers.running(mix, None if watch is None else watch.of(places))
+
+        return self.slots.read(rows, tokens, lengths, running)
 
 
 class _GateWatch:

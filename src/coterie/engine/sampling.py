@@ -47,7 +47,7 @@ class BatchSampler:
     def __init__(self) -> None:
         """Know no texts yet."""
         self._texts: list[SampledText] = []
-        self._step: _Step | None = None
+        self._step: Step | None = None
 
     @torch.inference_mode()
     def choose(self, texts: Sequence[SampledText], logits: Logits, drafts: Drafts | None = None) -> list[list[Chosen]]:
@@ -62,7 +62,7 @@ class BatchSampler:
             For every text the drafts that were right and one token more: what one step after the other chooses.
         """
         if self._step is None or list(map(id, texts)) != list(map(id, self._texts)):
-            self._step, self._texts = _Step(texts, logits), list(texts)
+            self._step, self._texts = Step(texts, logits), list(texts)
         ids, right = self._step.choose(logits, drafts)
         logprobs = logits.log_softmax(dim=-1)
         chosen = logprobs.gather(2, ids[..., None]).squeeze(2)
@@ -92,7 +92,7 @@ def _floats(bits: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
     return bits.contiguous().view(torch.float32)
 
 
-class _Step:
+class Step:
     """What a step does for requests that stay the same from one to the next."""
 
     def __init__(self, texts: Sequence[SampledText], logits: Logits) -> None:

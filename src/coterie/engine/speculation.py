@@ -10,9 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+from coterie.engine.reading import Text
+
 LENGTHS = (0, 1, 2, 3, 5, 8, 12)
 """How many tokens are proposed at once; few sizes, so that each is soon known to pay or not."""
+FREE = ("off", "lookup")
+"""Ways to propose that need no model."""
 GUESS = 0.2  # what a further token of each row adds to a pass that has not been measured, in passes
+DRAFTED = 0.3  # what a token by a cheaper model takes that has not been measured, in passes
 ALONE = 4.0  # what the second token of a lone row adds: on CPUs a product of one row is a cheap form of its own
 TRIED_AGAIN = 100  # passes over one token after which the cost of others is measured anew
 KEPT_COSTS = 9  # the least of the last ones counts, since other work on the machine only adds to it
@@ -65,12 +70,21 @@ class Drafting:
         right: how many of the last ones were right, earlier ones counting less.
         checked: how many there were, in the same way.
         proposed: the last ones, verified or not.
+        text: what a cheaper model has read, where one proposes.
+        is_given_up: the model has failed, so that it is not asked again.
     """
 
     proposer: Proposer = field(default_factory=PromptLookup)
     right: float = 0.2
     checked: float = 2.0
     proposed: list[int] = field(default_factory=list)
+    text: Text | None = None
+    is_given_up: bool = False
+
+    @classmethod
+    def by(cls, proposer: str) -> "Drafting":
+        """Begin with as much trust in a model as makes it be tried; what is free proves itself unverified."""
+        return cls() if proposer in FREE else cls(right=1.4)
 
     @property
     def chance(self) -> float:
@@ -92,6 +106,7 @@ class PassCosts:
     def __init__(self) -> None:
         """Know nothing yet."""
         self._seconds: dict[tuple[int, int], deque[float]] = {}
+        self._drafts: dict[tuple[str, int], deque[float]] = {}
         self._plain = 0
 
     def note(self, rows: int, positions: int, seconds: float) -> None:
@@ -100,6 +115,16 @@ class PassCosts:
         self._plain += positions == 1
         if self._plain > TRIED_AGAIN:
             self._plain, self._seconds = 0, {key: own for key, own in self._seconds.items() if key[1] == 1}
+            self._drafts.clear()
+
+    def note_drafts(self, proposer: str, rows: int, seconds: float) -> None:
+        """Take in what each token took that a cheaper model has proposed, for so many texts at once."""
+        self._drafts.setdefault((proposer, rows.bit_length()), deque(maxlen=KEPT_COSTS)).append(seconds)
+
+    def of_drafts(self, proposer: str, texts: int, rows: int) -> float:
+        """Return what a proposed token takes for so many texts, in passes over one token of so many rows."""
+        own, plain = self._drafts.get((proposer, texts.bit_length())), self._seconds.get((rows.bit_length(), 1))
+        return min(own) / min(plain) if own and plain else DRAFTED
 
     def of(self, rows: int, positions: int) -> float:
         """Return what a pass takes, in passes over one token a row.
@@ -134,26 +159,3 @@ def draft_length(chances: Sequence[tuple[float, int]], cost: Callable[[int], flo
         return tokens / cost(length + 1)
 
     return max(LENGTHS, key=gain)
-
-
-class Speculation:
-    """Proposes as many tokens for texts as pay, by what passes over all of them cost and how good proposals were."""
-
-    def __init__(self) -> None:
-        """Know nothing yet."""
-        self.costs = PassCosts()
-
-    def propose(self, texts: Sequence[tuple[Drafting, Sequence[int], int]], rows: int) -> list[list[int]]:
-        """Return what is proposed for each text, given its tokens and how many of them it may have.
-
-        Args:
-            texts: of each, what was proposed so far, its tokens, and the most that may be proposed.
-            rows: of a pass over all of them.
-        """
-        for drafting, ids, most in texts:
-            drafting.proposed = drafting.proposer.propose(ids, min(most, LENGTHS[-1])) if most > 0 else []
-        chances = [(drafting.chance, len(drafting.proposed)) for drafting, _, _ in texts]
-        if not any(most for _, most in chances):
-            return [[] for _ in texts]
-        length = draft_length(chances, lambda positions: self.costs.of(rows, positions))
-        return [drafting.proposed[:length] for drafting, _, _ in texts]

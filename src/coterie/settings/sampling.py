@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -26,6 +26,12 @@ def _check_biases(given: list[str]) -> list[str]:
             raise ValueError(f"the bias of token {token} lies between -100 and 100")
     if len({text.partition("=")[0].lstrip("0") for text in given}) < len(given):
         raise ValueError("a token has one bias; give each id once")
+    return given
+
+
+def _check_proposer(given: str) -> str:
+    if not re.fullmatch(r"off|lookup|base|merged|blocks:[1-9]\d{0,3}", given, re.ASCII):
+        raise ValueError("give off, lookup, base, merged or blocks:K, such as blocks:8")
     return given
 
 
@@ -57,9 +63,10 @@ class SamplingSettings(Settings):
         0, ge=0, le=MOST_TOP_LOGPROBS, description="likeliest tokens that are shown beside each one of an answer"
     )
 
-    speculate: Literal["lookup", "off"] = Field(
+    speculate: Annotated[str, AfterValidator(_check_proposer)] = Field(
         "off",
-        description="propose what followed the same tokens before, where verifying it pays; answers stay the same",
+        description="propose tokens where verifying them pays; answers stay the same. lookup: what followed the same "
+        "tokens before; base: the base adapter's; merged: those of all experts in one; blocks:K: of its first K blocks",
     )
 
     def biases(self) -> dict[int, float]:
