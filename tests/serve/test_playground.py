@@ -166,7 +166,7 @@ def test_all_of_it_is_reached_by_the_keyboard_alone(opened):
         if focused == "question":
             break
     assert [name for name in reached if name] == [
-        "key", "theme", "compare", "model", "combiner", "top_k", "temperature", "max_tokens", *EXPERTS, "question",
+        "key", "theme", "compare", "model", "combiner", "top_k", "every", "temperature", "max_tokens", *EXPERTS, "question",
     ]  # fmt: skip
     page.keyboard.type("Say: done")
     page.keyboard.press("Enter")

@@ -57,14 +57,13 @@ export class Answer {
   // Add a token's text to the run of its leading expert. A text may be empty: a character can take several tokens.
   add(text, weights) {
     this.text += text;
-    const first = !this.tokens.length;
     const place = this.tokens.length;
-    const span = element("span", { class: "token" }, text);
+    const span = text && weights ? element("span", { class: "token" }, text) : null;
     this.tokens.push({ span, weights });
-    if (!weights) return this.words.append(text);
+    if (!span) return this.words.append(text);
     const name = leader(weights);
     const words = `token ${place + 1}: ${inWords(weights)}`;
-    for (const [attribute, value] of Object.entries({ "data-weights": words, "aria-description": words, tabindex: first ? 0 : -1 })) span.setAttribute(attribute, value);
+    for (const [attribute, value] of Object.entries({ "data-weights": words, "aria-description": words, tabindex: this.run ? -1 : 0 })) span.setAttribute(attribute, value);
     for (const event of ["pointerenter", "focus"]) span.addEventListener(event, () => this.bars.show(weights, `Weights of token ${place + 1}`));
     for (const event of ["pointerleave", "blur"]) span.addEventListener(event, () => this.showMean());
     span.addEventListener("click", () => span.focus());
@@ -77,7 +76,7 @@ export class Answer {
 
   // Arrow keys, Home and End go from token to token; the answer is one stop of the Tab key.
   walk(event) {
-    const spans = this.tokens.filter((token) => token.weights).map((token) => token.span);
+    const spans = this.tokens.map((token) => token.span).filter(Boolean);
     const place = spans.indexOf(document.activeElement);
     const next = { ArrowRight: place + 1, ArrowLeft: place - 1, Home: 0, End: spans.length - 1 }[event.key];
     if (place < 0 || next === undefined || !spans[next]) return;

@@ -13,13 +13,17 @@ export class Setting {
     this.model = element("select", { "data-field": "model", change: () => this.choose() }, ...grouped(models));
     this.combiner = element("select", { "data-field": "combiner", change: changed });
     this.top = element("input", { type: "number", min: 1, step: 1, placeholder: "all", "data-field": "top_k", input: changed });
+    this.every = element("input", { type: "number", min: 1, step: 1, placeholder: "never", "data-field": "every", input: changed });
     this.temperature = element("input", { type: "number", min: 0, max: 2, step: 0.1, value: 0, "data-field": "temperature", input: changed });
     this.limit = element("input", { type: "number", min: 1, step: 1, value: 256, "data-field": "max_tokens", input: changed });
     this.list = element("ul", { class: "sliders" });
     this.state = element("p", { class: "caption" });
     this.giveBack = element("button", { type: "button", hidden: true, click: () => this.release() }, "Let the router weigh");
     this.weighing = element("fieldset", {}, element("legend", {}, "Weights"), this.state, this.list, this.giveBack);
-    this.mixing = element("div", { class: "fields" }, field("Combiner", this.combiner), field("Top experts", this.top));
+    this.mixing = element(
+      "div", { class: "fields" },
+      field("Combiner", this.combiner), field("Top experts", this.top), field("Weigh again every … tokens", this.every),
+    );
     this.summary = element("span", { class: "summary" });
     const sampling = element("div", { class: "fields" }, field("Temperature", this.temperature), field("Tokens at most", this.limit));
     this.element = element(
@@ -35,16 +39,18 @@ export class Setting {
   }
 
   get mixes() {
-    return (this.entry.coterie?.experts ?? []).length > 1;
+    return ["mixture", "method"].includes(this.entry.coterie?.kind);
   }
 
   // Show what the chosen model can do.
   choose() {
-    const { router, combiner, combiners = [], experts = [] } = this.entry.coterie ?? {};
+    const { router, combiner, combiners = [], reroutes } = this.entry.coterie ?? {};
+    const experts = this.mixes ? this.entry.coterie.experts : [];
     this.mixing.hidden = this.weighing.hidden = !this.mixes;
     this.combiner.replaceChildren(element("option", { value: "" }, combiner ?? "as fitted"));
     this.combiner.append(...combiners.filter((name) => name !== combiner).map((name) => element("option", { value: name }, name)));
     this.top.max = experts.length;
+    this.every.placeholder = reroutes ? "as fitted" : "never";
     this.router = router;
     this.sliders.clear();
     this.list.replaceChildren(...experts.map((name) => this.slider(name)));
@@ -100,7 +106,7 @@ export class Setting {
   // Why this cannot be asked, or null.
   get obstacle() {
     if (this.own && !Object.keys(this.weights).length) return `Setting ${this.letter}: all weights are 0. Give one expert a weight above 0.`;
-    const wrong = [this.top, this.temperature, this.limit].find((input) => !input.checkValidity());
+    const wrong = [this.top, this.every, this.temperature, this.limit].find((input) => !input.checkValidity());
     return wrong ? `Setting ${this.letter}: ${wrong.validationMessage}` : null;
   }
 
@@ -111,6 +117,7 @@ export class Setting {
       ...(this.combiner.value && { combiner: this.combiner.value }),
       ...(this.own && { weights: this.weights }),
       ...(this.top.value && !this.own && { top_k: +this.top.value }),
+      ...(this.every.value && !this.own && { every: +this.every.value }),
     };
   }
 
@@ -127,7 +134,7 @@ export class Setting {
   copy(other) {
     this.model.value = other.model.value;
     this.choose();
-    for (const name of ["combiner", "top", "temperature", "limit"]) this[name].value = other[name].value;
+    for (const name of ["combiner", "top", "every", "temperature", "limit"]) this[name].value = other[name].value;
     this.follow(Object.fromEntries([...other.sliders].map(([name, { input }]) => [name, +input.value])));
   }
 }
