@@ -7,12 +7,15 @@ import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from pretend_answers import ANSWER, EXPERTS, pretend_app, running, weights
 
+from conftest import QUESTION
+from coterie.routers.fixed import FixedRouter
 from coterie.serve.playground.pages import routes
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -166,7 +169,8 @@ def test_all_of_it_is_reached_by_the_keyboard_alone(opened):
         if focused == "question":
             break
     assert [name for name in reached if name] == [
-        "key", "theme", "compare", "model", "combiner", "top_k", "every", "temperature", "max_tokens", *EXPERTS, "question",
+        "key", "theme", "compare", "model", "combiner", "top_k", "every", "temperature", "max_tokens",
+        *EXPERTS, "question",
     ]  # fmt: skip
     page.keyboard.type("Say: done")
     page.keyboard.press("Enter")
@@ -392,3 +396,85 @@ def test_the_look_follows_the_system_unless_one_is_chosen(opened):
     assert paper() == "rgb(20, 23, 26)"
     page.select_option("#theme", "")
     assert paper() == "rgb(253, 253, 252)"
+
+
+# ------------------------------------------------------------------------------------------- before the real server
+
+
+@pytest.fixture
+def real(opened, server):
+    page = opened(SimpleNamespace(state=server))
+    page.locator("#send:enabled").wait_for()
+    page.fill("[data-field=max_tokens]", "8")
+    return page
+
+
+def shown(page) -> str:
+    return "".join(page.locator(".answer .token").all_text_contents())
+
+
+def told(weights: dict[str, float]) -> list[str]:
+    """Shares as the page writes those above 0."""
+    return [f"{weight / sum(weights.values()):.2f}" for weight in weights.values() if weight]
+
+
+@needs_browser
+def test_what_the_page_shows_is_what_the_mixture_answers_and_how_it_routes(real, mixture):
+    wanted = mixture.generate(QUESTION, max_new_tokens=8)[0]
+    routed = mixture.route(QUESTION).row(0)
+    real.fill("#question", QUESTION)
+    real.locator(".preview .split").wait_for()
+    ask(real, QUESTION)
+    assert shown(real) == wanted.text
+    leading = list(routed).index(max(routed, key=routed.get))
+    assert real.locator(".run").evaluate_all("all => all.map(one => one.className)") == [f"run k{leading}"]
+    assert real.locator(".bars .number").all_text_contents() == told(routed)
+    assert real.locator(".answer .caption").first.text_content().startswith(f"{len(wanted.token_ids)} tokens, ")
+
+
+@needs_browser
+def test_weights_by_hand_and_weights_that_change_are_those_of_the_mixture(real, mixture):
+    ask(real, QUESTION)
+    for name in ("base", "cluster-0", "cluster-1", "cluster-2"):
+        move(real, name, {"base": 0.3, "cluster-2": 0.9}.get(name, 0))
+    real.locator(".bars .number", has_text="0.75").wait_for()
+    real.locator(".answer[aria-busy=false]").wait_for()
+    by_hand = mixture.replace(router=FixedRouter({"base": 0.3, "cluster-2": 0.9}))
+    assert shown(real) == by_hand.generate(QUESTION, max_new_tokens=8)[0].text
+    real.get_by_role("button", name="Let the router weigh").click()
+    real.select_option("[data-field=combiner]", "layers")
+    real.fill("[data-field=every]", "1")
+    real.click("#clear")
+    ask(real, QUESTION)
+    wanted = list(mixture.rerouted(1, combiner="layers").stream(QUESTION, max_new_tokens=8))
+    assert shown(real) == "".join(token.text for token in wanted)
+    first = wanted[0].weights
+    words = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(mixture.bank.names, first, strict=True))
+    assert real.locator(".token").first.get_attribute("data-weights").startswith(f"token 1: {words}")
+
+
+@needs_browser
+def test_every_model_of_the_list_answers_the_page(real):
+    models = real.locator("[data-field=model] option").all_text_contents()
+    assert models[0] == "elrea" and {"cluster-0", "cluster-1", "cluster-2", "base"} <= {*models}
+    for count, name in enumerate(models, start=1):
+        real.select_option("[data-field=model]", name)
+        real.fill("[data-field=max_tokens]", "2")
+        ask(real, QUESTION, count)
+    assert real.locator(".trouble:visible").all_text_contents() == []
+    assert real.locator(".answer h3").all_text_contents() == models
+
+
+@needs_browser
+def test_the_code_that_is_shown_gets_the_answer_that_is_shown(real):
+    ask(real, QUESTION)
+    curl, python = real.locator("pre code").evaluate_all("codes => codes.map(code => code.textContent)")
+    answer = subprocess.run(
+        ["bash", "-c", f"{curl} --silent --noproxy '*'"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(answer.stdout)["choices"][0]["message"]["content"] == shown(real)
+    code = python.replace("print(choice.message.content)", "print(ascii(choice.message.content))")
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "NO_PROXY": "*"}
+    )
+    assert answer.stdout.splitlines()[0] == ascii(shown(real))

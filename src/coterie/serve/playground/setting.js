@@ -86,7 +86,7 @@ export class Setting {
 
   label() {
     this.giveBack.hidden = !this.own;
-    this.state.textContent = this.own ? "Yours; they are scaled to sum to 1." : `Of the router${this.router ? ` (${this.router})` : ""}. Move one to weigh by hand.`;
+    this.state.textContent = this.own ? "Yours. In logits their shares count; in layers and weights they act as they are." : `Of the router${this.router ? ` (${this.router})` : ""}. Move one to weigh by hand.`;
     this.summary.textContent = `${this.model.value}${this.mixes && this.own ? ", weighed by hand" : ""}`;
   }
 
