@@ -1,0 +1,56 @@
+"""A2 line 5: `[DONE]` is always last, also behind an error in the middle, which OpenAI's clients can read.
+
+vLLM test_completion_error.py; openai raises with the message only if `error` is an object.
+"""
+
+import itertools
+import json
+
+import openai
+import pytest
+
+from conftest import chat_body
+from coterie.engine.request import Failure
+from coterie.errors import CoterieError
+
+
+@pytest.fixture
+def breaking(server, monkeypatch):
+    """Let the third step of the engine end what is being answered with an error."""
+
+    def with_error(error: Exception) -> None:
+        engine = server.catalogue.desks[0].engine
+        step, taken = engine.step, itertools.count()
+
+        def broken():
+            found = step()
+            if next(taken) != 3:
+                return found
+            handles = {one.request for one in found}
+            for handle in handles:
+                engine.cancel(handle)
+            return [Failure(handle, error) for handle in handles]
+
+        monkeypatch.setattr(engine, "step", broken)
+
+    return with_error
+
+
+@pytest.mark.parametrize("route", ["chat/completions", "completions"])
+def test_an_error_in_the_middle_is_a_frame_and_done_follows(client, breaking, route):
+    breaking(CoterieError('the "expert" broke\nat /home/me/x'))
+    body = chat_body(prompt="add", stream=True)
+    lines = client.post(f"/v1/{route}", json=body).text.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""] and lines[0] != lines[-3]
+    error = json.loads(lines[-3].removeprefix("data: "))["error"]
+    assert error["message"] == 'the "expert" broke at x' and error["type"] == "invalid_request_error"
+
+
+def test_openais_client_raises_what_the_frame_says(server, breaking):
+    breaking(RuntimeError("a secret"))
+    asking = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    with pytest.raises(openai.APIError, match="the server has failed"):
+        list(asking.chat.completions.create(**chat_body(), stream=True))
+    breaking(RuntimeError("a secret"))
+    with pytest.raises(openai.InternalServerError, match="the server has failed"):
+        asking.chat.completions.create(**chat_body())

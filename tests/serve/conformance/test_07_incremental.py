@@ -1,0 +1,24 @@
+"""A2 line 7: frames leave while the answer is being written, not all at its end (theroyallab/tabbyAPI#52)."""
+
+import threading
+
+from conftest import chat_body
+
+
+def test_frames_arrive_before_the_answer_has_ended(server, client, monkeypatch):
+    engine, may_step = server.catalogue.desks[0].engine, threading.Semaphore(4)
+    step = engine.step
+
+    def waiting():
+        may_step.acquire()
+        return step()
+
+    monkeypatch.setattr(engine, "step", waiting)
+    seen = []
+    with client.stream("POST", "/v1/chat/completions", json=chat_body(stream=True, max_tokens=20)) as answer:
+        for line in answer.iter_lines():
+            seen += [line] if line else []
+            if len(seen) == 3:  # who speaks, and two pieces: the engine stands still, 16 tokens before the end
+                assert engine.load.running == 1
+                may_step.release(100)
+    assert seen[-1] == "data: [DONE]" and len(seen) > 10

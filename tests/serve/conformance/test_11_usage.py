@@ -1,0 +1,27 @@
+"""A2 line 11: usage is exact, and tokens of a prompt that are still known from before count as the others do.
+
+ml-explore/mlx-lm#342 counted only those that were read anew; vLLM's tests read `cached_tokens`.
+"""
+
+from conftest import chat, chat_stream
+
+
+def test_tokens_that_are_known_count_too_and_are_told(client, mixture):
+    messages = [{"role": "user", "content": "spell this word twice " * 6}]
+    first, again = (chat(client, messages=messages)["usage"] for _ in range(2))
+    assert first["prompt_tokens"] == again["prompt_tokens"] == len(mixture.tokens(messages)[0].ids)
+    assert first["prompt_tokens_details"]["cached_tokens"] == 0 < again["prompt_tokens_details"]["cached_tokens"]
+    assert again["total_tokens"] == again["prompt_tokens"] + again["completion_tokens"]
+
+
+def test_the_token_that_ends_an_answer_counts(client, mixture):
+    ends = {"logit_bias": {str(mixture.tokenizer.eos_token_id): 100}}
+    assert chat(client, **ends)["usage"]["completion_tokens"] == 1
+
+
+def test_a_stream_counts_as_the_whole_does(client):
+    whole = chat(client, temperature=0)["usage"]["completion_tokens"]
+    assert (
+        chat_stream(client, temperature=0, stream_options={"include_usage": True})[-1]["usage"]["completion_tokens"]
+        == whole
+    )
