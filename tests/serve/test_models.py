@@ -92,7 +92,7 @@ def test_a_model_whose_router_reads_nothing_has_no_embeddings(client):
 def test_text_becomes_tokens_and_text_again(client, mixture: Mixture):
     answer = client.post("/tokenize", json={"prompt": "é <e>", "return_token_strs": True}).json()
     assert answer["tokens"] == mixture.tokenizer("é <e>")["input_ids"] and answer["count"] == len(answer["tokens"])
-    assert len(answer["token_strs"]) == answer["count"] and answer["max_model_len"] == mixture.backbone.positions
+    assert len(answer["token_strs"]) == answer["count"] and answer["max_model_len"] == mixture.backbone.context == 512
     assert client.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": "é <e>"}
     asked = {"messages": [{"role": "user", "content": QUESTION}], "model": "elrea"}
     assert client.post("/tokenize", json=asked).json()["tokens"] == list(mixture.tokens(QUESTION)[0].ids)

@@ -176,6 +176,11 @@ class Backbone:
         return limit if learned or any(buffer.shape[0] == limit for buffer in buffers) else None
 
     @cached_property
+    def context(self) -> int | None:
+        """The most tokens of a text that the model was made for, where its configuration says so."""
+        return self.positions or getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
         ids = self.model.generation_config.eos_token_id if self.model.generation_config else None

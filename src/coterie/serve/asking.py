@@ -59,7 +59,7 @@ def ask(cell: Cell, rows: Sequence[TokenRow], body: Body, question: Example | No
         raise CoterieError("combiner 'texts' lets answers to a question vote, so it goes on with no text; ask a chat")
     settings = SamplingSettings(**body.sampling())
     draws = mixture.combiner.draws(settings, body.n)
-    limits = [room(mixture, row) if body.limit is None else max(1, body.limit) for row in rows]
+    limits = [room(mixture, row, body.limit) for row in rows]
     deadline = time.monotonic() + timeout
     requests = mixture.requests(rows, limits, draws)
     also = {"deadline": deadline, "prompt_logprobs": body.prompt_alternatives}
@@ -133,12 +133,17 @@ def scales(cell: Cell, lora: Sequence[AdapterScale]) -> dict[str, float]:
     return named if any(named.values()) else {BACKBONE: 1.0}
 
 
-def room(mixture: Mixture, row: TokenRow) -> int:
-    """Return how many tokens fit behind a prompt.
+def room(mixture: Mixture, row: TokenRow, wanted: int | None) -> int:
+    """Return how many tokens an answer may have: as many as are wanted and fit behind the prompt, and one at least.
 
     Raises:
-        ApiError: when any number does, so that an answer might never end.
+        ApiError: for a prompt that is longer than the model's context, or when neither says where an answer ends.
     """
-    if mixture.backbone.positions is None:
+    context, length = mixture.backbone.context, len(row.ids)
+    if context is None and wanted is None:
         raise ApiError("this model reads texts of any length, so say how long an answer may be", param="max_tokens")
-    return max(1, mixture.backbone.positions + 1 - len(row.ids))
+    if context is not None and length > context:
+        words = f"the prompt has {length} tokens, but the model's context has {context}; shorten it"
+        raise ApiError(words, code="context_length_exceeded")
+    fitting = [most for most in (wanted, context and context + 1 - length) if most is not None]
+    return max(1, min(fitting))

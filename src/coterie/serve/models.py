@@ -46,7 +46,7 @@ def described(cell: Cell) -> Json:
     """Return what is told of a model, in OpenAI's form with vLLM's fields, and how it mixes its experts."""
     mixture, desk = cell.mixture, cell.desk
     names = {"id": cell.id, "object": "model", "created": desk.loaded, "owned_by": "coterie"}
-    origin = {"root": cell.root, "parent": cell.parent, "max_model_len": mixture.backbone.positions}
+    origin = {"root": cell.root, "parent": cell.parent, "max_model_len": mixture.backbone.context}
     kinds = {None: "base", desk.name: "mixture"}
     kind = kinds.get(cell.parent and cell.root, "expert" if cell.root in desk.experts else "method")
     router, combiner = mixture.router, mixture.combiner
@@ -145,7 +145,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Json:
         else:
             ids = backbone.tokenizer(body.prompt, add_special_tokens=body.add_special_tokens)["input_ids"]
         strings = backbone.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
-        return {"count": len(ids), "max_model_len": backbone.positions, "tokens": ids, "token_strs": strings}
+        return {"count": len(ids), "max_model_len": backbone.context, "tokens": ids, "token_strs": strings}
 
     return await request.app.state.worker.call(read)
 

@@ -17,6 +17,7 @@ def test_streamed_answers_are_told_apart_by_index_and_are_those_of_the_whole(cli
     assert sorted(ends) == [0, 1, 2] and list(texts.values()) == whole and len(set(whole)) == 3
 
 
-def test_usage_counts_the_tokens_of_all_answers_and_the_prompt_once(client):
-    one, three = (chat(client, n=n, temperature=1.0)["usage"] for n in (1, 3))
+def test_usage_counts_the_tokens_of_all_answers_and_the_prompt_once(client, mixture):
+    endless = {"logit_bias": {str(mixture.tokenizer.eos_token_id): -100}, "temperature": 1.0}
+    one, three = (chat(client, n=n, **endless)["usage"] for n in (1, 3))
     assert three["prompt_tokens"] == one["prompt_tokens"] and three["completion_tokens"] == 24

@@ -5,7 +5,8 @@ import threading
 from conftest import chat_body
 
 
-def test_frames_arrive_before_the_answer_has_ended(server, client, monkeypatch):
+def test_frames_arrive_before_the_answer_has_ended(server, client, mixture, monkeypatch):
+    body = chat_body(stream=True, max_tokens=20, logit_bias={str(mixture.tokenizer.eos_token_id): -100})
     engine, may_step = server.catalogue.desks[0].engine, threading.Semaphore(4)
     step = engine.step
 
@@ -15,7 +16,7 @@ def test_frames_arrive_before_the_answer_has_ended(server, client, monkeypatch):
 
     monkeypatch.setattr(engine, "step", waiting)
     seen = []
-    with client.stream("POST", "/v1/chat/completions", json=chat_body(stream=True, max_tokens=20)) as answer:
+    with client.stream("POST", "/v1/chat/completions", json=body) as answer:
         for line in answer.iter_lines():
             seen += [line] if line else []
             if len(seen) == 3:  # who speaks, and two pieces: the engine stands still, 16 tokens before the end
