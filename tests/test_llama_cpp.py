@@ -22,7 +22,8 @@ from coterie.errors import CoterieError
 from coterie.experts.bank import load_bank
 from coterie.mixture import Mixture
 from coterie.mixture.export import export_mixture
-from coterie.mixture.llama_cpp import SAMPLING, LlamaCpp, aligned_logprobs
+from coterie.mixture.llama_cpp import SAMPLING, LlamaCpp, threads_that_pay
+from coterie.mixture.told_logprobs import aligned_logprobs
 from coterie.routers.fixed import FixedRouter, uniform
 from coterie.settings.commands import ExportSettings
 from coterie.settings.groups import ModelSettings
@@ -252,6 +253,25 @@ def test_a_longer_text_gets_more_room(layers, base):
         again = answering.generate(PROMPTS[0], max_new_tokens=4)
     same_as_ours(short, again)
     same_as_ours(long, layers.generate("x" * 300, max_new_tokens=4))
+
+
+@pytest.mark.parametrize(
+    ("weights", "blocks", "experts", "most", "threads"),
+    [
+        (98_362_432, 30, 6, 2, 1),  # SmolLM2-135M with six experts: 63 ms on two threads, 16 on one
+        (98_362_432, 30, 0, 2, 1),  # the same alone: 14.7 and 8.9
+        (4_900_000_000, 32, 6, 8, 8),  # 8B: 390 ms fewer for 69 of waiting
+        (98_362_432, 30, 6, 1, 1),
+    ],
+)
+def test_threads_are_one_or_all_by_what_waiting_for_each_other_costs(weights, blocks, experts, most, threads):
+    assert threads_that_pay(weights, blocks, experts, most) == threads
+
+
+def test_a_small_model_is_written_on_one_thread_and_prompts_are_read_on_all(engine, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    parameters = engine._parameters("key")
+    assert (parameters.cpuparams.n_threads, parameters.cpuparams_batch.n_threads) == (1, 3)
 
 
 def test_the_server_answers_nobody_else_and_is_gone_afterwards(layers, base):

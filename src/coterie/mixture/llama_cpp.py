@@ -5,30 +5,30 @@ them. Its server runs inside this process, on an address of this machine, and an
 """
 
 import json
-import math
 import secrets
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx2
 import torch
-from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from coterie.artifacts import as_path
 from coterie.backbone.aliases import ALIASES, alias_gguf
 from coterie.backbone.gguf_files import check_gguf, write_gguf_adapter
 from coterie.data.examples import Example
-from coterie.engine.text import BYTE, TextStream
+from coterie.engine.text import TextStream
 from coterie.errors import CoterieError, missing_extra
 from coterie.grading.lengths import longest_answer
 from coterie.mixture.completion import Completion
 from coterie.mixture.core import Mixture
 from coterie.mixture.export import lora_list
 from coterie.mixture.prompts import Prompt, as_examples
+from coterie.mixture.told_logprobs import aligned_logprobs
 from coterie.settings.commands import GenerateSettings
 from coterie.settings.reading import changed, flag_of, from_flat
 from coterie.settings.sampling import SamplingSettings
@@ -46,6 +46,7 @@ SAMPLING = {
 ORDER = ("penalties", "temperature", "top_k", "top_p", "min_p")  # the order of our own engine
 LARGEST_SEED = 2**32 - 2  # the next number stands for a seed by chance
 CONTEXT_STEP = 256  # tokens
+STARTING = 600  # tenths of a second that llama.cpp may take to load
 DEFAULT_BATCH = GenerateSettings.model_fields["batch_size"].default
 COMBINERS = ("layers", "weights")  # the same mixture, where weights are a prompt's
 
@@ -234,13 +235,21 @@ class LlamaCpp:
         self._client = httpx2.Client(
             base_url=self._server.listening_address, headers=headers, trust_env=False, timeout=None
         )
+        for _ in range(STARTING):
+            with suppress(httpx2.TransportError):  # an earlier one may still have the address, and hang up
+                if self._client.get("/health").status_code == httpx2.codes.OK:
+                    return
+            time.sleep(0.1)
+        raise CoterieError("llama.cpp does not start to answer; take --engine coterie")
 
     def _parameters(self, key: str) -> Any:  # noqa: ANN401 - llama.cpp's own kind
         """Return llama.cpp's parameters: exact attention, one text at a time, nothing kept from one to the next."""
         library, parameters = self._library, self._library.CommonParams()
         parameters.model.path = str(self._gguf)
         parameters.n_ctx = self._context
-        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = torch.get_num_threads()
+        blocks, experts = len(self.mixture.backbone.blocks), len(self._adapters)
+        most = parameters.cpuparams_batch.n_threads = torch.get_num_threads()
+        parameters.cpuparams.n_threads = threads_that_pay(self._gguf.stat().st_size, blocks, experts, most)
         parameters.cache_type_k = parameters.cache_type_v = library.ggml_type.GGML_TYPE_F32
         parameters.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         parameters.cache_ram_mib = 0
@@ -259,6 +268,28 @@ class LlamaCpp:
         if self._server is not None:
             self._client.close()
             self._server, self._context = None, 0
+
+
+READ_ALONE = 11e9  # bytes of weights that one thread gets through in a second
+OPERATIONS, OPERATIONS_OF_EXPERT = 28, 40  # of a block at every token
+WAITING = 8e-6  # seconds that threads sleep behind an operation
+
+
+def threads_that_pay(weights: int, blocks: int, experts: int, most: int) -> int:
+    """Say on how many threads llama.cpp writes fastest: all, or one.
+
+    It waits by OpenMP, as torch does. Where both have threads there are more than cores, and then they sleep behind
+    every operation instead of spinning. That is dearer than what a second thread gains on a small model with experts:
+    SmolLM2-135M with six takes 63 ms a token on two threads, and 16 on one.
+
+    Args:
+        weights: bytes of the base model's file.
+        blocks: of the model.
+        experts: adapters that may be mixed.
+        most: threads that there are.
+    """
+    gained = weights / READ_ALONE * (1 - 1 / most)
+    return most if gained > blocks * (OPERATIONS + OPERATIONS_OF_EXPERT * experts) * WAITING else 1
 
 
 @dataclass(frozen=True)
@@ -327,47 +358,3 @@ def _check_reply(response: Any) -> None:  # noqa: ANN401 - of httpx2
     if response.status_code != httpx2.codes.OK:
         response.read()
         raise CoterieError(f"llama.cpp refuses the request: {response.text[:300]}; take --engine coterie")
-
-
-CUT_OFF = {"logprob": math.nan}
-
-
-def aligned_logprobs(
-    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], told: Sequence[Mapping[str, Any]]
-) -> list[float]:
-    """Return a log-probability for every token, of those that llama.cpp tells: of the last token of each character.
-
-    All others are not a number, and so are those of a stop string, which it cuts off.
-    """
-    is_byte_level = "ByteLevel" in json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
-    found, left, text = [], iter(told), b""
-    for token in tokens:
-        text = (text + _bytes_of(tokenizer, token, is_byte_level))[-4:]
-        found.append(math.nan if _ends_within_a_character(text) else float(next(left, CUT_OFF)["logprob"]))
-    return found
-
-
-def _bytes_of(tokenizer: PreTrainedTokenizerBase, token: int, is_byte_level: bool) -> bytes:
-    """Return what a token adds to llama.cpp's text: nothing, where it is one that acts instead of being written."""
-    added = tokenizer.added_tokens_decoder.get(token)
-    name: Any = tokenizer.convert_ids_to_tokens(token)
-    if added is not None or name is None:
-        return b"" if added is None or added.special else added.content.encode()
-    if is_byte_level:
-        return bytes(BYTES[character] for character in name)
-    if BYTE.fullmatch(name):
-        return bytes([int(name[3:-1], 16)])
-    return name.encode()
-
-
-BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
-"""The byte that a character stands for in tokens of byte-level BPE."""
-
-
-def _ends_within_a_character(text: bytes) -> bool:
-    """Tell, as llama.cpp does, whether the last bytes are the beginning of a character in UTF-8."""
-    for back, byte in enumerate(reversed(text[-4:]), start=1):
-        length = 2 if byte >> 5 == 0b110 else 3 if byte >> 4 == 0b1110 else 4 if byte >> 3 == 0b11110 else 0
-        if length > back:
-            return True
-    return False
