@@ -96,13 +96,16 @@ def test_a_whole_text_is_scored_from_its_first_token(mixture, model):
     assert found[0] == pytest.approx(float(as_pair.logprobs.sum()))
 
 
-def test_texts_are_continued_until_their_stop_in_the_order_asked(mixture, model):
+def test_texts_are_continued_until_their_stop_in_the_order_asked(mixture, model, monkeypatch):
     asked = [
         ("add 3 4", {"until": ["\n"], "max_gen_toks": 6}),
         ("SPELL ABCD NOW", {"until": [], "max_gen_toks": 4, "do_sample": False}),
         ("?? (A)", {"until": ["\n"], "max_gen_toks": 6, "temperature": 0.0}),
     ]
+    engines, engine = [], type(mixture).engine
+    monkeypatch.setattr(type(mixture), "engine", lambda *args, **kw: engines.append(kw) or engine(*args, **kw))
     found = model.generate_until([request("generate_until", *each) for each in asked])
+    assert len(engines) == 1, "whatever is asked, it is answered side by side"
     for (text, options), answer in zip(asked, found, strict=True):
         ids = tokens(mixture, text)
         row = TokenRow(tuple(ids), len(ids), (False,) * len(ids), (True,) * len(ids))

@@ -11,6 +11,8 @@ from coterie.data.batching import TokenRow
 from coterie.engine.scoring import ScoredTokens, score_responses
 from coterie.errors import CoterieError, missing_extra
 from coterie.mixture import Mixture
+from coterie.settings.reading import from_flat
+from coterie.settings.sampling import SamplingSettings
 
 try:
     from jinja2 import TemplateError
@@ -108,23 +110,17 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answer every context until a stop text, greedily unless the task samples."""
-        groups: dict[str, tuple[dict[str, Any], list[int]]] = {}
-        for number, request in enumerate(requests):
+        rows, settings = [], []
+        for request in requests:
             arguments: Any = request.args
-            options = self._sampling(arguments[1])
-            groups.setdefault(repr(options), (options, []))[1].append(number)
-        found: dict[int, str] = {}
-        for options, numbers in groups.values():
-            longest = self.max_length - options["max_new_tokens"]
-            if longest < 1:
-                asked = options["max_new_tokens"]
+            settings.append(self._sampling(arguments[1]))
+            asked = settings[-1].max_new_tokens or self._max_new_tokens
+            if (longest := self.max_length - asked) < 1:
                 raise CoterieError(f"the task asks for {asked} new tokens, but the base model reads {self.max_length}")
-            rows = [_row(self.tok_encode(requests[i].args[0])[-longest:]) for i in numbers]
-            answers = self.mixture.complete(rows, batch_size=self._batch_size, **options)
-            found |= {i: answer.text for i, answer in zip(numbers, answers, strict=True)}
-        return [found[i] for i in range(len(requests))]
+            rows.append(_row(self.tok_encode(arguments[0])[-longest:]))
+        return [answer.text for answer in self.mixture.complete(rows, settings, batch_size=self._batch_size)]
 
-    def _sampling(self, options: dict[str, Any]) -> dict[str, Any]:
+    def _sampling(self, options: dict[str, Any]) -> SamplingSettings:
         """Translate the harness' options.
 
         Raises:
@@ -137,7 +133,7 @@ class HarnessModel(TemplateLM):
         penalty = getattr(
             self.mixture.backbone.model.generation_config, "repetition_penalty", None
         )  # some models ask it
-        return {
+        asked = {
             "repetition_penalty": float(given.get("repetition_penalty", penalty or 1.0)),
             "max_new_tokens": given["max_gen_toks"],
             "stop": [text for text in given["until"] or [] if text],
@@ -145,6 +141,7 @@ class HarnessModel(TemplateLM):
             "top_p": float(given.get("top_p", 1.0)),
             "top_k": int(given.get("top_k", 0)),
         }
+        return from_flat(SamplingSettings, asked)
 
     def _loglikelihood_tokens(
         self,

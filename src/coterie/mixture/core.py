@@ -181,7 +181,7 @@ class Mixture(StoredMixture):
         elif top_k_experts is not None:
             mixture = self.replace(router=keep_top(self.router, top_k_experts))
         limits = [longest_answer(settings, example) for example in examples]
-        drawn = mixture._completions(examples, rows, routing, draws, batch_size, limits, progress)
+        drawn = mixture._completions(examples, rows, routing, [draws] * len(rows), batch_size, limits, progress)
         if self.combiner.finishes_answers:
             return [elected(example, own, settings.seed) for example, own in zip(examples, drawn, strict=True)]
         return [answer for own in drawn for answer in own]
@@ -202,13 +202,16 @@ class Mixture(StoredMixture):
             )
         return routing if top_k_experts is None else routing.top(top_k_experts)
 
-    def complete(self, rows: Sequence[TokenRow], *, batch_size: int = 8, **sampling: Any) -> list[Completion]:
+    def complete(
+        self, rows: Sequence[TokenRow], each: Sequence[SamplingSettings] = (), *, batch_size: int = 8, **sampling: Any
+    ) -> list[Completion]:
         """Continue rows of tokens as they stand: no template is put around them, and `prompt` stays empty.
 
         Args:
             rows: texts to continue.
+            each: how every row's tokens are chosen, where that differs between rows.
             batch_size: as for `generate`.
-            **sampling: fields of `SamplingSettings`.
+            **sampling: fields of `SamplingSettings`, for all rows.
 
         Raises:
             CoterieError: for a combiner that needs finished answers, a row that is too long, or a setting that does
@@ -217,9 +220,9 @@ class Mixture(StoredMixture):
         if self.combiner.finishes_answers:
             raise CoterieError("combiner 'texts' lets finished answers vote, so it continues no text; use another one")
         check_lengths(rows, self.backbone.positions, [f"row {number + 1}" for number in range(len(rows))])
-        settings = from_flat(SamplingSettings, sampling, ("batch_size",))
-        limits = [settings.max_new_tokens or ANSWER_TOKENS] * len(rows)
-        return [own[0] for own in self._completions(None, rows, None, [settings], batch_size, limits)]
+        settings = each or [from_flat(SamplingSettings, sampling, ("each", "batch_size"))] * len(rows)
+        limits = [own.max_new_tokens or ANSWER_TOKENS for own in settings]
+        return [own[0] for own in self._completions(None, rows, None, [[own] for own in settings], batch_size, limits)]
 
     def engine(self, *, places: int = 8, chunk: int = CHUNK, budget: int | None = None, prefixes: int = 0) -> Engine:
         """Return an engine for requests to this mixture and all others of its base model and bank.
@@ -269,21 +272,20 @@ class Mixture(StoredMixture):
         examples: Sequence[Example] | None,
         rows: Sequence[TokenRow],
         routing: Routing | None,
-        draws: Sequence[SamplingSettings],
+        draws: Sequence[Sequence[SamplingSettings]],
         batch_size: int,
         limits: Sequence[int],
         progress: Callable[[int], object] | None = None,
     ) -> list[list[Completion]]:
         """Draw answers of at most so many tokens for every row, in the rows' order."""
-        started = routing
-        if routing is None and not self.reroutes:
-            started = self.router.start(rows)
-        requests = self.requests(rows, limits, draws, started)
+        started = self.router.start(rows) if routing is None and not self.reroutes else routing
+        pairs = zip(self.requests(rows, limits, (), started), draws, strict=True)
+        requests = [replace(request, draws=tuple(own)) for request, own in pairs]
         engine = self.engine(places=batch_size, chunk=WHOLE_PROMPTS)
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))  # those of similar length are read together
         places = {engine.submit(requests[i]): i for i in order}
-        tokens: list[list[list[Token]]] = [[[] for _ in draws] for _ in rows]
-        left = dict.fromkeys(places, len(draws))
+        tokens: list[list[list[Token]]] = [[[] for _ in own] for own in draws]
+        left = {handle: len(draws[i]) for handle, i in places.items()}
         for token in _tokens(engine):
             tokens[places[token.request]][token.draw].append(token)
             left[token.request] -= token.finish_reason is not None
