@@ -6,10 +6,10 @@ from typing import Any
 import httpx2
 import pytest
 
-from conftest import QUESTION, chat, chat_body, chat_stream
 from coterie.methods import load_grid
 from coterie.mixture import Mixture
 from coterie.routers.fixed import FixedRouter
+from served import QUESTION, chat, chat_body, chat_stream
 
 WEIGHTS = {"cluster-0": 0.7, "base": 0.3}
 

@@ -6,8 +6,8 @@ import struct
 
 import pytest
 
-from conftest import QUESTION, chat_body
 from coterie.mixture import Mixture
+from served import QUESTION, chat_body
 
 
 def told(answer, status=400):

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from pretend_answers import ANSWER, EXPERTS, pretend_app, running, weights
 
-from conftest import QUESTION
 from coterie.routers.fixed import FixedRouter
 from coterie.serve.playground.pages import routes
+from pretend_answers import ANSWER, EXPERTS, pretend_app, running, weights
+from served import QUESTION
 
 CHROMIUM = Path("/usr/bin/chromium")
 WAIT = 10_000  # ms

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import httpx2
 import pytest
 
-from conftest import QUESTION, chat, chat_body, chat_stream, frames_of, started
 from coterie.mixture import Mixture
+from served import QUESTION, chat, chat_body, chat_stream, frames_of, started
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.0, "seed": 7}])

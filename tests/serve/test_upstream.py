@@ -10,10 +10,8 @@ import pytest
 import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
-from pretend_answers import running
 
 import tiny
-from conftest import chat, chat_body, chat_stream, started
 from coterie.errors import CoterieError
 from coterie.experts.bank import load_adapter
 from coterie.experts.names import BACKBONE
@@ -21,6 +19,8 @@ from coterie.mixture import Mixture
 from coterie.mixture.export import export_mixture
 from coterie.settings.commands import ExportSettings
 from coterie.settings.reading import from_flat
+from pretend_answers import running
+from served import chat, chat_body, chat_stream, started
 
 PLAIN = {str(token): 100 for token in tiny.make_tokenizer()(string.ascii_letters)["input_ids"]}
 """Biases under which the tiny model writes letters alone: llama.cpp tells no token that ends within a character."""

@@ -89,28 +89,23 @@ class LocalAnswerer:
 
     def answer(self, questions: Sequence[Question], done: Done) -> None:
         """Answer all questions, those of similar length together; those that cannot be asked fail at once."""
-        rows = {}
+        requests = {}
         config = self.backbone.model.config.get_text_config()
         window = self.backbone.positions or getattr(config, "max_position_embeddings", None)
         for number, question in enumerate(questions):
             try:
-                row = self._row(question)
+                request = self.request(question)
             except CoterieError as error:
                 done(number, failed(error))
                 continue
-            if window is not None and len(row.ids) >= window:
-                done(number, failed(f"the question has {len(row.ids)} tokens, the model reads {window}"))
+            length = len(request.prompt.ids)
+            if window is not None and length >= window:
+                done(number, failed(f"the question has {length} tokens, the model reads {window}"))
                 continue
-            rows[number] = row
-        engine = Engine(self.backbone, self.layers, places=self._batch_size, chunk=WHOLE_PROMPTS)
-        asked: dict[int, int] = {}
-        for number in sorted(rows, key=lambda number: -len(rows[number].ids)):  # similar lengths are read together
-            question = questions[number]
-            routing = one_hot(question.expert, self.bank.names).route([rows[number]])
-            end_ids = self._prompts[question.expert].end_ids
-            limit = question.sampling.max_new_tokens or ANSWER_TOKENS
-            request = Request(rows[number], routing, LogitCombiner(), limit, (question.sampling,), end_ids)
-            asked[engine.submit(request)] = number
+            requests[number] = request
+        engine = self.engine()
+        ordered = sorted(requests.items(), key=lambda pair: -len(pair[1].prompt.ids))  # similar ones are read together
+        asked = {engine.submit(request): number for number, request in ordered}
         texts, counts, seconds = [""] * len(questions), [0] * len(questions), [0.0] * len(questions)
         while not engine.is_idle:
             started = time.perf_counter()
@@ -125,8 +120,24 @@ class LocalAnswerer:
                 texts[number] += token.text
                 counts[number] += 1
                 if token.finish_reason:
-                    length = len(rows[number].ids)
+                    length = len(requests[number].prompt.ids)
                     done(number, Reply(texts[number], length, counts[number], token.finish_reason, seconds[number]))
+
+    def engine(self) -> Engine:
+        """Return an engine for requests to these experts."""
+        return Engine(self.backbone, self.layers, places=self._batch_size, chunk=WHOLE_PROMPTS)
+
+    def request(self, question: Question) -> Request:
+        """Return a question as a request to an engine.
+
+        Raises:
+            CoterieError: when the expert could not be loaded, or its template does not take the question.
+        """
+        row = self._row(question)
+        routing = one_hot(question.expert, self.bank.names).route([row])
+        end_ids = self._prompts[question.expert].end_ids
+        limit = question.sampling.max_new_tokens or ANSWER_TOKENS
+        return Request(row, routing, LogitCombiner(), limit, (question.sampling,), end_ids)
 
     def close(self) -> None:
         """Nothing to close; memory is freed with the object."""

@@ -14,10 +14,12 @@ from coterie.experts.bank_folder import open_bank
 from coterie.experts.names import BACKBONE
 from coterie.methods.family import MethodGrid
 from coterie.methods.registry import family_of, load_grid
+from coterie.methods.symbolic.fit import is_symbolic, load_symbolic
 from coterie.mixture import Mixture
 from coterie.mixture.folder import find_mixture, read_mixture_record
 from coterie.records.schema import is_folder_name
 from coterie.routers.fixed import one_hot
+from coterie.serve.recruits import RecruitCell, open_recruits, recruit_cells
 from coterie.serve.token_bytes import TokenBytes
 from coterie.settings.keywords import names_in
 from coterie.settings.serving import CapacitySettings, ServeSettings
@@ -102,6 +104,12 @@ class Catalogue:
         self._settings = settings
         self._desks: dict[str, Desk] = {}
         self._cells: dict[str, Cell] = {}
+        self._recruits: dict[str, RecruitCell] = {}
+
+    @property
+    def recruits(self) -> list[RecruitCell]:
+        """Every run that recruits experts, and what else it answers as."""
+        return list(self._recruits.values())
 
     @property
     def desks(self) -> tuple[Desk, ...]:
@@ -113,15 +121,27 @@ class Catalogue:
         """Every cell once, base models first."""
         return sorted(dict.fromkeys(self._cells.values()), key=lambda cell: cell.parent is not None)
 
-    def resolve(self, name: str) -> Cell:
+    def find(self, name: str) -> "Cell | RecruitCell":
         """Return what a model id stands for.
 
         Raises:
             UnknownModel: when it stands for nothing.
         """
-        if (cell := self._cells.get(name)) is None:
-            raise UnknownModel(str(unknown_name("model", shortened(name, 80), [one.id for one in self.listed])))
-        return cell
+        if (found := self._recruits.get(name) or self._cells.get(name)) is None:
+            known = [*dict.fromkeys(cell.id for cell in self._recruits.values()), *(cell.id for cell in self.listed)]
+            raise UnknownModel(str(unknown_name("model", shortened(name, 80), known)))
+        return found
+
+    def resolve(self, name: str) -> Cell:
+        """Return which mixture on a base model an id stands for.
+
+        Raises:
+            UnknownModel: when it stands for nothing.
+            CoterieError: when it stands for recruited experts.
+        """
+        if not isinstance(found := self.find(name), Cell):
+            raise CoterieError(f"{name!r} recruits experts of any kind, so it has no base model; ask it by a chat")
+        return found
 
     def load_all(self) -> None:
         """Load the mixtures of the settings.
@@ -146,6 +166,11 @@ class Catalogue:
             raise CoterieError(
                 f"{name!r} cannot be a model's id; give one of letters, digits, '-' and '_': NAME=FOLDER"
             )
+        if is_symbolic(source):
+            desk = open_recruits(name, load_symbolic(source), self._settings.placement)
+            self.remove(name)
+            self._recruits = {**self._recruits, **recruit_cells(desk)}
+            return
         mixture = self._open(source)
         if self._settings.upstream:
             mixture = mixture.replace(combiner="layers")
@@ -155,7 +180,8 @@ class Catalogue:
         self._show({**self._desks, name: desk})
 
     def remove(self, name: str) -> None:
-        """Let nothing new be asked of a mixture."""
+        """Let nothing new be asked of a mixture, or of a run that recruits experts."""
+        self._recruits = {own: cell for own, cell in self._recruits.items() if cell.desk.name != name}
         self._show({own: desk for own, desk in self._desks.items() if own != name})
 
     def _open(self, source: str) -> Mixture:

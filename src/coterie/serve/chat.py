@@ -5,6 +5,8 @@ from fastapi.responses import Response
 
 from coterie.serve.answering import respond, unless_gone
 from coterie.serve.frames import ChatFrames
+from coterie.serve.recruiting import respond_recruited
+from coterie.serve.recruits import RecruitCell
 from coterie.serve.schemas import ChatRequest, conversation
 
 routes = APIRouter()
@@ -14,5 +16,8 @@ routes = APIRouter()
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation, as OpenAI's API has it."""
     question = conversation(body.messages)
+    cell = request.app.state.catalogue.find(body.model)
+    if isinstance(cell, RecruitCell):
+        return await unless_gone(request, respond_recruited(body, cell, question))
     work = respond(request, body, ChatFrames, lambda cell: cell.mixture.tokens(question), question)
     return await unless_gone(request, work)

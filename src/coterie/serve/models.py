@@ -16,6 +16,7 @@ from coterie.serve.asking import mixed
 from coterie.serve.catalogue import Cell
 from coterie.serve.completions import as_it_stands
 from coterie.serve.errors import ApiError
+from coterie.serve.recruits import RecruitCell
 from coterie.serve.schemas import DetokenizeRequest, EmbeddingRequest, RouteRequest, TokenizeRequest, conversation
 
 Json = dict[str, Any]
@@ -31,15 +32,28 @@ async def models(request: Request) -> Json:
     """List all that can be asked, base models first."""
     server = request.app.state
     cells = server.catalogue.listed
-    return {"object": "list", "data": await server.worker.call(lambda: [described(cell) for cell in cells])}
+    data = await server.worker.call(lambda: [described(cell) for cell in cells])
+    return {"object": "list", "data": data + [described_run(cell) for cell in server.catalogue.recruits]}
 
 
 @routes.get("/v1/models/{name:path}")
 async def model(name: str, request: Request) -> Json:
     """Describe one of them."""
     server = request.app.state
-    cell = server.catalogue.resolve(name)
+    cell = server.catalogue.find(name)
+    if isinstance(cell, RecruitCell):
+        return described_run(cell)
     return await server.worker.call(lambda: described(cell))
+
+
+def described_run(cell: RecruitCell) -> Json:
+    """Return what is told of a run that recruits experts."""
+    names = {"id": cell.id, "object": "model", "created": cell.desk.loaded, "owned_by": "coterie"}
+    experts = cell.desk.fitted.pool.names
+    kind = "mixture" if cell.id == cell.desk.name else "expert" if cell.root in experts else "method"
+    how = {"kind": kind, "experts": experts, "router": "skills", "combiner": "texts", "combiners": ["texts"]}
+    origin = {"root": cell.root, "parent": None, "max_model_len": None}
+    return names | origin | {"coterie": how | {"reroutes": False}}
 
 
 def described(cell: Cell) -> Json:

@@ -48,7 +48,8 @@ class Worker:
     def __exit__(self, *error: object) -> None:
         """Stop after the present step; a job that takes long, such as loading, is left behind."""
         self._jobs.put(None)
-        self._thread.join(PATIENCE)
+        if self._thread is not threading.current_thread():  # which may be the last one that knows of it
+            self._thread.join(PATIENCE)
 
     # ------------------------------------------------------------------------------------------ from the event loop
 

@@ -5,7 +5,7 @@ vllm-project/vllm#19650, ollama/ollama#4357, vllm-mlx#628 (only `length` was eve
 
 import pytest
 
-from conftest import chat, chat_stream, frames_of
+from served import chat, chat_stream, frames_of
 
 
 @pytest.mark.parametrize("reason", ["stop", "length"])

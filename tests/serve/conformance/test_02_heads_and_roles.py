@@ -3,7 +3,7 @@
 llama.cpp tools/server/tests/unit/test_chat_completion.py, SGLang test_openai_server.py.
 """
 
-from conftest import chat, chat_stream
+from served import chat, chat_stream
 
 
 def test_chunks_are_of_one_response_and_the_first_has_the_role(client):

@@ -3,7 +3,7 @@
 BerriAI/litellm#2692, vllm-project/vllm#35705, and what llama.cpp asserts; vLLM's own test_chat.py says the opposite.
 """
 
-from conftest import chat_stream
+from served import chat_stream
 
 
 def test_the_last_chunk_has_no_content_and_no_other_chunk_has_a_reason(client):

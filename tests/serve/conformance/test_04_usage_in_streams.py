@@ -5,7 +5,7 @@ Clients index `choices[0]` (foundry-local#905, langchain-gradient#27, shell_gpt#
 
 import pytest
 
-from conftest import chat, chat_body, chat_stream
+from served import chat, chat_body, chat_stream
 
 
 def test_without_being_asked_every_chunk_has_a_choice_and_none_has_usage(client):

@@ -9,9 +9,9 @@ import json
 import openai
 import pytest
 
-from conftest import chat_body
 from coterie.engine.request import Failure
 from coterie.errors import CoterieError
+from served import chat_body
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 vLLM test_completion.py, SGLang test_openai_server.py.
 """
 
-from conftest import chat, chat_stream
+from served import chat, chat_stream
 
 
 def test_streamed_answers_are_told_apart_by_index_and_are_those_of_the_whole(client):

@@ -2,7 +2,7 @@
 
 import threading
 
-from conftest import chat_body
+from served import chat_body
 
 
 def test_frames_arrive_before_the_answer_has_ended(server, client, mixture, monkeypatch):

@@ -5,7 +5,7 @@ ggml-org/llama.cpp#4446, mudler/LocalAI#677, mlx-vlm#1076 (decoding all and slic
 
 import pytest
 
-from conftest import chat, chat_stream
+from served import chat, chat_stream
 
 
 @pytest.mark.parametrize("sign", ["é", "한", "🙂"])

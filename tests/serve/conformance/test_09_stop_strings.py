@@ -5,7 +5,7 @@ mlxcel#1466 (ignored), lightseek smg#1524 (single tokens only), mlx-vlm#1069.
 
 import pytest
 
-from conftest import chat, chat_stream
+from served import chat, chat_stream
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ abetlen/llama-cpp-python#1907, ik_llama.cpp#2321, modular/modular#6673, xorbitsa
 
 import pytest
 
-from conftest import chat, chat_body
+from served import chat, chat_body
 
 LONG = "add " * 112
 

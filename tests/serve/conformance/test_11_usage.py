@@ -3,7 +3,7 @@
 ml-explore/mlx-lm#342 counted only those that were read anew; vLLM's tests read `cached_tokens`.
 """
 
-from conftest import chat, chat_stream
+from served import chat, chat_stream
 
 
 def test_tokens_that_are_known_count_too_and_are_told(client, mixture):

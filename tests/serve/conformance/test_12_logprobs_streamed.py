@@ -5,7 +5,7 @@ ml-explore/mlx-lm#1630, modular#5085 (null in streams), sgl-project/sglang#30188
 
 from typing import Any
 
-from conftest import chat, chat_stream, frames_of
+from served import chat, chat_stream, frames_of
 
 ASKED: dict[str, Any] = {"logprobs": True, "top_logprobs": 4, "temperature": 0, "max_tokens": 12}
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from conftest import chat, chat_body, chat_stream
+from served import chat, chat_body, chat_stream
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 20])

@@ -3,7 +3,7 @@
 ollama/ollama#13497 told [239, 191, 189] for them; standardcompletions/rfcs#2.
 """
 
-from conftest import chat
+from served import chat
 
 
 def test_bytes_of_half_characters_are_their_own(client, mixture):

@@ -7,11 +7,11 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-from conftest import frames_of
 from coterie.data.batching import TokenRow
 from coterie.engine.scoring import score_responses
 from coterie.evaluation.harness import HarnessModel
 from coterie.mixture import Mixture
+from served import frames_of
 
 PAIRS = [("add 3 4 gives", " 7"), ("the word", " is A B"), ("xy", "yé"), ("add 11 25", " 36 and no more")]
 

@@ -5,7 +5,7 @@ pollinations#14454 (Open WebUI sends tools with every chat), ninfer-3090#14 (cod
 
 import pytest
 
-from conftest import chat_body
+from served import chat_body
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}, {"type": "web_search"}]
 

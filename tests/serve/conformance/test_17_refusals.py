@@ -5,7 +5,7 @@ llama.cpp and vLLM test the same; ml-explore/mlx-lm#342 crashed on broken JSON.
 
 import pytest
 
-from conftest import QUESTION, chat, chat_body
+from served import QUESTION, chat, chat_body
 
 ASKED = [{"role": "user", "content": QUESTION}]
 

@@ -9,9 +9,9 @@ import httpx2
 import pytest
 from safetensors.torch import load_file, save_file
 
-from conftest import chat, started
 from coterie.mixture import Mixture
 from coterie.routers.fixed import FixedRouter
+from served import chat, started
 
 LONG = "add up 3 4 5 and so on, " * 17  # 408 tokens of the tiny model, which reads 512
 NO_END = {257: -100}  # the tiny model's, so that every answer has its tokens

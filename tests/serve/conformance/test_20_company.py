@@ -6,7 +6,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from conftest import chat
+from served import chat
 
 CLIENTS = 16
 KINDS: list[dict[str, Any]] = [

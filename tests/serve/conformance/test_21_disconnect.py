@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from conftest import Server, chat, chat_body
 from coterie.engine.engine import Engine
+from served import Server, chat, chat_body
 
 
 class Steps:

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 
-from conftest import chat, started
+from served import chat, started
 
 
 def test_one_place_and_no_shared_prompts_give_every_bit_of_an_answer_again(run_folder):

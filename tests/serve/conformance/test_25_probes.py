@@ -4,15 +4,15 @@ import asyncio
 
 import httpx2
 import pytest
-from asgi import ask, scope_of
 
-from conftest import started
+from asgi import ask, scope_of
 from coterie.serve.app import create_app
 from coterie.serve.catalogue import Catalogue
 from coterie.serve.lifetime import Lifetime
 from coterie.serve.worker import Worker
 from coterie.settings.reading import from_flat
 from coterie.settings.serving import ServeSettings
+from served import started
 
 CHAT = "/v1/chat/completions"
 

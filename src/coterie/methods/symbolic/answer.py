@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from jaxtyping import Float
 from torch import Tensor
@@ -132,30 +133,26 @@ def answer_all(
         with part("answers"):
             replies = scheduler.ask(flat, last=list(dict.fromkeys(aggregators)))
         tell_failures(flat, replies)
-        given = _given(examples, plans, asked, replies)
+        queue = iter(replies)
+        given = {
+            (name, number): given_to(examples[number], plans[name], number, own, list(islice(queue, len(own))))
+            for (name, number), own in asked.items()
+        }
         with part("syntheses"):
             return _aggregated(scheduler, examples, plans, given)
 
 
-def _given(
-    examples: Sequence[Example],
-    plans: Mapping[str, RecruitingPlan],
-    asked: Mapping[tuple[str, int], Sequence[Question]],
-    replies: Sequence[Reply],
-) -> dict[tuple[str, int], tuple[ExpertAnswer, ...]]:
-    """Put the replies to the questions that they answer, with what is read in them and what they weigh."""
-    queue = iter(replies)
-    given = {}
-    for (name, number), questions in asked.items():
-        plan, answers = plans[name], []
-        for question in questions:
-            reply = next(queue)
-            text = after_thinking(reply.text)
-            reading = read_answer(text, examples[number].instruction) if text else ""
-            weight = float(plan.relevance[number, plan.routing.experts.index(question.expert)])
-            answers.append(ExpertAnswer(question.expert, reply, reading, weight))
-        given[name, number] = tuple(answers)
-    return given
+def given_to(
+    example: Example, plan: RecruitingPlan, number: int, questions: Sequence[Question], replies: Sequence[Reply]
+) -> tuple[ExpertAnswer, ...]:
+    """Put the replies to what recruited experts were asked with what is read in them and what they weigh."""
+    answers = []
+    for question, reply in zip(questions, replies, strict=True):
+        text = after_thinking(reply.text)
+        reading = read_answer(text, example.instruction) if text else ""
+        weight = float(plan.relevance[number, plan.routing.experts.index(question.expert)])
+        answers.append(ExpertAnswer(question.expert, reply, reading, weight))
+    return tuple(answers)
 
 
 def _aggregated(
@@ -175,7 +172,7 @@ def _aggregated(
     tell_failures(list(wanted.values()), list(replies.values()))
     return {
         name: [
-            _outcome(plan, number, given[name, number], replies.get((name, number)), example)
+            one_of(plan, number, given[name, number], replies.get((name, number)), example)
             for number, example in enumerate(examples)
         ]
         for name, plan in plans.items()
@@ -188,9 +185,10 @@ def synthesis_ask(aggregator: str, example: Example, texts: Sequence[str], sampl
     return Question(aggregator, messages, with_length(sampling, example))
 
 
-def _outcome(
+def one_of(
     plan: RecruitingPlan, number: int, given: tuple[ExpertAnswer, ...], synthesis: Reply | None, example: Example
 ) -> Outcome:
+    """Make one answer of several: the aggregator's, or what a vote elects."""
     aggregator = plan.aggregators[number]
     if synthesis is not None and (text := after_thinking(synthesis.text)):
         return Outcome(text, given, aggregator, synthesis)

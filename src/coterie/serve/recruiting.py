@@ -1,0 +1,165 @@
+"""Recruited experts behind the API: their answers to a question, and the aggregator's, which is streamed."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from fastapi.responses import Response
+
+from coterie.combiners.aggregate import VOTES
+from coterie.data.examples import Example
+from coterie.experts.answering import Question, Reply
+from coterie.experts.reply_cache import ReplyCache
+from coterie.grading.grade import after_thinking
+from coterie.methods.symbolic.answer import ExpertAnswer, Outcome, RecruitingPlan, given_to, one_of, synthesis_ask
+from coterie.mixture.local_answers import LocalAnswerer
+from coterie.serve.answering import send
+from coterie.serve.errors import ApiError
+from coterie.serve.frames import ChatFrames, Piece, Usage
+from coterie.serve.recruits import RecruitCell, RecruitDesk
+from coterie.serve.schemas import ChatRequest, CoterieField
+from coterie.serve.token_bytes import TokenBytes
+from coterie.settings.sampling import SamplingSettings
+
+TAGS = ("<think>", "</think>")
+
+
+async def respond_recruited(body: ChatRequest, cell: RecruitCell, question: Example) -> Response:
+    """Let recruited experts answer a question.
+
+    Raises:
+        ApiError: for what they cannot be asked for, or when none gave an answer.
+    """
+    check_asked(body)
+    sampling = SamplingSettings(**body.sampling(), max_new_tokens=body.limit)
+    desk = cell.desk
+    work: Recruited = await desk.worker.call(lambda: ask_recruits(desk, cell.root, question, sampling))
+    shares = {name: share for name, share in work.plan.routing.normalized().row(0).items() if share}
+    usage = Usage(work.count("prompt_tokens"), work.count("tokens"))
+    frames = ChatFrames(
+        body.model,
+        Unknown(),
+        usage,
+        usage_chunk=bool(body.stream_options and body.stream_options.include_usage),
+        usage_always=bool(body.stream_options and body.stream_options.continuous_usage_stats),
+        experts=desk.fitted.pool.names if body.coterie.detail else (),
+        weights={0: shares},
+    )
+    return await send(work.pieces(desk, usage), frames, body, 1, {})
+
+
+def check_asked(body: ChatRequest) -> None:
+    """Refuse what finished answers of experts of any kind cannot give."""
+    given = {
+        "n": body.n > 1,
+        "logprobs": body.logprobs,
+        "lora": body.lora is not None,
+        "coterie": body.coterie.model_copy(update={"detail": False}) != CoterieField(),
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise ApiError(f"recruited experts answer in text, each once; leave {name} out", param=name)
+
+
+class Unknown(TokenBytes):
+    """The vocabulary of answers whose tokens nobody sees."""
+
+    def __init__(self) -> None:
+        """Know nothing."""
+
+
+@dataclass(frozen=True)
+class Recruited:
+    """The answers of recruited experts to one question, and what is to make one of them.
+
+    Attributes:
+        question: what was asked.
+        plan: who was recruited.
+        given: their answers.
+        synthesis: what the aggregator is asked, where it is an expert.
+        outcome: the one answer, where it is there already.
+    """
+
+    question: Example
+    plan: RecruitingPlan
+    given: tuple[ExpertAnswer, ...]
+    synthesis: Question | None
+    outcome: Outcome | None
+
+    def count(self, name: str) -> int:
+        """Add up a count of the replies."""
+        replies = self.outcome.replies if self.outcome else {id(own.reply): own.reply for own in self.given}.values()
+        return sum(getattr(reply, name) for reply in replies)
+
+    async def pieces(self, desk: RecruitDesk, usage: Usage) -> AsyncGenerator[Piece]:
+        """Yield the one answer as it comes; the aggregator's thinking is left out."""
+        outcome = self.outcome
+        if outcome is None:
+            async with aclosing(self._streamed(desk, usage)) as pieces:
+                async for piece in pieces:
+                    yield piece
+                    if piece.finish_reason:
+                        return
+            outcome = one_of(self.plan, 0, self.given, Reply("", finish_reason="failed"), self.question)
+        if not outcome.text:
+            reasons = (own.reply.error for own in self.given if own.reply.error)
+            raise ApiError(f"no expert has given an answer: {next(reasons, 'all were empty')}", 502, code="no_answer")
+        yield Piece(0, outcome.text, (), "length" if outcome.finish_reason == "length" else "stop", written=0)
+
+    async def _streamed(self, desk: RecruitDesk, usage: Usage) -> AsyncGenerator[Piece]:
+        """Yield what a local aggregator writes; nothing ends where it writes no answer."""
+        assert self.synthesis is not None  # or there would be an outcome
+        synthesis, seen = self.synthesis, Seen()
+        answerer = await desk.worker.call(lambda: desk.scheduler.loaded(synthesis.expert))
+        assert isinstance(answerer, LocalAnswerer)  # endpoints answer as a whole
+        engine, asked = await desk.worker.call(lambda: (answerer.engine(), answerer.request(synthesis)))
+        usage.prompt += len(asked.prompt.ids)
+        async with aclosing(desk.worker.answer(engine, [asked])) as tokens:
+            async for token in tokens:
+                text = seen.push(token.text, is_last=token.finish_reason is not None)
+                yield Piece(0, text, finish_reason=token.finish_reason if seen.text else None)
+
+
+class Seen:
+    """What is to be seen of an answer that grows: not its thinking, and no space around it."""
+
+    def __init__(self) -> None:
+        """Begin empty."""
+        self.text = ""
+        self._written = ""
+
+    def push(self, text: str, *, is_last: bool) -> str:
+        """Take more of the answer, and return what is new to see."""
+        self._written += text
+        certain = self._written
+        if not is_last:
+            begun = (size for tag in TAGS for size in range(1, len(tag)) if certain.endswith(tag[:size]))
+            certain = certain[: len(certain) - max(begun, default=0)]
+        whole = after_thinking(certain)
+        new = whole.removeprefix(self.text) if whole.startswith(self.text) else ""
+        self.text += new
+        return new
+
+
+def ask_recruits(desk: RecruitDesk, method: str, question: Example, sampling: SamplingSettings) -> Recruited:
+    """Recruit experts for a question and get their answers, where their models may be run.
+
+    The aggregator is asked here only where its answer cannot be streamed.
+
+    Raises:
+        CoterieError: when an expert cannot be asked.
+    """
+    scheduler = desk.scheduler
+    scheduler.cache = ReplyCache()  # no answer is another request's
+    skills = desk.fitted.skills(scheduler, [question])
+    plan = desk.fitted.recruiting_plan(method, [question], skills, sampling)
+    aggregator, questions = plan.aggregators[0], plan.asks(0, question)
+    replies = scheduler.ask(questions, last=() if aggregator in VOTES else (aggregator,))
+    given = given_to(question, plan, 0, questions, replies)
+    texts = [text for own in given if (text := after_thinking(own.reply.text))]
+    if not texts or aggregator in VOTES:
+        return Recruited(question, plan, given, None, one_of(plan, 0, given, None, question))
+    synthesis = synthesis_ask(aggregator, question, texts, plan.sampling)
+    if isinstance(scheduler.loaded(aggregator), LocalAnswerer):
+        return Recruited(question, plan, given, synthesis, None)
+    return Recruited(question, plan, given, synthesis, one_of(plan, 0, given, scheduler.ask([synthesis])[0], question))
