@@ -159,6 +159,12 @@ def test_what_does_not_act_is_named(client):
     assert answer.json() == ["messages.name", "stream_options.strange", "tools", "user"]
 
 
+def test_names_that_a_header_cannot_hold_are_shown_otherwise(client):
+    given = {"a\r\nSet-Cookie: x": 1, "é": 1, "": 1, "x" * 100: 1} | {f"n{number:03}": 1 for number in range(60)}
+    names = client.post("/chat", json=ASKED | given).json()
+    assert len(names) == 32 and names[:3] == ["", "?", "a??Set-Cookie??x"] and max(map(len, names)) <= 64
+
+
 def test_the_newer_name_of_a_limit_wins_and_null_has_none():
     assert ChatRequest.model_validate(ASKED | {"max_tokens": 5, "max_completion_tokens": 7}).limit == 7
     assert ChatRequest.model_validate(ASKED | {"max_tokens": 5}).limit == 5

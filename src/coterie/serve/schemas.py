@@ -237,8 +237,8 @@ class Request(Body):
         return same | rest | {"top_logprobs": self.alternatives or 0}
 
     def ignored(self) -> list[str]:
-        """Return the names of what was given and does not act, those inside messages and options with dots."""
-        return sorted(set(_unknown(self)))
+        """Return the first names of what was given and does not act, with dots inside, fit for a header."""
+        return sorted({re.sub(r"[^\w.-]", "?", name, flags=re.ASCII)[:64] for name in _unknown(self)})[:32]
 
 
 def _unknown(body: Body, place: str = "") -> Iterator[str]:
