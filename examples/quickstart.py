@@ -15,8 +15,8 @@ FOLDER = "%cd -q ..\n"  # the commands are of the project's folder, the notebook
 
 
 def commands(block: str) -> list[str]:
-    """Return the commands of a block, each in one line."""
-    return re.sub(r"\s*\\\n\s*", " ", block).strip().splitlines()
+    """Return the commands of a block; a long one goes on over several lines, which end in a backslash but for the last."""
+    return re.split(r"(?<!\\)\n", block.strip())
 
 
 def notebook(page: str) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def notebook(page: str) -> dict[str, Any]:
     add("code", FOLDER, execution_count=None, outputs=[])
     for kind, block, text in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
         if kind == "bash":
-            typed = "\n".join(f"!{line}" for line in commands(block))
+            typed = "\n".join(f"!{command}" for command in commands(block))
             add("code", typed, execution_count=None, outputs=[])
         else:
             stream = {"output_type": "stream", "name": "stdout", "text": block.splitlines(keepends=True)}

@@ -27,7 +27,8 @@ def script():
 def typed():
     """What the notebook's cells type in a shell, line by line."""
     cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
-    return [line[1:] for cell in cells for line in "".join(cell["source"]).splitlines() if line.startswith("!")]
+    sources = [re.sub(r"\s*\\\n\s*", " ", "".join(cell["source"])) for cell in cells]
+    return [line[1:] for source in sources for line in source.splitlines() if line.startswith("!")]
 
 
 def test_the_notebook_is_made_of_the_page(script):
