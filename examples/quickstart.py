@@ -15,7 +15,7 @@ FOLDER = "%cd -q ..\n"  # the commands are of the project's folder, the notebook
 
 
 def commands(block: str) -> list[str]:
-    """Return the commands of a block; a long one goes on over several lines, which end in a backslash but for the last."""
+    """Return the commands of a block; where one is long, all of its lines but the last end in a backslash."""
     return re.split(r"(?<!\\)\n", block.strip())
 
 

@@ -1,6 +1,7 @@
 """A bank of adapters becomes a mixture by one command, without any data; what the bank is asked instead says so."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -70,6 +71,17 @@ def test_a_bank_without_any_data_becomes_a_mixture_that_answers(run, bank, tmp_p
     assert code == 0 and json.loads(out)["weights"] == pytest.approx(mixture.route(QUESTIONS[:1]).row(0))
     code, out, _ = run("generate", shelf, QUESTIONS[0], "--json", "--max-new-tokens", 4, "--device", "cpu")
     assert code == 0 and json.loads(out) == mixture.generate(QUESTIONS[:1], max_new_tokens=4)[0].record()
+
+
+def test_route_tells_what_the_weights_of_gates_are_and_why_they_are_nearly_even(run, bank, tmp_path, monkeypatch):
+    assert run("fit", "from-adapters", "--bank", bank, "--output", tmp_path / "shelf", "--device", "cpu")[0] == 0
+    words = ["route", tmp_path / "shelf", QUESTIONS[0], "--device", "cpu"]
+    monkeypatch.setattr("coterie.cli.commands.NEARLY_EVEN", 1.0)
+    assert re.search("averages over all tokens and layers.*; arrow often weighs experts nearly alike", run(*words)[2])
+    monkeypatch.setattr("coterie.cli.commands.NEARLY_EVEN", 0.0)
+    told = run(*words)[2]
+    assert "averages over all tokens and layers" in told and "alike" not in told
+    assert "averages" not in run(*words, "--router", "uniform")[2]
 
 
 @pytest.mark.parametrize("router", ["arrow", "spectr"])

@@ -36,6 +36,7 @@ from coterie.settings.reading import Settings, changed, checked
 from coterie.settings.serving import ServeSettings
 
 LONGEST_LINE = 1000  # characters
+NEARLY_EVEN = 0.1  # weights that differ from even ones by less
 REMOVES = ("bank remove", "experts remove")
 """What no record asks for: a stranger's would delete what is not its own."""
 Prompts = Annotated[list[str] | None, typer.Argument(help="prompts; a conversation or many prompts: see --input")]
@@ -120,6 +121,8 @@ def route(settings: RouteSettings, prompts: Prompts = None, as_json: AsJson = Fa
         for name, weight in sorted(weights.items(), key=lambda pair: -pair[1]):
             cosine = f"  cosine {similarities[name]:+.3f}" if name in similarities else ""
             echo(f"  {name:12} {weight:.3f} {'#' * round(40 * weight / (sum(weights.values()) or 1))}{cosine}")
+    if routing.gates is not None:
+        echo(_of_gates(routing), err=True)
 
 
 @command("generate", 'coterie generate runs/elrea "What do 5 pens cost?" --stream')
@@ -303,6 +306,18 @@ def _mixture(settings: RouteSettings) -> Any:
 def _check_engine(settings: GenerateSettings) -> None:
     if given := changed(settings.engine):
         raise CoterieError(f"{given[0]} acts on a mixture of adapters, not on recruited experts; leave it out")
+
+
+def _of_gates(routing: Any) -> str:
+    """Tell what the weights of gates are, and why those that are read off the adapters are often nearly even."""
+    told = "these weights are averages over all tokens and layers, each of which has its own"
+    even = float((routing.weights - 1 / len(routing.experts)).abs().max()) < NEARLY_EVEN
+    if even and routing.gates.score in ("arrow", "spectr"):
+        told += (
+            f"; {routing.gates.score} often weighs experts nearly alike, also where they are unlike: texts that each was "
+            "made for (coterie fit from-adapters --centroid-data NAME=FILE) tell them apart better"
+        )
+    return told
 
 
 @contextmanager
