@@ -53,6 +53,11 @@ def test_a_newcomer_gets_from_a_shelf_and_a_csv_to_a_report(run, home, model_fol
     fitted = follow(added)
     assert "wrote runs/shelf" in fitted[2]
     refused(run("generate", "runs/shlef", "Hello"), "runs/shlef")
+    refused(
+        run("fit", "from-adapters", "--bank", "shelf", "--output", "x", "--router", "arow"), "'--router': 'arow' is"
+    )
+    (home / "questions.txt").write_text("Hello\n")
+    refused(run("generate", "runs/shelf", "--input", "questions.txt"), "does not say what it holds; .* ends in .jsonl")
     refused(run("generate", "runs/shelf", "Hello", "--max-new-token", "3"), "--max-new-token")
     routed = run("route", "runs/shelf", "Hello")
     assert routed[0] == 0 and "maths" in routed[1] and "law" in routed[1]

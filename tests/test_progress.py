@@ -1,8 +1,9 @@
 """One bar for the whole of a command: its length is known before the first step, and it ends at its end."""
 
 import io
-import re
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -40,7 +41,14 @@ class Seen(plain_tqdm):
 def bars(monkeypatch):
     """All bars that are shown, on a terminal."""
     Seen.made = []
-    monkeypatch.setattr(progress, "tqdm", Seen)
+    make = progress._bar
+
+    def seen(*given, **how):  # bars of other libraries are none of ours
+        with monkeypatch.context() as patch:
+            patch.setattr("tqdm.auto.tqdm", Seen)
+            return make(*given, **how)
+
+    monkeypatch.setattr(progress, "_bar", seen)
     monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=SimpleNamespace(isatty=lambda: True)))
     return Seen.made
 
@@ -145,18 +153,35 @@ def test_a_part_that_was_not_planned_is_no_part(bars):
         pass
 
 
-def test_a_log_gets_plain_lines_and_none_of_what_is_over_soon(capsys, monkeypatch):
-    monkeypatch.setitem(progress.NOW_AND_THEN, "delay", 0.0)
-    monkeypatch.setitem(progress.NOW_AND_THEN, "mininterval", 0.0)
+def test_a_log_gets_a_plain_line_now_and_then_and_none_of_what_is_over_soon(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with whole("fit", {"before": 20.0, "train": 80.0}):
+        with part("before"):
+            pass
+        with part("train"), steps("training base", 16, "step") as told:
+            for _ in range(16):
+                now[0] += 4.0
+                told(1, "loss 0.5")
+    assert capsys.readouterr().err.splitlines() == [
+        "fit: 35%, 00:12 gone, 00:52 left, training base, loss 0.5",
+        "fit: 75%, 00:44 gone, 00:20 left, training base, loss 0.5",
+        "fit: 100%, 01:04 gone, 00:00 left, training base, loss 0.5",
+    ]
+    with steps("answers", 9, "prompt", done=4) as told:
+        now[0] += 11.0
+        told()
+    assert capsys.readouterr().err.splitlines() == ["answers: 5 of 9, 00:11 gone, 00:44 left"] * 2
     with whole("fit", {"train": 3.0}), part("train"), steps("training base", 3, "step") as told:
-        work(told, 3, "loss 0.5")
-    lines = capsys.readouterr().err.splitlines()
-    assert lines and all(re.fullmatch(r"fit: \d+%, \d\d:\d\d gone, .* left(, [\w .]+)*", line) for line in lines)
-    assert lines[-1].startswith("fit: 100%") and lines[-1].endswith(", training base, loss 0.5")
-    monkeypatch.setitem(progress.NOW_AND_THEN, "delay", 10.0)
-    with whole("fit", {"train": 3.0}), part("train"), steps("training base", 3, "step") as told:
+        now[0] += 9.9
         work(told, 3)
     assert capsys.readouterr().err == ""
+
+
+def test_a_command_in_a_log_can_still_say_how_libraries_write_bars():
+    """They read how they write when tqdm is first imported, so in a process of its own."""
+    code = "import sys, coterie.cli.commands; sys.exit('tqdm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # --------------------------------------------------------------------------------------------- the commands themselves

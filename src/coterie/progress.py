@@ -5,17 +5,13 @@ them one by one (`part`), and the loops inside (`steps`) move the bar within the
 command is around has a bar of its own.
 """
 
-import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
-
-from tqdm import tqdm as plain_tqdm
-from tqdm.auto import tqdm
-from tqdm.notebook import tqdm_notebook
 
 TRAINING = 3.0
 """What training on a row weighs, in passes of a row without gradients: the pass, and its way back."""
@@ -26,36 +22,69 @@ EMBEDDING = 0.2
 ANSWERING = 8.0
 """What a row's answer weighs: some hundred tokens, of which each takes a small part of a pass."""
 
-NOW_AND_THEN = {"delay": 10.0, "mininterval": 30.0, "miniters": 0}
-"""How a log is written to: seconds until its first line and between two, however many steps are done meanwhile."""
+FIRST, BETWEEN = 10.0, 30.0
+"""How a log is written to: seconds until its first line, and between two."""
 WHOLE = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left{postfix}"
-WHOLE_IN_A_LOG = "{desc}: {percentage:.0f}%, {elapsed} gone, {remaining} left{postfix}"
-LOOP_IN_A_LOG = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}"
 
 
-class _Lines(plain_tqdm):
-    """A bar in a log: plain lines, the last of them only where there was a first."""
+@dataclass
+class _Lines:
+    """What a bar is in a log: a plain line now and then, and a last one where there was a first."""
 
-    @staticmethod
-    def status_printer(file: Any) -> Callable[[str], None]:  # noqa: ANN401 - any stream
-        def write(line: str) -> None:
-            if line:
-                print(line, file=file, flush=True)
+    desc: str
+    total: int | float
+    initial: int | float = 0
+    is_whole: bool = False
+    disable: bool = False
 
-        return write
+    def __post_init__(self) -> None:
+        """Begin."""
+        self.n, self.postfix, self.shown = self.initial, "", 0
+        self.began = self.last = time.monotonic()
 
-    def close(self) -> None:
-        if not self.disable and self.last_print_t >= self.start_t + self.delay:
-            self.display()
-        self.delay = math.inf  # nothing is left to be wiped out
-        super().close()
+    def update(self, by: int | float) -> None:
+        """Go on, and tell of it where it is time to."""
+        self.n += by
+        if time.monotonic() - (self.last if self.shown else self.began - BETWEEN + FIRST) >= BETWEEN:
+            self.show()
+
+    def show(self) -> None:
+        """Write a line, unless nothing is to be shown."""
+        self.last = time.monotonic()
+        gone, done = self.last - self.began, self.n - self.initial
+        left = clock((self.total - self.n) * gone / done) if done else "?"
+        reached = f"{self.n / self.total:.0%}" if self.is_whole else f"{self.n:.0f} of {self.total:.0f}"
+        if not self.disable:
+            self.shown += 1
+            told = f"{self.desc}: {reached}, {clock(gone)} gone, {left} left"
+            sys.stderr.write(", ".join(filter(None, (told, self.postfix))) + "\n")
+
+    def set_postfix_str(self, text: str, refresh: bool = False) -> None:  # noqa: FBT001, FBT002 - as tqdm has it
+        """Say what is done at present."""
+        self.postfix = text
+
+    def __enter__(self) -> "_Lines":
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Write the last line."""
+        if self.shown:
+            self.show()
+
+
+def clock(seconds: float) -> str:
+    """Return a time as people read it, such as 1:05:09 or 05:09."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
 
 
 @dataclass
 class _Stretch:
     """A piece of a bar: its length, its parts, and how far it has come."""
 
-    bar: plain_tqdm
+    bar: Any  # tqdm, or lines
     length: float
     parts: dict[str, float] = field(default_factory=dict)
     come: float = 0.0
@@ -158,17 +187,19 @@ def _within(stretch: _Stretch) -> Iterator[None]:
     stretch.skip(stretch.length)
 
 
-def _tell(bar: plain_tqdm, note: str, move: Callable[[], object]) -> None:
+def _tell(bar: Any, note: str, move: Callable[[], object]) -> None:
     if note:
         bar.set_postfix_str(note, refresh=False)  # in a log, each would be a line
     move()
 
 
-def _bar(name: str, total: int | float, *, is_whole: bool = False, **how: Any) -> plain_tqdm:  # noqa: ANN401 - tqdm's own
-    if is_whole:
-        how["smoothing"] = 0.0  # parts are weighed alike, so the pace of all says more than the last moment's
+def _bar(name: str, total: int | float, *, is_whole: bool = False, **how: Any) -> Any:  # noqa: ANN401 - tqdm, or lines
+    from tqdm.auto import tqdm  # reads when it is imported how it writes, which the command line says before
+    from tqdm.notebook import tqdm_notebook
+
     if not sys.stderr.isatty() and not issubclass(tqdm, tqdm_notebook):
-        return _Lines(
-            total=total, desc=name, **NOW_AND_THEN, **how, bar_format=WHOLE_IN_A_LOG if is_whole else LOOP_IN_A_LOG
-        )
-    return tqdm(total=total, desc=name, **how, bar_format=WHOLE if is_whole else None)
+        how.pop("unit", None)
+        return _Lines(name, total, is_whole=is_whole, **how)
+    if is_whole:  # parts are weighed alike, so the pace of all says more than the last moment's
+        how |= {"smoothing": 0.0, "bar_format": WHOLE}
+    return tqdm(total=total, desc=name, **how)

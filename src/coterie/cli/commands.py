@@ -314,8 +314,8 @@ def _of_gates(routing: Any) -> str:
     even = float((routing.weights - 1 / len(routing.experts)).abs().max()) < NEARLY_EVEN
     if even and routing.gates.score in ("arrow", "spectr"):
         told += (
-            f"; {routing.gates.score} often weighs experts nearly alike, also where they are unlike: texts that each was "
-            "made for (coterie fit from-adapters --centroid-data NAME=FILE) tell them apart better"
+            f"; {routing.gates.score} often weighs experts nearly alike, also where they are unlike: texts that each "
+            "was made for (coterie fit from-adapters --centroid-data NAME=FILE) tell them apart better"
         )
     return told
 

@@ -153,7 +153,8 @@ def _outcome(run: Callable[[list[str]], object]) -> tuple[int, str]:
 def _usage_trouble(message: str, command: str) -> str:
     """Return the line for what typer says of the words, ending with the help that shows the right ones."""
     ends = " Or type:" if message.endswith("?") else "; type:"
-    return f"error: {message.rstrip('.')}{ends} {command} --help"
+    told = message.replace(": Value error, ", ": ").rstrip(".")  # pydantic's words, which typer passes on
+    return f"error: {told}{ends} {command} --help"
 
 
 def _disk_trouble(error: OSError) -> tuple[int, str]:

@@ -37,6 +37,8 @@ def rows_of(source: str | Path, limit: int | None) -> Iterator[PlacedRow]:
     name = path.name.lower()
     reader = READERS.get(Path(name.removesuffix(".gz")).suffix)
     try:
+        if reader is None and path.is_file() and path.suffix != ".arrow":
+            raise CoterieError(f"{path} does not say what it holds; give a file that ends in {ENDINGS}, also with .gz")
         if reader is None or path.is_dir():
             yield from _datasets_rows(str(source), limit)
             return

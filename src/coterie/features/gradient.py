@@ -27,7 +27,7 @@ from coterie.data.devices import on_device
 from coterie.errors import CoterieError
 from coterie.features.projection import Projection, make_projection
 from coterie.lora import Adapter
-from coterie.progress import steps
+from coterie.progress import part, steps, whole
 from coterie.settings.groups import FeatureSettings
 
 SHARD_ROWS = 64  # rows between two writes: what an interruption costs at most
@@ -249,11 +249,12 @@ def write_features(features: GradientFeatures, rows: Sequence[TokenRow], folder:
     """
     shards = by_length(rows, SHARD_ROWS)
     files = {folder / f"{number:05d}.safetensors": shard for number, shard in enumerate(shards)}
-    lacking = {file: shard for file, shard in files.items() if not file.exists()}
-    with steps("gradient features", len(rows), "prompt", done=len(rows) - sum(map(len, lacking.values()))) as done:
-        for file, shard in lacking.items():
-            write_tensors(file, {"features": features([rows[i] for i in shard])})
-            done(len(shard))
+    names = {file: f"gradient features, part {number} of {len(files)}" for number, file in enumerate(files, start=1)}
+    with whole("gradient features", {names[file]: len(shard) for file, shard in files.items()}):
+        for file, shard in files.items():
+            with part(names[file]):
+                if not file.exists():
+                    write_tensors(file, {"features": features([rows[i] for i in shard])})
     result = torch.empty(len(rows), features.settings.d_proj)
     for file, shard in files.items():
         result[shard] = read_tensors(file)["features"]
