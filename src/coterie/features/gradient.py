@@ -183,8 +183,8 @@ def _backward(backbone: Backbone, batch: Batch, weights: Float[Tensor, "row posi
     leaf = states.detach().requires_grad_()
     size = max(1, LOGIT_ELEMENTS // backbone.output_layer.out_features)
     pieces = zip(leaf.split(size), targets.split(size), weighed.split(size), strict=True)
-    for part, target, weight in pieces:
-        loss = nn.functional.cross_entropy(backbone.head(part), target, reduction="none")
+    for piece, target, weight in pieces:
+        loss = nn.functional.cross_entropy(backbone.head(piece), target, reduction="none")
         (loss * weight).sum().backward()
     if leaf.grad is not None:  # None when no row has a token that something predicts
         states.backward(leaf.grad)
