@@ -47,16 +47,21 @@ def test_harm_outside_moves_the_threshold_above_it_as_far_as_the_gain_inside_all
     """The rows outside lie at 0.1 and 0.65: the second can be refused for a fifth of the gain, not for a tenth."""
     outside = observed((0.1, -1.0), (0.65, -1.0))
     found = {caution: Calibration(INSIDE, outside).threshold(caution) for caution in (0.1, 0.2)}
-    assert found[0.1] == pytest.approx((0.1 + 0.6) / 2)
-    assert found[0.2] == pytest.approx((0.65 + 0.7) / 2)
+    assert found == pytest.approx({0.1: 0.6, 0.2: (0.65 + 0.7) / 2})
 
 
 def test_the_threshold_lies_in_the_middle_of_the_gap_between_what_helps_and_what_harms():
     assert Calibration(INSIDE, observed((0.1, -1.0), (0.3, -2.0))).threshold(0.0) == pytest.approx(0.4)
 
 
-def test_outside_rows_that_the_mixture_helps_are_answered():
-    assert Calibration(INSIDE, observed((0.1, 1.0), (0.3, 2.0))).threshold(0.1) <= 0.1 + 1e-6
+def test_where_the_mixture_harms_nothing_outside_everything_is_answered():
+    assert Calibration(INSIDE, observed((0.1, 1.0), (0.3, 0.0))).threshold(0.1) == -math.inf
+
+
+def test_what_helps_outside_by_chance_does_not_lower_the_threshold():
+    """The most familiar row outside is harmed a little, those below are helped a lot: all of them are refused."""
+    outside = observed((0.1, 5.0), (0.2, 5.0), (0.3, -0.1))
+    assert Calibration(INSIDE, outside).threshold(0.0) == pytest.approx((0.3 + 0.5) / 2)
 
 
 def test_a_mixture_that_gains_nothing_inside_never_answers():
@@ -84,31 +89,36 @@ def test_on_made_up_domains_the_gain_inside_stays_and_the_harm_outside_goes(caut
 # -------------------------------------------------------------------------------------------------------- familiarity
 
 
-def test_familiarity_is_the_mean_cosine_to_the_five_nearest_rows():
-    rows, prompts = normal(40, 16, seed=1), normal(3, 16, seed=2)
-    wanted = [sorted((float(torch.cosine_similarity(p, r, dim=0)) for r in rows), reverse=True)[:5] for p in prompts]
+def test_familiarity_is_the_mean_cosine_to_the_five_nearest_rows_around_their_mean():
+    rows, prompts = 3 + normal(40, 16, seed=1), 3 + normal(3, 16, seed=2)
+    near = [p - rows.mean(dim=0) for p in prompts]
+    others = rows - rows.mean(dim=0)
+    wanted = [sorted((float(torch.cosine_similarity(p, r, dim=0)) for r in others), reverse=True)[:5] for p in near]
     found = Familiarity.of(rows)(prompts)
     assert found.tolist() == pytest.approx([sum(own) / 5 for own in wanted], abs=1e-5)
 
 
 def test_training_rows_are_not_compared_with_themselves():
     rows = normal(10, 16, seed=1)
-    found = Familiarity.of(rows)(rows)
-    for number in range(10):
-        others = Familiarity.of(torch.cat([rows[:number], rows[number + 1 :]]))
-        assert float(found[number]) == pytest.approx(float(others(rows[number : number + 1])[0]), abs=1e-5)
+    whole = Familiarity.of(rows)
+    for number, own in enumerate(whole(rows)):
+        others = Familiarity(torch.cat([whole.rows[:number], whole.rows[number + 1 :]]), whole.centre)
+        assert float(own) == pytest.approx(float(others(rows[number : number + 1])[0]), abs=1e-5)
 
 
-def test_the_lengths_of_features_do_not_matter():
+def test_the_scale_of_features_does_not_matter():
     rows, prompts = normal(20, 16, seed=1), normal(3, 16, seed=2)
-    torch.testing.assert_close(Familiarity.of(7 * rows)(0.1 * prompts), Familiarity.of(rows)(prompts))
+    torch.testing.assert_close(Familiarity.of(7 * rows)(7 * prompts), Familiarity.of(rows)(prompts))
 
 
 def test_long_features_are_compared_in_fewer_dimensions_with_nearly_the_same_cosines():
-    rows = normal(30, 8 * FOLDED, seed=1) + 2 * normal(8 * FOLDED, seed=3)
+    """Rows of two kinds, opposite each other; a kind's common part is four fifths of the squared length."""
+    kinds = torch.ones(30, 1)
+    kinds[15:] = -1
+    rows = normal(30, 8 * FOLDED, seed=1) + 2 * kinds * normal(8 * FOLDED, seed=3)
     found = Familiarity.of(rows)
     assert found.rows.shape == (30, FOLDED)
-    assert float((found(rows) - 0.8).abs().max()) < 0.06  # the common part is four fifths of the squared length
+    assert float((found(rows) - 0.8).abs().max()) < 0.06
 
 
 def test_one_row_alone_is_familiar_with_nothing():
@@ -129,7 +139,7 @@ def wrapped() -> RefusalRouter:
     centroids = torch.eye(3)[:2]
     router = CentroidRouter.by_cluster(described(torch.eye(3)), centroids, ["a", "b"])
     calibration = Calibration(observed((0.6, 1.0)), observed((0.4, -1.0)))
-    return RefusalRouter(router, Familiarity(torch.eye(3)[:2]), calibration, "base")
+    return RefusalRouter(router, Familiarity(torch.eye(3)[:2], torch.zeros(3)), calibration, "base")
 
 
 def test_familiar_prompts_are_weighed_as_before_and_others_go_to_the_fallback(wrapped):
@@ -145,7 +155,7 @@ def test_familiar_prompts_are_weighed_as_before_and_others_go_to_the_fallback(wr
 def test_a_fallback_that_the_router_does_not_know_joins_its_experts():
     router = RefusalRouter(
         FixedRouter({"a": 1.0, "b": 3.0}),
-        Familiarity(torch.eye(2)),
+        Familiarity(torch.eye(2), torch.zeros(2)),
         Calibration(INSIDE, NOTHING),
         "backbone",
         extractor=described(torch.tensor([[1.0, 1.0], [-1.0, -1.0]])),
@@ -216,11 +226,6 @@ def test_calibrating_by_losses_gives_the_gain_per_row_in_nats_over_all_its_token
     )
     assert found.calibration.inside.gain.tolist() == pytest.approx([1.0, 2.0, 3.0])
     assert found.calibration.outside.gain.tolist() == pytest.approx([-3.0])
-    assert (
-        float(found.calibration.outside.familiarity[0])
-        < found.threshold
-        < float(found.calibration.inside.familiarity.min())
-    )
 
 
 def test_fitted_routers_refuse_by_default_and_eval_can_turn_it_off(grid):

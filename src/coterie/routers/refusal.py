@@ -24,6 +24,8 @@ from coterie.routers.feature import load_extractor
 NEIGHBOURS = 5
 CAUTION = 0.1
 """The share of its gain on familiar rows that a mixture may lose by staying out."""
+HARM = 1e-3
+"""Nats by which a row counts as harmed: less is rounding."""
 MOST_ROWS = 2000  # that are kept to compare with, drawn evenly
 FOLDED = 1024  # dimensions that gradient features are compared in: 2,000 rows are 8 MB
 
@@ -54,54 +56,59 @@ class Calibration(NamedTuple):
     def threshold(self, caution: float) -> float:
         """Return the familiarity from which on the mixture answers.
 
-        Of the thresholds that keep at least `1 - caution` of the gain on the rows inside, it is that with the largest
-        gain (or least harm) on the rows outside; where several are as good, the middle between them, or the highest one
-        if nothing outside is known. It is inf, so that the mixture never answers, where nothing is gained inside.
+        The highest one may cost `caution` of the gain on the rows inside at most. It is lowered to the middle between
+        that and the most familiar of the outside rows that the mixture harms, where all of these lie below; where it
+        harms none of them, everything is answered. What it helps outside counts for nothing: the sample is small, and
+        refusing is cheap. Where nothing is gained inside, nothing is answered (inf).
         """
         total = float(self.inside.gain.double().sum())
         if total <= 0:
             return torch.inf
-        places = torch.cat([self.inside.familiarity, self.outside.familiarity]).unique()  # sorted
-        places = torch.cat([places, torch.tensor([torch.inf])])
+        places = torch.cat([self.inside.familiarity.unique(), torch.tensor([torch.inf])])
         kept = self.inside.gain_above(places) >= (1 - caution) * total * (1 - 1e-9)
+        highest = float(places[kept].max())
         if not len(self.outside.gain):
-            return float(places[kept].max())
-        outside = self.outside.gain_above(places)
-        best = places[kept & (outside >= outside[kept].max())]
-        low, high = float(best.min()), float(best.max())
-        if high == torch.inf:
-            return high
-        below = places[places < low]
-        return ((float(below.max()) if len(below) else low) + high) / 2
+            return highest
+        harmed = self.outside.familiarity[self.outside.gain < -HARM]
+        if not len(harmed):
+            return -torch.inf
+        return (highest + min(float(harmed.max()), highest)) / 2
 
 
 class Familiarity(NamedTuple):
-    """Training rows that prompts are compared with, as features of length 1."""
+    """Training rows that prompts are compared with.
+
+    Attributes:
+        rows: their features minus the mean, of length 1.
+        centre: that mean: what all rows share says nothing of their kind, and states of models share nearly all.
+    """
 
     rows: Float[Tensor, "row dimension"]
+    centre: Float[Tensor, " dimension"]
 
     @classmethod
     def of(cls, features: Float[Tensor, "row dimension"], seed: int = 0) -> "Familiarity":
         """Keep `MOST_ROWS` of the rows at most."""
-        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
-        return cls(_comparable(features[order[:MOST_ROWS].sort().values]))
+        short = _short(features)
+        order = torch.randperm(len(short), generator=torch.Generator().manual_seed(seed))
+        kept, centre = short[order[:MOST_ROWS].sort().values], short.mean(dim=0)
+        return cls(torch.nn.functional.normalize(kept - centre, dim=-1), centre)
 
     def __call__(self, features: Float[Tensor, "row dimension"]) -> Float[Tensor, " row"]:
         """Return every prompt's mean cosine to the nearest rows.
 
         A row that equals one of these is not compared with it: training rows are as familiar as new ones of their kind.
         """
-        found = _comparable(features) @ self.rows.T
+        found = torch.nn.functional.normalize(_short(features) - self.centre, dim=-1) @ self.rows.T
         found = found.masked_fill(found > 1 - 1e-5, -torch.inf)
         nearest = found.topk(min(NEIGHBOURS, len(self.rows)), dim=1).values
         known = nearest.isfinite()
         return torch.where(known, nearest, 0.0).sum(dim=1) / known.sum(dim=1).clamp(min=1)
 
 
-def _comparable(features: Float[Tensor, "row dimension"]) -> Float[Tensor, "row folded"]:
-    """Scale features to length 1, long ones (of projected gradients) in fewer dimensions."""
-    long = features.shape[1] > FOLDED and not features.shape[1] % FOLDED
-    return torch.nn.functional.normalize(fold(features, FOLDED) if long else features, dim=-1)
+def _short(features: Float[Tensor, "row dimension"]) -> Float[Tensor, "row folded"]:
+    """Put long features, which are those of projected gradients, into fewer dimensions."""
+    return fold(features, FOLDED) if features.shape[1] > FOLDED and not features.shape[1] % FOLDED else features
 
 
 class RefusalRouter(Wrapper):
@@ -190,7 +197,7 @@ class RefusalRouter(Wrapper):
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the rows and the calibration, and the wrapped router; return the entry for mixture.json."""
         inside, outside = self.calibration
-        tensors = {"rows": self.familiarity.rows, "inside": torch.stack(inside)}
+        tensors = {**self.familiarity._asdict(), "inside": torch.stack(inside)}
         if len(outside.gain):
             tensors["outside"] = torch.stack(outside)
         write_tensors(folder / "refusal.safetensors", tensors)
@@ -202,10 +209,11 @@ class RefusalRouter(Wrapper):
         """Build it from its entry and its tensors, around the router that was built already."""
         if parts.inner is None:
             raise KeyError("of")
-        wanted = {"rows": (None, None), "inside": (2, None), "outside": (2, None)}
+        wanted = {"rows": (None, None), "centre": (None,), "inside": (2, None), "outside": (2, None)}
         tensors = read_floats(parts.folder / "refusal.safetensors", wanted, "fit again", optional=["outside"])
         extractor = load_extractor(record, parts) if "description" in record else None
         outside = Observed(*tensors.get("outside", torch.zeros(2, 0)))
         calibration = Calibration(Observed(*tensors["inside"]), outside)
         fallback, caution = str(record["fallback"]), float(record["caution"])
-        return cls(parts.inner, Familiarity(tensors["rows"]), calibration, fallback, caution, extractor)
+        familiarity = Familiarity(tensors["rows"], tensors["centre"])
+        return cls(parts.inner, familiarity, calibration, fallback, caution, extractor)
