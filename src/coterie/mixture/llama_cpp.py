@@ -8,7 +8,7 @@ import json
 import secrets
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +114,7 @@ class LlamaCpp:
         n: int = 1,
         batch_size: int = DEFAULT_BATCH,
         top_k_experts: int | None = None,
+        progress: Callable[[int], object] | None = None,
         **sampling: Any,  # noqa: ANN401 - fields of SamplingSettings
     ) -> list[Completion]:
         """Answer prompts, one after the other; see `Mixture.generate`. Seeds draw other answers than there.
@@ -127,7 +128,7 @@ class LlamaCpp:
         """
         if batch_size != DEFAULT_BATCH:
             raise CoterieError("llama.cpp answers one prompt after the other here, so leave --batch-size out")
-        settings = from_flat(SamplingSettings, sampling, ("n", "top_k_experts"))
+        settings = from_flat(SamplingSettings, sampling, ("n", "top_k_experts", "progress"))
         draws = self.mixture.combiner.draws(settings, n)
         requests = list(self._requests(as_examples(prompts), settings, top_k_experts))
         answers = []
@@ -135,6 +136,8 @@ class LlamaCpp:
             for own in draws:
                 found = self._ask({**request.fields, **sampling_fields(own)})
                 answers.append(self._completion(request, own.stop, found))
+            if progress:
+                progress(1)
         return answers
 
     def stream(
