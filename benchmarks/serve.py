@@ -90,15 +90,16 @@ def process(*words: str, url: str | None = None) -> Iterator[str]:
 
 
 def answers_within(url: str, running: subprocess.Popen[str]) -> None:
-    """Wait until anything at all is answered."""
+    """Wait until anything at all is answered, but that it is loading."""
     for _ in range(STARTING):
         if running.poll() is not None:
             raise SystemExit(f"a server has ended before it answered: {running.args}")
         try:
-            httpx2.get(url, timeout=60, trust_env=False)
-            return
+            if httpx2.get(url, timeout=60, trust_env=False).status_code != httpx2.codes.SERVICE_UNAVAILABLE:
+                return
         except httpx2.TransportError:
-            time.sleep(1)
+            pass
+        time.sleep(1)
     raise SystemExit(f"{url} does not answer")
 
 

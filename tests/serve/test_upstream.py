@@ -267,6 +267,18 @@ def test_an_answer_that_breaks_off_ends_with_an_error(before_vllm, vllm):
     assert (answer.status_code, answer.json()["error"]["message"]) == (502, "vLLM: out of memory")
 
 
+def test_what_is_loaded_later_is_not_taken_for_what_the_other_server_has(run_folder, vllm):
+    with (
+        started(f"elrea={run_folder}", upstream=f"vllm={vllm.url}") as server,
+        httpx2.Client(base_url=server.url, timeout=60) as client,
+    ):
+        server.worker.put(lambda: server.catalogue.load("other", str(run_folder))).result()
+        answer = client.post("/v1/chat/completions", json=chat_body(model="other:cluster-0"))
+        assert answer.status_code == 400 and "does not have the expert 'cluster-0'" in answer.json()["error"]["message"]
+        assert chat(client, model="elrea:cluster-0")["choices"][0]["message"]["content"] == "abc"
+        assert chat(client, model="other:backbone")["choices"][0]["message"]["content"] == "abc"
+
+
 def test_a_server_without_the_experts_or_with_another_model_is_refused_at_the_start(run_folder, vllm, monkeypatch):
     def refusal(upstream: str) -> str:
         with pytest.raises(CoterieError) as told, started(f"elrea={run_folder}", upstream=upstream):

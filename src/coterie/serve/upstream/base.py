@@ -77,14 +77,17 @@ class Upstream(ABC):
             ApiError: for a mixture that it cannot compute.
         """
         mixture = asked.mixture
-        if mixture.backbone.identity != self.mixture.backbone.identity:
-            raise ApiError(f"{self.name} computes answers of another base model", param="model")
         if mixture.combiner.kind not in COMBINERS:
             told = f"{self.name} mixes experts in the layers, not by {mixture.combiner.kind!r}; take combiner layers"
             raise ApiError(told, param="coterie.combiner")
         if mixture.reroutes or mixture.router.grain != "prompt":
             told = f"router {mixture.router.kind!r} weighs experts during an answer, which {self.name} does not"
             raise ApiError(f"{told}; take another router, or every inf", param="coterie.router")
+        there = dict(zip(self.mixture.bank.names, self.mixture.bank.adapters, strict=True))
+        own = dict(zip(mixture.bank.names, mixture.bank.adapters, strict=True))
+        for name in {name for request in asked.requests for name in experts_of(request)}:
+            if there.get(name) is not own[name]:  # as of what was loaded later
+                raise ApiError(f"{self.name} does not have the expert {name!r} of this model", param="model")
         return asked
 
     async def answer(self, asked: Asked) -> AsyncGenerator[Token]:
@@ -121,12 +124,10 @@ class Upstream(ABC):
 
     async def _answer(self, request: Request, sampling: SamplingSettings, mixture: Mixture) -> AsyncIterator[Token]:
         """Yield the tokens of one answer, the last of which says why it ends."""
-        assert isinstance(request.routing, Routing)  # accepted
-        weights = {name: weight for name, weight in request.routing.row(0).items() if weight and name != BACKBONE}
         body, written = self._body(request, sampling), 0
         async with (
             httpx2.AsyncClient(**self._client(timeout=httpx2.Timeout(None, connect=PATIENCE))) as http,
-            self._running(http, weights) as (path, fields),
+            self._running(http, experts_of(request)) as (path, fields),
         ):
             async for event in self._events(http, path, body | fields):
                 for token in self._tokens(event, request):
@@ -183,6 +184,12 @@ class Upstream(ABC):
             raise CoterieError(
                 f"--upstream: {self.url} reads a text as other tokens than {base}, so it has another model"
             )
+
+
+def experts_of(request: Request) -> dict[str, float]:
+    """Return the weights of the experts that a request runs beside the base model, of those that were accepted."""
+    assert isinstance(request.routing, Routing)
+    return {name: weight for name, weight in request.routing.row(0).items() if weight and name != BACKBONE}
 
 
 async def check(response: httpx2.Response, name: str) -> None:
