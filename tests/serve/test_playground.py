@@ -384,6 +384,25 @@ def test_stop_ends_an_answer_and_keeps_what_came(opened):
 
 
 @needs_browser
+def test_an_answer_that_is_asked_again_while_it_comes_can_still_be_stopped(opened):
+    app = pretend_app(pause=0.05)
+    with running(app) as app.state.url:
+        page = opened(app)
+        page.locator("#send:enabled").wait_for()
+        page.fill("#question", "Why?")
+        page.press("#question", "Enter")
+        page.locator(".token").nth(2).wait_for()
+        for name in EXPERTS:
+            move(page, name, 1 if name == "cluster-1" else 0)
+        page.locator(".run.k2 .token").nth(9).wait_for()
+        assert page.locator("#stop").is_visible() and page.locator("#send").is_hidden()
+        page.click("#stop")
+        page.locator(".answer[aria-busy=false]").wait_for()
+        assert page.locator(".answer").count() == page.locator(".run").count() == 1
+        assert page.locator("#send").is_visible()
+
+
+@needs_browser
 def test_the_look_follows_the_system_unless_one_is_chosen(opened):
     page = opened(color_scheme="dark")
     paper = lambda: page.evaluate("getComputedStyle(document.body).backgroundColor")  # noqa: E731
