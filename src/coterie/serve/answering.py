@@ -14,6 +14,7 @@ from coterie.data.examples import Example
 from coterie.engine.request import Token
 from coterie.mixture.completion import completion
 from coterie.mixture.core import elected
+from coterie.routers.base import Routing
 from coterie.serve.asking import Asked, Body, ask
 from coterie.serve.catalogue import Cell
 from coterie.serve.errors import as_api_error
@@ -112,6 +113,10 @@ async def pieces_of(tokens: AsyncGenerator[Token], frames: Frames, asked: Asked,
     async with aclosing(tokens):
         async for token in tokens:
             index = token.request * body.n + token.draw
+            if token.weights and isinstance(asked.requests[token.request].routing, Routing):
+                known = zip(asked.mixture.bank.names, token.weights, strict=True)  # gates' average over the prompt
+                frames.weights = {**frames.weights, index: {name: weight for name, weight in known if weight}}
+                token = token._replace(weights=None)  # noqa: PLW2901
             piece = answers.setdefault(index, Pieces(index, frames.vocabulary)).push(token)
             if token.begun and token.draw == 0:
                 frames.usage.cached += token.begun.cached
