@@ -7,8 +7,8 @@ import struct
 import openai
 import pytest
 
-from conftest import QUESTION, chat
 from coterie.mixture import Mixture
+from served import QUESTION, chat
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # it would fetch a list of prices
 

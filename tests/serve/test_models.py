@@ -106,3 +106,14 @@ def test_the_commands_of_curl_need_no_header(server, client):
     assert client.post("/v1/chat/completions", content=raw).status_code == 200
     from_page = {"content-type": "text/plain", "origin": "https://elsewhere.example"}
     told(client.post("/v1/chat/completions", content=raw, headers=from_page))
+
+
+def test_many_prompts_of_one_request_let_others_have_steps_between_them(server, client, monkeypatch):
+    router, sizes = server.catalogue.resolve("elrea").mixture.router, []
+    start = router.start
+    monkeypatch.setattr(router, "start", lambda rows: [sizes.append(len(rows)), start(rows)][1])
+    body = {"model": "elrea", "prompt": [f"add {number} 3" for number in range(19)], "temperature": 0, "max_tokens": 2}
+    many = client.post("/v1/completions", json=body).json()["choices"]
+    assert sizes == [8, 8, 3] and [choice["index"] for choice in many] == list(range(19))
+    alone = client.post("/v1/completions", json={**body, "prompt": "add 18 3"}).json()["choices"][0]
+    assert many[18]["text"] == alone["text"]

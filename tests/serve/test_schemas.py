@@ -112,6 +112,7 @@ def test_a_wrong_field_of_a_chat_is_refused_by_name(client, given, param):
         ({"prompt": ["a"] * 2049}, "prompt"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"best_of": 3}, "best_of"),
+        ({"prompt": ["a"] * 17, "n": 128}, "n"),
         ({"suffix": "end"}, "suffix"),
         ({"logprobs": 21}, "logprobs"),
     ],

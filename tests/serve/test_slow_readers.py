@@ -5,7 +5,7 @@ import socket
 import time
 from urllib.parse import urlsplit
 
-from conftest import chat, chat_body
+from served import chat, chat_body
 
 
 def test_a_client_that_reads_nothing_holds_up_nobody(server, client, mixture):

@@ -2,8 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TypeVar
 
 from fastapi import Request
@@ -28,6 +29,9 @@ SHOW_WEIGHTS = "X-Coterie-Weights"
 IGNORED = "X-Coterie-Ignored"
 """Header that names what was asked for and passed over."""
 
+ROWS = 8
+"""Prompts that are read between two steps of the engine: those who wait for tokens wait for no more."""
+
 Result = TypeVar("Result")
 
 
@@ -49,9 +53,10 @@ async def respond(
     """
     server = request.app.state
     cell: Cell = server.catalogue.resolve(body.model)
-    asked: Asked = await server.worker.call(
-        lambda: ask(cell, rows(cell), body, question, server.settings.capacity.timeout)
-    )
+    made: list[TokenRow] = await server.worker.call(lambda: rows(cell))
+    timeout = server.settings.capacity.timeout
+    parts: list[Asked] = await in_turns(request, made, lambda part: ask(cell, part, body, question, timeout))
+    asked = replace(parts[0], requests=[own for part in parts for own in part.requests])
     if server.upstream:
         asked = server.upstream.accept(asked)
         tokens = server.upstream.answer(asked)
@@ -75,6 +80,14 @@ async def respond(
     )
     headers = {SHOW_WEIGHTS: json.dumps(weights[0])} if detail and 0 in weights else {}
     return await send(pieces_of(tokens, frames, asked, body), frames, body, len(choices), headers)
+
+
+async def in_turns(
+    request: Request, rows: Sequence[TokenRow], read: Callable[[Sequence[TokenRow]], Result]
+) -> list[Result]:
+    """Read rows where the base model may be run, a few at a time, so that nobody waits for all of them."""
+    starts = range(0, len(rows), ROWS)
+    return [await request.app.state.worker.call(lambda at=at: read(rows[at : at + ROWS])) for at in starts]
 
 
 async def send(

@@ -1,7 +1,7 @@
 """What is served, and what prompts are to it: its models, embeddings, tokens, and routing without an answer."""
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from coterie.combiners.table import fitting
 from coterie.data.batching import TokenRow, check_lengths
 from coterie.routers.base import Routing
+from coterie.serve.answering import in_turns
 from coterie.serve.asking import mixed
 from coterie.serve.catalogue import Cell
 from coterie.serve.completions import as_it_stands
@@ -20,9 +21,6 @@ from coterie.serve.recruits import RecruitCell
 from coterie.serve.schemas import DetokenizeRequest, EmbeddingRequest, RouteRequest, TokenizeRequest, conversation
 
 Json = dict[str, Any]
-
-ROWS = 8
-"""Prompts that are read between two steps of the engine: those who wait for tokens wait for no more."""
 
 routes = APIRouter()
 
@@ -123,12 +121,6 @@ async def route(body: RouteRequest, request: Request) -> Json:
             told = {"weights": routing.row(number), "similarities": similarities}
             data.append({"object": "routing", "index": len(data)} | told)
     return {"object": "list", "model": body.model, "data": data}
-
-
-async def in_turns(request: Request, rows: Sequence[TokenRow], read: Callable[[Sequence[TokenRow]], Any]) -> list[Any]:
-    """Read rows where the base model may be run, a few at a time, so that nobody waits for all of them."""
-    starts = range(0, len(rows), ROWS)
-    return [await request.app.state.worker.call(lambda at=at: read(rows[at : at + ROWS])) for at in starts]
 
 
 def prompt_rows(cell: Cell, prompts: Sequence[str] | Sequence[list[int]]) -> list[TokenRow]:

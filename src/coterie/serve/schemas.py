@@ -338,6 +338,8 @@ class CompletionRequest(Request):
             raise wrong("prompt", "prompt is empty; give some text")
         if self.best_of not in (None, self.n):
             raise wrong("best_of", "best_of other than n is not supported; leave it out")
+        if len(self.prompt) * self.n > MOST_PROMPTS:
+            raise wrong("n", f"n: {len(self.prompt)} prompts of {self.n} answers are more than {MOST_PROMPTS}")
         if self.max_tokens == 0 and not self.echo:
             raise wrong("max_tokens", "max_tokens 0 writes nothing; only with echo does that answer something")
         return self
