@@ -170,6 +170,8 @@ def test_caution_can_be_changed_afterwards_and_off_is_the_router_itself(wrapped)
     assert wrapped.with_caution(1.0).threshold == math.inf
     with pytest.raises(CoterieError, match="caution is the share .* from 0 to 1; got 1.5"):
         wrapped.with_caution(1.5)
+    plain = FixedRouter({"a": 1.0})
+    assert plain.with_caution(None) is plain
     with pytest.raises(CoterieError, match="router 'fixed' was never calibrated"):
         FixedRouter({"a": 1.0}).with_caution(0.1)
 

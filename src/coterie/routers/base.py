@@ -211,8 +211,10 @@ class Router(ABC):
         """Return the router that refuses unfamiliar prompts by another caution, or never (None).
 
         Raises:
-            CoterieError: when it never refuses.
+            CoterieError: when it has no caution to change.
         """
+        if caution is None:
+            return self
         raise CoterieError(f"router {self.kind!r} was never calibrated to refuse prompts, so it has no caution")
 
     def as_published(self, backbone: Backbone) -> "Router":

@@ -27,7 +27,7 @@ from coterie.routers.base import Router
 from coterie.routers.centroid import CentroidRouter, centroids_by_best, centroids_of
 from coterie.routers.distilled import DistilledRouter, Learnt, distil, misplaced
 from coterie.routers.feature import embedding_extractor, prefill_extractor
-from coterie.routers.loss import CrossFitLosses, Fitted, LossRouter, fit_loss_router
+from coterie.routers.loss import CrossFitLosses, LossRouter, fit_loss_router
 from coterie.routers.membership import MembershipRouter, leave_one_out_scale
 from coterie.routers.refusal import CAUTION, Calibration, Familiarity, Observed, RefusalRouter
 from coterie.routers.score_table import AVENGERS, LORAUTER, Pieces, ScoreTableRouter, fit_table
@@ -210,16 +210,12 @@ def _by_loss(
     centre = features.mean(dim=0)
     fitted = fit_loss_router(features - centre, losses, seed=run.settings.seed)
     router = LossRouter(extractor, fitted.ridge, losses.experts, fitted.sharpness, centre)
-    _tell(router, fitted)
+    told = router.kind, fitted.penalty, fitted.sharpness, fitted.expected_nll
+    logger.info("%s router: penalty %g, sharpness %g, expected NLL %.4f", *told)
     write_tensors(into.path / HELD_OUT, HeldOut(features, unlike_features.contiguous(), fitted.weights)._asdict())
     outside = (unlike_features, weights_of(router, unlike_features, other.losses), other.losses)
     refusal = calibrated(router, (features, fitted.weights, losses), outside)
     return TrainedExtra({}, refusal, {"penalty": fitted.penalty, "expected_nll": fitted.expected_nll})
-
-
-def _tell(router: LossRouter, fitted: Fitted) -> None:
-    told = router.kind, fitted.penalty, fitted.sharpness, fitted.expected_nll
-    logger.info("%s router: penalty %g, sharpness %g, expected NLL %.4f", *told)
 
 
 def avengers(run: ElreaRun, into: RunFolder) -> TrainedExtra:
