@@ -13,7 +13,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from coterie.artifacts import as_path
 from coterie.engine.request import Load
 from coterie.errors import CoterieError
-from coterie.serve import chat, completions, errors, health, models
+from coterie.serve import admin, chat, completions, errors, health, models
 from coterie.serve.catalogue import Catalogue
 from coterie.serve.keys import KeyGate, read_keys
 from coterie.serve.lifetime import Doors, Lifetime, Server
@@ -59,7 +59,7 @@ def create_app(
     metrics.set_up({name: str(value) for name, value in settings.capacity})
     worker.stepped = partial(metrics.add, "iteration_tokens_total")
     errors.install(app)
-    for part in (chat, completions, models, health, pages):
+    for part in (chat, completions, models, health, admin, pages):
         app.include_router(part.routes)
     guard(app, settings)
     return app

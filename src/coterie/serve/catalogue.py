@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
-from coterie.backbone.loading import BaseModelIdentity
+from coterie.backbone.loading import Backbone, BaseModelIdentity
+from coterie.combiners.table import make_combiner
+from coterie.data.batching import PromptFormat
 from coterie.engine.engine import Engine
 from coterie.errors import CoterieError, shortened, unknown_name
+from coterie.experts.bank import ExpertBank, read_config
 from coterie.experts.bank_folder import open_bank
 from coterie.experts.names import BACKBONE
+from coterie.lora import Adapter
 from coterie.methods.family import MethodGrid
 from coterie.methods.registry import family_of, load_grid
 from coterie.methods.symbolic.fit import is_symbolic, load_symbolic
@@ -36,6 +40,7 @@ class Desk:
         grid: its methods on one bank, in which the untouched base model is an expert that changes nothing.
         methods: those that it can answer as, beside its own.
         engine: answers requests to all of its cells.
+        path: where an adapter lies that was loaded by itself and answers alone; None for a mixture.
         loaded: when, in seconds since 1970.
     """
 
@@ -43,6 +48,7 @@ class Desk:
     grid: MethodGrid
     methods: tuple[str, ...]
     engine: Engine
+    path: str | None = None
     loaded: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property
@@ -58,8 +64,8 @@ class Desk:
 
     @property
     def experts(self) -> list[str]:
-        """The names of its own experts."""
-        return [name for name in self.grid.own.bank.names if name != BACKBONE]
+        """The names of its own experts; an adapter by itself has the name of its desk."""
+        return [] if self.path else [name for name in self.grid.own.bank.names if name != BACKBONE]
 
     def single(self, expert: str) -> Mixture:
         """Return what answers with one expert alone."""
@@ -117,6 +123,11 @@ class Catalogue:
         return tuple(self._desks.values())
 
     @property
+    def loaded(self) -> dict[str, str | None]:
+        """Under which names something was loaded; an adapter by itself from where."""
+        return {desk.name: desk.path for desk in self.desks} | {cell.desk.name: None for cell in self.recruits}
+
+    @property
     def listed(self) -> list[Cell]:
         """Every cell once, base models first."""
         return sorted(dict.fromkeys(self._cells.values()), key=lambda cell: cell.parent is not None)
@@ -162,10 +173,7 @@ class Catalogue:
         Raises:
             CoterieError: as `Mixture.from_pretrained`, or for a method that the mixture does not have.
         """
-        if not is_folder_name(name) or ":" in name:
-            raise CoterieError(
-                f"{name!r} cannot be a model's id; give one of letters, digits, '-' and '_': NAME=FOLDER"
-            )
+        check_id(name)
         if is_symbolic(source):
             desk = open_recruits(name, load_symbolic(source), self._settings.placement)
             self.remove(name)
@@ -177,6 +185,36 @@ class Catalogue:
         methods = ready_methods(mixture) if self._settings.methods is None else names_in(self._settings.methods)
         grid = load_grid(mixture, methods)
         desk = Desk(name, grid, tuple(methods), open_engine(grid.mixture, self._settings.capacity))
+        self._show({**self._desks, name: desk})
+
+    def base_of(self, adapter: Path) -> Backbone:
+        """Return the base model that is served and that an adapter in a folder was made for, by what it says itself.
+
+        Raises:
+            CoterieError: when several are served, and it names none of them.
+        """
+        bases = {id(desk.grid.own.backbone): desk for desk in self.desks}
+        named = read_config(adapter).base_model_name_or_path
+        fitting = [desk for desk in bases.values() if named in (desk.base, desk.grid.own.backbone.identity.id)]
+        if len(chosen := fitting or list(bases.values())) != 1:
+            known = ", ".join(desk.base for desk in bases.values())
+            raise CoterieError(f"the adapter was made for {named!r}, and the base models that are served are: {known}")
+        return chosen[0].grid.own.backbone
+
+    def add(self, name: str, adapter: Adapter, path: str, backbone: Backbone) -> None:
+        """Let an adapter answer by itself, under its name; what had the name answers nothing new then.
+
+        Raises:
+            CoterieError: for a name that cannot be one, or stands for something else than such an adapter.
+        """
+        check_id(name)
+        if name in {*self._cells, *self._recruits} and self.loaded.get(name) is None:
+            raise CoterieError(f"{name!r} is the id of another model that is served; give the adapter another name")
+        bank = ExpertBank((name,), (adapter,))
+        prompts, combiner = PromptFormat(backbone.tokenizer), make_combiner("layers")
+        mixture = Mixture(backbone, bank, one_hot(name, bank.names), combiner, prompts, "arrow")
+        grid = MethodGrid(mixture, {}, family_of(mixture))
+        desk = Desk(name, grid, (), open_engine(grid.mixture, self._settings.capacity), path)
         self._show({**self._desks, name: desk})
 
     def remove(self, name: str) -> None:
@@ -202,6 +240,16 @@ def name_and_source(text: str) -> tuple[str, str]:
     """Read NAME=FOLDER, or a folder, which has its own name then."""
     name, equals, source = text.partition("=")
     return (name, source) if equals else (Path(text).resolve().name, text)
+
+
+def check_id(name: str) -> None:
+    """Refuse what cannot be a model's id.
+
+    Raises:
+        CoterieError: saying what can.
+    """
+    if not is_folder_name(name) or ":" in name:
+        raise CoterieError(f"{name!r} cannot be a model's id; give one of letters, digits, '-' and '_': NAME=FOLDER")
 
 
 def ready_methods(mixture: Mixture) -> list[str]:
@@ -230,6 +278,10 @@ def cells_of(desks: Iterable[Desk]) -> dict[str, Cell]:
     cells: dict[str, Cell] = {}
     bases = [base_cell(desk, cells, {own.name for own in desks}) for desk in desks]
     for desk, base in zip(desks, bases, strict=True):
+        if desk.path:
+            cell = Cell(desk.name, desk.path, base.id, desk, lambda desk=desk: desk.grid.mixture)
+            cells |= {desk.name: cell, f"{desk.base}:{desk.name}": cell}
+            continue
         add = partial(Cell, parent=base.id, desk=desk)
         cells[desk.name] = add(desk.name, desk.name, make=lambda desk=desk: desk.grid.mixture)
         for method in (one for one in desk.methods if one not in (desk.grid.own.method, BACKBONE, *desk.experts)):

@@ -60,7 +60,7 @@ def described(cell: Cell) -> Json:
     names = {"id": cell.id, "object": "model", "created": desk.loaded, "owned_by": "coterie"}
     origin = {"root": cell.root, "parent": cell.parent, "max_model_len": mixture.backbone.context}
     kinds = {None: "base", desk.name: "mixture"}
-    kind = kinds.get(cell.parent and cell.root, "expert" if cell.root in desk.experts else "method")
+    kind = kinds.get(cell.parent and cell.root, "expert" if desk.path or cell.root in desk.experts else "method")
     router, combiner = mixture.router, mixture.combiner
     how = {
         "kind": kind,

@@ -29,6 +29,7 @@ READ = (
     "api_key_file",
     "unlike",
     "target_rows",
+    "allow_folder",
 )
 """Settings that name what is read: a folder, a file, or what the hub or an endpoint has; some as NAME=SOURCE."""
 WRITTEN_IN_PLACE = {

@@ -39,6 +39,9 @@ class AccessSettings(Settings):
     cors_origin: list[str] | None = Field(
         None, description="origin of pages in browsers that may ask, such as https://chat.example.org; default: none"
     )
+    allow_folder: list[str] | None = Field(
+        None, description="folder from inside which adapters and mixtures may be loaded at run time; default: none"
+    )
 
 
 class LimitSettings(Settings):
