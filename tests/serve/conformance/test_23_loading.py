@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2
 import pytest
 
-from conftest import started
+from served import started
 
 ADMIN, USER = "admin-0000000000001", "user-00000000000002"
 LONG = "add 3 4 and then go on and on"
