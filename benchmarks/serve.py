@@ -141,6 +141,10 @@ async def times_of(http: httpx2.AsyncClient, way: Way, prompt: str | list[int], 
     body = {"prompt": prompt, "max_tokens": limit, "stream": True, **way.fields}
     times, reason = [time.perf_counter()], None
     async with http.stream("POST", f"{way.url}/v1/completions", json=body) as response:
+        if response.status_code != httpx2.codes.OK:
+            raise SystemExit(
+                f"{way.url} refuses with status {response.status_code}: {(await response.aread()).decode()}"
+            )
         async for line in response.aiter_lines():
             data = line.removeprefix("data: ")
             if data == line or data == "[DONE]":
@@ -253,7 +257,7 @@ def main() -> None:
     flags = arguments("serve")
     rounds, steps, requests = (1, 8, {1: 1, 4: 4, 16: 16}) if flags.quick else (3, 48, {1: 4, 4: 8, 16: 16})
     backbone = load(flags.model)
-    long = min(LONG, (backbone.positions or 2 * LONG) // 2)
+    long = min(LONG, (backbone.context or 2 * LONG) // 2)
     with tempfile.TemporaryDirectory() as place, busy(flags.beside):
         mixture = saved_mixture(backbone, Path(place))
         with ways(flags.model, mixture, Path(place), long + 256) as found:
