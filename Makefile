@@ -58,7 +58,7 @@ demo-auto: $(READY) ## the same data, with router and combiner, or no mixture, c
 	$(BIN)/coterie report $(DEMO_EVAL)-auto
 
 bench: $(READY) ## run every benchmark in its quick form
-	@for script in benchmarks/[a-z]*.py; do echo "$$script --quick"; $(BIN)/python "$$script" --quick || exit 1; done
+	@for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/[a-z]*.py)); do echo "$$script --quick"; $(BIN)/python "$$script" --quick || exit 1; done
 
 clean: ## remove caches, builds and the demonstration's runs; .venv stays
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis $(DEMO_RUN) $(DEMO_EVAL) $(DEMO_RUN)-auto $(DEMO_EVAL)-auto

@@ -46,11 +46,20 @@ def interleaved(
     with busy(arguments("").beside):
         for number in range(rounds + warm_up):
             for name, run in ways.items():
-                started = time.perf_counter()
-                run()
+                taken = seconds_of(run)
                 if number or not warm_up:
-                    seconds[name].append(time.perf_counter() - started)
+                    seconds[name].append(taken)
     return seconds
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """Return what something takes, until a GPU has done all that it was asked."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else bool
+    wait()
+    started = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - started
 
 
 @contextmanager
@@ -75,7 +84,8 @@ def hardware_record() -> dict[str, Any]:
     record = environment_record()
     waiting = {key: os.environ[key] for key in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if key in os.environ}
     threads = {"threads": torch.get_num_threads(), "beside": arguments("").beside, **waiting}
-    return {"name": record["machine"], **threads, "versions": record["versions"]}
+    card = {"card": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {"name": record["machine"], **card, **threads, "versions": record["versions"]}
 
 
 def publish(name: str, settings: Mapping[str, Any], medians: Mapping[str, float], ratios: Mapping[str, float]) -> None:
@@ -125,7 +135,5 @@ def floor(backbone: Backbone, adapter: Adapter, experts: int) -> float:
     large = max(weights, key=torch.numel)
     times = []
     for _ in range(5):
-        started = time.perf_counter()
-        large.detach().sum()
-        times.append((time.perf_counter() - started) / (large.numel() * large.element_size()))
+        times.append(seconds_of(lambda: large.detach().sum()) / (large.numel() * large.element_size()))
     return size * statistics.median(times)

@@ -42,7 +42,7 @@ def rows_of(count: int, backbone: Backbone) -> list[TokenRow]:
 def training_pass(model: PeftModel, rows: list[TokenRow]) -> None:
     """One forward and backward per batch, as training does it."""
     for start in range(0, len(rows), BATCH):
-        batch = pad([row.ids for row in rows[start : start + BATCH]], 0)
+        batch = pad([row.ids for row in rows[start : start + BATCH]], 0, device=model.device)
         model(input_ids=batch.input_ids, labels=batch.input_ids).loss.backward()
         model.zero_grad()
 
@@ -50,7 +50,7 @@ def training_pass(model: PeftModel, rows: list[TokenRow]) -> None:
 def loop(model: PeftModel, rows: list[TokenRow], state: AdamState, projection: SketchProjection) -> None:
     """One example at a time: all gradients flattened and concatenated, Adam form, projection."""
     for row in rows:
-        ids = torch.tensor([row.ids])
+        ids = torch.tensor([row.ids], device=model.device)
         model(input_ids=ids, labels=ids).loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         projection("all", adam_step(gradient, "all", state)[None])
@@ -68,17 +68,19 @@ def main() -> None:
     checkpoint = Checkpoint(loaded, _state(model))
     features = GradientFeatures(backbone, [checkpoint], FeatureSettings(feature_batch_size=BATCH))
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    flat = AdamState({"all": Moments(torch.randn(size) * 1e-4, torch.rand(size) * 1e-6)}, 10, 1e-4, (0.9, 0.999), 1e-8)
+    device = backbone.device
+    flat = Moments(torch.randn(size, device=device) * 1e-4, torch.rand(size, device=device) * 1e-6)
+    adam = AdamState({"all": flat}, 10, 1e-4, (0.9, 0.999), 1e-8)
     projection = SketchProjection(FeatureSettings().d_proj)
     rows = rows_of(count, backbone)
     _same_loss_positions(backbone, rows)
     dense = RademacherProjection(projection.d_proj)
-    slice_of_rows = torch.randn(count, size // DENSE_SLICE)
+    slice_of_rows = torch.randn(count, size // DENSE_SLICE, device=device)
     seconds = interleaved(
         {
             "training": lambda: training_pass(model, rows),
             "features": lambda: features(rows),
-            "loop": lambda: loop(model, rows, flat, projection),
+            "loop": lambda: loop(model, rows, adam, projection),
             "dense_slice": lambda: dense("slice", slice_of_rows),
         },
         rounds,

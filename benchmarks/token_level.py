@@ -50,7 +50,7 @@ def published_steps(model: PeftModel, mixture: Mixture) -> Iterator[int]:
         weights = mixture.router.route([row]).weights[0].tolist()
         model.add_weighted_adapter(list(NAMES), weights, "now", combination_type="linear")
         model.set_adapter("now")
-        logits = model(input_ids=torch.tensor([row.ids]), use_cache=False, logits_to_keep=1).logits
+        logits = model(input_ids=torch.tensor([row.ids], device=model.device), use_cache=False, logits_to_keep=1).logits
         model.delete_adapter("now")
         token = int(logits[0, -1].argmax())
         yield token

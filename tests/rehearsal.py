@@ -123,7 +123,7 @@ def decoding(gpu, backbone, adapters) -> dict[str, list[list[str]]]:
     even = Routing(NAMES, torch.ones(1, len(NAMES)))
 
     def steps(routing, combiner="logits", sampling=GREEDY, lengths=(7,), draws=1):
-        requests = [Request(row(n), routing, make_combiner(combiner), 6, (sampling,) * draws) for n in lengths]
+        requests = [Request(row(n), routing, make_combiner(combiner), 8, (sampling,) * draws) for n in lengths]
         return engine_steps(gpu, Engine(backbone, layers, places=4), requests)
 
     for kind in COMBINERS:
@@ -147,7 +147,7 @@ def proposing(gpu, backbone, adapters) -> dict[str, list[list[str]]]:
     layers, even, found = ExpertLayers(backbone.model, adapters), Routing(NAMES, torch.ones(1, len(NAMES))), {}
     for name, sampling in MODELS.items():
         PROPOSED.clear()
-        requests = [Request(row(n), even, make_combiner("logits"), 6, (sampling,)) for n in (7, 9)]
+        requests = [Request(row(n), even, make_combiner("logits"), 8, (sampling,)) for n in (7, 9)]
         found[f"proposed by {name}"] = engine_steps(gpu, Engine(backbone, layers), requests)
         assert any(PROPOSED), name
     return found

@@ -268,6 +268,18 @@ def test_a_model_proposes_where_the_formula_says_that_it_pays(right, verifying, 
     assert (found > 0) == (gain > 1)
 
 
+def test_nothing_is_proposed_before_passes_over_one_token_were_measured(mixture, any_length, monkeypatch):
+    costs = PassCosts()
+    for _ in range(2):
+        costs.note(9, 1, 0.2)
+        costs.note(9, 3, 0.2)
+    assert not costs.knows(9)
+    costs.note(9, 1, 0.2)
+    assert costs.knows(9) and costs.knows(8) and not costs.knows(7)
+    monkeypatch.setattr(PassCosts, "knows", lambda self, rows: False)
+    assert check_model(mixture, "merged", max_new_tokens=12) == [0, 0]
+
+
 def test_proposed_tokens_cost_what_was_measured():
     costs = PassCosts()
     assert costs.of_drafts("base", 1, 9) == 0.3  # a guess, so that it is tried

@@ -85,7 +85,7 @@ class Proposing:
             chances.append((own.chance, most[answer] if proposer not in FREE else len(own.proposed)))
         drafting = sum(self.costs.of_drafts(proposer, len(group), rows) for proposer, group in models.items())
         length = 0
-        if any(count > 0 for _, count in chances):
+        if self.costs.knows(rows) and any(count > 0 for _, count in chances):
             length = draft_length(chances, lambda size: self.costs.of(rows, size) + drafting * (size - 1))
         for proposer, group in models.items() if length else ():
             count = min(length, max(most[answer] for answer in group))

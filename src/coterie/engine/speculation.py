@@ -19,6 +19,7 @@ FREE = ("off", "lookup")
 GUESS = 0.2  # what a further token of each row adds to a pass that has not been measured, in passes
 DRAFTED = 0.3  # what a token by a cheaper model takes that has not been measured, in passes
 ALONE = 4.0  # what the second token of a lone row adds: on CPUs a product of one row is a cheap form of its own
+MEASURED = 3  # passes over one token before anything is proposed; the first ones take longer
 TRIED_AGAIN = 100  # passes over one token after which the cost of others is measured anew
 KEPT_COSTS = 9  # the least of the last ones counts, since other work on the machine only adds to it
 MEMORY = 0.9  # weight that an earlier proposal keeps when the next one was right or wrong
@@ -116,6 +117,10 @@ class PassCosts:
         if self._plain > TRIED_AGAIN:
             self._plain, self._seconds = 0, {key: own for key, own in self._seconds.items() if key[1] == 1}
             self._drafts.clear()
+
+    def knows(self, rows: int) -> bool:
+        """Tell whether passes over one token of so many rows were measured, which all others are compared with."""
+        return len(self._seconds.get((rows.bit_length(), 1), ())) >= MEASURED
 
     def note_drafts(self, proposer: str, rows: int, seconds: float) -> None:
         """Take in what each token took that a cheaper model has proposed, for so many texts at once."""
