@@ -7,6 +7,6 @@ from served import chat_stream
 
 
 def test_the_last_chunk_has_no_content_and_no_other_chunk_has_a_reason(client):
-    frames = chat_stream(client)
+    frames = chat_stream(client, temperature=0)
     assert frames[-1]["choices"][0]["delta"] == {} and frames[-1]["choices"][0]["finish_reason"] == "length"
     assert all(frame["choices"][0]["delta"]["content"] for frame in frames[1:-1])

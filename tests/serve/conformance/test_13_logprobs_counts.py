@@ -37,5 +37,5 @@ def test_a_completion_has_one_entry_a_token_with_its_alternatives_and_itself(cli
 
 
 def test_a_number_that_json_cannot_write_has_a_floor(client, mixture):
-    entry = chat(client, logprobs=True, top_logprobs=20)["choices"][0]["logprobs"]["content"][0]
+    entry = chat(client, temperature=0, logprobs=True, top_logprobs=20)["choices"][0]["logprobs"]["content"][0]
     assert all(-9999.0 <= one["logprob"] <= 0 and math.isfinite(one["logprob"]) for one in entry["top_logprobs"])
