@@ -146,11 +146,16 @@ def completion_logprobs(
     offsets = []
     for log in logs:
         offsets.append(offset)
-        offset += sum(byte & 0xC0 != 0x80 for byte in log.bytes)  # bytes with which a character begins
+        offset += characters([log])
     tops = [None if log.logprob is None else _named(log, alternatives, vocabulary) for log in logs]
     names = [vocabulary.name(log.token) for log in logs]
     values = [floored(log.logprob) for log in logs]
     return {"tokens": names, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+
+def characters(logs: Iterable[Log]) -> int:
+    """Return how many characters begin in tokens."""
+    return sum(byte & 0xC0 != 0x80 for log in logs for byte in log.bytes)
 
 
 def _named(log: Log, alternatives: int, vocabulary: TokenBytes) -> dict[str, float]:
@@ -309,7 +314,7 @@ class CompletionFrames(Frames):
 
     def _choice(self, piece: Piece) -> Json:
         offset = self._characters.get(piece.index, 0)
-        self._characters[piece.index] = offset + len(piece.text)
+        self._characters[piece.index] = offset + characters(self._logs(piece))
         return self._whole(piece, offset)
 
     def _end(self, index: int, reason: FinishReason) -> Json:
