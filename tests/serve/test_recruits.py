@@ -51,6 +51,15 @@ def test_a_run_is_listed_with_its_methods_and_experts_and_each_answers(client, a
     assert "3" in content(chat(client, **{**asked, "model": "sym:judge"}))
 
 
+def test_a_mixture_that_takes_the_name_of_a_run_answers_in_its_place_and_back(server, fitted, run_folder):
+    made, kinds = server.catalogue, []
+    for source in (run_folder, fitted.folder / "run"):
+        server.worker.put(lambda source=source: made.load("sym", str(source))).result()
+        kinds.append(type(made.find("sym")).__name__)
+        assert bool(made.desks) != bool(made.recruits)
+    assert kinds == ["Cell", "RecruitCell"]
+
+
 REFUSED = [{"n": 2}, {"logprobs": True}, {"lora": []}, {"coterie": {"top_k": 1}}]
 
 

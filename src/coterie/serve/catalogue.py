@@ -176,8 +176,8 @@ class Catalogue:
         check_id(name)
         if is_symbolic(source):
             desk = open_recruits(name, load_symbolic(source), self._settings.placement)
-            self.remove(name)
-            self._recruits = {**self._recruits, **recruit_cells(desk)}
+            self._recruits = {**self._recruits_beside(name), **recruit_cells(desk)}
+            self._show({own: other for own, other in self._desks.items() if own != name})
             return
         mixture = self._open(source)
         if self._settings.upstream:
@@ -186,6 +186,7 @@ class Catalogue:
         grid = load_grid(mixture, methods)
         desk = Desk(name, grid, tuple(methods), open_engine(grid.mixture, self._settings.capacity))
         self._show({**self._desks, name: desk})
+        self._recruits = self._recruits_beside(name)
 
     def base_of(self, adapter: Path) -> Backbone:
         """Return the base model that is served and that an adapter in a folder was made for, by what it says itself.
@@ -219,7 +220,7 @@ class Catalogue:
 
     def remove(self, name: str) -> None:
         """Let nothing new be asked of a mixture, or of a run that recruits experts."""
-        self._recruits = {own: cell for own, cell in self._recruits.items() if cell.desk.name != name}
+        self._recruits = self._recruits_beside(name)
         self._show({own: desk for own, desk in self._desks.items() if own != name})
 
     def _open(self, source: str) -> Mixture:
@@ -230,6 +231,9 @@ class Catalogue:
         backbone = next((one for one in loaded if one.identity == BaseModelIdentity(**base)), None)
         load = Mixture.from_bank if is_bank else Mixture.from_pretrained
         return load(source, backbone=backbone, **self._settings.placement.model_dump())
+
+    def _recruits_beside(self, name: str) -> dict[str, RecruitCell]:
+        return {own: cell for own, cell in self._recruits.items() if cell.desk.name != name}
 
     def _show(self, desks: dict[str, Desk]) -> None:
         """Let these be what is asked."""
