@@ -34,10 +34,14 @@ from coterie.lora import LoraPair
 from coterie.routers.base import Router, Routing
 from coterie.routers.centroid import CentroidRouter
 from coterie.routers.derived import DerivedRouter
-from coterie.routers.feature import growing_text_extractor
+from coterie.routers.distilled import DistilledRouter, ErrorCurve
+from coterie.routers.feature import growing_text_extractor, prefill_extractor
 from coterie.routers.fixed import SourceRouter, uniform
 from coterie.routers.gate import GATE, GateRouter, spectral_router
 from coterie.routers.loss import LossRouter, Ridge
+from coterie.routers.membership import MembershipRouter, Scale
+from coterie.routers.refusal import Calibration, Familiarity, Observed, RefusalRouter
+from coterie.routers.score_table import AVENGERS, LORAUTER, Pieces, ScoreTableRouter
 from coterie.routers.token import TokenLevel
 from coterie.settings.groups import FeatureSettings, LoraSettings
 from coterie.settings.sampling import SamplingSettings
@@ -187,6 +191,11 @@ def routers(backbone: Backbone, bank: ExpertBank, gradients: FeatureExtractor) -
     widths = {path: pair.down.shape[1] for path, pair in bank.adapters[0].items()}
     gates = Gates(NAMES, {path: torch.randn(3, width) for path, width in widths.items()})
     similarity = CentroidRouter.by_similarity(hidden, own)
+    states = prefill_extractor(backbone, 1, "mean")
+    embedded, by_states = torch.rand(3, encoder.dimensions), Ridge(torch.rand(3, states.dimensions), torch.rand(3))
+    familiar, known = (Familiarity(torch.eye(d)[:2], torch.zeros(d)) for d in (encoder.dimensions, states.dimensions))
+    seen = Observed(torch.ones(2), torch.ones(2))
+    curve = ErrorCurve(torch.zeros(1), torch.zeros(1))
     return [
         uniform(NAMES),
         SourceRouter({"x": "a"}),
@@ -198,6 +207,14 @@ def routers(backbone: Backbone, bank: ExpertBank, gradients: FeatureExtractor) -
         GateRouter(backbone, bank.adapters, gates, GATE),
         *(spectral_router(kind, backbone, bank) for kind in PROTOTYPES),
         DerivedRouter(similarity, top_k=1, normalised=True),
+        MembershipRouter(embedding, embedded, Scale(torch.ones(3), torch.zeros(3)), NAMES),
+        *(
+            ScoreTableRouter(kind, embedding, Pieces(embedded), torch.rand(3, 3), NAMES)
+            for kind in (AVENGERS, LORAUTER)
+        ),
+        LossRouter(states, by_states, NAMES, 2.0),
+        RefusalRouter(similarity, familiar, Calibration(seen, seen), "a"),
+        DistilledRouter(similarity, states, by_states, NAMES, known, curve),
         TokenLevel(similarity, 2, "keep"),
         TokenLevel(similarity, 2, "recompute"),
     ]

@@ -20,6 +20,8 @@ PROPOSED = "to host engine/proposing.py:_draft"
 """All tokens that a cheaper model proposes for the answers of a step."""
 EMBEDDING, GRADIENT = "to host features/embedding.py:means", "to host features/growing_text.py:__call__"
 """Features of a batch of prompts."""
+STATES = "to host features/prefill.py:prefill_states"
+"""The same behind a block; whether a teacher is asked is decided on the host."""
 BATCH = "to device elsewhere"
 """transformers' copy of a batch to the device, one for each of its tensors."""
 
@@ -47,6 +49,12 @@ ROUTING = {
     "arrow": (GATES,),
     "spectr": (GATES,),
     "derived": (EMBEDDING,),
+    "membership": (EMBEDDING,),
+    "avengers": (EMBEDDING,),
+    "lorauter": (EMBEDDING,),
+    "refusal": (EMBEDDING,),
+    "prefill": (STATES,),
+    "distilled": (STATES,),
     "token-level": (EMBEDDING,),
 }
 """By kind of router, whatever the number of prompts in a batch."""

@@ -1,9 +1,10 @@
-"""Layers with experts are one graph without a break."""
+"""Layers with experts are one graph without a break, and so is a step of decoding."""
 
 import subprocess
 import sys
 from pathlib import Path
 
+KINDS = ["in order", "few experts a row", "gates"]
 SCRIPT = """
 import sys, torch
 sys.path.insert(0, {tests!r})
@@ -11,7 +12,10 @@ import tiny
 from coterie.backbone.gates import Gates
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.linear_layers import linear_shapes
+from coterie.backbone.model import Backbone, BaseModelIdentity
 from coterie.backbone.row_mix import Gated
+from coterie.backbone.slots import Slots
+from coterie.backbone.span import Span
 from coterie.lora import LoraPair
 
 model = tiny.make_model(259).requires_grad_(False).eval()
@@ -33,6 +37,24 @@ for name, mix in mixes.items():
         found = torch.compile(read, fullgraph=True, backend="eager")(ids)
     torch.testing.assert_close(found, wanted)
     print(name)
+
+backbone = Backbone(model, tiny.make_tokenizer(), BaseModelIdentity("tiny", None, "x"))
+slots, tokens = Slots(backbone), torch.tensor([[5], [6], [7]])
+running = lambda places: layers.running(mixes["in order"])
+rows = slots.claim(3)
+slots.read(rows, ids, [7, 5, 6], running)
+wanted = slots.read(rows, tokens, None, running)
+slots.rollback(rows, [7, 5, 6])
+span = Span(0, [7, 5, 6], [1, 1, 1], 1, tokens.device)
+slots.cache.begin(span)
+masks = slots.cache.masks()
+span.places(slots.cache.columns)
+with torch.inference_mode(), running(rows):
+    torch._dynamo.reset()
+    read = lambda x: backbone.hidden(x, masks, span.positions, slots.cache)
+    found = torch.compile(read, fullgraph=True, backend="eager")(tokens)
+torch.testing.assert_close(found, wanted)
+print("a decoding step of rows of unequal length")
 """
 
 
@@ -41,4 +63,4 @@ def test_layers_with_experts_compile_to_one_graph():
     code = SCRIPT.format(tests=str(Path(__file__).parent))
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.splitlines() == ["in order", "few experts a row", "gates"]
+    assert result.stdout.splitlines() == [*KINDS, "a decoding step of rows of unequal length"]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow, by_length, pad
+from coterie.data.devices import on_device
 from coterie.errors import CoterieError
 
 Pooling = Literal["mean", "last"]
@@ -67,11 +68,17 @@ def prefill_states(
     result = torch.zeros(len(rows), len(layers), len(POOLINGS), width)
     for numbers in by_length(rows, BATCH_ROWS):
         batch = pad([rows[i].ids for i in numbers], backbone.pad_id, device=backbone.device)
-        for place, states in enumerate(_behind(backbone, [backbone.blocks[layer - 1] for layer in layers], batch)):
-            for i, own in zip(numbers, states, strict=True):
-                counted = [position for position, wrote in enumerate(rows[i].is_user_text) if wrote]
-                mean = own[counted].float().sum(dim=0) / max(1, len(counted))
-                result[i, place] = torch.stack([mean, own[len(rows[i].ids) - 1].float()]).cpu()
+        shares = torch.zeros(batch.input_ids.shape)
+        for number, i in enumerate(numbers):
+            wrote = torch.tensor(rows[i].is_user_text, dtype=torch.float)
+            shares[number, : len(wrote)] = wrote / wrote.sum().clamp(min=1)
+        counted, every = on_device(shares, backbone.device), torch.arange(len(numbers), device=backbone.device)
+        last = on_device([len(rows[i].ids) - 1 for i in numbers], backbone.device)
+        behind = _behind(backbone, [backbone.blocks[layer - 1] for layer in layers], batch)
+        means = [torch.einsum("rp,rpw->rw", counted, states.float()) for states in behind]
+        pairs = zip(means, behind, strict=True)
+        pooled = [torch.stack([mean, states[every, last].float()], dim=1) for mean, states in pairs]
+        result[numbers] = torch.stack(pooled, dim=1).cpu()
     return result
 
 
