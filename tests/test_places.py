@@ -9,7 +9,19 @@ from coterie.settings.reading import Settings, flat_fields, from_flat
 KINDS = [one for one in vars(commands).values() if isinstance(one, type) and issubclass(one, Settings) and one.command]
 NO_PLACES = {
     *("output", "device", "dtype", "revision", "target_modules", "system_prompt", "input_template", "ignore_fields"),
-    *("report_to", "blocks", "every", "router", "combiner", "method", "methods", "stop", "logit_bias", "control"),
+    *(
+        "report_to",
+        "blocks",
+        "every",
+        "router",
+        "combiner",
+        "method",
+        "methods",
+        "stop",
+        "logit_bias",
+        "control",
+        "speculate",
+    ),
     *("skill_expert", "skill_list", "aggregator", "weights", "prompt", "merge", "map", "name", "names"),
 }
 """Settings that are texts and name nothing that is read."""
