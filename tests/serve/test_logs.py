@@ -7,23 +7,28 @@ import logging
 import re
 
 import pytest
-from asgi import ask, echo, scope_of
 
-from coterie.serve.logs import RequestLog, write_logs
+from asgi import ask, echo, scope_of
+from coterie.serve.logs import LOGGER, RequestLog, write_logs
 
 CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture
-def stream():
+def restored():
     loggers = [logging.getLogger(name) for name in ("coterie.serve", "uvicorn")]
     before = [(own.handlers, own.propagate, own.level) for own in loggers]
-    stream = io.StringIO()
-    write_logs(logging.StreamHandler(stream))
-    yield stream
+    yield
     for own, (handlers, propagate, level) in zip(loggers, before, strict=True):
         own.handlers, own.propagate = handlers, propagate
         own.setLevel(level)
+
+
+@pytest.fixture
+def stream(restored):
+    stream = io.StringIO()
+    write_logs(logging.StreamHandler(stream))
+    return stream
 
 
 def lines(stream):
@@ -130,3 +135,15 @@ def test_no_line_holds_a_path_of_any_length_or_an_end_of_line(stream):
     passed(echo, scope_of("/" + "x" * 10_000 + "\n{}"))
     (line,) = lines(stream)
     assert len(line["path"]) == 200 and len(stream.getvalue().splitlines()) == 1
+
+
+def test_a_terminal_shows_plain_lines_on_which_nothing_acts(restored):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    write_logs(logging.StreamHandler(terminal))
+    LOGGER.info("ready", extra={"facts": {"url": "http://127.0.0.1:8000", "path": "/\x1b[31m"}})
+    line = re.fullmatch(r"\d\d:\d\d:\d\d (.*)\n", terminal.getvalue())
+    assert line and line[1] == "ready, url http://127.0.0.1:8000, path /\\u001b[31m"

@@ -177,7 +177,10 @@ def tell_next(name: str, settings: Settings | None, **extra: Any) -> None:  # no
         echo(f"wrote {written}", err=True)
     places = {}
     for field, value in {**extra, **({} if settings is None else dict(settings))}.items():
-        texts = [shlex.quote(str(one).rstrip("/") or "/") for one in (value if isinstance(value, list) else [value])]
+        given = [str(one) for one in (value if isinstance(value, list) else [value])]
+        if field == "mixtures":  # NAME=FOLDER, or a folder alone
+            given = [one.partition("=")[2] or one for one in given]
+        texts = [shlex.quote(one.rstrip("/") or "/") for one in given]
         places |= {field: (" " if field == "prompts" else f" --{field} ").join(texts), f"{field}_0": "".join(texts[:1])}
     if extra.get("input"):
         places["prompts"] = f"--input {places['input']}"

@@ -1,4 +1,4 @@
-"""A line of JSON for every request and every trouble: ids, times and counts, and never what was asked or answered."""
+"""A line for every request and every trouble: ids, times and counts, and never what was asked or answered."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from coterie.errors import shortened
+from coterie.errors import shortened, shown
 
 LOGGER = logging.getLogger("coterie.serve.requests")
 ID_HEADER = "x-request-id"
@@ -42,10 +42,23 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=True, default=str)
 
 
+class PlainLines(logging.Formatter):
+    """Writes the same for somebody who looks on at a terminal, where nothing that clients sent acts."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        facts = json.loads(JsonLines().format(record))
+        time, level, event = facts.pop("time")[11:19], facts.pop("level"), facts.pop("event")
+        told = (f"{name} {value}" for name, value in facts.items() if name not in ("logger", "request_id"))
+        trouble = "" if level == "info" else f"{level}: "
+        return shown(", ".join([f"{time} {trouble}{event}", *told]))
+
+
 def write_logs(handler: logging.Handler | None = None) -> None:
-    """Send what the server and uvicorn tell as lines of JSON to stderr, or to a handler of one's own."""
+    """Send what the server and uvicorn tell to stderr, or a handler of one's own: as JSON, plainly to a terminal."""
     handler = handler or logging.StreamHandler()
-    handler.setFormatter(JsonLines())
+    is_terminal = isinstance(handler, logging.StreamHandler) and handler.stream.isatty()
+    handler.setFormatter(PlainLines() if is_terminal else JsonLines())
     for name in ("coterie.serve", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
