@@ -430,8 +430,8 @@ def test_a_router_is_asked_for_by_its_name(run, grid_folder):
     refused(run("route", grid_folder, PROMPT, "--router", "similarity"), "has no router 'similarity'. There are: arrow")
     refused(
         run("route", grid_folder, PROMPT, "--router", "los"),
-        "no router or expert is called 'los'. Did you mean 'loss'. There are: arrow, avengers, base, cluster-0, "
-        "cluster-1, cluster-2, distilled, gate, gradient-centroids, loss, lorauter, membership, performance-centroids, "
+        "no router or expert is called 'los'. Did you mean 'loss'[?] There are: arrow, avengers, base, cluster-0, "
+        "cluster-1, cluster-2, distilled, gate, gradient-centroids, lorauter, loss, membership, performance-centroids, "
         "prefill, refusal, spectr, uniform",
     )
 

@@ -77,8 +77,8 @@ def test_a_wrong_flag_names_the_help_of_its_own_command(run, name):
 
 def test_a_missing_argument_and_a_wrong_command_name_their_help(run):
     refused(run("fit", "elrea", "--model", "m"), r"--data.*; type: coterie fit elrea --help$")
-    refused(run("fit", "elreaa"), r"elrea.*; type: coterie fit --help$")
-    refused(run("rout"), r"route.*; type: coterie --help$")
+    refused(run("fit", "elreaa"), r"Did you mean 'elrea'[?] Or type: coterie fit --help$")
+    refused(run("rout"), r"Did you mean 'route', 'report'[?] Or type: coterie --help$")
 
 
 @pytest.mark.parametrize("name", ["", "fit", *COMMANDS])

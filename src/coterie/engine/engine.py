@@ -72,7 +72,8 @@ class Engine:
         self._reader = Reader(backbone, layers, slots or Slots(backbone))
         self._places = places
         self._chunk = chunk
-        self._longest = math.inf if backbone.positions is None else backbone.positions + 1  # the last one is not read
+        positions = float("inf" if backbone.positions is None else backbone.positions)
+        self._longest = positions + 1  # the last one is not read
         self._handles, self._asked = itertools.count(), 0
         self._waiting: deque[Waiting] = deque()
         self._answers: list[Answer] = []
