@@ -17,25 +17,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from coterie.artifacts import as_path, check_output, read_json, run_folder, write_json, write_text
-from coterie.backbone.loading import load_backbone
+from coterie.artifacts import as_path, read_json, run_folder, write_json, write_text
 from coterie.combiners.table import make_combiner
-from coterie.data.batching import PromptFormat, tokenise
 from coterie.data.examples import Example, load_all
 from coterie.evaluation.choice import Candidate, Choice, choose, difference
 from coterie.evaluation.statistics import Interval, sign_flip_test
 from coterie.experts.bank import load_bank
-from coterie.experts.fresh_adapter import check_fresh_adapter
 from coterie.experts.names import BASE
-from coterie.experts.training import check_one_process
-from coterie.features.gradient import counted_blocks
 from coterie.features.growing_text import FeatureExtractor
 from coterie.features.prefill import candidate_layers
-from coterie.methods.common import hash_examples, named_sources
+from coterie.methods.common import named_sources
 from coterie.methods.elrea import fitted_routers
 from coterie.methods.elrea.cross_fit import assign_folds
 from coterie.methods.elrea.extras import EXTRAS
-from coterie.methods.elrea.fit import check_enough, fit_experts, work_of
+from coterie.methods.elrea.fit import check_enough, fit_experts, prepare, work_of
 from coterie.methods.elrea.run import ElreaRun, within_budget
 from coterie.methods.extras import load_extra, prepare_extras, read_losses
 from coterie.mixture import Mixture
@@ -86,21 +81,12 @@ def fit_auto(settings: AutoSettings, examples: list[Example] | None = None) -> M
         CoterieError: for bad data, settings, or an output folder that exists.
     """
     output = as_path(settings.output)
-    check_output(output, settings)
-    check_one_process()
     if settings.unlike:
         load_all([settings.unlike], 1)
-    examples = load_all(settings.data, settings.limit, settings.reading) if examples is None else examples
-    check_enough(len(examples), settings)
-    backbone = load_backbone(settings.model)
-    check_fresh_adapter(backbone, settings.lora)
-    counted_blocks(settings.features.blocks, len(backbone.blocks))
+    backbone, prompts, kept, inputs = prepare(settings, examples)
     candidate_layers(backbone)
-    prompts = PromptFormat(backbone.tokenizer, settings.training.system_prompt, settings.reading)
-    kept = tokenise(prompts, examples, settings.training.max_length, backbone.positions)
     kept = within_budget(kept, settings)
     check_enough(max(len(kept.rows) // settings.judge_folds, 0), settings)
-    inputs = {"data": hash_examples(examples), "base_model": backbone.identity.sha256}
     with run_folder(output, settings, inputs) as run, whole(settings.command, _work(settings, len(kept.rows))):
         if (run.path / MIXTURE_FILE).exists() and not (run.path / "training").exists():
             mixture = replace(Mixture.from_pretrained(run.path, device=str(backbone.device)), backbone=backbone)

@@ -115,7 +115,9 @@ def write_influence(settings: InfluenceSettings, given: dict[str, list[Example]]
         known = zip(examples, scores.tolist(), strict=True)
         told = [{"id": row.id, "source": row.source, "influence": score} for row, score in known]
         write_jsonl(run.path / SCORES_FILE, told)
-        write_jsonl(run.path / CHOSEN_FILE, [_record(examples[i], float(scores[i])) for i in chosen])
+        fields = ({name: value for name, value in asdict(examples[i]).items() if value} for i in chosen)
+        best = [{**own, "influence": float(scores[i])} for own, i in zip(fields, chosen, strict=True)]
+        write_jsonl(run.path / CHOSEN_FILE, best)
         facts = {"rows": len(examples), "chosen": len(chosen), "target_rows": len(tasks), "checkpoints": len(points)}
         write_json(run.path / SUMMARY_FILE, facts)
     return Influence(output, scores, examples, chosen)
@@ -129,10 +131,6 @@ def _fitting(mixture: Mixture, examples: Sequence[Example], what: str) -> list[t
     if not kept.rows:
         raise CoterieError(f"all {what} are longer than {LONGEST} tokens; give shorter ones")
     return list(zip(kept.examples, kept.rows, strict=True))
-
-
-def _record(example: Example, score: float) -> dict[str, Any]:
-    return {**{name: value for name, value in asdict(example).items() if value}, "influence": score}
 
 
 def score_rows(

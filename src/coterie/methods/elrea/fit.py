@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from coterie.artifacts import RunFolder, as_path, check_output, read_tensors, run_folder, write_jsonl
 from coterie.backbone.loading import Backbone, load_backbone
@@ -62,7 +62,28 @@ def fit_elrea(settings: ElreaSettings, examples: list[Example] | None = None) ->
         CoterieError: for bad data, settings, or an output folder that exists.
     """
     output = as_path(settings.output)
-    check_output(output, settings)
+    backbone, prompts, kept, inputs = prepare(settings, examples)
+    with run_folder(output, settings, inputs) as run, whole(settings.command, work_of(settings, len(kept.rows))):
+        mixture = fit_experts(run, settings, backbone, prompts, kept)
+    return replace(mixture, folder=output)
+
+
+class Prepared(NamedTuple):
+    """What a fit begins with: the base model, the data as it reads them, and the hashes of both."""
+
+    backbone: Backbone
+    prompts: PromptFormat
+    kept: Tokenised
+    inputs: dict[str, str]
+
+
+def prepare(settings: ElreaSettings, examples: list[Example] | None) -> Prepared:
+    """Load the data, unless they are given, and the base model, and refuse what cannot be fitted.
+
+    Raises:
+        CoterieError: for bad data, settings, or an output folder that exists.
+    """
+    check_output(as_path(settings.output), settings)
     check_one_process()
     examples = load_all(settings.data, settings.limit, settings.reading) if examples is None else examples
     check_enough(len(examples), settings)
@@ -73,9 +94,7 @@ def fit_elrea(settings: ElreaSettings, examples: list[Example] | None = None) ->
     kept = tokenise(prompts, examples, settings.training.max_length, backbone.positions)
     check_enough(len(kept.rows), settings)
     inputs = {"data": hash_examples(examples), "base_model": backbone.identity.sha256}
-    with run_folder(output, settings, inputs) as run, whole(settings.command, work_of(settings, len(kept.rows))):
-        mixture = fit_experts(run, settings, backbone, prompts, kept)
-    return replace(mixture, folder=output)
+    return Prepared(backbone, prompts, kept, inputs)
 
 
 def work_of(settings: ElreaSettings, rows: int) -> dict[str, float]:
