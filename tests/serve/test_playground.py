@@ -367,15 +367,20 @@ def test_what_goes_wrong_is_told_where_the_answer_would_be(opened, pretend, fail
     assert page.locator(".answer").nth(1).locator(".token").all_text_contents() == ["well", " again"]
 
 
+def begun(page):
+    """Ask, and wait until an answer is on its way."""
+    page.locator("#send:enabled").wait_for()
+    page.fill("#question", "Why?")
+    page.press("#question", "Enter")
+    page.locator(".token").nth(2).wait_for()
+    return page
+
+
 @needs_browser
 def test_stop_ends_an_answer_and_keeps_what_came(opened):
     app = pretend_app(pause=0.05)
     with running(app) as app.state.url:
-        page = opened(app)
-        page.locator("#send:enabled").wait_for()
-        page.fill("#question", "Why?")
-        page.press("#question", "Enter")
-        page.locator(".token").nth(2).wait_for()
+        page = begun(opened(app))
         page.click("#stop")
         page.locator(".answer[aria-busy=false]").wait_for()
         text = "".join(page.locator(".token").all_text_contents())
@@ -387,11 +392,7 @@ def test_stop_ends_an_answer_and_keeps_what_came(opened):
 def test_an_answer_that_is_asked_again_while_it_comes_can_still_be_stopped(opened):
     app = pretend_app(pause=0.05)
     with running(app) as app.state.url:
-        page = opened(app)
-        page.locator("#send:enabled").wait_for()
-        page.fill("#question", "Why?")
-        page.press("#question", "Enter")
-        page.locator(".token").nth(2).wait_for()
+        page = begun(opened(app))
         for name in EXPERTS:
             move(page, name, 1 if name == "cluster-1" else 0)
         page.locator(".run.k2 .token").nth(9).wait_for()
