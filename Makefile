@@ -32,7 +32,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "setup 2/3: torch (the largest download)"
 	@$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt torch
 	@echo "setup 3/3: Coterie and its tools (about two minutes)"
-	@$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable '.[data,llamacpp,serve]' --group dev
+	@$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable '.[data,llamacpp,quant,serve]' --group dev
 	@touch $@
 
 test: $(READY) ## run the tests

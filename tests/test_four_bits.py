@@ -1,14 +1,89 @@
-"""A base model held in 4 bits answers, routes and describes prompts like PEFT on the same 4-bit model."""
+"""QLoRA: on a base model in 4 bits experts are trained, routed and combined as on its dequantised copy."""
+
+import copy
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from torch import nn
 
-from coterie.data.examples import from_prompt
+import tiny
+from coterie import methods
+from coterie.artifacts import read_tensors
+from coterie.backbone.int8 import Int8Linear
+from coterie.backbone.loading import load_backbone
+from coterie.combiners.table import COMBINERS
+from coterie.data.examples import from_prompt, load_examples
 from coterie.mixture import Mixture
+from coterie.settings.groups import ModelSettings
+from helpers import close, same_answers, table
 
-pytest.importorskip("bitsandbytes", reason="needs the extra 'quant'")
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra 'quant'")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+FIT = {"clusters": 2, "cluster_rounds": 1, "d_proj": 64, "batch_size": 8, "epochs": 1, "expert_epochs": 1}
+RATES = {"learning_rate": 1e-2, "expert_learning_rate": 5e-3}
+HELD = table(("nf4", {"load_in_4bit": True}), ("int8", {"quantize": "int8"}))
+
+
+def dequantised_weight(layer: nn.Module) -> torch.Tensor:
+    """The weight that a quantised layer computes with, by the library's own reader."""
+    if isinstance(layer, Int8Linear):
+        return layer.dequantised()
+    return bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+
+
+def dequantised(folder: Path, held: dict, output: Path) -> Path:
+    """Save the model that a quantised one computes as, in float32."""
+    quantised = load_backbone(ModelSettings(model=str(folder), device="cpu", dtype="float32", **held))
+    plain = copy.deepcopy(load_backbone(ModelSettings(model=str(folder), device="cpu", dtype="float32")).model)
+    for path, layer in quantised.model.named_modules():
+        if isinstance(layer, (Int8Linear, bitsandbytes.nn.Linear4bit)):
+            plain.get_submodule(path).weight.data = dequantised_weight(layer)
+    plain.save_pretrained(output)
+    quantised.tokenizer.save_pretrained(output)
+    return output
+
+
+@pytest.fixture(scope="module", params=[pytest.param(*row.values, id=row.id) for row in HELD])
+def fits(request, model_folder, tmp_path_factory) -> tuple[Mixture, Mixture]:
+    """The same fit on a quantised base and on its dequantised copy."""
+    place, rows = tmp_path_factory.mktemp("quantised"), load_examples(tiny.make_rows(24))
+    plain = dequantised(model_folder, request.param, place / "plain")
+    own = {"device": "cpu", "dtype": "float32", **FIT, **RATES}
+    return (
+        methods.elrea(str(model_folder), rows, output=place / "held", **own, **request.param),
+        methods.elrea(str(plain), rows, output=place / "dequantised", **own),
+    )
+
+
+def test_a_fit_trains_and_describes_prompts_as_on_the_dequantised_base(fits):
+    held, plain = (mixture.folder for mixture in fits)
+    for name in ("experts/base", "experts/cluster-0", "experts/cluster-1"):
+        found, wanted = (read_tensors(folder / name / "adapter_model.safetensors") for folder in (held, plain))
+        assert found.keys() == wanted.keys()
+        for key in wanted:
+            close(found[key], wanted[key])
+            assert "lora_B" not in key or bool(wanted[key].any())  # trained
+    found, wanted = (read_tensors(folder / "features" / "features.safetensors") for folder in (held, plain))
+    torch.testing.assert_close(found["features"], wanted["features"], rtol=1e-2, atol=1e-3)
+    assert (held / "clusters.jsonl").read_text() == (plain / "clusters.jsonl").read_text()
+
+
+@pytest.mark.parametrize("combiner", sorted(COMBINERS))
+def test_every_combiner_answers_as_on_the_dequantised_base(fits, combiner):
+    held, plain = (mixture.replace(router="uniform", combiner=combiner) for mixture in fits)
+    if "int8" not in repr(held.backbone):
+        same_answers(*(mixture.generate(["add 3 4"], max_new_tokens=4) for mixture in (held, plain)))
+        return
+    found, wanted = (mixture.generate(["add 3 4"], max_new_tokens=1)[0] for mixture in (held, plain))
+    assert found.logprobs[0] == pytest.approx(wanted.logprobs[0], abs=0.05)  # what layers read is rounded to bfloat16
+
+
+def test_prompts_are_routed_as_on_the_dequantised_base(fits):
+    found, wanted = (mixture.route(["add 3 4", "SPELL ABCD NOW"]).weights for mixture in fits)
+    close(found, wanted)
 
 
 def test_experts_on_a_four_bit_base_equal_peft_on_it(run_folder):

@@ -75,6 +75,16 @@ def test_gradients_are_those_of_the_dequantised_weight():
     torch.testing.assert_close(found, torch.autograd.grad(wanted.square().sum(), x)[0])
 
 
+def test_between_forward_and_backward_no_copy_of_a_weight_is_held():
+    layer, x = Int8Linear(nn.Linear(64, 64)), torch.randn(2, 64, requires_grad=True)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        layer(x).sum()
+        assert not saved
+        nn.functional.linear(x, layer.dequantised())
+    assert [tensor.shape for tensor in saved] == [(64, 64)]
+
+
 def test_the_loaded_model_is_close_to_its_dequantised_copy_and_says_that_it_is_in_int8(backbone):
     assert len(int8_layers(backbone.model)) == 14 and type(backbone.output_layer) is nn.Linear
     assert "int8" in repr(backbone)

@@ -4,6 +4,8 @@ Weights only, with one scale an output: the largest number of each row of the we
 and give is rounded to bfloat16, the one form in which torch has a fast product with such weights on a CPU.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -36,11 +38,25 @@ class Int8Linear(nn.Linear):
     def forward(self, input: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """Return the product in the input's type; where gradients are wanted, with the dequantised weight."""
         if torch.is_grad_enabled():
-            return nn.functional.linear(input, self.dequantised().to(input.dtype), self.bias)
+            return _DequantisedProduct.apply(input, self)
         flat = input.reshape(-1, self.in_features).bfloat16()
         product = torch._weight_int8pack_mm(flat, self.weight, self.scales).to(input.dtype)
         product = product if self.bias is None else product + self.bias
         return product.reshape(*input.shape[:-1], self.out_features)
+
+
+class _DequantisedProduct(torch.autograd.Function):
+    """The product with a dequantised weight, which is made anew for the way back: none is held in between."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Int8Linear) -> Tensor:  # noqa: ANN401 - autograd's own
+        ctx.layer = layer
+        return nn.functional.linear(x, layer.dequantised().to(x.dtype), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401 - autograd's own
+        (gradient,) = gradients
+        return gradient @ ctx.layer.dequantised().to(gradient.dtype), None
 
 
 def hold_in_int8(model: PreTrainedModel) -> None:

@@ -107,7 +107,7 @@ def _load_model(source: dict[str, Any], settings: ModelSettings, device: torch.d
             raise missing_extra("bitsandbytes", "quant") from error
         compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
         four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             **source,
             dtype=dtype,
             quantization_config=four_bits,
@@ -115,6 +115,11 @@ def _load_model(source: dict[str, Any], settings: ModelSettings, device: torch.d
             use_safetensors=True,
             trust_remote_code=False,
         )
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # else the first answer packs the weights, with coarser scales, into a form that passes no gradients on
+                module.support_avx512bf16_for_cpu = False
+        return model
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         **source,
         dtype=dtype,

@@ -27,7 +27,7 @@ EXTRAS = {
     "eval": ("lm-eval", "HarnessModel, for lm-evaluation-harness"),
     "llamacpp": ("xllamacpp", "--engine llama.cpp"),
     "serve": ("fastapi", "coterie serve"),
-    "quant": ("bitsandbytes", "--load-in-4bit on a GPU"),
+    "quant": ("bitsandbytes", "--load-in-4bit"),
 }
 """What can be installed besides: the package that it brings, and what that is for."""
 
