@@ -5,8 +5,8 @@ import hashlib
 import hmac
 
 import pytest
-from asgi import ask, echo, scope_of
 
+from asgi import ask, echo, scope_of
 from coterie.errors import CoterieError
 from coterie.serve.keys import ADMIN_PATHS, Key, KeyGate, Keys, read_keys
 

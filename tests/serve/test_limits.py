@@ -3,7 +3,6 @@
 import asyncio
 
 from asgi import ask, echo, scope_of
-
 from coterie.serve.limits import BodyLimit, QueueLimit
 
 CHAT = "/v1/chat/completions"
