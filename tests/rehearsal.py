@@ -30,7 +30,7 @@ from coterie.experts.training import TrainingPlan, make_trainer
 from coterie.features.gradient import AdamState, Checkpoint, GradientFeatures, Moments
 from coterie.features.growing_text import FeatureExtractor
 from coterie.features.projection import PROJECTIONS
-from coterie.lora import LoraPair
+from coterie.lora import MERGES, LoraPair
 from coterie.routers.base import Router, Routing
 from coterie.routers.centroid import CentroidRouter
 from coterie.routers.derived import DerivedRouter
@@ -48,6 +48,7 @@ from coterie.settings.sampling import SamplingSettings
 
 NAMES = ("a", "b", "c")
 RANK = 4
+COMBINING = (*COMBINERS, *(f"weights:{merge}" for merge in (*MERGES, "svd")))
 GREEDY = SamplingSettings()
 SAMPLINGS = {
     "greedy": GREEDY,
@@ -126,11 +127,12 @@ def decoding(gpu, backbone, adapters) -> dict[str, list[list[str]]]:
     layers, found = ExpertLayers(backbone.model, adapters), {}
     even = Routing(NAMES, torch.ones(1, len(NAMES)))
 
-    def steps(routing, combiner="logits", sampling=GREEDY, lengths=(7,), draws=1):
-        requests = [Request(row(n), routing, make_combiner(combiner), 8, (sampling,) * draws) for n in lengths]
+    def steps(routing, combiner="logits", sampling=GREEDY, lengths=(7,), draws=1, scored=None):
+        asked = [(row(n), routing, make_combiner(combiner), 8, (sampling,) * draws) for n in lengths]
+        requests = [Request(*own, prompt_logprobs=scored) for own in asked]
         return engine_steps(gpu, Engine(backbone, layers, places=4), requests)
 
-    for kind in COMBINERS:
+    for kind in COMBINING:
         found[f"combiner {kind}"] = steps(even, kind)
     for name, sampling in SAMPLINGS.items():
         PROPOSED.clear()
@@ -141,6 +143,7 @@ def decoding(gpu, backbone, adapters) -> dict[str, list[list[str]]]:
         gates = Gates(NAMES, {path: torch.randn(3, width) for path, width in widths.items()}, top_k=top_k)
         gated = Routing(NAMES, torch.ones(1, len(NAMES)), gates=gates.to(backbone.device))
         found[f"gates top-{top_k}"] = steps(gated, "layers", lengths=(7, 9))
+    found["prompts that are scored, too"] = steps(even, lengths=(130, 9), scored=2)
     with gpu.waits() as waits:
         score_votes(backbone, layers, NAMES, [row(6, 3), row(5, 2)], torch.ones(2, 2, 3), "")
     return found | {"scoring two texts under two votes": [waits]}

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from coterie.combiners.table import COMBINERS
 from coterie.features.projection import PROJECTIONS
 from coterie.routers.table import ROUTERS
-from rehearsal import MODELS, SAMPLINGS
+from rehearsal import COMBINING, MODELS, SAMPLINGS
 
 CHOICE = "to host engine/sampling.py:choose"
 """The tokens of a step with all that is told of them."""
 GATES = "to host backbone/gates.py:mean"
 """What gates have weighed on average: once a piece of prompts, behind which routing tells it."""
+SCORED = "to host engine/prompt_logprobs.py:score_prompts"
+"""How likely all tokens of the prompts are that were read in a step."""
 PROPOSED = "to host engine/proposing.py:_draft"
 """All tokens that a cheaper model proposes for the answers of a step."""
 EMBEDDING, GRADIENT = "to host features/embedding.py:means", "to host features/growing_text.py:__call__"
@@ -25,13 +26,14 @@ STATES = "to host features/prefill.py:prefill_states"
 BATCH = "to device elsewhere"
 """transformers' copy of a batch to the device, one for each of its tensors."""
 
-DECODING = [f"combiner {kind}" for kind in COMBINERS] + [f"sampling {name}" for name in SAMPLINGS]
+DECODING = [f"combiner {kind}" for kind in COMBINING] + [f"sampling {name}" for name in SAMPLINGS]
 WAITS = {
     "gates top-1": {(GATES, CHOICE), (CHOICE,)},
     "gates top-None": {(GATES, CHOICE), (CHOICE,)},
     "re-routing, keep": {(EMBEDDING, CHOICE), (CHOICE,)},
     "re-routing, recompute": {(EMBEDDING, CHOICE), (CHOICE,)},
     **{f"proposed by {name}": {(CHOICE,), (PROPOSED, CHOICE)} for name in MODELS},
+    "prompts that are scored, too": {(SCORED, CHOICE), (CHOICE,)},
     "scoring two texts under two votes": {("to host engine/scoring.py:on_host",)},
     **{f"gradient features, {projection}": {()} for projection in PROJECTIONS},
     "a training step": {(BATCH,) * 7},

@@ -29,14 +29,14 @@ def begun(engine: Engine, *requests: Request):
     return [token.begun for token in sorted(tokens, key=lambda token: token.request)]
 
 
-@pytest.mark.parametrize("combiner", ["logits", "layers", "weights"])
-def test_a_prompt_in_chunks_has_the_log_probabilities_of_a_text_that_is_scored(mixture: Mixture, combiner):
+@pytest.mark.parametrize(("combiner", "chunk"), [("logits", 28), ("layers", 28), ("layers", 89), ("weights", 28)])
+def test_a_prompt_in_chunks_has_the_log_probabilities_of_a_text_that_is_scored(mixture: Mixture, combiner, chunk):
     request = asked(mixture, combiner, 3)
     plan = request.combiner.plan(request.routing)
     texts = [(IDS, range(1, len(IDS)))]
     wanted = score_responses(mixture.backbone, mixture.layers, plan, [[plan[0].votes]], texts)[0][0]
     other = asked(mixture, combiner, None, IDS[:50])
-    found, plain = begun(mixture.engine(chunk=28), request, other)
+    found, plain = begun(mixture.engine(chunk=chunk), request, other)
     assert [one.logprob for one in found.prompt] == pytest.approx(wanted.logprobs.tolist(), abs=1e-4)
     assert [one.logprob == one.top[0][1] for one in found.prompt] == wanted.is_greedy.tolist()
     for token, one in zip(IDS[1:], found.prompt, strict=True):

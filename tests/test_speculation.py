@@ -90,6 +90,31 @@ def test_passes_cost_what_was_measured():
     assert costs.of(9, 6) == pytest.approx(2.0)  # which may have been a mistake
 
 
+def test_a_pass_costs_the_same_beside_prompts_that_are_read(mixture, monkeypatch):
+    """On a clock that goes on by one for every token of every row."""
+    clock, noted, hidden = [0.0], [], type(mixture.backbone).hidden
+
+    def ticking(self, ids, *given):
+        clock[0] += ids.numel()
+        return hidden(self, ids, *given)
+
+    monkeypatch.setattr(type(mixture.backbone), "hidden", ticking)
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(PassCosts, "note", lambda self, *own: noted.append(own))
+    engine, rows = mixture.engine(chunk=16), mixture.tokens(["add 3 4", "a much longer prompt " * 9])
+    first, second = mixture.requests(rows, [40, 1], [SamplingSettings()])
+    engine.submit(first)
+    while not engine.step():
+        pass
+    assert noted == []
+    engine.submit(second)
+    beside = 0
+    while engine._answers[1:] or not beside:
+        beside += len(engine.step())
+    experts = len(mixture.bank.names)
+    assert beside > 9 and noted == [(experts, 1, float(experts))] * len(noted) and len(noted) >= beside - 1
+
+
 def test_proposals_are_trusted_as_they_were_right():
     good, bad = Drafting(), Drafting()
     good.proposed, bad.proposed = [1, 2], [1, 2]

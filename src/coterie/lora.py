@@ -34,6 +34,10 @@ class LoraPair(NamedTuple):
         """
         return self.up / self.scaling if self.scaling else self.up
 
+    def to(self, device: torch.device | None) -> "LoraPair":
+        """Return the same update on a device."""
+        return self._replace(down=on_device(self.down, device), up=on_device(self.up, device))
+
     def __repr__(self) -> str:
         """Return the shapes."""
         return f"LoraPair(down {tuple(self.down.shape)}, up {tuple(self.up.shape)}, scaling {self.scaling:g})"
@@ -80,7 +84,7 @@ def stack(pairs: Sequence[LoraPair | None]) -> StackedPair:
 def put(stacked: StackedPair, number: int, pair: LoraPair | None) -> StackedPair:
     """Return the stack with this update as that expert's, in place or, where it does not fit, in a larger copy."""
     experts, rank, _ = stacked.down.shape
-    down, up = (half.new_zeros(0, half.shape[2], device="cpu") for half in stacked) if pair is None else pair[:2]
+    down, up = (half.new_zeros(0, half.shape[2]) for half in stacked) if pair is None else pair[:2]
     own = contained(StackedPair(down[None].to(stacked.down.dtype), up[None].to(stacked.up.dtype)))
     if number >= experts or len(down) > rank:
         size = (max(experts, number + 1), max(rank, len(down)))
@@ -101,7 +105,7 @@ def contained(stacked: StackedPair) -> StackedPair:
     of a product, whatever it weighs there.
     """
     broken = ~(stacked.down.isfinite().flatten(1).all(dim=1) & stacked.up.isfinite().flatten(1).all(dim=1))
-    if broken.is_meta or not bool(broken.any()):
+    if broken.device.type == "cpu" and not bool(broken.any()):  # elsewhere, to ask is to wait
         return stacked
     fillings = zip(stacked, (torch.nan, 0.0), strict=True)
     return StackedPair(*(half.masked_fill(broken[:, None, None], filling) for half, filling in fillings))
@@ -265,7 +269,7 @@ def merge(pairs: Sequence[LoraPair], weights: Float[Tensor, " expert"], how: str
     check_merge(how)
     if name == "svd":
         return truncated(merge(pairs, weights), int(rank) if rank else max(len(pair.down) for pair in pairs))
-    weights = weights.to(pairs[0].up)
+    weights = on_device(weights, pairs[0].up.device, pairs[0].up.dtype)
     if name == "exact":  # all ranks, one after the other
         ups = [pair.up * weight for pair, weight in zip(pairs, weights, strict=True)]
         return LoraPair(torch.cat([pair.down for pair in pairs]), torch.cat(ups))
@@ -273,7 +277,7 @@ def merge(pairs: Sequence[LoraPair], weights: Float[Tensor, " expert"], how: str
         ranks = ", ".join(str(len(pair.down)) for pair in pairs)
         raise CoterieError(f"merging by {name!r} adds factors, so it needs one rank, got {ranks}; use exact or svd")
     # The factors themselves are added up, each with weights of its own; unlike the updates' sum, that has cross terms.
-    scalings = weights.new_tensor([pair.scaling for pair in pairs])
+    scalings = on_device([pair.scaling for pair in pairs], weights.device, weights.dtype)
     match name:
         case "factors":  # (sum w B)(sum w A), ELREA's "MoE Merging": a single expert already gets its weight squared
             of_down, of_up = weights, weights

@@ -197,7 +197,7 @@ class ExpertLayers:
         """Return the place in the stacks of a merged adapter, which is put there if it is not there yet."""
         slot = self._slots.get((weights, how))
         if slot is None:
-            adapter = self.merged(weights, how)
+            adapter = self.merged(weights, how, self.device)
             taken = {other.number for other in self._slots.values()}
             slot = MergedSlot(next(n for n in itertools.count(len(self.adapters)) if n not in taken))
             for path, layer in self._layers.items():
@@ -206,8 +206,13 @@ class ExpertLayers:
         self._recent.append(slot)
         return slot
 
-    def merged(self, weights: tuple[float, ...], how: str = EXACT) -> Adapter:
+    def merged(self, weights: tuple[float, ...], how: str = EXACT, device: torch.device | None = None) -> Adapter:
         """Return one adapter in place of all, with these weights (one an expert), merged layer by layer.
+
+        Args:
+            weights: of the experts.
+            how: see `coterie.lora.merge`.
+            device: where it is computed, and then is; by default where the experts' adapters are.
 
         Raises:
             CoterieError: as `coterie.lora.merge`.
@@ -215,7 +220,7 @@ class ExpertLayers:
         used = [(adapter, weight) for adapter, weight in zip(self.adapters, weights, strict=True) if weight]
         result = {}
         for path in self.paths:
-            present = [(adapter[path], weight) for adapter, weight in used if path in adapter]
+            present = [(adapter[path].to(device), weight) for adapter, weight in used if path in adapter]
             if present:
                 result[path] = lora.merge([pair for pair, _ in present], torch.tensor([w for _, w in present]), how)
         return result

@@ -1,5 +1,6 @@
-"""Copies to a device that the host does not wait for."""
+"""Copies to a device, and its time, for which the host does not wait."""
 
+import time
 from typing import Any
 
 import torch
@@ -17,3 +18,32 @@ def on_device(values: Any, device: torch.device | None, dtype: torch.dtype | Non
     """
     tensor = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)
     return tensor.to(device, dtype, non_blocking=device is not None and device.type not in WAITED_FOR)
+
+
+class Stopwatch:
+    """Times what is asked of a device inside a `with`; to be read when the host has waited for something behind it."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Begin with nothing timed."""
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in "se"] if device.type == "cuda" else []
+        self._times: list[float] = []
+
+    def __enter__(self) -> "Stopwatch":
+        """Start."""
+        self._note()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Stop."""
+        self._note()
+
+    def _note(self) -> None:
+        if self._events:
+            self._events[len(self._times)].record()
+        self._times.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        """What it took."""
+        start, end = self._times
+        return self._events[0].elapsed_time(self._events[1]) / 1000 if self._events else end - start

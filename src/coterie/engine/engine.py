@@ -24,9 +24,9 @@ from coterie.backbone.adding import ModelInUse
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone
 from coterie.backbone.slots import Slots
-from coterie.data.devices import on_device
+from coterie.data.devices import Stopwatch, on_device
 from coterie.engine.answers import Answer, Waiting, begin, by_rerouting, padded_drafts, planned, weigh
-from coterie.engine.prompt_logprobs import score_prompt
+from coterie.engine.prompt_logprobs import score_prompts
 from coterie.engine.proposing import Proposing
 from coterie.engine.reading import Reader
 from coterie.engine.request import Begun, Failure, FinishReason, Load, Request, Rerouting, Token
@@ -139,15 +139,16 @@ class Engine:
             writing = [answer for answer in self._answers if answer.text.unread == 1]
             size, started = self._proposing(writing), time.perf_counter()
             passes = self._read(dict.fromkeys(writing, 1))
-            try:
-                chunk = self._read(self._next_chunk())
-            except ModelInUse:
-                if not passes:  # what was read must not be lost; the next step tells
-                    raise
-                chunk = []
+            with Stopwatch(self._backbone.device) as chunk_time:
+                try:
+                    chunk = self._read(self._next_chunk())
+                except ModelInUse:
+                    if not passes:  # what was read must not be lost; the next step tells
+                        raise
+                    chunk = []
             tokens = self._choose([*passes, *chunk])
-            if len(passes) == 1 and not chunk:
-                self._proposing.costs.note(*size, time.perf_counter() - started)
+            if len(passes) == 1:
+                self._proposing.costs.note(*size, time.perf_counter() - started - chunk_time.seconds)
             failures, self._failures = self._failures, []
             return [*tokens, *failures]
 
@@ -291,10 +292,10 @@ class Engine:
                 raise
 
         passes = self._apart(list(counts), read)
-        for answers, hidden in passes:
-            for answer, states in zip(answers, hidden, strict=True):
-                score_prompt(self._backbone, answer, states)
-                self._follow(answer, states[0, : states.shape[1] - len(answer.text.drafts)])
+        pairs = [pair for answers, hidden in passes for pair in zip(answers, hidden, strict=True)]
+        score_prompts(self._backbone, pairs)
+        for answer, states in pairs:
+            self._follow(answer, states[0, : states.shape[1] - len(answer.text.drafts)])
         return passes
 
     def _follow(self, answer: Answer, states: Float[Tensor, "position width"]) -> None:

@@ -67,12 +67,12 @@ class BatchSampler:
         logprobs = logits.log_softmax(dim=-1)
         chosen = logprobs.gather(2, ids[..., None]).squeeze(2)
         top_ids, top_logs = self._step.top(logprobs)
-        parts = [right[:, None], ids, _bits(chosen), top_ids.flatten(1), _bits(top_logs).flatten(1)]
+        parts = [right[:, None], ids, bits_of(chosen), top_ids.flatten(1), bits_of(top_logs).flatten(1)]
         copied = torch.cat([part.int() for part in parts], dim=1).cpu()
         counts, *columns = copied.split([part.shape[1] for part in parts], dim=1)
         result = []
         for text, count, own in zip(texts, counts[:, 0].tolist(), zip(*columns, strict=True), strict=True):
-            own_ids, logs, tops, top_logs = own[0].tolist(), _floats(own[1]).tolist(), own[2], _floats(own[3])
+            own_ids, logs, tops, top_logs = own[0].tolist(), floats_of(own[1]).tolist(), own[2], floats_of(own[3])
             tokens = [Chosen(*pair) for pair in zip(own_ids, logs, strict=True)][: count + 1]
             if most := text.settings.top_logprobs:
                 shown = zip(tops.view(len(logs), -1).tolist(), top_logs.view(len(logs), -1).tolist(), strict=True)
@@ -83,12 +83,13 @@ class BatchSampler:
         return result
 
 
-def _bits(values: Float[Tensor, "..."]) -> Int[Tensor, "..."]:
+def bits_of(values: Float[Tensor, "..."]) -> Int[Tensor, "..."]:
     """Show float32 numbers as integers of the same bits, so that they leave the device together with such."""
     return values.float().view(torch.int32)
 
 
-def _floats(bits: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
+def floats_of(bits: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Show bits as the float32 numbers that they are."""
     return bits.contiguous().view(torch.float32)
 
 
