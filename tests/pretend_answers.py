@@ -54,7 +54,9 @@ def pretend_app(key: str | None = None, pause: float = 0.0) -> FastAPI:
         return await go_on(request)
 
     @app.get("/v1/models")
-    def listed() -> dict[str, Any]:
+    def listed() -> Any:
+        if app.state.fail == "loading":
+            return JSONResponse({"error": {"message": "the server is still loading"}}, 503, {"Retry-After": "5"})
         return {"data": models()}
 
     @app.post("/v1/route")

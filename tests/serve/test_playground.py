@@ -200,6 +200,36 @@ def test_a_weight_that_is_moved_asks_the_last_question_again_under_it(opened, pr
 
 
 @needs_browser
+def test_weights_that_were_moved_for_an_answer_that_is_gone_ask_nothing(opened, pretend):
+    page = opened()
+    ask(page, "Say: first")
+    page.clock.install()
+    move(page, "cluster-1", 0.6)
+    page.click("#clear")
+    ask(page, "Say: second")
+    move(page, "cluster-1", 0.7)
+    ask(page, "Say: third", 2)
+    page.clock.run_for(1000)
+    ask(page, "Say: last", 3)
+    assert [body["messages"][-1]["content"] for body in sent(pretend, "chat")] == [
+        "Say: first", "Say: second", "Say: third", "Say: last",
+    ]  # fmt: skip
+
+
+@needs_browser
+def test_weights_that_are_moved_in_both_settings_ask_both_again(opened, pretend):
+    page = opened()
+    page.click("#compare")
+    ask(page, "Say: one", 2)
+    page.clock.install()
+    for place in (0, 1):
+        page.locator("input[data-expert=cluster-2]").nth(place).fill("0.5")
+    page.clock.run_for(400)
+    page.locator(".answer[aria-busy=false]").nth(1).wait_for()
+    assert [body["coterie"].get("weights", {}).get("cluster-2") for body in sent(pretend, "chat")[2:]] == [0.5, 0.5]
+
+
+@needs_browser
 def test_weights_that_are_all_zero_are_refused_before_anything_is_sent(opened, pretend):
     page = opened()
     page.locator("#send:enabled").wait_for()
@@ -225,6 +255,23 @@ def test_a_question_that_is_asked_before_the_models_are_known_is_not_lost(opened
     page.locator("#send:enabled").click()
     page.locator(".answer[aria-busy=false]").wait_for()
     assert page.locator(".token").all_text_contents() == ["early"]
+
+
+@needs_browser
+def test_a_page_that_is_opened_while_the_server_loads_says_so_and_goes_on_by_itself(opened, pretend):
+    page = opened()
+    page.locator("#send:enabled").wait_for()
+    pretend.state.fail = "loading"
+    page.clock.install()
+    page.reload()
+    page.locator("#trouble:visible").wait_for()
+    assert page.locator("#trouble").text_content() == "the server is still loading. This page goes on by itself."
+    assert page.locator("#send").is_disabled()
+    pretend.state.fail = None
+    page.clock.run_for(5000)
+    ask(page, "Say: there")
+    assert page.locator("#trouble").is_hidden()
+    assert page.locator(".token").all_text_contents() == ["there"]
 
 
 @needs_browser
@@ -327,7 +374,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_alone(opened):
     with running(app) as app.state.url:
         page = opened(app)
         page.locator("#trouble:visible").wait_for()
-        assert page.locator("#trouble").text_content() == "the API key is wrong Type a key above."
+        assert page.locator("#trouble").text_content() == "the API key is wrong. Type a key above."
         assert page.evaluate("document.activeElement.id") == "key"
         page.fill("#key", "secret-of-the-tab")
         page.keyboard.press("Enter")
@@ -343,7 +390,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_alone(opened):
 @pytest.mark.parametrize(
     ("fail", "told"),
     [
-        ("busy", "too many requests wait Try again in 7 s."),
+        ("busy", "too many requests wait. Try again in 7 s."),
         ("midway", "the expert cluster-1 gave no number"),
         ("gone", "The server does not answer. Is it still running?"),
         ("cut", "The connection broke off before the answer ended."),

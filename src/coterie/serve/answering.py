@@ -63,15 +63,16 @@ async def respond(
     else:
         tokens = server.worker.answer(cell.desk.engine, asked.requests)
     tokens = server.metrics.watched(cell.id, asked.requests, tokens, request.state.facts)
+    usage = Usage(sum(len(own.prompt.ids) for own in asked.requests))
     if question and asked.mixture.combiner.finishes_answers:
-        tokens = the_elected(tokens, question, asked.seed)
+        tokens = the_elected(tokens, question, asked.seed, usage)
     choices = range(len(asked.requests) * body.n)
     weights = {index: known for index in choices if (known := asked.weights(index // body.n))}
     detail = body.coterie.detail or SHOW_WEIGHTS in request.headers
     frames = form(
         body.model,
         cell.desk.vocabulary,
-        Usage(sum(len(own.prompt.ids) for own in asked.requests)),
+        usage,
         body.alternatives,
         usage_chunk=bool(body.stream_options and body.stream_options.include_usage),
         usage_always=bool(body.stream_options and body.stream_options.continuous_usage_stats),
@@ -142,15 +143,22 @@ async def pieces_of(tokens: AsyncGenerator[Token], frames: Frames, asked: Asked,
                 yield piece
 
 
-async def the_elected(tokens: AsyncGenerator[Token], question: Example, seed: int) -> AsyncGenerator[Token]:
-    """Wait for all answers to a question, let them vote, and yield the tokens of the one that wins."""
+async def the_elected(
+    tokens: AsyncGenerator[Token], question: Example, seed: int, usage: Usage
+) -> AsyncGenerator[Token]:
+    """Wait for all answers to a question, let them vote, and yield the tokens of the one that wins.
+
+    Those of the others were written, too, and count as such.
+    """
     drawn: dict[int, list[Token]] = {}
     async with aclosing(tokens):
         async for token in tokens:
             drawn.setdefault(token.draw, []).append(token)
     answers = {draw: completion("", drawn[draw], {}, ()) for draw in sorted(drawn)}
     winner = elected(question, list(answers.values()), seed)
-    for token in next(drawn[draw] for draw, answer in answers.items() if answer is winner):
+    elected_draw = next(draw for draw, answer in answers.items() if answer is winner)
+    usage.written += sum(len(own) for draw, own in drawn.items() if draw != elected_draw)
+    for token in drawn[elected_draw]:
         yield token._replace(draw=0)
 
 

@@ -15,6 +15,7 @@ from coterie.engine.request import Load
 from coterie.errors import CoterieError
 from coterie.serve import admin, chat, completions, errors, health, models
 from coterie.serve.catalogue import Catalogue
+from coterie.serve.hosts import HostGate
 from coterie.serve.keys import KeyGate, read_keys
 from coterie.serve.lifetime import Doors, Lifetime, Server
 from coterie.serve.limits import AnyTypeIsJson, BodyLimit, QueueLimit
@@ -76,6 +77,7 @@ def guard(app: FastAPI, settings: ServeSettings) -> None:
     app.add_middleware(Doors, lifetime=app.state.lifetime)
     if access.cors_origin:
         app.add_middleware(CORSMiddleware, allow_origins=access.cors_origin, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(HostGate, allowed=access.allowed_hosts or (["*"] if keys else None))
     app.add_middleware(RequestLog, ended=app.state.metrics.answered)
 
 

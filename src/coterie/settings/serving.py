@@ -39,6 +39,11 @@ class AccessSettings(Settings):
     cors_origin: list[str] | None = Field(
         None, description="origin of pages in browsers that may ask, such as https://chat.example.org; default: none"
     )
+    allowed_hosts: list[str] | None = Field(
+        None,
+        description="name under which clients may ask, such as llm.example.org or *.example.org; default: any with "
+        "--api-key-file, else addresses and names without a dot, which no stranger's page can take on",
+    )
     allow_folder: list[str] | None = Field(
         None, description="folder from inside which adapters and mixtures may be loaded at run time; default: none"
     )

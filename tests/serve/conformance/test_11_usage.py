@@ -3,6 +3,7 @@
 ml-explore/mlx-lm#342 counted only those that were read anew; vLLM's tests read `cached_tokens`.
 """
 
+from coterie.combiners.texts import SAMPLES
 from served import chat, chat_stream
 
 
@@ -25,3 +26,13 @@ def test_a_stream_counts_as_the_whole_does(client):
         chat_stream(client, temperature=0, stream_options={"include_usage": True})[-1]["usage"]["completion_tokens"]
         == whole
     )
+
+
+def test_answers_that_lose_a_vote_were_written_too(client, mixture):
+    ends = mixture.backbone.stop_ids | mixture.prompts.end_ids
+    asked = {"model": "elrea:self-consistency", "max_tokens": 4, "logit_bias": {str(token): -100 for token in ends}}
+    usage = chat(client, **asked)["usage"]
+    assert (
+        usage["completion_tokens"] == 4 * SAMPLES and usage["prompt_tokens"] == chat(client)["usage"]["prompt_tokens"]
+    )
+    assert chat_stream(client, **asked, stream_options={"include_usage": True})[-1]["usage"]["completion_tokens"] == 20

@@ -4,9 +4,9 @@ const KEY = "coterie-api-key";
 export const base = new URL("v1/", document.baseURI);
 
 export class Trouble extends Error {
-  constructor(message, status = 0) {
-    super(message);
-    this.status = status;
+  constructor(message, status = 0, wait = null) {
+    super(wait ? `${message}. Try again in ${wait} s.` : message);
+    Object.assign(this, { told: message, status, wait }); // wait: seconds until it may be asked again
   }
 }
 
@@ -35,14 +35,9 @@ async function call(path, body, signal) {
     if (error.name === "AbortError") throw error;
     throw new Trouble(error instanceof TypeError ? "The server does not answer. Is it still running?" : error.message);
   }
-  if (!response.ok) throw new Trouble(await refusal(response), response.status);
-  return response;
-}
-
-async function refusal(response) {
+  if (response.ok) return response;
   const told = await response.json().then((body) => body.error?.message, () => null);
-  const wait = response.headers.get("Retry-After");
-  return (told ?? `The server refuses with status ${response.status}.`) + (wait ? ` Try again in ${wait} s.` : "");
+  throw new Trouble(told ?? `The server refuses with status ${response.status}`, response.status, response.headers.get("Retry-After"));
 }
 
 export const models = async () => (await (await call("models")).json()).data;

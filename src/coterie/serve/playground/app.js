@@ -21,7 +21,9 @@ async function start() {
     at("trouble").hidden = true;
   } catch (error) {
     if (error.status === 401) at("key").focus();
-    return complain(error.status === 401 ? `${error.message} Type a key above.` : error.message);
+    if (error.wait) setTimeout(start, 1000 * error.wait); // it is still loading, as a rule
+    const next = error.wait ? "This page goes on by itself." : error.status === 401 ? "Type a key above." : "";
+    return complain(next ? `${error.told}. ${next}` : error.message);
   }
   for (const kind of ["mixture", "method"]) for (const { coterie } of known) if (coterie?.kind === kind) meet(coterie.experts ?? []);
   settings = [];
@@ -32,7 +34,7 @@ async function start() {
 }
 
 function addSetting() {
-  const setting = new Setting("AB"[settings.length], known, () => preview(), (own) => askAgain(own));
+  const setting = new Setting("AB"[settings.length], known, () => preview(), debounced(askAgain, PAUSE));
   if (settings.length) setting.copy(settings[0]);
   settings.push(setting);
   at("settings").append(setting.element);
@@ -69,6 +71,7 @@ function ask() {
   at("opening").hidden = true;
   at("question").value = "";
   routeTyped.cancel();
+  forgetMoves();
   at("previews").replaceChildren();
   settings.forEach((_, place) => answerTurn(turn, place));
   turn.element.scrollIntoView({ block: "start" });
@@ -101,13 +104,17 @@ function showRunning() {
 }
 
 // The last question again, under the weights as they are now.
-const askAgain = debounced((setting) => {
+function askAgain(setting) {
   const place = settings.indexOf(setting);
   complain(setting.obstacle ?? "");
   if (turns.length && place >= 0 && !setting.obstacle) answerTurn(turns.at(-1), place);
-}, PAUSE);
+}
+
+// Weights that were moved for an answer that is the last one no longer ask for nothing.
+const forgetMoves = () => settings.forEach((setting) => setting.moved.cancel());
 
 function clear() {
+  forgetMoves();
   for (const stopping of running.values()) stopping.abort();
   turns = [];
   at("thread").replaceChildren();
