@@ -48,7 +48,9 @@ def pieces(results: Path, data: Path | None) -> list[Piece]:
         found.append(Piece(f"tests_{number}", (python, "-m", "pytest", "-q", *tests[number::TEST_GROUPS])))
     if data is not None:
         runs = ROOT / "runs" / results.name
-        found.append(Piece(EVIDENCE, (python, str(ROOT / "examples" / "evidence.py"), str(data), str(runs))))
+        script = str(ROOT / "examples" / "evidence.py")
+        parts = ("--parts", "maths,general,domains,influence,kshot,recruit", "--seeds", "0,1,2")
+        found.append(Piece(EVIDENCE, (python, script, str(data), str(runs), *parts)))
     return found
 
 

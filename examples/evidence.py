@@ -1,113 +1,36 @@
-"""Does a mixture help? Fit, judge and compare on mixes of real tasks, inside and outside of what was trained on.
+"""Does a mixture help? Fit, judge and compare on real tasks, inside and outside of what was trained on.
 
-    python examples/evidence.py DATA OUTPUT --mix maths --seeds 0,1,2 --train 300 --test 300 --minutes 9
+    python examples/evidence.py DATA OUTPUT --parts maths,general,domains --seeds 0,1,2 --minutes 9
 
 DATA is a folder of data sets, `NAME/train.jsonl` and so on. Everything is a step with an output of its own in OUTPUT:
 what was done is not done again, and a step that runs out of time is interrupted and goes on where it stopped when the
-same command is typed again. When all is done, one table for each mix tells how the methods differ from the base
-adapter, over the seeds and for each, and which share of the oracle's gain they have. All seeds answer the same rows.
+same command is typed again. When a part is done, its `tables.md` compares the methods over the seeds, which answer the
+same rows, and OUTPUT/tables.md has those of all parts. The parts:
+
+    maths, general, domains   a fit by evidence with its controls, inside, outside, and across domains
+    kshot                     few examples of six targets: a choice among sixteen adapters, beside a random one
+    recruit                   questions of five kinds to the base model and the domains' adapters
+    influence                 rows chosen by gradients, by meaning, and at random, for a few that are aimed at
 """
 
 import argparse
-import json
-import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
-MATHS = ("math", "gsm8k", "svamp", "mathqa")
-MIXES: dict[str, dict[str, dict[str, str]]] = {
-    "maths": {
-        "train": {name: f"{name}/train" for name in MATHS},
-        "inside": {name: f"{name}/test" for name in MATHS},
-        "outside": {"boolq": "boolq/validation", "arc_challenge": "arc_challenge/test", "dolly": "dolly/train"},
-    },
-    "general": {
-        "train": {
-            **{"dolly": "dolly/train", "flan_cot": "flan_cot/train", "arc_challenge": "arc_challenge/train"},
-            **{"boolq": "boolq/train", "commonsenseqa": "commonsenseqa/train", "codealpaca": "codealpaca/train"},
-        },
-        "inside": {
-            **{"dolly": "dolly/train", "flan_cot": "flan_cot/train", "arc_challenge": "arc_challenge/test"},
-            **{"boolq": "boolq/validation", "commonsenseqa": "commonsenseqa/validation"},
-            "codealpaca": "codealpaca/train",
-        },
-        "outside": {"mmlu": "mmlu/test", "bbh": "bbh/test"},
-    },
-}
-"""By mix: what is trained on, what is like it, and what is not. Rows that were trained on are never tested."""
-METHODS = (
-    *("backbone", "base", "one-lora-same-budget", "random-weights", "random-cluster", "uniform-weights"),
-    *("elrea", "elrea-refusing", "membership-routing", "loss-routing", "loss-routing:caution=off", "prefill", "auto"),
-)
-FIT = ("--clusters", "4", "--cluster-rounds", "1", "--system-prompt", "")
+from evidence_rows import MIXES, TARGETS
+from evidence_steps import PARTS, Plan, Step, sides
+from evidence_tables import PAIRS, table
+
 ROOM = 60  # seconds before the end in which no further step begins
-
-Rows = list[dict[str, Any]]
-
-
-class Step(NamedTuple):
-    """A command, and the path that is there when it is done."""
-
-    command: tuple[str, ...]
-    output: Path
-
-
-def rows_of(data: Path, files: dict[str, str], count: int, longest: int, seed: int, without: frozenset[str]) -> Rows:
-    """Draw `count` short rows, evenly over the sets; none whose question is among `without`."""
-    drawn: Rows = []
-    for name in sorted(files):
-        lines = (data / f"{files[name]}.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [{**json.loads(line), "source": name} for line in lines]
-        fit = [row for row in rows if len(row["instruction"]) + len(row["response"]) <= longest]
-        new = [row for row in fit if row["instruction"] not in without]
-        drawn += random.Random(seed).sample(new, count // len(files))
-    random.Random(seed).shuffle(drawn)
-    return drawn
-
-
-def write_rows(arguments: argparse.Namespace, mix: str, seeds: Sequence[int]) -> None:
-    """Write the test rows of a mix, the same for all seeds, then each seed's training rows."""
-    place = arguments.output / mix
-    place.mkdir(parents=True, exist_ok=True)
-    tested: set[str] = set()
-    parts = [(side, arguments.test, 0) for side in ("inside", "outside")]
-    for side, count, seed in [*parts, *((f"train-{seed}", arguments.train, seed) for seed in seeds)]:
-        files = MIXES[mix][side.partition("-")[0]]
-        rows = rows_of(arguments.data, files, count, arguments.longest, seed, frozenset(tested))
-        tested |= {row["instruction"] for row in rows} if side in ("inside", "outside") else set()
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (place / f"{side}.jsonl").write_text(text, encoding="utf-8")
-
-
-def steps(arguments: argparse.Namespace, mix: str, seeds: Sequence[int]) -> Iterator[Step]:
-    """Yield a mix's steps: for each seed a fit, each control by itself, and an evaluation on either side."""
-    place, coterie = arguments.output / mix, (sys.executable, "-m", "coterie")
-    for seed in seeds:
-        run = place / f"run-{seed}"
-        what = ("--model", arguments.model, "--data", str(place / f"train-{seed}.jsonl"), "--seed", str(seed))
-        yield Step((*coterie, "fit", "auto", *what, "--output", str(run), *FIT), run)
-        for method, extra in (
-            ("one-lora-same-budget", "one-lora"),
-            ("random-weights", "random-weights"),
-            ("random-cluster", "random-clusters"),
-        ):
-            yield Step((*coterie, "train-extras", str(run), "--methods", method), run / "methods" / extra)
-        for side in ("inside", "outside"):
-            output = place / f"{side}-{seed}"
-            methods = ",".join((*METHODS, "oracle"))
-            rows = ("--data", str(place / f"{side}.jsonl"), "--output", str(output))
-            told = ("--methods", methods, "--control", "base", "--no-generate")
-            yield Step((*coterie, "eval", str(run), *rows, *told), output)
 
 
 def done_in_time(step: Step, end: float) -> bool:
     """Run a step until the end; one that runs out of time is interrupted and tells so."""
-    process = subprocess.Popen(step.command)
+    process = subprocess.Popen((sys.executable, "-m", "coterie", *step.words))
     try:
         code = process.wait(timeout=max(1.0, end - time.monotonic()))
     except subprocess.TimeoutExpired:
@@ -115,28 +38,36 @@ def done_in_time(step: Step, end: float) -> bool:
         process.wait()
         return False
     if code:
-        sys.exit(f"this failed with {code}: {' '.join(step.command)}")
+        sys.exit(f"this failed with {code}: coterie {' '.join(step.words)}")
     return True
 
 
-def table(place: Path, side: str, seeds: Sequence[int]) -> str:
-    """Return the table of one mix and side."""
-    import coterie
-    from coterie.records.files import read_summary
+def left(plan: Plan, parts: list[str]) -> list[Step]:
+    """Write the rows of some parts, and return their steps that are not done yet, each once."""
+    steps = {step.output: step for part in parts for step in PARTS[part](plan)}
+    return [step for output, step in steps.items() if not output.exists()]
 
-    folders = [place / f"{side}-{seed}" for seed in seeds]
-    lines = [f"## {place.name}, {side}, {len(seeds)} seeds", ""]
-    if len(folders) > 1:
-        lines += [coterie.format_spread(coterie.read_spread(folders)), ""]
-    for seed, folder in zip(seeds, folders, strict=True):
-        for row in read_summary(folder).table:
-            if row.source != "all" or row.method == "base":
-                continue
-            ends = "[{:+.4f}, {:+.4f}]".format(*row.nll_interval) if row.nll_interval else ""
-            share = "" if row.oracle_share is None else f"{100 * row.oracle_share:.0f}% of the oracle's gain"
-            p = "" if row.nll_p is None else f"p {row.nll_p:.3f}"
-            lines.append(f"seed {seed}  {row.method:26} {row.nll_difference or 0:+.4f} {ends:20} {p:8} {share}")
-    return "\n".join(lines) + "\n"
+
+def tables(plan: Plan, part: str) -> Iterator[str]:
+    """Yield the tables of a part."""
+    place = plan.output / part
+    if part in MIXES:
+        for side in sides(part):
+            yield table(f"{part}, {side}", [place / f"{side}-{seed}" for seed in plan.seeds], "base", PAIRS)
+    if part == "domains":
+        for side in ("inside", "crossing"):
+            folders = [place / f"tokens-{side}-{seed}" for seed in plan.seeds]
+            yield table(f"an adapter for each domain, {side}", folders, "token-level:every=inf")
+    if part == "kshot":
+        for target in plan.flags.targets.split(","):
+            for count in plan.flags.shots.split(","):
+                folders = [place / target / f"test-{count}-{seed}" for seed in plan.seeds]
+                pairs = (("kshot-moe", "best-tuned"), ("kshot-moe", "kshot-only"))
+                yield table(f"{target}, {count} shots", folders, "random-experts", pairs)
+    for name, control in (("recruit", "best-single"), ("influence", "expert:random")):
+        if part == name:
+            pairs = (("expert:influence", "expert:nearest"),)
+            yield table(part, [place / f"test-{seed}" for seed in plan.seeds], control, pairs)
 
 
 def main() -> None:
@@ -144,26 +75,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--mix", default="maths", help=f"of {', '.join(MIXES)}, or several with commas")
+    parser.add_argument("--parts", default="maths", help=f"of {', '.join(PARTS)}, with commas")
     parser.add_argument("--seeds", default="0", help="numbers with commas")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--train", type=int, default=300)
-    parser.add_argument("--test", type=int, default=300)
-    parser.add_argument("--longest", type=int, default=420, help="characters of a row")
+    parser.add_argument("--train", type=int, default=300, help="rows that a mix is trained on, or chosen from")
+    parser.add_argument("--test", type=int, default=300, help="rows of each test")
+    parser.add_argument("--targets", default=",".join(TARGETS), help="tasks of kshot")
+    parser.add_argument("--shots", default="5,20,50", help="numbers of examples of kshot")
+    parser.add_argument("--budget", type=int, default=60, help="rows that kshot gathers and influence chooses")
+    parser.add_argument("--pool", type=int, default=4000, help="rows of open data that kshot gathers from")
+    parser.add_argument("--answers", type=int, default=0, help="write answers of so many tokens, too; 0: none")
     parser.add_argument("--minutes", type=float, default=9.0, help="stop then; the same command goes on")
-    arguments = parser.parse_args()
-    seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    mixes, end = arguments.mix.split(","), time.monotonic() + 60 * arguments.minutes
-    for mix in mixes:
-        write_rows(arguments, mix, seeds)
-    left = [step for mix in mixes for step in steps(arguments, mix, seeds) if not step.output.exists()]
-    for number, step in enumerate(left):
-        print(f"step {number + 1} of {len(left)}: {step.output}", file=sys.stderr)
-        if end - time.monotonic() < min(ROOM, 6 * arguments.minutes) or not done_in_time(step, end):
-            sys.exit(f"{len(left) - number} steps are left: type the same command again")
-    tables = "\n".join(table(arguments.output / mix, side, seeds) for mix in mixes for side in ("inside", "outside"))
-    (arguments.output / "tables.md").write_text(tables, encoding="utf-8")
-    print(tables)
+    flags = parser.parse_args()
+    plan = Plan(flags.data, flags.output, flags, [int(seed) for seed in flags.seeds.split(",")])
+    parts, end = flags.parts.split(","), time.monotonic() + 60 * flags.minutes
+    if strange := [part for part in parts if part not in PARTS]:
+        parser.error(f"there is no part {strange[0]!r}; give some of {', '.join(PARTS)}")
+    steps = left(plan, parts)
+    for number, step in enumerate(steps):
+        print(f"step {number + 1} of {len(steps)}: {step.output}", file=sys.stderr)
+        if end - time.monotonic() < min(ROOM, 6 * flags.minutes) or not done_in_time(step, end):
+            sys.exit(f"{len(steps) - number} steps are left: type the same command again")
+    for part in parts:
+        text = "\n".join(tables(plan, part))
+        (plan.output / part / "tables.md").write_text(text, encoding="utf-8")
+        print(text)
+    done = [file for part in PARTS if (file := plan.output / part / "tables.md").exists()]
+    whole = "\n".join(file.read_text(encoding="utf-8") for file in done)
+    (plan.output / "tables.md").write_text(whole, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,14 @@ from conftest import FIT
 from coterie.errors import CoterieError
 from coterie.evaluation import auto
 from coterie.evaluation.choice import Candidate, choose
+from coterie.evaluation.clusters import feature_map
 from coterie.experts.names import BASE
 from coterie.methods.elrea.run import ElreaRun, within_budget
 from coterie.methods.extras import load_extra, read_losses
 from coterie.methods.registry import make_grid
 from coterie.mixture import Mixture
 from coterie.records.auto import AutoRecord
+from coterie.routers.centroid import CentroidRouter
 from coterie.routers.fixed import FixedRouter
 from coterie.routers.loss import CrossFitLosses
 from coterie.routers.refusal import RefusalRouter
@@ -70,6 +72,25 @@ def test_methods_of_its_family_work_on_the_run_and_elrea_is_still_elreas_routing
     assert grid.cell("elrea").router.kind == "gradient-centroids"
     assert grid.cell("auto").router is opened.mixture.router
     assert grid.cell("auto").combiner.kind == opened.mixture.combiner.kind
+
+
+def test_where_one_expert_is_the_best_everywhere_it_is_not_asked_for_its_two_largest_weights(opened, monkeypatch):
+    def trained(run, name, original=auto._trained):
+        found = original(run, name)
+        if name == "performance":
+            found = CentroidRouter.by_performance(found.features, {"cluster-0": torch.ones(1, run.features.shape[1])})
+        return found
+
+    monkeypatch.setattr(auto, "_trained", trained)
+    losses = read_losses(load_extra(opened.mixture, "judged"))
+    names = {way.name for way in auto._ways(opened, losses, 0.1)}
+    assert "performance" in names and not {"performance:top_k=1", "performance:top_k=2"} & names
+    assert {"elrea:top_k=1", "elrea:top_k=2"} <= names
+
+
+def test_an_evaluation_of_its_run_has_the_map_of_its_clusters(folder):
+    found = feature_map(folder)
+    assert found is not None and found.seeds == (0, 1, 2)
 
 
 def test_an_interrupted_run_ends_with_the_same_choice(folder, model_folder, train_file, tmp_path, monkeypatch):

@@ -52,7 +52,9 @@ def test_every_method_of_the_table_is_in_the_records(result):
     json.dumps([result.summary, result.rows], allow_nan=False)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("self-consistency", "oracle")])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name not in ("self-consistency", "oracle", "random-oracle")]
+)
 def test_scores_of_the_shared_pass_are_those_of_a_method_alone(grid, scored, name):
     rows, found = scored
     cell = grid.cell(name)
@@ -75,6 +77,15 @@ def test_the_oracle_has_the_smallest_loss_of_the_fitted_experts_in_every_row(gri
     torch.testing.assert_close(found.nll["oracle"], alone.min(dim=0).values, rtol=1e-3, atol=1e-4)
     chosen = found.routed["oracle"].routing.weights.argmax(dim=1)
     assert torch.equal(chosen, found.expert_nll.argmin(dim=1))
+
+
+def test_the_oracle_of_random_clusters_has_the_smallest_loss_of_their_experts_and_the_base(grid, scored):
+    rows, found = scored
+    experts = ["base", *grid.extras["random-clusters"].bank.names]
+    cells = [single(grid, name) for name in experts]
+    alone = torch.stack([cell.score_rows(rows, cell.router.route(rows), "").nll[0] for cell in cells])
+    torch.testing.assert_close(found.nll["random-oracle"], alone.min(dim=0).values, rtol=1e-3, atol=1e-4)
+    assert found.routed["random-oracle"].routing.experts == tuple(experts)
 
 
 def single(grid, name):

@@ -1,123 +1,257 @@
 """The evidence is made in steps that go on where they stopped, on rows that were not trained on."""
 
 import argparse
-import importlib.util
+import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from coterie.methods.elrea.methods import FAMILY
-from coterie.settings.auto import AutoSettings
-from coterie.settings.commands import EvaluationSettings, TrainExtrasSettings
+from coterie.cli.table import COMMANDS
+from coterie.evaluation.statistics import holm, sign_flip_test
+from coterie.methods.elrea.methods import FAMILY as ELREA
+from coterie.methods.kshot.methods import FAMILY as KSHOT
+from coterie.methods.token_level.methods import FAMILY as TOKENS
 from report_pages import records
 
-FILE = Path(__file__).parents[1] / "examples" / "evidence.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture(scope="module")
 def evidence():
-    spec = importlib.util.spec_from_file_location("evidence", FILE)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        yield importlib.import_module("evidence")
+        for name in ("evidence", "evidence_rows", "evidence_steps", "evidence_tables", "domain_mix", "task_bank"):
+            sys.modules.pop(name, None)
 
 
 @pytest.fixture
-def arguments(tmp_path, evidence):
+def rows_module(evidence):
+    return sys.modules["evidence_rows"]
+
+
+@pytest.fixture
+def plan(tmp_path, evidence, rows_module):
     """Data of which each set has 40 short rows in each file, 20 of its test's questions in the training file too."""
-    for files in {file for mix in evidence.MIXES.values() for side in mix.values() for file in side.values()}:
-        name, split = files.split("/")
+    parts = [side for mix in rows_module.MIXES.values() for side in (mix.train, mix.inside, mix.outside)]
+    files = {file for side in parts for file in side.values()} | {*rows_module.TARGETS.values(), *rows_module.POOL}
+    files |= {*rows_module.SETS.values(), *(file for pair in rows_module.SKILLS.values() for file in pair)}
+    for name, _, split in (file.partition("/") for file in files):
         first = 0 if split == "train" else 20
         rows = [
-            {"id": f"{n}", "instruction": f"{name} {n}", "response": "r" * (n % 3)} for n in range(first, first + 40)
+            {
+                "id": f"{name}/{n}",
+                "instruction": f"{name} {n}",
+                "response": "r" * (n % 3),
+                "category": ("creak", "qasc", "sensemaking", "x")[n % 4] if name == "flan_cot" else f"about {n // 2}",
+            }
+            for n in range(first, first + 40)
         ]
-        rows.append({"id": "long", "instruction": "x" * 500, "response": "y"})
+        rows.append({"id": f"{name}/long", "instruction": "x" * 800, "response": "y", "category": "creak"})
         (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data" / f"{files}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    known = {"train": 60, "test": 24, "longest": 100, "model": "tiny", "minutes": 9.0}
-    return argparse.Namespace(data=tmp_path / "data", output=tmp_path / "out", **known)
+        (tmp_path / "data" / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = argparse.Namespace(train=24, test=12, model="tiny", answers=0, budget=6, pool=20, minutes=9.0)
+    flags.targets, flags.shots = "svamp,piqa", "2,5"
+    patched = pytest.MonkeyPatch()
+    patched.setattr(rows_module, "BANK_ROWS", 10)
+    yield sys.modules["evidence_steps"].Plan(tmp_path / "data", tmp_path / "out", flags, [0, 1])
+    patched.undo()
 
 
 def read(file: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("mix", ["maths", "general"])
-def test_rows_are_even_over_the_sets_and_none_is_tested_that_was_trained_on(evidence, arguments, mix):
-    evidence.write_rows(arguments, mix, [0, 1])
-    place = arguments.output / mix
-    sides = {side: read(place / f"{side}.jsonl") for side in ("inside", "outside", "train-0", "train-1")}
-    tested = {row["instruction"] for side in ("inside", "outside") for row in sides[side]}
+@pytest.mark.parametrize("mix", ["maths", "general", "domains"])
+def test_rows_are_even_over_the_sets_and_none_is_tested_that_was_trained_on(rows_module, plan, mix):
+    def write() -> dict[str, bytes]:
+        rows_module.write_mix(plan.data, plan.output, rows_module.MIXES[mix], plan.seeds, 24, 12)
+        return {str(file): file.read_bytes() for file in plan.output.rglob("*.jsonl")}
+
+    before = write()
+    sides = {side: read(plan.output / f"{side}.jsonl") for side in ("inside", "outside", "train-0", "train-1")}
+    tested = {rows_module.group(row) for side in ("inside", "outside") for row in sides[side]}
     for side, rows in sides.items():
-        sets = evidence.MIXES[mix][side.partition("-")[0]]
+        sets = getattr(rows_module.MIXES[mix], side.partition("-")[0])
         counts = {name: sum(row["source"] == name for row in rows) for name in sets}
-        assert set(counts.values()) == {(60 if side.startswith("train") else 24) // len(sets)}
+        assert set(counts.values()) == {(24 if side.startswith("train") else 12) // len(sets)}
         assert len({row["instruction"] for row in rows}) == len(rows)
-        assert side in ("inside", "outside") or not tested & {row["instruction"] for row in rows}
+        assert side in ("inside", "outside") or not tested & {rows_module.group(row) for row in rows}
     assert sides["train-0"] != sides["train-1"]
-    before = {side: (place / f"{side}.jsonl").read_bytes() for side in sides}
-    evidence.write_rows(arguments, mix, [0, 1])
-    assert before == {side: (place / f"{side}.jsonl").read_bytes() for side in sides}
+    assert before == write()
 
 
-def test_the_steps_are_commands_that_there_are_with_methods_that_there_are(evidence, arguments):
-    made = list(evidence.steps(arguments, "maths", [0, 1]))
-    assert [step.output.name for step in made[:6]] == [
-        *("run-0", "one-lora", "random-weights", "random-clusters", "inside-0", "outside-0"),
-    ]
-    commands = {step.command[3] if step.command[3] != "fit" else "fit auto" for step in made}
-    assert commands == {kind.command for kind in (AutoSettings, EvaluationSettings, TrainExtrasSettings)}
-    for name in evidence.METHODS:
-        FAMILY.method(name)
+def test_no_article_is_on_both_sides_and_requests_that_cross_domains_join_two_tested_questions(rows_module, plan):
+    rows_module.write_mix(plan.data, plan.output, rows_module.MIXES["domains"], [0], 24, 12)
+    inside, train = read(plan.output / "inside.jsonl"), read(plan.output / "train-0.jsonl")
+    articles = [{row["category"] for row in rows if row["source"] == "reading"} for rows in (inside, train)]
+    assert articles[0] and articles[1] and not articles[0] & articles[1]
+    crossing = read(plan.output / "crossing.jsonl")
+    assert len({row["source"] for row in crossing}) == len(crossing) == 12  # ordered pairs of four domains
+    tested = [row["instruction"] for row in inside]
+    assert all(sum(own in row["instruction"] for own in tested) >= 2 for row in crossing)
+    assert read(plan.output / "train-0" / "code.jsonl") == [row for row in train if row["source"] == "code"]
 
 
-def asked(evidence, monkeypatch, arguments, commands) -> None:
-    """Type the command, with other steps."""
-    made = [evidence.Step((sys.executable, "-c", code), arguments.output / name) for name, code in commands.items()]
-    monkeypatch.setattr(evidence, "steps", lambda *_: iter(made))
-    monkeypatch.setattr(evidence, "write_rows", lambda *_: arguments.output.mkdir(exist_ok=True))
-    monkeypatch.setattr(evidence, "table", lambda place, side, seeds: f"{place.name} {side} {seeds}\n")
-    words = [str(arguments.data), str(arguments.output), "--minutes", str(arguments.minutes), "--seeds", "3,4"]
+def test_shots_are_known_to_their_targets_own_adapter_alone_and_neither_tests_nor_pool_are(rows_module, plan):
+    rows_module.write_kshot(plan.data, plan.output, [2, 5], [0, 1], 12, 20)
+    known = {file.stem: read(file) for file in (plan.output / "bank-rows").iterdir()}
+    assert set(known) == set(rows_module.SETS)
+    taught = {row["instruction"] for rows in known.values() for row in rows}
+    others = {row["instruction"] for row in read(plan.output / "pool.jsonl")}
+    for target in rows_module.TARGETS:
+        shots = read(plan.output / target / "shots-5-0.jsonl")
+        assert shots[:2] == read(plan.output / target / "shots-2-0.jsonl")
+        assert shots != read(plan.output / target / "shots-5-1.jsonl")
+        assert all(row in known[target] for row in shots)
+        tests = {row["instruction"] for row in read(plan.output / target / "test.jsonl")}
+        assert len(tests) == 12 and not tests & taught and not tests & others
+    assert len(others) == 20 and not others & taught
+
+
+def test_influence_chooses_among_rows_that_are_neither_trained_on_nor_aimed_at_nor_tested(rows_module, plan):
+    mix = rows_module.MIXES[rows_module.INFLUENCED]
+    rows_module.write_mix(plan.data, plan.output / "mix", mix, [0], 24, 12)
+    rows_module.write_influence(plan.data, plan.output, plan.output / "mix", [0], 8, 12, 6)
+    parts = {name: read(plan.output / f"{name}-0.jsonl") for name in ("aimed", "many", "random")}
+    asked = {name: {row["instruction"] for row in rows} for name, rows in parts.items()}
+    asked["test"] = {row["instruction"] for row in read(plan.output / "test.jsonl")}
+    asked["train"] = {row["instruction"] for row in read(plan.output / "mix" / "train-0.jsonl")}
+    assert len(asked["random"]) == 6 and asked["random"] <= asked["many"]
+    assert not asked["many"] & (asked["aimed"] | asked["test"] | asked["train"])
+    assert not asked["aimed"] & (asked["test"] | asked["train"])
+
+
+@pytest.mark.parametrize("part", ["maths", "general", "domains", "kshot", "recruit", "influence"])
+def test_every_step_is_a_command_that_writes_what_tells_that_it_is_done(plan, run, monkeypatch, part):
+    given = []
+    for name, command in COMMANDS.items():
+        stand_in = lambda settings, **_: given.append(settings)  # noqa: E731
+        monkeypatch.setitem(COMMANDS, name, replace(command, function=stand_in))
+    steps = sys.modules["evidence_steps"].PARTS[part]
+    made = list(steps(plan))
+    assert len({step.output for step in made}) == len(made)
+    for step in made:
+        code, _, err = run(*step.words)
+        assert code == 0, err
+        settings = given.pop()
+        target = Path(getattr(settings, "output", None) or getattr(settings, "mixture", None) or settings.folder)
+        assert step.output == target or target in step.output.parents
+    rows = [word for step in made for word in step.words if word.endswith(".jsonl") and "-0/" not in word]
+    written = [Path(word.rpartition("=")[2]) for word in rows]
+    assert all(file.exists() for file in written if file.name not in ("chosen.jsonl", "gathered.jsonl"))
+
+
+def test_the_methods_that_are_compared_exist(evidence):
+    steps = sys.modules["evidence_steps"]
+    for family, names in ((ELREA, steps.METHODS), (TOKENS, steps.TOKENS), (KSHOT, steps.KSHOT)):
+        for name in names:
+            family.method(name)
+    trained = {need for names in steps.EXTRAS.values() for need in ELREA.needs(names.split(","))}
+    assert set(steps.EXTRAS) <= trained
+    assert {name for pair in evidence.PAIRS for name in pair} <= set(steps.METHODS)
+
+
+def asked(evidence, monkeypatch, plan, commands) -> None:
+    """Type the command, with other steps: Python code in place of commands of `coterie`."""
+    steps = sys.modules["evidence_steps"]
+    made = [steps.Step((code,), plan.output / name) for name, code in commands.items()]
+    popen = evidence.subprocess.Popen
+    monkeypatch.setattr(evidence.subprocess, "Popen", lambda words: popen((words[0], "-c", words[-1])))
+    monkeypatch.setitem(steps.PARTS, "maths", lambda plan: iter(made))
+    monkeypatch.setattr(evidence, "table", lambda title, folders, *_: f"{title} {[own.name for own in folders]}\n")
+    (plan.output / "maths").mkdir(parents=True, exist_ok=True)
+    words = [str(plan.data), str(plan.output), "--minutes", str(plan.flags.minutes), "--seeds", "3,4"]
     monkeypatch.setattr(sys, "argv", ["evidence.py", *words])
     evidence.main()
 
 
-def touch(arguments, name: str) -> str:
-    return f"open({str(arguments.output / name)!r}, 'x').close()"
+def touch(plan, name: str) -> str:
+    return f"open({str(plan.output / name)!r}, 'x').close()"
 
 
-def test_what_was_done_is_not_done_again_and_the_table_comes_last(evidence, monkeypatch, arguments, capsys):
-    commands = {name: touch(arguments, name) for name in ("a", "b")}
-    asked(evidence, monkeypatch, arguments, commands)
-    assert capsys.readouterr().out == "maths inside [3, 4]\n\nmaths outside [3, 4]\n\n"
-    asked(evidence, monkeypatch, arguments, commands)  # a second `a` would fail: the file exists
-    assert (arguments.output / "tables.md").exists()
+def test_what_was_done_is_not_done_again_and_the_table_comes_last(evidence, monkeypatch, plan, capsys):
+    commands = {name: touch(plan, name) for name in ("a", "b")}
+    asked(evidence, monkeypatch, plan, commands)
+    told = "maths, inside ['inside-3', 'inside-4']\n\nmaths, outside ['outside-3', 'outside-4']\n"
+    assert capsys.readouterr().out == told + "\n"
+    asked(evidence, monkeypatch, plan, commands)  # a second `a` would fail: the file exists
+    assert (plan.output / "maths" / "tables.md").read_text() == told
+    (plan.output / "kshot").mkdir()
+    (plan.output / "kshot" / "tables.md").write_text("kshot\n")
+    asked(evidence, monkeypatch, plan, commands)
+    assert (plan.output / "tables.md").read_text() == told + "\nkshot\n"  # of all parts that are done
 
 
-def test_a_step_that_runs_out_of_time_is_interrupted_and_what_is_left_is_told(evidence, monkeypatch, arguments):
-    code = f"import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: {touch(arguments, 'interrupted')}"
-    arguments.minutes = 0.02  # a second or so: the child has to come up
+def test_a_step_that_runs_out_of_time_is_interrupted_and_what_is_left_is_told(evidence, monkeypatch, plan):
+    code = f"import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: {touch(plan, 'interrupted')}"
+    plan.flags.minutes = 0.02  # a second or so: the child has to come up
     monkeypatch.setattr(evidence, "ROOM", 0)
     with pytest.raises(SystemExit, match="2 steps are left: type the same command again"):
-        asked(evidence, monkeypatch, arguments, {"a": code, "b": touch(arguments, "b")})
-    assert not (arguments.output / "b").exists()
+        asked(evidence, monkeypatch, plan, {"a": code, "b": touch(plan, "b")})
+    assert not (plan.output / "b").exists()
 
 
-def test_a_step_that_fails_ends_it(evidence, monkeypatch, arguments):
+def test_a_step_that_fails_ends_it(evidence, monkeypatch, plan):
     with pytest.raises(SystemExit, match="this failed with 2: .*"):
-        asked(evidence, monkeypatch, arguments, {"a": "raise SystemExit(2)"})
+        asked(evidence, monkeypatch, plan, {"a": "raise SystemExit(2)"})
 
 
-def test_the_table_has_each_seed_and_the_spread_over_seeds(evidence, tmp_path):
-    evaluation, _ = records()
-    for seed in (0, 1):
-        folder = tmp_path / "maths" / f"inside-{seed}"
-        folder.mkdir(parents=True)
-        (folder / "evaluation.json").write_text(json.dumps(evaluation))
-    text = evidence.table(tmp_path / "maths", "inside", [0, 1])
-    line = next(own for own in evaluation["table"] if own["method"] == "elrea" and own["source"] == "all")
-    assert text.startswith("## maths, inside, 2 seeds")
-    assert sum(f"elrea {' ' * 20} {line['nll_difference']:+.4f}" in one for one in text.splitlines()) == 2
+def written(tmp_path, nll: dict[str, list[list[float]]], tokens: list[float]) -> list[Path]:
+    """Write evaluations with these likelihoods, by method, seed and row."""
+    evaluation, rows = records()
+    folders = [tmp_path / f"inside-{seed}" for seed in range(len(next(iter(nll.values()))))]
+    for seed, folder in enumerate(folders):
+        results = [
+            {method: {"nll": seeds[seed][number], "tokens": int(count)} for method, seeds in nll.items()}
+            for number, count in enumerate(tokens)
+        ]
+        own = [{**rows[0], "methods": methods} for methods in results]
+        table = [line for line in evaluation["table"] if line["method"] in nll]
+        folder.mkdir()
+        summary = {**evaluation, "methods": list(nll), "rows": len(own), "table": table, "control": "base"}
+        (folder / "evaluation.json").write_text(json.dumps(summary))
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    return folders
+
+
+def test_the_table_pairs_rows_over_seeds_and_tells_how_much_of_the_oracles_gain_is_luck(evidence, tmp_path):
+    nll = {
+        "base": [[2.0, 3.0, 4.0, 5.0], [2.2, 3.2, 4.2, 5.2]],
+        "elrea": [[1.8, 2.9, 3.5, 4.9], [1.8, 2.9, 3.9, 4.9]],
+        "random-oracle": [[1.9, 2.8, 3.6, 4.7], [1.9, 2.8, 3.6, 4.7]],
+        "oracle": [[1.7, 2.6, 3.2, 4.4], [1.7, 2.6, 3.2, 4.4]],
+    }
+    tokens = [1.0, 2.0, 3.0, 4.0]
+    text = evidence.table("maths, inside", written(tmp_path, nll, tokens), "base", [("elrea", "random-oracle")])
+    lines = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines() if line.startswith("|")}
+    mean = {name: np.mean(seeds, axis=0) for name, seeds in nll.items()}
+    gain = {name: np.average(mean["base"] - own, weights=tokens) for name, own in mean.items()}
+    tests = {
+        name: sign_flip_test(mean[name].tolist(), mean["base"].tolist(), weights=tokens)
+        for name in nll
+        if name != "base"
+    }
+    assert text.startswith("## maths, inside, 2 seeds\n\n| ")
+    assert lines["elrea"][1] == f"{np.average(mean['elrea'], weights=tokens):.4f}" and lines["elrea"][2] == "4"
+    assert lines["elrea"][3].startswith(f"{-gain['elrea']:+.4f} [")
+    assert lines["elrea"][4] == f"{holm(tests)['elrea']:.4f}"
+    seeds = [np.average(np.subtract(*pair), weights=tokens) for pair in zip(nll["elrea"], nll["base"], strict=True)]
+    assert lines["elrea"][5] == " ".join(f"{seed:+.4f}" for seed in seeds)
+    assert lines["random-oracle"][6].startswith(f"{gain['random-oracle'] / gain['oracle']:.0%} [")
+    between = np.average(mean["elrea"] - mean["random-oracle"], weights=tokens)
+    assert lines["elrea - random-oracle"][1].startswith(f"{between:+.4f} [")
+
+
+def test_rows_whose_answer_is_not_graded_are_left_out_of_accuracy_alone(evidence, tmp_path):
+    folders = written(tmp_path, {"base": [[2.0, 3.0]], "elrea": [[1.0, 3.5]]}, [1, 1])
+    rows = read(folders[0] / "rows.jsonl")
+    rows[0]["methods"]["base"]["correct"], rows[0]["methods"]["elrea"]["correct"] = False, True
+    (folders[0] / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    likelihood, accuracy = sys.modules["evidence_tables"].read(folders)
+    assert (likelihood.name, len(likelihood.weights), likelihood.mean("elrea")) == ("NLL", 2, 2.25)
+    assert (accuracy.name, len(accuracy.weights), accuracy.mean("elrea")) == ("accuracy", 1, 1.0)

@@ -159,7 +159,8 @@ def _ways(run: ElreaRun, losses: CrossFitLosses, caution: float) -> Iterator[_Wa
         tried[name] = (_trained(run, name), held.inside, held.outside, held.weights)
     for name, (router, inside, outside, weights) in tried.items():
         own = fitted_routers.weights_of(router, inside, losses) if weights is None else weights
-        for top in (None, *(k for k in TOPS if k < len(names))):
+        known = len(router.weigh(inside[:1]).experts)  # who is nowhere the best has no centroid by performance
+        for top in (None, *(k for k in TOPS if k < known)):
             cut = router if top is None else keep_top(router, top)
             kept = own if top is None else Routing(names, own).top(top).normalized().weights
             outer = fitted_routers.weights_of(cut, outside, other.losses)

@@ -16,7 +16,7 @@ from coterie.mixture.folder import read_mixture_record
 from coterie.records.evaluation import FeatureMap, MapPoint
 from coterie.records.mixture import TrainingRow
 from coterie.records.schema import read_rows
-from coterie.settings.commands import ElreaSettings
+from coterie.settings.auto import AutoSettings
 from coterie.settings.reading import checked
 
 AGAIN = "get the folder again, or fit again"
@@ -91,7 +91,7 @@ def feature_map(folder: Path | None) -> FeatureMap | None:
 
 def _labels_by_seed(folder: Path, features: NDArray) -> list[NDArray]:
     """Cluster as the folder's run did, every seed on a part of the rows."""
-    settings = checked(ElreaSettings, read_run_record(folder / "run.yaml")["settings"]).clustering
+    settings = checked(AutoSettings, read_run_record(folder / "run.yaml")["settings"]).clustering
     sample = max(settings.clusters, int(SHARE * len(features)))
     settings = settings.model_copy(update={"cluster_sample": sample})
     labels = []

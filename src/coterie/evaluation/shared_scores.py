@@ -17,6 +17,7 @@ from coterie.methods.family import MethodGrid
 from coterie.mixture import Mixture
 from coterie.progress import GRADIENTS, part, whole
 from coterie.routers.base import Router, Routing
+from coterie.routers.fixed import OracleRouter
 
 ROUTING, IN_LOGITS = "routing of all rows", "all that meet in the logits"
 """Parts of the work beside the methods that are scored alone."""
@@ -89,30 +90,32 @@ def score_methods(
 ) -> Scored:
     """Route and score all methods on rows with answers; `cached` keeps what takes long for another try."""
     cells = {name: grid.cell(name) for name in names}
+    oracles = {name: cell.router for name, cell in cells.items() if isinstance(cell.router, OracleRouter)}
+    alone = tuple(dict.fromkeys([*grid.fitted, *(expert for one in oracles.values() for expert in one.experts)]))
     shared = SharedRouting([row.prompt() for row in rows])
-    routable = {name: cell for name, cell in cells.items() if not cell.router.needs_references}
+    routable = {name: cell for name, cell in cells.items() if name not in oracles}
     scorable = [name for name, cell in routable.items() if not cell.combiner.finishes_answers]
     in_logits = [name for name in scorable if cells[name].combiner.kind == "logits"]
     apart = [name for name in scorable if name not in in_logits]
     seconds = {}
-    work = {ROUTING: GRADIENTS, IN_LOGITS: float(len(grid.fitted)), **dict.fromkeys(apart, 2.0)}
+    work = {ROUTING: GRADIENTS, IN_LOGITS: float(len(alone)), **dict.fromkeys(apart, 2.0)}
     with whole("scores", work):
         with part(ROUTING):
             routed = dict(zip(routable, shared.all(cell.router for cell in routable.values()), strict=True))
         with part(IN_LOGITS):
             own = {name: routed[name] for name in in_logits}
-            together = cached("likelihoods", lambda: _score_logits(grid, rows, own))
+            together = cached("likelihoods", lambda: _score_logits(grid, rows, own, alone))
         nll = {name: torch.tensor(values) for name, values in together["nll"].items()}
         expert_nll, tokens = torch.tensor(together["expert_nll"]), torch.tensor(together["tokens"])
         for name in apart:
             with part(name):
-                alone = cached(f"likelihood-{name}", partial(_score_alone, cells[name], rows, routed[name], name))
-            nll[name], seconds[name] = torch.tensor(alone["nll"]), alone["seconds"]
-    for name, cell in cells.items():
-        if cell.router.needs_references:
-            routed[name] = Routed(cell.router.weigh(expert_nll), 0.0)
-            nll[name] = expert_nll.min(dim=1).values
-    return Scored(cells, routed, nll, expert_nll, tokens, seconds, together["seconds"])
+                found = cached(f"likelihood-{name}", partial(_score_alone, cells[name], rows, routed[name], name))
+            nll[name], seconds[name] = torch.tensor(found["nll"]), found["seconds"]
+    for name, router in oracles.items():
+        own_nll = expert_nll[:, [alone.index(expert) for expert in router.experts]]
+        routed[name] = Routed(router.weigh(own_nll), 0.0)
+        nll[name] = own_nll.min(dim=1).values
+    return Scored(cells, routed, nll, expert_nll[:, : len(grid.fitted)], tokens, seconds, together["seconds"])
 
 
 def _score_alone(cell: Mixture, rows: Sequence[TokenRow], routed: Routed, name: str) -> dict[str, Any]:
@@ -121,12 +124,14 @@ def _score_alone(cell: Mixture, rows: Sequence[TokenRow], routed: Routed, name: 
     return {"nll": found.tolist(), "seconds": time.perf_counter() - started}
 
 
-def _score_logits(grid: MethodGrid, rows: Sequence[TokenRow], routed: Mapping[str, Routed]) -> dict[str, Any]:
-    """Score all methods that meet in the logits, and each fitted expert alone, in one pass."""
+def _score_logits(
+    grid: MethodGrid, rows: Sequence[TokenRow], routed: Mapping[str, Routed], alone: Sequence[str]
+) -> dict[str, Any]:
+    """Score all methods that meet in the logits, and some experts each alone, in one pass."""
     bank = grid.mixture.bank
-    alone = torch.eye(len(bank))[[bank.index(name) for name in grid.fitted]]  # [fitted, E]
+    single = torch.eye(len(bank))[[bank.index(name) for name in alone]]  # [alone, E]
     own = [routed[name].routing.aligned(bank.names).weights for name in routed]
-    votes = torch.stack([*own, *(row.expand(len(rows), -1) for row in alone)])
+    votes = torch.stack([*own, *(row.expand(len(rows), -1) for row in single)])
     started = time.perf_counter()
     found = score_votes(
         grid.own.backbone,

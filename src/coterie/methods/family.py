@@ -67,10 +67,14 @@ def single(
     return Method(bank, "fixed", "logits", paper, lambda grid: one_hot(expert, grid.mixture.bank.names), needs, simple)
 
 
-def oracle(bank: str) -> Method:
-    """Return the control that knows which fitted expert is the best on each row."""
+def oracle(
+    bank: str,
+    experts: "Callable[[MethodGrid], tuple[str, ...]]" = lambda grid: grid.fitted,
+    needs: tuple[str, ...] = (),
+) -> Method:
+    """Return the control that knows which expert is the best on each row; by default of those that were fitted."""
     router = "the best on each row's reference (evaluation only)"
-    return Method(bank, router, "logits", CONTROL, lambda grid: OracleRouter(grid.fitted), by_prompt=False)
+    return Method(bank, router, "logits", CONTROL, lambda grid: OracleRouter(experts(grid)), needs, by_prompt=False)
 
 
 @dataclass(frozen=True)

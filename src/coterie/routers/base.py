@@ -139,7 +139,6 @@ class Router(ABC):
         grain: how often it weighs; a combiner that cannot follow so often does not fit.
         every: tokens of an answer that share weights; None where the prompt's weights stay.
         cache: `keep` what earlier weights left in the KV cache, or `recompute` it.
-        needs_references: it looks at the losses of the reference answers, so it works in evaluations only.
         saved: its attributes that mixture.json keeps, and `__init__` takes, as they are.
     """
 
@@ -148,7 +147,6 @@ class Router(ABC):
     grain: Grain = "prompt"
     every: int | None = None
     cache: str = "keep"
-    needs_references: ClassVar[bool] = False
     saved: ClassVar[tuple[str, ...]] = ()
 
     def route(self, prompts: Sequence[TokenRow]) -> Routing:

@@ -108,7 +108,6 @@ class OracleRouter(Router):
     """
 
     kind = "oracle"
-    needs_references = True
 
     experts: Sequence[str]
 

@@ -92,6 +92,9 @@ METHODS = {
         simple=True,
     ),
     "oracle": oracle(CLUSTERS),
+    "random-oracle": oracle(
+        RANDOM, lambda grid: (BASE, *grid.extras["random-clusters"].bank.names), ("random-clusters",)
+    ),
 }
 """By name."""
 
