@@ -18,8 +18,10 @@ from coterie.errors import CoterieError
 from coterie.experts import training
 from coterie.experts.gated_model import GatedModel
 from coterie.experts.gates_training import train_gates
-from coterie.experts.training import TrainingCollator, TrainingPlan
+from coterie.experts.trainer import TrainingCollator
+from coterie.experts.training import TrainingPlan
 from coterie.lora import LoraPair
+from coterie.methods import common
 from coterie.methods.elrea import extras as elrea_extras
 from coterie.methods.elrea import fitted_routers
 from coterie.methods.elrea.cross_fit import assign_folds, even_pairs
@@ -230,7 +232,7 @@ def test_nothing_is_trained_twice(grid_folder, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(elrea_extras, "train_expert", refuse)
+    monkeypatch.setattr(common, "train_expert", refuse)
     monkeypatch.setattr(elrea_extras, "train_clusters", refuse)
     monkeypatch.setattr(elrea_extras, "train_gates", refuse)
     monkeypatch.setattr(fitted_routers, "cross_fit", refuse)
@@ -242,7 +244,7 @@ def test_an_extra_killed_between_two_experts_goes_on_and_ends_the_same(copy, gri
     class KilledError(BaseException):
         pass
 
-    original = elrea_extras.train_expert
+    original = common.train_expert
     calls = []
 
     def counted(*args, **kwargs):
@@ -252,7 +254,7 @@ def test_an_extra_killed_between_two_experts_goes_on_and_ends_the_same(copy, gri
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(elrea_extras, "train_expert", counted)
+        patch.setattr(common, "train_expert", counted)
         with pytest.raises(KilledError):
             prepare_extras(opened(copy), ["datasets"], EXTRAS, in_run=True)
     assert not (copy / "methods" / "datasets").exists()
@@ -311,7 +313,7 @@ def test_what_is_derived_from_a_strangers_mixture_goes_into_the_users_cache_once
     trained = read_json(grid_folder / "methods" / "datasets" / "ingredient.json")["experts"]
     assert sorted(found.bank.names) == sorted(trained)
     moved = strangers.rename(strangers.with_name("moved"))
-    monkeypatch.setattr(elrea_extras, "train_expert", None)  # it would be called to train again
+    monkeypatch.setattr(common, "train_expert", None)  # it would be called to train again
     assert load_grid(Mixture.from_pretrained(moved, device="cpu"), ["per-dataset"]).extras["datasets"].bank.names
     moved.rename(strangers)
 

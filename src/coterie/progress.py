@@ -13,6 +13,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from coterie import ranks
+
 TRAINING = 3.0
 """What training on a row weighs, in passes of a row without gradients: the pass, and its way back."""
 GRADIENTS = 3.0
@@ -197,6 +199,7 @@ def _bar(name: str, total: int | float, *, is_whole: bool = False, **how: Any) -
     from tqdm.auto import tqdm  # reads when it is imported how it writes, which the command line says before
     from tqdm.notebook import tqdm_notebook
 
+    how["disable"] = how.get("disable", False) or ranks.is_quiet()
     if not sys.stderr.isatty() and not issubclass(tqdm, tqdm_notebook):
         how.pop("unit", None)
         return _Lines(name, total, is_whole=is_whole, **how)

@@ -1,4 +1,7 @@
-"""Files: written whole or not at all, hashed, had from the hub."""
+"""Files: written whole or not at all, hashed, had from the hub.
+
+Where several processes do one command together, the first one writes, whatever the others do (see `coterie.ranks`).
+"""
 
 import errno
 import hashlib
@@ -7,11 +10,13 @@ import os
 import re
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coterie import ranks
 from coterie.artifacts.reading import open_regular
 from coterie.errors import CoterieError, first_line
 
@@ -70,11 +75,15 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Give a temporary path to write to, renamed to `path` on success and deleted otherwise.
 
     The temporary file is new and its name random, so nothing that lies there is written through. A link at `path` is
-    itself replaced, not what it leads to.
+    itself replaced, not what it leads to. What another process than the first writes is dropped.
 
     Raises:
         CoterieError: when the disk is full or the folder cannot be written.
     """
+    if ranks.rank():
+        with tempfile.TemporaryDirectory() as nowhere:
+            yield Path(nowhere) / path.name
+        return
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +101,8 @@ def append_text(path: Path, text: str) -> None:
     Raises:
         CoterieError: when the disk is full or the file cannot be written.
     """
+    if ranks.rank():
+        return
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from coterie import ranks
 from coterie.artifacts.files import FORMAT, disk_errors, write_json, write_text
 from coterie.artifacts.folders import check_tree, held_places, real_folder, replace_folder, strange_entry
 from coterie.artifacts.locks import locked
@@ -48,26 +49,37 @@ class RunFolder:
 
     path: Path
 
-    def stage(self, name: str, make: Callable[[Path], object]) -> Path:
+    def stage(self, name: str, make: Callable[[Path], object], *, together: bool = False) -> Path:
         """Make the folder `name` once: `make` fills a working folder, which gets its name when it is complete.
 
-        A stage that was interrupted starts again with what it left in its working folder.
+        A stage that was interrupted starts again with what it left in its working folder. Of several processes the
+        first one makes it, or all of them `together`.
         """
-        done = self.path / name
-        if not done.exists():
-            working = real_folder(self.path, f"working/{name}")
-            check_tree(working)
+        done, working = self.path / name, self.path / "working" / name
+
+        def begin() -> None:
+            check_tree(real_folder(self.path, f"working/{name}"))
+
+        def fill() -> None:
             with disk_errors(working):
                 make(working)
+
+        def finish() -> None:
+            with disk_errors(working):
                 real_folder(self.path, str(Path(name).parent))
                 working.rename(done)
+
+        if not ranks.by_first(done.exists):
+            ranks.by_first(begin)
+            fill() if together else ranks.by_first(fill)
+            ranks.by_first(finish)
         return done
 
     def cached(self, name: str, make: Callable[[], Any]) -> Any:  # whatever JSON holds
         """Compute a JSON value once: a run that was interrupted later reads it. It is gone when the run is finished."""
         file = self.path / "working" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}.json"
-        if not file.exists():
-            write_json(file, {"value": make()})
+        if not ranks.by_first(file.exists):
+            ranks.by_first(lambda: write_json(file, {"value": make()}))
         kept = read_json(file, MAX_KEPT)
         if "value" not in kept:
             raise CoterieError(f"{file} lacks its 'value'; delete the file, it is made again")
@@ -79,12 +91,24 @@ def run_folder(output: Path, settings: Settings, inputs: Mapping[str, str]) -> I
     """Open the partial folder of a run, new or interrupted, and finish it when the body is through.
 
     The settings are of the command that runs; inputs are content hashes by name. A folder that is to be overwritten
-    stays as it is until the new one is complete.
+    stays as it is until the new one is complete. Of several processes the first one does all of this.
 
     Raises:
         CoterieError: as `check_output`; when another process works on this output, or an unfinished run with other
             settings or inputs is in the way. What stands in the way stays.
     """
+    together = {"processes": ranks.count()} if ranks.count() > 1 else {}
+    ranks.check_same(inputs)
+    with ExitStack() as stack:
+        ranks.by_first(lambda: stack.enter_context(_open_folder(output, settings, inputs, together)))
+        yield RunFolder(partial_folder(output))
+        ranks.by_first(stack.close)
+
+
+@contextmanager
+def _open_folder(
+    output: Path, settings: Settings, inputs: Mapping[str, str], together: Mapping[str, int]
+) -> Iterator[None]:
     check_output(output, settings)
     with locked(output.with_name(f".{output.name}.lock"), output):
         _put_back(output, settings)
@@ -98,9 +122,10 @@ def run_folder(output: Path, settings: Settings, inputs: Mapping[str, str]) -> I
             started = datetime.now(UTC).isoformat(timespec="seconds")
             _write_record(partial, {**record, "started": started, **environment_record()})
         try:
-            yield RunFolder(partial)
+            yield
             shutil.rmtree(partial / "working", ignore_errors=True)
-            _write_record(partial, read_run_record(partial / "run.yaml") | {"files": sorted(os.listdir(partial))})
+            facts = {**together, "files": sorted(os.listdir(partial))}
+            _write_record(partial, read_run_record(partial / "run.yaml") | facts)
             check_output(output, settings)  # something may have come there meanwhile
             with disk_errors(output):
                 replace_folder(partial, output, aside_folder(output))

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from coterie import ranks
 from coterie.artifacts import as_path, hash_json, may_be_on_hub, read_json, sha256_of, write_json
 from coterie.backbone.aliases import ALIASES, cache_folder, densify, fetch_alias, named_model
 from coterie.backbone.int8 import hold_in_int8
@@ -39,6 +40,10 @@ def load_backbone(settings: ModelSettings) -> Backbone:
     name = settings.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.startswith("cuda") and ranks.local() is not None:
+        if name != "cuda":
+            raise CoterieError(f"several processes take a GPU each, not all {name!r}; leave --device out")
+        name = f"cuda:{ranks.local()}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

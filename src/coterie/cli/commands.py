@@ -12,7 +12,7 @@ import typer
 import coterie
 from coterie.artifacts import as_path, check_file, read_run_record, write_answers
 from coterie.cli.process import finish
-from coterie.cli.table import COMMANDS, AsJson, app, command, echo, tell_next
+from coterie.cli.table import COMMANDS, AsJson, app, command, do, echo, tell_next
 from coterie.errors import CoterieError
 from coterie.progress import steps
 from coterie.records.wording import columns, printable
@@ -230,7 +230,7 @@ def repeat(
     if "overwrite" in type(settings).model_fields:
         settings = settings.model_copy(update={"overwrite": overwrite})
     echo(_announcement(record, settings), err=True)
-    again.function(settings)
+    do(found["command"], settings)
     tell_next(found["command"], settings)
 
 

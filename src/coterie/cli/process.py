@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TextIO
 
+from coterie import ranks
 from coterie.artifacts import is_full
 from coterie.cli.table import echo
 from coterie.errors import CoterieError, shown
@@ -123,7 +124,7 @@ def _outcome(run: Callable[[list[str]], object]) -> tuple[int, str]:
         handler.setFormatter(_Shown("%(message)s"))
         logging.basicConfig(level=logging.WARNING, handlers=[handler])
         warnings.filterwarnings("ignore", category=FutureWarning)  # libraries talking to each other, not to the user
-        logging.getLogger("coterie").setLevel(logging.INFO)
+        logging.getLogger("coterie").setLevel(logging.ERROR if ranks.is_quiet() else logging.INFO)
         bound_spinning()
         if not sys.stderr.isatty():
             os.environ |= {name: value for name, value in IN_A_LOG.items() if name not in os.environ}

@@ -7,6 +7,7 @@ import shlex
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, TypeVar, get_args
 
 import typer
@@ -14,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from coterie.artifacts import as_path
 from coterie.errors import shown
+from coterie.ranks import alone, is_quiet, launched
 from coterie.settings.old_spellings import is_old
 from coterie.settings.places import target
 from coterie.settings.reading import FLAGS, Settings, flag_of, flat_fields, from_flat
@@ -130,11 +132,31 @@ COMMANDS: dict[str, Command] = {}
 """Every command by its full name, such as "fit elrea": what is typed, and what `coterie run` repeats."""
 
 
+SHARED = ("fit elrea", "fit auto", "fit token-level", "train-extras")
+"""The commands whose work several processes share that were launched together."""
+
+
+def do(name: str, settings: Settings | None, **extra: Any) -> None:  # noqa: ANN401 - what a command takes
+    """Run a command; of several processes that were launched, the first one alone does what cannot be shared."""
+    number, total = launched()
+    function = partial(COMMANDS[name].function, *([] if settings is None else [settings]), **extra)
+    if name in SHARED:
+        function()
+        return
+    if total > 1:
+        echo(f"{name} is done by one process; the other {total - 1} have nothing to do", err=True)
+    if number == 0:
+        with alone():
+            function()
+
+
 def echo(text: object = "", *, err: bool = False, nl: bool = True) -> None:
     """Print text, much of which is others': names, answers, records. Nothing in it acts on a terminal.
 
-    What JSON prints keeps its meaning, since it is escaped in JSON's own way.
+    What JSON prints keeps its meaning, since it is escaped in JSON's own way. Of several processes the first prints.
     """
+    if is_quiet():
+        return
     typer.echo(shown(str(text), keep="\n\t"), err=err, nl=nl)
 
 
@@ -150,7 +172,7 @@ def command(name: str, example: str) -> Callable[[Function], Function]:
             extra = {parameter.name: values.pop(parameter.name) for parameter in own}
             given = {name: value for name, value in values.items() if value is not None}
             settings = None if kind is None else from_flat(kind, given)
-            COMMANDS[name].function(*([] if settings is None else [settings]), **extra)
+            do(name, settings, **extra)
             if name != "run":  # which ends as the command that it repeats
                 tell_next(name, settings, **extra)
 

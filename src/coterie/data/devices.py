@@ -1,10 +1,15 @@
 """Copies to a device, and its time, for which the host does not wait."""
 
+import logging
 import time
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from coterie import ranks
+
+logger = logging.getLogger(__name__)
 
 WAITED_FOR = ("mps",)
 """Devices that may read the host's memory after a copy has been asked for."""
@@ -47,3 +52,10 @@ class Stopwatch:
         """What it took."""
         start, end = self._times
         return self._events[0].elapsed_time(self._events[1]) / 1000 if self._events else end - start
+
+
+def tell_idle(used: torch.device) -> None:
+    """Name the GPUs that a fit leaves idle, and what would use them, where nobody launched several processes."""
+    idle = [f"cuda:{number}" for number in range(torch.cuda.device_count()) if number != (used.index or 0)]
+    if used.type == "cuda" and idle and ranks.local() is None:
+        logger.info("this runs on one GPU; to use %s too, start it with: accelerate launch -m coterie", ", ".join(idle))

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from coterie import ranks
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone
 from coterie.backbone.row_mix import RequestRows
@@ -61,10 +62,13 @@ def score_planned(
     weights: Float[Tensor, "vote row expert"] | None,
     label: str,
 ) -> Scores:
-    """Score references under the combiner's own votes, or under those of other weights over the rows that it plans."""
+    """Score references under the combiner's own votes, or under those of other weights over the rows that it plans.
+
+    Several processes share the rows.
+    """
     nll, tokens = torch.zeros(1 if weights is None else len(weights), len(rows)), torch.zeros(len(rows))
     with steps(label and f"likelihood of {label}", len(rows), "row") as done:
-        for numbers in by_length(rows, BATCH):
+        for numbers in ranks.share(by_length(rows, BATCH)):
             plan = combiner.plan(routing.take(numbers))
             if weights is None:
                 own_votes = [[own.votes for own in plan]]
@@ -79,7 +83,7 @@ def score_planned(
                 nll[vote, numbers] = torch.stack([-own.logprobs.mean() for own in scored])
             tokens[numbers] = torch.tensor([float(len(positions)) for _, positions in texts])
             done(len(numbers))
-    return Scores(nll, tokens)
+    return Scores(ranks.summed(nll), ranks.summed(tokens))
 
 
 def answer_positions(row: TokenRow) -> list[int]:

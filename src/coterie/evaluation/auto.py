@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from coterie import ranks
 from coterie.artifacts import as_path, read_json, run_folder, write_json, write_text
 from coterie.combiners.table import make_combiner
 from coterie.data.examples import Example, load_all
@@ -30,7 +31,7 @@ from coterie.methods.common import named_sources
 from coterie.methods.elrea import fitted_routers
 from coterie.methods.elrea.cross_fit import assign_folds
 from coterie.methods.elrea.extras import EXTRAS
-from coterie.methods.elrea.fit import check_enough, fit_experts, prepare, work_of
+from coterie.methods.elrea.fit import Prepared, check_enough, fit_experts, prepare, work_of
 from coterie.methods.elrea.run import ElreaRun, within_budget
 from coterie.methods.extras import load_extra, prepare_extras, read_losses
 from coterie.mixture import Mixture
@@ -74,21 +75,20 @@ def auto(model: str, data: str | Sequence[str] | Sequence[Example], *, output: s
 
 
 @takes_fields(AutoSettings)
+@ranks.joined()
 def fit_auto(settings: AutoSettings, examples: list[Example] | None = None) -> Mixture:
-    """Do all of it; an interrupted run goes on where it stopped and ends with the same files.
+    """Do all of it, by all processes that were launched.
+
+    An interrupted run goes on where it stopped and ends with the same files.
 
     Raises:
         CoterieError: for bad data, settings, or an output folder that exists.
     """
     output = as_path(settings.output)
-    if settings.unlike:
-        load_all([settings.unlike], 1)
-    backbone, prompts, kept, inputs = prepare(settings, examples)
-    candidate_layers(backbone)
-    kept = within_budget(kept, settings)
-    check_enough(max(len(kept.rows) // settings.judge_folds, 0), settings)
+    backbone, prompts, kept, inputs = ranks.each(lambda: _prepare(settings, examples))
     with run_folder(output, settings, inputs) as run, whole(settings.command, _work(settings, len(kept.rows))):
-        if (run.path / MIXTURE_FILE).exists() and not (run.path / "training").exists():
+        is_fitted = (run.path / MIXTURE_FILE).exists() and not (run.path / "training").exists()
+        if ranks.by_first(lambda: is_fitted):
             mixture = replace(Mixture.from_pretrained(run.path, device=str(backbone.device)), backbone=backbone)
         else:
             mixture = fit_experts(run, settings, backbone, prompts, kept)
@@ -96,6 +96,16 @@ def fit_auto(settings: AutoSettings, examples: list[Example] | None = None) -> M
         opened = ElreaRun(mixture, settings, how, run.path, inputs, kept)
         mixture = _choose(opened, settings)
     return replace(mixture, folder=output)
+
+
+def _prepare(settings: AutoSettings, examples: list[Example] | None) -> Prepared:
+    if settings.unlike:
+        load_all([settings.unlike], 1)
+    prepared = prepare(settings, examples)
+    candidate_layers(prepared.backbone)
+    kept = within_budget(prepared.kept, settings)
+    check_enough(max(len(kept.rows) // settings.judge_folds, 0), settings)
+    return prepared._replace(kept=kept)
 
 
 def _work(settings: AutoSettings, rows: int) -> dict[str, float]:

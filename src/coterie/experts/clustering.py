@@ -10,13 +10,14 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 
+from coterie import ranks
 from coterie.errors import CoterieError
 from coterie.settings.groups import ClusterSettings
 
@@ -72,9 +73,21 @@ def cluster(
     while that makes no more than `settings.max_clusters`. Groups of less than a twentieth of an even share are not what
     others are measured by. Odd rows (see `odd_rows`) join the group that they are nearest to when all are made.
 
+    Of several processes the first one clusters for all, since another machine might round otherwise.
+
     Raises:
         CoterieError: when there are fewer rows than clusters, or so many equal ones that too few groups exist.
     """
+    found: dict[str, Any] = ranks.by_first(lambda: asdict(_clustered(features, settings, sources, seed)))
+    return Clustering(tuple(found.pop("labels")), **found)
+
+
+def _clustered(
+    features: Float[NDArray[np.floating], "row dimension"],
+    settings: ClusterSettings,
+    sources: Sequence[str | None],
+    seed: int,
+) -> Clustering:
     if len(features) < settings.clusters:
         raise CoterieError(
             f"{len(features)} examples cannot make {settings.clusters} clusters; give more data or fewer --clusters"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from coterie import ranks
 from coterie.artifacts import disk_errors, is_full, read_json, write_json
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.linear_layers import linear_layers, unchangeable_layers
@@ -223,7 +224,12 @@ def check_taken(model: PeftModel, written: Mapping[str, Tensor]) -> None:
 
 
 def save_adapter(model: PeftModel, folder: Path, base: str) -> None:
-    """Save as PEFT does, with what it loads the base model by (see `loaded_by`), and everything in a fixed order."""
+    """Save as PEFT does, with what it loads the base model by (see `loaded_by`), and everything in a fixed order.
+
+    Of several processes, which all have the same adapter, the first one saves.
+    """
+    if ranks.rank():
+        return
     model.save_pretrained(str(folder), save_embedding_layers=False)  # they are frozen; 'auto' would ask the hub
     (folder / "README.md").unlink(missing_ok=True)
     config = read_json(folder / CONFIG_FILE)

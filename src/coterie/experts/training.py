@@ -3,9 +3,8 @@
 import json
 import logging
 import math
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +13,14 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from coterie import ranks
 from coterie.artifacts import read_floats, read_jsonl, read_tensors, write_json, write_jsonl, write_tensors
 from coterie.backbone.linear_layers import linear_shapes
 from coterie.backbone.loading import Backbone, loaded_by
-from coterie.data.batching import IGNORED, TokenRow, pad
+from coterie.data.batching import TokenRow
 from coterie.errors import CoterieError
 from coterie.experts.bank import KEY_PREFIX, WEIGHTS_FILE, load_adapter, write_adapter
 from coterie.experts.fresh_adapter import (
@@ -32,6 +32,7 @@ from coterie.experts.fresh_adapter import (
     plain_config,
     save_adapter,
 )
+from coterie.experts.trainer import SeededTrainer, TrainingCollator, split_batch
 from coterie.features.gradient import AdamState, Checkpoint, Moments
 from coterie.lora import LoraPair
 from coterie.progress import steps
@@ -121,18 +122,28 @@ def trained(
         CoterieError: when the loss is not finite.
     """
     working = folder / "trainer"
+    whole = ranks.by_first(lambda: _whole_checkpoints(working))
+    with ExitStack() as stack:
+        if ranks.count() == 1:
+            stack.enter_context(ranks.alone())  # or transformers would look for the others
+        trainer = make_trainer(backbone, model, rows, plan, working, [callback, _Progress(plan.label, stack)])
+        trainer.train(resume_from_checkpoint=whole[-1] if whole else None)
+    yield
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for entry in history:  # the trainer counts micro-batches, which are others in several processes
+        entry["epoch"] = entry["step"] * plan.epochs / trainer.state.max_steps
+    log = [{"stage": plan.label, **{key: entry[key] for key in (*LOGGED, *also)}} for entry in history]
+    write_jsonl(folder / LOG_FILE, log)
+    ranks.by_first(lambda: shutil.rmtree(working))
+
+
+def _whole_checkpoints(working: Path) -> list[str]:
+    """Return the checkpoints from which a training can go on, the last one last, and drop the others."""
     checkpoints = sorted(working.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
     whole = [path for path in checkpoints if _is_whole(path)]
     for path in set(checkpoints) - set(whole):
         shutil.rmtree(path)
-    with ExitStack() as stack:
-        trainer = make_trainer(backbone, model, rows, plan, working, [callback, _Progress(plan.label, stack)])
-        trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
-    yield
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    log = [{"stage": plan.label, **{key: entry[key] for key in (*LOGGED, *also)}} for entry in history]
-    write_jsonl(folder / LOG_FILE, log)
-    shutil.rmtree(working)
+    return [str(path) for path in whole]
 
 
 def _is_whole(checkpoint: Path) -> bool:
@@ -159,25 +170,6 @@ def write_null_adapter(backbone: Backbone, folder: Path) -> None:
     write_adapter(folder, record, {path: LoraPair(torch.zeros(1, width_in), torch.zeros(1, width_out))})
 
 
-def check_one_process() -> None:
-    """Refuse to train as one of several processes, which would all write the same files.
-
-    Raises:
-        CoterieError: under torchrun, or another launcher of several processes.
-    """
-    rank, processes = os.environ.get("LOCAL_RANK", "-1"), os.environ.get("WORLD_SIZE", "1")
-    if (rank, processes) != ("-1", "1"):
-        raise CoterieError(
-            f"training runs in one process on one device, but this is one of {processes} (WORLD_SIZE {processes}, "
-            f"LOCAL_RANK {rank}); start it without torchrun, with --device cuda:N for another than the first GPU"
-        )
-
-
-def micro_batch(batch_size: int, at_most: int) -> int:
-    """Return how many examples go through the model at a time: the most that divide a batch, so that none is lost."""
-    return max(size for size in range(1, min(at_most, batch_size) + 1) if batch_size % size == 0)
-
-
 def make_trainer(
     backbone: Backbone,
     model: nn.Module,
@@ -185,19 +177,23 @@ def make_trainer(
     plan: TrainingPlan,
     folder: Path,
     callbacks: Sequence[TrainerCallback],
-) -> Trainer:
-    """Build the trainer of a plan; `model` takes what `TrainingCollator` makes and returns a loss."""
-    check_one_process()
+) -> SeededTrainer:
+    """Build the trainer of a plan; `model` takes what `TrainingCollator` makes and returns a loss.
+
+    Where several processes work together, each of them takes its part of every batch, and gradients are summed.
+    """
     dtype = backbone.model.dtype
-    micro = micro_batch(plan.batch_size, plan.micro_batch_size)
+    split = split_batch(plan.batch_size, plan.micro_batch_size, ranks.count())
+    if ranks.count() > 1:
+        told = (plan.label, ranks.count(), split.micro * split.steps, plan.batch_size)
+        logger.info("training %s: each of %d processes takes %d of the %d rows of a step", *told)
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=plan.epochs,
         learning_rate=plan.learning_rate,
         lr_scheduler_type="linear",
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=plan.batch_size // micro,
-        train_sampling_strategy="group_by_length",
+        per_device_train_batch_size=split.micro,
+        gradient_accumulation_steps=split.steps,
         max_grad_norm=MAX_GRAD_NORM,
         optim="adamw_torch",  # without weight decay this is the paper's Adam
         save_strategy="epoch",
@@ -212,6 +208,7 @@ def make_trainer(
         report_to=plan.report_to,
         run_name=plan.label,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,  # adapted layers run on every token
     )
     # one device, the base model's: several visible ones would split every batch among copies of the model
     state: Any = arguments.distributed_state
@@ -221,31 +218,12 @@ def make_trainer(
         torch.cuda.set_device(backbone.device)
     data: Any = [{"input_ids": list(row.ids), "labels": row.labels()} for row in rows]
     collate = TrainingCollator(backbone.pad_id)
-    trainer = Trainer(model, arguments, train_dataset=data, data_collator=collate, callbacks=[_FiniteLoss()])
+    trainer = SeededTrainer(model, arguments, data, collate, split, callbacks=[_FiniteLoss()])
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     for callback in callbacks:
         trainer.add_callback(callback)
     return trainer
-
-
-@dataclass(frozen=True)
-class TrainingCollator:
-    """Pads on the left, so that answers end together, and asks for logits only where some row has a label.
-
-    The output layer is a fifth of a small model; prompts need none of it.
-    """
-
-    pad_id: int
-
-    def __call__(self, features: Sequence[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
-        """Return model inputs; `labels` stand at the position that predicts them and equal `shift_labels`."""
-        batch = pad([feature["input_ids"] for feature in features], self.pad_id, side="left")
-        labels = pad([feature["labels"] for feature in features], IGNORED, side="left").input_ids
-        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        positions = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
-        kept = targets[:, positions]
-        return {**batch._asdict(), "logits_to_keep": positions, "labels": kept, "shift_labels": kept}
 
 
 class _FiniteLoss(TrainerCallback):
@@ -254,9 +232,9 @@ class _FiniteLoss(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         loss = (kwargs.get("logs") or {}).get("loss", 0.0)
         if not math.isfinite(loss):
-            raise CoterieError(
-                f"the training loss became {loss} at step {state.global_step}; lower --learning-rate or check the data"
-            )
+            message = f"the training loss became {loss} at step {state.global_step}"
+            kind = ranks.SharedError if ranks.count() > 1 else CoterieError  # the loss is that of all processes
+            raise kind(f"{message}; lower --learning-rate or check the data")
 
 
 @dataclass(eq=False)
@@ -301,7 +279,7 @@ class _EpochKeeper(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         rates, self.rates = self.rates, []
-        if not self.plan.keep_epochs:
+        if not self.plan.keep_epochs or ranks.rank():
             return
         target = self.folder / f"epoch-{round(state.epoch or 0) - 1}"
         temporary = target.with_name("." + target.name)

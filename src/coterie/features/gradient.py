@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from coterie import ranks
 from coterie.artifacts import read_tensors, write_tensors
 from coterie.backbone.adding import swapped
 from coterie.backbone.layers import ExpertLayers
@@ -125,17 +126,18 @@ class GradientFeatures:
     def __call__(self, rows: Sequence[TokenRow]) -> Float[Tensor, "row d_proj"]:
         """Return un-normalised features, one row each, in float32 on the base model's device.
 
-        Shapes: N prompts -> (N, d_proj). A row's feature does not depend on the other rows or on padding.
+        Shapes: N prompts -> (N, d_proj). A row's feature does not depend on the other rows or on padding. Several
+        processes share the batches.
         """
         result = torch.zeros(len(rows), self.settings.d_proj, device=self.backbone.device)
-        batches = by_length(rows, self.settings.feature_batch_size)
+        batches = ranks.share(by_length(rows, self.settings.feature_batch_size))
         with steps("gradients of prompts" if len(rows) > SHARD_ROWS else "", len(rows), "prompt") as done:
             for numbers in batches:
                 batch, places = [rows[i] for i in numbers], on_device(numbers, result.device)
                 for checkpoint, layers in self._checkpoints:
                     result.index_add_(0, places, self._batch(batch, checkpoint, layers) / len(self._checkpoints))
                 done(len(numbers))
-        return result
+        return ranks.summed(result)
 
     def _batch(self, rows: Sequence[TokenRow], checkpoint: Checkpoint, layers: ExpertLayers) -> Tensor:
         batch = pad([row.ids for row in rows], self.backbone.pad_id, device=self.backbone.device)
@@ -245,19 +247,25 @@ def write_features(features: GradientFeatures, rows: Sequence[TokenRow], folder:
     """Compute features of many rows into `folder/features.safetensors`, in the order of the rows.
 
     Finished shards stay in the folder until all are there, so an interrupted run goes on where it stopped; since the
-    rows of every batch are fixed, it ends with the same numbers.
+    rows of every batch are fixed, it ends with the same numbers. Several processes share the shards.
     """
-    shards = by_length(rows, SHARD_ROWS)
-    files = {folder / f"{number:05d}.safetensors": shard for number, shard in enumerate(shards)}
-    names = {file: f"gradient features, part {number} of {len(files)}" for number, file in enumerate(files, start=1)}
-    with whole("gradient features", {names[file]: len(shard) for file, shard in files.items()}):
-        for file, shard in files.items():
-            with part(names[file]):
-                if not file.exists():
-                    write_tensors(file, {"features": features([rows[i] for i in shard])})
-    result = torch.empty(len(rows), features.settings.d_proj)
-    for file, shard in files.items():
-        result[shard] = read_tensors(file)["features"]
-    write_tensors(folder / "features.safetensors", {"features": result})
-    for file in files:
-        file.unlink()
+    shards = {f"{number:05d}": shard for number, shard in enumerate(by_length(rows, SHARD_ROWS))}
+    tokens = {number: float(sum(len(rows[i].ids) for i in shard)) for number, shard in shards.items()}
+
+    def compute(number: str) -> None:
+        file = folder / f"{number}.safetensors"
+        with part(number):
+            if not ranks.by_first(file.exists):
+                write_tensors(file, {"features": features([rows[i] for i in shards[number]])})
+
+    def join() -> None:
+        result = torch.empty(len(rows), features.settings.d_proj)
+        for number, shard in shards.items():
+            result[shard] = read_tensors(folder / f"{number}.safetensors")["features"]
+        write_tensors(folder / "features.safetensors", {"features": result})
+        for number in shards:
+            (folder / f"{number}.safetensors").unlink()
+
+    with whole("gradient features", tokens):
+        ranks.spread({number: partial(compute, number) for number in shards}, tokens, "parts of gradient features")
+    ranks.by_first(join)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from coterie import ranks
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow, by_length, pad
 from coterie.data.devices import on_device
@@ -62,11 +63,11 @@ def prefill_states(
 ) -> Float[Tensor, "row layer pooling width"]:
     """Return the states of prompts behind several blocks, counted from 1, in every pooling; one forward pass for all.
 
-    A prompt without any of the user's own text has zeros for their mean.
+    A prompt without any of the user's own text has zeros for their mean. Several processes share the prompts.
     """
     width = backbone.model.config.get_text_config().hidden_size
     result = torch.zeros(len(rows), len(layers), len(POOLINGS), width)
-    for numbers in by_length(rows, BATCH_ROWS):
+    for numbers in ranks.share(by_length(rows, BATCH_ROWS)):
         batch = pad([rows[i].ids for i in numbers], backbone.pad_id, device=backbone.device)
         shares = torch.zeros(batch.input_ids.shape)
         for number, i in enumerate(numbers):
@@ -79,7 +80,7 @@ def prefill_states(
         pairs = zip(means, behind, strict=True)
         pooled = [torch.stack([mean, states[every, last].float()], dim=1) for mean, states in pairs]
         result[numbers] = torch.stack(pooled, dim=1).cpu()
-    return result
+    return ranks.summed(result)
 
 
 def _behind(backbone: Backbone, blocks: Sequence[nn.Module], batch: Any) -> list[Float[Tensor, "row position width"]]:  # noqa: ANN401 - a Batch's fields

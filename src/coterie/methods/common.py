@@ -1,10 +1,13 @@
 """What methods share: training plans from settings, and experts of clusters continued from the base adapter."""
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+from coterie import ranks
 from coterie.artifacts import RunFolder, hash_json, write_jsonl
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow
@@ -87,26 +90,47 @@ def train_clusters(
         f"{prefix}-{number}": [row for row, label in zip(rows, labels, strict=True) if label == number]
         for number in range(count)
     }
-    folders = {}
-    with whole(f"experts of {prefix}", {name: len(own) for name, own in members.items()}):
-        for number, (name, own) in enumerate(members.items(), start=1):
-            plan = base_plan(settings, f"{name} ({number} of {count})")
-            plan = replace(plan, epochs=how.expert_epochs, learning_rate=how.expert_learning_rate)
-            with part(name):
-                folders[name] = train_expert(run, name, own, backbone, plan, base) if own else base
-    return folders
+    jobs = {}
+    for number, (name, own) in enumerate(members.items(), start=1):
+        plan = base_plan(settings, f"{name} ({number} of {count})")
+        plan = replace(plan, epochs=how.expert_epochs, learning_rate=how.expert_learning_rate)
+        if own:
+            jobs[name] = ExpertJob(own, plan, base)
+    trained = train_experts(run, jobs, backbone, f"experts of {prefix}")
+    return {name: trained.get(name, base) for name in members}
 
 
-def train_expert(
-    run: RunFolder,
-    name: str,
-    rows: Sequence[TokenRow],
-    backbone: Backbone,
-    plan: TrainingPlan,
-    start: Path | LoraSettings,
-) -> Path:
-    """Train one expert and return its folder, `experts/<name>` of the run; `start` is as for `train_adapter`."""
-    trained = run.stage(f"training/{name}", lambda folder: train_adapter(backbone, rows, plan, folder, start))
+class ExpertJob(NamedTuple):
+    """An expert to train: its rows, how, and what it starts from (as for `train_adapter`)."""
+
+    rows: Sequence[TokenRow]
+    plan: TrainingPlan
+    start: Path | LoraSettings
+
+
+def train_experts(run: RunFolder, jobs: Mapping[str, ExpertJob], backbone: Backbone, what: str) -> dict[str, Path]:
+    """Train experts and return their folders, by name.
+
+    Several processes take whole experts each, since none has then to wait for another within one.
+    """
+
+    def train(name: str) -> None:
+        with part(name):
+            train_expert(run, name, jobs[name], backbone)
+
+    weights = {name: float(len(job.rows) * job.plan.epochs) for name, job in jobs.items()}
+    with whole(what, weights):
+        ranks.spread({name: partial(train, name) for name in jobs}, weights, what)
+    return {name: run.path / "experts" / name for name in jobs}
+
+
+def train_expert(run: RunFolder, name: str, job: ExpertJob, backbone: Backbone) -> Path:
+    """Train one expert by all processes together, and return its folder, `experts/<name>` of the run."""
+    trained = run.stage(
+        f"training/{name}",
+        lambda folder: train_adapter(backbone, job.rows, job.plan, folder, job.start),
+        together=True,
+    )
     return copy_expert(run, name, trained)
 
 
@@ -122,9 +146,13 @@ def copy_expert(run: RunFolder, name: str, adapter: Path) -> Path:
 
 def close_training(run: RunFolder, trainings: Iterable[str]) -> None:
     """Join the logs of a run's trainings in `metrics.jsonl` and drop their folders: the last step of a run."""
-    logs = [entry for name in trainings for entry in read_log(run.path / "training" / name)]
-    write_jsonl(run.path / "metrics.jsonl", logs)
-    shutil.rmtree(run.path / "training")
+
+    def close() -> None:
+        logs = [entry for name in trainings for entry in read_log(run.path / "training" / name)]
+        write_jsonl(run.path / "metrics.jsonl", logs)
+        shutil.rmtree(run.path / "training")
+
+    ranks.by_first(close)
 
 
 def hash_examples(examples: Sequence[Example]) -> str:

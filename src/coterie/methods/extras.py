@@ -9,12 +9,14 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from math import fsum
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+from coterie import ranks
 from coterie.artifacts import FORMAT, RunFolder, locked, read_floats, read_run_record, write_json
 from coterie.errors import CoterieError, naming
 from coterie.experts.bank import ExpertBank, load_bank
@@ -97,12 +99,14 @@ class ExtraSpec(Generic[AnyRun]):
         work: what making it weighs beside others (see `coterie.progress`).
         settings: the fields of `ExtrasSettings` that it depends on.
         needs: extras that it is made from.
+        together: whether several processes make it together, where others leave it to the first one.
     """
 
     make: Callable[[AnyRun, RunFolder], TrainedExtra]
     work: Callable[[AnyRun], float]
     settings: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    together: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ def prepare_extras(
     """
     order = _with_needed(names, specs)
     folders = {name: extra_folder(run.mixture, name, in_run=in_run) for name in order}
-    lacking = [name for name, folder in folders.items() if not folder.exists()]
+    lacking = ranks.by_first(lambda: [name for name, folder in folders.items() if not folder.exists()])
     for name in (name for name in order if name not in lacking):
         folder, before = folders[name], _read(folders[name]).settings
         for field in specs[name].settings:  # those that nobody gave a value for are taken as it was trained
@@ -169,8 +173,8 @@ def _train(run: AnyRun, name: str, spec: ExtraSpec[AnyRun], place: Path) -> None
     def make(working: Path) -> None:
         started = time.perf_counter()
         made = spec.make(run, RunFolder(working))
-        shutil.rmtree(working / "training", ignore_errors=True)
-        shutil.rmtree(working / "working", ignore_errors=True)
+        for done in ("training", "working"):
+            ranks.by_first(partial(shutil.rmtree, working / done, ignore_errors=True))
         record = {
             "format": FORMAT,
             "settings": {field: getattr(run.extras, field) for field in spec.settings},
@@ -182,11 +186,16 @@ def _train(run: AnyRun, name: str, spec: ExtraSpec[AnyRun], place: Path) -> None
         write_json(working / RECORD, record)
 
     real = place.resolve()  # the run may be named by a link; below it there is none
-    with locked(real / ".lock", place):
-        RunFolder(real).stage(f"methods/{name}", make)
+
+    def tidy() -> None:
         with suppress(OSError):  # another extra may be under way in there
             (real / "working" / "methods").rmdir()
             (real / "working").rmdir()
+
+    with ExitStack() as stack:
+        ranks.by_first(lambda: stack.enter_context(locked(real / ".lock", place)))
+        RunFolder(real).stage(f"methods/{name}", make, together=spec.together)
+        ranks.by_first(tidy)
 
 
 def load_extra(mixture: Mixture, name: str) -> Extra:

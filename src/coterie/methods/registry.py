@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from coterie import ranks
 from coterie.errors import CoterieError
 from coterie.methods.elrea.methods import FAMILY as ELREA
 from coterie.methods.extras import Extra, extra_folder, load_extra
@@ -75,13 +76,16 @@ def load_grid(mixture: Mixture, names: str | Sequence[str]) -> MethodGrid:
 
 
 @takes_fields(TrainExtrasSettings)
+@ranks.joined()
 def train_extras(settings: TrainExtrasSettings) -> dict[str, Extra]:
     """Train what methods need beyond a fitted run, once, into the run's folder; return all of it by name.
+
+    Several processes that were launched together share the work.
 
     Raises:
         CoterieError: for an unknown method, what was trained with other settings already, or what cannot be trained.
     """
-    mixture = Mixture.from_pretrained(settings.mixture, **settings.placement.model_dump())
+    mixture = ranks.each(lambda: Mixture.from_pretrained(settings.mixture, **settings.placement.model_dump()))
     family = family_of(mixture)
     everything = settings.methods == "all"
     names = family.available(mixture) if everything else names_in(settings.methods)

@@ -13,13 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from coterie import ranks
 from coterie.artifacts import RunFolder, read_tensors, write_tensors
 from coterie.data.batching import TokenRow
 from coterie.engine.scoring import score_votes
 from coterie.errors import CoterieError
 from coterie.experts.bank import load_bank
 from coterie.experts.names import BASE
-from coterie.methods.common import base_plan, train_clusters, train_expert
+from coterie.methods.common import ExpertJob, base_plan, train_clusters, train_expert
 from coterie.methods.elrea.run import ElreaRun
 from coterie.mixture import Mixture
 from coterie.progress import TRAINING, part, whole
@@ -50,12 +51,14 @@ def cross_fit(run: ElreaRun, into: RunFolder) -> CrossFitLosses:
             with part("scores"):
                 write_tensors(folder / SCORES, score_pairs(mixture, rows, f"fold {fold + 1}"))
 
-    parts = []
-    with whole("judged", {f"fold {fold + 1}": 1.0 for fold in range(count)}):
-        for fold in range(count):
-            with part(f"fold {fold + 1}"):
-                done = into.stage(f"folds/{fold}", partial(score_fold, fold=fold))
-            parts.append(read_tensors(done / SCORES))
+    def judge(fold: int) -> None:
+        with part(f"fold {fold + 1}"):
+            into.stage(f"folds/{fold}", partial(score_fold, fold=fold), together=True)
+
+    tasks = {f"fold {fold + 1}": partial(judge, fold) for fold in range(count)}
+    with whole("judged", dict.fromkeys(tasks, 1.0)):
+        ranks.spread(tasks, dict.fromkeys(tasks, 1.0), "folds to judge")
+    parts = [read_tensors(into.path / f"folds/{fold}" / SCORES) for fold in range(count)]
     order = torch.cat([torch.nonzero(folds == fold).flatten() for fold in range(count)]).argsort()
     losses = (torch.cat([part[key] for part in parts])[order] for key in ("nll", "pairs", "tokens"))
     return CrossFitLosses(run.mixture.bank.names, *losses)
@@ -84,7 +87,7 @@ def _fold_mixture(run: ElreaRun, into: RunFolder, seen: Tensor, fold: int) -> Mi
     rows = [run.kept.rows[i] for i in numbers]
     plan = base_plan(run.settings, f"base, {of_folds}")
     with part("base"):
-        base = train_expert(into, BASE, rows, run.mixture.backbone, plan, run.settings.lora)
+        base = train_expert(into, BASE, ExpertJob(rows, plan, run.settings.lora), run.mixture.backbone)
     labels, count = [run.labels[i] for i in numbers], max(run.labels) + 1
     with part("experts"):
         experts = train_clusters(into, "cluster", rows, labels, count, run.mixture.backbone, run.settings, base)

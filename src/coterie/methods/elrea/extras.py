@@ -16,7 +16,7 @@ from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE
 from coterie.experts.clustering import cluster
 from coterie.experts.gates_training import train_gates
 from coterie.experts.names import BASE
-from coterie.methods.common import base_plan, origin, train_clusters, train_expert
+from coterie.methods.common import ExpertJob, base_plan, origin, train_clusters, train_expert, train_experts
 from coterie.methods.elrea import fitted_routers
 from coterie.methods.elrea.run import ElreaRun
 from coterie.methods.extras import ExtraSpec, TrainedExtra
@@ -53,14 +53,12 @@ def _embedding_clusters(run: ElreaRun, into: RunFolder) -> TrainedExtra:
 def _seeds(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Train adapters on all data from other seeds (LoRA Ensembles, arXiv 2310.00035)."""
     rows, backbone, count = run.kept.rows, run.mixture.backbone, run.extras.ensemble_size - 1
-    names = {f"seed-{number}": number for number in range(1, count + 1)}
-    experts = {}
-    with whole("seeds", dict.fromkeys(names, 1.0)):
-        for name, number in names.items():
-            plan = base_plan(run.settings, f"{name} ({number} of {count})", seed=run.settings.seed + number)
-            with part(name):
-                experts[name] = train_expert(into, name, rows, backbone, plan, run.settings.lora)
-    return TrainedExtra(experts)
+    jobs = {}
+    for number in range(1, count + 1):
+        name = f"seed-{number}"
+        plan = base_plan(run.settings, f"{name} ({number} of {count})", seed=run.settings.seed + number)
+        jobs[name] = ExpertJob(rows, plan, run.settings.lora)
+    return TrainedExtra(train_experts(into, jobs, backbone, "seeds"))
 
 
 def _datasets(run: ElreaRun, into: RunFolder) -> TrainedExtra:
@@ -72,15 +70,12 @@ def _datasets(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     for source in sources:
         plain = "dataset-" + re.sub(r"[^A-Za-z0-9._-]+", "-", source)
         names[source] = plain if plain not in names.values() else f"{plain}-{len(names)}"
-    folders = {}
-    with whole("datasets", {names[source]: run.sources.count(source) for source in sources}):
-        for number, source in enumerate(sources, start=1):
-            name, backbone = names[source], run.mixture.backbone
-            rows = [row for row, own in zip(run.kept.rows, run.sources, strict=True) if own == source]
-            plan = base_plan(run.settings, f"{name} ({number} of {len(sources)})")
-            with part(name):
-                folders[name] = train_expert(into, name, rows, backbone, plan, run.settings.lora)
-    return TrainedExtra(folders, SourceRouter(names))
+    jobs = {}
+    for number, source in enumerate(sources, start=1):
+        rows = [row for row, own in zip(run.kept.rows, run.sources, strict=True) if own == source]
+        plan = base_plan(run.settings, f"{names[source]} ({number} of {len(sources)})")
+        jobs[names[source]] = ExpertJob(rows, plan, run.settings.lora)
+    return TrainedExtra(train_experts(into, jobs, run.mixture.backbone, "datasets"), SourceRouter(names))
 
 
 def _cluster_experts(run: ElreaRun, into: RunFolder, prefix: str, labels: Sequence[int]) -> dict[str, Path]:
@@ -124,7 +119,8 @@ def _one_lora(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     plan = base_plan(run.settings, ONE_LORA)
     plan = replace(plan, epochs=how.expert_epochs, learning_rate=how.expert_learning_rate)
     base = run.folder / "experts" / BASE
-    return TrainedExtra({ONE_LORA: train_expert(into, ONE_LORA, run.kept.rows, run.mixture.backbone, plan, base)})
+    job = ExpertJob(run.kept.rows, plan, base)
+    return TrainedExtra({ONE_LORA: train_expert(into, ONE_LORA, job, run.mixture.backbone)})
 
 
 # --------------------------------------------------------------------------------------------- gates, fitted routers
@@ -167,24 +163,26 @@ def _little_work(run: ElreaRun) -> float:
 
 
 EXTRAS: dict[str, ExtraSpec[ElreaRun]] = {
-    "random-clusters": ExtraSpec(_random_clusters, _cluster_work),
-    "embedding-clusters": ExtraSpec(_embedding_clusters, _cluster_work, ("encoder",)),
-    "seeds": ExtraSpec(_seeds, lambda run: (run.extras.ensemble_size - 1) * _base_work(run), ("ensemble_size",)),
-    "datasets": ExtraSpec(_datasets, _base_work),
+    "random-clusters": ExtraSpec(_random_clusters, _cluster_work, together=True),
+    "embedding-clusters": ExtraSpec(_embedding_clusters, _cluster_work, ("encoder",), together=True),
+    "seeds": ExtraSpec(
+        _seeds, lambda run: (run.extras.ensemble_size - 1) * _base_work(run), ("ensemble_size",), together=True
+    ),
+    "datasets": ExtraSpec(_datasets, _base_work, together=True),
     "gates": ExtraSpec(
         _gates,
         lambda run: TRAINING * run.row_count * run.extras.gate_epochs,
         ("gate_epochs", "gate_learning_rate"),
     ),
     "random-weights": ExtraSpec(_random_weights, _little_work),
-    ONE_LORA: ExtraSpec(_one_lora, _cluster_work),
-    "judged": ExtraSpec(fitted_routers.judged, _judged_work, ("judge_folds",)),
-    "unlike": ExtraSpec(fitted_routers.unlike, _unlike_work, ("unlike",)),
+    ONE_LORA: ExtraSpec(_one_lora, _cluster_work, together=True),
+    "judged": ExtraSpec(fitted_routers.judged, _judged_work, ("judge_folds",), together=True),
+    "unlike": ExtraSpec(fitted_routers.unlike, _unlike_work, ("unlike",), together=True),
     "membership": ExtraSpec(fitted_routers.membership, _little_work),
     "performance": ExtraSpec(fitted_routers.performance, _little_work, needs=("judged",)),
     "refusal": ExtraSpec(fitted_routers.refusing, _little_work, needs=("judged", "unlike")),
     "loss": ExtraSpec(fitted_routers.loss, _little_work, needs=("judged", "unlike")),
-    "prefill": ExtraSpec(fitted_routers.prefill, lambda run: run.row_count, needs=("judged", "unlike")),
+    "prefill": ExtraSpec(fitted_routers.prefill, lambda run: run.row_count, needs=("judged", "unlike"), together=True),
     "avengers": ExtraSpec(fitted_routers.avengers, _embedding_work, ("encoder",), needs=("judged",)),
     "lorauter": ExtraSpec(fitted_routers.lorauter, _embedding_work, ("encoder",), needs=("judged",)),
     "distilled": ExtraSpec(fitted_routers.distilled, lambda run: run.row_count, needs=("judged",)),

@@ -7,17 +7,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from coterie import ranks
 from coterie.artifacts import RunFolder, as_path, check_output, read_tensors, run_folder, write_jsonl
 from coterie.backbone.loading import Backbone, load_backbone
 from coterie.combiners.logits import LogitCombiner
 from coterie.data.batching import PromptFormat, Tokenised, tokenise
+from coterie.data.devices import tell_idle
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError
 from coterie.experts.bank import load_bank
 from coterie.experts.clustering import cluster
 from coterie.experts.fresh_adapter import check_fresh_adapter
 from coterie.experts.names import BASE
-from coterie.experts.training import check_one_process, load_checkpoint, train_adapter
+from coterie.experts.training import load_checkpoint, train_adapter
 from coterie.features.gradient import GradientFeatures, counted_blocks, write_features
 from coterie.features.growing_text import FeatureExtractor
 from coterie.methods.common import (
@@ -55,14 +57,17 @@ def elrea(model: str, data: str | Sequence[str] | Sequence[Example], *, output: 
 
 
 @takes_fields(ElreaSettings)
+@ranks.joined()
 def fit_elrea(settings: ElreaSettings, examples: list[Example] | None = None) -> Mixture:
-    """Run the whole loop; an interrupted run goes on where it stopped and ends with the same files.
+    """Run the whole loop, by all processes that were launched.
+
+    An interrupted run goes on where it stopped and ends with the same files.
 
     Raises:
         CoterieError: for bad data, settings, or an output folder that exists.
     """
     output = as_path(settings.output)
-    backbone, prompts, kept, inputs = prepare(settings, examples)
+    backbone, prompts, kept, inputs = ranks.each(lambda: prepare(settings, examples))
     with run_folder(output, settings, inputs) as run, whole(settings.command, work_of(settings, len(kept.rows))):
         mixture = fit_experts(run, settings, backbone, prompts, kept)
     return replace(mixture, folder=output)
@@ -84,10 +89,10 @@ def prepare(settings: ElreaSettings, examples: list[Example] | None) -> Prepared
         CoterieError: for bad data, settings, or an output folder that exists.
     """
     check_output(as_path(settings.output), settings)
-    check_one_process()
     examples = load_all(settings.data, settings.limit, settings.reading) if examples is None else examples
     check_enough(len(examples), settings)
     backbone = load_backbone(settings.model)
+    tell_idle(backbone.device)
     check_fresh_adapter(backbone, settings.lora)
     counted_blocks(settings.features.blocks, len(backbone.blocks))
     prompts = PromptFormat(backbone.tokenizer, settings.training.system_prompt, settings.reading)
@@ -126,7 +131,9 @@ def fit_experts(
     plan = base_plan(settings, BASE, keep_epochs=True)
     with part("base"):
         trained = run.stage(
-            "training/base", lambda folder: train_adapter(backbone, kept.rows, plan, folder, settings.lora)
+            "training/base",
+            lambda folder: train_adapter(backbone, kept.rows, plan, folder, settings.lora),
+            together=True,
         )
     names = [f"epoch-{epoch}" for epoch in range(settings.training.epochs)]
     for name in names:
@@ -137,7 +144,7 @@ def fit_experts(
     gradients = GradientFeatures(backbone, checkpoints, settings.features, settings.seed)
     prompts_alone = [row.prompt() for row in kept.rows]
     with part("features"):
-        folder = run.stage("features", lambda folder: write_features(gradients, prompts_alone, folder))
+        folder = run.stage("features", lambda folder: write_features(gradients, prompts_alone, folder), together=True)
     features = read_tensors(folder / "features.safetensors")["features"]
     centre = features.mean(dim=0) if settings.features.form == "adam-centred" else None
     shifted = features if centre is None else features - centre

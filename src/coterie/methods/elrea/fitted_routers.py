@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from coterie import ranks
 from coterie.artifacts import RunFolder, read_floats, write_tensors
 from coterie.data.batching import check_lengths
 from coterie.data.examples import load_all
@@ -47,11 +48,15 @@ def judged(run: ElreaRun, into: RunFolder, keep: Path | None = None) -> TrainedE
     """
     losses = cross_fit(run, into)
     _write_losses(losses, into)
-    if keep is None:
-        shutil.rmtree(into.path / "folds")
-    else:
-        shutil.rmtree(keep, ignore_errors=True)
-        (into.path / "folds").rename(keep)
+
+    def put_away() -> None:
+        if keep is None:
+            shutil.rmtree(into.path / "folds")
+        else:
+            shutil.rmtree(keep, ignore_errors=True)
+            (into.path / "folds").rename(keep)
+
+    ranks.by_first(put_away)
     return TrainedExtra({}, None, {"judged": list(losses.experts), "best_single": losses.best_single()})
 
 

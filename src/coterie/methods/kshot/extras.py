@@ -17,7 +17,7 @@ from coterie.errors import CoterieError
 from coterie.experts.bank import load_bank, write_adapter
 from coterie.experts.fresh_adapter import is_transposed
 from coterie.experts.lorahub import SearchPlan, compose, search_weights
-from coterie.methods.common import base_plan, copy_expert, train_expert
+from coterie.methods.common import ExpertJob, base_plan, copy_expert, train_expert
 from coterie.methods.extras import ExtraSpec, TrainedExtra
 from coterie.methods.kshot.run import KshotRun
 from coterie.methods.kshot.train import tune
@@ -42,7 +42,7 @@ def _best_tuned(run: KshotRun, into: RunFolder) -> TrainedExtra:
     """Fine-tune the single best adapter on the mixture's own rows."""
     plan = base_plan(run.settings, BEST_TUNED)
     rows, start = run.tokenised(run.gathered), run.task.bank.folder_of(run.selection.first)
-    return TrainedExtra({BEST_TUNED: train_expert(into, BEST_TUNED, rows, run.task.backbone, plan, start)})
+    return TrainedExtra({BEST_TUNED: train_expert(into, BEST_TUNED, ExpertJob(rows, plan, start), run.task.backbone)})
 
 
 def _lorahub(run: KshotRun, into: RunFolder) -> TrainedExtra:

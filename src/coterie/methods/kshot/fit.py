@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from coterie import ranks
 from coterie.artifacts import RunFolder, as_path, check_output, read_tensors, run_folder, sha256_of, write_jsonl
 from coterie.combiners.layers import LayerCombiner
 from coterie.data.batching import tokenise
 from coterie.data.examples import Example, load_examples
 from coterie.experts.bank import load_bank
-from coterie.experts.training import check_one_process, read_log
+from coterie.experts.training import read_log
 from coterie.features.embedding import HIDDEN
 from coterie.features.embedding_store import hidden_encoder, load_text_encoder
 from coterie.methods.common import copy_expert, named_sources
@@ -50,6 +51,7 @@ def kshot(bank: str | Path, shots: str | Sequence[str], *, output: str | Path, *
 
 
 @takes_fields(KshotSettings)
+@ranks.by_one(lambda settings: Mixture.from_pretrained(as_path(settings.output)))
 def fit_kshot(settings: KshotSettings) -> Mixture:
     """Choose experts by the shots, gather open data near them, and train gates and experts on both.
 
@@ -61,7 +63,6 @@ def fit_kshot(settings: KshotSettings) -> Mixture:
     """
     output = as_path(settings.output)
     check_output(output, settings)
-    check_one_process()
     check_reused(settings)
     task = open_task(settings.bank, settings, settings.training.system_prompt)
     pools = {f"pool {name}": sha256_of(Path(name)) for name in settings.pool if Path(name).is_file()}

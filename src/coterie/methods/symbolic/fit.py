@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from coterie import ranks
 from coterie.artifacts import (
     FORMAT,
     as_path,
@@ -176,6 +177,7 @@ def symbolic(pool: str | Path, *, output: str | Path, **settings: Any) -> Symbol
 
 
 @takes_fields(SymbolicSettings)
+@ranks.by_one(lambda settings: load_symbolic(as_path(settings.output)))
 def fit_symbolic(settings: SymbolicSettings) -> Symbolic:
     """Choose the aggregator for a profiled pool, and write what answering needs into one folder.
 

@@ -3,16 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from coterie import ranks
 from coterie.artifacts import as_path, check_output, run_folder
-from coterie.backbone.loading import load_backbone
-from coterie.data.batching import PromptFormat, tokenise
+from coterie.backbone.loading import Backbone, load_backbone
+from coterie.data.batching import PromptFormat, Tokenised, tokenise
+from coterie.data.devices import tell_idle
 from coterie.data.examples import Example
 from coterie.experts.fresh_adapter import check_fresh_adapter
-from coterie.experts.training import check_one_process
 from coterie.features.embedding import load_encoder
-from coterie.methods.common import base_plan, close_training, train_expert
+from coterie.methods.common import ExpertJob, base_plan, close_training, train_experts
 from coterie.methods.token_level.centroids import check_centroids
 from coterie.methods.token_level.domains import (
     DomainData,
@@ -27,9 +28,6 @@ from coterie.progress import EMBEDDING, TRAINING, part, whole
 from coterie.settings.commands import TokenLevelSettings
 from coterie.settings.keywords import takes_fields
 from coterie.settings.reading import from_flat
-
-CENTROIDS = ""
-"""The part of the work after the domains' own, whose names are their own."""
 
 
 def token_level(model: str, data: DomainData, *, output: str | Path, **settings: Any) -> Mixture:  # noqa: ANN401
@@ -50,33 +48,51 @@ def token_level(model: str, data: DomainData, *, output: str | Path, **settings:
 
 
 @takes_fields(TokenLevelSettings)
+@ranks.joined()
 def fit_token_level(settings: TokenLevelSettings, given: Mapping[str, list[Example]] | None = None) -> Mixture:
-    """Train every domain's adapter, then place centroids; an interrupted run goes on where it stopped.
+    """Train every domain's adapter, then place centroids, by all processes that were launched.
+
+    An interrupted run goes on where it stopped.
 
     Raises:
         CoterieError: for bad data, settings, or an output folder that exists.
     """
     output = as_path(settings.output)
-    check_output(output, settings)
-    check_one_process()
-    examples = load_domains(named_values(settings.data, "data"), settings.limit, settings.reading, given or {})
+    backbone, prompts, kept, inputs = ranks.each(lambda: _prepare(settings, given or {}))
+    count = {name: len(rows.rows) for name, rows in kept.items()}
+    work = {"experts": TRAINING * sum(count.values()) * settings.training.epochs}
+    work["centroids"] = EMBEDDING * sum(count.values())
+    with run_folder(output, settings, inputs) as run, whole(settings.command, work):
+        jobs = {}
+        for number, (name, rows) in enumerate(kept.items(), start=1):
+            plan = base_plan(settings, f"{name} ({number} of {len(kept)})")
+            jobs[name] = ExpertJob(rows.rows, plan, settings.lora)
+        with part("experts"):
+            folders = train_experts(run, jobs, backbone, "experts of domains")
+        with part("centroids"):
+            mixture = assemble(run, backbone, prompts, kept, folders, settings)
+        close_training(run, kept)
+    return replace(mixture, folder=output)
+
+
+class _Prepared(NamedTuple):
+    """What the fit begins with: the base model, every domain's rows as it reads them, and the hashes of both."""
+
+    backbone: Backbone
+    prompts: PromptFormat
+    kept: dict[str, Tokenised]
+    inputs: dict[str, str]
+
+
+def _prepare(settings: TokenLevelSettings, given: Mapping[str, list[Example]]) -> _Prepared:
+    check_output(as_path(settings.output), settings)
+    examples = load_domains(named_values(settings.data, "data"), settings.limit, settings.reading, given)
     backbone = load_backbone(settings.model)
+    tell_idle(backbone.device)
     load_encoder(settings.similarity.encoder, backbone)  # one that cannot be had is told before anything is trained
     check_fresh_adapter(backbone, settings.lora)
     prompts = PromptFormat(backbone.tokenizer, settings.training.system_prompt, settings.reading)
     longest = settings.training.max_length
     kept = {name: tokenise(prompts, own, longest, backbone.positions) for name, own in examples.items()}
     check_centroids(kept, settings.similarity)
-    count = {name: len(rows.rows) for name, rows in kept.items()}
-    work = {name: TRAINING * own * settings.training.epochs for name, own in count.items()}
-    work[CENTROIDS] = EMBEDDING * sum(count.values())
-    with run_folder(output, settings, domain_inputs(examples, backbone)) as run, whole(settings.command, work):
-        folders = {}
-        for number, (name, rows) in enumerate(kept.items(), start=1):
-            plan = base_plan(settings, f"{name} ({number} of {len(kept)})")
-            with part(name):
-                folders[name] = train_expert(run, name, rows.rows, backbone, plan, settings.lora)
-        with part(CENTROIDS):
-            mixture = assemble(run, backbone, prompts, kept, folders, settings)
-        close_training(run, kept)
-    return replace(mixture, folder=output)
+    return _Prepared(backbone, prompts, kept, domain_inputs(examples, backbone))

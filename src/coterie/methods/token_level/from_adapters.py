@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from coterie import ranks
 from coterie.artifacts import as_path, check_output, read_json, run_folder, sha256_of
 from coterie.backbone.aliases import named_model
 from coterie.backbone.loading import Backbone, BaseModelIdentity, check_identity, load_backbone
@@ -69,6 +70,7 @@ def from_adapters(
 
 
 @takes_fields(FromAdaptersSettings)
+@ranks.by_one(lambda settings: Mixture.from_pretrained(as_path(settings.output)))
 def fit_from_adapters(settings: FromAdaptersSettings, given: Mapping[str, list[Example]] | None = None) -> Mixture:
     """Make a mixture of adapters that exist already: check them, copy them, place the centroids of those with texts.
 
