@@ -30,12 +30,16 @@ def arguments(description: str) -> argparse.Namespace:
     bound_spinning()
     if os.environ != before:
         os.execv(sys.executable, sys.orig_argv)
+    return _parser(description).parse_args()
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--quick", action="store_true", help="an answer within a minute, with few repeats")
     parser.add_argument("--beside", type=int, default=0, metavar="N", help="measure beside N other busy processes")
     parser.add_argument("--output", type=Path, help="also write the result to this JSON file")
-    return parser.parse_args()
+    return parser
 
 
 def interleaved(
@@ -83,7 +87,8 @@ def hardware_record() -> dict[str, Any]:
     """Return what a result was measured on: the machine, its threads, and the versions of what ran."""
     record = environment_record()
     waiting = {key: os.environ[key] for key in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if key in os.environ}
-    threads = {"threads": torch.get_num_threads(), "beside": arguments("").beside, **waiting}
+    beside = _parser("").parse_known_args()[0].beside  # scripts may have further flags of their own
+    threads = {"threads": torch.get_num_threads(), "beside": beside, **waiting}
     card = {"card": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {"name": record["machine"], **card, **threads, "versions": record["versions"]}
 

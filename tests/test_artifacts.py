@@ -17,8 +17,10 @@ from coterie import artifacts
 from coterie.artifacts import (
     RunFolder,
     environment_record,
+    fill_matrix,
     hash_json,
     hash_text,
+    new_matrix,
     read_json,
     read_jsonl,
     read_run_record,
@@ -521,3 +523,15 @@ def test_a_record_is_plain_yaml_in_the_order_of_reading(tmp_path):
     assert list(yaml.safe_load(text))[:4] == ["format", "command", "settings", "inputs"]
     assert text.startswith("format: 1\ncommand: fit x\nsettings:\n  model: tiny\n")
     assert artifacts.FORMAT == 1
+
+
+def test_a_matrix_filled_part_by_part_is_the_file_of_the_whole(tmp_path):
+    rows = torch.arange(35.0).view(7, 5)
+    path = tmp_path / "parts.safetensors"
+    new_matrix(path, "rows", (7, 5))
+    assert not read_tensors(path)["rows"].any()
+    fill_matrix(path, ((part, rows[part]) for part in ([4, 0, 6], [1])))
+    fill_matrix(path, [([2, 5, 3], rows[[2, 5, 3]])])
+    write_tensors(tmp_path / "whole.safetensors", {"rows": rows})
+    assert torch.equal(read_tensors(path)["rows"], rows)
+    assert path.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()

@@ -5,6 +5,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -214,10 +215,10 @@ def test_three_rounds_can_make_ten_clusters_of_five_as_the_paper_has_it():
     """Round by round the targets are 5, 4 and 3: 5 + 3 = 8, and 8 + 2 = 10."""
     asked = []
 
-    def halves(features, target, settings, seed):
+    def halves(rows, numbers, target, settings, seed):
         """A stand-in for the method: all but the last row in equal parts, so that one large group is left."""
-        asked.append((len(features), target))
-        labels = np.zeros(len(features), dtype=int)
+        asked.append((len(numbers), target))
+        labels = np.zeros(len(numbers), dtype=int)
         labels[1:target] = np.arange(1, target)
         return labels
 
@@ -425,3 +426,33 @@ def test_nearest_distances_are_the_same_when_rows_are_compared_in_blocks():
     distances = np.linalg.norm(rows[:, None] - rows, axis=2)
     np.fill_diagonal(distances, np.inf)
     np.testing.assert_allclose(nearest_distances(rows), distances.min(axis=1), rtol=1e-6, atol=1e-7)
+
+
+# ------------------------------------------------------------------------------------------------------ many rows
+
+
+class CountedRows:
+    """Rows of a file: what is read at a time is counted."""
+
+    def __init__(self, rows: np.ndarray):
+        self.rows, self.most = rows, 0
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, numbers):
+        found = self.rows[numbers]
+        self.most = max(self.most, len(found))
+        return torch.from_numpy(found)
+
+
+@every_method
+def test_of_many_rows_a_sample_and_a_block_are_read_at_a_time_and_groups_are_the_same(method, monkeypatch):
+    rows, labels = groups((400, 30, 20), noise=0.3)
+    rows[0] = 40 * np.random.default_rng(1).normal(size=24)  # an odd one, where lengths count
+    settings = chosen(method, clusters=3, cluster_rounds=3, cluster_sample=60, normalise_features=False)
+    whole = cluster(rows, settings)
+    monkeypatch.setattr(clustering, "BLOCK_ROWS", 17)
+    counted = CountedRows(rows)
+    assert cluster(counted, settings) == whole
+    assert counted.most == 60

@@ -462,7 +462,7 @@ def test_rows_that_are_too_long_are_dropped_whole_and_counted(tokenizer, caplog)
     rows = [prompts.row(example) for example in examples]
     with caplog.at_level(logging.WARNING):
         kept = tokenise(prompts, examples, len(rows[2].ids))
-    assert kept == ([examples[0], examples[2]], [rows[0], rows[2]], 2)
+    assert (list(kept.examples), list(kept.rows), kept.dropped) == ([examples[0], examples[2]], [rows[0], rows[2]], 2)
     assert f"dropped 2 of 4 examples longer than {len(rows[2].ids)} tokens" in caplog.text
 
 

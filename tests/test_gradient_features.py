@@ -11,8 +11,9 @@ from coterie.errors import CoterieError
 from coterie.experts.training import load_checkpoint
 from coterie.features import gradient
 from coterie.features.gradient import GradientFeatures, adam_step
+from coterie.routers import centroid
 from coterie.settings.groups import FeatureSettings
-from helpers import KeepsEverything, autograd_gradients, peft_factors
+from helpers import KeepsEverything, autograd_gradients, normal, peft_factors
 
 TEXTS = [
     "add 1 2",
@@ -172,6 +173,58 @@ def test_interrupted_features_end_with_the_same_numbers(backbone, checkpoint, tm
     assert len(list(broken.glob("0*.safetensors"))) == 1
     gradient.write_features(features, rows, broken)
     assert (whole / "features.safetensors").read_bytes() == (broken / "features.safetensors").read_bytes()
+    found = gradient.read_features(whole, len(rows), "fit again")
+    torch.testing.assert_close(found, features(rows))
+    with pytest.raises(CoterieError, match="not floats of"):
+        gradient.read_features(whole, len(rows) + 1, "fit again")
+
+
+@pytest.fixture
+def features_of_shards(backbone, checkpoint):
+    """Features, five rows, and their features two by two, the longest first."""
+    features, rows = GradientFeatures(backbone, [checkpoint], FeatureSettings(d_proj=16)), rows_for(backbone)
+    wanted = torch.empty(len(rows), 16)
+    for shard in gradient.by_length(rows, 2):
+        wanted[shard] = features([rows[i] for i in shard])
+    return features, rows, wanted
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2, 3])
+def test_shards_that_stopped_moving_into_the_one_file_move_on(features_of_shards, tmp_path, monkeypatch, stop):
+    """Killed before, between and behind the moves of three shards, one at a time."""
+    features, rows, wanted = features_of_shards
+    calls = []
+    fill = gradient.fill_matrix
+
+    def until_stopped(path, parts):
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        calls.append(path)
+        fill(path, parts)
+
+    monkeypatch.setattr(gradient, "SHARD_ROWS", 2)
+    monkeypatch.setattr(gradient, "SHARDS_MOVED", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(gradient, "fill_matrix", until_stopped)
+        if stop == 3:  # all have moved, and the file has not its name yet
+            patch.setattr(gradient.Path, "rename", until_stopped)
+        with pytest.raises(KeyboardInterrupt):
+            gradient.write_features(features, rows, tmp_path)
+    counted = []
+    monkeypatch.setattr(type(features), "__call__", lambda *given: counted.append(given))
+    gradient.write_features(features, rows, tmp_path)
+    assert torch.equal(gradient.read_features(tmp_path, len(rows), "fit again"), wanted)
+    assert not counted and [path.name for path in tmp_path.iterdir()] == ["features.safetensors"]
+
+
+def test_centroids_of_centred_features_are_read_in_blocks(monkeypatch):
+    """Against the plain mean; in blocks of three."""
+    monkeypatch.setattr(centroid, "BLOCK_ROWS", 3)
+    rows, labels = normal(10, 4), [0, 1, 1, 0, 2, 2, 2, 0, 1, 0]
+    shifted = rows - rows.mean(dim=0)
+    wanted = torch.stack([shifted[torch.tensor(labels) == number].mean(dim=0) for number in range(3)])
+    found = centroid.centroids_of(gradient.CentredRows(rows, rows.mean(dim=0)), labels, 3)
+    torch.testing.assert_close(found, torch.nn.functional.normalize(wanted, dim=1))
 
 
 @pytest.mark.parametrize("blocks", ["first:1", "last:0", "last:9", "last:", "2"])

@@ -6,6 +6,7 @@ from coterie.artifacts.files import (
     as_path,
     disk_errors,
     hash_json,
+    hash_json_list,
     hash_text,
     hub_folder,
     is_full,
@@ -32,7 +33,15 @@ from coterie.artifacts.reading import (
     read_text,
 )
 from coterie.artifacts.runs import JsonCache, RunFolder, check_output, read_run_record, run_folder
-from coterie.artifacts.tensors import MAX_TENSOR_FILE, Claim, read_floats, read_tensors, tensor_claims
+from coterie.artifacts.tensors import (
+    MAX_TENSOR_FILE,
+    Claim,
+    fill_matrix,
+    new_matrix,
+    read_floats,
+    read_tensors,
+    tensor_claims,
+)
 
 __all__ = [
     "FORMAT",
@@ -49,8 +58,10 @@ __all__ = [
     "check_tree",
     "disk_errors",
     "environment_record",
+    "fill_matrix",
     "free_memory",
     "hash_json",
+    "hash_json_list",
     "hash_text",
     "hub_folder",
     "may_be_on_hub",
@@ -59,6 +70,7 @@ __all__ = [
     "is_stream",
     "locked",
     "new_folder",
+    "new_matrix",
     "open_regular",
     "parse_json",
     "parse_yaml",

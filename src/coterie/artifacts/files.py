@@ -11,7 +11,7 @@ import re
 import secrets
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,9 +139,10 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_jsonl(path: Path, rows: Iterator[Mapping[str, Any]] | list[dict[str, Any]]) -> None:
-    """Write one JSON object a line."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line, whole or not at all; one is held at a time."""
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
 def may_be_on_hub(name: str) -> bool:
@@ -199,3 +200,12 @@ def hash_text(*lines: str) -> str:
 def hash_json(value: object, *, ensure_ascii: bool = False) -> str:
     """Hash what JSON holds, whatever the order of its keys."""
     return hash_text(json.dumps(value, ensure_ascii=ensure_ascii, sort_keys=True))
+
+
+def hash_json_list(values: Iterable[object]) -> str:
+    """Return `hash_json` of a list, of which one value is held at a time."""
+    digest = hashlib.sha256(b"[")
+    for number, value in enumerate(values):
+        digest.update(f"{', ' if number else ''}{json.dumps(value, ensure_ascii=False, sort_keys=True)}".encode())
+    digest.update(b"]")
+    return digest.hexdigest()

@@ -1,10 +1,13 @@
 """Tensors that may come from a stranger: what a file claims to hold is checked before any of it is read."""
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from coterie.artifacts.files import whole_file
 from coterie.artifacts.reading import open_regular
 from coterie.errors import CoterieError, first_line
 
@@ -63,15 +66,20 @@ def read_tensors(path: Path, max_bytes: int = MAX_TENSOR_FILE) -> dict[str, "tor
 
 
 def read_floats(
-    path: Path, wanted: Mapping[str, Sequence[int | None]], advice: str, optional: Sequence[str] = ()
+    path: Path,
+    wanted: Mapping[str, Sequence[int | None]],
+    advice: str,
+    optional: Sequence[str] = (),
+    max_bytes: int = MAX_TENSOR_FILE,
 ) -> dict[str, "torch.Tensor"]:
-    """Read tensors of known shapes as float32.
+    """Read tensors of known shapes as float32; those that are float32 in the file stay there, mapped into memory.
 
     Args:
         path: of a safetensors file.
         wanted: their names and shapes; None stands for any length. Other tensors are not read.
         advice: what to do where one is not as it should be.
         optional: those that may be missing.
+        max_bytes: the largest file that is accepted.
 
     Raises:
         CoterieError: when one is missing, of another shape, holds no floating-point numbers, or some that are not
@@ -79,7 +87,7 @@ def read_floats(
     """
     from safetensors import safe_open
 
-    claims = tensor_claims(path)
+    claims = tensor_claims(path, max_bytes)
     for name, shape in wanted.items():
         if name not in claims and name not in optional:
             raise CoterieError(f"{path} lacks the tensor {name!r}; {advice}")
@@ -93,11 +101,40 @@ def read_floats(
     with safe_open(path, framework="pt") as opened:
         tensors = {name: opened.get_tensor(name).float() for name in wanted if name in claims}
     for name, tensor in tensors.items():
-        largest = float(tensor.abs().max()) if tensor.numel() else 0.0  # NaN where one value is
+        extremes = tensor.aminmax() if tensor.numel() else ()  # NaN where one value is; nothing is copied
+        largest = max((abs(float(value)) for value in extremes), default=0.0)
         if not largest <= LARGEST:
             what = f"values of up to {largest:.1g}" if math.isfinite(largest) else "NaN or infinite values"
             raise CoterieError(f"{path}: tensor {name!r} holds {what}; {advice}")
     return tensors
+
+
+def new_matrix(path: Path, name: str, shape: tuple[int, int]) -> None:
+    """Make a safetensors file of one float32 matrix of zeros, which takes room on the disk as it is filled."""
+    size = 4 * math.prod(shape)
+    claim = {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}
+    header = json.dumps({"__metadata__": {"format": "pt"}, name: claim}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(file.tell() + size)
+
+
+def fill_matrix(path: Path, parts: Iterable[tuple[Sequence[int], "torch.Tensor"]]) -> None:
+    """Write rows into the matrix of `new_matrix`, until they are on the disk.
+
+    Args:
+        path: of the file.
+        parts: numbers of rows, and what stands there; one part is in memory at a time.
+    """
+    with path.open("r+b") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        for rows, values in parts:
+            for row, value in zip(rows, values.detach().cpu().float().numpy(), strict=True):
+                file.seek(start + row * value.nbytes)
+                file.write(value.data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _not_readable(path: Path, error: Exception) -> CoterieError:

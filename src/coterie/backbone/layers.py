@@ -114,9 +114,7 @@ class ExpertLayers:
             dtype: of the updates; the base model's by default.
         """
         self.model = model
-        self.adapters = tuple(adapters)
-        self.paths = tuple(sorted({path for adapter in adapters for path in adapter}))
-        """Module paths of the layers that some expert changes."""
+        self.adapters = adapters
         self._dtype = dtype or next(model.parameters()).dtype
         self._run = Run()
         self._slots: WeakValueDictionary[tuple[tuple[float, ...], str], MergedSlot] = WeakValueDictionary()
@@ -128,12 +126,17 @@ class ExpertLayers:
         return next(self.model.get_input_embeddings().parameters()).device
 
     @cached_property
+    def paths(self) -> tuple[str, ...]:
+        """Module paths of the layers that some expert changes."""
+        return tuple(sorted({path for adapter in self.adapters for path in adapter}))
+
+    @cached_property
     def _layers(self) -> dict[str, ExpertLinear]:
-        """The updates, stacked when they are used first."""
-        modules = linear_layers(self.model)
+        """The updates, stacked when they are used first: from then on all of them are in memory."""
+        modules, adapters = linear_layers(self.model), tuple(self.adapters)
         stacked = {}
         for path in self.paths:
-            pair = lora.stack([adapter.get(path) for adapter in self.adapters])
+            pair = lora.stack([adapter.get(path) for adapter in adapters])
             own = lora.contained(StackedPair(*(half.to(self._dtype) for half in pair)))
             device = next(modules[path].parameters()).device
             stacked[path] = ExpertLinear(path, StackedPair(*(on_device(half, device) for half in own)), self._run)

@@ -125,6 +125,7 @@ def _outcome(run: Callable[[list[str]], object]) -> tuple[int, str]:
         logging.basicConfig(level=logging.WARNING, handlers=[handler])
         warnings.filterwarnings("ignore", category=FutureWarning)  # libraries talking to each other, not to the user
         logging.getLogger("coterie").setLevel(logging.ERROR if ranks.is_quiet() else logging.INFO)
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it misses a kernel of no use here
         bound_spinning()
         if not sys.stderr.isatty():
             os.environ |= {name: value for name, value in IN_A_LOG.items() if name not in os.environ}

@@ -4,6 +4,9 @@ Training, gradient features and evaluation all use these tokens, so they see the
 """
 
 import logging
+import struct
+import sys
+from array import array
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
@@ -20,11 +23,13 @@ from coterie.data.chat import SYSTEM_IN_QUESTION, ChatTemplate, ChatText
 from coterie.data.control_tokens import ControlTokens, Span
 from coterie.data.devices import on_device
 from coterie.data.examples import Example, Message
+from coterie.data.spooled import Chosen, Spooled
 from coterie.errors import CoterieError
 from coterie.settings.rows import READING, ReadingSettings
 
 logger = logging.getLogger(__name__)
 
+LENGTHS = struct.Struct("<ii")  # of a row's tokens and of its prompt's, before the tokens themselves
 IGNORED = -100
 """Label of a position that carries no loss, as PyTorch's cross-entropy knows it."""
 
@@ -62,6 +67,28 @@ class TokenRow:
         """Return the token at every position that is trained on, `IGNORED` elsewhere."""
         return [token if wanted else IGNORED for token, wanted in zip(self.ids, self.is_response, strict=True)]
 
+    def packed(self) -> bytes:
+        """Write the row down in few bytes; `unpacked` reads them."""
+        flags = bytes(answer + 2 * asked for answer, asked in zip(self.is_response, self.is_user_text, strict=True))
+        source = "" if self.source is None else f"={self.source}"
+        return (
+            LENGTHS.pack(len(self.ids), self.prompt_length) + array("i", self.ids).tobytes() + flags + source.encode()
+        )
+
+    @classmethod
+    def unpacked(cls, written: bytes) -> "TokenRow":
+        """Read a row back."""
+        length, prompt_length = LENGTHS.unpack_from(written)
+        flags_at, source_at = LENGTHS.size + 4 * length, LENGTHS.size + 5 * length
+        flags, source = written[flags_at:source_at], written[source_at:].decode()
+        return cls(
+            ids=tuple(array("i", written[LENGTHS.size : flags_at])),
+            prompt_length=prompt_length,
+            is_response=tuple(flag & 1 > 0 for flag in flags),
+            is_user_text=tuple(flag & 2 > 0 for flag in flags),
+            source=source[1:] if source else None,
+        )
+
 
 class Batch(NamedTuple):
     """Padded rows; position ids start at 0 with each row's first token."""
@@ -74,8 +101,8 @@ class Batch(NamedTuple):
 class Tokenised(NamedTuple):
     """Rows that fit, with the examples they came from, and how many were too long."""
 
-    examples: list[Example]
-    rows: list[TokenRow]
+    examples: Sequence[Example]
+    rows: Sequence[TokenRow]
     dropped: int
 
 
@@ -215,7 +242,7 @@ def _last_begun(offsets: Sequence[Span], spans: Sequence[Span]) -> list[Span]:
 def tokenise(
     prompts: PromptFormat, examples: Sequence[Example], max_length: int, positions: int | None = None
 ) -> Tokenised:
-    """Tokenise examples and drop, never cut, those that are too long; the count is logged.
+    """Tokenise examples and drop, never cut, those that are too long; the count is logged. Rows may outgrow memory.
 
     Args:
         prompts: how conversations become tokens.
@@ -226,33 +253,31 @@ def tokenise(
     Raises:
         CoterieError: when none is left.
     """
-    rows, notes = [], Counter()
-    for example in examples:
+    longest, advice = max_length, "raise --max-length"
+    if positions is not None and positions < max_length:
+        longest, advice = positions, "the base model reads no more, so give shorter examples or another base model"
+    rows: Spooled[TokenRow] = Spooled(TokenRow.packed, TokenRow.unpacked)
+    fitting, notes, shortest = array("q"), Counter(), sys.maxsize
+    for number, example in enumerate(examples):
         try:
             row, noted = prompts.row_and_notes(example)
         except CoterieError as error:
             raise CoterieError(f"example {example.id}: {error}") from error
-        rows.append(row)
         notes.update(noted)
+        shortest = min(shortest, len(row.ids))
+        if len(row.ids) <= longest:
+            rows.append(row)
+            fitting.append(number)
     for note, count in notes.items():
-        logger.warning("in %d of %d examples %s", count, len(rows), note)
-    longest, advice = max_length, "raise --max-length"
-    if positions is not None and positions < max_length:
-        longest, advice = positions, "the base model reads no more, so give shorter examples or another base model"
-    fits = [len(row.ids) <= longest for row in rows]
-    kept = Tokenised(
-        [example for example, fit in zip(examples, fits, strict=True) if fit],
-        [row for row, fit in zip(rows, fits, strict=True) if fit],
-        fits.count(False),
-    )
-    if not kept.rows:
-        shortest = min(len(row.ids) for row in rows)
+        logger.warning("in %d of %d examples %s", count, len(examples), note)
+    if not rows:
         raise CoterieError(
-            f"all {len(rows)} examples are longer than {longest} tokens (the shortest has {shortest}); {advice}"
+            f"all {len(examples)} examples are longer than {longest} tokens (the shortest has {shortest}); {advice}"
         )
-    if kept.dropped:
-        logger.warning("dropped %d of %d examples longer than %d tokens", kept.dropped, len(rows), longest)
-    return kept
+    dropped = len(examples) - len(rows)
+    if dropped:
+        logger.warning("dropped %d of %d examples longer than %d tokens", dropped, len(examples), longest)
+    return Tokenised(Chosen(examples, fitting), rows, dropped)
 
 
 def check_lengths(rows: Sequence[TokenRow], positions: int | None, names: Sequence[str]) -> None:

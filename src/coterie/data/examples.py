@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from numbers import Real
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 from coterie.data.columns import Columns
 from coterie.data.files import rows_of
 from coterie.data.forms import ASKS, FORMS, NAMED, REPLIES, Message, conversation_of, filled, is_missing
+from coterie.data.spooled import Spooled
 from coterie.errors import CoterieError
 from coterie.settings.reading import from_flat
 from coterie.settings.rows import READING, ReadingSettings
@@ -141,23 +142,54 @@ def read_all(
     columns.check(", ".join(names))
 
 
-def load_all(sources: Sequence[str], limit: int | None = None, reading: ReadingSettings = READING) -> list[Example]:
-    """Load several sources one after the other, and make ids unique by numbering repeats.
+def read_named(
+    sources: Sequence[str], limit: int | None = None, reading: ReadingSettings = READING
+) -> Iterator[Example]:
+    """Yield the examples of several sources, one after the other, with ids made unique by numbering repeats.
 
     Raises:
         CoterieError: as `load_examples`.
     """
     counts: dict[str, int] = {}
     taken: set[str] = set()
-    result = []
     for example in read_all(sources, limit, reading=reading):
         name = example.id
         while name in taken:  # also when some row's own id looks like a numbered repeat
             counts[example.id] = counts.get(example.id, 1) + 1
             name = f"{example.id}#{counts[example.id]}"
         taken.add(name)
-        result.append(replace(example, id=name))
-    return result
+        yield replace(example, id=name)
+
+
+def load_all(sources: Sequence[str], limit: int | None = None, reading: ReadingSettings = READING) -> list[Example]:
+    """Load what `read_named` yields.
+
+    Raises:
+        CoterieError: as `load_examples`.
+    """
+    return list(read_named(sources, limit, reading))
+
+
+def spool_all(
+    sources: Sequence[str], limit: int | None = None, reading: ReadingSettings = READING
+) -> Sequence[Example]:
+    """Read what `read_named` yields into a sequence that may be larger than memory.
+
+    Raises:
+        CoterieError: as `load_examples`.
+    """
+    return Spooled(_packed, _unpacked, read_named(sources, limit, reading))
+
+
+def _packed(example: Example) -> bytes:
+    return json.dumps(asdict(example), ensure_ascii=False).encode()
+
+
+def _unpacked(written: bytes) -> Example:
+    fields: dict[str, Any] = json.loads(written)
+    messages = tuple(Message(**message) for message in fields.pop("messages"))
+    answers = tuple(fields.pop("answers"))
+    return Example(messages=messages, answers=answers, **fields)
 
 
 def _to_example(

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.artifacts import read_floats, read_run_record
+from coterie.artifacts import read_run_record
 from coterie.errors import CoterieError
 from coterie.experts.clustering import cluster
+from coterie.features.gradient import FEATURES_FILE, read_features
 from coterie.mixture.folder import read_mixture_record
 from coterie.records.evaluation import FeatureMap, MapPoint
 from coterie.records.mixture import TrainingRow
@@ -58,11 +59,10 @@ def feature_map(folder: Path | None) -> FeatureMap | None:
     """
     from sklearn.metrics import adjusted_rand_score
 
-    if folder is None or not (folder / "features" / "features.safetensors").exists():
+    if folder is None or not (folder / "features" / FEATURES_FILE).exists():
         return None
     rows = read_rows(TrainingRow, folder / "clusters.jsonl", AGAIN)
-    wanted = {"features": (len(rows), None)}
-    features = read_floats(folder / "features" / "features.safetensors", wanted, AGAIN)["features"].numpy()
+    features = read_features(folder / "features", len(rows), AGAIN).numpy()
     chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:MOST_POINTS])
     features, rows = features[chosen], [rows[i] for i in chosen]
     labels = _labels_by_seed(folder, features)

@@ -23,6 +23,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 MAX_CONFIG = 2**20  # bytes; one that names every layer of a 70B model has about 100 KiB
 MAX_PATTERNS = 32
+HELD_BYTES = 2**30
+"""Of a bank's adapters that stay in memory."""
 MAX_RANK = 1024  # of layers that are narrower than this
 LARGEST_UPDATE = 1e6  # what training gives is below 1e3
 PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
@@ -47,10 +49,15 @@ PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class ExpertBank:
-    """Experts by name, in a fixed order."""
+    """Experts by name, in a fixed order.
+
+    Attributes:
+        names: of the experts.
+        adapters: their updates, in memory or read from disk one by one (see `StoredAdapters`).
+    """
 
     names: tuple[str, ...]
-    adapters: tuple[Adapter, ...]
+    adapters: Sequence[Adapter]
 
     def __post_init__(self) -> None:
         """Refuse repeated names."""
@@ -76,14 +83,46 @@ class ExpertBank:
         return self.names.index(name)
 
 
+class StoredAdapters(Sequence[Adapter]):
+    """Adapters that were all read and checked; beyond `HELD_BYTES` they are read again whenever they are asked for.
+
+    So a bank of hundreds is listed, chosen from and routed to with the memory of a few.
+    """
+
+    def __init__(self, folders: Sequence[Path], model: nn.Module) -> None:
+        """Read every adapter once.
+
+        Raises:
+            CoterieError: as `load_adapter`.
+        """
+        self._folders, self._model = tuple(folders), model
+        self._held: list[Adapter] = []
+        left = HELD_BYTES
+        for folder in self._folders:
+            adapter = load_adapter(folder, model)
+            left -= sum(half.nbytes for pair in adapter.values() for half in pair[:2])
+            if left >= 0:  # and never again when it was not once: sizes are not negative
+                self._held.append(adapter)
+
+    def __len__(self) -> int:
+        """Return the number of adapters."""
+        return len(self._folders)
+
+    def __getitem__(self, place: Any) -> Any:  # an adapter for a number, a tuple of them for a slice
+        """Return an adapter, or the adapters of a slice."""
+        if isinstance(place, slice):
+            return tuple(self[number] for number in range(*place.indices(len(self))))
+        number = range(len(self))[place]
+        return self._held[number] if number < len(self._held) else load_adapter(self._folders[number], self._model)
+
+
 def load_bank(folders: Mapping[str, Path], model: nn.Module) -> ExpertBank:
     """Load experts from PEFT folders and check that they fit the base model.
 
     Raises:
         CoterieError: as `load_adapter`.
     """
-    adapters = tuple(load_adapter(folder, model) for folder in folders.values())
-    return ExpertBank(tuple(folders), adapters)
+    return ExpertBank(tuple(folders), StoredAdapters(list(folders.values()), model))
 
 
 def load_adapter(folder: Path, model: nn.Module) -> Adapter:

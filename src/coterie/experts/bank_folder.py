@@ -20,7 +20,7 @@ from coterie.backbone.loading import BaseModelIdentity
 from coterie.data.examples import Example
 from coterie.data.streaming import KEY_BYTES, question_of, text_key
 from coterie.errors import CoterieError, unknown_name
-from coterie.experts.bank import ExpertBank, load_adapter
+from coterie.experts.bank import ExpertBank, load_adapter, load_bank
 from coterie.experts.cards import Card, check_files, hash_adapter, printable, read_card, read_small_json, short
 from coterie.records.mixture import BaseModelRecord
 from coterie.records.schema import parse
@@ -123,21 +123,21 @@ def load_opened(bank: BankFolder, model: nn.Module) -> ExpertBank:
     """
     if not bank.cards:
         raise CoterieError(f"{bank.path} holds no adapters; add some with: coterie bank add {bank.path} ADAPTER ...")
-    adapters, broken = [], {}
+    broken = {}
     for card in bank.cards:
         folder = bank.folder_of(card.name)
         try:
             check_files(folder)
             if hash_adapter(folder) != card.sha256:
                 raise CoterieError("its files are not the ones that were added")
-            adapters.append(load_adapter(folder, model))
+            load_adapter(folder, model)
         except CoterieError as error:
             broken[card.name] = f"{card.name}: {error}"
     if broken:
         names = " ".join(broken)
         advice = f"take out with: coterie bank remove {bank.path} {names}; or choose others by name"
         raise CoterieError(f"{bank.path}: {'; '.join(broken.values())}; {advice}")
-    return ExpertBank(bank.names, tuple(adapters))
+    return load_bank({name: bank.folder_of(name) for name in bank.names}, model)
 
 
 def read_base(folder: Path) -> BaseModelIdentity:

@@ -9,7 +9,7 @@ fitted without odd rows, tiny ones are no yardstick, and splitting ends at `max_
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 
 from coterie import ranks
+from coterie.data.row_selection import EmbeddedRows
 from coterie.errors import CoterieError
 from coterie.settings.groups import ClusterSettings
 
@@ -31,6 +32,10 @@ LEAVES_PER_CLUSTER = 10  # a BIRCH tree with fewer leaves than this collapses in
 FINEST = 1e-6  # rows that are nearer than this share of the longest row's length count as equal
 PCA_DIMENSIONS = 256
 LLOYD_STEPS = 100
+BLOCK_ROWS = 2048  # that are assigned at a time: 128 MiB at 8,192 dimensions
+
+Assign = Callable[[NDArray], NDArray]
+"""Tells the group of every row of a block."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,13 @@ class Clustering:
 
 
 def cluster(
-    features: Float[NDArray[np.floating], "row dimension"],
+    features: EmbeddedRows | Float[NDArray[np.floating], "row dimension"],
     settings: ClusterSettings,
     *,
     sources: Sequence[str | None] = (),
     seed: int = 0,
 ) -> Clustering:
-    """Cluster rows by their features.
+    """Cluster rows by their features, of which a sample and a block are in memory at a time.
 
     The first round asks for `settings.clusters` groups; each later round takes the groups that are more than five times
     as large as the smallest, the largest first, and splits each into one group fewer than the round before asked for,
@@ -83,7 +88,7 @@ def cluster(
 
 
 def _clustered(
-    features: Float[NDArray[np.floating], "row dimension"],
+    features: EmbeddedRows | Float[NDArray[np.floating], "row dimension"],
     settings: ClusterSettings,
     sources: Sequence[str | None],
     seed: int,
@@ -92,10 +97,10 @@ def _clustered(
         raise CoterieError(
             f"{len(features)} examples cannot make {settings.clusters} clusters; give more data or fewer --clusters"
         )
-    prepared = _prepare(np.asarray(features, dtype=np.float64), settings, seed)
-    odd = _odd_rows(prepared, settings, seed)
-    everything, prepared = prepared, prepared[~odd]
-    labels = _split(prepared, settings.clusters, settings, seed)
+    rows = _PreparedRows(features, settings, seed)
+    odd = _odd_rows(rows, settings, seed)
+    ordinary = np.flatnonzero(~odd)
+    labels = _split(rows, ordinary, settings.clusters, settings, seed)
     found = len(np.unique(labels))
     if found < settings.clusters:
         finer = "" if settings.cluster_threshold is None else " or a smaller --cluster-threshold"
@@ -104,10 +109,10 @@ def _clustered(
             f"ask for fewer --clusters{finer}"
         )
     for round_number in range(1, settings.cluster_rounds):
-        labels = _resplit(prepared, labels, settings.clusters - round_number, settings, seed)
+        labels = _resplit(rows, ordinary, labels, settings.clusters - round_number, settings, seed)
     if odd.any():
         logger.info("%d rows lie far from all others: no cluster is made for them, they join the nearest", odd.sum())
-        labels = _with_odd_rows(everything, odd, labels)
+        labels = _with_odd_rows(rows, odd, labels)
     # numbered from the largest to the smallest, ties by their first row
     values, first, inverse, counts = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
     labels = np.argsort(np.lexsort((first, -counts)))[inverse]
@@ -140,48 +145,80 @@ def describe(clustering: Clustering, sources: Sequence[str | None] = ()) -> list
     return lines
 
 
-def _prepare(features: NDArray, settings: ClusterSettings, seed: int) -> NDArray:
-    if settings.normalise_features:
-        features = _unit(features)
-    if settings.cluster_method.endswith("-pca"):
-        from sklearn.decomposition import PCA
+class _PreparedRows:
+    """Features in the form in which they are compared: float64, of length 1, of fewer dimensions, as settings say."""
 
-        dimensions = min(PCA_DIMENSIONS, *features.shape)
-        with np.errstate(invalid="ignore"):  # rows that all are equal have no variance to take shares of
-            features = PCA(dimensions, random_state=seed).fit_transform(features)
-    return features
+    def __init__(self, features: EmbeddedRows | NDArray, settings: ClusterSettings, seed: int) -> None:
+        self._features, self._normalise = features, settings.normalise_features
+        self._pca = None
+        if settings.cluster_method.endswith("-pca"):
+            from sklearn.decomposition import PCA
+
+            sample = self.take(_sample(len(features), settings, seed))
+            with np.errstate(invalid="ignore"):  # rows that all are equal have no variance to take shares of
+                self._pca = PCA(min(PCA_DIMENSIONS, *sample.shape), random_state=seed).fit(sample)
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def take(self, numbers: Int[NDArray, " row"]) -> NDArray:
+        """Read the rows with these numbers."""
+        rows = np.asarray(self._features[numbers], dtype=np.float64)
+        rows = _unit(rows) if self._normalise else rows
+        return rows if self._pca is None else self._pca.transform(rows)
+
+    def blocks(self, numbers: Int[NDArray, " row"]) -> Iterator[tuple[slice, NDArray]]:
+        """Read the rows with these numbers, some at a time, each time with the places that they have among these."""
+        for start in range(0, len(numbers), BLOCK_ROWS):
+            yield (place := slice(start, start + BLOCK_ROWS)), self.take(numbers[place])
+
+
+def _sample(count: int, settings: ClusterSettings, seed: int) -> Int[NDArray, " sampled"]:
+    """Draw the numbers of the rows by which all of them are known."""
+    size = min(count, max(settings.cluster_sample, settings.clusters))
+    return np.random.default_rng(seed).choice(count, size, replace=False)
 
 
 def _unit(rows: NDArray) -> NDArray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
-def _split(features: NDArray, target: int, settings: ClusterSettings, seed: int) -> Int[NDArray, " row"]:
-    """Split rows into `target` groups, fitted on a sample; fewer come out only where too many rows are equal."""
-    generator = np.random.default_rng(seed)
-    size = min(len(features), max(settings.cluster_sample, target))
-    sample = features[np.sort(generator.choice(len(features), size, replace=False))]
-    if settings.cluster_method.startswith("birch"):
-        return _birch(sample, features, target, settings.cluster_threshold)
+def _split(
+    rows: _PreparedRows, numbers: Int[NDArray, " row"], target: int, settings: ClusterSettings, seed: int
+) -> Int[NDArray, " row"]:
+    """Split some rows into `target` groups, fitted on a sample; fewer come out only where too many rows are equal."""
+    size = min(len(numbers), max(settings.cluster_sample, target))
+    sample = rows.take(numbers[np.sort(np.random.default_rng(seed).choice(len(numbers), size, replace=False))])
+    fit = _birch if settings.cluster_method.startswith("birch") else _kmeans
+    nearest = fit(sample, target, settings, seed)
+    labels = np.empty(len(numbers), dtype=np.int64)
+    for place, block in rows.blocks(numbers):
+        labels[place] = nearest(block)
+    return labels
+
+
+def _kmeans(sample: NDArray, target: int, settings: ClusterSettings, seed: int) -> Assign:
+    """Fit k-means on the sample, spherical or not."""
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
     is_spherical = settings.cluster_method.startswith("spherical")
-    if is_spherical:
-        sample, features = _unit(sample), _unit(features)
+    sample = _unit(sample) if is_spherical else sample
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters: told by the caller
         means = KMeans(target, n_init=10, random_state=seed).fit(sample)
-    if is_spherical:
-        return np.argmax(features @ spherical_centres(sample, means.cluster_centers_).T, axis=1)
-    return np.asarray(means.predict(features))
+    if not is_spherical:
+        return means.predict
+    centres = spherical_centres(sample, means.cluster_centers_)
+    return lambda rows: np.argmax(_unit(rows) @ centres.T, axis=1)
 
 
-def _birch(sample: NDArray, features: NDArray, target: int, threshold: float | None) -> Int[NDArray, " row"]:
+def _birch(sample: NDArray, target: int, settings: ClusterSettings, seed: int) -> Assign:
     """Fit BIRCH on the sample; unless a leaf radius is given, it is halved until there are enough leaves."""
     from sklearn.cluster import Birch
     from sklearn.exceptions import ConvergenceWarning
 
+    threshold = settings.cluster_threshold
     radius = leaf_radius(nearest_distances(sample)) if threshold is None else threshold
     wanted = min(LEAVES_PER_CLUSTER * target, len(np.unique(sample, axis=0)))
     finest = FINEST * np.linalg.norm(sample, axis=1).max()
@@ -194,7 +231,7 @@ def _birch(sample: NDArray, features: NDArray, target: int, threshold: float | N
             break
         radius /= 2
     logger.info("BIRCH: leaf radius %.4g, %d leaves for %d rows, %d clusters", radius, leaves, len(sample), target)
-    return np.asarray(tree.predict(features))
+    return tree.predict
 
 
 def nearest_distances(rows: Float[NDArray[np.floating], "row dimension"]) -> Float[NDArray, " row"]:
@@ -219,24 +256,28 @@ def leaf_radius(nearest: Float[NDArray, " row"]) -> float:
     return float(np.median(apart) / 2) if len(apart) else 1.0
 
 
-def _odd_rows(features: NDArray, settings: ClusterSettings, seed: int) -> Bool[NDArray, " row"]:
+def _odd_rows(rows: _PreparedRows, settings: ClusterSettings, seed: int) -> Bool[NDArray, " row"]:
     """Tell which rows of a sample are odd; none where the others would be too equal for as many clusters."""
-    size = min(len(features), max(settings.cluster_sample, settings.clusters))
-    sample = np.random.default_rng(seed).choice(len(features), size, replace=False)
-    rows = _unit(features[sample]) if settings.cluster_method.startswith("spherical") else features[sample]
-    odd = np.zeros(len(features), dtype=bool)
-    odd[sample] = odd_rows(nearest_distances(rows))
-    too_equal = odd.any() and len(np.unique(features[~odd], axis=0)) < settings.clusters
-    return np.zeros(len(features), dtype=bool) if too_equal else odd
+    numbers = _sample(len(rows), settings, seed)
+    sample = rows.take(numbers)
+    odd = odd_rows(nearest_distances(_unit(sample) if settings.cluster_method.startswith("spherical") else sample))
+    result = np.zeros(len(rows), dtype=bool)
+    if odd.any() and len(np.unique(sample[~odd], axis=0)) >= settings.clusters:
+        result[numbers[odd]] = True
+    return result
 
 
-def _with_odd_rows(features: NDArray, odd: Bool[NDArray, " row"], labels: NDArray) -> NDArray:
+def _with_odd_rows(rows: _PreparedRows, odd: Bool[NDArray, " row"], labels: NDArray) -> NDArray:
     """Give every odd row to the group with the nearest mean; the labels are those of the others."""
-    groups = np.unique(labels)
-    means = np.stack([features[~odd][labels == group].mean(axis=0) for group in groups])
-    result = np.empty(len(features), dtype=labels.dtype)
+    groups, own = np.unique(labels, return_inverse=True)
+    sums: NDArray | float = 0.0
+    for place, block in rows.blocks(np.flatnonzero(~odd)):
+        sums = sums + np.eye(len(groups))[own[place]].T @ block
+    means = sums / np.bincount(own)[:, None]
+    strangers = rows.take(np.flatnonzero(odd))
+    result = np.empty(len(rows), dtype=labels.dtype)
     result[~odd] = labels
-    result[odd] = groups[((features[odd][:, None] - means) ** 2).sum(axis=2).argmin(axis=1)]
+    result[odd] = groups[((strangers[:, None] - means) ** 2).sum(axis=2).argmin(axis=1)]
     return result
 
 
@@ -276,7 +317,14 @@ def spherical_centres(
     return _unit(centres)
 
 
-def _resplit(features: NDArray, labels: NDArray, target: int, settings: ClusterSettings, seed: int) -> NDArray:
+def _resplit(
+    rows: _PreparedRows,
+    numbers: Int[NDArray, " row"],
+    labels: NDArray,
+    target: int,
+    settings: ClusterSettings,
+    seed: int,
+) -> NDArray:
     """Split groups that are more than five times as large as the smallest, if their rows are different enough."""
     sizes = np.bincount(labels)
     tiny = TINY * len(labels) / settings.clusters
@@ -292,7 +340,7 @@ def _resplit(features: NDArray, labels: NDArray, target: int, settings: ClusterS
                 *(len(members), target, settings.max_clusters),
             )
             continue
-        parts = _split(features[members], target, settings, seed)
+        parts = _split(rows, numbers[members], target, settings, seed)
         if len(np.unique(parts)) == target:
             result[members] = np.where(parts == 0, group, result.max() + parts)
     return result

@@ -7,11 +7,11 @@ batches with the same dropout as one process with micro-batches of that size: th
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import ConcatDataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -122,7 +122,7 @@ class SeededTrainer(Trainer):
         callbacks: list[TrainerCallback],
     ) -> None:
         """Build it for rows of token ids and labels."""
-        data: Any = [*rows, EMPTY]
+        data: Any = ConcatDataset([cast(Any, rows), cast(Any, [EMPTY])])
         super().__init__(model, arguments, train_dataset=data, data_collator=collate, callbacks=callbacks)
         self._order = RowOrder([len(row["input_ids"]) for row in rows], split, arguments.seed)
         self._split, self._step, self._round = split, -1, 0

@@ -21,6 +21,7 @@ from coterie.artifacts import read_floats, read_jsonl, read_tensors, write_json,
 from coterie.backbone.linear_layers import linear_shapes
 from coterie.backbone.loading import Backbone, loaded_by
 from coterie.data.batching import TokenRow
+from coterie.data.spooled import Chosen
 from coterie.errors import CoterieError
 from coterie.experts.bank import KEY_PREFIX, WEIGHTS_FILE, load_adapter, write_adapter
 from coterie.experts.fresh_adapter import (
@@ -216,7 +217,7 @@ def make_trainer(
     arguments._setup_devices = state.device = backbone.device
     if backbone.device.type == "cuda":  # kernels may be launched on the current device; the arguments chose the first
         torch.cuda.set_device(backbone.device)
-    data: Any = [{"input_ids": list(row.ids), "labels": row.labels()} for row in rows]
+    data: Any = Chosen(rows, range(len(rows)), lambda row: {"input_ids": list(row.ids), "labels": row.labels()})
     collate = TrainingCollator(backbone.pad_id)
     trainer = SeededTrainer(model, arguments, data, collate, split, callbacks=[_FiniteLoss()])
     trainer.remove_callback(ProgressCallback)

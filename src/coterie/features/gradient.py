@@ -6,6 +6,7 @@ what one backward pass brings by, turned into the step that Adam would take, pro
 than one layer's gradients of one batch exist at any time.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,12 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from coterie import ranks
-from coterie.artifacts import read_tensors, write_tensors
+from coterie.artifacts import fill_matrix, new_matrix, read_floats, read_tensors, write_tensors
 from coterie.backbone.adding import swapped
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone
@@ -31,7 +33,9 @@ from coterie.lora import Adapter
 from coterie.progress import part, steps, whole
 from coterie.settings.groups import FeatureSettings
 
+FEATURES_FILE = "features.safetensors"
 SHARD_ROWS = 64  # rows between two writes: what an interruption costs at most
+SHARDS_MOVED = 64  # into the one file between two waits for the disk
 LOGIT_ELEMENTS = 1 << 26  # logits that exist at once (256 MiB in float32)
 
 
@@ -247,25 +251,61 @@ def write_features(features: GradientFeatures, rows: Sequence[TokenRow], folder:
     """Compute features of many rows into `folder/features.safetensors`, in the order of the rows.
 
     Finished shards stay in the folder until all are there, so an interrupted run goes on where it stopped; since the
-    rows of every batch are fixed, it ends with the same numbers. Several processes share the shards.
+    rows of every batch are fixed, it ends with the same numbers. Then they move into the one file, some at a time.
+    Several processes share the shards.
     """
     shards = {f"{number:05d}": shard for number, shard in enumerate(by_length(rows, SHARD_ROWS))}
     tokens = {number: float(sum(len(rows[i].ids) for i in shard)) for number, shard in shards.items()}
+    files = {folder / f"{number}.safetensors": shard for number, shard in shards.items()}
+    joined = folder / "joined.safetensors"
 
     def compute(number: str) -> None:
         file = folder / f"{number}.safetensors"
         with part(number):
-            if not ranks.by_first(file.exists):
+            if not ranks.by_first(lambda: file.exists() or joined.exists()):
                 write_tensors(file, {"features": features([rows[i] for i in shards[number]])})
 
     def join() -> None:
-        result = torch.empty(len(rows), features.settings.d_proj)
-        for number, shard in shards.items():
-            result[shard] = read_tensors(folder / f"{number}.safetensors")["features"]
-        write_tensors(folder / "features.safetensors", {"features": result})
-        for number in shards:
-            (folder / f"{number}.safetensors").unlink()
+        if not joined.exists():
+            new_matrix(joined, "features", (len(rows), features.settings.d_proj))
+        left = [file for file in files if file.exists()]
+        for start in range(0, len(left), SHARDS_MOVED):
+            moved = left[start : start + SHARDS_MOVED]
+            fill_matrix(joined, ((files[file], read_tensors(file)["features"]) for file in moved))
+            for file in moved:
+                file.unlink()
+        joined.rename(folder / FEATURES_FILE)
 
     with whole("gradient features", tokens):
         ranks.spread({number: partial(compute, number) for number in shards}, tokens, "parts of gradient features")
     ranks.by_first(join)
+
+
+def read_features(folder: Path, rows: int | None, advice: str) -> Float[Tensor, "row d_proj"]:
+    """Return the features that a folder holds, mapped into memory: a page of them is read when it is needed.
+
+    Args:
+        folder: that `write_features` wrote to.
+        rows: how many there have to be; None for any number.
+        advice: what to do where they are not as they should be.
+
+    Raises:
+        CoterieError: when the file is missing, broken, or not of as many rows.
+    """
+    return read_floats(folder / FEATURES_FILE, {"features": (rows, None)}, advice, max_bytes=sys.maxsize)["features"]
+
+
+@dataclass(frozen=True)
+class CentredRows:
+    """Features less a centre, which is subtracted from the rows that are read."""
+
+    rows: Float[Tensor, "row dimension"]
+    centre: Float[Tensor, " dimension"]
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, rows: slice | Int[np.ndarray, " row"]) -> Float[Tensor, "row dimension"]:
+        """Read some rows."""
+        return self.rows[rows] - self.centre

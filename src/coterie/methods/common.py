@@ -7,11 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from coterie import ranks
-from coterie.artifacts import RunFolder, hash_json, write_jsonl
+from coterie.artifacts import RunFolder, hash_json_list, write_jsonl
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow
 from coterie.data.examples import Example, read_all
+from coterie.data.spooled import Chosen
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE
 from coterie.experts.training import TrainingPlan, read_log, train_adapter
 from coterie.progress import part, whole
@@ -86,10 +89,8 @@ def train_clusters(
     A cluster without rows gets the base adapter itself.
     """
     how = settings.experts
-    members = {
-        f"{prefix}-{number}": [row for row, label in zip(rows, labels, strict=True) if label == number]
-        for number in range(count)
-    }
+    groups = np.asarray(labels)
+    members = {f"{prefix}-{number}": Chosen(rows, np.flatnonzero(groups == number)) for number in range(count)}
     jobs = {}
     for number, (name, own) in enumerate(members.items(), start=1):
         plan = base_plan(settings, f"{name} ({number} of {count})")
@@ -157,5 +158,6 @@ def close_training(run: RunFolder, trainings: Iterable[str]) -> None:
 
 def hash_examples(examples: Sequence[Example]) -> str:
     """Hash the contents of examples; the fields that came later do not enter where they are empty."""
-    filled = [{k: v for k, v in asdict(example).items() if k not in FIELDS_ADDED_LATER or v} for example in examples]
-    return hash_json(filled)
+    return hash_json_list(
+        {k: v for k, v in asdict(example).items() if k not in FIELDS_ADDED_LATER or v} for example in examples
+    )

@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from coterie.artifacts import RunFolder, as_path, check_output, read_tensors, run_folder, write_json, write_jsonl
+from coterie.artifacts import RunFolder, as_path, check_output, run_folder, write_json, write_jsonl
 from coterie.data.batching import TokenRow, tokenise
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError
 from coterie.experts.training import load_checkpoint
-from coterie.features.gradient import Checkpoint, GradientFeatures, write_features
+from coterie.features.gradient import Checkpoint, GradientFeatures, read_features, write_features
 from coterie.methods.common import hash_examples, named_sources
 from coterie.mixture import Mixture
 from coterie.mixture.folder import find_mixture, hash_mixture
@@ -32,6 +32,7 @@ from coterie.settings.reading import from_flat
 logger = logging.getLogger(__name__)
 
 LONGEST = 2048  # tokens of a row
+BLOCK_ROWS = 2048  # rows whose features are in memory at a time
 SCORES_FILE, CHOSEN_FILE, SUMMARY_FILE = "scores.jsonl", "chosen.jsonl", "influence.json"
 
 
@@ -146,14 +147,15 @@ def score_rows(
     total = torch.zeros(len(rows), len(aimed))
     rates = torch.tensor([point.adam.learning_rate for point in checkpoints], dtype=torch.float64)
     for number, (point, share) in enumerate(zip(checkpoints, (rates / rates.sum()).tolist(), strict=True)):
-        unit = []
+        found = []
         for side, form, own in (("data", "adam", rows), ("aimed", "sgd", aimed)):
             how = AnswerFeatureSettings(form=form, d_proj=settings.d_proj)
             features = GradientFeatures(mixture.backbone, [point], how, settings.seed)
             folder = run.stage(f"working/features/{number}-{side}", partial(write_features, features, own))
-            found = read_tensors(folder / "features.safetensors")["features"]
-            unit.append(torch.nn.functional.normalize(found, dim=-1))
-        total += share * (unit[0] @ unit[1].T)
+            found.append(read_features(folder, len(own), "delete the folder and start again"))
+        directions = torch.nn.functional.normalize(found[1], dim=-1).T
+        for block, sums in zip(found[0].split(BLOCK_ROWS), total.split(BLOCK_ROWS), strict=True):
+            sums += share * (torch.nn.functional.normalize(block, dim=-1) @ directions)
     return best_task(total, tasks)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from coterie.artifacts import read_floats
 from coterie.backbone.loading import Backbone
+from coterie.data.row_selection import EmbeddedRows
 from coterie.errors import CoterieError
 from coterie.features.growing_text import FeatureExtractor
 from coterie.routers.base import Router, RouterParts, Routing
@@ -31,6 +32,8 @@ PLACES = {
 """By kind of router: the file of its centroids, and what their names in it begin with."""
 BOOST = 4.0
 """What the published weighting multiplies the largest cosine by; its author calls it a temperature."""
+BLOCK_ROWS = 2048
+"""Rows whose features are in memory at a time."""
 
 Centroids = Mapping[str, Float[Tensor, "centroid dimension"]]
 """Every expert's centroids, one or more; an expert without any is not here."""
@@ -342,10 +345,10 @@ def fold(features: Float[Tensor, "*rows dimension"], dimensions: int) -> Float[T
     return features.unflatten(-1, (-1, dimensions)).sum(dim=-2)
 
 
-def centroids_of(
-    features: Float[Tensor, "row dimension"], labels: Sequence[int], count: int
-) -> Float[Tensor, "cluster dimension"]:
+def centroids_of(features: EmbeddedRows, labels: Sequence[int], count: int) -> Float[Tensor, "cluster dimension"]:
     """Return the normalised mean of each cluster's un-normalised features (ELREA eq. 8): large gradients weigh more.
+
+    Features are read in blocks and added up in float64.
 
     Raises:
         CoterieError: when a cluster is empty.
@@ -354,8 +357,11 @@ def centroids_of(
     empty = [number for number in range(count) if not bool((groups == number).any())]
     if empty:
         raise CoterieError(f"cluster {empty[0]} has no rows, so it has no centroid")
-    means = torch.stack([features[groups == number].mean(dim=0) for number in range(count)])
-    return torch.nn.functional.normalize(means, dim=-1)
+    sums = torch.zeros(count, features[:1].shape[1], dtype=torch.float64)
+    for start in range(0, len(groups), BLOCK_ROWS):
+        block = features[start : start + BLOCK_ROWS].cpu()
+        sums.index_add_(0, groups[start : start + BLOCK_ROWS], block.double())
+    return torch.nn.functional.normalize(sums / groups.bincount(minlength=count)[:, None], dim=-1).float()
 
 
 def centroids_by_best(

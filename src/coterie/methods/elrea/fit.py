@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from coterie import ranks
-from coterie.artifacts import RunFolder, as_path, check_output, read_tensors, run_folder, write_jsonl
+from coterie.artifacts import RunFolder, as_path, check_output, run_folder, write_jsonl
 from coterie.backbone.loading import Backbone, load_backbone
 from coterie.combiners.logits import LogitCombiner
-from coterie.data.batching import PromptFormat, Tokenised, tokenise
+from coterie.data.batching import PromptFormat, Tokenised, TokenRow, tokenise
 from coterie.data.devices import tell_idle
-from coterie.data.examples import Example, load_all
+from coterie.data.examples import Example, spool_all
+from coterie.data.spooled import Chosen
 from coterie.errors import CoterieError
 from coterie.experts.bank import load_bank
 from coterie.experts.clustering import cluster
 from coterie.experts.fresh_adapter import check_fresh_adapter
 from coterie.experts.names import BASE
 from coterie.experts.training import load_checkpoint, train_adapter
-from coterie.features.gradient import GradientFeatures, counted_blocks, write_features
+from coterie.features.gradient import CentredRows, GradientFeatures, counted_blocks, read_features, write_features
 from coterie.features.growing_text import FeatureExtractor
 from coterie.methods.common import (
     base_plan,
@@ -89,16 +90,16 @@ def prepare(settings: ElreaSettings, examples: list[Example] | None) -> Prepared
         CoterieError: for bad data, settings, or an output folder that exists.
     """
     check_output(as_path(settings.output), settings)
-    examples = load_all(settings.data, settings.limit, settings.reading) if examples is None else examples
-    check_enough(len(examples), settings)
+    rows = spool_all(settings.data, settings.limit, settings.reading) if examples is None else examples
+    check_enough(len(rows), settings)
     backbone = load_backbone(settings.model)
     tell_idle(backbone.device)
     check_fresh_adapter(backbone, settings.lora)
     counted_blocks(settings.features.blocks, len(backbone.blocks))
     prompts = PromptFormat(backbone.tokenizer, settings.training.system_prompt, settings.reading)
-    kept = tokenise(prompts, examples, settings.training.max_length, backbone.positions)
+    kept = tokenise(prompts, rows, settings.training.max_length, backbone.positions)
     check_enough(len(kept.rows), settings)
-    inputs = {"data": hash_examples(examples), "base_model": backbone.identity.sha256}
+    inputs = {"data": hash_examples(rows), "base_model": backbone.identity.sha256}
     return Prepared(backbone, prompts, kept, inputs)
 
 
@@ -142,14 +143,14 @@ def fit_experts(
     # 2) what every row's gradients at the checkpoints look like, and the clusters they make
     checkpoints = [load_checkpoint(run.path / "checkpoints" / name, backbone.model) for name in names]
     gradients = GradientFeatures(backbone, checkpoints, settings.features, settings.seed)
-    prompts_alone = [row.prompt() for row in kept.rows]
+    prompts_alone = Chosen(kept.rows, range(len(kept.rows)), TokenRow.prompt)
     with part("features"):
         folder = run.stage("features", lambda folder: write_features(gradients, prompts_alone, folder), together=True)
-    features = read_tensors(folder / "features.safetensors")["features"]
+    features = read_features(folder, len(kept.rows), "fit again")
     centre = features.mean(dim=0) if settings.features.form == "adam-centred" else None
-    shifted = features if centre is None else features - centre
-    sources = [example.source for example in kept.examples]
-    clustering = cluster(shifted.numpy(), settings.clustering, sources=sources, seed=settings.seed)
+    shifted = features if centre is None else CentredRows(features, centre)
+    sources = [row.source for row in kept.rows]
+    clustering = cluster(shifted, settings.clustering, sources=sources, seed=settings.seed)
     # 3) an expert for each cluster, and the router that finds it
     labels, count = clustering.labels, clustering.count
     with part("experts"):
@@ -162,7 +163,7 @@ def fit_experts(
     mixture = Mixture(backbone, bank, router, LogitCombiner(), prompts, "elrea", run.path)
     # 4) the records
     rows = zip(kept.examples, labels, strict=True)
-    records = [{**origin(example), "cluster": f"cluster-{label}"} for example, label in rows]
+    records = ({**origin(example), "cluster": f"cluster-{label}"} for example, label in rows)
     write_jsonl(run.path / "clusters.jsonl", records)
     mixture.write_description(run.path, {"clustering": clustering.record()})
     close_training(run, mixture.bank.names)

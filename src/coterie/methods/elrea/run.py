@@ -7,10 +7,11 @@ from functools import cached_property
 
 from torch import Tensor
 
-from coterie.artifacts import read_floats
 from coterie.data.batching import Tokenised, tokenise
-from coterie.data.examples import load_all
+from coterie.data.examples import spool_all
+from coterie.data.spooled import Chosen
 from coterie.errors import CoterieError
+from coterie.features.gradient import read_features
 from coterie.methods.common import IN_MEMORY, hash_examples
 from coterie.methods.extras import FittedRun
 from coterie.records.mixture import TrainingRow
@@ -43,7 +44,7 @@ class ElreaRun(FittedRun[ElreaSettings]):
                 f"{self.folder} was fitted on rows in memory, so nothing more can be trained on them; "
                 "write them to a JSONL file and fit from that"
             )
-        examples = load_all(self.settings.data, self.settings.limit, self.settings.reading)
+        examples = spool_all(self.settings.data, self.settings.limit, self.settings.reading)
         if hash_examples(examples) != self.inputs.get("data"):
             raise CoterieError(
                 f"{', '.join(self.settings.data)} is not what {self.folder} was fitted on; "
@@ -84,7 +85,7 @@ class ElreaRun(FittedRun[ElreaSettings]):
     @cached_property
     def sources(self) -> list[str | None]:
         """The data set that every training row comes from."""
-        return [example.source for example in self.kept.examples]
+        return [row.source for row in self.kept.rows]
 
     @cached_property
     def features(self) -> Tensor:
@@ -93,8 +94,7 @@ class ElreaRun(FittedRun[ElreaSettings]):
         Raises:
             CoterieError: when the run's folder lacks them.
         """
-        wanted = {"features": (len(self.kept.rows), None)}
-        return read_floats(self.folder / "features" / "features.safetensors", wanted, "fit again")["features"]
+        return read_features(self.folder / "features", len(self.kept.rows), "fit again")
 
 
 def within_budget(kept: Tokenised, settings: ElreaSettings) -> Tokenised:
@@ -123,4 +123,4 @@ def within_budget(kept: Tokenised, settings: ElreaSettings) -> Tokenised:
             f"--clusters; give {least} or more"
         )
     chosen.sort()
-    return Tokenised([kept.examples[i] for i in chosen], [kept.rows[i] for i in chosen], kept.dropped)
+    return Tokenised(Chosen(kept.examples, chosen), Chosen(kept.rows, chosen), kept.dropped)

@@ -1,5 +1,6 @@
 """What a run of `coterie fit kshot-moe` was made from, so that its rivals can be made of the same."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,7 +56,7 @@ class KshotRun(FittedRun[KshotSettings]):
         file = self.folder / GATHERED / SUMMARY_FILE
         return [source.pool for source in read(GatheringRecord, file, AGAIN).pools] if file.exists() else []
 
-    def tokenised(self, added: list[Example]) -> list[TokenRow]:
+    def tokenised(self, added: list[Example]) -> Sequence[TokenRow]:
         """Tokenise the shots and other rows beside them, in the run's order."""
         task, longest = self.task, self.settings.training.max_length
         return tokenise(task.prompts, [*task.shots, *added], longest, task.backbone.positions).rows

@@ -9,7 +9,7 @@ from coterie.backbone.loading import Backbone
 from coterie.backbone.prototypes import PROTOTYPES
 from coterie.combiners.layers import LayerCombiner
 from coterie.data.batching import PromptFormat, Tokenised
-from coterie.data.examples import Example, load_all
+from coterie.data.examples import Example, spool_all
 from coterie.errors import CoterieError
 from coterie.experts.bank import check_names, load_bank
 from coterie.experts.names import BACKBONE, NULL
@@ -34,7 +34,7 @@ DomainData = Mapping[str, str | Sequence[str] | Sequence[Example]]
 """Every expert's training data: a source, several of them, or examples."""
 
 
-def sources_by_name(data: DomainData) -> tuple[list[str], dict[str, list[Example]]]:
+def sources_by_name(data: DomainData) -> tuple[list[str], dict[str, Sequence[Example]]]:
     """Return data as NAME=SOURCE, and by name what came from memory."""
     parts = {name: named_sources(source) for name, source in data.items()}
     named = [f"{name}={source}" for name, (sources, _) in parts.items() for source in sources]
@@ -85,8 +85,8 @@ def load_domains(
     sources: Mapping[str, Sequence[str]],
     limit: int | None,
     reading: ReadingSettings,
-    given: Mapping[str, list[Example]],
-) -> dict[str, list[Example]]:
+    given: Mapping[str, Sequence[Example]],
+) -> dict[str, Sequence[Example]]:
     """Load every expert's texts, by name; `given` has those that are in memory already.
 
     Raises:
@@ -94,7 +94,7 @@ def load_domains(
     """
     check_domain_names(sources)
     return {
-        name: given[name] if name in given else load_all(list(own), limit, reading.shared)
+        name: given[name] if name in given else spool_all(list(own), limit, reading.shared)
         for name, own in sources.items()
     }
 
@@ -126,7 +126,7 @@ def named_values(values: Sequence[str], flag: str) -> dict[str, list[str]]:
     return found
 
 
-def domain_inputs(examples: Mapping[str, list[Example]], backbone: Backbone) -> dict[str, str]:
+def domain_inputs(examples: Mapping[str, Sequence[Example]], backbone: Backbone) -> dict[str, str]:
     """Hash what a mixture of domains depends on, by name."""
     hashes = {f"data {name}": hash_examples(own) for name, own in examples.items()}
     return {"base_model": backbone.identity.sha256, **hashes}

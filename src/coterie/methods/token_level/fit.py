@@ -1,6 +1,6 @@
 """Token-level adaptation (Belofsky 2023, arXiv 2311.10847): one adapter per domain, and centroids to route by."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +49,7 @@ def token_level(model: str, data: DomainData, *, output: str | Path, **settings:
 
 @takes_fields(TokenLevelSettings)
 @ranks.joined()
-def fit_token_level(settings: TokenLevelSettings, given: Mapping[str, list[Example]] | None = None) -> Mixture:
+def fit_token_level(settings: TokenLevelSettings, given: Mapping[str, Sequence[Example]] | None = None) -> Mixture:
     """Train every domain's adapter, then place centroids, by all processes that were launched.
 
     An interrupted run goes on where it stopped.
@@ -84,7 +84,7 @@ class _Prepared(NamedTuple):
     inputs: dict[str, str]
 
 
-def _prepare(settings: TokenLevelSettings, given: Mapping[str, list[Example]]) -> _Prepared:
+def _prepare(settings: TokenLevelSettings, given: Mapping[str, Sequence[Example]]) -> _Prepared:
     check_output(as_path(settings.output), settings)
     examples = load_domains(named_values(settings.data, "data"), settings.limit, settings.reading, given)
     backbone = load_backbone(settings.model)

@@ -5,7 +5,7 @@ adapters' own updates (Arrow, arXiv 2405.11157; SpectR, arXiv 2504.03454), which
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def from_adapters(
 
 @takes_fields(FromAdaptersSettings)
 @ranks.by_one(lambda settings: Mixture.from_pretrained(as_path(settings.output)))
-def fit_from_adapters(settings: FromAdaptersSettings, given: Mapping[str, list[Example]] | None = None) -> Mixture:
+def fit_from_adapters(settings: FromAdaptersSettings, given: Mapping[str, Sequence[Example]] | None = None) -> Mixture:
     """Make a mixture of adapters that exist already: check them, copy them, place the centroids of those with texts.
 
     Raises:
@@ -159,8 +159,8 @@ def _check_adapters(shelf: _Shelf, backbone: Backbone) -> None:
 
 
 def _texts(
-    settings: FromAdaptersSettings, shelf: _Shelf, given: Mapping[str, list[Example]]
-) -> dict[str, list[Example]]:
+    settings: FromAdaptersSettings, shelf: _Shelf, given: Mapping[str, Sequence[Example]]
+) -> dict[str, Sequence[Example]]:
     """Load the texts of every adapter that has any: those that were given, or else those that its card names.
 
     What a card names may have been moved since; that is told.
@@ -182,7 +182,7 @@ def _texts(
     return {name: found[name] for name in shelf.folders if name in found}
 
 
-def _router(settings: FromAdaptersSettings, shelf: _Shelf, texts: Mapping[str, list[Example]]) -> str:
+def _router(settings: FromAdaptersSettings, shelf: _Shelf, texts: Mapping[str, Sequence[Example]]) -> str:
     """Choose how the mixture routes: as asked for, or by similarity where every adapter has texts, or else by Arrow.
 
     Raises:
