@@ -27,7 +27,13 @@ logger = logging.getLogger(__name__)
 
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-LAUNCHER = (*RANKS, *COUNTS, "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+SPLITTING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+"""What a configuration of accelerate may ask for that splits the base model up."""
+LAUNCHER = (*RANKS, *COUNTS, "LOCAL_RANK", "LOCAL_WORLD_SIZE", *SPLITTING)
 """What launchers say in the environment, and libraries look for there."""
 PATIENCE = timedelta(days=7)
 """How long a process waits for others that have longer work; one that is gone is noticed at once, by its connection."""
@@ -120,12 +126,18 @@ def joined() -> Iterator[None]:
     """Do the body together with all processes that were launched, if there are others.
 
     Raises:
-        CoterieError: when they cannot be reached, or one of them has ended.
+        CoterieError: when they cannot be reached, one of them has ended, or the launcher asks to split the model up.
     """
     if count() > 1:
         yield
         return
     number, total = launched()
+    if split := [name for variable, name in SPLITTING.items() if os.environ.get(variable, "").lower() == "true"]:
+        raise CoterieError(
+            f"accelerate's configuration asks for {split[0]}, which splits the base model up, but gradient features "
+            "and routing need it whole in every process; choose multi-GPU without it in accelerate config, and add "
+            "--load-in-4bit where the model is too large"
+        )
     if total == 1:
         with alone():
             yield
@@ -159,7 +171,7 @@ def by_one(load: Callable[[Any], Item]) -> Callable[[Callable[..., Item]], Calla
         def done(settings: Any, *more: Any) -> Item:
             if count() == 1:
                 return do(settings, *more)
-            logger.info("%s is done by one process, while %d others wait", settings.command, count() - 1)
+            logger.info("%s is done by one of the %d processes alone", settings.command, count())
             made: list[Item] = []
             by_first(lambda: made.append(do(settings, *more)))
             return made[0] if made else load(settings)
@@ -258,6 +270,8 @@ def spread(tasks: Mapping[str, Callable[[], object]], weights: Mapping[str, floa
     Where there are fewer tasks than processes, all do every task together.
     """
     if count() == 1 or len(tasks) < count():
+        if count() > 1:
+            logger.info("%s: all %d processes do each of the %d together", what, count(), len(tasks))
         for task in tasks.values():
             task()
         return

@@ -144,7 +144,7 @@ def do(name: str, settings: Settings | None, **extra: Any) -> None:  # noqa: ANN
         function()
         return
     if total > 1:
-        echo(f"{name} is done by one process; the other {total - 1} have nothing to do", err=True)
+        echo(f"{name} is done by one of the {total} processes alone", err=True)
     if number == 0:
         with alone():
             function()

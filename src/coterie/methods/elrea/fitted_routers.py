@@ -285,8 +285,8 @@ def agreements(learnt: Learnt, wanted: Float[Tensor, "row expert"], losses: Cros
     share of the weight that the pupil has on other experts, `nll` what its mixture loses to the teacher's.
     """
     pupil, tokens = learnt.weights, losses.tokens
-    ranks = [weights.argsort(dim=1).argsort(dim=1).float() for weights in (pupil, wanted)]
-    centred = [rank - rank.mean(dim=1, keepdim=True) for rank in ranks]
+    places = [weights.argsort(dim=1).argsort(dim=1).float() for weights in (pupil, wanted)]
+    centred = [place - place.mean(dim=1, keepdim=True) for place in places]
     rank_correlation = torch.nn.functional.cosine_similarity(*centred, dim=1)
     worse = losses.mixture_nll(pupil) - losses.mixture_nll(wanted)
     return {

@@ -1,0 +1,333 @@
+"""Several processes that do one command together: who does what, and that the files are those of one process.
+
+The processes of the slow tests are real ones over gloo, as a launcher starts them.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import tiny
+from conftest import write_rows
+from coterie import ranks
+from coterie.artifacts import RunFolder, write_text
+from coterie.backbone.loading import load_backbone
+from coterie.data.devices import tell_idle
+from coterie.errors import CoterieError
+from coterie.settings.groups import ModelSettings
+from helpers import table
+
+# -------------------------------------------------------------------------------------------------------- who does what
+
+
+def test_work_is_shared_out_by_weight_the_heaviest_first():
+    weights = {"a": 5.0, "b": 4.0, "c": 3.0, "d": 3.0, "e": 1.0}
+    assert ranks.shared_out(weights, 2) == [["a", "d"], ["b", "c", "e"]]
+    assert ranks.shared_out(weights, 1) == [list(weights)]
+    assert ranks.shared_out({"a": 1.0}, 3) == [["a"], [], []]
+
+
+LAUNCHED = table(
+    ("nobody", {}, (0, 1)),
+    ("torchrun", {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, (1, 2)),
+    ("torchrun with one process", {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, (0, 1)),
+    ("mpirun", {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}, (3, 4)),
+)
+
+
+@pytest.mark.parametrize(("variables", "found"), LAUNCHED)
+def test_a_launcher_says_which_process_this_is_until_one_works_alone(variables, found, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert ranks.launched() == found
+    with ranks.alone():
+        assert ranks.launched() == (0, 1)
+        assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys()
+    assert ranks.launched() == found
+
+
+def test_a_launcher_that_does_not_say_which_process_this_is_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(CoterieError, match="WORLD_SIZE is '4' and RANK is None.*accelerate launch"), ranks.joined():
+        pass
+
+
+@pytest.mark.parametrize(("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "Deep")])
+def test_splitting_the_base_model_up_is_refused_and_not_ignored(variable, name, monkeypatch):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(CoterieError, match=f"asks for {name}.*whole in every process.*--load-in-4bit"), ranks.joined():
+        pass
+    monkeypatch.setenv(variable, "false")
+    with ranks.joined():
+        assert variable not in os.environ
+
+
+def test_processes_that_cannot_reach_each_other_say_so(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(CoterieError, match="process 0 of 2 cannot reach the others .*MASTER_ADDR"), ranks.joined():
+        pass
+
+
+def test_every_process_has_a_gpu_of_its_own_and_one_alone_names_those_that_stay_idle(model_folder, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with caplog.at_level("INFO", "coterie"):
+        tell_idle(torch.device("cuda"))
+        tell_idle(torch.device("cpu"))
+    (told,) = caplog.messages
+    assert "to use cuda:1, cuda:2 too" in told
+    token = ranks._NOW.set(ranks._Processes(local=1))
+    try:
+        with pytest.raises(CoterieError, match="a GPU each, not all 'cuda:0'; leave --device out"):
+            load_backbone(ModelSettings(model=str(model_folder), device="cuda:0"))
+        with pytest.raises(CoterieError, match="device 'cuda:1' is not there"):
+            load_backbone(ModelSettings(model=str(model_folder), device="cuda"))
+        tell_idle(torch.device("cuda:1"))
+        assert len(caplog.messages) == 1
+    finally:
+        ranks._NOW.reset(token)
+
+
+# ------------------------------------------------------------------------------------------------- together, in threads
+
+
+class Threads:
+    """Processes that are threads: what they tell each other goes through a barrier."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.barrier, self.slots = count, threading.Barrier(count, timeout=20), [None] * count
+
+    def tell(self, value: Any) -> list[Any]:
+        now = ranks._NOW.get()
+        if now.count == 1:
+            return [value]
+        self.slots[now.rank] = json.loads(json.dumps(value))
+        self.barrier.wait()
+        found = list(self.slots)
+        self.barrier.wait()
+        return found
+
+    def run(self, do: Callable[[int], Any]) -> list[Any]:
+        """What each of them returns or raises."""
+        results: list[Any] = [None] * self.count
+
+        def body(number: int) -> None:
+            ranks._NOW.set(ranks._Processes(number, self.count, is_quiet=number > 0, local=number))
+            try:
+                results[number] = do(number)
+            except Exception as error:
+                results[number] = error
+
+        threads = [threading.Thread(target=body, args=(number,)) for number in range(self.count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+
+@pytest.fixture
+def three(monkeypatch) -> Threads:
+    threads = Threads(3)
+    monkeypatch.setattr(ranks, "_told", threads.tell)
+    return threads
+
+
+def test_the_first_makes_what_is_one_and_all_know_what_it_made(three):
+    made = []
+
+    def make() -> list[int]:
+        made.append((ranks.rank(), ranks.count()))
+        return [1, 2]
+
+    assert three.run(lambda _: ranks.by_first(make)) == [[1, 2]] * 3
+    assert made == [(0, 1)]  # and it worked alone
+
+
+def test_trouble_of_the_first_and_of_any_is_the_trouble_of_all(three):
+    def fail(number: int) -> None:
+        raise CoterieError(f"no luck {number}")
+
+    found = three.run(lambda _: ranks.by_first(lambda: fail(0)))
+    assert [(type(one), str(one)) for one in found] == [(ranks.SharedError, "no luck 0")] * 3
+    found = three.run(lambda number: ranks.each(lambda: fail(number) if number else "fine"))
+    assert [(type(one), str(one)) for one in found] == [(ranks.SharedError, "process 1 of 3: no luck 1")] * 3
+    assert three.run(lambda number: ranks.each(lambda: number)) == [0, 1, 2]
+
+
+def test_what_is_not_the_same_everywhere_is_named(three):
+    found = three.run(lambda number: ranks.check_same({"data": "x", "model": "y" if number < 2 else "z"}))
+    assert {str(one) for one in found} == {"process 2 of 3 has another model than the first; give all the same files"}
+
+
+def test_tasks_are_done_once_each_by_one_alone_and_together_where_they_are_few(three, caplog):
+    done: list[tuple[str, int, int]] = []
+
+    def task(name: str, number: int) -> Callable[[], None]:
+        return lambda: done.append((name, number, ranks.count()))
+
+    def share(names: Sequence[str]) -> list[Any]:
+        weights = {name: float(10 - place) for place, name in enumerate(names)}
+        return three.run(lambda n: ranks.spread({name: task(name, n) for name in names}, weights, "things"))
+
+    with caplog.at_level("INFO", "coterie"):
+        share("abcd")
+    assert sorted(done) == [("a", 0, 1), ("b", 1, 1), ("c", 2, 1), ("d", 2, 1)]
+    assert caplog.messages[0] == "things: process 0 does a; process 1 does b; process 2 does c, d"
+    done.clear()
+    share("ab")
+    assert sorted(done) == [(name, number, 3) for name in "ab" for number in range(3)]
+
+
+def test_alike_pieces_of_work_are_dealt_out_in_turn(three):
+    assert three.run(lambda _: list(ranks.share(range(8)))) == [[0, 3, 6], [1, 4, 7], [2, 5]]
+    assert list(ranks.share(range(3))) == [0, 1, 2]
+
+
+def test_a_stage_is_made_by_the_first_or_by_all_and_files_are_the_firsts(three, tmp_path):
+    made: list[tuple[str, int]] = []
+
+    def run(number: int) -> tuple[str, str]:
+        folder = RunFolder(tmp_path)
+
+        def make(name: str) -> Callable[[Path], None]:
+            def fill(working: Path) -> None:
+                made.append((name, number))
+                write_text(working / "who", f"{ranks.rank()} of {ranks.count()}")
+
+            return fill
+
+        alone = folder.stage("alone", make("alone"))
+        together = folder.stage("deep/together", make("together"), together=True)
+        return (alone / "who").read_text(), (together / "who").read_text()
+
+    assert three.run(run) == [("0 of 1", "0 of 3")] * 3
+    assert sorted(made) == [("alone", 0), ("together", 0), ("together", 1), ("together", 2)]
+    made.clear()
+    assert three.run(run) == [("0 of 1", "0 of 3")] * 3
+    assert made == []
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"who"}
+
+
+def test_the_first_does_what_one_process_does_and_the_others_load_it(three):
+    class Settings:
+        command = "fit something"
+
+    fit = ranks.by_one(lambda settings: f"loaded by {ranks.rank()}")(lambda settings, _: f"made by {ranks.count()}")
+    assert fit(Settings, None) == "made by 1"
+    assert three.run(lambda _: fit(Settings, None)) == ["made by 1", "loaded by 1", "loaded by 2"]
+
+
+# ----------------------------------------------------------------------------------------------------- real processes
+
+FIT = ["--clusters", "3", "--rank", "4", "--epochs", "2", "--expert-epochs", "1", "--batch-size", "4", "--d-proj", "64"]
+FIT += ["--micro-batch-size", "2", "--learning-rate", "1e-2", "--device", "cpu", "--judge-folds", "2"]
+
+
+def start(words: Sequence[str], count: int = 1, into: Path | None = None) -> list[subprocess.Popen[str]]:
+    """Start a command in as many processes, as a launcher does."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])
+    found = []
+    for number in range(count):
+        place = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count), "MASTER_PORT": port}
+        launcher = {**place, "MASTER_ADDR": "127.0.0.1"} if count > 1 else {}
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **launcher}
+        found.append(subprocess.Popen([sys.executable, "-m", "coterie", *words], env=environment, **pipes))
+    return found
+
+
+def end(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Wait for processes; return their exit codes, what they printed, and what they told."""
+    with ExitStack() as stack:
+        for process in processes:
+            stack.callback(process.kill)
+        return [(process.wait(300), *process.communicate()) for process in processes]
+
+
+def files_of(folder: Path) -> dict[str, Any]:
+    """All files of a run by name: tensors as they are, records without what differs between any two runs."""
+    found: dict[str, Any] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".safetensors":
+            found[name] = {key: value.tolist() for key, value in load_file(path).items()}
+        elif name == "run.yaml":
+            record = yaml.safe_load(path.read_text())
+            found[name] = {key: record[key] for key in ("command", "inputs", "files")}
+        else:
+            found[name] = re.sub('"seconds": [0-9.]+', "", path.read_text().replace(str(folder), ""))
+    return found
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_files_of_one(model_folder, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", tiny.make_rows(46))
+    words = ["fit", "auto", "--model", str(model_folder), "--data", str(rows), *FIT]
+    ((code, _, trouble),) = end(start([*words, "--output", str(tmp_path / "one")]))
+    assert code == 0, trouble
+    ended = end(start([*words, "--output", str(tmp_path / "two")], 2))
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
+    assert yaml.safe_load((tmp_path / "two" / "run.yaml").read_text())["processes"] == 2
+    (_, printed, told), (_, nothing, silent) = ended
+    assert printed
+    assert nothing == ""
+    assert "experts" not in silent
+    for share in (
+        "training base: each of 2 processes takes 2 of the 4 rows of a step",
+        "experts of cluster: process 0 does cluster-",
+        "folds to judge: process 0 does fold 1; process 1 does fold 2",
+    ):
+        assert share in told
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_other_in_one_line_and_the_run_goes_on_later(model_folder, tmp_path):
+    rows, output = write_rows(tmp_path / "rows.jsonl", tiny.make_rows(46)), tmp_path / "run"
+    words = ["fit", "elrea", "--model", str(model_folder), "--data", str(rows), *FIT[:-2], "--epochs", "40"]
+    words += ["--output", str(output)]
+    processes = start(words, 2)
+    while not list(output.with_name("run.partial").rglob("checkpoint-*")):  # they train together
+        assert processes[0].poll() is None
+        time.sleep(0.05)
+    processes[1].kill()
+    (code, _, told), _ = end(processes)
+    assert code == 2
+    line = "error: process 0 of 2 has lost another one, which says why it ended; the same command goes on"
+    assert told.splitlines()[-1].startswith(line)
+    assert "Traceback" not in told
+    assert [code for code, _, _ in end(start(words, 2))] == [0, 0]
+    assert (output / "mixture.json").exists()
+
+
+@pytest.mark.slow
+def test_what_is_wrong_for_all_is_told_once_and_what_one_does_is_done_once(model_folder, tmp_path):
+    words = ["fit", "elrea", "--model", str(model_folder), "--data", str(tmp_path / "none"), "--output", "x", *FIT[:2]]
+    (first, *_, told), (second, printed, nothing) = end(start(words, 2))
+    assert (first, second) == (2, 2)
+    assert told.splitlines()[-1].startswith("error: ")
+    assert (printed, "error" in nothing) == ("", False)
+    (code, printed, told), other = end(start(["methods"], 2))
+    assert code == 0
+    assert "symbolic-moe" in printed
+    assert "methods is done by one of the 2 processes alone" in told
+    assert other == (0, "", "")
