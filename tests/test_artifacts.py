@@ -303,11 +303,11 @@ def test_a_run_works_in_a_partial_folder_and_gets_its_name_at_the_end(tmp_path):
 
     def body(run: RunFolder) -> None:
         assert not output.exists() and run.path == tmp_path / "deep" / "run.partial"
-        run.stage("part", lambda folder: write_text(folder / "file", "x"))
+        run.stage("part", lambda folder: write_text(folder / "file", "x"), {})
         (run.path / "working" / "rest").mkdir(parents=True)
 
     run_once(output, body)
-    assert everything(tmp_path / "deep") == ["run", "run/part", "run/part/file", "run/run.yaml"]
+    assert everything(tmp_path / "deep") == ["run", "run/part", "run/part/file", "run/run.yaml", "run/stages.jsonl"]
 
 
 def test_the_record_of_a_run_tells_everything_that_it_needs_to_be_repeated(tmp_path):
@@ -331,7 +331,7 @@ def test_a_stage_is_done_once(name, tmp_path):
     run = RunFolder(tmp_path / "run.partial")
     calls = []
     for _ in range(2):
-        done = run.stage(name, lambda folder: (calls.append(folder), write_text(folder / "file", "x"))[0])
+        done = run.stage(name, lambda folder: (calls.append(folder), write_text(folder / "file", "x"))[0], {})
         assert done == run.path / name and (done / "file").read_text() == "x"
     assert len(calls) == 1
 
@@ -340,7 +340,7 @@ def test_a_stage_appears_at_once_as_its_working_folder_with_another_name(tmp_pat
     """A copy could be interrupted half way, and would be taken as done."""
     numbers = []
     run = RunFolder(tmp_path / "run.partial")
-    done = run.stage("part", lambda folder: numbers.append(folder.stat().st_ino))
+    done = run.stage("part", lambda folder: numbers.append(folder.stat().st_ino), {})
     assert numbers == [done.stat().st_ino]
 
 
@@ -357,20 +357,20 @@ def test_an_interrupted_stage_goes_on_with_what_it_left(error, tmp_path):
         write_text(folder / "second", "2")
 
     with pytest.raises(error):
-        run.stage("part", interrupted)
+        run.stage("part", interrupted, {})
     assert not (run.path / "part").exists()
-    assert everything(run.stage("part", resumed)) == ["first", "second"]
+    assert everything(run.stage("part", resumed, {})) == ["first", "second"]
 
 
 def test_a_full_disk_within_a_stage_is_told(tmp_path):
     run = RunFolder(tmp_path / "run.partial")
     with pytest.raises(CoterieError, match="no space left on the disk while writing .*working/part"):
-        run.stage("part", disk_is_full)
+        run.stage("part", disk_is_full, {})
 
 
 def test_errors_of_the_user_keep_their_words_on_the_way_out_of_a_stage(tmp_path):
     with pytest.raises(CoterieError, match="^something the user can fix$"):
-        RunFolder(tmp_path / "run.partial").stage("part", fails)
+        RunFolder(tmp_path / "run.partial").stage("part", fails, {})
 
 
 @pytest.mark.parametrize("stop", [fails, is_stopped], ids=["error", "interrupt"])
@@ -378,7 +378,7 @@ def test_a_run_that_stops_before_any_work_leaves_nothing(stop, tmp_path):
     with pytest.raises((CoterieError, KeyboardInterrupt)):
         run_once(tmp_path / "run", stop)
     with pytest.raises((CoterieError, KeyboardInterrupt)):
-        run_once(tmp_path / "run", lambda run: run.stage("part", stop))
+        run_once(tmp_path / "run", lambda run: run.stage("part", stop, {}))
     assert everything(tmp_path) == []
 
 
@@ -394,51 +394,60 @@ def test_a_run_that_stops_with_work_done_goes_on_from_there(stop, inside, tmp_pa
             stops.pop()(folder)
 
     def body(run: RunFolder) -> None:
-        run.stage("one", first)
+        run.stage("one", first, {})
         if stops:
             stops.pop()(run)
-        run.stage("two", lambda folder: write_text(folder / "file", "2"))
+        run.stage("two", lambda folder: write_text(folder / "file", "2"), {})
 
     with pytest.raises((CoterieError, KeyboardInterrupt, IndexError)):
         run_once(tmp_path / "run", body)
     assert everything(tmp_path)[0] == "run.partial"
     run_once(tmp_path / "run", body)
-    assert everything(tmp_path / "run") == ["one", "one/file", "run.yaml", "two", "two/file"]
+    assert everything(tmp_path / "run") == ["one", "one/file", "run.yaml", "stages.jsonl", "two", "two/file"]
     assert os.listdir(tmp_path) == ["run"]
     assert len(made) == (2 if inside else 1)
 
 
 def unfinished(output: Path) -> None:
     def body(run: RunFolder) -> None:
-        run.stage("one", lambda folder: write_text(folder / "file", "1"))
+        run.stage("one", lambda folder: write_text(folder / "file", "1"), {})
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run_once(output, body)
 
 
-@pytest.mark.parametrize(
-    ("changes", "what"),
-    [
-        ({"settings": FitX(seed=1)}, "other settings"),
-        ({"settings": FitX(training=Training(learning_rate=1e-4))}, "other settings"),
-        ({"inputs": {"data": "abd"}}, "other inputs"),
-        ({"settings": FitY()}, "other command"),
-        ({"inputs": {}, "settings": FitX(seed=1)}, "other settings and inputs"),
-    ],
-    ids=["setting", "nested setting", "input", "command", "both"],
-)
-def test_the_unfinished_run_of_another_kind_is_not_continued_or_touched(changes, what, tmp_path):
+BEFORE = {  # of a run that was begun before stages were recorded
+    "setting": ({"settings": FitX(seed=1)}, "other settings"),
+    "nested setting": ({"settings": FitX(training=Training(learning_rate=1e-4))}, "other settings"),
+    "input": ({"inputs": {"data": "abd"}}, "other inputs"),
+    "both": ({"inputs": {}, "settings": FitX(seed=1)}, "other settings and inputs"),
+}
+
+
+@pytest.mark.parametrize(("changes", "what"), BEFORE.values(), ids=BEFORE)
+def test_an_unfinished_run_of_before_goes_on_with_its_own_settings_alone(changes, what, tmp_path):
+    unfinished(tmp_path / "run")
+    (tmp_path / "run.partial" / "stages.jsonl").unlink()
+    for _ in range(2):
+        with pytest.raises(CoterieError, match=f"run.partial holds an unfinished run with {what}; finish that one"):
+            run_once(tmp_path / "run", **changes)
+    assert (tmp_path / "run.partial" / "one" / "file").exists()
+    run_once(tmp_path / "run", lambda run: run.stage("one", fails, {"whatever": 1}))
+    assert everything(tmp_path / "run") == ["one", "one/file", "run.yaml", "stages.jsonl"]
+
+
+def test_the_unfinished_run_of_another_command_is_not_continued_or_touched(tmp_path):
     unfinished(tmp_path / "run")
     before = everything(tmp_path)
-    with pytest.raises(CoterieError, match=f"run.partial holds an unfinished run with {what}; finish that one"):
-        run_once(tmp_path / "run", **changes)
+    with pytest.raises(CoterieError, match="run.partial holds an unfinished run with other command"):
+        run_once(tmp_path / "run", settings=FitY())
     assert everything(tmp_path) == before
 
 
 def test_an_unfinished_run_may_be_continued_with_leave_to_overwrite(tmp_path):
     unfinished(tmp_path / "run")
-    run_once(tmp_path / "run", settings=OVERWRITE)
+    run_once(tmp_path / "run", lambda run: run.stage("one", fails, {}), settings=OVERWRITE)
     assert "run/one/file" in everything(tmp_path)
 
 
@@ -460,19 +469,19 @@ def test_a_partial_folder_without_a_record_is_a_new_run(tmp_path):
 
 
 def test_a_finished_run_replaces_the_old_one_only_at_its_end(tmp_path):
-    run_once(tmp_path / "run", lambda run: run.stage("old", lambda folder: write_text(folder / "file", "1")))
+    run_once(tmp_path / "run", lambda run: run.stage("old", lambda folder: write_text(folder / "file", "1"), {}))
 
     def body(run: RunFolder) -> None:
         assert (tmp_path / "run" / "old" / "file").exists()
-        run.stage("new", lambda folder: write_text(folder / "file", "2"))
+        run.stage("new", lambda folder: write_text(folder / "file", "2"), {})
 
     run_once(tmp_path / "run", body, settings=OVERWRITE)
-    assert everything(tmp_path) == ["run", "run/new", "run/new/file", "run/run.yaml"]
+    assert everything(tmp_path) == ["run", "run/new", "run/new/file", "run/run.yaml", "run/stages.jsonl"]
 
 
 def test_what_came_into_the_place_of_a_run_meanwhile_is_not_deleted(tmp_path):
     def body(run: RunFolder) -> None:
-        run.stage("part", lambda folder: write_text(folder / "file", "1"))
+        run.stage("part", lambda folder: write_text(folder / "file", "1"), {})
         write_text(tmp_path / "run" / "thesis.tex", "x")
 
     with pytest.raises(CoterieError, match="run is not a run folder, so it is not replaced"):

@@ -12,6 +12,8 @@ from coterie.evaluation import auto
 from coterie.evaluation.choice import Candidate, choose
 from coterie.evaluation.clusters import feature_map
 from coterie.experts.names import BASE
+from coterie.methods import common
+from coterie.methods.elrea import fit
 from coterie.methods.elrea.run import ElreaRun, within_budget
 from coterie.methods.extras import load_extra, read_losses
 from coterie.methods.registry import make_grid
@@ -99,7 +101,8 @@ def test_an_interrupted_run_ends_with_the_same_choice(folder, model_folder, trai
         patch.setattr(auto, "choose", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             coterie.auto(str(model_folder), str(train_file), output=output, device="cpu", **FIT)
-    monkeypatch.setattr(auto, "fit_experts", lambda *_: pytest.fail("the experts were there already"))
+    for place in (fit, common):
+        monkeypatch.setattr(place, "train_adapter", lambda *_: pytest.fail("the adapters were there already"))
     coterie.auto(str(model_folder), str(train_file), output=output, device="cpu", **FIT)
     for name in ("auto.json", "auto.md", "mixture.json"):
         assert (output / name).read_text() == (folder / name).read_text()

@@ -317,7 +317,8 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(grid_folder, tmp_pa
     assert calls[3:] == ["moe-routing", "self-consistency"]
     assert again.rows == whole.rows
     assert again.summary["table"] == whole.summary["table"]
-    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["evaluation.json", "rows.jsonl", "run.yaml"]
+    left = sorted(path.name for path in (tmp_path / "parts").iterdir())
+    assert left == ["cached", "evaluation.json", "rows.jsonl", "run.yaml", "stages.jsonl"]
 
 
 def test_the_record_repeats_where_extras_were_trained_in_another_way(grid_folder, tmp_path):
@@ -346,3 +347,23 @@ def test_a_routing_keeps_its_gates_when_requests_are_taken(grid):
     assert routing.take([1]).gates is routing.gates
     assert isinstance(routing, Routing)
     torch.testing.assert_close(routing.weights.sum(dim=1), torch.ones(2))
+
+
+def test_a_method_that_is_added_to_an_evaluation_answers_alone(grid_folder, tmp_path, monkeypatch):
+    data = write_rows(tmp_path / "test.jsonl", tiny.make_rows(3, seed=5))
+
+    def evaluated(output: str, names: str, **more: object):
+        flat = {"mixture": str(grid_folder), "data": [str(data)], "output": str(tmp_path / output), "device": "cpu"}
+        flat |= {"methods": names, "max_new_tokens": 4, "resamples": 100, **more}
+        return run_evaluation(from_flat(EvaluationSettings, flat))
+
+    evaluated("run", "base,elrea")
+    answered, original = [], compare.answer
+    monkeypatch.setattr(compare, "answer", lambda *given: answered.append(given[3]) or original(*given))
+    added = evaluated("run", "base,elrea,moe-routing", overwrite=True, control="elrea")
+    assert answered == ["moe-routing"]
+    fresh = evaluated("fresh", "base,elrea,moe-routing", control="elrea")
+    assert added.rows == fresh.rows
+    answered.clear()
+    evaluated("run", "base,elrea", overwrite=True, max_new_tokens=3)
+    assert answered == ["base", "elrea"]

@@ -206,9 +206,9 @@ def test_hashes_of_weights(model_folder, monkeypatch, tmp_path):
 
 
 def test_what_a_run_keeps_for_another_try(tmp_path):
-    kept = RunFolder(tmp_path)
-    kept.cached("scores", lambda: [1, 2])
-    check(tmp_path / "working" / "scores.json", lambda: kept.cached("scores", lambda: [1, 2]))
+    cached = RunFolder(tmp_path).cache({})
+    cached("scores", lambda: [1, 2])
+    check(tmp_path / "cached" / "scores" / "value.json", lambda: cached("scores", lambda: [1, 2]))
 
 
 @pytest.mark.parametrize("name", ["modules.json", "1_Pooling/config.json", "sentence_bert_config.json"])

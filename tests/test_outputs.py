@@ -268,15 +268,16 @@ def test_no_stage_works_through_a_planted_link(planted, tmp_path, precious):
     (run / planted).symlink_to(precious)
     calls = []
     with pytest.raises(CoterieError, match=f"run/{planted} is a link or a file where a folder is needed; delete it"):
-        RunFolder(run).stage("methods/seeds", calls.append)
+        RunFolder(run).stage("methods/seeds", calls.append, {})
     assert planted == "methods" or not calls
 
 
 def test_no_stage_works_beside_a_planted_link(tmp_path, precious):
     (tmp_path / "run/working/part/trainer").mkdir(parents=True)
     (tmp_path / "run/working/part/trainer/checkpoint-1").symlink_to(precious)
+    (tmp_path / "run/stages.jsonl").write_text('{"stage": "part", "from": {}}')
     with pytest.raises(CoterieError, match="part holds a link, .*/checkpoint-1, which no run makes"):
-        RunFolder(tmp_path / "run").stage("part", fails)
+        RunFolder(tmp_path / "run").stage("part", fails, {})
 
 
 def test_no_run_works_in_a_partial_folder_with_a_planted_link(tmp_path, precious):

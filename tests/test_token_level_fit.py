@@ -106,7 +106,16 @@ def test_a_fit_gives_a_folder_that_loads_and_answers(fitted):
     mixture = Mixture.from_pretrained(fitted, device="cpu")
     assert (mixture.method, mixture.bank.names, mixture.combiner.kind) == ("token-level", DOMAINS, "layers")
     assert {path.name for path in fitted.iterdir()} == {
-        *("README.md", "domains.jsonl", "experts", "metrics.jsonl", "mixture.json", "router", "run.yaml")
+        *(
+            "README.md",
+            "domains.jsonl",
+            "experts",
+            "metrics.jsonl",
+            "mixture.json",
+            "router",
+            "run.yaml",
+            "stages.jsonl",
+        )
     }
     answer = mixture.generate(QUESTIONS[:1], max_new_tokens=5)[0]
     assert answer.trace.experts == DOMAINS

@@ -43,6 +43,7 @@ _HOMES = {
     "select": "coterie.methods",
     "gather": "coterie.methods",
     "influence": "coterie.methods",
+    "run_status": "coterie.methods.status",
     "write_report": "coterie.report",
     "run_server": "coterie.serve.app",
     "print_weights": "coterie.report.terminal",

@@ -32,7 +32,8 @@ from coterie.artifacts.reading import (
     read_lines,
     read_text,
 )
-from coterie.artifacts.runs import JsonCache, RunFolder, check_output, read_run_record, run_folder
+from coterie.artifacts.runs import check_output, partial_folder, read_run_record, run_folder
+from coterie.artifacts.stages import STAGES_FILE, JsonCache, RunFolder, read_stages
 from coterie.artifacts.tensors import (
     MAX_TENSOR_FILE,
     Claim,
@@ -46,6 +47,7 @@ from coterie.artifacts.tensors import (
 __all__ = [
     "FORMAT",
     "MAX_TENSOR_FILE",
+    "STAGES_FILE",
     "Claim",
     "JsonCache",
     "RunFolder",
@@ -74,11 +76,13 @@ __all__ = [
     "open_regular",
     "parse_json",
     "parse_yaml",
+    "partial_folder",
     "read_floats",
     "read_json",
     "read_jsonl",
     "read_lines",
     "read_run_record",
+    "read_stages",
     "read_tensors",
     "read_text",
     "real_folder",

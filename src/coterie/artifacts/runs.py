@@ -4,14 +4,14 @@ So a folder under its own name is always a finished one. Inside, a stage is done
 its own name.
 """
 
+import logging
 import os
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,71 +19,26 @@ from typing import Any
 import yaml
 
 from coterie import ranks
-from coterie.artifacts.files import FORMAT, disk_errors, write_json, write_text
+from coterie.artifacts.files import FORMAT, disk_errors, write_jsonl, write_text
 from coterie.artifacts.folders import check_tree, held_places, real_folder, replace_folder, strange_entry
 from coterie.artifacts.locks import locked
 from coterie.artifacts.machine import environment_record
 from coterie.artifacts.outputs import inputs_of, mode_of
-from coterie.artifacts.reading import MAX_YAML, parse_yaml, read_json, read_text
+from coterie.artifacts.reading import MAX_YAML, parse_yaml, read_text
+from coterie.artifacts.stages import ANY, STAGES_FILE, WORKING, RunFolder, difference, read_stages
 from coterie.errors import CoterieError
 from coterie.settings.old_spellings import current_command, current_names, is_old
 from coterie.settings.reading import Settings, flat_values
 
-MAX_KEPT = 2**32  # bytes
+logger = logging.getLogger(__name__)
 
-ADDED_LATER = ("report.html", "methods", "working")
+ADDED_LATER = ("report.html", "methods", WORKING, STAGES_FILE)
 """What other commands add to a finished run."""
-
-JsonCache = Callable[[str, Callable[[], Any]], Any]
-"""Gives a JSON value by name, computing it where it is not known yet; see `RunFolder.cached`."""
 
 
 class _WithoutAliases(yaml.SafeDumper):
     def ignore_aliases(self, data: object) -> bool:  # they would not be read again
         return True
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """A run folder under construction; all of it is real folders and files."""
-
-    path: Path
-
-    def stage(self, name: str, make: Callable[[Path], object], *, together: bool = False) -> Path:
-        """Make the folder `name` once: `make` fills a working folder, which gets its name when it is complete.
-
-        A stage that was interrupted starts again with what it left in its working folder. Of several processes the
-        first one makes it, or all of them `together`.
-        """
-        done, working = self.path / name, self.path / "working" / name
-
-        def begin() -> None:
-            check_tree(real_folder(self.path, f"working/{name}"))
-
-        def fill() -> None:
-            with disk_errors(working):
-                make(working)
-
-        def finish() -> None:
-            with disk_errors(working):
-                real_folder(self.path, str(Path(name).parent))
-                working.rename(done)
-
-        if not ranks.by_first(done.exists):
-            ranks.by_first(begin)
-            fill() if together else ranks.by_first(fill)
-            ranks.by_first(finish)
-        return done
-
-    def cached(self, name: str, make: Callable[[], Any]) -> Any:  # whatever JSON holds
-        """Compute a JSON value once: a run that was interrupted later reads it. It is gone when the run is finished."""
-        file = self.path / "working" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}.json"
-        if not ranks.by_first(file.exists):
-            ranks.by_first(lambda: write_json(file, {"value": make()}))
-        kept = read_json(file, MAX_KEPT)
-        if "value" not in kept:
-            raise CoterieError(f"{file} lacks its 'value'; delete the file, it is made again")
-        return kept["value"]
 
 
 @contextmanager
@@ -100,37 +55,38 @@ def run_folder(output: Path, settings: Settings, inputs: Mapping[str, str]) -> I
     together = {"processes": ranks.count()} if ranks.count() > 1 else {}
     ranks.check_same(inputs)
     with ExitStack() as stack:
-        ranks.by_first(lambda: stack.enter_context(_open_folder(output, settings, inputs, together)))
-        yield RunFolder(partial_folder(output))
+        alike = ranks.by_first(lambda: stack.enter_context(_open_folder(output, settings, inputs, together)))
+        run = RunFolder(partial_folder(output), inputs, output if alike else None)
+        yield run
+        ranks.by_first(run.finish)
         ranks.by_first(stack.close)
 
 
 @contextmanager
 def _open_folder(
     output: Path, settings: Settings, inputs: Mapping[str, str], together: Mapping[str, int]
-) -> Iterator[None]:
+) -> Iterator[bool]:
+    """Give the partial folder of a run to work in, and tell whether stages of what it replaces may be taken over."""
     check_output(output, settings)
     with locked(output.with_name(f".{output.name}.lock"), output):
         _put_back(output, settings)
         check_output(output, settings)
         partial = real_folder(partial_folder(output))
         check_tree(partial)
+        started = datetime.now(UTC).isoformat(timespec="seconds")
         record = {"format": FORMAT, "command": settings.command, "settings": settings.model_dump()}
-        record["inputs"] = dict(inputs)
-        _check_same_run(partial, record)
-        if not (partial / "run.yaml").exists():
-            started = datetime.now(UTC).isoformat(timespec="seconds")
-            _write_record(partial, {**record, "started": started, **environment_record()})
+        record |= {"inputs": dict(inputs), "started": started, **environment_record()}
+        _begin(partial, record)
         try:
-            yield
-            shutil.rmtree(partial / "working", ignore_errors=True)
+            yield _made_alike(output, record)
             facts = {**together, "files": sorted(os.listdir(partial))}
             _write_record(partial, read_run_record(partial / "run.yaml") | facts)
             check_output(output, settings)  # something may have come there meanwhile
             with disk_errors(output):
                 replace_folder(partial, output, aside_folder(output))
         except (CoterieError, KeyboardInterrupt):
-            if not any(path.is_file() and path.name != "run.yaml" for path in partial.rglob("*")):  # nothing to resume
+            records = ("run.yaml", STAGES_FILE)
+            if not any(path.is_file() and path.name not in records for path in partial.rglob("*")):  # nothing to resume
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
@@ -220,26 +176,57 @@ def _run_record(folder: Path) -> dict[str, Any] | None:
     return record if is_ours and record.get("format") == FORMAT and "coterie" in record["versions"] else None
 
 
-def _check_same_run(partial: Path, record: Mapping[str, Any]) -> None:
+def _begin(partial: Path, record: Mapping[str, Any]) -> None:
+    """Write the record of a run into its new folder, or make an unfinished one go on under it.
+
+    With other settings or inputs than before, what was made from those stays, stage by stage; see `stages.py`.
+
+    Raises:
+        CoterieError: when what is there is no unfinished run of this command, or one with other settings that was begun
+            before stages were recorded.
+    """
     if not (partial / "run.yaml").exists():
         if any(partial.iterdir()):
             raise CoterieError(f"{partial} is no unfinished run, and {partial.stem} would be made there; move it away")
+        write_text(partial / STAGES_FILE, "")
+        _write_record(partial, record)
         return
-    tries = []
-    for one in (record, read_run_record(partial / "run.yaml")):
-        values = current_names(one["command"], flat_values(one["settings"]))  # as settings are called today
-        values.pop("overwrite", None)  # the tries at one run may differ in it
-        tries.append({**one, "settings": values})
-    ours, theirs = tries
+    before = read_run_record(partial / "run.yaml")
+    if not (partial / STAGES_FILE).exists():
+        write_jsonl(partial / STAGES_FILE, [{"stage": ANY, "from": None}])
+    stages = read_stages(partial)
+    ours, theirs = _decisive(record), _decisive(before)
     for name in theirs["settings"].keys() - ours["settings"].keys():
         if is_old(record["command"], name):  # the run began when this flag was this command's
             del theirs["settings"][name]
-    different = [key for key in ("command", "settings", "inputs") if ours[key] != theirs.get(key)]
-    if different:
+    if ours == theirs:
+        return
+    if before["command"] != record["command"] or ANY in stages:
+        different = " and ".join(key for key in ("command", "settings", "inputs") if ours[key] != theirs[key])
         raise CoterieError(
-            f"{partial} holds an unfinished run with other {' and '.join(different)}; "
+            f"{partial} holds an unfinished run with other {different}; "
             f"finish that one with its own settings, or delete the folder"
         )
+    logger.info("%s goes on, where nothing depends on what is new: %s", partial, difference(theirs, ours))
+    kept = {"run.yaml", STAGES_FILE, WORKING, *(Path(name).parts[0] for name in stages)}
+    for path in [path for path in partial.iterdir() if path.name not in kept]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    _write_record(partial, record)
+
+
+def _decisive(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what tells one run from another: its command, settings as they are called today, and inputs."""
+    values = current_names(record["command"], flat_values(record["settings"]))
+    values.pop("overwrite", None)  # the tries at one run may differ in it
+    return {"command": record["command"], "settings": values, "inputs": record.get("inputs")}
+
+
+def _made_alike(output: Path, record: Mapping[str, Any]) -> bool:
+    """Tell whether a finished run was made by the same command with the same versions of everything."""
+    if not (output / STAGES_FILE).is_file():
+        return False
+    before = read_run_record(output / "run.yaml")
+    return all(before.get(name) == record[name] for name in ("command", "versions"))
 
 
 def read_run_record(path: Path) -> dict[str, Any]:

@@ -221,7 +221,8 @@ def repeat(
     overwrite: Annotated[bool, typer.Option(help="replace what is there; a record alone cannot ask for it")] = False,
 ) -> None:
     """Repeat a run from its record, or run a YAML file's settings, after telling what is read, written and replaced."""
-    found = read_run_record(record)
+    unfinished = record.parent.parent / f"{record.parent.name}.partial" / record.name
+    found = read_run_record(record if record.exists() or not unfinished.exists() else unfinished)
     again = COMMANDS.get(found["command"])
     known = [name for name, one in COMMANDS.items() if one.settings and not one.takes_prompts and name not in REMOVES]
     if again is None or again.settings is None or found["command"] not in known:
@@ -232,6 +233,16 @@ def repeat(
     echo(_announcement(record, settings), err=True)
     do(found["command"], settings)
     tell_next(found["command"], settings)
+
+
+@command("status", "coterie status runs/elrea")
+def status(
+    folder: Annotated[Path, typer.Argument(help="the --output of a command, finished or not")], as_json: AsJson = False
+) -> None:
+    """Tell what there is of a run, and which stages the same command would make again by now, and why."""
+    kinds = {name: one.settings for name, one in COMMANDS.items() if one.settings}
+    found = coterie.run_status(folder, kinds)
+    echo(json.dumps(found.record()) if as_json else str(found))
 
 
 def _announcement(record: Path, settings: Settings) -> str:

@@ -25,7 +25,7 @@ PANELS = {
     "Ask it": ("route", "generate", "plan", "serve", "export"),
     "Compare methods": ("eval", "report", "spread"),
     "Adapters, experts and data that exist already": ("bank", "select", "gather", "influence", "experts", "profile"),
-    "Again": ("run",),
+    "Again": ("run", "status"),
     "This machine": ("doctor",),
 }
 """The commands in the order in which one comes to use them, as help shows them."""
@@ -107,6 +107,7 @@ NEXT = {
     "serve": "coterie generate {mixtures_0} 'What do 5 pens cost?'",
     "export": "cat {output}/README.md",
     "eval": "coterie report {output}",
+    "status": "coterie run {folder}/run.yaml --overwrite",
     "report": "python3 -m webbrowser {evaluation}/report.html",
     "spread": "coterie report {evaluations_0}",
     "bank add": "coterie fit from-adapters --bank {folder} --output runs/shelf",

@@ -27,7 +27,7 @@ from coterie.experts.bank import load_bank
 from coterie.experts.names import BASE
 from coterie.features.growing_text import FeatureExtractor
 from coterie.features.prefill import candidate_layers
-from coterie.methods.common import named_sources
+from coterie.methods.common import hash_examples, named_sources
 from coterie.methods.elrea import fitted_routers
 from coterie.methods.elrea.cross_fit import assign_folds
 from coterie.methods.elrea.extras import EXTRAS
@@ -35,7 +35,7 @@ from coterie.methods.elrea.fit import Prepared, check_enough, fit_experts, prepa
 from coterie.methods.elrea.run import ElreaRun, within_budget
 from coterie.methods.extras import load_extra, prepare_extras, read_losses
 from coterie.mixture import Mixture
-from coterie.mixture.folder import MIXTURE_FILE
+from coterie.mixture.folder import MIXTURE_FILE, hash_mixture
 from coterie.progress import part, whole
 from coterie.records.auto import AUTO_FILE, PAGE_FILE, AutoRecord, CandidateRecord
 from coterie.records.evaluation import LEVEL
@@ -51,7 +51,7 @@ from coterie.settings.reading import from_flat
 
 logger = logging.getLogger(__name__)
 
-AUTO = "auto"
+AUTO, METHODS = "auto", "methods"
 FOLDS = "working/judging"
 TOPS = (1, 2)
 EXTRAS_USED = ("performance", "membership", "refusal", "loss", "prefill")
@@ -87,11 +87,10 @@ def fit_auto(settings: AutoSettings, examples: list[Example] | None = None) -> M
     output = as_path(settings.output)
     backbone, prompts, kept, inputs = ranks.each(lambda: _prepare(settings, examples))
     with run_folder(output, settings, inputs) as run, whole(settings.command, _work(settings, len(kept.rows))):
-        is_fitted = (run.path / MIXTURE_FILE).exists() and not (run.path / "training").exists()
-        if ranks.by_first(lambda: is_fitted):
-            mixture = replace(Mixture.from_pretrained(run.path, device=str(backbone.device)), backbone=backbone)
-        else:
-            mixture = fit_experts(run, settings, backbone, prompts, kept)
+        mixture = fit_experts(run, settings, backbone, prompts, kept)
+        unlike = hash_examples(load_all([settings.unlike], fitted_routers.UNLIKE_ROWS)) if settings.unlike else None
+        judged_from = {"mixture": hash_mixture(run.path), "judge_folds": settings.judge_folds, "unlike": unlike}
+        run.claim(METHODS, judged_from)
         how = ExtrasSettings(judge_folds=settings.judge_folds, unlike=settings.unlike)
         opened = ElreaRun(mixture, settings, how, run.path, inputs, kept)
         mixture = _choose(opened, settings)

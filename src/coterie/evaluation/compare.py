@@ -4,9 +4,9 @@ All methods of a bank that meet in the logits share one forward pass over the re
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from coterie.evaluation.answers import Answers, TestRow, answer
 from coterie.evaluation.clusters import AGAIN, cluster_records, feature_map, kind_of
 from coterie.evaluation.few_shot import with_shots
 from coterie.evaluation.rows import memory_bytes, merge_errors, row_records, summary_record
-from coterie.evaluation.shared_scores import Scored, SharedRouting, no_cache, score_methods
+from coterie.evaluation.shared_scores import Scored, SharedRouting, cache_name, no_cache, score_methods
 from coterie.evaluation.table import format_table
 from coterie.evaluation.unfamiliar import weights_for_unfamiliar
 from coterie.grading.grade import check_code_execution, code_notes
-from coterie.methods.common import DOMAINS_FILE, hash_examples
+from coterie.methods.common import DOMAINS_FILE, backbone_key, hash_examples
 from coterie.methods.family import NAMED_ROUTER, MethodGrid
 from coterie.methods.kshot.run import task_records
 from coterie.methods.registry import family_of, make_grid
@@ -38,14 +38,20 @@ from coterie.records.mixture import TrainingRow
 from coterie.records.schema import read, read_rows
 from coterie.records.verdict import advice
 from coterie.settings.commands import EvaluationSettings
-from coterie.settings.groups import ExtrasSettings
+from coterie.settings.groups import ExpertServingSettings, ExtrasSettings
 from coterie.settings.keywords import names_in
-from coterie.settings.reading import changed, from_flat
+from coterie.settings.reading import changed, from_flat, values_of
+from coterie.settings.rows import ReadingSettings
 
 logger = logging.getLogger(__name__)
 
 PER_DATASET = "per-dataset"
 TOKEN_LEVEL = "token-level"
+NOT_OF_ANSWERS = (
+    *("mixture", "data", "limit", "output", "overwrite", "generate", "methods", "control", "router", "every"),
+    *("resamples", "allow_code_execution", *ExpertServingSettings.model_fields, *ReadingSettings.model_fields),
+)
+"""Settings of an evaluation that are about which methods answer, what comes of answers, or what is hashed besides."""
 _ANSWERS = TypeAdapter(Answers)  # as plain values, and back
 
 
@@ -120,7 +126,7 @@ def run_evaluation(settings: EvaluationSettings) -> Evaluation:
         kept = [name for name in method_names(chosen) if name != PER_DATASET]
         chosen = chosen.model_copy(update={"methods": ",".join(kept)})
     with run_folder(output, settings, _inputs(mixture, examples)) as run:
-        result = compare(mixture, examples, chosen, run.cached)
+        result = compare(mixture, examples, chosen, run.cache(_decisive(chosen, mixture)))
         write_evaluation(run.path, result.record, result.row_records)
     return result
 
@@ -133,6 +139,12 @@ def _inputs(mixture: Mixture, examples: Sequence[Example]) -> dict[str, str]:
         "mixture": hash_mixture(mixture.folder),
         "data": hash_examples(examples),
     }
+
+
+def _decisive(settings: EvaluationSettings, mixture: Mixture) -> dict[str, Any]:
+    """Return what decides how a method answers, beside the mixture and the rows."""
+    values = {**values_of(settings, NOT_OF_ANSWERS), **backbone_key(mixture.backbone)}
+    return {**values, "shots": hash_examples(_shots(mixture, settings)) if settings.solved.few_shot else None}
 
 
 def resolved(settings: EvaluationSettings, mixture: Mixture) -> EvaluationSettings:
@@ -234,7 +246,9 @@ def compare(
             scored = score_methods(grid, token_rows, methods, cached)
         for name in methods if settings.generate else ():
             with part(name):
-                answers[name] = _answers(name, scored, tests, settings, cached)
+                answers[name] = _answers(
+                    name, scored, tests, settings, partial(cached, cache_name("answers", grid, [name]))
+                )
     if mixture.method in scored.routed:  # the weights of the mixture's own method are recorded in any case
         routing = scored.routed[mixture.method].routing
     else:
@@ -263,7 +277,9 @@ def compare(
         memory=memory_bytes(scored, [len(row.ids) for row in token_rows]),
         merge_error=merge_errors(scored),
         notes=(*notes, *code_notes(examples, run_code=run_code)),
-        unfamiliar_routing=cached("unfamiliar", lambda: weights_for_unfamiliar(scored.cells)),
+        unfamiliar_routing=cached(
+            cache_name("unfamiliar", grid, methods), lambda: weights_for_unfamiliar(scored.cells)
+        ),
         choice=_choice(folder),
         map=feature_map(folder),
         **cluster_records(folder),
@@ -278,6 +294,12 @@ def _choice(folder: Path | None) -> AutoRecord | None:
     return read(AutoRecord, file, AGAIN) if file and file.exists() else None
 
 
+def _shots(mixture: Mixture, settings: EvaluationSettings) -> list[Example]:
+    """Load the solved examples that stand before questions."""
+    reading = settings.reading.as_fitted(mixture.prompts.reading.record()).shared
+    return load_all(settings.solved.few_shot, reading=reading)
+
+
 def _test_rows(
     mixture: Mixture, examples: Sequence[Example], settings: EvaluationSettings
 ) -> tuple[list[TestRow], list[str]]:
@@ -287,7 +309,7 @@ def _test_rows(
         return [TestRow(example, example) for example in examples], []
     found = with_shots(
         examples,
-        load_all(shots.few_shot, reading=settings.reading.as_fitted(mixture.prompts.reading.record()).shared),
+        _shots(mixture, settings),
         count=shots.few_shot_count,
         length=lambda example: mixture.prompts.row(example).prompt_length,
         longest=shots.longest_prompt,
@@ -301,7 +323,11 @@ def _test_rows(
 
 
 def _answers(
-    name: str, scored: Scored, tests: Sequence[TestRow], settings: EvaluationSettings, cached: JsonCache
+    name: str,
+    scored: Scored,
+    tests: Sequence[TestRow],
+    settings: EvaluationSettings,
+    cached: Callable[[Callable[[], Any]], Any],
 ) -> Answers:
     """Let a method answer, or read the answers that it gave in an earlier try."""
 
@@ -310,7 +336,7 @@ def _answers(
         found = answer(scored.cells[name], tests, routing, name, settings.batch_size, settings.sampling)
         return _ANSWERS.dump_python(found, mode="json")
 
-    return _ANSWERS.validate_python(cached(f"answers-{name}", make))
+    return _ANSWERS.validate_python(cached(make))
 
 
 def _seconds(grid: MethodGrid, scored: Scored, answers: Mapping[str, Answers]) -> dict[str, dict[str, float]]:

@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from coterie.artifacts import JsonCache
+from coterie.artifacts import JsonCache, hash_text, sha256_of
 from coterie.data.batching import TokenRow
 from coterie.engine.scoring import score_votes
+from coterie.methods.extras import RECORD
 from coterie.methods.family import MethodGrid
 from coterie.mixture import Mixture
 from coterie.progress import GRADIENTS, part, whole
@@ -85,6 +86,14 @@ def no_cache(name: str, make: Callable[[], Any]) -> Any:
     return make()
 
 
+def cache_name(what: str, grid: MethodGrid, methods: Sequence[str]) -> str:
+    """Name what is measured of methods, so that it is another one where the extras behind them were trained anew."""
+    extras = [sha256_of(grid.extras[need].folder / RECORD) for need in grid.family.needs(methods)]
+    if len(methods) == 1 and not extras:
+        return f"{what}-{methods[0]}"
+    return f"{what}-{hash_text(*methods, *extras)[:16]}"
+
+
 def score_methods(
     grid: MethodGrid, rows: Sequence[TokenRow], names: Sequence[str], cached: JsonCache = no_cache
 ) -> Scored:
@@ -104,12 +113,14 @@ def score_methods(
             routed = dict(zip(routable, shared.all(cell.router for cell in routable.values()), strict=True))
         with part(IN_LOGITS):
             own = {name: routed[name] for name in in_logits}
-            together = cached("likelihoods", lambda: _score_logits(grid, rows, own, alone))
+            name = cache_name("likelihoods", grid, [*in_logits, *oracles])
+            together = cached(name, lambda: _score_logits(grid, rows, own, alone))
         nll = {name: torch.tensor(values) for name, values in together["nll"].items()}
         expert_nll, tokens = torch.tensor(together["expert_nll"]), torch.tensor(together["tokens"])
         for name in apart:
             with part(name):
-                found = cached(f"likelihood-{name}", partial(_score_alone, cells[name], rows, routed[name], name))
+                score = partial(_score_alone, cells[name], rows, routed[name], name)
+                found = cached(cache_name("likelihood", grid, [name]), score)
             nll[name], seconds[name] = torch.tensor(found["nll"]), found["seconds"]
     for name, router in oracles.items():
         own_nll = expert_nll[:, [alone.index(expert) for expert in router.experts]]

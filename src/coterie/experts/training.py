@@ -133,7 +133,8 @@ def trained(
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     for entry in history:  # the trainer counts micro-batches, which are others in several processes
         entry["epoch"] = entry["step"] * plan.epochs / trainer.state.max_steps
-    log = [{"stage": plan.label, **{key: entry[key] for key in (*LOGGED, *also)}} for entry in history]
+    name = plan.label.partition(" (")[0]  # not how many are trained beside it: what is taken over must be the same
+    log = [{"stage": name, **{key: entry[key] for key in (*LOGGED, *also)}} for entry in history]
     write_jsonl(folder / LOG_FILE, log)
     ranks.by_first(lambda: shutil.rmtree(working))
 

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from coterie import ranks
-from coterie.artifacts import RunFolder, hash_json_list, write_jsonl
+from coterie.artifacts import RunFolder, hash_json_list, sha256_of, write_jsonl
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow
 from coterie.data.examples import Example, read_all
@@ -20,6 +20,7 @@ from coterie.experts.training import TrainingPlan, read_log, train_adapter
 from coterie.progress import part, whole
 from coterie.settings.commands import ElreaSettings, KshotSettings, TokenLevelSettings
 from coterie.settings.groups import LoraSettings
+from coterie.settings.reading import values_of
 from coterie.settings.rows import READING, ReadingSettings
 
 DOMAINS_FILE = "domains.jsonl"
@@ -102,11 +103,12 @@ def train_clusters(
 
 
 class ExpertJob(NamedTuple):
-    """An expert to train: its rows, how, and what it starts from (as for `train_adapter`)."""
+    """An expert to train: its rows, how, what it starts from (as for `train_adapter`); inputs of the run behind it."""
 
     rows: Sequence[TokenRow]
     plan: TrainingPlan
     start: Path | LoraSettings
+    inputs: Iterable[str] | None = None
 
 
 def train_experts(run: RunFolder, jobs: Mapping[str, ExpertJob], backbone: Backbone, what: str) -> dict[str, Path]:
@@ -122,17 +124,45 @@ def train_experts(run: RunFolder, jobs: Mapping[str, ExpertJob], backbone: Backb
     weights = {name: float(len(job.rows) * job.plan.epochs) for name, job in jobs.items()}
     with whole(what, weights):
         ranks.spread({name: partial(train, name) for name in jobs}, weights, what)
-    return {name: run.path / "experts" / name for name in jobs}
+    folders = {name: run.path / "experts" / name for name in jobs}
+    run.wanted.update(f"experts/{name}" for name in jobs)  # also those that other processes asked for
+    return folders
 
 
 def train_expert(run: RunFolder, name: str, job: ExpertJob, backbone: Backbone) -> Path:
     """Train one expert by all processes together, and return its folder, `experts/<name>` of the run."""
-    trained = run.stage(
-        f"training/{name}",
+    run.renamed(f"training/{name}", f"experts/{name}")
+    return run.stage(
+        f"experts/{name}",
         lambda folder: train_adapter(backbone, job.rows, job.plan, folder, job.start),
+        training_key(backbone, job),
+        inputs=job.inputs,
         together=True,
     )
-    return copy_expert(run, name, trained)
+
+
+def training_key(backbone: Backbone, job: ExpertJob) -> dict[str, Any]:
+    """Return all that decides what a training ends with."""
+    own = {name: value for name, value in asdict(job.plan).items() if name not in ("label", "report_to")}
+    begun = values_of(job.start) if isinstance(job.start, LoraSettings) else {"start": hash_adapter(job.start)}
+    return {**backbone_key(backbone), "rows": hash_rows(job.rows), **own, **begun}
+
+
+def backbone_key(backbone: Backbone) -> dict[str, str]:
+    """Return what of a base model decides the numbers that are computed with it."""
+    kinds = sorted({type(module).__name__ for module in backbone.model.modules() if "Linear" in type(module).__name__})
+    form = f"{str(backbone.model.dtype).removeprefix('torch.')} on {backbone.device.type}, {'/'.join(kinds)}"
+    return {"base_model": backbone.identity.sha256, "held": form}
+
+
+def hash_rows(rows: Sequence[TokenRow]) -> str:
+    """Hash tokenised rows."""
+    return hash_json_list(asdict(row) for row in rows)
+
+
+def hash_adapter(folder: Path) -> str:
+    """Hash the two files of a PEFT adapter."""
+    return sha256_of(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
 
 
 def copy_expert(run: RunFolder, name: str, adapter: Path) -> Path:
@@ -142,18 +172,12 @@ def copy_expert(run: RunFolder, name: str, adapter: Path) -> Path:
         for file in (CONFIG_FILE, WEIGHTS_FILE):
             shutil.copy(adapter / file, folder / file)
 
-    return run.stage(f"experts/{name}", copy)
+    return run.stage(f"experts/{name}", copy, {"adapter": hash_adapter(adapter)})
 
 
-def close_training(run: RunFolder, trainings: Iterable[str]) -> None:
-    """Join the logs of a run's trainings in `metrics.jsonl` and drop their folders: the last step of a run."""
-
-    def close() -> None:
-        logs = [entry for name in trainings for entry in read_log(run.path / "training" / name)]
-        write_jsonl(run.path / "metrics.jsonl", logs)
-        shutil.rmtree(run.path / "training")
-
-    ranks.by_first(close)
+def join_logs(run: RunFolder, trainings: Iterable[Path]) -> None:
+    """Join the logs of a run's trainings, which lie in the folders of these, in `metrics.jsonl`."""
+    write_jsonl(run.path / "metrics.jsonl", [entry for folder in trainings for entry in read_log(folder)])
 
 
 def hash_examples(examples: Sequence[Example]) -> str:

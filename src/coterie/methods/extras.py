@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from coterie import ranks
-from coterie.artifacts import FORMAT, RunFolder, locked, read_floats, read_run_record, write_json
+from coterie.artifacts import FORMAT, STAGES_FILE, RunFolder, locked, read_floats, read_run_record, write_json
 from coterie.errors import CoterieError, naming
 from coterie.experts.bank import ExpertBank, load_bank
 from coterie.mixture import Mixture
-from coterie.mixture.folder import derived_folder
+from coterie.mixture.folder import derived_folder, hash_mixture
 from coterie.progress import part, whole
 from coterie.records.mixture import ExtraRecord
 from coterie.records.schema import read
@@ -173,11 +173,11 @@ def _train(run: AnyRun, name: str, spec: ExtraSpec[AnyRun], place: Path) -> None
     def make(working: Path) -> None:
         started = time.perf_counter()
         made = spec.make(run, RunFolder(working))
-        for done in ("training", "working"):
-            ranks.by_first(partial(shutil.rmtree, working / done, ignore_errors=True))
+        ranks.by_first(partial(shutil.rmtree, working / "working", ignore_errors=True))
+        ranks.by_first(partial((working / STAGES_FILE).unlink, missing_ok=True))
         record = {
             "format": FORMAT,
-            "settings": {field: getattr(run.extras, field) for field in spec.settings},
+            "settings": values,
             "experts": list(made.experts),
             "router": made.router.save(working / "router") if made.router else None,
             "seconds": round(time.perf_counter() - started, 1),
@@ -185,6 +185,7 @@ def _train(run: AnyRun, name: str, spec: ExtraSpec[AnyRun], place: Path) -> None
         }
         write_json(working / RECORD, record)
 
+    values = {field: getattr(run.extras, field) for field in spec.settings}
     real = place.resolve()  # the run may be named by a link; below it there is none
 
     def tidy() -> None:
@@ -194,7 +195,8 @@ def _train(run: AnyRun, name: str, spec: ExtraSpec[AnyRun], place: Path) -> None
 
     with ExitStack() as stack:
         ranks.by_first(lambda: stack.enter_context(locked(real / ".lock", place)))
-        RunFolder(real).stage(f"methods/{name}", make, together=spec.together)
+        made_from = {"mixture": hash_mixture(run.folder), **values}
+        RunFolder(real).stage(f"methods/{name}", make, made_from, together=spec.together)
         ranks.by_first(tidy)
 
 

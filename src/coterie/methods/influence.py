@@ -22,12 +22,12 @@ from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError
 from coterie.experts.training import load_checkpoint
 from coterie.features.gradient import Checkpoint, GradientFeatures, read_features, write_features
-from coterie.methods.common import hash_examples, named_sources
+from coterie.methods.common import backbone_key, hash_examples, hash_rows, named_sources
 from coterie.mixture import Mixture
 from coterie.mixture.folder import find_mixture, hash_mixture
 from coterie.settings.influence import AnswerFeatureSettings, InfluenceSettings
 from coterie.settings.keywords import takes_fields
-from coterie.settings.reading import from_flat
+from coterie.settings.reading import from_flat, values_of
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,13 @@ def score_rows(
         for side, form, own in (("data", "adam", rows), ("aimed", "sgd", aimed)):
             how = AnswerFeatureSettings(form=form, d_proj=settings.d_proj)
             features = GradientFeatures(mixture.backbone, [point], how, settings.seed)
-            folder = run.stage(f"working/features/{number}-{side}", partial(write_features, features, own))
+            made_from = {**values_of(how), "seed": settings.seed, **backbone_key(mixture.backbone)}
+            folder = run.stage(
+                f"working/features/{number}-{side}",
+                partial(write_features, features, own),
+                {**made_from, "rows": hash_rows(own)},
+                inputs=("mixture",),
+            )
             found.append(read_features(folder, len(own), "delete the folder and start again"))
         directions = torch.nn.functional.normalize(found[1], dim=-1).T
         for block, sums in zip(found[0].split(BLOCK_ROWS), total.split(BLOCK_ROWS), strict=True):

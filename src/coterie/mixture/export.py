@@ -115,11 +115,12 @@ def _write(
     model = mixture.backbone.model
     if base_type and not (run.path / BASE_FILE).exists():
         write_gguf_model(run.path / BASE_FILE, mixture.backbone, base_type)
+    how = {"base": exported.base_model, "merge": exported.merge, "weights": dict(exported.weights or {})}
     for place, adapter in zip(exported.ranks, adapters.values(), strict=True):
         if exported.target == LLAMA_CPP:
             write_gguf_adapter(run.path / place, adapter, model)
         else:
-            run.stage(place, lambda to, own=adapter: write_plain_adapter(to, own, model, exported.base_model))
+            run.stage(place, lambda to, own=adapter: write_plain_adapter(to, own, model, exported.base_model), how)
 
 
 def _base_model(mixture: Mixture, settings: ExportSettings) -> str:

@@ -51,6 +51,7 @@ COPIED = (
     "auto.json",
     "auto.md",
     "run.yaml",
+    "stages.jsonl",
     "metrics.jsonl",
 )
 """What a saved copy takes along from the folder that a mixture was loaded from."""

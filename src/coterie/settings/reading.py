@@ -123,6 +123,12 @@ def flat_values(values: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def values_of(settings: Settings, but: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the values of settings by plain name, as JSON holds them, but for some; None stands for a default."""
+    flat = flat_values(settings.model_dump(mode="json"))
+    return {name: value for name, value in flat.items() if name not in but}
+
+
 def _group(field: FieldInfo) -> type[Settings] | None:
     """Return which group a field holds, also one that may be left out."""
     kinds = get_args(field.annotation) or (field.annotation,)

@@ -53,7 +53,7 @@ def cross_fit(run: ElreaRun, into: RunFolder) -> CrossFitLosses:
 
     def judge(fold: int) -> None:
         with part(f"fold {fold + 1}"):
-            into.stage(f"folds/{fold}", partial(score_fold, fold=fold), together=True)
+            into.stage(f"folds/{fold}", partial(score_fold, fold=fold), {}, together=True)
 
     tasks = {f"fold {fold + 1}": partial(judge, fold) for fold in range(count)}
     with whole("judged", dict.fromkeys(tasks, 1.0)):

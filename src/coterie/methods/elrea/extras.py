@@ -103,7 +103,7 @@ def _random_weights(run: ElreaRun, into: RunFolder) -> TrainedExtra:
             write_tensors(folder / WEIGHTS_FILE, {name: base[name].float() + step for name, step in moved.items()})
 
         name = f"noise-{number}"
-        folders[name] = into.stage(f"experts/{name}", write)
+        folders[name] = into.stage(f"experts/{name}", write, {})
     return TrainedExtra(folders)
 
 

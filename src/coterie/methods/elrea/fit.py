@@ -1,9 +1,7 @@
 """ELREA's whole loop (arXiv 2502.00089): base adapter, gradient features, clusters, one expert each, centroids."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,20 +22,24 @@ from coterie.experts.training import load_checkpoint, train_adapter
 from coterie.features.gradient import CentredRows, GradientFeatures, counted_blocks, read_features, write_features
 from coterie.features.growing_text import FeatureExtractor
 from coterie.methods.common import (
+    ExpertJob,
     base_plan,
-    close_training,
     copy_expert,
     hash_examples,
+    join_logs,
     named_sources,
     origin,
     train_clusters,
+    training_key,
 )
 from coterie.mixture import Mixture
 from coterie.progress import GRADIENTS, TRAINING, part, whole
 from coterie.routers.centroid import CentroidRouter, centroids_of
 from coterie.settings.commands import ElreaSettings
 from coterie.settings.keywords import takes_fields
-from coterie.settings.reading import from_flat
+from coterie.settings.reading import from_flat, values_of
+
+CHECKPOINTS = "checkpoints"
 
 
 def elrea(model: str, data: str | Sequence[str] | Sequence[Example], *, output: str | Path, **settings: Any) -> Mixture:  # noqa: ANN401
@@ -130,22 +132,25 @@ def fit_experts(
     """Train the base adapter, cluster the rows, train an expert for each cluster, and write the mixture."""
     # 1) the base adapter: its epochs go to `checkpoints`, its last state is the expert `base`
     plan = base_plan(settings, BASE, keep_epochs=True)
+    run.renamed("training/base", CHECKPOINTS)
     with part("base"):
         trained = run.stage(
-            "training/base",
+            CHECKPOINTS,
             lambda folder: train_adapter(backbone, kept.rows, plan, folder, settings.lora),
+            training_key(backbone, ExpertJob(kept.rows, plan, settings.lora)),
             together=True,
         )
     names = [f"epoch-{epoch}" for epoch in range(settings.training.epochs)]
-    for name in names:
-        run.stage(f"checkpoints/{name}", partial(shutil.copytree, trained / name, dirs_exist_ok=True))
     base = copy_expert(run, BASE, trained)
     # 2) what every row's gradients at the checkpoints look like, and the clusters they make
-    checkpoints = [load_checkpoint(run.path / "checkpoints" / name, backbone.model) for name in names]
+    checkpoints = [load_checkpoint(trained / name, backbone.model) for name in names]
     gradients = GradientFeatures(backbone, checkpoints, settings.features, settings.seed)
     prompts_alone = Chosen(kept.rows, range(len(kept.rows)), TokenRow.prompt)
     with part("features"):
-        folder = run.stage("features", lambda folder: write_features(gradients, prompts_alone, folder), together=True)
+        made_from = {CHECKPOINTS: run.key(CHECKPOINTS), "seed": settings.seed, **values_of(settings.features)}
+        folder = run.stage(
+            "features", lambda folder: write_features(gradients, prompts_alone, folder), made_from, together=True
+        )
     features = read_features(folder, len(kept.rows), "fit again")
     centre = features.mean(dim=0) if settings.features.form == "adam-centred" else None
     shifted = features if centre is None else CentredRows(features, centre)
@@ -166,5 +171,5 @@ def fit_experts(
     records = ({**origin(example), "cluster": f"cluster-{label}"} for example, label in rows)
     write_jsonl(run.path / "clusters.jsonl", records)
     mixture.write_description(run.path, {"clustering": clustering.record()})
-    close_training(run, mixture.bank.names)
+    join_logs(run, [trained, *dict.fromkeys(folder for folder in experts.values() if folder != base)])
     return mixture

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from coterie.artifacts import JsonCache, as_path, check_output, run_folder, write_json, write_jsonl
+from coterie.artifacts import JsonCache, as_path, check_output, hash_text, run_folder, write_json, write_jsonl
 from coterie.data.examples import Example
 from coterie.engine.scoring import answer_positions
 from coterie.errors import CoterieError
@@ -35,7 +35,7 @@ from coterie.grading.grade import is_right
 from coterie.grading.lengths import with_length
 from coterie.methods.common import named_sources
 from coterie.methods.kshot.rationales import FROM_DATA, with_rationales
-from coterie.methods.kshot.task import KshotTask, open_task
+from coterie.methods.kshot.task import KshotTask, choosing_values, open_task, scores_cache
 from coterie.mixture.local_answers import LocalAnswerer
 from coterie.progress import ANSWERING, part, steps, whole
 from coterie.records.schema import read
@@ -118,7 +118,7 @@ def select_adapters(settings: SelectSettings) -> Selected:
     check_output(output, settings)
     task = open_task(settings.folder, settings, settings.system_prompt)
     with run_folder(output, settings, task.inputs()) as run:
-        selected = choose(task, settings, run.cached)
+        selected = choose(task, settings, scores_cache(run, choosing_values(settings, settings.system_prompt, task)))
         selected.write(run.path)
     return selected
 
@@ -326,12 +326,14 @@ class ShotScoring:
             CoterieError: when an adapter does not fit, or a shot cannot be answered.
         """
         ranks = {card.name: card.rank for card in self.task.bank.cards}
+        hashes = {card.name: card.sha256 for card in self.task.bank.cards}
         order = sorted(names, key=lambda name: (ranks[name], name))
         start, size = len(self.cells.setdefault(order[0], [])), self.settings.group_size
         groups = [order[place : place + size] for place in range(0, len(order), size)]
         with whole("shots", {", ".join(own): len(own) for own in groups}):
             for own in groups:
-                key = f"scores-{start}-{shots}-{'-'.join(own)}"
+                contents = hash_text(*(f"{name} {hashes[name]}" for name in own))
+                key = f"scores-{start}-{shots}-{own[0]}-{contents[:16]}"
                 with part(", ".join(own)):
                     found = self.cached(key, lambda own=own: _score_shots(self, own, range(start, shots)))
                 for name in own:

@@ -9,29 +9,35 @@ from typing import Any
 from coterie import ranks
 from coterie.artifacts import RunFolder, as_path, check_output, read_tensors, run_folder, sha256_of, write_jsonl
 from coterie.combiners.layers import LayerCombiner
-from coterie.data.batching import tokenise
+from coterie.data.batching import TokenRow, tokenise
 from coterie.data.examples import Example, load_examples
 from coterie.experts.bank import load_bank
 from coterie.experts.training import read_log
 from coterie.features.embedding import HIDDEN
 from coterie.features.embedding_store import hidden_encoder, load_text_encoder
-from coterie.methods.common import copy_expert, named_sources
-from coterie.methods.kshot.choose_adapters import SCORES_FILE, SELECTION_FILE, choose, read_selection, scoring_work
+from coterie.methods.common import backbone_key, copy_expert, hash_adapter, hash_rows, named_sources
+from coterie.methods.kshot.choose_adapters import (
+    SCORES_FILE,
+    SELECTION_FILE,
+    choose,
+    read_selection,
+    scoring_work,
+)
 from coterie.methods.kshot.gather_rows import GATHERED_FILE, SUMMARY_FILE, OpenData, load_open_data, write_gathered
 from coterie.methods.kshot.reuse import check_reused, copy_files, reused_inputs
-from coterie.methods.kshot.task import KshotTask, open_task
+from coterie.methods.kshot.task import KshotTask, choosing_values, open_task, scores_cache
 from coterie.methods.kshot.train import GATES_FILE, gate_options, tune
 from coterie.mixture import Mixture
 from coterie.progress import EMBEDDING, TRAINING, part, whole
 from coterie.routers.gate import GateRouter, read_gates
 from coterie.settings.commands import GatherSettings, KshotSettings
 from coterie.settings.keywords import takes_fields
-from coterie.settings.reading import from_flat
+from coterie.settings.reading import from_flat, values_of
 
 METHOD = "kshot-moe"
 SELECTION = "selection"
 GATHERED = "gathered"
-TUNED = "tuned"
+TUNED = "working/tuned"
 
 
 def kshot(bank: str | Path, shots: str | Sequence[str], *, output: str | Path, **settings: Any) -> Mixture:  # noqa: ANN401
@@ -75,11 +81,8 @@ def fit_kshot(settings: KshotSettings) -> Mixture:
             gathered = _gathered(run, task, settings, data)
         examples = [*task.shots, *gathered]
         rows = tokenise(task.prompts, examples, settings.training.max_length, task.backbone.positions).rows
-        experts_by_name = dict(zip(chosen, chosen, strict=True))
         with part("training"):
-            tuned = run.stage(
-                TUNED, lambda folder: tune(folder, task, experts_by_name, rows, settings).router.save(folder)
-            )
+            tuned = _trained(run, task, chosen, rows, settings)
         folders = {name: copy_expert(run, name, tuned / "experts" / name) for name in chosen}
         experts = load_bank(folders, task.backbone.model)
         options = gate_options(settings, len(experts))
@@ -89,8 +92,28 @@ def fit_kshot(settings: KshotSettings) -> Mixture:
         write_jsonl(run.path / "metrics.jsonl", read_log(tuned))
         shutil.copy(tuned / GATES_FILE, run.path / GATES_FILE)
         mixture.write_description(run.path)
-        shutil.rmtree(tuned)
     return replace(mixture, folder=output)
+
+
+def _trained(
+    run: RunFolder, task: KshotTask, chosen: list[str], rows: Sequence[TokenRow], settings: KshotSettings
+) -> Path:
+    """Train gates and experts, once."""
+    run.renamed("tuned", TUNED)
+    experts = dict(zip(chosen, chosen, strict=True))
+    how = {**values_of(settings.gates), **values_of(settings.training, ("report_to",)), "seed": settings.seed}
+    made_from = {
+        **how,
+        **backbone_key(task.backbone),
+        "rows": hash_rows(rows),
+        "experts": {name: hash_adapter(task.bank.folder_of(name)) for name in chosen},
+    }
+    return run.stage(
+        TUNED,
+        lambda folder: tune(folder, task, experts, rows, settings).router.save(folder),
+        made_from,
+        inputs=(),
+    )
 
 
 def _work(settings: KshotSettings, task: KshotTask, data: OpenData | None) -> dict[str, float]:
@@ -109,8 +132,11 @@ def _selection(run: RunFolder, task: KshotTask, settings: KshotSettings) -> Path
     """Choose adapters, once, or take the choice that was made before."""
     selected = settings.selected
     if selected:
-        return run.stage(SELECTION, lambda folder: copy_files(selected, folder, (SELECTION_FILE, SCORES_FILE)))
-    return run.stage(SELECTION, lambda folder: choose(task, settings, run.cached).write(folder))
+        files = (SELECTION_FILE, SCORES_FILE)
+        return run.stage(SELECTION, lambda folder: copy_files(selected, folder, files), {}, inputs=("selected",))
+    how = choosing_values(settings, settings.training.system_prompt, task)
+    cache = scores_cache(run, how)
+    return run.stage(SELECTION, lambda folder: choose(task, settings, cache).write(folder), how, inputs=task.inputs())
 
 
 def _wanted(settings: KshotSettings) -> GatherSettings:
@@ -131,8 +157,9 @@ def _wanted(settings: KshotSettings) -> GatherSettings:
 def _gathered(run: RunFolder, task: KshotTask, settings: KshotSettings, data: OpenData | None) -> list[Example]:
     """Gather rows of open data, once, or take those that were gathered before; none where there is no such data."""
     if gathered := settings.gathered:
-        files = (GATHERED_FILE, SUMMARY_FILE)
-        return load_examples(run.stage(GATHERED, lambda folder: copy_files(gathered, folder, files)) / GATHERED_FILE)
+        files, own = (GATHERED_FILE, SUMMARY_FILE), ("gathered",)
+        folder = run.stage(GATHERED, lambda folder: copy_files(gathered, folder, files), {}, inputs=own)
+        return load_examples(folder / GATHERED_FILE)
     if data is None:
         return []
 
@@ -143,4 +170,6 @@ def _gathered(run: RunFolder, task: KshotTask, settings: KshotSettings, data: Op
             encoder = load_text_encoder(settings.encoder, None, settings.placement)
         write_gathered(folder, data, encoder, _wanted(settings))
 
-    return load_examples(run.stage(GATHERED, make) / GATHERED_FILE)
+    how = {**values_of(settings.rows), **values_of(settings.reading), "encoder": settings.encoder}
+    own = ("base_model", "shots", "exclude", *(name for name in run.inputs if name.startswith("pool ")))
+    return load_examples(run.stage(GATHERED, make, {**how, "pool": settings.pool}, inputs=own) / GATHERED_FILE)

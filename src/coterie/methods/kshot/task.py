@@ -1,15 +1,22 @@
 """A task of which a few examples are known, and the bank of adapters that could serve it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from coterie.artifacts import JsonCache, RunFolder
 from coterie.backbone.loading import Backbone, BaseModelIdentity, check_identity, load_backbone
 from coterie.data.batching import PromptFormat
 from coterie.data.examples import Example, load_all
 from coterie.experts.bank_folder import BankFolder, open_bank
-from coterie.methods.common import hash_examples, load_questions
+from coterie.methods.common import backbone_key, hash_examples, load_questions
 from coterie.settings.commands import KshotSettings, SelectSettings
 from coterie.settings.groups import ModelSettings
+from coterie.settings.reading import values_of
+
+NOT_OF_SCORES = ("keep", "candidates", "perplexity_of", "diversity", "halving", "exclude_leaks", "group_size")
+"""Settings of choosing that are about what follows from scores, or which of them are made together."""
 
 
 @dataclass(frozen=True)
@@ -58,3 +65,17 @@ def open_task(
     check_identity(wanted, backbone.identity, f"{bank} is a bank for")
     prompts = PromptFormat(backbone.tokenizer, system_prompt, settings.reading)
     return KshotTask(opened, backbone, prompts, examples, excluded)
+
+
+def choosing_values(
+    settings: SelectSettings | KshotSettings, system_prompt: str | None, task: KshotTask
+) -> dict[str, Any]:
+    """Return what decides which adapters are chosen, beside the bank and the examples."""
+    how = {**values_of(settings.adapters, ("exclude",)), **values_of(settings.rationale), **values_of(settings.reading)}
+    return {**how, "system_prompt": system_prompt, **backbone_key(task.backbone)}
+
+
+def scores_cache(run: RunFolder, how: Mapping[str, Any]) -> JsonCache:
+    """Return what keeps scores on shots; how adapters are chosen by them does not matter to these."""
+    made_from = {name: value for name, value in how.items() if name not in NOT_OF_SCORES}
+    return run.cache(made_from, inputs=("base_model", "shots"))

@@ -14,7 +14,7 @@ from coterie.errors import CoterieError
 from coterie.experts.bank import check_names, load_bank
 from coterie.experts.names import BACKBONE, NULL
 from coterie.experts.training import write_null_adapter
-from coterie.methods.common import DOMAINS_FILE, hash_examples, named_sources, origin
+from coterie.methods.common import DOMAINS_FILE, backbone_key, hash_examples, named_sources, origin
 from coterie.methods.extras import RECORD
 from coterie.methods.family import SINGLE_EXPERT
 from coterie.methods.token_level.centroids import similarity_router
@@ -25,6 +25,7 @@ from coterie.routers.fixed import uniform
 from coterie.routers.token import TokenLevel
 from coterie.settings.commands import FromAdaptersSettings, TokenLevelSettings
 from coterie.settings.groups import rerouting_interval
+from coterie.settings.reading import values_of
 from coterie.settings.rows import ReadingSettings
 
 METHOD = "token-level"
@@ -55,7 +56,7 @@ def assemble(
     Where the mixture routes in another way, the centroids lie beside it, so that a router by similarity is had by name.
     """
     if settings.similarity.null_share is not None:
-        null = run.stage(f"experts/{NULL}", lambda folder: write_null_adapter(backbone, folder))
+        null = run.stage(f"experts/{NULL}", lambda folder: write_null_adapter(backbone, folder), {})
         folders = {**folders, NULL: null}
     bank = load_bank(folders, backbone.model)
     method = METHOD if router == SIMILARITY else router
@@ -68,7 +69,8 @@ def assemble(
         write_jsonl(run.path / DOMAINS_FILE, records)
     if router != SIMILARITY:
         if similar:
-            run.stage(f"methods/{SIMILARITY}", lambda folder: _write_router(similar, folder))
+            place, how = f"methods/{SIMILARITY}", {**values_of(settings), **backbone_key(backbone)}
+            run.stage(place, lambda folder: _write_router(similar, folder), how)
         similar = mixture.by_updates(router)
     mixture = mixture.replace(router=similar)
     mixture.write_description(run.path)

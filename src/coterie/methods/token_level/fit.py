@@ -13,7 +13,7 @@ from coterie.data.devices import tell_idle
 from coterie.data.examples import Example
 from coterie.experts.fresh_adapter import check_fresh_adapter
 from coterie.features.embedding import load_encoder
-from coterie.methods.common import ExpertJob, base_plan, close_training, train_experts
+from coterie.methods.common import ExpertJob, base_plan, join_logs, train_experts
 from coterie.methods.token_level.centroids import check_centroids
 from coterie.methods.token_level.domains import (
     DomainData,
@@ -66,12 +66,12 @@ def fit_token_level(settings: TokenLevelSettings, given: Mapping[str, Sequence[E
         jobs = {}
         for number, (name, rows) in enumerate(kept.items(), start=1):
             plan = base_plan(settings, f"{name} ({number} of {len(kept)})")
-            jobs[name] = ExpertJob(rows.rows, plan, settings.lora)
+            jobs[name] = ExpertJob(rows.rows, plan, settings.lora, ("base_model", f"data {name}"))
         with part("experts"):
             folders = train_experts(run, jobs, backbone, "experts of domains")
         with part("centroids"):
             mixture = assemble(run, backbone, prompts, kept, folders, settings)
-        close_training(run, kept)
+        join_logs(run, folders.values())
     return replace(mixture, folder=output)
 
 
