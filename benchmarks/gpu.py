@@ -25,7 +25,9 @@ BENCHMARKS = ("decode", "engine", "features", "token_level", "fit", "recruit", "
 """Those that compute on the best device there is; the others are about the CPU."""
 TEST_GROUPS = 6
 LONGEST = 540  # seconds of a piece
-EVIDENCE, GRACE = "evidence", 30  # seconds that it may take to stop
+EVIDENCE = "evidence"
+PACED, GRACE = (EVIDENCE, "serve"), 30
+"""Pieces that stop by themselves when they are told their time, and go on later; seconds that they may take to stop."""
 TOLD = 2000  # characters of what a piece printed last that its result keeps
 
 
@@ -57,14 +59,14 @@ def pieces(results: Path, data: Path | None) -> list[Piece]:
 def do(piece: Piece, results: Path, card: str, seconds: float) -> bool:
     """Run a piece, and write its result; tell whether it came to an end. One that was interrupted leaves none."""
     started, command = time.monotonic(), piece.command
-    if piece.name == EVIDENCE:  # which stops by itself, between two steps where it can
+    if piece.name in PACED:
         command, seconds = (*command, "--minutes", f"{seconds / 60:.1f}"), seconds + GRACE
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=max(1, seconds))
     except subprocess.TimeoutExpired:
         return False
     told = (done.stdout + done.stderr)[-TOLD:]
-    if piece.name == EVIDENCE and "type the same command again" in told:
+    if piece.name in PACED and "type the same command again" in told:
         return False
     if not (piece.own and done.returncode == 0):
         took = round(time.monotonic() - started)
@@ -90,7 +92,7 @@ def go_on(
             break
         if run(piece, room):
             done.append(piece.name)
-        elif piece.name != EVIDENCE:
+        elif piece.name not in PACED:
             before = [*before, piece.name]
             interrupted.write_text(json.dumps(before), encoding="utf-8")
     return done, [piece.name for piece in left if piece.name not in done]

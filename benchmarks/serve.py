@@ -1,5 +1,7 @@
 """The server under load: tokens a second, and how long clients wait, at 1, 4 and 16 clients.
 
+    python benchmarks/serve.py --output benchmarks/results/serve.json --minutes 9    (again, while it says so)
+
 An ensemble of five experts, which meet in the logits, answers in four ways: by `coterie serve`, by the same with one
 place (requests one after another), by PEFT's mixed batch in a loop behind FastAPI, and, for what one expert costs
 elsewhere, by llama.cpp's server with one adapter on a Q4_1 base (left out for a model that is no GGUF file). All are up
@@ -8,6 +10,8 @@ at once, each in a process of its own; every round asks them in turn, each clien
 `http_overhead` is what one client's answer takes over HTTP beyond the same engine in this process.
 `longest_gap_over_chunk` is the longest time between tokens of somebody who is answered while a long prompt arrives,
 without the usual time, over the time of one chunk of that prompt: 1 is one chunk.
+
+Every round is kept beside the output as soon as it is measured, and the result is written when all are there.
 """
 
 import asyncio
@@ -20,10 +24,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx2
 from _harness import arguments, busy, load, median_ratio, publish, random_adapter
@@ -44,15 +50,13 @@ CLIENTS = (1, 4, 16)
 WORDS = "Explain in simple words why the sky is blue during the day and red in the evening. "
 LONG = 2048  # tokens, or half of what the model can read
 STARTING = 300  # seconds
+PIECES = ("16", "long", "4", "http", "1")
+"""Numbers of clients, one client over HTTP and without, and one beside whom a long prompt arrives."""
+PAIRS = 3  # of answers over HTTP and without, in a round
+LONGEST_ROUND = 270  # seconds that a round may take which was never measured
 
-
-@dataclass
-class Waiting:
-    """What clients waited for, in seconds, in all rounds of one server and number of clients."""
-
-    first: list[float] = field(default_factory=list)
-    between: list[float] = field(default_factory=list)
-    tokens_per_second: list[float] = field(default_factory=list)
+Round = dict[str, Any]
+"""What one round of one piece has measured: seconds, by what they are of."""
 
 
 @dataclass(frozen=True)
@@ -163,20 +167,21 @@ def prompts(count: int, start: int) -> list[str]:
     return [f"{start + number}. {WORDS}" for number in range(count)]
 
 
-async def loaded(way: Way, clients: int, texts: list[str], steps: int, waiting: Waiting) -> None:
-    """Let clients ask one request after another until all texts are answered."""
-    left = iter(texts)
+async def loaded(way: Way, clients: int, texts: list[str], steps: int) -> Round:
+    """Let clients ask one request after another until all texts are answered; return what they waited for."""
+    left, first, between = iter(texts), [], []
 
     async def client() -> None:
         async with httpx2.AsyncClient(timeout=None, trust_env=False) as http:
             for text in left:
                 times = await times_of(http, way, text, steps)
-                waiting.first.append(times[1] - times[0])
-                waiting.between.extend(later - sooner for sooner, later in zip(times[1:], times[2:], strict=False))
+                first.append(times[1] - times[0])
+                between.extend(later - sooner for sooner, later in zip(times[1:], times[2:], strict=False))
 
     started = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
-    waiting.tokens_per_second.append(len(texts) * steps / (time.perf_counter() - started))
+    speed = len(texts) * steps / (time.perf_counter() - started)
+    return {"tokens_per_second": speed, "first_token": first, "between_tokens": between}
 
 
 async def beside_a_long_prompt(way: Way, number: int, tokens: int, backbone: Backbone) -> tuple[float, float, float]:
@@ -200,40 +205,51 @@ async def beside_a_long_prompt(way: Way, number: int, tokens: int, backbone: Bac
 # ---------------------------------------------------------------------------------------------------- measured
 
 
-def under_load(
-    found: Mapping[str, Way], rounds: int, steps: int, requests: Mapping[int, int]
-) -> dict[tuple[str, int], Waiting]:
-    """Let every number of clients ask every server, in turn, after one request that does not count."""
-    measured = {(name, clients): Waiting() for clients in requests for name in found}
-    for way in found.values():
-        asyncio.run(loaded(way, 1, [WORDS], steps, Waiting()))
-    start = 0
-    for _ in range(rounds):
-        for (name, clients), waiting in measured.items():
-            asyncio.run(loaded(found[name], clients, prompts(requests[clients], start), steps, waiting))
-            start += requests[clients]
-    return measured
+class Bench:
+    """The servers, and what is measured of them: pieces that take a few minutes each."""
 
+    def __init__(self, flags: Namespace, place: Path, stack: ExitStack) -> None:
+        """Start all servers, and let each answer a request that does not count."""
+        self.steps, self.requests = (8, {1: 1, 4: 4, 16: 16}) if flags.quick else (48, {1: 4, 4: 8, 16: 16})
+        self.backbone = load(flags.model)
+        self.long = min(LONG, (self.backbone.context or 2 * LONG) // 2)
+        self.mixture = saved_mixture(self.backbone, place)
+        self.ways = stack.enter_context(ways(flags.model, self.mixture, place, self.long + 256))
+        for way in self.ways.values():
+            asyncio.run(loaded(way, 1, [WORDS], self.steps))
 
-def http_pairs(way: Way, mixture: Mixture, steps: int, rounds: int) -> tuple[list[float], list[float]]:
-    """Time one answer over HTTP and by an engine in this process, in turn."""
-    ends = mixture.backbone.stop_ids | mixture.prompts.end_ids
-    draws = [SamplingSettings(logit_bias=[f"{token}=-100" for token in ends])]
-    over_http, here = [], []
+    def measure(self, piece: str, number: int) -> Round:
+        """Measure a round of a piece."""
+        if piece == "http":
+            return self.http_pairs(number)
+        if piece == "long":
+            gap = beside_a_long_prompt(self.ways["batched"], 10**6 + number, self.long, self.backbone)
+            return dict(zip(("gap", "usual", "chunk"), asyncio.run(gap), strict=True))
+        clients = int(piece)
+        count = self.requests[clients]
+        texts = [prompts(count, (number * len(self.ways) + place) * count) for place in range(len(self.ways))]
+        asked = zip(self.ways.items(), texts, strict=True)
+        return {name: asyncio.run(loaded(way, clients, own, self.steps)) for (name, way), own in asked}
 
-    async def ask(text: str) -> float:
+    def http_pairs(self, number: int) -> Round:
+        """Time one answer over HTTP and by an engine in this process, in turn, after a pair that does not count."""
+        ends = self.mixture.backbone.stop_ids | self.mixture.prompts.end_ids
+        draws = [SamplingSettings(logit_bias=[f"{token}=-100" for token in ends])]
+        found: Round = {"over_http": [], "here": []}
+        for text in prompts(1 + PAIRS, 10**5 + number * (1 + PAIRS)):
+            found["over_http"].append(asyncio.run(self.over_http(text)))
+            ids = tuple(self.mixture.tokenizer(text)["input_ids"])
+            row = TokenRow(ids, len(ids), (False,) * len(ids), (True,) * len(ids))
+            started = time.perf_counter()
+            list(self.mixture.engine(places=max(CLIENTS)).run(self.mixture.requests([row], [self.steps], draws)))
+            found["here"].append(time.perf_counter() - started)
+        return {name: seconds[1:] for name, seconds in found.items()}
+
+    async def over_http(self, text: str) -> float:
+        """Return the seconds of one answer."""
         async with httpx2.AsyncClient(timeout=None, trust_env=False) as http:
-            times = await times_of(http, way, text, steps)
+            times = await times_of(http, self.ways["batched"], text, self.steps)
             return times[-1] - times[0]
-
-    for text in prompts(rounds + 1, 10**5):
-        over_http.append(asyncio.run(ask(text)))
-        ids = tuple(mixture.tokenizer(text)["input_ids"])
-        row = TokenRow(ids, len(ids), (False,) * len(ids), (True,) * len(ids))
-        started = time.perf_counter()
-        list(mixture.engine(places=max(CLIENTS)).run(mixture.requests([row], [steps], draws)))
-        here.append(time.perf_counter() - started)
-    return over_http[1:], here[1:]  # without the round that warms up
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -241,55 +257,95 @@ def quantile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def summary(measured: Mapping[tuple[str, int], Waiting]) -> dict[str, float]:
-    """Return medians over rounds, and quantiles over all requests and tokens."""
-    found = {}
-    for (name, clients), waiting in measured.items():
+def under_load(clients: int, rounds: Sequence[Round]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return medians over rounds, quantiles over all requests and tokens, and ratios to other servers."""
+    medians, ratios = {}, {}
+    speed = {name: [found[name]["tokens_per_second"] for found in rounds] for name in rounds[0]}
+    for name, values in speed.items():
         key = f"{name}_{clients}"
-        found[f"{key}_tokens_per_second"] = statistics.median(waiting.tokens_per_second)
-        for what, values in (("first_token", waiting.first), ("between_tokens", waiting.between)):
-            found |= {f"{key}_{what}_p{round(100 * share)}_seconds": quantile(values, share) for share in (0.5, 0.95)}
-    return found
+        medians[f"{key}_tokens_per_second"] = statistics.median(values)
+        for what in ("first_token", "between_tokens"):
+            own = [seconds for found in rounds for seconds in found[name][what]]
+            medians |= {f"{key}_{what}_p{round(100 * share)}_seconds": quantile(own, share) for share in (0.5, 0.95)}
+        if name != "batched":
+            ratios[f"batched_over_{key}"] = median_ratio(speed["batched"], values)
+    return medians, ratios
+
+
+def summary(measured: Mapping[str, Sequence[Round]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return medians and ratios of all pieces."""
+    medians: dict[str, float] = {}
+    ratios: dict[str, float] = {}
+    for clients in CLIENTS:
+        for all_of_them, own in zip((medians, ratios), under_load(clients, measured[str(clients)]), strict=True):
+            all_of_them |= own
+    over_http, here = ([t for found in measured["http"] for t in found[name]] for name in ("over_http", "here"))
+    medians["one_client_over_http_seconds"] = statistics.median(over_http)
+    medians["one_client_engine_seconds"] = statistics.median(here)
+    ratios["http_overhead"] = median_ratio(over_http, here) - 1
+    gaps = measured["long"]
+    for name, what in (("gap", "longest_gap"), ("usual", "usual_gap"), ("chunk", "chunk")):
+        medians[f"long_prompt_{what}_seconds"] = statistics.median(found[name] for found in gaps)
+    ratios["longest_gap_over_chunk"] = statistics.median(
+        (found["gap"] - found["usual"]) / found["chunk"] for found in gaps
+    )
+    return medians, ratios
+
+
+class Kept:
+    """Rounds that were measured, also by earlier runs of the same command: a file of one line each."""
+
+    def __init__(self, output: Path | None, setting: Mapping[str, object]) -> None:
+        """Read what is there of the same setting."""
+        self.path = output and output.with_suffix(".rounds.jsonl")
+        self.setting = dict(setting)
+        self.lines: list[dict[str, Any]] = []
+        if self.path and self.path.exists():
+            lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            self.lines = [line for line in lines if line["setting"] == self.setting]
+
+    def of(self, piece: str) -> list[Round]:
+        """Return the rounds of a piece."""
+        return [line["found"] for line in self.lines if line["piece"] == piece]
+
+    def seconds(self, piece: str) -> float:
+        """Return the most that a round of a piece has taken, or may."""
+        return max((line["seconds"] for line in self.lines if line["piece"] == piece), default=LONGEST_ROUND)
+
+    def add(self, piece: str, found: Round, seconds: float) -> None:
+        """Keep a round."""
+        self.lines.append({"setting": self.setting, "piece": piece, "seconds": seconds, "found": found})
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.lines[-1]) + "\n")
 
 
 def main() -> None:
-    """Run all servers in turn and print the result."""
-    flags = arguments("serve")
-    rounds, steps, requests = (1, 8, {1: 1, 4: 4, 16: 16}) if flags.quick else (3, 48, {1: 4, 4: 8, 16: 16})
-    backbone = load(flags.model)
-    long = min(LONG, (backbone.context or 2 * LONG) // 2)
-    with tempfile.TemporaryDirectory() as place, busy(flags.beside):
-        mixture = saved_mixture(backbone, Path(place))
-        with ways(flags.model, mixture, Path(place), long + 256) as found:
-            measured = under_load(found, rounds, steps, requests)
-            over_http, here = http_pairs(found["batched"], mixture, steps, 2 * rounds)
-            gaps = [
-                asyncio.run(beside_a_long_prompt(found["batched"], 10**6 + number, long, backbone))
-                for number in range(rounds)
-            ]
-    longest, usual, chunk = (statistics.median(values) for values in zip(*gaps, strict=True))
-    medians = summary(measured) | {
-        "one_client_over_http_seconds": statistics.median(over_http),
-        "one_client_engine_seconds": statistics.median(here),
-        "long_prompt_longest_gap_seconds": longest,
-        "long_prompt_usual_gap_seconds": usual,
-        "long_prompt_chunk_seconds": chunk,
-    }
-    ratios = {
-        f"batched_over_{name}_{clients}": median_ratio(
-            measured["batched", clients].tokens_per_second, waiting.tokens_per_second
-        )
-        for (name, clients), waiting in measured.items()
-        if name != "batched"
-    }
-    ratios["http_overhead"] = median_ratio(over_http, here) - 1
-    ratios["longest_gap_over_chunk"] = statistics.median((gap - own) / one for gap, own, one in gaps)
+    """Measure rounds that are not measured yet, as far as time goes, and print the result when all are there."""
+    started, flags = time.monotonic(), arguments("serve")
+    rounds = 1 if flags.quick else 3
+    setting = {"model": flags.model, "experts": EXPERTS, "rank": 8, "rounds": rounds, "quick": flags.quick}
+    kept = Kept(flags.output, setting | {"beside": flags.beside})
+    todo = [(piece, number) for number in range(rounds) for piece in PIECES if number >= len(kept.of(piece))]
+    with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
+        stack.enter_context(busy(flags.beside))
+        bench = Bench(flags, Path(place), stack)
+        for piece, number in todo:
+            began = time.monotonic()
+            if began - started + kept.seconds(piece) > 60 * (flags.minutes or math.inf):
+                raise SystemExit(f"{len(kept.lines)} rounds are measured; type the same command again to go on")
+            found = bench.measure(piece, number)
+            kept.add(piece, found, time.monotonic() - began)
+            print(f"{piece}, round {number + 1} of {rounds}: {time.monotonic() - began:.0f} s", file=sys.stderr)
+    settings = {name: value for name, value in setting.items() if name != "quick"}
     publish(
         "serve",
-        {"model": flags.model, "experts": EXPERTS, "rank": 8, "steps": steps, "rounds": rounds, "long_prompt": long},
-        medians,
-        ratios,
+        settings | {"steps": bench.steps, "long_prompt": bench.long},
+        *summary({piece: kept.of(piece) for piece in PIECES}),
     )
+    if kept.path:
+        kept.path.unlink()
 
 
 if __name__ == "__main__":
