@@ -1,6 +1,8 @@
 """Recruited experts behind the API: they answer as on the command line, and local aggregators stream."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
@@ -77,6 +79,53 @@ def test_experts_that_all_fail_are_told_as_such(client, fitted, asked):
     assert failed.status_code == 502 and failed.json()["error"]["code"] == "no_answer"
 
 
+def test_a_server_of_recruited_experts_alone_knows_no_tokens_and_says_so(client):
+    for path, body in (("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [1]})):
+        assert client.post(path, json=body).json()["error"]["code"] == "model_not_found"
+    assert client.get("/tokenizer_info").status_code == 404 and client.get("/lora-adapters").json() == []
+
+
+def at_once(client, bodies):
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        return list(pool.map(lambda body: content(chat(client, **body)), bodies))
+
+
+def test_endpoints_are_asked_for_several_requests_at_once(client, fitted, asked):
+    meeting, respond = threading.Barrier(3, timeout=20), fitted.stub.respond
+
+    def together(got):
+        meeting.wait()
+        return respond(got)
+
+    fitted.stub.respond = together  # nobody is answered before all three are asked
+    assert at_once(client, [{**asked, "model": "sym:maths"}] * 3) == ["The answer is 141."] * 3
+
+
+def test_an_endpoint_that_failed_is_asked_again_for_the_next_request(client, fitted, asked):
+    respond, body = fitted.stub.respond, chat_body(**{**asked, "model": "sym:maths"})
+    fitted.stub.respond = lambda got: Sent(401, {"error": {"message": "no such key"}})
+    assert client.post("/v1/chat/completions", json=body).status_code == 502
+    fitted.stub.respond = respond
+    assert (
+        client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+        == "The answer is 141."
+    )
+
+
+def test_what_recruited_experts_write_is_in_the_metrics(client, asked):
+    usages = [chat(client, **asked, temperature=0)["usage"] for _ in range(2)]
+    lines = dict(line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if 'model_name="sym"' in line)
+    told = {name.partition("{")[0]: 0.0 for name in lines}
+    for name, value in lines.items():
+        told[name.partition("{")[0]] += float(value)
+    written = sum(usage["completion_tokens"] for usage in usages)
+    assert told["coterie_generation_tokens_total"] == told["coterie_expert_weight_total"] == written > 0
+    assert told["coterie_prompt_tokens_total"] == sum(usage["prompt_tokens"] for usage in usages)
+    assert lines['coterie_request_success_total{finished_reason="stop",model_name="sym"}'] == "2.0"
+    assert told["coterie_time_to_first_token_seconds_count"] == told["coterie_e2e_request_latency_seconds_count"] == 2
+    assert told["coterie_num_requests_running"] == told["coterie_num_requests_waiting"] == 0
+
+
 @pytest.mark.parametrize("text", ["<think>a</think> b c ", " b <c", "<think>never closed", "a <think>b"])
 def test_what_is_seen_of_a_growing_answer_is_in_the_end_what_is_seen_of_it_whole(text):
     seen = Seen()
@@ -110,3 +159,20 @@ def test_a_local_aggregator_streams_what_the_command_line_says(local, run):
         texts = [text for frame in frames if (text := frame["choices"][0]["delta"].get("content"))]
         assert "".join(texts) == wanted["text"] and len(texts) > 2
         assert frames[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_local_experts_of_several_requests_write_in_one_batch_what_each_writes_alone(local):
+    bodies = [
+        {"model": "sym", "messages": [{"role": "user", "content": f"add {number} 4"}], "max_tokens": 10, "seed": number}
+        for number in range(4)
+    ]
+    with started(f"sym={local}") as server, httpx2.Client(base_url=server.url, timeout=60) as client:
+        alone = [content(chat(client, **body, temperature=0.5)) for body in bodies]
+        (desk,) = {cell.desk for cell in server.catalogue.recruits}
+        engine, sizes = desk.scheduler.loaded("one").engine, []
+        step = engine.step
+        engine.step = lambda: sizes.append(engine.load.running) or step()
+        assert at_once(client, [{**body, "temperature": 0.5} for body in bodies]) == alone
+        assert max(sizes) > 3  # more than the three answers of one request
+        lines = client.get("/metrics").text.splitlines()
+    assert sum('expert_weight_total{expert="two"' in line for line in lines) == 1

@@ -134,6 +134,12 @@ class EndpointAnswerer:
             except BaseExceptionGroup as group:  # what `done` raised
                 raise group.exceptions[0] from None
 
+    async def reply(self, question: Question) -> Reply:
+        """Ask one question inside an event loop that asks others meanwhile; whatever failed before is tried again."""
+        self._hopeless, self._failures = None, 0
+        async with self._client() as client:
+            return await self._reply(client, question)
+
     def close(self) -> None:
         """Break off what is under way, and ask nothing more."""
         self._closed = True

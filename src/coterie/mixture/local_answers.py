@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -103,7 +104,7 @@ class LocalAnswerer:
                 done(number, failed(f"the question has {length} tokens, the model reads {window}"))
                 continue
             requests[number] = request
-        engine = self.engine()
+        engine = Engine(self.backbone, self.layers, places=self._batch_size, chunk=WHOLE_PROMPTS)
         ordered = sorted(requests.items(), key=lambda pair: -len(pair[1].prompt.ids))  # similar ones are read together
         asked = {engine.submit(request): number for number, request in ordered}
         texts, counts, seconds = [""] * len(questions), [0] * len(questions), [0.0] * len(questions)
@@ -123,9 +124,10 @@ class LocalAnswerer:
                     length = len(requests[number].prompt.ids)
                     done(number, Reply(texts[number], length, counts[number], token.finish_reason, seconds[number]))
 
+    @cached_property
     def engine(self) -> Engine:
-        """Return an engine for requests to these experts."""
-        return Engine(self.backbone, self.layers, places=self._batch_size, chunk=WHOLE_PROMPTS)
+        """The engine of requests to these experts that come and go."""
+        return Engine(self.backbone, self.layers, places=self._batch_size)
 
     def request(self, question: Question) -> Request:
         """Return a question as a request to an engine.

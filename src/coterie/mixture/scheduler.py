@@ -8,7 +8,7 @@ long as they fit, and endpoints answer meanwhile.
 import gc
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -78,7 +78,7 @@ class ExpertScheduler(AbstractContextManager["ExpertScheduler"]):
             CoterieError: when a model needs more memory than there may be, or replies cannot be written.
         """
         self._later = {self._groups[expert].name for expert in last}
-        keys = [question.key(self._identities[question.expert]) for question in questions]
+        keys = [self.key(question) for question in questions]
         missing = {key: question for key, question in zip(keys, questions, strict=True) if self.cache.get(key) is None}
         if missing:
             distinct = len(set(keys))
@@ -91,11 +91,32 @@ class ExpertScheduler(AbstractContextManager["ExpertScheduler"]):
 
     def knows(self, questions: Sequence[Question]) -> bool:
         """Tell whether the replies to all questions are there already."""
-        keys = (question.key(self._identities[question.expert]) for question in questions)
-        return all(self.cache.get(key) is not None for key in keys)
+        return all(self.cache.get(self.key(question)) is not None for question in questions)
 
-    def loaded(self, expert: str) -> Answerer:
+    def key(self, question: Question) -> str:
+        """Hash all that the reply to a question depends on."""
+        return question.key(self._identities[question.expert])
+
+    def group(self, expert: str) -> ExpertGroup:
+        """Return the group that an expert is loaded in."""
+        return self._groups[expert]
+
+    def fits_beside(self, expert: str, kept: Collection[str]) -> bool:
+        """Tell whether an expert can be loaded while these groups stay; beside nothing, it is tried."""
+        local = {group.name: group for group in self._groups.values() if not group.is_remote}
+        own = self._groups[expert]
+        others = {*kept} & local.keys() - {own.name}
+        if own.is_remote or not others:
+            return True
+        sizes = [local[name].size for name in (own.name, *others)]
+        return self._budget is not None and None not in sizes and sum(size or 0 for size in sizes) <= self._budget
+
+    def loaded(self, expert: str, keep: Collection[str] = ()) -> Answerer:
         """Return an expert's answerer, loaded.
+
+        Args:
+            expert: its name.
+            keep: groups that are freed last, since somebody asks them.
 
         Raises:
             CoterieError: when it cannot be loaded, or not within the memory.
@@ -108,7 +129,7 @@ class ExpertScheduler(AbstractContextManager["ExpertScheduler"]):
         if group.name not in self._held:
             need = self._need(group)
             taken = need + sum(size for _, size in self._held.values())
-            for name in sorted(self._held, key=lambda name: name in self._later):  # the oldest first
+            for name in sorted(self._held, key=lambda name: (name in keep, name in self._later)):  # the oldest first
                 if self._budget is None or taken > self._budget:
                     taken -= self._held[name][1]
                     self._free(name)

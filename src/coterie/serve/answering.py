@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from fastapi import Request
@@ -18,7 +19,7 @@ from coterie.mixture.core import elected
 from coterie.routers.base import Routing
 from coterie.serve.asking import Asked, Body, ask
 from coterie.serve.catalogue import Cell
-from coterie.serve.errors import as_api_error
+from coterie.serve.errors import ApiError, as_api_error
 from coterie.serve.frames import Frames, Piece, Pieces, Usage, echo
 from coterie.serve.schemas import CompletionRequest
 
@@ -29,9 +30,14 @@ SHOW_WEIGHTS = "X-Coterie-Weights"
 IGNORED = "X-Coterie-Ignored"
 """Header that names what was asked for and passed over."""
 
-ROWS = 8
-"""Prompts that are read between two steps of the engine: those who wait for tokens wait for no more."""
+ROWS, TOKENS, CHARACTERS = 8, 512, 2**16
+"""Of one request, what is done between two steps of the engine: prompts that are routed, their tokens together, and
+characters that are cut into tokens. One prompt is always done whole, however long it is."""
 
+CUT = 64
+"""Tokens that the beginning of a text may have more than they are in all of it, since a word was cut."""
+
+Prompt = TypeVar("Prompt")
 Result = TypeVar("Result")
 
 
@@ -39,7 +45,8 @@ async def respond(
     request: Request,
     body: Body,
     form: type[Frames],
-    rows: Callable[[Cell], list[TokenRow]],
+    prompts: Sequence[Prompt],
+    read: Callable[[Cell, Prompt], list[TokenRow]],
     question: Example | None = None,
 ) -> Response:
     """Answer what a mixture was asked.
@@ -48,14 +55,15 @@ async def respond(
         request: the client's.
         body: of it.
         form: of the answer.
-        rows: makes the prompts, where the model may be used.
+        prompts: that are to be answered.
+        read: makes the rows of one, where the model may be used.
         question: the one that a prompt is of, for which answers can vote.
     """
     server = request.app.state
     cell: Cell = server.catalogue.resolve(body.model)
-    made: list[TokenRow] = await server.worker.call(lambda: rows(cell))
+    made = await read_rows(request, cell, prompts, partial(read, cell))
     timeout = server.settings.capacity.timeout
-    parts: list[Asked] = await in_turns(request, made, lambda part: ask(cell, part, body, question, timeout))
+    parts = await route_rows(request, made, lambda part: ask(cell, part, body, question, timeout))
     asked = replace(parts[0], requests=[own for part in parts for own in part.requests])
     if server.upstream:
         asked = server.upstream.accept(asked)
@@ -83,12 +91,69 @@ async def respond(
     return await send(pieces_of(tokens, frames, asked, body), frames, body, len(choices), headers)
 
 
-async def in_turns(
-    request: Request, rows: Sequence[TokenRow], read: Callable[[Sequence[TokenRow]], Result]
+async def read_rows(
+    request: Request, cell: Cell, prompts: Sequence[Prompt], read: Callable[[Prompt], list[TokenRow]]
+) -> list[TokenRow]:
+    """Cut prompts into tokens, some at a time.
+
+    Raises:
+        CoterieError: as reading one, or for one that is much too long, before all of it is cut.
+    """
+
+    def part(at: slice) -> list[TokenRow]:
+        for one in prompts[at]:
+            for text in texts_of(one):
+                check_size(cell, text)
+        return [row for one in prompts[at] for row in read(one)]
+
+    sizes = [sum(map(len, texts_of(one))) for one in prompts]
+    return [row for own in await in_turns(request, turns(sizes, len(prompts), CHARACTERS), part) for row in own]
+
+
+def texts_of(prompt: object) -> list[str]:
+    """Return the texts of a prompt that have to be cut into tokens; it may be a text, tokens, or a conversation."""
+    if isinstance(prompt, Example):
+        return [message.content for message in prompt.prompt]
+    return [prompt] if isinstance(prompt, str) else []
+
+
+def check_size(cell: Cell, text: str) -> None:
+    """Refuse a text of which a beginning has more tokens than the model reads; all of it could take many seconds.
+
+    Raises:
+        ApiError: naming so many tokens.
+    """
+    context, size = cell.mixture.backbone.context, CHARACTERS
+    while context is not None and size < len(text):
+        count = len(cell.mixture.tokenizer(text[:size])["input_ids"]) - CUT
+        if count > context:
+            words = f"the prompt has over {count} tokens, but the model's context has {context}; shorten it"
+            raise ApiError(words, code="context_length_exceeded")
+        size *= 2
+
+
+async def route_rows(
+    request: Request, rows: Sequence[TokenRow], route: Callable[[Sequence[TokenRow]], Result]
 ) -> list[Result]:
-    """Read rows where the base model may be run, a few at a time, so that nobody waits for all of them."""
-    starts = range(0, len(rows), ROWS)
-    return [await request.app.state.worker.call(lambda at=at: read(rows[at : at + ROWS])) for at in starts]
+    """Weigh the experts for rows, some at a time."""
+    sizes = [len(row.ids) for row in rows]
+    return await in_turns(request, turns(sizes, ROWS, TOKENS), lambda at: route(rows[at]))
+
+
+def turns(sizes: Sequence[int], count: int, most: int) -> list[slice]:
+    """Cut a sequence into parts of so many things at most, whose sizes sum to `most` at most; one is never cut."""
+    found, start, total = [], 0, 0
+    for place, size in enumerate(sizes):
+        if place > start and (place - start == count or total + size > most):
+            found.append(slice(start, place))
+            start, total = place, 0
+        total += size
+    return [*found, slice(start, len(sizes))] if sizes else []
+
+
+async def in_turns(request: Request, parts: Sequence[slice], act: Callable[[slice], Result]) -> list[Result]:
+    """Do something where the base model may be run, part by part, so that nobody waits for all of them."""
+    return [await request.app.state.worker.call(lambda at=at: act(at)) for at in parts]
 
 
 async def send(

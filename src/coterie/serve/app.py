@@ -54,7 +54,8 @@ def create_app(
     app.state.upstream = None
 
     def loads() -> dict[str, Load]:
-        return {desk.name: desk.engine.load for desk in catalogue.desks}
+        recruiting = {cell.desk.name: cell.desk.shelf.load for cell in catalogue.recruits}
+        return recruiting | {desk.name: desk.engine.load for desk in catalogue.desks}
 
     app.state.metrics = metrics = Metrics(loads, settings.operation.metrics_names)
     metrics.set_up({name: str(value) for name, value in settings.capacity})

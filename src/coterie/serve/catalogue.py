@@ -175,7 +175,7 @@ class Catalogue:
         """
         check_id(name)
         if is_symbolic(source):
-            desk = open_recruits(name, load_symbolic(source), self._settings.placement)
+            desk = open_recruits(name, load_symbolic(source), self._settings)
             self._recruits = {**self._recruits_beside(name), **recruit_cells(desk)}
             self._show({own: other for own, other in self._desks.items() if own != name})
             return

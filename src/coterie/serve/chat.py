@@ -18,6 +18,6 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     question = conversation(body.messages)
     cell = request.app.state.catalogue.find(body.model)
     if isinstance(cell, RecruitCell):
-        return await unless_gone(request, respond_recruited(body, cell, question))
-    work = respond(request, body, ChatFrames, lambda cell: cell.mixture.tokens(question), question)
+        return await unless_gone(request, respond_recruited(request, body, cell, question))
+    work = respond(request, body, ChatFrames, [question], lambda cell, one: cell.mixture.tokens(one), question)
     return await unless_gone(request, work)

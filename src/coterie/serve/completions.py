@@ -16,7 +16,7 @@ routes = APIRouter()
 @routes.post("/v1/completions", response_model=None)
 async def complete(body: CompletionRequest, request: Request) -> Response:
     """Go on with texts, as OpenAI's API has it."""
-    work = respond(request, body, CompletionFrames, lambda cell: [as_it_stands(cell, one) for one in body.prompt])
+    work = respond(request, body, CompletionFrames, body.prompt, lambda cell, one: [as_it_stands(cell, one)])
     return await unless_gone(request, work)
 
 

@@ -15,6 +15,7 @@ from prometheus_client.exposition import choose_encoder
 from starlette.types import Scope
 
 from coterie.engine.request import Load, Request, Rerouting, Token
+from coterie.serve.frames import Piece, Usage
 
 MetricsNames = Literal["coterie", "vllm"]
 PREFIXES: dict[MetricsNames, str] = {"coterie": "coterie_", "vllm": "vllm:"}
@@ -102,6 +103,24 @@ MEASURES = (
     Measure("routing_entropy_nats", "Entropy of a request's weights.", NATS, is_own=True),
     Measure("http_requests", "Requests of any kind.", labels=("path", "status"), is_own=True),
 )
+
+
+class Recounted(NamedTuple):
+    """A request that recruited experts answer, of whose tokens not all pass here.
+
+    Attributes:
+        model: the id that was asked.
+        came: when, by `time.monotonic`.
+        shares: of the answers, by expert.
+        spoken: tokens that each expert has written so far.
+        usage: tokens that they have read.
+    """
+
+    model: str
+    came: float
+    shares: Mapping[str, float]
+    spoken: dict[str, int]
+    usage: Usage
 
 
 class Metrics:
@@ -202,6 +221,36 @@ class Metrics:
             facts["prompt_tokens"] = sum(len(request.prompt.ids) for request in requests)
             facts["completion_tokens"] = sum(watch.written for watch in watches)
             facts["finish_reasons"] = sorted(reason for watch in watches for reason in watch.reasons)
+
+    async def recounted(
+        self, told: Recounted, pieces: AsyncGenerator[Piece], facts: dict[str, Any]
+    ) -> AsyncGenerator[Piece]:
+        """Yield the pieces of an answer as they come, and measure the request as `watched` does, as far as is known."""
+        first, reason = None, "abort"
+        try:
+            async with aclosing(pieces):
+                async for piece in pieces:
+                    first = first or time.monotonic()
+                    reason = piece.finish_reason or reason
+                    yield piece
+        except Exception:
+            reason = "error"
+            raise
+        finally:
+            written = sum(told.spoken.values())
+            for expert, tokens in told.spoken.items():
+                self.add("expert_weight", tokens, told.model, expert)
+            self.add("prompt_tokens", told.usage.prompt, told.model)
+            self.add("generation_tokens", written, told.model)
+            self.add("request_prompt_tokens", told.usage.prompt, told.model)
+            self.add("request_generation_tokens", written, told.model)
+            self.add("routing_entropy_nats", entropy([*told.shares.values()]), told.model)
+            self.add("request_success", 1, told.model, reason)
+            if first is not None:
+                self.add("time_to_first_token_seconds", first - told.came, told.model)
+                self.add("e2e_request_latency_seconds", time.monotonic() - told.came, told.model)
+            facts |= {"model": told.model, "prompt_tokens": told.usage.prompt, "completion_tokens": written}
+            facts["finish_reasons"] = [reason]
 
 
 class Watch:

@@ -1,7 +1,6 @@
 """Runs of symbolic-moe that are served: who can be recruited, and the model ids of that.
 
-Their experts are asked in turn, by a worker of their own: they may be endpoints that take their time, and their models
-are nobody else's.
+Their experts are asked by a worker of their own, since their models are nobody else's.
 """
 
 import time
@@ -13,8 +12,9 @@ from coterie.methods.symbolic.fit import Symbolic
 from coterie.methods.symbolic.methods import METHOD, METHODS
 from coterie.mixture.memory import budget_of, groups_of
 from coterie.mixture.scheduler import ExpertScheduler
+from coterie.serve.shelf import Shelf
 from coterie.serve.worker import Worker
-from coterie.settings.groups import ExpertServingSettings, PlacementSettings
+from coterie.settings.serving import ServeSettings
 
 LONGEST = 1024
 """Tokens of an answer for which memory is set aside."""
@@ -27,8 +27,9 @@ class RecruitDesk:
     Attributes:
         name: the run's id.
         fitted: whom it recruits.
-        scheduler: loads experts and asks them; only the worker's thread touches it.
+        scheduler: loads experts; only the worker's thread touches it.
         worker: owns their models.
+        shelf: asks them.
         loaded: when, in seconds since 1970.
     """
 
@@ -36,6 +37,7 @@ class RecruitDesk:
     fitted: Symbolic
     scheduler: ExpertScheduler
     worker: Worker
+    shelf: Shelf
     loaded: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -55,17 +57,17 @@ class RecruitCell:
     parent: None = None
 
 
-def open_recruits(name: str, fitted: Symbolic, placement: PlacementSettings) -> RecruitDesk:
+def open_recruits(name: str, fitted: Symbolic, settings: ServeSettings) -> RecruitDesk:
     """Get a run ready for questions; its experts are loaded when they are recruited.
 
     Raises:
         CoterieError: when a model does not exist.
     """
-    work = ExpertServingSettings()
-    groups = groups_of(fitted.pool, placement, work, new_tokens=LONGEST)
+    work, placement = settings.recruited.serving, settings.placement
+    groups = groups_of(fitted.pool, placement, work, batch_size=settings.capacity.places, new_tokens=LONGEST)
     scheduler = ExpertScheduler(groups, fitted.pool.identities, ReplyCache(), budget_of(work, placement))
     worker = Worker()
-    desk = RecruitDesk(name, fitted, scheduler, worker.__enter__())
+    desk = RecruitDesk(name, fitted, scheduler, worker.__enter__(), Shelf(scheduler, worker, work.concurrency))
     weakref.finalize(desk, worker.__exit__)
     return desk
 

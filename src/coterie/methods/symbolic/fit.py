@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,21 @@ from coterie.artifacts import (
 from coterie.combiners.aggregate import MAJORITY, VOTES, WEIGHTED
 from coterie.data.examples import Example, load_examples
 from coterie.errors import CoterieError, naming, unknown_name
+from coterie.experts.answering import Question, Reply
 from coterie.experts.expert_pool import POOL_FILE, Pool, pool_from, read_pool
-from coterie.features.skills import load_embed, nearest_skills
+from coterie.features.skills import Embed, load_embed, nearest_skills
 from coterie.methods.symbolic.aggregator import best_aggregators, judge_aggregators, make_up
 from coterie.methods.symbolic.answer import RecruitingPlan
 from coterie.methods.symbolic.methods import BEST_SINGLE, METHOD, METHODS, RANDOM, SELF_CONSISTENCY
 from coterie.methods.symbolic.profile import PROFILE, REPLIES, VALIDATION, Profiled, read_profile, tell_lone_skills
-from coterie.methods.symbolic.skills import LABELS, find_skills, open_scheduler, skills_work
+from coterie.methods.symbolic.skills import (
+    LABELS,
+    ask_expert,
+    find_skills,
+    keyword_asks,
+    open_scheduler,
+    skills_work,
+)
 from coterie.mixture.scheduler import ExpertScheduler
 from coterie.routers.base import Routing
 from coterie.routers.skill import SkillProfile, profile_from, random_recruits, recruit
@@ -67,14 +76,28 @@ class Symbolic:
     aggregator: str
     per: str
 
-    def skills(self, scheduler: ExpertScheduler, examples: Sequence[Example]) -> list[tuple[str, ...]]:
+    def skill_asks(self, examples: Sequence[Example]) -> list[Question]:
+        """Return what an expert is asked so that it names the skills that questions need; nothing where it is not."""
+        how = self.profiled.how
+        if how.skills != "keywords":
+            return []
+        return keyword_asks(ask_expert(how, self.pool), [example.instruction for example in examples])
+
+    def skills(
+        self, scheduler: ExpertScheduler, examples: Sequence[Example], replies: Sequence[Reply] | None = None
+    ) -> list[tuple[str, ...]]:
         """Return the skills that questions need, as the profile calls them; a repeated one counts again.
+
+        Args:
+            scheduler: asks experts.
+            examples: the questions.
+            replies: to `skill_asks`, if those were asked already.
 
         Raises:
             CoterieError: when an expert cannot be asked, or the encoder cannot be loaded.
         """
         how, known = self.profiled.how, self.profiled.profile.skills
-        found = find_skills(scheduler, self.pool, how, examples, self.profiled.options)
+        found = find_skills(scheduler, self.pool, how, examples, self.profiled.options, replies)
         lacking = [number for number, own in enumerate(found) if how.skills in LABELS and not own]
         if lacking and self.chooser is None:
             logger.warning(
@@ -87,9 +110,19 @@ class Symbolic:
             found = [by_number.get(number, own) for number, own in enumerate(found)]
         renamed = [[self.profiled.names.get(skill, skill) for skill in own] for own in found]
         strange = {skill for own in renamed for skill in own} - set(known)
-        embed = load_embed(how.encoder) if strange else None
-        nearest = nearest_skills([skill for own in renamed for skill in own], known, embed)
+        nearest = nearest_skills([skill for own in renamed for skill in own], known, self.embed if strange else None)
         return [tuple(nearest[skill] for skill in own if skill in nearest) for own in renamed]
+
+    @cached_property
+    def embed(self) -> Embed | None:
+        """What finds the nearest skill by meaning."""
+        return load_embed(self.profiled.how.encoder)
+
+    @property
+    def skill_expert(self) -> str | None:
+        """The expert that is asked for the skills of a question that brings none; None where nobody is."""
+        how = self.profiled.how
+        return self.chooser if how.skills in LABELS else ask_expert(how, self.pool)
 
     def skills_work(self, examples: Sequence[Example]) -> float:
         """Return what finding the skills of these questions weighs."""

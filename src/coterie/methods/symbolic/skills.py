@@ -7,7 +7,7 @@ from pathlib import Path
 
 from coterie.data.examples import Example, from_prompt
 from coterie.errors import CoterieError
-from coterie.experts.answering import ExpertGroup, Question
+from coterie.experts.answering import ExpertGroup, Question, Reply
 from coterie.experts.expert_pool import Pool
 from coterie.experts.reply_cache import ReplyCache
 from coterie.features.skills import (
@@ -113,10 +113,12 @@ def find_skills(
     settings: SkillSettings,
     examples: Sequence[Example],
     options: Sequence[str] = (),
+    replies: Sequence[Reply] | None = None,
 ) -> list[tuple[str, ...]]:
     """Return the skills that every question needs, as the model or the data call them.
 
-    Where skills are chosen, it is from these options.
+    Where skills are chosen, it is from these options; where a model names them, these replies to `keyword_asks`
+    are read if it was asked already.
 
     Raises:
         CoterieError: when an expert cannot be asked in this way.
@@ -132,7 +134,7 @@ def find_skills(
         requests = [choice_request(question, options) for question in [*questions, BLANK]]
         found = answerer.option_logprobs(expert, requests, letters(options))
         return chosen_skills(found[:-1], found[-1], options)
-    replies = scheduler.ask(keyword_asks(expert, questions))
+    replies = scheduler.ask(keyword_asks(expert, questions)) if replies is None else replies
     texts = [reply.text for reply in replies]
     errors = [reply.error for reply in replies if reply.error]
     if errors:
