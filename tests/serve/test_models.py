@@ -117,3 +117,20 @@ def test_many_prompts_of_one_request_let_others_have_steps_between_them(server, 
     assert sizes == [8, 8, 3] and [choice["index"] for choice in many] == list(range(19))
     alone = client.post("/v1/completions", json={**body, "prompt": "add 18 3"}).json()["choices"][0]
     assert many[18]["text"] == alone["text"]
+
+
+def test_experts_have_the_numbers_and_the_scales_that_llama_cpp_lists(client, mixture: Mixture):
+    numbered = [(entry["id"], entry["path"]) for entry in client.get("/lora-adapters").json()]
+    assert numbered == list(enumerate(mixture.bank.names))
+    assert {entry["scale"] for entry in client.get("/lora-adapters").json()} == {None}  # the prompt decides
+    uniform = client.get("/lora-adapters", params={"model": "elrea:uniform-weights"}).json()
+    wanted = client.post("/v1/route", json={"model": "elrea:uniform-weights", "prompt": "x"}).json()["data"][0][
+        "weights"
+    ]
+    share = 1 / sum(entry["scale"] for entry in uniform)
+    assert {entry["path"]: entry["scale"] * share for entry in uniform} == pytest.approx(
+        {name: weight for name, weight in wanted.items() if weight}
+    )
+    single = client.get("/lora-adapters", params={"model": "cluster-1"}).json()
+    assert {entry["path"]: entry["scale"] for entry in single if entry["scale"]} == {"cluster-1": 1.0}
+    assert told(client.get("/lora-adapters", params={"model": "none"}), 404)["code"] == "model_not_found"

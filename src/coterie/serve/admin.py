@@ -5,12 +5,12 @@ requests that come after. The routes for adapters are vLLM's.
 """
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from coterie.artifacts import as_path
 from coterie.errors import shortened
@@ -19,121 +19,117 @@ from coterie.serve.errors import ApiError
 
 routes = APIRouter()
 
-
-class LoadAdapter(BaseModel):
-    """An adapter that is to answer by itself, in a folder of PEFT's form."""
-
-    lora_name: str
-    lora_path: str
-    load_inplace: bool = False
+ADAPTER, MIXTURE = "LoRA adapter", "mixture"
 
 
-class UnloadAdapter(BaseModel):
-    """An adapter that is to answer no longer."""
-
-    lora_name: str
-
-
-class LoadMixture(BaseModel):
-    """A mixture, in a folder of its own."""
+class Load(BaseModel):
+    """What is to answer under a name, and from where it is read."""
 
     name: str
     path: str
     load_inplace: bool = False
 
 
-class UnloadMixture(BaseModel):
-    """A mixture that is to answer no longer."""
+class Unload(BaseModel):
+    """What is to answer no longer."""
 
     name: str
+
+
+class LoadAdapter(Load):
+    """An adapter that is to answer by itself, in a folder of PEFT's form."""
+
+    name: str = Field(alias="lora_name")
+    path: str = Field(alias="lora_path")
+
+
+class UnloadAdapter(Unload):
+    """An adapter that is to answer no longer."""
+
+    name: str = Field(alias="lora_name")
 
 
 @routes.post("/v1/load_lora_adapter")
 async def load_lora_adapter(body: LoadAdapter, request: Request) -> PlainTextResponse:
     """Let an adapter answer under a name; its files are read beside what is being answered."""
-    server = opened(request)
-    folder = allowed(server.settings.access.allow_folder, body.lora_path, "lora_path")
-    backbone = server.catalogue.base_of(folder)
+    catalogue = request.app.state.catalogue
+    folder = opened(request, body.path, "lora_path")
+    backbone = catalogue.base_of(folder)
     adapter = await asyncio.to_thread(load_adapter, folder, backbone.model)
+    return await put_in_place(request, body, ADAPTER, lambda: catalogue.add(body.name, adapter, body.path, backbone))
 
-    def put_in_place() -> None:
-        check_new(server, body.lora_name, in_place=body.load_inplace)
-        server.catalogue.add(body.lora_name, adapter, body.lora_path, backbone)
 
-    await server.worker.call(put_in_place)
-    return PlainTextResponse(f"Success: LoRA adapter {body.lora_name!r} added successfully.")
+@routes.post("/v1/load_mixture")
+async def load_mixture(body: Load, request: Request) -> PlainTextResponse:
+    """Let a mixture answer under a name; answers pause for as long as it is read."""
+    folder = opened(request, body.path, "path")
+    return await put_in_place(request, body, MIXTURE, lambda: request.app.state.catalogue.load(body.name, str(folder)))
 
 
 @routes.post("/v1/unload_lora_adapter")
 async def unload_lora_adapter(body: UnloadAdapter, request: Request) -> PlainTextResponse:
     """Let nothing new be asked of an adapter that was loaded so."""
-    await remove(request, body.lora_name, is_adapter=True)
-    return PlainTextResponse(f"Success: LoRA adapter {body.lora_name!r} removed successfully.")
-
-
-@routes.post("/v1/load_mixture")
-async def load_mixture(body: LoadMixture, request: Request) -> PlainTextResponse:
-    """Let a mixture answer under a name; answers pause for as long as it is read."""
-    server = opened(request)
-    folder = allowed(server.settings.access.allow_folder, body.path, "path")
-
-    def put_in_place() -> None:
-        check_new(server, body.name, in_place=body.load_inplace)
-        server.catalogue.load(body.name, str(folder))
-
-    await server.worker.call(put_in_place)
-    return PlainTextResponse(f"Success: mixture {body.name!r} added successfully.")
+    return await remove(request, body, ADAPTER)
 
 
 @routes.post("/v1/unload_mixture")
-async def unload_mixture(body: UnloadMixture, request: Request) -> PlainTextResponse:
+async def unload_mixture(body: Unload, request: Request) -> PlainTextResponse:
     """Let nothing new be asked of a mixture."""
-    await remove(request, body.name, is_adapter=False)
-    return PlainTextResponse(f"Success: mixture {body.name!r} removed successfully.")
+    return await remove(request, body, MIXTURE)
 
 
-def opened(request: Request) -> Any:  # noqa: ANN401 - the application's state
-    """Return what the routes share, where something can be loaded at all.
+def opened(request: Request, path: str, param: str) -> Path:
+    """Return the folder that a path means, where something can be loaded at all.
 
     Raises:
-        ApiError: where another server computes the answers.
+        ApiError: where another server computes the answers, or as `allowed`.
     """
     server = request.app.state
     if server.upstream:
         raise ApiError("with --upstream another server has the weights; load them there and start this one again", 400)
-    return server
+    return allowed(server.settings.access.allow_folder, path, param)
 
 
-def check_new(server: Any, name: str, *, in_place: bool) -> None:  # noqa: ANN401
-    """Refuse a name that something is loaded under, unless it is to be replaced.
+async def put_in_place(request: Request, body: Load, kind: str, act: Callable[[], None]) -> PlainTextResponse:
+    """Let something answer under its name from now on; one that something has already is taken only where it was said.
 
     Raises:
-        ApiError: as vLLM words it.
+        ApiError: for such a name, as vLLM words it.
     """
-    if not in_place and name in server.catalogue.loaded:
-        words = f"{shortened(name, 80)!r} has already been loaded; say load_inplace to replace it"
-        raise ApiError(words, 400, code="already_loaded")
+    server = request.app.state
+
+    def put() -> None:
+        if not body.load_inplace and body.name in server.catalogue.loaded:
+            words = f"{shortened(body.name, 80)!r} has already been loaded; say load_inplace to replace it"
+            raise ApiError(words, 400, code="already_loaded")
+        act()
+
+    await server.worker.call(put)
+    return PlainTextResponse(f"Success: {kind} {body.name!r} added successfully.")
 
 
-async def remove(request: Request, name: str, *, is_adapter: bool) -> None:
-    """Remove an adapter or a mixture, with all that was measured of its models.
+async def remove(request: Request, body: Unload, kind: str) -> PlainTextResponse:
+    """Let something answer no longer, and forget all that was measured of its models.
 
     Raises:
         ApiError: when there is none of this name.
     """
-    server = request.app.state
+    server, name = request.app.state, body.name
+
+    def ids() -> set[str]:
+        return {cell.id for cell in (*server.catalogue.listed, *server.catalogue.recruits)}
 
     def remove() -> set[str]:
         loaded = server.catalogue.loaded
-        if name not in loaded or (loaded[name] is not None) != is_adapter:
-            kind = "adapter" if is_adapter else "mixture"
+        if name not in loaded or (loaded[name] is not None) != (kind == ADAPTER):
             raise ApiError(f"no {kind} is loaded as {shortened(name, 80)!r}", 404, code="model_not_found")
-        before = {cell.id for cell in server.catalogue.listed}
+        before = ids()
         server.catalogue.remove(name)
-        return before - {cell.id for cell in server.catalogue.listed}
+        return before - ids()
 
     for model in await server.worker.call(remove):
         server.metrics.forget(model)
+    return PlainTextResponse(f"Success: {kind} {name!r} removed successfully.")
 
 
 def allowed(folders: list[str] | None, given: str, param: str) -> Path:

@@ -11,8 +11,11 @@ from torch import Tensor
 
 from coterie.combiners.table import fitting
 from coterie.data.batching import TokenRow, check_lengths
+from coterie.data.examples import Example
+from coterie.mixture import as_examples
 from coterie.routers.base import Routing
-from coterie.serve.answering import in_turns
+from coterie.routers.fixed import FixedRouter
+from coterie.serve.answering import check_size, read_rows, route_rows, texts_of
 from coterie.serve.asking import mixed
 from coterie.serve.catalogue import Cell
 from coterie.serve.completions import as_it_stands
@@ -73,6 +76,22 @@ def described(cell: Cell) -> Json:
     return names | origin | {"coterie": how | ({"method": cell.root} if kind == "method" else {})}
 
 
+@routes.get("/lora-adapters")
+async def lora_adapters(request: Request, model: str | None = None) -> list[Json]:
+    """List the experts that `lora` of a request means by number, as llama.cpp does; of the first mixture by default.
+
+    `scale` is the weight that an expert has where a request says nothing; None where its prompt decides.
+    """
+    catalogue = request.app.state.catalogue
+    names = [desk.name for desk in catalogue.desks if not desk.path]
+    if model is None and not names:
+        return []
+    cell: Cell = catalogue.resolve(names[0] if model is None else model)
+    router = (await request.app.state.worker.call(lambda: cell.mixture)).router
+    scales = dict.fromkeys(cell.desk.experts) if not isinstance(router, FixedRouter) else router.weights
+    return [{"id": n, "path": name, "scale": scales.get(name, 0.0)} for n, name in enumerate(cell.desk.experts)]
+
+
 @routes.post("/v1/embeddings")
 async def embeddings(body: EmbeddingRequest, request: Request) -> Json:
     """Return what the model's router reads off prompts: the embedding or the gradient that it weighs experts by."""
@@ -81,8 +100,8 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> Json:
     def read(rows: Sequence[TokenRow]) -> Float[Tensor, "row dimension"]:
         return cell.mixture.router.of_prompts.features(rows).cpu().float()
 
-    rows: list[TokenRow] = await request.app.state.worker.call(lambda: prompt_rows(cell, body.input))
-    vectors = torch.cat(await in_turns(request, rows, read))
+    rows = await checked_rows(request, cell, body.input, "input")
+    vectors = torch.cat(await route_rows(request, rows, read))
     if body.dimensions not in (None, vectors.shape[1]):
         raise ApiError(f"the embeddings have {vectors.shape[1]} dimensions, got {body.dimensions}", param="dimensions")
     as_text = body.encoding_format == "base64"
@@ -105,17 +124,13 @@ async def route(body: RouteRequest, request: Request) -> Json:
     """Weigh the experts for prompts, or a conversation, without an answer."""
     cell = request.app.state.catalogue.resolve(body.model)
 
-    def read() -> list[TokenRow]:
-        if body.messages is not None:
-            return cell.mixture.tokens(conversation(body.messages))
-        return cell.mixture.tokens(body.prompt or [])
-
     def weigh(rows: Sequence[TokenRow]) -> Routing:
         return mixed(cell, body.coterie).router.route(rows).normalized()
 
-    rows: list[TokenRow] = await request.app.state.worker.call(read)
+    prompts = body.prompt or [] if body.messages is None else [conversation(body.messages)]
+    rows = await checked_rows(request, cell, prompts, "prompt")
     data = []
-    for routing in await in_turns(request, rows, weigh):
+    for routing in await route_rows(request, rows, weigh):
         for number in range(len(routing.weights)):
             similarities = {name: float(values[number]) for name, values in routing.similarities.items()}
             told = {"weights": routing.row(number), "similarities": similarities}
@@ -123,10 +138,22 @@ async def route(body: RouteRequest, request: Request) -> Json:
     return {"object": "list", "model": body.model, "data": data}
 
 
-def prompt_rows(cell: Cell, prompts: Sequence[str] | Sequence[list[int]]) -> list[TokenRow]:
-    """Take texts for questions of a user, and rows of tokens as they stand."""
-    rows = [cell.mixture.tokens(one)[0] if isinstance(one, str) else as_it_stands(cell, one) for one in prompts]
-    check_lengths(rows, cell.mixture.backbone.positions, [f"input {number}" for number in range(len(rows))])
+async def checked_rows(
+    request: Request, cell: Cell, prompts: Sequence[str | list[int] | Example], name: str
+) -> list[TokenRow]:
+    """Take texts for questions of a user, and tokens as they stand.
+
+    Raises:
+        CoterieError: for one that is empty or too long, by its number.
+    """
+
+    def read(prompt: str | list[int] | Example) -> list[TokenRow]:
+        if isinstance(prompt, list):
+            return [as_it_stands(cell, prompt)]
+        return [cell.mixture.prompts.row(example).prompt() for example in as_examples(prompt)]
+
+    rows = await read_rows(request, cell, prompts, read)
+    check_lengths(rows, cell.mixture.backbone.positions, [f"{name} {number}" for number in range(len(rows))])
     return rows
 
 
@@ -134,8 +161,14 @@ def prompt_rows(cell: Cell, prompts: Sequence[str] | Sequence[list[int]]) -> lis
 
 
 def asked_or_first(request: Request, name: str | None) -> Cell:
-    """Return a model, or the first of all where none is named, as lm-evaluation-harness names none."""
+    """Return a model, or the first of all where none is named, as lm-evaluation-harness names none.
+
+    Raises:
+        ApiError: where only recruited experts answer, of whose tokens nothing is known.
+    """
     catalogue = request.app.state.catalogue
+    if name is None and not catalogue.listed:
+        raise ApiError("no model that is served here has tokens that are known", 404, code="model_not_found")
     return catalogue.listed[0] if name is None else catalogue.resolve(name)
 
 
@@ -146,6 +179,8 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Json:
 
     def read() -> Json:
         backbone = cell.mixture.backbone
+        for text in texts_of(body.prompt if body.messages is None else conversation(body.messages)):
+            check_size(cell, text)
         if body.messages is not None:
             ids = list(cell.mixture.prompts.row(conversation(body.messages)).prompt().ids)
         else:

@@ -1,13 +1,14 @@
 """The worker: one thread owns all engines and all base models, and nobody else touches either.
 
 Whoever wants something of a model asks here, and gets it on the event loop. The thread takes a step of every engine
-that has requests, in turn; between two steps it does what else was asked, in the order in which it was.
+that has requests, in turn; between two steps it does what else was asked, in the order in which it was, for a moment.
 """
 
 import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 PATIENCE = 2.0  # seconds
+MOMENT = 0.05
+"""Seconds of jobs after which those who write get their next step, however many jobs wait; one job is never cut."""
 
 
 class WorkerDied(CoterieError):
@@ -129,14 +132,19 @@ class Worker:
     # --------------------------------------------------------------------------------------------- in the thread
 
     def _run(self) -> None:
-        """Do jobs as they come, and steps while there are none, until the end."""
+        """Do jobs as they come, and steps while there are none or they have taken a moment, until the end."""
+        taken = 0.0  # by jobs since the last step
         while True:
-            if self._jobs.empty() and any(not engine.is_idle for engine in self._listeners):
+            is_idle = all(engine.is_idle for engine in self._listeners)
+            if not is_idle and (self._jobs.empty() or taken >= MOMENT):
                 self._step()
+                taken = 0.0
             elif (job := self._jobs.get()) is None:
                 break
             else:
+                started = time.perf_counter()
                 job()
+                taken += time.perf_counter() - started
         self._die(WorkerDied("the server is shutting down; try again later"))
         while not self._jobs.empty():
             if job := self._jobs.get():
