@@ -91,13 +91,14 @@ def at_once(client, bodies):
 
 
 def test_endpoints_are_asked_for_several_requests_at_once(client, fitted, asked):
-    meeting, respond = threading.Barrier(3, timeout=20), fitted.stub.respond
+    meeting, respond = threading.Barrier(3, timeout=50), fitted.stub.respond
 
     def together(got):
-        meeting.wait()
+        if "Keywords:" not in got.question:
+            meeting.wait()
         return respond(got)
 
-    fitted.stub.respond = together  # nobody is answered before all three are asked
+    fitted.stub.respond = together  # nobody's answer comes before all three are asked for
     assert at_once(client, [{**asked, "model": "sym:maths"}] * 3) == ["The answer is 141."] * 3
 
 
