@@ -21,6 +21,7 @@ from peft import PeftModel
 from transformers import DynamicCache
 
 from coterie.mixture.llama_cpp import LlamaCpp
+from coterie.serve.lifetime import SAME
 
 
 def peft_app(model_name: str, adapters: list[str]) -> FastAPI:
@@ -63,7 +64,7 @@ def serve_peft(model: str, *adapters: str) -> None:
     listening = socket.create_server(("127.0.0.1", 0))
     app = peft_app(model, list(adapters))
     print(f"http://127.0.0.1:{listening.getsockname()[1]}", flush=True)
-    uvicorn.Server(uvicorn.Config(app, log_level="error")).run([listening])
+    uvicorn.Server(uvicorn.Config(app, log_level="error", **SAME)).run([listening])
 
 
 def serve_llama_cpp(gguf: str, adapter: str, slots: str, context: str) -> None:

@@ -14,6 +14,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from coterie.serve.lifetime import SAME
 from coterie.serve.playground.pages import routes
 
 EXPERTS = ["base", "cluster-0", "cluster-1", "cluster-2", "cluster-3"]
@@ -112,7 +113,7 @@ def answer(body: dict[str, Any]) -> str:
 def running(app: FastAPI) -> Iterator[str]:
     """Run an application in a thread; give its address."""
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", **SAME))
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
     try:

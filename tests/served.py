@@ -13,6 +13,7 @@ import uvicorn
 
 from coterie.serve.app import create_app, listening, load
 from coterie.serve.catalogue import Catalogue
+from coterie.serve.lifetime import SAME
 from coterie.serve.worker import Worker
 from coterie.settings.reading import from_flat
 from coterie.settings.serving import ServeSettings
@@ -36,7 +37,7 @@ def started(*mixtures: str, **options: object) -> Iterator[Server]:
         catalogue = Catalogue(settings)
         app = create_app(catalogue, worker, settings)
         worker.put(lambda: load(app)).result()
-        running = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        running = uvicorn.Server(uvicorn.Config(app, log_level="warning", **SAME))
         thread = threading.Thread(target=running.run, args=([listener],))
         thread.start()
         try:

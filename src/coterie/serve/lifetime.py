@@ -3,7 +3,7 @@
 import logging
 import signal
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -13,6 +13,8 @@ from coterie.serve.keys import METRICS_PATH, is_open
 
 logger = logging.getLogger(__name__)
 
+SAME: Any = {"loop": "asyncio", "http": "h11"}
+"""uvicorn's own parts, whatever other ones an extra has brought: what a broken request gets hangs on them."""
 SOON = 5.0  # seconds after which a client may come again
 
 
@@ -55,7 +57,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: ASGIApp, lifetime: Lifetime, patience: int) -> None:
         """Get ready to serve an app; a signal is waited on for so many seconds."""
-        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=patience)
+        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=patience, **SAME)
         super().__init__(config)
         self._lifetime = lifetime
 
