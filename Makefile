@@ -16,7 +16,7 @@ DEMO_RUN := runs/demo
 DEMO_EVAL := runs/demo-eval
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo demo-auto bench clean
+.PHONY: help setup test test-ray lint format demo demo-auto bench clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -32,11 +32,14 @@ $(READY): pyproject.toml constraints.txt
 	@echo "setup 2/3: torch (the largest download)"
 	@$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt torch
 	@echo "setup 3/3: Coterie and its tools (about two minutes)"
-	@$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable '.[data,llamacpp,quant,serve]' --group dev
+	@$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable '.[data,llamacpp,quant,ray,serve]' --group dev
 	@touch $@
 
 test: $(READY) ## run the tests
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2
+
+test-ray: $(READY) ## run the tests that start a Ray cluster on this machine
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -m ray
 
 lint: $(READY) ## check style, format and types
 	$(BIN)/ruff check

@@ -82,12 +82,23 @@ def opened(request: Request, path: str, param: str) -> Path:
     """Return the folder that a path means, where something can be loaded at all.
 
     Raises:
-        ApiError: where another server computes the answers, or as `allowed`.
+        ApiError: where another server computes the answers, or there are several replicas, or as `allowed`.
     """
-    server = request.app.state
+    server = alone(request)
     if server.upstream:
         raise ApiError("with --upstream another server has the weights; load them there and start this one again", 400)
     return allowed(server.settings.access.allow_folder, path, param)
+
+
+def alone(request: Request) -> Any:  # noqa: ANN401 - the application's state
+    """Return what the routes share, where one process serves it all: of replicas, one alone would hear of a change.
+
+    Raises:
+        ApiError: where there are several.
+    """
+    if request.app.state.settings.replication.ray:
+        raise ApiError("with --ray every replica serves the same; start them again with what is to be served", 400)
+    return request.app.state
 
 
 async def put_in_place(request: Request, body: Load, kind: str, act: Callable[[], None]) -> PlainTextResponse:
@@ -114,7 +125,7 @@ async def remove(request: Request, body: Unload, kind: str) -> PlainTextResponse
     Raises:
         ApiError: when there is none of this name.
     """
-    server, name = request.app.state, body.name
+    server, name = alone(request), body.name
 
     def ids() -> set[str]:
         return {cell.id for cell in (*server.catalogue.listed, *server.catalogue.recruits)}

@@ -22,6 +22,7 @@ from coterie.serve.limits import AnyTypeIsJson, BodyLimit, QueueLimit
 from coterie.serve.logs import RequestLog, write_logs
 from coterie.serve.metrics import Metrics
 from coterie.serve.playground import pages
+from coterie.serve.replicas import run_replicas
 from coterie.serve.upstream.opening import open_upstream
 from coterie.serve.worker import Worker
 from coterie.settings.keywords import takes_fields
@@ -58,6 +59,11 @@ def create_app(
         return recruiting | {desk.name: desk.engine.load for desk in catalogue.desks}
 
     app.state.metrics = metrics = Metrics(loads, settings.operation.metrics_names)
+
+    async def told(accept: str) -> tuple[bytes, str]:
+        return metrics.page(accept)
+
+    app.state.told = told
     metrics.set_up({name: str(value) for name, value in settings.capacity})
     worker.stepped = partial(metrics.add, "iteration_tokens_total")
     errors.install(app)
@@ -94,6 +100,17 @@ def load(app: FastAPI) -> None:
     server.upstream = open_upstream(server.settings.upstream, mixtures, server.worker)
 
 
+def opened(settings: ServeSettings, worker: Worker) -> FastAPI:
+    """Return an app that has loaded what it serves.
+
+    Raises:
+        CoterieError: as `create_app` and `load`.
+    """
+    app = create_app(Catalogue(settings), worker, settings)
+    worker.put(lambda: load(app)).result()
+    return app
+
+
 @takes_fields(ServeSettings)
 def run_server(settings: ServeSettings) -> None:
     """Serve mixtures over HTTP until the process is told to stop.
@@ -101,6 +118,8 @@ def run_server(settings: ServeSettings) -> None:
     Raises:
         CoterieError: for an address that cannot be listened at, or mixtures that cannot be loaded.
     """
+    if settings.replication.ray:
+        return run_replicas(settings, opened, listening(settings.address))
     with closing(listening(settings.address)) as listener, Worker() as worker:
         catalogue, lifetime = Catalogue(settings), Lifetime("loading")
         app = create_app(catalogue, worker, settings, lifetime)

@@ -24,5 +24,5 @@ async def ready(request: Request) -> Response:
 @routes.get("/metrics", response_model=None)
 async def metrics(request: Request) -> Response:
     """Return all that is measured, in the form that Prometheus reads."""
-    page, kind = request.app.state.metrics.page(request.headers.get("accept", ""))
+    page, kind = await request.app.state.told(request.headers.get("accept", ""))
     return Response(page, headers={"Content-Type": kind})

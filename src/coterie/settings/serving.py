@@ -84,6 +84,19 @@ class OperationSettings(Settings):
     )
 
 
+class ReplicaSettings(Settings):
+    """How many processes answer, and where."""
+
+    idle_with = {"replicas": ("ray", (False,))}
+
+    ray: bool = Field(
+        False,
+        description="answer as a Ray Serve deployment, on the cluster that RAY_ADDRESS names or one of this machine "
+        "alone; needs the extra 'ray'",
+    )
+    replicas: int = Field(1, ge=1, description="processes that answer, each with all that is served and a GPU, if any")
+
+
 class ServeSettings(Settings):
     """`coterie serve`: mixtures behind OpenAI's API."""
 
@@ -107,4 +120,5 @@ class ServeSettings(Settings):
     limits: LimitSettings = LimitSettings()
     recruited: RecruitedSettings = RecruitedSettings()
     operation: OperationSettings = OperationSettings()
+    replication: ReplicaSettings = ReplicaSettings()
     placement: PlacementSettings = PlacementSettings()
