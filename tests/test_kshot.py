@@ -28,10 +28,11 @@ from coterie.methods import load_grid, make_grid, train_extras
 from coterie.methods.add_adapters import bank_add
 from coterie.methods.kshot import choose_adapters as selecting
 from coterie.methods.kshot import fit as kshot
+from coterie.methods.kshot import shot_scoring
 from coterie.methods.kshot import train as tuning
-from coterie.methods.kshot.choose_adapters import candidate_count
 from coterie.methods.kshot.methods import METHODS
 from coterie.methods.kshot.run import KshotRun
+from coterie.methods.kshot.shot_scoring import candidate_count
 from coterie.mixture import Mixture
 from coterie.settings.commands import KshotSettings, TrainExtrasSettings
 from coterie.settings.groups import ExtrasSettings, ModelSettings, SelectAdaptersSettings
@@ -171,7 +172,8 @@ def test_how_many_adapters_are_loaded_together_changes_nothing(bank, shots, tmp_
         sizes.append(len(folders))
         return plain(folders, model)
 
-    monkeypatch.setattr(selecting, "load_bank", counting)
+    for module in (selecting, shot_scoring):
+        monkeypatch.setattr(module, "load_bank", counting)
     found = {}
     for size in (1, 4):
         sizes.clear()
@@ -241,7 +243,7 @@ def test_planted_leaks_are_told_and_dropped_where_asked(bank, shelf, shots, tmp_
 
 
 def test_interrupted_scoring_goes_on(bank, shots, tmp_path, monkeypatch):
-    plain, scored = selecting._score_shots, []
+    plain, scored = shot_scoring._score_shots, []
 
     def until(stop: int):
         def score(scoring, names, places):
@@ -253,12 +255,12 @@ def test_interrupted_scoring_goes_on(bank, shots, tmp_path, monkeypatch):
         return score
 
     options = {"output": tmp_path / "select", "keep": 2, "group_size": 2, **FAST}
-    monkeypatch.setattr(selecting, "_score_shots", until(2))
+    monkeypatch.setattr(shot_scoring, "_score_shots", until(2))
     with pytest.raises(KeyboardInterrupt):
         coterie.select(bank, str(shots), **options)
     assert not (tmp_path / "select").exists()
     first = list(scored)
-    monkeypatch.setattr(selecting, "_score_shots", until(99))
+    monkeypatch.setattr(shot_scoring, "_score_shots", until(99))
     scored.clear()
     record = coterie.select(bank, str(shots), **options).record.plain()
     assert len(first) == 2 and len(scored) == 1 and not set(first) & set(scored)

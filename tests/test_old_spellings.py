@@ -122,7 +122,7 @@ OLD_RECORDS = {
 def test_a_record_under_old_names_is_repeated(called, tmp_path, command, now, values):
     record = tmp_path / "run.yaml"
     record.write_text(yaml.safe_dump({"format": 1, "command": command, "settings": OLD_RECORDS[command], "inputs": {}}))
-    repeat(record)
+    repeat([record])
     name, settings = called[0]
     assert name == now
     for place, value in values.items():

@@ -346,7 +346,7 @@ def test_options_have_the_probabilities_of_the_next_token(local, mixture):
 def test_the_likelihood_of_references_is_each_expert_s_own(local, mixture):
     rows = load_examples([{"instruction": q, "response": f"answer {n}"} for n, q in enumerate(QUESTIONS)])
     found = local.likelihoods(rows)
-    assert found.shape == (len(local.bank), len(rows))
+    assert list(found) == list(local.bank.names)
     other = LocalAnswerer(
         local.backbone,
         local.bank,
@@ -355,12 +355,12 @@ def test_the_likelihood_of_references_is_each_expert_s_own(local, mixture):
             for name in local.bank.names
         },
     ).likelihoods(rows)
-    same = [name != "base" for name in local.bank.names]
-    assert torch.allclose(found[same], other[same], atol=1e-5) and not torch.allclose(found, other, atol=1e-2)
+    near = {name: torch.allclose(found[name], other[name], atol=1e-5) for name in found}
+    assert near == {name: name != "base" for name in local.bank.names}
     ids = mixture.prompts.row(rows[0])
     logprobs = local.backbone.model(input_ids=torch.tensor([ids.ids])).logits[0].log_softmax(-1)
     wanted = [float(logprobs[p - 1, ids.ids[p]]) for p in range(len(ids.ids)) if ids.is_response[p]]
-    assert float(found[local.bank.index("plain"), 0]) == pytest.approx(sum(wanted) / len(wanted), abs=1e-4)
+    assert float(found["plain"][0]) == pytest.approx(sum(wanted) / len(wanted), abs=1e-4)
 
 
 def test_a_pool_of_every_kind_answers(tmp_path, model_folder, run_folder):

@@ -29,6 +29,7 @@ ADDRESS, TOKEN_MODE, TOKEN = "RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"  #
 ALONE = "local"
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
 """Nobody else is told that Ray is used, and no line of a log is left out because another one is like it."""
+WAIT = 10.0  # seconds
 RETRIES = 3
 """How often a task is started again whose worker died."""
 
@@ -52,16 +53,16 @@ def joined() -> Iterator[Ray]:
         yield ray
         return
     address = os.environ.get(ADDRESS, ALONE)
-    if address == ALONE and not {TOKEN, f"{TOKEN}_PATH"} & os.environ.keys():
-        os.environ[TOKEN] = secrets.token_hex(32)
+    if address == ALONE:
+        os.environ.setdefault(TOKEN, secrets.token_hex(32))
+    elif "://" not in address:
+        _check_reachable(address)
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # that a token is wanted is no trouble
     try:
         with _own_signals():
             ray.init(address, include_dashboard=False, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
-        raise CoterieError(
-            f"the Ray cluster {address!r} cannot be joined: {first_line(error)}; mend {ADDRESS}, or leave it out"
-        ) from error
+        raise _cannot_join(address, error) from error
     if os.environ.get(TOKEN_MODE, "").lower() != "token":
         logger.warning(
             "the Ray cluster asks for no token, so whoever reaches it runs code there; start it and this command with "
@@ -72,6 +73,21 @@ def joined() -> Iterator[Ray]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _cannot_join(address: str, error: Exception) -> CoterieError:
+    return CoterieError(
+        f"the Ray cluster {address!r} cannot be joined: {first_line(error)}; mend {ADDRESS}, or leave it out"
+    )
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse an address where nobody listens, which Ray tries for two minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=WAIT).close()
+    except (OSError, ValueError) as error:
+        raise _cannot_join(address, error) from error
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import coterie
 from coterie.artifacts import as_path, check_file, read_run_record, write_answers
 from coterie.cli.process import finish
 from coterie.cli.table import COMMANDS, AsJson, app, command, do, echo, tell_next
+from coterie.cluster import done_by_workers, work_in
 from coterie.errors import CoterieError
 from coterie.progress import steps
 from coterie.records.wording import columns, printable
@@ -217,10 +218,39 @@ def spread(
 
 @command("run", "coterie run runs/elrea/run.yaml")
 def repeat(
-    record: Annotated[Path, typer.Argument(help="the run.yaml of a run folder")],
+    records: Annotated[list[Path], typer.Argument(help="the run.yaml of run folders, or YAML files of settings")],
     overwrite: Annotated[bool, typer.Option(help="replace what is there; a record alone cannot ask for it")] = False,
+    ray: Annotated[bool, typer.Option(help="several at once, by workers on a Ray cluster")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="workers that run at once, with --ray; default: 2")] = None,
 ) -> None:
-    """Repeat a run from its record, or run a YAML file's settings, after telling what is read, written and replaced."""
+    """Repeat runs from their records, or run YAML files' settings, after telling what is read, written and replaced.
+
+    Seeds of a fit and of its evaluation are records that differ in a word; workers share them out with --ray.
+    """
+    if workers and not ray:
+        raise CoterieError(f"--workers {workers} does not act without --ray; leave it out, or add --ray")
+    asked = [_recorded(record, overwrite) for record in records]
+    for record, settings in zip(records, asked, strict=True):
+        echo(_announcement(record, settings), err=True)
+    if ray:
+        calls = [(os.getcwd(), record, overwrite) for record in records]
+        for place, _ in done_by_workers(repeated, calls, workers=workers or 2):
+            echo(f"{records[place]}: done")
+        return
+    for settings in asked:
+        do(settings.command, settings)
+        tell_next(settings.command, settings)
+
+
+def repeated(folder: str, record: Path, overwrite: bool) -> None:
+    """Repeat a run from its record, in a folder (runs in a worker)."""
+    work_in(folder)
+    settings = _recorded(record, overwrite)
+    do(settings.command, settings)
+
+
+def _recorded(record: Path, overwrite: bool) -> Settings:
+    """Return the settings of a command that can be repeated; of a run that was broken off, those of its other try."""
     unfinished = record.parent.parent / f"{record.parent.name}.partial" / record.name
     found = read_run_record(record if record.exists() or not unfinished.exists() else unfinished)
     again = COMMANDS.get(found["command"])
@@ -230,9 +260,7 @@ def repeat(
     settings = checked(again.settings, found["settings"])
     if "overwrite" in type(settings).model_fields:
         settings = settings.model_copy(update={"overwrite": overwrite})
-    echo(_announcement(record, settings), err=True)
-    do(found["command"], settings)
-    tell_next(found["command"], settings)
+    return settings
 
 
 @command("status", "coterie status runs/elrea")

@@ -4,15 +4,17 @@ All methods of a bank that meet in the logits share one forward pass over the re
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from coterie.artifacts import JsonCache, as_path, check_output, run_folder
+from coterie.cluster import Call, Elsewhere, joined, named_values
 from coterie.data.batching import check_lengths
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError, unknown_name
@@ -37,11 +39,13 @@ from coterie.records.files import write_evaluation
 from coterie.records.mixture import TrainingRow
 from coterie.records.schema import read, read_rows
 from coterie.records.verdict import advice
+from coterie.routers.base import Routing
 from coterie.settings.commands import EvaluationSettings
-from coterie.settings.groups import ExpertServingSettings, ExtrasSettings
+from coterie.settings.groups import ExpertServingSettings, ExtrasSettings, PlacementSettings
 from coterie.settings.keywords import names_in
-from coterie.settings.reading import changed, from_flat, values_of
+from coterie.settings.reading import changed, flag_of, from_flat, values_of
 from coterie.settings.rows import ReadingSettings
+from coterie.settings.workers import WorkerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +56,7 @@ NOT_OF_ANSWERS = (
     *("resamples", "allow_code_execution", *ExpertServingSettings.model_fields, *ReadingSettings.model_fields),
 )
 """Settings of an evaluation that are about which methods answer, what comes of answers, or what is hashed besides."""
+OF_WORKERS = {flag_of(name) for name in WorkerSettings.model_fields}
 _ANSWERS = TypeAdapter(Answers)  # as plain values, and back
 
 
@@ -115,7 +120,7 @@ def run_evaluation(settings: EvaluationSettings) -> Evaluation:
     """
     output = as_path(settings.output)
     check_output(output, settings)
-    if given := changed(settings.serving):
+    if given := [flag for flag in changed(settings.serving) if flag not in OF_WORKERS]:
         raise CoterieError(f"{given[0]} acts on runs of symbolic-moe only; leave it out")
     examples = load_all(settings.data, settings.limit, reading_for(settings.mixture, settings.reading))
     check_code_execution(examples, settings.allow_code_execution)
@@ -238,17 +243,13 @@ def compare(
         "scores": len(tests) * (GRADIENTS + len(methods)),
         **{name: ANSWERING * len(tests) for name in methods if settings.generate},
     }
-    answers = {}
-    with whole(settings.command, work):
+    with whole(settings.command, work), joined() if settings.serving.ray else nullcontext():
         with part("extras"):
             grid = make_grid(mixture, methods, extras)
+        elsewhere = _elsewhere(mixture, methods, extras, settings) if settings.serving.ray else None
         with part("scores"):
-            scored = score_methods(grid, token_rows, methods, cached)
-        for name in methods if settings.generate else ():
-            with part(name):
-                answers[name] = _answers(
-                    name, scored, tests, settings, partial(cached, cache_name("answers", grid, [name]))
-                )
+            scored = score_methods(grid, token_rows, methods, cached, elsewhere)
+        answers = _answers(grid, scored, tests, settings, cached, elsewhere)
     if mixture.method in scored.routed:  # the weights of the mixture's own method are recorded in any case
         routing = scored.routed[mixture.method].routing
     else:
@@ -322,21 +323,43 @@ def _test_rows(
     return [TestRow(row.example, example) for row, example in zip(found, examples, strict=True)], [note]
 
 
+def _elsewhere(
+    mixture: Mixture, methods: Sequence[str], extras: ExtrasSettings, settings: EvaluationSettings
+) -> Elsewhere:
+    """Say how workers open the same grid, for which nothing is to be trained any more."""
+    if mixture.folder is None:
+        raise CoterieError("workers open the mixture from its folder; save it first, or leave out ray")
+    opened = str(mixture.folder), tuple(methods), extras, settings.placement
+    return Elsewhere(settings.serving.workers, settings.placement.device, open_grid, opened)
+
+
+def open_grid(folder: str, methods: Sequence[str], extras: ExtrasSettings, placement: PlacementSettings) -> MethodGrid:
+    """Open a mixture with what methods need (runs in a worker)."""
+    return make_grid(Mixture.from_pretrained(folder, **placement.model_dump()), methods, extras)
+
+
 def _answers(
-    name: str,
+    grid: MethodGrid,
     scored: Scored,
     tests: Sequence[TestRow],
     settings: EvaluationSettings,
-    cached: Callable[[Callable[[], Any]], Any],
-) -> Answers:
-    """Let a method answer, or read the answers that it gave in an earlier try."""
+    cached: JsonCache,
+    elsewhere: Elsewhere | None,
+) -> dict[str, Answers]:
+    """Let methods answer, or read the answers that they gave in an earlier try."""
+    calls = {
+        cache_name("answers", grid, [name]): Call(name, _answer, (name, tests, scored.routed[name].routing, settings))
+        for name in (method_names(settings) if settings.generate else ())
+    }
+    found = named_values(calls, grid, cached, elsewhere)
+    return {call.part: _ANSWERS.validate_python(found[key]) for key, call in calls.items()}
 
-    def make() -> Any:  # noqa: ANN401 - plain values
-        routing = scored.routed[name].routing
-        found = answer(scored.cells[name], tests, routing, name, settings.batch_size, settings.sampling)
-        return _ANSWERS.dump_python(found, mode="json")
 
-    return _ANSWERS.validate_python(cached(make))
+def _answer(
+    grid: MethodGrid, name: str, tests: Sequence[TestRow], routing: Routing, settings: EvaluationSettings
+) -> Any:  # noqa: ANN401 - plain values
+    found = answer(grid.cell(name), tests, routing, name, settings.batch_size, settings.sampling)
+    return _ANSWERS.dump_python(found, mode="json")
 
 
 def _seconds(grid: MethodGrid, scored: Scored, answers: Mapping[str, Answers]) -> dict[str, dict[str, float]]:

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from coterie.artifacts import JsonCache, hash_text, sha256_of
+from coterie.cluster import Call, Elsewhere, named_values
 from coterie.data.batching import TokenRow
 from coterie.engine.scoring import score_votes
 from coterie.methods.extras import RECORD
@@ -95,9 +95,21 @@ def cache_name(what: str, grid: MethodGrid, methods: Sequence[str]) -> str:
 
 
 def score_methods(
-    grid: MethodGrid, rows: Sequence[TokenRow], names: Sequence[str], cached: JsonCache = no_cache
+    grid: MethodGrid,
+    rows: Sequence[TokenRow],
+    names: Sequence[str],
+    cached: JsonCache = no_cache,
+    elsewhere: Elsewhere | None = None,
 ) -> Scored:
-    """Route and score all methods on rows with answers; `cached` keeps what takes long for another try."""
+    """Route and score all methods on rows with answers.
+
+    Args:
+        grid: has what they need.
+        rows: with answers.
+        names: of the methods.
+        cached: keeps what takes long for another try.
+        elsewhere: says how workers open the grid, where they are to score.
+    """
     cells = {name: grid.cell(name) for name in names}
     oracles = {name: cell.router for name, cell in cells.items() if isinstance(cell.router, OracleRouter)}
     alone = tuple(dict.fromkeys([*grid.fitted, *(expert for one in oracles.values() for expert in one.experts)]))
@@ -111,17 +123,17 @@ def score_methods(
     with whole("scores", work):
         with part(ROUTING):
             routed = dict(zip(routable, shared.all(cell.router for cell in routable.values()), strict=True))
-        with part(IN_LOGITS):
-            own = {name: routed[name] for name in in_logits}
-            name = cache_name("likelihoods", grid, [*in_logits, *oracles])
-            together = cached(name, lambda: _score_logits(grid, rows, own, alone))
-        nll = {name: torch.tensor(values) for name, values in together["nll"].items()}
-        expert_nll, tokens = torch.tensor(together["expert_nll"]), torch.tensor(together["tokens"])
-        for name in apart:
-            with part(name):
-                score = partial(_score_alone, cells[name], rows, routed[name], name)
-                found = cached(cache_name("likelihood", grid, [name]), score)
-            nll[name], seconds[name] = torch.tensor(found["nll"]), found["seconds"]
+        own = {name: routed[name].routing for name in in_logits}
+        in_one = cache_name("likelihoods", grid, [*in_logits, *oracles])
+        calls = {in_one: Call(IN_LOGITS, _score_logits, (rows, own, alone))}
+        by_itself = {name: cache_name("likelihood", grid, [name]) for name in apart}
+        calls |= {key: Call(n, _score_alone, (n, rows, routed[n].routing)) for n, key in by_itself.items()}
+        values = named_values(calls, grid, cached, elsewhere)
+    together = values[in_one]
+    nll = {name: torch.tensor(own) for name, own in together["nll"].items()}
+    expert_nll, tokens = torch.tensor(together["expert_nll"]), torch.tensor(together["tokens"])
+    for name, key in by_itself.items():
+        nll[name], seconds[name] = torch.tensor(values[key]["nll"]), values[key]["seconds"]
     for name, router in oracles.items():
         own_nll = expert_nll[:, [alone.index(expert) for expert in router.experts]]
         routed[name] = Routed(router.weigh(own_nll), 0.0)
@@ -129,19 +141,20 @@ def score_methods(
     return Scored(cells, routed, nll, expert_nll[:, : len(grid.fitted)], tokens, seconds, together["seconds"])
 
 
-def _score_alone(cell: Mixture, rows: Sequence[TokenRow], routed: Routed, name: str) -> dict[str, Any]:
+def _score_alone(grid: MethodGrid, name: str, rows: Sequence[TokenRow], routing: Routing) -> dict[str, Any]:
+    cell = grid.cell(name)
     started = time.perf_counter()
-    found = cell.score_rows(rows, routed.routing, name).nll[0]
+    found = cell.score_rows(rows, routing, name).nll[0]
     return {"nll": found.tolist(), "seconds": time.perf_counter() - started}
 
 
 def _score_logits(
-    grid: MethodGrid, rows: Sequence[TokenRow], routed: Mapping[str, Routed], alone: Sequence[str]
+    grid: MethodGrid, rows: Sequence[TokenRow], routed: Mapping[str, Routing], alone: Sequence[str]
 ) -> dict[str, Any]:
     """Score all methods that meet in the logits, and some experts each alone, in one pass."""
     bank = grid.mixture.bank
     single = torch.eye(len(bank))[[bank.index(name) for name in alone]]  # [alone, E]
-    own = [routed[name].routing.aligned(bank.names).weights for name in routed]
+    own = [routed[name].aligned(bank.names).weights for name in routed]
     votes = torch.stack([*own, *(row.expand(len(rows), -1) for row in single)])
     started = time.perf_counter()
     found = score_votes(

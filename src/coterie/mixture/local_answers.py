@@ -2,10 +2,11 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone, load_backbone
+from coterie.cluster import Elsewhere, done_elsewhere
 from coterie.combiners.logits import LogitCombiner
 from coterie.data.batching import PromptFormat, TokenRow, by_length, check_lengths
 from coterie.data.examples import Example, from_prompt
@@ -179,8 +181,8 @@ class LocalAnswerer:
             found[numbers] = torch.stack([logprobs[:, own].logsumexp(dim=1) for own in tokens], dim=1)
         return found
 
-    def likelihoods(self, examples: Sequence[Example]) -> Float[Tensor, "expert row"]:
-        """Return every expert's mean log-likelihood per token of the reference answers, in nats.
+    def likelihoods(self, examples: Sequence[Example]) -> dict[str, Float[Tensor, " row"]]:
+        """Return every expert's mean log-likelihood per token of the reference answers, in nats, by its name.
 
         Experts with the same system prompt share a forward pass.
 
@@ -196,4 +198,48 @@ class LocalAnswerer:
             rows = [format_.row(example) for example in examples]
             check_lengths(rows, self.backbone.positions, [f"example {example.id}" for example in examples])
             found[experts] = -score_votes(self.backbone, self.layers, self.bank.names, rows, votes, label).nll
-        return found
+        return dict(zip(self.bank.names, found, strict=True))
+
+
+class WorkerAnswerer:
+    """Answers for the experts of one base model by workers, each of which loads all of them: one expert after another.
+
+    Replies come expert by expert; what a worker was at that died is asked again.
+    """
+
+    def __init__(self, elsewhere: Elsewhere) -> None:
+        """Load nothing here."""
+        self._elsewhere = elsewhere
+
+    def answer(self, questions: Sequence[Question], done: Done) -> None:
+        """Answer all questions, each expert's in a task of its own."""
+        shares: dict[str, list[int]] = {}
+        for number, question in enumerate(questions):
+            shares.setdefault(question.expert, []).append(number)
+        calls = [(replies_of, ([questions[number] for number in numbers],)) for numbers in shares.values()]
+        for place, replies in done_elsewhere(calls, self._elsewhere):
+            for number, reply in zip(list(shares.values())[place], replies, strict=True):
+                done(number, reply)
+
+    def option_logprobs(
+        self, expert: str, questions: Sequence[str], options: Sequence[str]
+    ) -> Float[Tensor, "question option"]:
+        """Return what `LocalAnswerer.option_logprobs` returns."""
+        return self._one(LocalAnswerer.option_logprobs, expert, questions, options)
+
+    def likelihoods(self, examples: Sequence[Example]) -> dict[str, Float[Tensor, " row"]]:
+        """Return what `LocalAnswerer.likelihoods` returns."""
+        return self._one(LocalAnswerer.likelihoods, examples)
+
+    def close(self) -> None:
+        """Nothing to close; workers end with their cluster."""
+
+    def _one(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return next(done_elsewhere([(function, arguments)], self._elsewhere))[1]
+
+
+def replies_of(answerer: LocalAnswerer, questions: Sequence[Question]) -> list[Reply]:
+    """Return the replies to questions, in their order (runs in a worker)."""
+    replies: dict[int, Reply] = {}
+    answerer.answer(questions, replies.__setitem__)
+    return [replies[number] for number in range(len(questions))]

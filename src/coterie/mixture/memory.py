@@ -14,12 +14,13 @@ from coterie.backbone.linear_layers import linear_shapes
 from coterie.backbone.loading import local_path
 from coterie.backbone.memory import held_bytes, twin
 from coterie.backbone.slots import Slots
+from coterie.cluster import Elsewhere
 from coterie.experts.answering import ExpertGroup
 from coterie.experts.bank import KEY_PREFIX, WEIGHTS_FILE
 from coterie.experts.endpoints import Endpoint, EndpointAnswerer
 from coterie.experts.expert_pool import Pool
 from coterie.lora import Adapter, LoraPair
-from coterie.mixture.local_answers import LocalExpert, load_local
+from coterie.mixture.local_answers import LocalExpert, WorkerAnswerer, load_local
 from coterie.settings.groups import ExpertServingSettings, PlacementSettings
 
 PROMPT_TOKENS = 1024  # of a question, where memory is counted before any was seen
@@ -48,6 +49,10 @@ def groups_of(
     groups = []
     for model, experts in local.items():
         load = partial(load_local, model, experts, placement, batch_size)
+        if work.ray:
+            opened = Elsewhere(work.workers, placement.device, load_local, (model, experts, placement, batch_size))
+            groups.append(ExpertGroup(model, tuple(experts), partial(WorkerAnswerer, opened), size=0, is_remote=True))
+            continue
         size = needed_bytes(model, experts, placement, batch_size, length)
         groups.append(ExpertGroup(model, tuple(experts), load, size))
     for expert in pool.experts:

@@ -9,7 +9,8 @@ import gc
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -39,6 +40,7 @@ class ExpertScheduler(AbstractContextManager["ExpertScheduler"]):
         identities: Mapping[str, str],
         cache: ReplyCache,
         budget: int | None = None,
+        around: AbstractContextManager[object] | None = None,
     ) -> None:
         """Load nothing yet.
 
@@ -47,7 +49,9 @@ class ExpertScheduler(AbstractContextManager["ExpertScheduler"]):
             identities: what stands for every expert's weights in the cache.
             cache: replies that are there already, and where new ones go.
             budget: bytes that loaded groups may take together; without one, one group is loaded at a time.
+            around: is entered for as long as experts are asked, such as a cluster of workers.
         """
+        self._around = around or nullcontext()
         self.cache = cache
         self.loads: Counter[str] = Counter()
         self.peak = 0
@@ -58,12 +62,18 @@ class ExpertScheduler(AbstractContextManager["ExpertScheduler"]):
         self._remote: dict[str, Answerer] = {}
         self._later: set[str] = set()
 
-    def __exit__(self, *_: object) -> None:
+    def __enter__(self) -> "ExpertScheduler":
+        """Get ready to ask."""
+        self._around.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
         """Free everything."""
         for answerer in self._remote.values():
             answerer.close()
         for name in list(self._held):
             self._free(name)
+        self._around.__exit__(*error)
 
     def ask(self, questions: Sequence[Question], last: Sequence[str] = ()) -> list[Reply]:
         """Get the replies to all questions, in their order; equal questions are asked once.

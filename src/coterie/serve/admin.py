@@ -7,6 +7,7 @@ requests that come after. The routes for adapters are vLLM's.
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse

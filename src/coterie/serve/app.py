@@ -119,7 +119,7 @@ def run_server(settings: ServeSettings) -> None:
         CoterieError: for an address that cannot be listened at, or mixtures that cannot be loaded.
     """
     if settings.replication.ray:
-        return run_replicas(settings, opened, listening(settings.address))
+        return run_replicas(settings, opened, listening)
     with closing(listening(settings.address)) as listener, Worker() as worker:
         catalogue, lifetime = Catalogue(settings), Lifetime("loading")
         app = create_app(catalogue, worker, settings, lifetime)

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 from fastapi import FastAPI
@@ -23,7 +24,7 @@ from coterie.cluster import Ray, joined, machines, share, work_in
 from coterie.errors import CoterieError
 from coterie.serve.logs import write_logs
 from coterie.serve.worker import Worker
-from coterie.settings.serving import ServeSettings
+from coterie.settings.serving import AddressSettings, ServeSettings
 
 logger = logging.getLogger(__name__)
 
@@ -102,13 +103,13 @@ def beside_each_other(pages: Sequence[tuple[str, bytes]]) -> bytes:
     return generate_latest(registry)
 
 
-def run_replicas(settings: ServeSettings, build: Build, listener: socket.socket) -> None:
+def run_replicas(settings: ServeSettings, build: Build, listening: Callable[[AddressSettings], socket.socket]) -> None:
     """Serve until the process is told to stop, then let answers end that have begun.
 
     Args:
         settings: of the server, which every replica gets.
         build: makes a replica's app.
-        listener: shows that the address is free on this machine; Ray's proxies listen there in its place.
+        listening: shows that the address is free on this machine; Ray's proxies listen there then.
 
     Raises:
         CoterieError: for what cannot be loaded, a cluster that cannot be joined or is too small, or one that serves
@@ -118,8 +119,8 @@ def run_replicas(settings: ServeSettings, build: Build, listener: socket.socket)
         raise CoterieError(
             "--allow-folder loads into one process, and --ray has several that come and go; leave out one of them"
         )
-    host, port = listener.getsockname()[:2]
-    listener.close()
+    with closing(listening(settings.address)) as free:
+        host, port = free.getsockname()[:2]
     write_logs()
     with joined() as ray:
         from ray import serve

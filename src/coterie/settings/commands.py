@@ -31,8 +31,10 @@ from coterie.settings.groups import (
 )
 from coterie.settings.reading import Settings
 from coterie.settings.rows import ReadingSettings
+from coterie.settings.workers import WorkerSettings
 
 SYMBOLIC_ONLY = "Serving experts (acts on runs of symbolic-moe only)"
+WORKERS_TOO = "Serving experts (acts on runs of symbolic-moe only), and workers"
 
 
 class ElreaSettings(Settings):
@@ -203,7 +205,7 @@ class EvaluationSettings(Settings):
     sampling: SamplingSettings = SamplingSettings()
     extras: ExtrasSettings | None = None
     solved: FewShotSettings = FewShotSettings()
-    serving: ExpertServingSettings = Field(ExpertServingSettings(), title=SYMBOLIC_ONLY)
+    serving: ExpertServingSettings = Field(ExpertServingSettings(), title=WORKERS_TOO)
 
 
 class TrainExtrasSettings(Settings):
@@ -319,6 +321,7 @@ class SelectSettings(Settings):
     reading: ReadingSettings = ReadingSettings()
     adapters: SelectAdaptersSettings = SelectAdaptersSettings()
     rationale: RationaleSettings = RationaleSettings()
+    sharing: WorkerSettings = WorkerSettings()
     placement: PlacementSettings = PlacementSettings()
 
 
@@ -347,6 +350,7 @@ class KshotSettings(Settings):
     reading: ReadingSettings = ReadingSettings()
     adapters: SelectAdaptersSettings = SelectAdaptersSettings()
     rationale: RationaleSettings = RationaleSettings()
+    sharing: WorkerSettings = WorkerSettings()
     rows: GatherRowsSettings = GatherRowsSettings()
     gates: GateSettings = GateSettings()
     training: TaskTrainingSettings = TaskTrainingSettings()

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field, model_serializer
 
 from coterie.settings.reading import Settings
 from coterie.settings.sampling import SamplingSettings as SamplingSettings
+from coterie.settings.workers import WorkerSettings
 
 FeatureForm = Literal["adam", "adam-centred", "sgd"]
 Projection = Literal["sketch", "rademacher"]
@@ -157,7 +158,7 @@ class ReroutingSettings(Settings):
     cache: CacheUse = Field("keep", description="keep what earlier weights left in the KV cache, or recompute it")
 
 
-class ExpertServingSettings(Settings):
+class ExpertServingSettings(WorkerSettings):
     """Serving several models and endpoints side by side."""
 
     memory: float | None = Field(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from coterie.data.examples import Example
+from coterie.errors import CoterieError
 from coterie.experts.answering import Done, Question, Reply
 from coterie.experts.reply_cache import ReplyCache
 from coterie.features.skills import BLANK, choice_request
@@ -144,6 +145,8 @@ def plan_work(
     Raises:
         CoterieError: when a model does not exist, or does not fit into memory.
     """
+    if settings.serving.ray:
+        raise CoterieError("a plan is of what one process takes; leave out --ray")
     paces = {}
     for expert in fitted.pool.names:  # measured on the profile's replies
         rows = [row for row in fitted.profiled.rows if expert in row["replies"]]

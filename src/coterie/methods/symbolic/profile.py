@@ -37,7 +37,7 @@ from coterie.methods.symbolic.skills import (
     skill_list,
     skills_work,
 )
-from coterie.mixture.local_answers import LocalAnswerer
+from coterie.mixture.local_answers import LocalAnswerer, WorkerAnswerer
 from coterie.mixture.scheduler import ExpertScheduler
 from coterie.progress import ANSWERING, part, whole
 from coterie.records.evaluation import Profile, ValidationRow
@@ -205,8 +205,8 @@ def _scored(
         for name in pool.names:
             if name not in found:
                 answerer = scheduler.loaded(name)
-                assert isinstance(answerer, LocalAnswerer)  # endpoints were refused before
-                found |= dict(zip(answerer.bank.names, answerer.likelihoods(examples), strict=True))
+                assert isinstance(answerer, LocalAnswerer | WorkerAnswerer)  # endpoints were refused before
+                found |= answerer.likelihoods(examples)
             if name not in found:
                 raise CoterieError(
                     f"{name!r} could not be loaded, so it cannot be profiled; see above, and mend the pool"

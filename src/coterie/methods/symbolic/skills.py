@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from coterie.cluster import joined
 from coterie.data.examples import Example, from_prompt
 from coterie.errors import CoterieError
 from coterie.experts.answering import ExpertGroup, Question, Reply
@@ -19,7 +20,7 @@ from coterie.features.skills import (
     letters,
 )
 from coterie.grading.lengths import longest_answer
-from coterie.mixture.local_answers import LocalAnswerer
+from coterie.mixture.local_answers import LocalAnswerer, WorkerAnswerer
 from coterie.mixture.memory import budget_of, groups_of
 from coterie.mixture.scheduler import ExpertScheduler
 from coterie.progress import ANSWERING
@@ -46,7 +47,8 @@ def open_scheduler(pool: Pool, settings: Working, examples: Sequence[Example], c
         CoterieError: when a model does not exist.
     """
     budget = budget_of(settings.serving, settings.placement)
-    return ExpertScheduler(groups_for(pool, settings, examples), pool.identities, ReplyCache(cache), budget)
+    groups, around = groups_for(pool, settings, examples), joined() if settings.serving.ray else None
+    return ExpertScheduler(groups, pool.identities, ReplyCache(cache), budget, around)
 
 
 def groups_for(pool: Pool, settings: Working, examples: Sequence[Example]) -> list[ExpertGroup]:
@@ -130,7 +132,7 @@ def find_skills(
     questions = [example.instruction for example in examples]
     if settings.skills == "choice":
         answerer = scheduler.loaded(expert)
-        assert isinstance(answerer, LocalAnswerer)  # endpoints were refused before
+        assert isinstance(answerer, LocalAnswerer | WorkerAnswerer)  # endpoints were refused before
         requests = [choice_request(question, options) for question in [*questions, BLANK]]
         found = answerer.option_logprobs(expert, requests, letters(options))
         return chosen_skills(found[:-1], found[-1], options)
