@@ -143,6 +143,9 @@ def decoding(gpu, backbone, adapters) -> dict[str, list[list[str]]]:
         gates = Gates(NAMES, {path: torch.randn(3, width) for path, width in widths.items()}, top_k=top_k)
         gated = Routing(NAMES, torch.ones(1, len(NAMES)), gates=gates.to(backbone.device))
         found[f"gates top-{top_k}"] = steps(gated, "layers", lengths=(7, 9))
+    requests = [Request(row(n), even, make_combiner("logits"), 8, (SAMPLINGS["speculating"],)) for n in (7, 9)]
+    engine = Engine(backbone, layers, record=lambda run: run)
+    found["in steps of a fixed shape"] = engine_steps(gpu, engine, requests)
     found["prompts that are scored, too"] = steps(even, lengths=(130, 9), scored=2)
     with gpu.waits() as waits:
         score_votes(backbone, layers, NAMES, [row(6, 3), row(5, 2)], torch.ones(2, 2, 3), "")

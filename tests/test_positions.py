@@ -10,6 +10,7 @@ import tiny
 from conftest import FIT, write_rows
 from coterie import methods
 from coterie.backbone.model import Backbone, BaseModelIdentity
+from coterie.backbone.slots import Slots
 from coterie.data.batching import PromptFormat, TokenRow, tokenise
 from coterie.data.examples import load_examples
 from coterie.errors import CoterieError
@@ -74,6 +75,17 @@ def test_an_answer_ends_with_length_where_positions_run_out(opt_run, options):
         else:
             assert answer.token_ids[-1] in mixture.backbone.stop_ids
     assert any(answer.finish_reason == "length" for answer in found)
+
+
+def test_padding_beside_a_text_at_its_end_has_positions_that_there_are(opt_run):
+    """A text that reads its last token beside one that reads several."""
+    backbone = opt_run[0].backbone
+    slots = Slots(backbone)
+    rows, ids = slots.claim(2), torch.arange(2 * LIMIT).view(2, -1)
+    slots.read(rows, ids[:, : LIMIT - 1], [LIMIT - 1, 5])
+    found = slots.read(rows, ids[:, LIMIT - 9 : LIMIT], [1, 9])
+    wanted = backbone.hidden(torch.cat([ids[:1, : LIMIT - 1], ids[:1, LIMIT - 9 : LIMIT - 8]], dim=1))
+    torch.testing.assert_close(found[0, 0], wanted[0, -1], rtol=1e-3, atol=1e-4)
 
 
 def test_weights_that_follow_the_text_stop_there_too(opt_run):

@@ -33,6 +33,7 @@ WAITS = {
     "re-routing, keep": {(EMBEDDING, CHOICE), (CHOICE,)},
     "re-routing, recompute": {(EMBEDDING, CHOICE), (CHOICE,)},
     **{f"proposed by {name}": {(CHOICE,), (PROPOSED, CHOICE)} for name in MODELS},
+    "in steps of a fixed shape": {(CHOICE,)},
     "prompts that are scored, too": {(SCORED, CHOICE), (CHOICE,)},
     "scoring two texts under two votes": {("to host engine/scoring.py:on_host",)},
     **{f"gradient features, {projection}": {()} for projection in PROJECTIONS},

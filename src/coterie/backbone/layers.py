@@ -119,6 +119,8 @@ class ExpertLayers:
         self._run = Run()
         self._slots: WeakValueDictionary[tuple[tuple[float, ...], str], MergedSlot] = WeakValueDictionary()
         self._recent: deque[MergedSlot] = deque(maxlen=MERGED_KEPT)
+        self.generation = 0
+        """How often stacks were replaced, since merged adapters have found no room in them."""
 
     @property
     def device(self) -> torch.device:
@@ -204,7 +206,8 @@ class ExpertLayers:
             taken = {other.number for other in self._slots.values()}
             slot = MergedSlot(next(n for n in itertools.count(len(self.adapters)) if n not in taken))
             for path, layer in self._layers.items():
-                layer.stack = lora.put(layer.stack, slot.number, adapter.get(path))
+                before, layer.stack = layer.stack, lora.put(layer.stack, slot.number, adapter.get(path))
+                self.generation += layer.stack is not before
             self._slots[weights, how] = slot
         self._recent.append(slot)
         return slot

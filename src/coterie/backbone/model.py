@@ -175,6 +175,10 @@ class Backbone:
         buffers = (buffer for buffer in self.model.buffers() if buffer.dim() == 2)
         return limit if learned or any(buffer.shape[0] == limit for buffer in buffers) else None
 
+    def within(self, positions: Int[Tensor, "row position"]) -> Int[Tensor, "row position"]:
+        """Return positions that the model has, for padding behind the end of a text, too."""
+        return positions if self.positions is None else positions.clamp(max=self.positions - 1)
+
     @cached_property
     def context(self) -> int | None:
         """The most tokens of a text that the model was made for, where its configuration says so."""

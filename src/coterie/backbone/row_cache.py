@@ -89,8 +89,11 @@ class KeysAndValues(CacheLayerMixin):
         span, columns = self._span, block.shape[2]
         if span.level is not None and (first := span.level % columns) + span.size <= columns:
             block[:, :, first : first + span.size] = states
-        else:
-            block.transpose(1, 2)[span.places(columns)] = states.transpose(1, 2)
+            return
+        places, by_column, new = span.places(columns), block.transpose(1, 2), states.transpose(1, 2)
+        if span.is_token is not None:
+            new = torch.where(span.is_token[..., None, None], new, by_column[places])
+        by_column[places] = new
 
     def _keep_last(self, blocks: Sequence[Tensor], new: Sequence[Tensor]) -> None:
         """Write the last tokens of a long piece into the ring."""
@@ -192,6 +195,8 @@ class RowCache(Cache):
         self._recurrent = [layer for layer in layers if isinstance(layer, States)]
         self._dtype = dtype
         self.slots, self.columns = 0, 0
+        self.generation = 0
+        """How often the buffers were replaced."""
 
     @property
     def has_states(self) -> bool:
@@ -235,6 +240,7 @@ class RowCache(Cache):
                 layer.states[place] = new = old.new_zeros(slots, *old.shape[1:])
                 new[: len(index)] = old[index]
         self.slots, self.columns = slots, columns
+        self.generation += 1
 
     def _places(self, slots: Sequence[int]) -> Int[Tensor, " slot"]:
         return on_device(slots, self._buffers[0].device, torch.long)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from coterie.backbone.gates import Gates
 from coterie.data.devices import on_device
@@ -99,6 +100,34 @@ class RowMix:
         counts = [own.gates.top_k or len(own.experts) for own in self.gated]
         chosen = self.weights.shape[-1] if self.chosen is None else self.chosen.experts.shape[1]
         return max(*counts, chosen)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of its numbers."""
+        tensors = [self.weights, self.unused, *(self.chosen or ()), *(own.rows for own in self.gated)]
+        return [tensor for tensor in tensors if tensor is not None]
+
+
+def chosen_at_most(mix: RowMix, experts: int) -> int:
+    """Return how many chosen experts `padded` gives each row: the next power of two; 0 for a whole stack."""
+    most = 0 if mix.chosen is None else 1 << (mix.chosen.experts.shape[1] - 1).bit_length()
+    return most if most < experts else 0
+
+
+def padded(mix: RowMix, rows: int, experts: int, chosen: int) -> RowMix:
+    """Return a mix with further rows, which run nothing, whose shapes hang on these numbers alone."""
+
+    def longer(tensor: Tensor) -> Tensor:
+        return pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, rows - len(tensor)))
+
+    weights, own = longer(pad(mix.weights, (0, experts - mix.weights.shape[-1]))), None
+    if chosen and mix.chosen is not None:
+        places, shares, _ = mix.chosen
+        shares = torch.ones_like(places, dtype=weights.dtype) if shares is None else shares
+        places, shares = (longer(pad(half, (0, chosen - half.shape[1]))) for half in (places, shares))
+        own = Chosen(places, shares, shares == 0)
+    gated = tuple(gates._replace(rows=longer(gates.rows)) for gates in mix.gated)
+    return RowMix(weights, weights == 0, None, own, gated, mix.held)
 
 
 PADDING = 1.5  # how much longer rows may get by standing in groups of one size

@@ -313,15 +313,34 @@ class Slots:
             row.touched = max(row.touched, row.length + size)
         self.cache.begin(span)
         masks = self.cache.masks() if self._backbone.reads.ragged else None
-        hidden = self._backbone.hidden(tokens, masks, span.positions, self.cache)
-        for row, count in zip(own, counts, strict=True):
-            row.length += count
+        hidden = self._backbone.hidden(tokens, masks, self._backbone.within(span.positions), self.cache)
+        self.advance(rows, counts)
         return hidden
 
-    def _side_by_side(self, rows: Sequence[int]) -> int:
+    @torch.inference_mode()
+    def take_first(self, rows: Sequence[int], counts: Sequence[int]) -> list[int]:
+        """Let rows stand in the first slots, with room for so many tokens, and return how long they are.
+
+        Raises:
+            CoterieError: when the budget does not allow it.
+        """
+        own = [self._rows[row] for row in rows]
+        ends = [row.length + count for row, count in zip(own, counts, strict=True)]
+        self._make_room(len(self._rows), max(ends))
+        self._side_by_side(rows, 0)
+        for row, end in zip(own, ends, strict=True):
+            row.written, row.touched = max(row.written, end), max(row.touched, end)
+        return [row.length for row in own]
+
+    def advance(self, rows: Sequence[int], counts: Sequence[int]) -> None:
+        """Count tokens as read."""
+        for row, count in zip(rows, counts, strict=True):
+            self._rows[row].length += count
+
+    def _side_by_side(self, rows: Sequence[int], wanted: int | None = None) -> int:
         """Return the first of the slots that hold these rows one after another; the fewest are moved there before."""
         slots = [self._rows[row].slot for row in rows]
-        if slots == [*range(slots[0], slots[0] + len(rows))]:
+        if wanted in (None, slots[0]) and slots == [*range(slots[0], slots[0] + len(rows))]:
             return slots[0]
         own, holder = set(slots), {row.slot: name for name, row in self._rows.items()}
         if len(own) < len(rows):
@@ -333,7 +352,7 @@ class Slots:
             return strangers + sum(slot != target for slot, target in zip(slots, targets, strict=True))
 
         starts = {min(max(slot - place, 0), self.cache.slots - len(rows)) for place, slot in enumerate(slots)}
-        start = min(sorted(starts), key=moves)
+        start = min(sorted(starts), key=moves) if wanted is None else wanted
         targets = range(start, start + len(rows))
         left = sorted(own - set(targets))
         strangers = [holder[target] for target in targets if target in holder and target not in own]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from coterie.data.devices import on_device
@@ -37,8 +37,10 @@ class Span:
         self.lengths, self.counts, self.size = tuple(lengths), tuple(counts), size
         self.total = max(lengths) + size
         """Columns that keys take."""
-        self.level = lengths[0] if len(set(lengths)) == 1 else None
+        self.level: int | None = lengths[0] if len(set(lengths)) == 1 else None
         """The rows' length before, if they have one in common."""
+        self.is_token: Bool[Tensor, "row position"] | None = None
+        """Which positions are written; None for all."""
         self._device = device
         self._places: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -63,6 +65,25 @@ class Span:
     def places(self, columns: int) -> tuple[Int[Tensor, "row 1"], Int[Tensor, "row position"]]:
         """Return the rows and columns where the tokens go in a ring of so many columns."""
         if columns not in self._places:
-            rows = torch.arange(len(self.lengths), device=self._device)[:, None]
+            rows = torch.arange(self.slots.stop - self.slots.start, device=self._device)[:, None]
             self._places[columns] = rows, self.positions % columns
         return self._places[columns]
+
+
+class StepSpan(Span):
+    """What a step of a fixed shape reads, all of it tensors: rows in the first slots, where padding leaves no trace."""
+
+    def __init__(self, state: Int[Tensor, "row numbers"], total: int) -> None:
+        """Take in the rows.
+
+        Args:
+            state: tokens that each row has read before, and those that it reads now; -1 where there is none.
+            total: columns that keys take.
+        """
+        self.slots, self.size, self.total = slice(0, len(state)), state.shape[1] - 1, total
+        self.level: int | None = None
+        self._device, self._places = state.device, {}
+        self.is_token = state[:, 1:] >= 0
+        self.tokens = state[:, 1:].clamp(min=0)
+        self.starts = state[:, :1].clamp(min=0)
+        self.positions = self.starts + torch.arange(self.size, device=state.device)

@@ -24,6 +24,7 @@ from coterie.backbone.adding import ModelInUse
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone
 from coterie.backbone.slots import Slots
+from coterie.backbone.steps import CudaGraphs, Record, checked
 from coterie.data.devices import Stopwatch, on_device
 from coterie.engine.answers import Answer, Waiting, begin, by_rerouting, padded_drafts, planned, weigh
 from coterie.engine.prompt_logprobs import score_prompts
@@ -57,6 +58,7 @@ class Engine:
         *,
         places: int = 8,
         chunk: int = CHUNK,
+        record: Record | None = None,
     ) -> None:
         """Begin without requests.
 
@@ -67,9 +69,11 @@ class Engine:
             places: answers that are written at once.
             chunk: tokens of prompts that a step reads, each counted for every row that reads it: as long do requests
                 that write wait for those that join.
+            record: keeps passes over answers, in steps of a fixed shape; CUDA graphs do, where there is a GPU.
         """
         self._backbone = backbone
-        self._reader = Reader(backbone, layers, slots or Slots(backbone))
+        record = checked(CudaGraphs()) if record is None and backbone.device.type == "cuda" else record
+        self._reader = Reader(backbone, layers, slots or Slots(backbone), record)
         self._places = places
         self._chunk = chunk
         positions = float("inf" if backbone.positions is None else backbone.positions)
@@ -138,7 +142,7 @@ class Engine:
             self._weigh_again()
             writing = [answer for answer in self._answers if answer.text.unread == 1]
             size, started = self._proposing(writing), time.perf_counter()
-            passes = self._read(dict.fromkeys(writing, 1))
+            passes = self._read(dict.fromkeys(writing, 1), in_steps=True)
             with Stopwatch(self._backbone.device) as chunk_time:
                 try:
                     chunk = self._read(self._next_chunk())
@@ -274,7 +278,9 @@ class Engine:
             counts[answer] = min(longest, answer.text.unread)
         return counts
 
-    def _read(self, counts: dict[Answer, int]) -> list[tuple[Sequence[Answer], list[Tensor]]]:
+    def _read(
+        self, counts: dict[Answer, int], *, in_steps: bool = False
+    ) -> list[tuple[Sequence[Answer], list[Tensor]]]:
         """Read the next tokens of texts, as many as these counts at most; all that is left where a pass has broken."""
 
         def read(answers: Sequence[Answer]) -> list[Tensor]:
@@ -282,7 +288,7 @@ class Engine:
             own = [min(counts[answer], answer.text.unread) for answer in answers]
             try:
                 watched = any(answer.text.plan.gates and not answer.written for answer in answers)
-                return self._reader.read(texts, own, watch_gates=watched)
+                return self._reader.read(texts, own, watch_gates=watched, in_steps=in_steps)
             except ModelInUse:
                 raise
             except Exception:

@@ -15,6 +15,7 @@ from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.loading import Backbone
 from coterie.backbone.row_mix import RequestRows, RowMix
 from coterie.backbone.slots import Slots
+from coterie.backbone.steps import Record, Steps
 from coterie.data.devices import on_device
 from coterie.engine.row_keys import row_keys
 
@@ -97,19 +98,21 @@ def summed_logits(
 class Reader:
     """Reads pieces of texts into their rows of the cache."""
 
-    def __init__(self, backbone: Backbone, layers: ExpertLayers, slots: Slots) -> None:
+    def __init__(self, backbone: Backbone, layers: ExpertLayers, slots: Slots, record: Record | None = None) -> None:
         """Read nothing yet.
 
         Args:
             backbone: the base model.
             layers: the bank's experts.
             slots: the cache.
+            record: keeps passes over texts that are written, in steps of a fixed shape, where the model allows these.
         """
         self.backbone = backbone
         self.layers = layers
         self.slots = slots
         self.tokens = 0  # that were read so far, each once for all rows of its text
         self._plans: dict[tuple[int, ...], Plan] = {}
+        self._steps = Steps(backbone, layers, slots, record) if record and Steps.allows(backbone, slots) else None
 
     def open(self, ids: Sequence[int], plan: RequestRows, reach: int = 0) -> Text:
         """Claim rows for a text of which nothing was read yet, and which may become so long, as far as is known."""
@@ -193,9 +196,15 @@ class Reader:
 
     @torch.inference_mode()
     def read(
-        self, texts: Sequence[Text], counts: Sequence[int], *, watch_gates: bool = False
+        self, texts: Sequence[Text], counts: Sequence[int], *, watch_gates: bool = False, in_steps: bool = False
     ) -> list[Float[Tensor, "_ _ width"]]:
         """Read the next tokens of every text, as many as its count, and its drafts.
+
+        Args:
+            texts: what is read.
+            counts: tokens of each.
+            watch_gates: average what gates weigh.
+            in_steps: of a fixed shape, where there are such; for those that are written.
 
         Returns:
             Each text's rows' last hidden states at all of these.
@@ -204,10 +213,16 @@ class Reader:
         pieces = [[*text.ids[text.read : text.read + n], *text.drafts] for text, n in zip(texts, counts, strict=True)]
         longest = max(map(len, pieces))
         filled = torch.tensor([[*piece, *[self.backbone.pad_id] * (longest - len(piece))] for piece in pieces])
-        tokens = on_device(filled.repeat_interleave(torch.tensor(sizes), dim=0), self.backbone.device)
+        tokens = filled.repeat_interleave(torch.tensor(sizes), dim=0)
         lengths = [len(piece) for piece, size in zip(pieces, sizes, strict=True) for _ in range(size)]
-        watch = _GateWatch(lengths, tokens.device) if watch_gates else None
-        hidden = self._read(texts, tokens, None if min(lengths) == longest else lengths, watch)
+        watch = _GateWatch(lengths, self.backbone.device) if watch_gates else None
+        if in_steps and watch is None and self._steps is not None and self._steps.pay:
+            hidden = self._steps.read(
+                [row for text in texts for row in text.rows], tokens, lengths, self.planned(texts).mix
+            )
+        else:
+            tokens = on_device(tokens, self.backbone.device)
+            hidden = self._read(texts, tokens, None if min(lengths) == longest else lengths, watch)
         self.tokens += sum(map(len, pieces))
         starts = itertools.accumulate([0, *sizes])
         weighed = None if watch is None else watch.means()[:, : len(self.layers.adapters)]  # merged ones come behind

@@ -1,0 +1,106 @@
+"""Steps of a fixed shape: texts and answers are what they are without, also when steps are recorded and run again."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import settings
+
+from architectures import WORKING
+from coterie.backbone.layers import ExpertLayers
+from coterie.backbone.row_cache import SPARE
+from coterie.backbone.steps import SIZES, Record, Steps, checked
+from coterie.engine.speculation import LENGTHS
+from recorded import replayed
+from test_engine import Arrivals, answered, kinds, same  # noqa: F401 - a fixture
+from test_slots import WINDOW, Texts, backbones, drawn
+
+UNEQUAL = {"bloom", "falcon-alibi", "gpt_neo"}
+"""Models that cannot read rows of unequal length side by side."""
+STATES = {"bamba", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "nemotron_h", "qwen3_5_text", "qwen3_next"}
+"""Models with a state that padding would change."""
+
+
+class Stepping(Texts):
+    """Texts whose next tokens are read in steps."""
+
+    def __init__(self, name: str, record: Record) -> None:
+        super().__init__(backbones(name))
+        self.layers = ExpertLayers(self.backbone.model, [{}])
+        self.steps = Steps(self.backbone, self.layers, self.slots, record)
+
+    def step(self, rows: list[int], pieces: list[list[int]]) -> None:
+        """Read tokens in a step, and compare each state with that of the text alone."""
+        sizes = [len(piece) for piece in pieces]
+        tokens = torch.tensor([[*piece, *[0] * (max(sizes) - len(piece))] for piece in pieces])
+        mix = self.layers.weighted(torch.ones(len(rows), 1))
+        for row, piece, found in zip(rows, pieces, self.steps.read(rows, tokens, sizes, mix), strict=True):
+            self.texts[row] = self.texts[row] + piece
+            wanted = self.alone(self.texts[row])[-len(piece) :]
+            torch.testing.assert_close(found[: len(piece)], wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+            assert self.slots.length(row) == len(self.texts[row])
+
+
+@pytest.mark.parametrize("name", WORKING)
+def test_steps_of_every_architecture_give_what_texts_give_alone(name):
+    """Rows change places, one of another text stands where a step has padding, a ring turns over, proposals fall."""
+    records: list[str] = []
+
+    def record(run):
+        records.append(name)
+        return checked(replayed)(run)
+
+    texts, generator = Stepping(name, record), random.Random(name)
+    assert Steps.allows(texts.backbone, texts.slots) == (name not in UNEQUAL | STATES)
+    if name in UNEQUAL | STATES:
+        return
+
+    def pieces(*sizes: int) -> list[list[int]]:
+        return [drawn(generator, size) for size in sizes]
+
+    rows = texts.claim(6)
+    texts.read(rows, pieces(12, 5, WINDOW + SPARE + 10, 1, 7, 3))
+    for own in (rows[:5], rows[4::-1], rows[1:]):
+        texts.step(own, pieces(3, 1, 2, 3, 1))
+        texts.rollback(own[0], len(texts.texts[own[0]]) - 2)
+    texts.read(rows, pieces(2, 2, 2, 2, 2, 2))
+    assert len(records) == 1 and texts.steps.pay
+
+
+class InSteps(Arrivals):
+    """The same in recorded steps."""
+
+    options = {"record": checked(replayed)}
+
+
+def test_requests_that_come_and_go_get_in_recorded_steps_what_they_get_alone(kinds):  # noqa: F811
+    InSteps.kinds = kinds
+    InSteps.TestCase.settings = settings(max_examples=5, stateful_step_count=25, deadline=None)
+    InSteps.TestCase().runTest()
+
+
+def unlike(run):
+    states = run() + 1
+    return lambda: states
+
+
+def failing(run):
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+@pytest.mark.parametrize("record", [unlike, failing, lambda run: None])
+def test_records_that_fail_or_give_something_else_are_not_used(kinds, record):  # noqa: F811
+    tried: list[int] = []
+
+    def counted(run):
+        tried.append(1)
+        return record(run)
+
+    found = answered(kinds.engine(places=20, record=checked(counted)).run(kinds.requests))
+    assert tried == [1]
+    for kind in range(len(kinds.requests)):
+        same(found[kind], kinds.alone(kind))
+
+
+def test_a_step_is_as_long_as_what_is_proposed_and_leaves_a_ring_what_it_looks_at():
+    assert tuple(1 + length for length in LENGTHS) == SIZES and max(SIZES) <= SPARE
