@@ -30,7 +30,9 @@ from coterie.lora import LoraPair
 from coterie.mixture import Mixture
 from coterie.routers.base import Routing
 from coterie.routers.fixed import uniform
+from coterie.serve.catalogue import open_engine
 from coterie.settings.sampling import SamplingSettings
+from coterie.settings.serving import CapacitySettings
 from slow_slots import SlowSlots
 
 NAMES = ("one", "two", "three", "four")
@@ -212,7 +214,8 @@ def test_prompts_read_in_chunks_give_what_they_give_at_once(kinds, chunk):
         same(found[kind], kinds.alone(kind))
 
 
-def test_who_writes_gets_a_token_at_every_step_while_a_long_prompt_is_read(kinds, monkeypatch):
+@pytest.mark.parametrize(("asked", "chunk"), [(16, 16), (None, 128)])
+def test_who_writes_gets_a_token_at_every_step_while_a_long_prompt_is_read(kinds, monkeypatch, asked, chunk):
     passes: list[int] = []
     original = type(kinds.mixture.backbone).hidden
 
@@ -221,16 +224,19 @@ def test_who_writes_gets_a_token_at_every_step_while_a_long_prompt_is_read(kinds
         return original(self, ids, *args)
 
     monkeypatch.setattr(type(kinds.mixture.backbone), "hidden", counted)
-    engine = kinds.engine(chunk=16)
+    engine = open_engine(kinds.mixture, CapacitySettings(prefill_chunk=asked))
     writing = engine.submit(replace(kinds.requests[0], limit=400, end_ids=frozenset()))
     while not engine.step():
         pass
     long = engine.submit(replace(kinds.requests[3], prompt=row(LONG), draws=(GREEDY,)))
     found: list[int] = []
+    longest: list[int] = []
     while long not in found:
         passes.clear()
         found = [token.request for token in engine.step()]
-        assert found[:1] == [writing] and passes[:1] == [1] and max(passes) <= 16 and len(passes) <= 2
+        assert found[:1] == [writing] and passes[:1] == [1] and len(passes) <= 2
+        longest.append(max(passes))
+    assert max(longest) == chunk
 
 
 def test_a_prompt_is_read_once_for_all_of_its_answers(kinds):

@@ -37,7 +37,7 @@ from coterie.engine.speculation import Drafting
 from coterie.engine.text import TextStream
 from coterie.errors import CoterieError
 
-CHUNK = 512
+CHUNK, CHUNK_ON_CPU = 512, 128
 """Tokens of prompts that a step reads, each counted for every row that reads it: so long do those wait that write."""
 RECOUNTED = 16
 """Requests for one count of what others take of the memory, which takes 30 ms."""
@@ -57,7 +57,7 @@ class Engine:
         slots: Slots | None = None,
         *,
         places: int = 8,
-        chunk: int = CHUNK,
+        chunk: int | None = None,
         record: Record | None = None,
     ) -> None:
         """Begin without requests.
@@ -68,14 +68,14 @@ class Engine:
             slots: the cache; without a budget if none is given.
             places: answers that are written at once.
             chunk: tokens of prompts that a step reads, each counted for every row that reads it: as long do requests
-                that write wait for those that join.
+                that write wait for those that join. By default what suits the device.
             record: keeps passes over answers, in steps of a fixed shape; CUDA graphs do, where there is a GPU.
         """
         self._backbone = backbone
         record = checked(CudaGraphs()) if record is None and backbone.device.type == "cuda" else record
         self._reader = Reader(backbone, layers, slots or Slots(backbone), record)
         self._places = places
-        self._chunk = chunk
+        self._chunk = chunk or (CHUNK_ON_CPU if backbone.device.type == "cpu" else CHUNK)
         positions = float("inf" if backbone.positions is None else backbone.positions)
         self._longest = positions + 1  # the last one is not read
         self._handles, self._asked = itertools.count(), 0
@@ -83,7 +83,7 @@ class Engine:
         self._answers: list[Answer] = []
         self._failures: list[Failure] = []
         self._sampler = BatchSampler()
-        self._proposing = Proposing(self._reader, self._longest, chunk)
+        self._proposing = Proposing(self._reader, self._longest, self._chunk)
         self._lock = threading.Lock()
 
     # ------------------------------------------------------------------------------------------------ from outside

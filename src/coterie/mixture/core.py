@@ -17,7 +17,7 @@ from coterie.combiners.texts import majority
 from coterie.data.batching import TokenRow, by_length, check_lengths
 from coterie.data.examples import Example
 from coterie.data.forms import Message
-from coterie.engine.engine import CHUNK, WHOLE_PROMPTS, Engine
+from coterie.engine.engine import WHOLE_PROMPTS, Engine
 from coterie.engine.reading import Reader
 from coterie.engine.request import Failure, Request, Rerouting, Token
 from coterie.engine.scoring import (
@@ -224,12 +224,15 @@ class Mixture(StoredMixture):
         limits = [own.max_new_tokens or ANSWER_TOKENS for own in settings]
         return [own[0] for own in self._completions(None, rows, None, [[own] for own in settings], batch_size, limits)]
 
-    def engine(self, *, places: int = 8, chunk: int = CHUNK, budget: int | None = None, prefixes: int = 0) -> Engine:
+    def engine(
+        self, *, places: int = 8, chunk: int | None = None, budget: int | None = None, prefixes: int = 0
+    ) -> Engine:
         """Return an engine for requests to this mixture and all others of its base model and bank.
 
         Args:
             places: answers that are written at once.
-            chunk: tokens of prompts that a step reads at most, each counted for every row that reads it.
+            chunk: tokens of prompts that a step reads at most, each counted for every row that reads it; by default
+                what suits the device.
             budget: bytes that all may take: base model, experts, what the router holds, and the cache; None for as
                 many as it needs. They are counted anew now and then.
             prefixes: how many of these may keep prompts for later ones that begin alike and run the same experts.

@@ -269,7 +269,8 @@ def ready_methods(mixture: Mixture) -> list[str]:
 def open_engine(mixture: Mixture, capacity: CapacitySettings) -> Engine:
     """Return an engine of a mixture, within what it may take."""
     budget = None if capacity.memory is None else int(capacity.memory * GIB)
-    return mixture.engine(places=capacity.places, budget=budget, prefixes=int(capacity.prefix_memory * GIB))
+    prefixes = int(capacity.prefix_memory * GIB)
+    return mixture.engine(places=capacity.places, chunk=capacity.prefill_chunk, budget=budget, prefixes=prefixes)
 
 
 def cells_of(desks: Iterable[Desk]) -> dict[str, Cell]:

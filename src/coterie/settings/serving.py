@@ -19,6 +19,12 @@ class CapacitySettings(Settings):
     """How much is answered at once."""
 
     places: int = Field(16, ge=1, description="answers that are written at once, for each mixture; others wait")
+    prefill_chunk: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of prompts that a step reads, each counted for every expert that reads it, while answers "
+        "wait for their next token; default: 128 on a CPU, else 512",
+    )
     memory: float | None = Field(
         None,
         gt=0,
