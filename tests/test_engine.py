@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -156,12 +156,11 @@ class Arrivals(RuleBasedStateMachine):
     """Requests of any kind come, are answered for a while and are cancelled, in any order."""
 
     kinds: Kinds
-    options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self) -> None:
         super().__init__()
         self.slots = Slots(self.kinds.mixture.backbone)
-        self.engine = self.kinds.engine(self.slots, places=4, chunk=24, **self.options)
+        self.engine = self.kinds.engine(self.slots, places=4, chunk=24)
         self.asked: dict[int, int] = {}
         self.found: dict[int, list[Token]] = {}
         self.cancelled: set[int] = set()

@@ -4,7 +4,6 @@ import random
 
 import pytest
 import torch
-from hypothesis import settings
 
 from architectures import WORKING
 from coterie.backbone.layers import ExpertLayers
@@ -12,7 +11,7 @@ from coterie.backbone.row_cache import SPARE
 from coterie.backbone.steps import SIZES, Record, Steps, checked
 from coterie.engine.speculation import LENGTHS
 from recorded import replayed
-from test_engine import Arrivals, answered, kinds, same  # noqa: F401 - a fixture
+from test_engine import answered, kinds, same  # noqa: F401 - a fixture
 from test_slots import WINDOW, Texts, backbones, drawn
 
 UNEQUAL = {"bloom", "falcon-alibi", "gpt_neo"}
@@ -67,16 +66,25 @@ def test_steps_of_every_architecture_give_what_texts_give_alone(name):
     assert len(records) == 1 and texts.steps.pay
 
 
-class InSteps(Arrivals):
-    """The same in recorded steps."""
-
-    options = {"record": checked(replayed)}
-
-
 def test_requests_that_come_and_go_get_in_recorded_steps_what_they_get_alone(kinds):  # noqa: F811
-    InSteps.kinds = kinds
-    InSteps.TestCase.settings = settings(max_examples=5, stateful_step_count=25, deadline=None)
-    InSteps.TestCase().runTest()
+    """Of every kind, the next one two steps after the last; one is cancelled."""
+    again: list[int] = []
+
+    def record(run):
+        recorded = checked(replayed)(run)
+        return lambda: again.append(1) or recorded()
+
+    engine, found = kinds.engine(places=3, chunk=24, record=record), {}
+    for number in (*range(9), 1, 3):
+        found[engine.submit(kinds.requests[number])] = [number]
+        for token in (*engine.step(), *engine.step()):
+            found[token.request].append(token)
+    engine.cancel(4)
+    for token in engine.run():
+        found[token.request].append(token)
+    for handle, (kind, *tokens) in found.items():
+        same(tokens, kinds.alone(kind), is_cut=handle == 4)
+    assert len(again) > 9 and engine._reader._steps.pay
 
 
 def unlike(run):
