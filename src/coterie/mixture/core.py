@@ -231,10 +231,8 @@ class Mixture(StoredMixture):
 
         Args:
             places: answers that are written at once.
-            chunk: tokens of prompts that a step reads at most, each counted for every row that reads it; by default
-                what suits the device.
-            budget: bytes that all may take: base model, experts, what the router holds, and the cache; None for as
-                many as it needs. They are counted anew now and then.
+            chunk: tokens of prompts that a step reads at most, counted for every row; None for what suits the device.
+            budget: bytes for base model, experts, router and cache, which are counted now and then; None for any.
             prefixes: how many of these may keep prompts for later ones that begin alike and run the same experts.
 
         Raises:
