@@ -133,7 +133,7 @@ COMMANDS: dict[str, Command] = {}
 """Every command by its full name, such as "fit elrea": what is typed, and what `coterie run` repeats."""
 
 
-SHARED = ("fit elrea", "fit auto", "fit token-level", "train-extras")
+SHARED = ("fit elrea", "fit auto", "fit token-level", "train-extras", "influence")
 """The commands whose work several processes share that were launched together."""
 
 

@@ -6,16 +6,17 @@ by the checkpoints' learning rates; of several tasks among the rows aimed at, by
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from coterie import ranks
 from coterie.artifacts import RunFolder, as_path, check_output, run_folder, write_json, write_jsonl
 from coterie.data.batching import TokenRow, tokenise
 from coterie.data.examples import Example, load_all
@@ -85,15 +86,17 @@ def influence(
     return write_influence(from_flat(InfluenceSettings, flat), given)
 
 
-@takes_fields(InfluenceSettings)
-def write_influence(settings: InfluenceSettings, given: dict[str, list[Example]] | None = None) -> Influence:
-    """Score the rows as the settings say; an interrupted run keeps the features that it has.
+class _Opened(NamedTuple):
+    """What influence is told of: the mixture and its checkpoints, the rows on both sides, and the hashes of all."""
 
-    Raises:
-        CoterieError: for bad data, settings, or an output folder that exists.
-    """
-    output, given = as_path(settings.output), given or {}
-    check_output(output, settings)
+    mixture: Mixture
+    checkpoints: list[Path]
+    sides: dict[str, list[tuple[Example, TokenRow]]]
+    inputs: dict[str, str]
+
+
+def _open(settings: InfluenceSettings, given: Mapping[str, list[Example]]) -> _Opened:
+    check_output(as_path(settings.output), settings)
     aimed = given.get("target_rows") or load_all(settings.target_rows, reading=settings.reading.shared)
     rows = given.get("data") or load_all(settings.data, settings.limit, settings.reading)
     checkpoints = sorted((find_mixture(settings.mixture) / "checkpoints").glob("epoch-*"))
@@ -106,6 +109,21 @@ def write_influence(settings: InfluenceSettings, given: dict[str, list[Example]]
     sides = {"aimed": _fitting(mixture, aimed, "rows aimed at"), "data": _fitting(mixture, rows, "rows of data")}
     assert mixture.folder is not None  # it was loaded from one
     inputs = {"mixture": hash_mixture(mixture.folder), "target": hash_examples(aimed), "data": hash_examples(rows)}
+    return _Opened(mixture, checkpoints, sides, inputs)
+
+
+@takes_fields(InfluenceSettings)
+@ranks.joined()
+def write_influence(settings: InfluenceSettings, given: dict[str, list[Example]] | None = None) -> Influence:
+    """Score the rows as the settings say, by all processes that were launched.
+
+    An interrupted run keeps the features that it has.
+
+    Raises:
+        CoterieError: for bad data, settings, or an output folder that exists.
+    """
+    output = as_path(settings.output)
+    mixture, checkpoints, sides, inputs = ranks.each(lambda: _open(settings, given or {}))
     with run_folder(output, settings, inputs) as run:
         points = [load_checkpoint(folder, mixture.backbone.model) for folder in checkpoints]
         tokens = {side: [row for _, row in own] for side, own in sides.items()}
@@ -157,6 +175,7 @@ def score_rows(
                 partial(write_features, features, own),
                 {**made_from, "rows": hash_rows(own)},
                 inputs=("mixture",),
+                together=True,
             )
             found.append(read_features(folder, len(own), "delete the folder and start again"))
         directions = torch.nn.functional.normalize(found[1], dim=-1).T
