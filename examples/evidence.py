@@ -23,7 +23,7 @@ from pathlib import Path
 
 from evidence_rows import MIXES, TARGETS
 from evidence_steps import PARTS, Plan, Step, sides
-from evidence_tables import PAIRS, table
+from evidence_tables import PAIRS, PAPER, table
 
 ROOM = 60  # seconds before the end in which no further step begins
 
@@ -53,7 +53,9 @@ def tables(plan: Plan, part: str) -> Iterator[str]:
     place = plan.output / part
     if part in MIXES:
         for side in sides(part):
-            yield table(f"{part}, {side}", [place / f"{side}-{seed}" for seed in plan.seeds], "base", PAIRS)
+            folders = [place / f"{side}-{seed}" for seed in plan.seeds]
+            paper = PAPER if (part, side) == ("maths", "inside") else {}
+            yield table(f"{part}, {side}", folders, "base", PAIRS, paper)
     if part == "domains":
         for side in ("inside", "crossing"):
             folders = [place / f"tokens-{side}-{seed}" for seed in plan.seeds]
@@ -66,7 +68,7 @@ def tables(plan: Plan, part: str) -> Iterator[str]:
                 yield table(f"{target}, {count} shots", folders, "random-experts", pairs)
     for name, control in (("recruit", "best-single"), ("influence", "expert:random")):
         if part == name:
-            pairs = (("expert:influence", "expert:nearest"),)
+            pairs = (("expert:adam", "expert:nearest"), ("expert:subspace", "expert:adam"))
             yield table(part, [place / f"test-{seed}" for seed in plan.seeds], control, pairs)
 
 

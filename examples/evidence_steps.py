@@ -12,15 +12,17 @@ EXTRAS = {
     "one-lora": "one-lora-same-budget",
     "random-weights": "random-weights",
     "random-clusters": "random-cluster",
-    "distilled": "avengers,lorauter,distilled",
+    "gradient-space": "gradientspace",
+    "distilled": "avengers,lorauter,ariadne,distilled",
 }
 """What is trained for the controls and routers that `fit auto` does not try, by the folder that comes last."""
 METHODS = (
     *("backbone", "base", "one-lora-same-budget", "random-weights", "random-cluster", "uniform-weights"),
     *("elrea", "elrea-refusing", "membership-routing", "loss-routing", "loss-routing:caution=off", "prefill"),
-    *("prefill:caution=off", "avengers", "lorauter", "distilled", "auto", "random-oracle", "oracle"),
+    *("prefill:caution=off", "avengers", "lorauter", "ariadne", "distilled", "logo", "gradientspace"),
+    *("auto", "random-oracle", "oracle"),
 )
-TOKENS = ("backbone", "per-dataset", "uniform-weights", "token-level", "arrow", "spectr", "oracle")
+TOKENS = ("backbone", "per-dataset", "uniform-weights", "token-level", "arrow", "spectr", "logo", "oracle")
 KSHOT = ("backbone", "best-by-shots", "uniform-weights", "best-tuned", "kshot-moe", "kshot-only", "random-experts")
 NO_SYSTEM = ("--system-prompt", "")
 FIT = ("--clusters", "4", "--cluster-rounds", "1", *NO_SYSTEM)
@@ -165,19 +167,17 @@ def influence_steps(plan: Plan) -> Iterator[Step]:
     for seed in plan.seeds:
         yield fitted(plan, INFLUENCED, seed)
         aimed, many = (str(place / f"{name}-{seed}.jsonl") for name in ("aimed", "many"))
-        helpful, near = place / f"helpful-{seed}", place / f"near-{seed}"
-        share = ("--share", str(count / plan.flags.train))
-        rows = ("--target", aimed, "--data", many)
-        yield Step(("influence", str(mix / f"run-{seed}"), *rows, *share, "--output", str(helpful)), helpful)
+        near, chosen = place / f"near-{seed}", {}
+        told = ("--target", aimed, "--data", many, "--share", str(count / plan.flags.train))
+        for geometry in ("adam", "subspace"):
+            helpful = place / f"{geometry}-{seed}"
+            words = ("influence", str(mix / f"run-{seed}"), *told, "--geometry", geometry)
+            yield Step((*words, "--output", str(helpful)), helpful)
+            chosen[geometry] = helpful / "chosen.jsonl"
         words = ("gather", "--shots", aimed, "--pool", many, "--budget", str(count))
         yield Step((*words, "--output", str(near)), near)
         run, output = place / f"run-{seed}", place / f"test-{seed}"
-        chosen = {
-            "influence": helpful / "chosen.jsonl",
-            "nearest": near / "gathered.jsonl",
-            "random": place / f"random-{seed}.jsonl",
-            "aimed": Path(aimed),
-        }
+        chosen |= {"nearest": near / "gathered.jsonl", "random": place / f"random-{seed}.jsonl", "aimed": Path(aimed)}
         data = [word for name, file in chosen.items() for word in ("--data", f"{name}={file}")]
         words = ("fit", "token-level", "--model", plan.flags.model, *data, "--seed", str(seed), *DOMAIN)
         yield Step((*words, "--output", str(run)), run)

@@ -5,6 +5,7 @@ A row's value is its mean over the seeds, so an interval is over rows; the diffe
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -62,27 +63,37 @@ def _column(rows: Sequence[RowRecord], method: str, field: str) -> list[float]:
     return [float("nan") if value is None else float(value) for value in found]
 
 
-def table(title: str, folders: Sequence[Path], control: str, pairs: Sequence[tuple[str, str]] = ()) -> str:
-    """Return the tables of some evaluations: every method against the control, then the pairs that are asked for."""
+def table(
+    title: str,
+    folders: Sequence[Path],
+    control: str,
+    pairs: Sequence[tuple[str, str]] = (),
+    paper: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """Return the tables of some evaluations: every method against the control, then the pairs that are asked for.
+
+    What a paper has for a method stands beside the likelihoods.
+    """
     parts = [f"## {title}, {len(folders)} {'seeds' if len(folders) > 1 else 'seed'}"]
     for measure in read(folders):
         others = [(method, control) for method in measure.values if method != control]
-        parts.append(_compared(measure, control, others, alone=True))
+        parts.append(_compared(measure, control, others, paper if measure.name == "NLL" else {}, alone=True))
         known = [pair for pair in pairs if set(pair) <= set(measure.values)]
-        parts += [_compared(measure, control, known, alone=False)] if known else []
+        parts += [_compared(measure, control, known, {}, alone=False)] if known else []
     return "\n\n".join(parts) + "\n"
 
 
-def _compared(measure: Measured, control: str, pairs: Sequence[tuple[str, str]], *, alone: bool) -> str:
+def _compared(
+    measure: Measured, control: str, pairs: Sequence[tuple[str, str]], paper: Mapping[str, str], *, alone: bool
+) -> str:
     """Return a table of paired differences; p is adjusted for all of them."""
     weights = measure.weights.tolist()
     sides = {pair: [measure.values[name].mean(axis=0).tolist() for name in pair] for pair in pairs}
     adjusted = holm({" ".join(pair): sign_flip_test(*both, weights=weights) for pair, both in sides.items()})
     shares = alone and measure.name == "NLL" and {BASE, ORACLE} <= set(measure.values)
-    papers = alone and "random-cluster" in measure.values and measure.name == "NLL"
     head = [measure.name, "rows"] if alone else []
     heads = ["", *head, "difference, 95%", "p", "of each seed", *(["of the oracle's gain"] if shares else [])]
-    heads += ["paper, accuracy"] if papers else []
+    heads += ["paper, accuracy"] if paper else []
     lines = [[control, f"{measure.mean(control):.4f}", str(len(weights))]] if alone else []
     for pair, (own, rival) in sides.items():
         gap = mean_difference(own, rival, weights=weights)
@@ -93,7 +104,7 @@ def _compared(measure: Measured, control: str, pairs: Sequence[tuple[str, str]],
         known = [f"{gap.value:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]", f"{adjusted[' '.join(pair)]:.4f}"]
         line = [*label, *known, " ".join(f"{seed:+.4f}" for seed in seeds)]
         line += [_share(measure, pair[0])] if shares else []
-        lines.append([*line, *([PAPER.get(pair[0], "")] if papers else [])])
+        lines.append([*line, *([paper.get(pair[0], "")] if paper else [])])
     filled = [line + [""] * (len(heads) - len(line)) for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in [heads, ["---"] * len(heads), *filled])
 

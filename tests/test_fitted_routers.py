@@ -1,11 +1,15 @@
 """Routers that are fitted to what experts are good at find it where it is there to be found."""
 
+import json
+
 import pytest
 import torch
 
+from conftest import GRID
 from coterie.data.batching import TokenRow
 from coterie.errors import CoterieError
 from coterie.features.growing_text import FeatureExtractor
+from coterie.methods.elrea.run import ElreaRun
 from coterie.routers import loss
 from coterie.routers.base import RouterParts
 from coterie.routers.centroid import CentroidRouter, centroids_by_best, fold
@@ -224,3 +228,26 @@ def test_a_broken_gate_is_told_by_its_layer(gate):
 def test_a_router_of_an_unknown_kind_is_told(mixture, tmp_path):
     with pytest.raises(CoterieError, match="no router is called 'los'. Did you mean 'loss'"):
         load_router({"kind": "los"}, RouterParts(tmp_path, tmp_path, mixture.backbone, mixture.bank))
+
+
+# ------------------------------------------------------------------------------------- routers that measure no losses
+
+
+def test_ariadne_gives_a_prompt_to_the_expert_whose_rows_have_the_nearest_centroid(grid):
+    router, run = grid.router("ariadne"), ElreaRun.open(grid.own, GRID)
+    assert 3 <= len(router.table) <= 15 and (router.table.sum(dim=1) == 1).all()
+    features = router.features([row.prompt() for row in run.kept.rows])
+    near = [[float(torch.cosine_similarity(row, centre, 0)) for centre in router.pieces.centroids] for row in features]
+    owner = router.table.argmax(dim=1)[torch.tensor(near).argmax(dim=1)]
+    assert torch.equal(router.weigh(features).weights, torch.nn.functional.one_hot(owner).float())
+    assert float((owner == torch.tensor(run.labels)).float().mean()) > 0.9  # kinds of rows that are clearly different
+
+
+def test_gradientspace_trains_an_expert_for_each_of_its_clusters_and_asks_one(grid):
+    extra, run = grid.extras["gradient-space"], ElreaRun.open(grid.own, GRID)
+    assert extra.bank.names == ("space-0", "space-1", "space-2")
+    weights = extra.router.route([row.prompt() for row in run.kept.rows]).weights
+    assert set(weights.unique().tolist()) == {0.0, 1.0} and (weights.sum(dim=1) == 1).all()
+    file = grid.own.folder / "methods" / "gradient-space" / "clusters.jsonl"
+    own = [int(json.loads(line)["cluster"].rpartition("-")[2]) for line in file.read_text().splitlines()]
+    assert float((weights.argmax(dim=1) == torch.tensor(own)).float().mean()) > 0.9

@@ -21,6 +21,7 @@ from coterie.routers.derived import DerivedRouter
 from coterie.routers.feature import growing_text_extractor
 from coterie.routers.fixed import uniform
 from coterie.routers.gate import spectral_router
+from coterie.routers.logo import LogoRouter
 from coterie.routers.table import ROUTERS
 from coterie.routers.token import TokenLevel
 from coterie.settings.groups import SamplingSettings
@@ -50,8 +51,9 @@ def routers(grid):
         DerivedRouter(grid.own.router, top_k=2, normalised=True),
         similarity,
         TokenLevel(similarity, every=2),
-        *(grid.router(extra) for extra in ("membership", "refusal", "distilled", "avengers", "lorauter")),
+        *(grid.router(extra) for extra in ("membership", "refusal", "distilled", "avengers", "lorauter", "ariadne")),
         grid.router("prefill").with_caution(None),
+        LogoRouter(grid.own.backbone, grid.own.bank),
         spectral_router("arrow", grid.own.backbone, grid.own.bank, top_k=2),
         spectral_router("spectr", grid.own.backbone, grid.own.bank, temperature=2.0),
     ]

@@ -14,7 +14,7 @@ from coterie.data.examples import load_examples
 from coterie.errors import CoterieError
 from coterie.experts.training import load_checkpoint
 from coterie.methods.influence import best_task
-from helpers import peft_factors, refused
+from helpers import normal, peft_factors, refused
 
 module = importlib.import_module("coterie.methods.influence")  # the function has its name
 
@@ -79,6 +79,23 @@ def test_rows_of_the_kind_that_is_aimed_at_have_the_largest_influence(found):
     assert len(found.chosen) == 9
     assert [found.examples[i].source for i in found.chosen] == ["spell"] * 9
     assert "chosen.jsonl: 9 of 36 rows, influence" in str(found)
+
+
+def test_in_a_subspace_cosines_are_of_projections_onto_the_strongest_directions_aimed_at():
+    rows, aimed = normal(7, 30, seed=0), normal(5, 30, seed=1)
+    _, _, vectors = torch.linalg.svd(aimed)
+    for count in (1, 3, 5):
+        projector = vectors[:count].T @ vectors[:count]
+        wanted = [[torch.cosine_similarity(projector @ a, projector @ b, 0) for b in aimed] for a in rows]
+        torch.testing.assert_close(module.alignment(rows, aimed, count), torch.tensor(wanted), rtol=1e-3, atol=1e-4)
+    plain = [[torch.cosine_similarity(a, b, 0) for b in aimed] for a in rows]
+    torch.testing.assert_close(module.alignment(rows, aimed), torch.tensor(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_plain_gradients_in_a_subspace_find_the_kind_that_is_aimed_at_too(run_folder, few, train_file, tmp_path):
+    how = {"share": 0.25, "d_proj": 4096, "device": "cpu", "geometry": "subspace", "directions": 3}
+    found = coterie.influence(run_folder, str(few), str(train_file), output=tmp_path / "found", **how)
+    assert [found.examples[i].source for i in found.chosen] == ["spell"] * 9
 
 
 def test_the_best_rows_are_written_out_in_the_common_form_and_every_score(found):

@@ -2,6 +2,9 @@
 
 At every checkpoint that is the cosine of Adam's step for the one and the plain gradient of the other, which are summed
 by the checkpoints' learning rates; of several tasks among the rows aimed at, by their sources, the best counts.
+
+GIST (arXiv 2602.18584) compares plain gradients of both, in the few directions that those aimed at lie in, since Adam
+scales single coordinates, but LoRA's factors act together.
 """
 
 import logging
@@ -23,6 +26,7 @@ from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError
 from coterie.experts.training import load_checkpoint
 from coterie.features.gradient import Checkpoint, GradientFeatures, read_features, write_features
+from coterie.features.subspace import strongest_directions
 from coterie.methods.common import backbone_key, hash_examples, hash_rows, named_sources
 from coterie.mixture import Mixture
 from coterie.mixture.folder import find_mixture, hash_mixture
@@ -163,11 +167,12 @@ def score_rows(
 ) -> Float[Tensor, " row"]:
     """Sum over checkpoints the cosines of rows' steps and gradients aimed at, by learning rates that sum to 1."""
     total = torch.zeros(len(rows), len(aimed))
+    form, directions = ("adam", None) if settings.geometry == "adam" else ("sgd", settings.directions)
     rates = torch.tensor([point.adam.learning_rate for point in checkpoints], dtype=torch.float64)
     for number, (point, share) in enumerate(zip(checkpoints, (rates / rates.sum()).tolist(), strict=True)):
         found = []
-        for side, form, own in (("data", "adam", rows), ("aimed", "sgd", aimed)):
-            how = AnswerFeatureSettings(form=form, d_proj=settings.d_proj)
+        for side, own_form, own in (("data", form, rows), ("aimed", "sgd", aimed)):
+            how = AnswerFeatureSettings(form=own_form, d_proj=settings.d_proj)
             features = GradientFeatures(mixture.backbone, [point], how, settings.seed)
             made_from = {**values_of(how), "seed": settings.seed, **backbone_key(mixture.backbone)}
             folder = run.stage(
@@ -178,10 +183,19 @@ def score_rows(
                 together=True,
             )
             found.append(read_features(folder, len(own), "delete the folder and start again"))
-        directions = torch.nn.functional.normalize(found[1], dim=-1).T
         for block, sums in zip(found[0].split(BLOCK_ROWS), total.split(BLOCK_ROWS), strict=True):
-            sums += share * (torch.nn.functional.normalize(block, dim=-1) @ directions)
+            sums += share * alignment(block, found[1], directions)
     return best_task(total, tasks)
+
+
+def alignment(
+    rows: Float[Tensor, "row dimension"], aimed: Float[Tensor, "aimed dimension"], directions: int | None = None
+) -> Float[Tensor, "row aimed"]:
+    """Return the cosines of all pairs; with `directions`, of what both have in so many of those that `aimed` lie in."""
+    if directions is not None:
+        basis = strongest_directions(aimed, directions)
+        rows, aimed = rows @ basis.T, aimed @ basis.T
+    return torch.nn.functional.normalize(rows, dim=-1) @ torch.nn.functional.normalize(aimed, dim=-1).T
 
 
 def best_task(influences: Float[Tensor, "row aimed"], tasks: Sequence[str | None]) -> Float[Tensor, " row"]:

@@ -20,7 +20,6 @@ from coterie.artifacts import (
 )
 from coterie.backbone.aliases import cache_folder, hub_name
 from coterie.backbone.loading import Backbone, BaseModelIdentity, check_identity, load_backbone
-from coterie.backbone.prototypes import PROTOTYPES
 from coterie.combiners.base import Combiner
 from coterie.combiners.table import make_combiner
 from coterie.data.batching import PromptFormat
@@ -31,7 +30,8 @@ from coterie.records.mixture import ExtraRecord, MixtureRecord
 from coterie.records.schema import parse, read
 from coterie.routers.base import Router, RouterParts
 from coterie.routers.fixed import one_hot, uniform
-from coterie.routers.gate import GateRouter, spectral_router
+from coterie.routers.gate import spectral_router
+from coterie.routers.logo import BY_UPDATES, LOGO, LogoRouter
 from coterie.routers.table import ROUTERS, load_router
 from coterie.settings.groups import ModelSettings, PlacementSettings
 from coterie.settings.reading import from_flat
@@ -133,7 +133,7 @@ class StoredMixture:
 
         Args:
             bank: folder of a bank, as `bank_add` makes it.
-            router: `arrow` (arXiv 2405.11157) or `spectr` (arXiv 2504.03454); `replace` has others.
+            router: `arrow` (arXiv 2405.11157), `spectr` (2504.03454) or `logo` (2511.07129); `replace` has others.
             names: adapters to take, in the bank's order; all by default.
             system_prompt: of every prompt; by default the chat template's own.
             backbone: the base model, where it is loaded already.
@@ -143,8 +143,8 @@ class StoredMixture:
             CoterieError: for a folder that is no bank, an adapter that is not there or not as it was added, another
                 base model than the bank's, or an unknown router or keyword.
         """
-        if router not in PROTOTYPES:
-            raise unknown_name("router that a bank alone gives", router, PROTOTYPES)
+        if router not in BY_UPDATES:
+            raise unknown_name("router that a bank alone gives", router, BY_UPDATES)
         where = from_flat(PlacementSettings, placement, ("router", "names", "system_prompt", "backbone"))
         opened = open_bank(bank, names)
         base = BaseModelIdentity(**opened.base_model)
@@ -159,7 +159,7 @@ class StoredMixture:
         """Return a router that this mixture can have, by name.
 
         It may be `uniform`, an expert's name, the kind of the mixture's own router or of one that was trained for it
-        (such as `loss`), or `arrow` or `spectr`, which the bank alone gives.
+        (such as `loss`), or `arrow`, `spectr` or `logo`, which the bank alone gives.
 
         Raises:
             CoterieError: for an unknown name, or a kind of router that this mixture does not have.
@@ -174,15 +174,20 @@ class StoredMixture:
         trained = self.trained_routers()
         if name in trained:
             return load_router(*trained[name])
-        if name in PROTOTYPES:
+        if name in BY_UPDATES:
             return self.by_updates(name)
-        known = {"uniform", *self.bank.names, *own, *trained, *PROTOTYPES}
+        known = {"uniform", *self.bank.names, *own, *trained, *BY_UPDATES}
         if name in ROUTERS:
             raise CoterieError(f"this mixture has no router {name!r}. There are: {', '.join(sorted(known))}")
         raise unknown_name("router or expert", name, known)
 
-    def by_updates(self, kind: str) -> GateRouter:
-        """Return the router `arrow` or `spectr`; the first expert that changes nothing is its null expert."""
+    def by_updates(self, kind: str) -> Router:
+        """Return the router `arrow`, `spectr` or `logo`; the first expert that changes nothing is their null expert.
+
+        That of `logo` adds nothing and so gets no weight.
+        """
+        if kind == LOGO:
+            return LogoRouter(self.backbone, self.bank)
         pairs = zip(self.bank.names, self.bank.adapters, strict=True)
         idle = [name for name, adapter in pairs if not any(bool(pair.up.any()) for pair in adapter.values())]
         return spectral_router(kind, self.backbone, self.bank, null=idle[0] if idle else None)

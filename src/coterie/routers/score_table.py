@@ -1,8 +1,9 @@
-"""Routing by a table of measured scores: how good each expert was on the rows of a cluster, or of a task.
+"""Routing by a table: what each expert is worth on the rows of a cluster, or of a task.
 
 `avengers` clusters embeddings and asks the nearest cluster (Avengers, arXiv 2505.19797, which scores whole models so);
 `lorauter` knows tasks by the mean embedding of their rows and asks those that are similar (LORAUTER, arXiv 2601.21795).
-Both take the losses of experts on rows that these were not trained on.
+Both take the losses of experts on rows that these were not trained on. `ariadne` measures nothing: the clusters of what
+each expert was trained on are its own (ARIADNE, arXiv 2606.19079).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +21,7 @@ from coterie.routers.centroid import cosines
 from coterie.routers.feature import FeatureRouter, load_extractor
 from coterie.routers.loss import SHARPNESSES, CrossFitLosses, folds_of, weigh
 
-AVENGERS, LORAUTER = "avengers", "lorauter"
+AVENGERS, LORAUTER, ARIADNE = "avengers", "lorauter", "ariadne"
 
 
 class Pieces(NamedTuple):
@@ -40,7 +41,7 @@ class Pieces(NamedTuple):
 class ScoreTableRouter(FeatureRouter):
     """Weighs experts as the pieces do that a prompt belongs to."""
 
-    kinds = (AVENGERS, LORAUTER)
+    kinds = (AVENGERS, LORAUTER, ARIADNE)
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from coterie.routers.derived import DerivedRouter
 from coterie.routers.distilled import DistilledRouter
 from coterie.routers.fixed import FixedRouter, SourceRouter
 from coterie.routers.gate import GateRouter
+from coterie.routers.logo import LogoRouter
 from coterie.routers.loss import LossRouter
 from coterie.routers.membership import MembershipRouter
 from coterie.routers.refusal import RefusalRouter
@@ -27,6 +28,7 @@ ROUTERS: dict[str, type[Router]] = {
         ScoreTableRouter,
         TokenLevel,
         GateRouter,
+        LogoRouter,
         SourceRouter,
         DerivedRouter,
         DistilledRouter,

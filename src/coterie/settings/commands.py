@@ -87,9 +87,9 @@ class FromAdaptersSettings(Settings):
         description="NAME=SOURCE: texts that an expert was made for, as training data is given; repeated; default: "
         "what its card in --bank names",
     )
-    router: Literal["auto", "similarity", "arrow", "spectr"] = Field(
+    router: Literal["auto", "similarity", "arrow", "spectr", "logo"] = Field(
         "auto",
-        description="arrow, spectr: by the adapters' own updates, no texts needed; similarity: to the texts that "
+        description="arrow, spectr, logo: by the adapters' own updates, no texts needed; similarity: to the texts that "
         "every expert was made for; auto: similarity where all experts have texts, else arrow",
     )
     output: str = Field(description="folder to write the mixture to")

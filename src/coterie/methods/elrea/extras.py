@@ -16,17 +16,21 @@ from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE
 from coterie.experts.clustering import cluster
 from coterie.experts.gates_training import train_gates
 from coterie.experts.names import BASE
+from coterie.features.subspace import strongest_directions
 from coterie.methods.common import ExpertJob, base_plan, origin, train_clusters, train_expert, train_experts
 from coterie.methods.elrea import fitted_routers
 from coterie.methods.elrea.run import ElreaRun
 from coterie.methods.extras import ExtraSpec, TrainedExtra
 from coterie.progress import EMBEDDING, TRAINING, part, whole
 from coterie.routers.centroid import CentroidRouter, centroids_of
+from coterie.routers.derived import DerivedRouter
 from coterie.routers.feature import embedding_extractor
 from coterie.routers.fixed import SourceRouter
 from coterie.routers.gate import GateRouter
+from coterie.routers.loss import PENALTIES, LossRouter, fit_ridge, out_of_fold
 
 ONE_LORA = "one-lora"
+DIRECTIONS = 64  # of the gradients' space, at most
 
 
 def _random_clusters(run: ElreaRun, into: RunFolder) -> TrainedExtra:
@@ -48,6 +52,33 @@ def _embedding_clusters(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     centroids = centroids_of(features, clustering.labels, clustering.count)
     router = CentroidRouter.by_cluster(extractor, centroids, list(experts), base=BASE)
     return TrainedExtra(experts, router, {"clustering": clustering.record()})
+
+
+def _gradient_space(run: ElreaRun, into: RunFolder) -> TrainedExtra:
+    """Cluster gradients in the few directions that they lie in, and let an encoder choose one expert (GradientSpace).
+
+    The choice is a least-squares classifier of the prompt's embedding: it predicts the loss 0 for the expert of the
+    prompt's own cluster, and 1 for the others.
+    """
+    rows, settings = run.kept.rows, run.settings
+    extractor = embedding_extractor(run.extras.encoder, run.mixture.backbone)
+    with whole("gradient-space", {"features": EMBEDDING * len(rows), "experts": _cluster_work(run)}):
+        with part("features"):
+            embedded = extractor([row.prompt() for row in rows])
+        unit = torch.nn.functional.normalize(run.features, dim=-1)
+        inside = unit @ strongest_directions(unit[: settings.clustering.cluster_sample], DIRECTIONS).T
+        how = settings.clustering.model_copy(update={"cluster_method": "spherical-kmeans", "cluster_rounds": 1})
+        clustering = cluster(inside.numpy(), how, sources=run.sources, seed=settings.seed)
+        with part("experts"):
+            experts = _cluster_experts(run, into, "space", clustering.labels)
+    labels = torch.tensor(clustering.labels)
+    wrong = 1 - torch.nn.functional.one_hot(labels).double()
+
+    def right(penalty: float) -> float:
+        return float((out_of_fold(embedded, wrong, penalty=penalty, seed=settings.seed).argmin(dim=1) == labels).sum())
+
+    chosen = LossRouter(extractor, fit_ridge(embedded, wrong, penalty=max(PENALTIES, key=right)), list(experts), 1.0)
+    return TrainedExtra(experts, DerivedRouter(chosen, top_k=1, normalised=True), {"clustering": clustering.record()})
 
 
 def _seeds(run: ElreaRun, into: RunFolder) -> TrainedExtra:
@@ -165,6 +196,9 @@ def _little_work(run: ElreaRun) -> float:
 EXTRAS: dict[str, ExtraSpec[ElreaRun]] = {
     "random-clusters": ExtraSpec(_random_clusters, _cluster_work, together=True),
     "embedding-clusters": ExtraSpec(_embedding_clusters, _cluster_work, ("encoder",), together=True),
+    "gradient-space": ExtraSpec(
+        _gradient_space, lambda run: _cluster_work(run) + _embedding_work(run), ("encoder",), together=True
+    ),
     "seeds": ExtraSpec(
         _seeds, lambda run: (run.extras.ensemble_size - 1) * _base_work(run), ("ensemble_size",), together=True
     ),
@@ -185,6 +219,7 @@ EXTRAS: dict[str, ExtraSpec[ElreaRun]] = {
     "prefill": ExtraSpec(fitted_routers.prefill, lambda run: run.row_count, needs=("judged", "unlike"), together=True),
     "avengers": ExtraSpec(fitted_routers.avengers, _embedding_work, ("encoder",), needs=("judged",)),
     "lorauter": ExtraSpec(fitted_routers.lorauter, _embedding_work, ("encoder",), needs=("judged",)),
+    "ariadne": ExtraSpec(fitted_routers.ariadne, _embedding_work, ("encoder",)),
     "distilled": ExtraSpec(fitted_routers.distilled, lambda run: run.row_count, needs=("judged",)),
 }
 """By the name of the extra's folder."""

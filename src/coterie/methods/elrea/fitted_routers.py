@@ -31,13 +31,14 @@ from coterie.routers.feature import embedding_extractor, prefill_extractor
 from coterie.routers.loss import CrossFitLosses, LossRouter, fit_loss_router
 from coterie.routers.membership import MembershipRouter, leave_one_out_scale
 from coterie.routers.refusal import CAUTION, Calibration, Familiarity, Observed, RefusalRouter
-from coterie.routers.score_table import AVENGERS, LORAUTER, Pieces, ScoreTableRouter, fit_table
+from coterie.routers.score_table import ARIADNE, AVENGERS, LORAUTER, Pieces, ScoreTableRouter, fit_table
 
 logger = logging.getLogger(__name__)
 
 JUDGED, UNFAMILIAR = "judged", "unlike"
 FEATURES, HELD_OUT = "features.safetensors", "held-out.safetensors"
 CLUSTERS, TEMPERATURES = (4, 8, 16), (0.05, 0.1, 0.2)
+CENTROIDS = 5  # of every expert of ariadne, at most
 UNLIKE_ROWS = 200  # of an out-of-domain sample that are scored at most
 
 
@@ -236,6 +237,17 @@ def lorauter(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     names = list(dict.fromkeys(run.sources))
     centroids = centroids_of(features, [names.index(source) for source in run.sources], len(names))
     return _by_table(run, LORAUTER, extractor, features, [Pieces(centroids, heat) for heat in TEMPERATURES])
+
+
+def ariadne(run: ElreaRun, into: RunFolder) -> TrainedExtra:
+    """Know every cluster's expert by several centroids of its rows' embeddings: the nearest one's answers alone."""
+    extractor, features = _embedded(run)
+    labels, count = torch.tensor(run.labels), max(run.labels) + 1
+    own = [features[labels == number] for number in range(count)]
+    found = [_kmeans(rows, min(CENTROIDS, len(rows.unique(dim=0))), run.settings.seed) for rows in own]
+    table = torch.eye(count).repeat_interleave(torch.tensor([len(centroids) for centroids in found]), dim=0)
+    names = [f"cluster-{number}" for number in range(count)]
+    return TrainedExtra({}, ScoreTableRouter(ARIADNE, extractor, Pieces(torch.cat(found)), table, names))
 
 
 def _embedded(run: ElreaRun) -> tuple[FeatureExtractor, Float[Tensor, "row dimension"]]:

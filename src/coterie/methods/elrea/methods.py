@@ -11,6 +11,7 @@ from coterie.mixture import Mixture
 from coterie.routers.base import Router
 from coterie.routers.derived import DerivedRouter
 from coterie.routers.fixed import one_hot, uniform
+from coterie.routers.logo import LOGO
 
 PAPER, OURS = "arXiv 2502.00089", "this project"
 CLUSTERS = "ELREA's"
@@ -78,6 +79,23 @@ METHODS = {
         "avengers", CLUSTERS, "nearest cluster of embeddings, by measured loss", "logits", "arXiv 2505.19797"
     ),
     "lorauter": _extra("lorauter", CLUSTERS, "similar data sets, by measured loss", "logits", "arXiv 2601.21795"),
+    "ariadne": _extra(
+        "ariadne", CLUSTERS, "nearest centroid of embeddings, several an expert", "logits", "arXiv 2606.19079"
+    ),
+    "logo": Method(
+        CLUSTERS,
+        "length of what each expert adds to the last block's input",
+        "layers",
+        "arXiv 2511.07129",
+        lambda grid: grid.own.named_router(LOGO),
+    ),
+    "gradientspace": _extra(
+        "gradient-space",
+        "clusters in the gradients' strongest directions -> one LoRA each",
+        "one, by an encoder",
+        "logits",
+        "arXiv 2512.06678",
+    ),
     "distilled": _extra(
         "distilled", CLUSTERS, "ELREA's weights, taught to hidden states", "logits", "after arXiv 2512.06678"
     ),

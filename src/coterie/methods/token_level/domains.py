@@ -6,7 +6,6 @@ from typing import Any
 
 from coterie.artifacts import FORMAT, RunFolder, write_json, write_jsonl
 from coterie.backbone.loading import Backbone
-from coterie.backbone.prototypes import PROTOTYPES
 from coterie.combiners.layers import LayerCombiner
 from coterie.data.batching import PromptFormat, Tokenised
 from coterie.data.examples import Example, spool_all
@@ -22,6 +21,7 @@ from coterie.mixture import Mixture
 from coterie.routers.base import Router
 from coterie.routers.centroid import SIMILARITY
 from coterie.routers.fixed import uniform
+from coterie.routers.logo import BY_UPDATES
 from coterie.routers.token import TokenLevel
 from coterie.settings.commands import FromAdaptersSettings, TokenLevelSettings
 from coterie.settings.groups import rerouting_interval
@@ -29,7 +29,7 @@ from coterie.settings.reading import values_of
 from coterie.settings.rows import ReadingSettings
 
 METHOD = "token-level"
-RESERVED_NAMES = (BACKBONE, NULL, SINGLE_EXPERT, "uniform", *PROTOTYPES)
+RESERVED_NAMES = (BACKBONE, NULL, SINGLE_EXPERT, "uniform", *BY_UPDATES)
 
 DomainData = Mapping[str, str | Sequence[str] | Sequence[Example]]
 """Every expert's training data: a source, several of them, or examples."""

@@ -13,6 +13,7 @@ from coterie.records.schema import read_rows
 from coterie.routers.base import Router
 from coterie.routers.centroid import SIMILARITY
 from coterie.routers.fixed import FixedRouter, SourceRouter, uniform
+from coterie.routers.logo import BY_UPDATES, LOGO
 from coterie.routers.token import TokenLevel
 
 PAPER = "arXiv 2311.10847"
@@ -54,7 +55,7 @@ def _token_level(grid: MethodGrid) -> Router:
     return own.router if own.method == METHOD else own.named_router(METHOD)
 
 
-def _spectral(kind: str, router: str, paper: str) -> Method:
+def _by_updates(kind: str, router: str, paper: str) -> Method:
     """Return the method that routes by the adapters themselves; where the run has a null expert, it takes part."""
     return Method(BANK, router, "layers", paper, lambda grid: grid.own.named_router(kind))
 
@@ -85,8 +86,9 @@ METHODS = {
         PAPER,
         _published,
     ),
-    "arrow": _spectral("arrow", "top singular vectors, per layer and token", "arXiv 2405.11157"),
-    "spectr": _spectral("spectr", "whole spectra, per layer and token", "arXiv 2504.03454"),
+    "arrow": _by_updates("arrow", "top singular vectors, per layer and token", "arXiv 2405.11157"),
+    "spectr": _by_updates("spectr", "whole spectra, per layer and token", "arXiv 2504.03454"),
+    LOGO: _by_updates(LOGO, "length of what each adapter adds to the last block's input", "arXiv 2511.07129"),
     "oracle": oracle(BANK),
 }
 """By name."""
@@ -112,4 +114,4 @@ def _usual(mixture: Mixture) -> list[str]:
     return [name for name in names if name not in lacking]
 
 
-FAMILY: Family[FittedRun] = Family(METHOD, METHODS, {}, None, _usual, also_fitted=tuple(PROTOTYPES), lacks=_lacks)
+FAMILY: Family[FittedRun] = Family(METHOD, METHODS, {}, None, _usual, also_fitted=BY_UPDATES, lacks=_lacks)
