@@ -16,7 +16,7 @@ from coterie.routers.centroid import CentroidRouter, centroids_by_best, fold
 from coterie.routers.derived import DerivedRouter
 from coterie.routers.fixed import FixedRouter, OracleRouter, SourceRouter
 from coterie.routers.gate import read_gates
-from coterie.routers.loss import CrossFitLosses, LossRouter, Ridge, fit_loss_router, predict, weigh
+from coterie.routers.loss import CrossFitLosses, LossRouter, Mlp, Ridge, fit_loss_router, predict, weigh
 from coterie.routers.table import load_router
 from helpers import normal
 
@@ -82,7 +82,7 @@ def separable(count: int = 60, seed: int = 0) -> tuple[torch.Tensor, torch.Tenso
 def test_a_loss_router_learns_which_expert_is_good_at_what():
     features, nll = separable()
     fitted = fit_loss_router(features, judgement(nll))
-    router = LossRouter(described(features), fitted.ridge, EXPERTS, fitted.sharpness)
+    router = LossRouter(described(features), fitted.head, EXPERTS, fitted.sharpness)
     fresh, wanted = separable(200, seed=7)
     found = router.weigh(fresh)
     right = found.weights.argmax(dim=1) == wanted.argmin(dim=1)
@@ -98,14 +98,14 @@ def test_where_nothing_can_be_predicted_the_best_fixed_weights_are_found():
     features = normal(80, 16, seed=3)
     nll = 2.0 + normal(80, 1, seed=4).abs() + 0.05 * normal(80, 3, seed=5) + torch.tensor([0.3, 0.0, 0.3])
     fitted = fit_loss_router(features, judgement(nll))
-    weights = weigh(predict(fitted.ridge, normal(50, 16, seed=6)), fitted.sharpness)
+    weights = weigh(predict(fitted.head, normal(50, 16, seed=6)), fitted.sharpness)
     assert float(weights[:, 1].min()) > 0.9
 
 
 def test_experts_that_gain_by_being_mixed_are_mixed():
     """All equally good, and every even pair 0.2 better than its halves: the uniform mixture is the best there is."""
     fitted = fit_loss_router(normal(40, 8), judgement(torch.full((40, 3), 2.0), gap=0.2))
-    weights = weigh(predict(fitted.ridge, normal(10, 8, seed=1)), fitted.sharpness)
+    weights = weigh(predict(fitted.head, normal(10, 8, seed=1)), fitted.sharpness)
     torch.testing.assert_close(weights, torch.full((10, 3), 1 / 3), atol=1e-3, rtol=0)
 
 
@@ -128,7 +128,7 @@ def test_permuting_experts_permutes_their_predicted_losses():
     order = [2, 0, 1]
     one = fit_loss_router(features, judgement(nll))
     other = fit_loss_router(features, judgement(nll[:, order]))
-    torch.testing.assert_close(other.ridge.weight, one.ridge.weight[order])
+    torch.testing.assert_close(other.head.weight, one.head.weight[order])
     assert other.sharpness == one.sharpness
 
 
@@ -228,6 +228,45 @@ def test_a_broken_gate_is_told_by_its_layer(gate):
 def test_a_router_of_an_unknown_kind_is_told(mixture, tmp_path):
     with pytest.raises(CoterieError, match="no router is called 'los'. Did you mean 'loss'"):
         load_router({"kind": "los"}, RouterParts(tmp_path, tmp_path, mixture.backbone, mixture.bank))
+
+
+# --------------------------------------------------------------------------------------------- a network beside lines
+
+
+def two_signs(seed: int, count: int = 400) -> tuple[torch.Tensor, CrossFitLosses]:
+    """`law` is good where the first two numbers have one sign, `maths` where they have two: no line tells that."""
+    features = normal(count, 4, seed=seed)
+    alike = (features[:, 0] * features[:, 1] > 0).float()
+    nll = 2 + 0.02 * normal(count, 3, seed=seed + 1)
+    return features, judgement(nll - 0.5 * torch.stack([torch.zeros(count), alike, 1 - alike], dim=1))
+
+
+def test_a_network_is_kept_where_no_line_predicts_losses_and_a_line_where_one_does():
+    features, losses = two_signs(0)
+    lines, networks = (fit_loss_router(features, losses, with_mlp=with_mlp) for with_mlp in (False, True))
+    assert isinstance(lines.head, Ridge) and isinstance(networks.head, Mlp)
+    assert lines.expected_nll > 1.70 and networks.expected_nll < 1.60  # 1.83 for even weights, 1.5 for the right ones
+    new, judged = two_signs(5)
+    weights = weigh(predict(networks.head, new), networks.sharpness)
+    assert float(judged.mixture_nll(weights).mean()) < 1.60
+    straight = judgement(2 + torch.stack([torch.zeros(400), features[:, 0], -features[:, 0]], dim=1) / 4)
+    assert isinstance(fit_loss_router(features, straight, with_mlp=True).head, Ridge)
+
+
+def test_a_network_is_kept_in_a_folder_and_one_whose_parts_do_not_fit_is_told(tmp_path, mixture):
+    extractor = mixture.router.extractor
+    width = extractor.dimensions
+    head = Mlp(normal(6, width, seed=1), normal(6, seed=2), normal(3, 6, seed=3), normal(3, seed=4))
+    parts = RouterParts(tmp_path, mixture.folder, mixture.backbone, mixture.bank)
+    record = LossRouter(extractor, head, EXPERTS, 8.0, torch.ones(width)).save(tmp_path)
+    loaded = load_router(record, parts)
+    features = normal(5, width, seed=5)
+    slow = ((features - 1) / (features - 1).norm(dim=1, keepdim=True)) @ head.inner.T + head.inner_bias
+    wanted = (-8.0 * (slow.clamp(min=0) @ head.weight.T + head.bias)).softmax(dim=1)
+    torch.testing.assert_close(loaded.weigh(features).weights, wanted, rtol=1e-4, atol=1e-5)
+    LossRouter(extractor, head._replace(weight=normal(3, 5, seed=3)), EXPERTS, 8.0).save(tmp_path)
+    with pytest.raises(CoterieError, match="the entry of the router 'loss' is broken .*weights of 5 inputs"):
+        load_router(record, parts)
 
 
 # ------------------------------------------------------------------------------------- routers that measure no losses

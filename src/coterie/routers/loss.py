@@ -1,11 +1,12 @@
-"""Routing by predicted loss: a ridge regression from a prompt's feature to how well each expert will do on it.
+"""Routing by predicted loss: a regression from a prompt's feature to how well each expert will do on it.
 
 Similar prompts are not what matters in the end, but which expert is good at a prompt; that can be learned from
 cross-fitted losses: of every expert, on rows that it was not trained on.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from coterie.routers.feature import FeatureRouter, load_extractor
 
 FOLDS = 5
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)  # times the mean squared length of the features
+DECAYS, HIDDEN, STEPS, RATE = (0.1, 1.0), 32, 150, 3e-3  # of the network: tried weight decays, units, steps, their size
 SHARPNESSES = (0.0, *(2.0**power for power in range(11)))  # per nat; 0 is uniform, 1024 nearly the single best
 
 
@@ -69,6 +71,18 @@ class Ridge(NamedTuple):
     bias: Float[Tensor, " expert"]
 
 
+class Mlp(NamedTuple):
+    """The same through one layer of rectified units, where a line does not do: `relu(unit @ inner.T + inner_bias)`."""
+
+    inner: Float[Tensor, "hidden dimension"]
+    inner_bias: Float[Tensor, " hidden"]
+    weight: Float[Tensor, "expert hidden"]
+    bias: Float[Tensor, " expert"]
+
+
+Head = Ridge | Mlp
+
+
 class LossRouter(FeatureRouter):
     """Gives expert e the weight softmax(-sharpness * predicted loss)_e; of states it is called `prefill`."""
 
@@ -77,7 +91,7 @@ class LossRouter(FeatureRouter):
     def __init__(
         self,
         extractor: FeatureExtractor,
-        ridge: Ridge,
+        head: Head,
         experts: Sequence[str],
         sharpness: float,
         centre: Float[Tensor, " dimension"] | None = None,
@@ -87,43 +101,47 @@ class LossRouter(FeatureRouter):
         Raises:
             CoterieError: when names and predictions do not match.
         """
-        if not len(experts) == len(ridge.bias) == len(ridge.weight):
-            raise CoterieError(f"{len(ridge.bias)} predictions do not fit the {len(experts)} experts")
+        if not len(experts) == len(head.bias) == len(head.weight):
+            raise CoterieError(f"{len(head.bias)} predictions do not fit the {len(experts)} experts")
         super().__init__(extractor, centre)
         self.kind = extractor.name if extractor.name in self.kinds else "loss"
-        self.ridge = ridge
+        self.head = head
         self.experts = tuple(experts)
         self.sharpness = sharpness
 
     def weigh(self, read: Float[Tensor, "row dimension"]) -> Routing:
         """Weigh by predicted losses; similarities are those, negated."""
-        predicted = predict(self.ridge, self._centred(read))
+        predicted = predict(self.head, self._centred(read))
         similarities = dict(zip(self.experts, -predicted.T, strict=True))
         return Routing(self.experts, weigh(predicted, self.sharpness), similarities)
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the regression and return the entry for mixture.json."""
-        tensors = {"weight": self.ridge.weight, "bias": self.ridge.bias}
-        experts = list(self.experts)
+        tensors, experts = self.head._asdict(), list(self.experts)
         return self._save(folder / "loss.safetensors", tensors, experts=experts, sharpness=self.sharpness)
 
     @classmethod
     def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "LossRouter":
         """Build it from its entry and its tensors."""
         extractor, names = load_extractor(record, parts), list(record["experts"])
-        wanted = {
-            "weight": (len(names), extractor.dimensions),
-            "bias": (len(names),),
-            "centre": (extractor.dimensions,),
-        }
-        tensors = read_floats(parts.folder / "loss.safetensors", wanted, "fit again", optional=["centre"])
-        ridge = Ridge(tensors["weight"], tensors["bias"])
-        return cls(extractor, ridge, names, record["sharpness"], tensors.get("centre"))
+        file, width = parts.folder / "loss.safetensors", extractor.dimensions
+        inner = {"inner": (None, width), "inner_bias": (None,)}
+        wanted = {"weight": (len(names), None), "bias": (len(names),), "centre": (width,), **inner}
+        tensors = read_floats(file, wanted, "fit again", optional=["centre", *inner])
+        centre = tensors.pop("centre", None)
+        head = Mlp(**tensors) if "inner" in tensors else Ridge(**tensors)
+        hidden = {len(head.inner), len(head.inner_bias)} if isinstance(head, Mlp) else {width}
+        if hidden != {head.weight.shape[1]}:
+            raise ValueError(f"{file} holds weights of {head.weight.shape[1]} inputs, not {hidden}")
+        return cls(extractor, head, names, record["sharpness"], centre)
 
 
-def predict(ridge: Ridge, features: Float[Tensor, "row dimension"]) -> Float[Tensor, "row expert"]:
+def predict(head: Head, features: Float[Tensor, "row dimension"]) -> Float[Tensor, "row expert"]:
     """Predict every expert's loss relative to the experts' mean, in nats a token."""
-    return torch.nn.functional.normalize(features, dim=-1) @ ridge.weight.T + ridge.bias
+    seen = torch.nn.functional.normalize(features, dim=-1)
+    if isinstance(head, Mlp):
+        seen = (seen @ head.inner.T + head.inner_bias).relu()
+    return seen @ head.weight.T + head.bias
 
 
 def weigh(predicted: Float[Tensor, "row expert"], sharpness: float) -> Float[Tensor, "row expert"]:
@@ -134,36 +152,61 @@ def weigh(predicted: Float[Tensor, "row expert"], sharpness: float) -> Float[Ten
 class Fitted(NamedTuple):
     """A regression with what was chosen for it by cross-validation, and the loss it is estimated to reach.
 
-    `weights` are those that regressions which did not see a row give it.
+    `weights` are those that regressions which did not see a row give it; `penalty` is a weight decay for a network.
     """
 
-    ridge: Ridge
+    head: Head
     penalty: float
     sharpness: float
     expected_nll: float
     weights: Float[Tensor, "row expert"]
 
 
-def fit_loss_router(features: Float[Tensor, "row dimension"], losses: CrossFitLosses, *, seed: int = 0) -> Fitted:
+def fit_loss_router(
+    features: Float[Tensor, "row dimension"], losses: CrossFitLosses, *, seed: int = 0, with_mlp: bool = False
+) -> Fitted:
     """Fit the regression; its penalty and the weights' sharpness minimise the estimated loss of the mixture.
 
     Every row's estimate uses predictions of regressions that did not see it (5 folds); rows weigh by their tokens, as
-    in every mean NLL here.
+    in every mean NLL here. With `with_mlp` small networks are tried too; the best of them is kept where its mixture's
+    loss lies below that of the best line by more than twice the standard error of the difference.
     """
     target = losses.nll.double() - losses.nll.double().mean(dim=1, keepdim=True)
     tokens = losses.tokens.double()
-    best = None
-    for penalty in PENALTIES:
-        predicted = out_of_fold(features, target, tokens, penalty=penalty, seed=seed)
-        for sharpness in SHARPNESSES:
-            weights = weigh(predicted, sharpness).to(losses.nll.dtype)
-            nll = losses.mixture_nll(weights).double()
-            expected = float((nll * tokens).sum() / tokens.sum())
-            if best is None or expected < best[0]:
-                best = (expected, penalty, sharpness, weights)
-    assert best is not None  # the tables above are not empty
-    expected, penalty, sharpness, weights = best
-    return Fitted(fit_ridge(features, target, tokens, penalty=penalty), penalty, sharpness, expected, weights)
+    lines = ((own, out_of_fold(features, target, tokens, penalty=own, seed=seed)) for own in PENALTIES)
+    line = _best(lines, losses)
+    if with_mlp:
+        ways = {decay: partial(_mlp_of, features, target, tokens, decay, seed) for decay in DECAYS}
+        network = _best(((decay, cross_fitted(fit, features, target, seed)) for decay, fit in ways.items()), losses)
+        gain = (line.nll - network.nll) * tokens
+        if float(gain.sum()) > 2 * float(gain.std()) * len(gain) ** 0.5:
+            head: Head = fit_mlp(features, target, tokens, decay=network.penalty, seed=seed)
+            return Fitted(head, *network[:-1])
+    return Fitted(fit_ridge(features, target, tokens, penalty=line.penalty), *line[:-1])
+
+
+class _Tried(NamedTuple):
+    """What `Fitted` has beside the regression, and the estimated loss of every row."""
+
+    penalty: float
+    sharpness: float
+    expected_nll: float
+    weights: Float[Tensor, "row expert"]
+    nll: Float[Tensor, " row"]
+
+
+def _best(tried: Iterable[tuple[float, Tensor]], losses: CrossFitLosses) -> _Tried:
+    """Return the penalty, of those with their predictions, and the sharpness whose mixture has the smallest loss."""
+    tokens = losses.tokens.double()
+
+    def each() -> Iterator[_Tried]:
+        for penalty, predicted in tried:
+            for sharpness in SHARPNESSES:
+                weights = weigh(predicted, sharpness).to(losses.nll.dtype)
+                nll = losses.mixture_nll(weights).double()
+                yield _Tried(penalty, sharpness, float((nll * tokens).sum() / tokens.sum()), weights, nll)
+
+    return min(each(), key=lambda own: own.expected_nll)
 
 
 def fit_ridge(
@@ -188,14 +231,56 @@ def out_of_fold(
 ) -> Float[Tensor, "row expert"]:
     """Predict every row by a regression on the other folds."""
     unit, weights, scale = _scaled(features, tokens)
-    fold = folds_of(len(unit), seed)
-    predicted = torch.zeros_like(target)
+
+    def fit(seen: Tensor) -> Ridge:
+        return _ridge(unit[seen], target[seen], weights[seen], penalty * scale)
+
+    return cross_fitted(fit, unit.float(), target, seed)
+
+
+def cross_fitted(fit: Callable[[Tensor], Head], features: Tensor, target: Tensor, seed: int) -> Tensor:
+    """Predict every row by what `fit` makes of the rows of the other folds, which it is told as a mask."""
+    fold, predicted = folds_of(len(features), seed), torch.zeros_like(target)
     for number in fold.unique():
         own, others = fold == number, fold != number
         if bool(others.any()):
-            ridge = _ridge(unit[others], target[others], weights[others], penalty * scale)
-            predicted[own] = predict(ridge, unit[own].float()).double()
+            predicted[own] = predict(fit(others), features[own]).double()
     return predicted
+
+
+def fit_mlp(
+    features: Float[Tensor, "row dimension"],
+    target: Float[Tensor, "row expert"],
+    tokens: Float[Tensor, " row"],
+    *,
+    decay: float,
+    seed: int = 0,
+) -> Mlp:
+    """Train a small network by AdamW on all rows at once, for as many steps as `STEPS`; rows weigh by their tokens.
+
+    It sees features and targets scaled to a root mean square of 1; the scales are in its weights afterwards.
+    """
+    unit = torch.nn.functional.normalize(features.float(), dim=-1)
+    width, spread = unit.shape[1] ** 0.5, float(target.square().mean().sqrt().clamp(min=1e-6))
+    shares, wanted = (tokens / tokens.mean()).float()[:, None], (target / spread).float()
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(HIDDEN, unit.shape[1], generator=generator) / width, torch.zeros(HIDDEN)]
+    drawn += [torch.randn(target.shape[1], HIDDEN, generator=generator) / HIDDEN**0.5, torch.zeros(target.shape[1])]
+    parts = [own.requires_grad_() for own in drawn]
+    optimizer = torch.optim.AdamW(parts, lr=RATE, weight_decay=decay)
+    inner, inner_bias, weight, bias = parts
+    with torch.enable_grad():
+        for _ in range(STEPS):
+            found = (width * unit @ inner.T + inner_bias).relu() @ weight.T + bias
+            optimizer.zero_grad()
+            (shares * (found - wanted).square()).mean().backward()
+            optimizer.step()
+    inner, inner_bias, weight, bias = (own.detach() for own in parts)
+    return Mlp(width * inner, inner_bias, spread * weight, spread * bias)
+
+
+def _mlp_of(features: Tensor, target: Tensor, tokens: Tensor, decay: float, seed: int, seen: Tensor) -> Mlp:
+    return fit_mlp(features[seen], target[seen], tokens[seen], decay=decay, seed=seed)
 
 
 def folds_of(count: int, seed: int) -> Int[Tensor, " row"]:

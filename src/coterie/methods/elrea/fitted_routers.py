@@ -183,7 +183,8 @@ def prefill(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     place, pool = min(tried, key=expected)
     extractor = prefill_extractor(run.mixture.backbone, layers[place], POOLINGS[pool])
     logger.info("prefill: block %d of %d, %s", layers[place], len(run.mixture.backbone.blocks), POOLINGS[pool])
-    return _by_loss(run, into, extractor, states[:, place, pool].contiguous(), other.states[:, place, pool])
+    own = states[:, place, pool].contiguous()
+    return _by_loss(run, into, extractor, own, other.states[:, place, pool], with_mlp=True)
 
 
 def _states(run: ElreaRun) -> Float[Tensor, "row layer pooling width"]:
@@ -210,18 +211,25 @@ def held_out(run: ElreaRun, name: str) -> HeldOut:
 
 
 def _by_loss(
-    run: ElreaRun, into: RunFolder, extractor: FeatureExtractor, features: Tensor, unlike_features: Tensor
+    run: ElreaRun,
+    into: RunFolder,
+    extractor: FeatureExtractor,
+    features: Tensor,
+    unlike_features: Tensor,
+    *,
+    with_mlp: bool = False,
 ) -> TrainedExtra:
     losses, other = read_losses(load_extra(run.mixture, JUDGED)), unlike_rows(run)
     centre = features.mean(dim=0)
-    fitted = fit_loss_router(features - centre, losses, seed=run.settings.seed)
-    router = LossRouter(extractor, fitted.ridge, losses.experts, fitted.sharpness, centre)
-    told = router.kind, fitted.penalty, fitted.sharpness, fitted.expected_nll
-    logger.info("%s router: penalty %g, sharpness %g, expected NLL %.4f", *told)
+    fitted = fit_loss_router(features - centre, losses, seed=run.settings.seed, with_mlp=with_mlp)
+    router = LossRouter(extractor, fitted.head, losses.experts, fitted.sharpness, centre)
+    head = type(fitted.head).__name__.lower()
+    told = router.kind, head, fitted.penalty, fitted.sharpness, fitted.expected_nll
+    logger.info("%s router: %s, penalty %g, sharpness %g, expected NLL %.4f", *told)
     write_tensors(into.path / HELD_OUT, HeldOut(features, unlike_features.contiguous(), fitted.weights)._asdict())
     outside = (unlike_features, weights_of(router, unlike_features, other.losses), other.losses)
     refusal = calibrated(router, (features, fitted.weights, losses), outside)
-    return TrainedExtra({}, refusal, {"penalty": fitted.penalty, "expected_nll": fitted.expected_nll})
+    return TrainedExtra({}, refusal, {"head": head, "penalty": fitted.penalty, "expected_nll": fitted.expected_nll})
 
 
 def avengers(run: ElreaRun, into: RunFolder) -> TrainedExtra:
