@@ -35,7 +35,7 @@ MOST_KILLS = 3
 SERVE = "serve"
 CLIENTS = 3
 PORT = 8765
-ASKED = {"model": "run", "messages": [{"role": "user", "content": "add 3 4"}], "max_tokens": 24}
+ASKED = {"model": "run", "messages": [{"role": "user", "content": "add 3 4"}], "max_tokens": 24, "temperature": 0}
 
 
 def kill_command(command: str, start: Path, work: Path) -> Callable[[int], int]:
@@ -88,9 +88,11 @@ def kill_server(start: Path, work: Path) -> Callable[[int], int]:
 
     def one(seed: int) -> int:
         run(random.Random(f"{SERVE} {seed}").uniform(0, 1.0))
-        assert contents(folder) == before
+        after = contents(folder)
+        assert after == before, f"files differ: {sorted(after.keys() ^ before.keys())}"
         if seed % 10 == 0:  # it starts anew after every kill; each tenth answer is compared
-            assert run(None) == wanted
+            answered = run(None)
+            assert answered == wanted, f"{answered!r} is not {wanted!r}"
         return 1
 
     return one

@@ -1,5 +1,6 @@
 """A run that was killed and started again ends with the same files as an undisturbed one."""
 
+import errno
 import os
 import re
 import signal
@@ -107,6 +108,39 @@ def test_a_checkpoint_whose_last_file_is_not_whole_is_not_gone_on_from(
     (state,) = (tmp_path / "run.partial").rglob("trainer_state.json")
     state.write_text(content)
     assert files_of(fit(model_folder, data, tmp_path / "run")) == undisturbed
+
+
+@pytest.mark.parametrize("moment", ["between two epochs", "while features are computed"])
+def test_a_clock_that_jumps_between_two_tries_changes_nothing(
+    moment, model_folder, data, undisturbed, tmp_path, monkeypatch
+):
+    """Files of the first try come from the next century and from the first day of time, in turn."""
+    place, name, calls = KILLED_AT[moment]
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, after(calls, getattr(place, name)))
+        with pytest.raises(KilledError):
+            fit(model_folder, data, tmp_path / "run")
+    for number, path in enumerate(sorted((tmp_path / "run.partial").rglob("*"))):
+        os.utime(path, (0, 0) if number % 2 else (4e9, 4e9))
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    assert files_of(fit(model_folder, data, tmp_path / "run")) == undisturbed
+
+
+def test_a_place_that_is_read_only_is_told_in_one_line_before_anything_is_trained(
+    model_folder, data, tmp_path, monkeypatch
+):
+    def refused(path: object, flags: int, *more: object, **named: object) -> int:
+        if flags & os.O_CREAT and str(tmp_path) in str(path):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return opened(path, flags, *more, **named)
+
+    opened = os.open
+    monkeypatch.setattr(os, "open", refused)
+    for place in (fitting, stages):
+        monkeypatch.setattr(place, "train_adapter", lambda *_: pytest.fail("it was trained"))
+    with pytest.raises(CoterieError, match="cannot be written: .*Read-only.*; choose another folder"):
+        fit(model_folder, data, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

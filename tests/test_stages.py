@@ -226,6 +226,31 @@ def test_a_stage_that_is_taken_over_is_a_copy_as_far_as_anybody_can_tell(tmp_pat
     assert read_stages(run.path) == read_stages(earlier.path)
 
 
+def test_what_was_made_within_a_stage_stays_as_long_as_the_stage(tmp_path):
+    """Also where the stage is there already, so that nobody asks for the parts; those of other settings go."""
+
+    def choose(run: RunFolder, names: str, how: int) -> Path:
+        def make(folder: Path) -> None:
+            for name in names:
+                run.cache({})(name, lambda: 1)
+            write_text(folder / "file", names)
+
+        return run.stage("choice", make, {"how": how})
+
+    choose(RunFolder(tmp_path / "run"), "ab", 1)
+    choose(RunFolder(tmp_path / "run"), "bc", 2)
+    again = RunFolder(tmp_path / "run")
+    choose(again, "bc", 2)
+    again.finish()
+    assert [*read_stages(again.path)] == ["cached/b", "cached/c", "choice"]
+    assert sorted(path.name for path in (again.path / "cached").iterdir()) == ["b", "c"]
+    other = RunFolder(tmp_path / "other", earlier=again.path)
+    choose(other, "bc", 2)
+    other.finish()
+    assert read_stages(other.path) == read_stages(again.path)
+    assert (other.path / "cached" / "c" / "value.json").exists()
+
+
 DIFFERENCES = [
     ({"rank": 8}, {"rank": 4}, "rank 8 -> 4"),
     ({"alpha": 8}, {}, "alpha 8 -> default"),

@@ -44,12 +44,14 @@ class RunFolder:
         inputs: content hash of everything that the run reads, by name.
         earlier: a finished run of the same command; its stages are taken over where they would become the same.
         wanted: the stages that were asked for so far.
+        inside: the stages that are being made; those that are asked for meanwhile belong to the last of them.
     """
 
     path: Path
     inputs: Mapping[str, str] = field(default_factory=dict)
     earlier: Path | None = None
     wanted: set[str] = field(default_factory=set)
+    inside: list[str] = field(default_factory=list)
 
     def stage(
         self,
@@ -84,7 +86,14 @@ class RunFolder:
 
         def fill() -> None:
             with disk_errors(working):
-                make(working) if before is None else _take_over(before[0], working)
+                if before is not None:
+                    self._take_over(name, working)
+                    return
+                self.inside.append(name)
+                try:
+                    make(working)
+                finally:
+                    self.inside.pop()
 
         def finish() -> None:
             with disk_errors(working):
@@ -92,6 +101,9 @@ class RunFolder:
                 working.rename(done)
             seconds = round(time.perf_counter() - started, 1) if before is None else before[1]
             self._record(name, {"from": key, "seconds": seconds})
+            for other, one in read_stages(self.path).items():
+                if one.get("within") == name and other not in self.wanted:  # it was made for other settings
+                    shutil.rmtree(self.path / other, ignore_errors=True)
 
         ranks.by_first(begin)
         fill() if together and before is None else ranks.by_first(fill)
@@ -104,6 +116,16 @@ class RunFolder:
             return None
         stage = read_stages(self.earlier).get(name, {})
         return (self.earlier / name, stage.get("seconds", 0.0)) if stage.get("from") == key else None
+
+    def _take_over(self, name: str, working: Path) -> None:
+        """Take a finished stage over, and those that were made for it."""
+        assert self.earlier is not None  # or else there would be none
+        _link(self.earlier / name, working)
+        for other, one in read_stages(self.earlier).items():
+            if one.get("within") == name and (self.earlier / other).is_dir():
+                self.wanted.add(other)
+                _link(self.earlier / other, real_folder(self.path, other))
+                self._record(other, one)
 
     def claim(self, name: str, made_from: Mapping[str, Any], *, inputs: Iterable[str] | None = None) -> dict[str, Any]:
         """Say from what the stage `name` is made, and drop what is there of it if that was made from something else.
@@ -171,7 +193,7 @@ class RunFolder:
         """Drop the stages that this try has not asked for, which are of other settings, and what is only for work."""
         stages, kept = read_stages(self.path), {}
         for name in sorted(stages):
-            if self.wanted.isdisjoint((name, *map(str, Path(name).parents))):
+            if self.wanted.isdisjoint((name, stages[name].get("within"), *map(str, Path(name).parents))):
                 shutil.rmtree(self.path / name, ignore_errors=True)
             elif (self.path / name).is_dir():
                 kept[name] = stages[name]
@@ -187,7 +209,9 @@ class RunFolder:
 
     def _record(self, name: str, stage: Mapping[str, Any]) -> None:
         """Add a line, which several processes may do at a time; what a kill left of the last one ends before it."""
-        append_text(self.path / STAGES_FILE, "\n" + json.dumps({"stage": name, **stage}, ensure_ascii=False) + "\n")
+        within = {"within": self.inside[-1]} if self.inside else {}
+        line = json.dumps({"stage": name, **within, **stage}, ensure_ascii=False)
+        append_text(self.path / STAGES_FILE, f"\n{line}\n")
 
 
 def read_stages(folder: Path) -> dict[str, dict[str, Any]]:
@@ -196,9 +220,10 @@ def read_stages(folder: Path) -> dict[str, dict[str, Any]]:
     A line that was cut off by a kill, or is none of ours, is skipped: its stage is made again.
     """
     stages = {}
-    for line in read_text(folder / STAGES_FILE).splitlines() if (folder / STAGES_FILE).exists() else ():
-        with suppress(CoterieError, AttributeError):
-            record = parse_json(line, STAGES_FILE)
+    for line in read_text(folder / STAGES_FILE).split("\n") if (folder / STAGES_FILE).exists() else ():
+        with suppress(CoterieError):
+            read = parse_json(line, STAGES_FILE)
+            record = read if isinstance(read, dict) else {}
             name = record.pop("stage", None)
             is_inside = isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
             if is_inside and isinstance(record.get("from"), dict | None):
@@ -223,7 +248,7 @@ def _shown(value: object) -> str:
     return "default" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
-def _take_over(folder: Path, working: Path) -> None:
+def _link(folder: Path, working: Path) -> None:
     """Fill a working folder with the files of a finished stage, as they are: on most disks without copying them."""
 
     def link(source: str, target: str) -> None:
