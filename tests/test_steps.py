@@ -8,7 +8,9 @@ import torch
 from architectures import WORKING
 from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.row_cache import SPARE
+from coterie.backbone.slots import Slots
 from coterie.backbone.steps import SIZES, Record, Steps, checked
+from coterie.engine.reading import Reader
 from coterie.engine.speculation import LENGTHS
 from recorded import replayed
 from test_engine import answered, kinds, same  # noqa: F401 - a fixture
@@ -108,6 +110,16 @@ def test_records_that_fail_or_give_something_else_are_not_used(kinds, record):  
     assert tried == [1]
     for kind in range(len(kinds.requests)):
         same(found[kind], kinds.alone(kind))
+
+
+def test_a_text_that_is_read_anew_is_longer_than_a_step(kinds):  # noqa: F811
+    """As behind a pass that broke off."""
+    backbone, layers, request = kinds.mixture.backbone, kinds.mixture.layers, kinds.requests[5]
+    (plan,), ids = request.combiner.plan(request.routing), request.prompt.ids
+    readers = [Reader(backbone, layers, Slots(backbone), record) for record in (None, checked(replayed))]
+    found = [reader.read([reader.open(ids, plan)], [len(ids)], in_steps=True)[0] for reader in readers]
+    assert len(ids) > max(SIZES)
+    torch.testing.assert_close(*found)
 
 
 def test_a_step_is_as_long_as_what_is_proposed_and_leaves_a_ring_what_it_looks_at():

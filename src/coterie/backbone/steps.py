@@ -108,6 +108,10 @@ class Steps:
         """Tell whether a model reads rows of unequal length, several tokens at once, and keeps nothing of padding."""
         return backbone.reads.ragged and backbone.reads.in_pieces and slots.can_rollback
 
+    def take(self, positions: int) -> bool:
+        """Tell whether so many tokens a row are read in a step; all of a text may be, behind a pass that broke off."""
+        return self.pay and positions <= SIZES[-1]
+
     @torch.inference_mode()
     def read(
         self, rows: Sequence[int], tokens: Int[Tensor, "row position"], counts: Sequence[int], mix: RowMix

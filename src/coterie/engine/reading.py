@@ -216,7 +216,7 @@ class Reader:
         tokens = filled.repeat_interleave(torch.tensor(sizes), dim=0)
         lengths = [len(piece) for piece, size in zip(pieces, sizes, strict=True) for _ in range(size)]
         watch = _GateWatch(lengths, self.backbone.device) if watch_gates else None
-        if in_steps and watch is None and self._steps is not None and self._steps.pay:
+        if in_steps and watch is None and self._steps is not None and self._steps.take(longest):
             hidden = self._steps.read(
                 [row for text in texts for row in text.rows], tokens, lengths, self.planned(texts).mix
             )
