@@ -8,9 +8,7 @@ from coterie.artifacts.files import (
     hash_json,
     hash_json_list,
     hash_text,
-    hub_folder,
     is_full,
-    may_be_on_hub,
     sha256_of,
     whole_file,
     write_json,
@@ -19,6 +17,7 @@ from coterie.artifacts.files import (
     write_text,
 )
 from coterie.artifacts.folders import check_copy, check_tree, new_folder, real_folder, replace_folder
+from coterie.artifacts.hub import hub_errors, hub_folder, may_be_on_hub, publish
 from coterie.artifacts.kinds import check_kind
 from coterie.artifacts.locks import locked
 from coterie.artifacts.machine import environment_record, free_memory
@@ -65,6 +64,7 @@ __all__ = [
     "hash_json",
     "hash_json_list",
     "hash_text",
+    "hub_errors",
     "hub_folder",
     "may_be_on_hub",
     "inputs_of",
@@ -77,6 +77,7 @@ __all__ = [
     "parse_json",
     "parse_yaml",
     "partial_folder",
+    "publish",
     "read_floats",
     "read_json",
     "read_jsonl",

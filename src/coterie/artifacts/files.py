@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, hashed, had from the hub.
+"""Files: written whole or not at all, hashed.
 
 Where several processes do one command together, the first one writes, whatever the others do (see `coterie.ranks`).
 """
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from coterie import ranks
 from coterie.artifacts.reading import open_regular
-from coterie.errors import CoterieError, first_line
+from coterie.errors import CoterieError
 
 if TYPE_CHECKING:
     import torch
@@ -143,34 +143,6 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line, whole or not at all; one is held at a time."""
     with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-
-
-def may_be_on_hub(name: str) -> bool:
-    """Say whether a name may be a hub id, OWNER/NAME; where a folder OWNER is here, it is a path that is not there.
-
-    The hub, or its absence, would tell the same after half a minute of trying.
-    """
-    path = Path(name)
-    is_path = name.startswith((".", "/", "~")) or path.suffix in (".gguf", ".safetensors") or path.parent.is_dir()
-    return name.count("/") == 1 and not is_path
-
-
-def hub_folder(source: str, patterns: list[str], advice: str) -> Path:
-    """Download a repository of the hub and return its folder: files that match the patterns, and no others.
-
-    Raises:
-        CoterieError: with the advice when the source is no hub id, OWNER/NAME; or when it cannot be had.
-    """
-    if not may_be_on_hub(source):
-        raise CoterieError(advice)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises many kinds; all of them mean that it cannot be had
-        raise CoterieError(
-            f"{source} is no folder and cannot be had from the hub ({first_line(error)}); check the name"
-        ) from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, "torch.Tensor"], metadata: Mapping[str, str] | None = None) -> None:

@@ -32,6 +32,7 @@ from coterie.settings.commands import (
     TrainExtrasSettings,
 )
 from coterie.settings.groups import NEVER, rerouting_interval
+from coterie.settings.hub import PushSettings
 from coterie.settings.places import WRITTEN_IN_PLACE, sources, target
 from coterie.settings.reading import Settings, changed, checked
 from coterie.settings.serving import ServeSettings
@@ -182,6 +183,12 @@ def export(settings: ExportSettings, as_json: AsJson = False) -> None:
     """Write the experts, or one static mixture of them, as vLLM, PEFT or llama.cpp reads them."""
     exported = coterie.export_mixture(settings)
     echo(json.dumps(exported.record()) if as_json else str(exported))
+
+
+@command("push", "coterie push runs/elrea OWNER/NAME --licence apache-2.0 --evaluation runs/elrea-eval")
+def push(settings: PushSettings) -> None:
+    """Publish a mixture or a bank on the model hub, with a card; it is private unless --public."""
+    echo(coterie.push(settings))
 
 
 @command("serve", "coterie serve runs/elrea --port 8000")

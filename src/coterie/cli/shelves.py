@@ -10,6 +10,7 @@ import coterie
 from coterie.artifacts import as_path
 from coterie.cli.process import TROUBLE
 from coterie.cli.table import AsJson, command, echo
+from coterie.errors import CoterieError
 from coterie.settings.commands import (
     BankAddSettings,
     BankRemoveSettings,
@@ -21,6 +22,7 @@ from coterie.settings.commands import (
     ProfileSettings,
     SelectSettings,
 )
+from coterie.settings.hub import BankFindSettings
 from coterie.settings.influence import InfluenceSettings
 
 
@@ -66,6 +68,20 @@ def verify_bank(settings: BankVerifySettings, as_json: AsJson = False) -> None:
         wrong += adapter.trouble is not None
     if wrong:
         raise typer.Exit(TROUBLE)
+
+
+@command("bank find", "coterie bank find --base smollm2-135m --licence apache-2.0,mit --max-rank 64")
+def find_for_bank(settings: BankFindSettings, as_json: AsJson = False) -> None:
+    """Find adapters on the model hub that fit a base model; rank, layers and licence are checked first."""
+    found = []
+    for adapter in coterie.find_adapters(settings):
+        found.append(adapter)
+        echo(json.dumps(vars(adapter)) if as_json else adapter, err=bool(adapter.refusal))
+    if all(adapter.refusal for adapter in found):
+        raise CoterieError(
+            f"none of {len(found)} adapters that name {settings.base} will do; look at more with --limit, or at others "
+            "with --search"
+        )
 
 
 @command("select", "coterie select bank/ --shots shots.jsonl --keep 4 --output runs/select")

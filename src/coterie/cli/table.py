@@ -22,7 +22,7 @@ from coterie.settings.reading import FLAGS, Settings, flag_of, flat_fields, from
 
 PANELS = {
     "Make a mixture": ("methods", "fit", "train-extras"),
-    "Ask it": ("route", "generate", "plan", "serve", "export"),
+    "Ask it": ("route", "generate", "plan", "serve", "export", "push"),
     "Compare methods": ("eval", "report", "spread"),
     "Adapters, experts and data that exist already": ("bank", "select", "gather", "influence", "experts", "profile"),
     "Again": ("run", "status"),
@@ -36,6 +36,7 @@ ARGUMENTS = (
     "folder",
     "adapters",
     "name",
+    "repository",
 )  # settings that are given by place instead of by a flag
 WIDEST_TYPE = 24  # characters; help at 80 columns cuts names off beside wider ones
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, one object a line")]
@@ -106,12 +107,14 @@ NEXT = {
     "plan": "coterie generate {mixture} {prompts}",
     "serve": "coterie generate {mixtures_0} 'What do 5 pens cost?'",
     "export": "cat {output}/README.md",
+    "push": "python3 -m webbrowser https://huggingface.co/{repository}",
     "eval": "coterie report {output}",
     "status": "coterie run {folder}/run.yaml --overwrite",
     "report": "python3 -m webbrowser {evaluation}/report.html",
     "spread": "coterie report {evaluations_0}",
     "bank add": "coterie fit from-adapters --bank {folder} --output runs/shelf",
     "bank remove": "coterie fit from-adapters --bank {folder} --output runs/shelf",
+    "bank find": "coterie bank add bank/ OWNER/NAME --model {base}",
     "bank list": "coterie fit from-adapters --bank {folder} --output runs/shelf",
     "bank verify": "coterie fit from-adapters --bank {folder} --output runs/shelf",
     "select": "coterie fit kshot-moe --bank {folder} --shots {shots} --selected {output} --output runs/task",

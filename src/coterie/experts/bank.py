@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from coterie.artifacts import read_floats, read_json, tensor_claims, write_json, write_tensors
+from coterie.artifacts import Claim, read_floats, read_json, tensor_claims, write_json, write_tensors
 from coterie.artifacts.tensors import FLOATS
 from coterie.backbone.linear_layers import NEVER_RUNS, linear_shapes, unchangeable_layers
 from coterie.errors import CoterieError, shortened, unknown_name
@@ -135,7 +135,7 @@ def load_adapter(folder: Path, model: nn.Module) -> Adapter:
     dtype = next(model.parameters()).dtype
     scalings: dict[str, float] = {}
     wanted: dict[str, tuple[int, int]] = {}
-    for path, (rank, width_in, width_out) in sorted(_claimed_layers(file, model).items()):
+    for path, (rank, width_in, width_out) in sorted(claimed_layers(tensor_claims(file), model, file).items()):
         scalings[path] = _scaling(config, path, rank, folder / CONFIG_FILE)
         wanted |= dict(zip(_factor_names(path), [(rank, width_in), (width_out, rank)], strict=True))
     factors = read_floats(file, wanted, "get or train the adapter again")
@@ -183,10 +183,20 @@ def _factor_names(path: str) -> tuple[str, str]:
     return f"{KEY_PREFIX}{path}.lora_A.weight", f"{KEY_PREFIX}{path}.lora_B.weight"
 
 
-def _claimed_layers(file: Path, model: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """Return rank, input and output width of every layer that a file claims to change, as far as the model has it."""
+def claimed_layers(claims: Mapping[str, Claim], model: nn.Module, file: Path) -> dict[str, tuple[int, int, int]]:
+    """Return rank, input and output width of every layer that an adapter's file claims to change.
+
+    Args:
+        claims: what the header of the file says; the file need not be here.
+        model: the base model, which may have no numbers.
+        file: what errors name.
+
+    Raises:
+        CoterieError: naming the first tensor that is no LoRA factor, or the first layer that the model lacks, has in
+            another shape, or does not let experts change.
+    """
     halves: dict[str, dict[str, tuple[int, ...]]] = {}
-    for key, (dtype, shape) in tensor_claims(file).items():
+    for key, (dtype, shape) in claims.items():
         path, _, end = key.removeprefix(KEY_PREFIX).rpartition(".lora_")
         if not key.startswith(KEY_PREFIX) or end not in ("A.weight", "B.weight") or not path:
             raise CoterieError(f"{file}: tensor {key!r} is no LoRA factor; use a plain LoRA adapter")

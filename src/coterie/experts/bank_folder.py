@@ -15,13 +15,23 @@ from typing import Any
 
 from torch import nn
 
-from coterie.artifacts import FORMAT, check_kind
+from coterie.artifacts import FORMAT, check_kind, hub_folder, may_be_on_hub
 from coterie.backbone.loading import BaseModelIdentity
 from coterie.data.examples import Example
 from coterie.data.streaming import KEY_BYTES, question_of, text_key
 from coterie.errors import CoterieError, unknown_name
 from coterie.experts.bank import ExpertBank, load_adapter, load_bank
-from coterie.experts.cards import Card, check_files, hash_adapter, printable, read_card, read_small_json, short
+from coterie.experts.cards import (
+    ADAPTER_FILES,
+    CARD_FILE,
+    Card,
+    check_files,
+    hash_adapter,
+    printable,
+    read_card,
+    read_small_json,
+    short,
+)
 from coterie.records.mixture import BaseModelRecord
 from coterie.records.schema import parse
 from coterie.records.wording import columns
@@ -32,6 +42,8 @@ logger = logging.getLogger(__name__)
 BANK_FILE = "bank.json"
 EXPERTS = "experts"
 QUESTIONS_FILE = "questions.json"
+OWN_FILES = {*ADAPTER_FILES, CARD_FILE, QUESTIONS_FILE}
+"""All that a bank keeps of an adapter."""
 MAX_QUESTIONS_FILE = 2**30  # bytes; a key takes 37
 LEFT_BEHIND = re.compile(r"\.(?P<name>.+?)(\.[0-9a-f]{16})?\.(?P<kind>partial|old)")
 """Names of folders while an adapter is added; a process that was killed leaves them."""
@@ -96,13 +108,18 @@ class BankFolder:
         return columns(lines, ALIGNED)
 
 
-def open_bank(path: str | Path, names: str | Sequence[str] | None = None) -> BankFolder:
+def open_bank(path: str | Path, names: str | Sequence[str] | None = None, *, revision: str | None = None) -> BankFolder:
     """Open a bank, or some adapters of it, and read their cards; the adapters' own files are not read.
+
+    Args:
+        path: its folder, or a hub id.
+        names: adapters to take; all by default.
+        revision: of a bank on the hub: a branch, tag or commit.
 
     Raises:
         CoterieError: when it is missing, no bank, or broken, or has no adapter of such a name.
     """
-    folder = Path(path)
+    folder = _find_bank(path, revision)
     base = asdict(read_base(folder))
     for name in set_aside(folder):
         logger.warning("%s is set aside, since replacing it was cut off; any `coterie bank add` puts it back", name)
@@ -113,6 +130,14 @@ def open_bank(path: str | Path, names: str | Sequence[str] | None = None) -> Ban
             raise unknown_name("adapter", name, known)
     chosen = [name for name in known if name in wanted]
     return BankFolder(folder, base, tuple(read_card(folder / EXPERTS / name) for name in chosen))
+
+
+def _find_bank(source: str | Path, revision: str | None) -> Path:
+    """Return a bank's folder, which may first have to be got from the hub: the files of a bank, and no others."""
+    folder = Path(source)
+    if folder.exists() or not may_be_on_hub(str(source)):
+        return folder
+    return hub_folder(str(source), [BANK_FILE, *(f"{EXPERTS}/*/{name}" for name in OWN_FILES)], "", revision)
 
 
 def load_opened(bank: BankFolder, model: nn.Module) -> ExpertBank:

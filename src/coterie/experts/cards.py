@@ -85,8 +85,8 @@ def describe_adapter(
         rank=max(len(pair.down) for pair in pairs),
         layers=len(pairs),
         parameters=sum(pair.down.numel() + pair.up.numel() for pair in pairs),
-        licence=", ".join(_labels(facts.get("license"))) or None,
-        datasets=_labels(facts.get("datasets")),
+        licence=", ".join(labels(facts.get("license"))) or None,
+        datasets=labels(facts.get("datasets")),
         rows=rows,
         trained_on=tuple(trained_on),
     )
@@ -111,9 +111,9 @@ def check_files(folder: Path) -> None:
     for file, limit in ((folder / name, limit) for name, limit in ADAPTER_FILES.items()):
         if not file.exists():
             continue
-        # the hub's cache keeps the files of its snapshots as links to blobs beside them
+        # the hub's cache keeps the files of its snapshots, at any depth, as links to blobs beside them
         target, own = file.resolve(), file.parent.resolve()
-        is_blob = own.parent.name == "snapshots" and target.parent == own.parent.parent / "blobs"
+        is_blob = any(place.name == "snapshots" and target.parent == place.parent / "blobs" for place in own.parents)
         if target.parent != own and not is_blob:
             raise CoterieError(f"{file} is a link to another folder, which is not followed; put the file itself there")
         if not file.is_file():
@@ -174,8 +174,8 @@ def _front_matter(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _labels(value: object) -> tuple[str, ...]:
-    """Take a text or a list of them; everything else is left out."""
+def labels(value: object) -> tuple[str, ...]:
+    """Return what a card gives as a text or a list of them, fit to be shown; everything else is left out."""
     values = value if isinstance(value, list) else [value]
     texts = [printable(text.strip(), MAX_LABEL) for text in values if isinstance(text, str)]
     return tuple(text for text in texts if text not in ("", "null", "~"))[:MAX_LABELS]

@@ -20,6 +20,7 @@ from coterie.errors import CoterieError, unknown_name
 from coterie.experts.bank_folder import (
     BANK_FILE,
     EXPERTS,
+    OWN_FILES,
     QUESTIONS_FILE,
     list_names,
     read_base,
@@ -47,8 +48,6 @@ from coterie.settings.rows import ReadingSettings
 logger = logging.getLogger(__name__)
 
 LONGEST_NAME = 100
-OWN_FILES = {*ADAPTER_FILES, CARD_FILE, QUESTIONS_FILE}
-"""All that a bank keeps of an adapter."""
 LONGEST_REASON = 500
 
 

@@ -18,7 +18,7 @@ from coterie.artifacts import (
     write_json,
     write_text,
 )
-from coterie.backbone.aliases import cache_folder, hub_name
+from coterie.backbone.aliases import cache_folder
 from coterie.backbone.loading import Backbone, BaseModelIdentity, check_identity, load_backbone
 from coterie.combiners.base import Combiner
 from coterie.combiners.table import make_combiner
@@ -26,7 +26,9 @@ from coterie.data.batching import PromptFormat
 from coterie.errors import CoterieError, naming, unknown_name
 from coterie.experts.bank import WEIGHTS_FILE, ExpertBank, load_bank
 from coterie.experts.bank_folder import load_opened, open_bank
-from coterie.records.mixture import ExtraRecord, MixtureRecord
+from coterie.mixture.card import mixture_card
+from coterie.mixture.publish import push
+from coterie.records.mixture import MIXTURE_FILE, ExtraRecord, MixtureRecord
 from coterie.records.schema import parse, read
 from coterie.routers.base import Router, RouterParts
 from coterie.routers.fixed import one_hot, uniform
@@ -37,7 +39,6 @@ from coterie.settings.groups import ModelSettings, PlacementSettings
 from coterie.settings.reading import from_flat
 from coterie.settings.rows import ReadingSettings
 
-MIXTURE_FILE = "mixture.json"
 COPIED = (
     "experts",
     "checkpoints",
@@ -57,6 +58,7 @@ COPIED = (
 """What a saved copy takes along from the folder that a mixture was loaded from."""
 SAVED = (*COPIED, "router", MIXTURE_FILE, "README.md")
 """All that a saved copy holds."""
+READ_FROM_HUB = (".json", ".jsonl", ".safetensors", ".md")
 
 Stored = TypeVar("Stored", bound="StoredMixture")
 
@@ -88,6 +90,7 @@ class StoredMixture:
         cls: type[Stored],
         source: str | Path,
         *,
+        revision: str | None = None,
         backbone: Backbone | None = None,
         **placement: Any,  # noqa: ANN401 - fields of PlacementSettings
     ) -> Stored:
@@ -95,14 +98,15 @@ class StoredMixture:
 
         Args:
             source: a folder, or a hub id.
+            revision: of a mixture on the hub: a branch, tag or commit.
             backbone: its base model, where that is loaded already.
             **placement: fields of `PlacementSettings`: dtype, device, load_in_4bit.
 
         Raises:
             CoterieError: when something is missing, broken, or made for another base model, or for an unknown keyword.
         """
-        where = from_flat(PlacementSettings, placement, ("backbone",))
-        folder = find_mixture(source)
+        where = from_flat(PlacementSettings, placement, ("revision", "backbone"))
+        folder = find_mixture(source, revision)
         record = read_mixture_record(folder)
         identity = BaseModelIdentity(**dict(record.base_model))
         backbone = backbone or load_backbone(
@@ -132,7 +136,7 @@ class StoredMixture:
         `coterie.methods.from_adapters` makes the same one in a folder, and can route by what adapters were trained on.
 
         Args:
-            bank: folder of a bank, as `bank_add` makes it.
+            bank: folder of a bank, as `bank_add` makes it, or a hub id.
             router: `arrow` (arXiv 2405.11157), `spectr` (2504.03454) or `logo` (2511.07129); `replace` has others.
             names: adapters to take, in the bank's order; all by default.
             system_prompt: of every prompt; by default the chat template's own.
@@ -258,40 +262,30 @@ class StoredMixture:
         write_json(
             folder / MIXTURE_FILE, {**described, **{k: v for k, v in (facts or {}).items() if k not in described}}
         )
-        write_text(folder / "README.md", self.card())
+        record = read(MixtureRecord, folder / MIXTURE_FILE, "make it again")
+        write_text(folder / "README.md", mixture_card(record, folder, self.backbone.identity, "this-folder"))
 
-    def card(self) -> str:
-        """Return a model card in the hub's form."""
-        base = hub_name(self.backbone.identity.id)
-        front = f"---\nlibrary_name: coterie\nbase_model: {base}\npipeline_tag: text-generation\ntags:\n- lora\n---\n"
-        listed = "\n".join(f"- `{name}`" for name in self.bank.names)
-        return (
-            f"{front}\n# {self.method} mixture of {len(self.bank)} LoRA experts on {base}\n\n{listed}\n\n"
-            f"Router: {self.router.kind}. Combiner: {self.combiner.kind}. "
-            "Every folder under `experts/` is a plain PEFT adapter.\n\n"
-            '```python\nfrom coterie import Mixture\n\nmixture = Mixture.from_pretrained("this-folder")\n'
-            'print(mixture.generate(["..."])[0].text)\n```\n'
-        )
+    def push_to_hub(self, repository: str, **options: Any) -> str:  # noqa: ANN401 - fields of PushSettings
+        """Publish the mixture on the hub with a card, privately unless said otherwise, and return its address.
 
-    def push_to_hub(self, repo_id: str, *, private: bool = True) -> str:
-        """Upload the mixture's folder to the hub and return its address.
+        Args:
+            repository: OWNER/NAME.
+            **options: fields of `PushSettings`: licence, evaluation, base_model, public.
 
         Raises:
-            CoterieError: when the mixture was never written to a folder.
+            CoterieError: when the mixture has no folder, or could not be loaded elsewhere, or the hub refuses it.
         """
-        from huggingface_hub import HfApi
-
         if self.folder is None:
             raise CoterieError("this mixture was never written to a folder, so there is nothing to upload")
-        hub = HfApi()
-        hub.create_repo(repo_id, private=private, exist_ok=True)
-        allowed = [f"{name}*" if "." in name else f"{name}/**" for name in SAVED]
-        info = hub.upload_folder(repo_id=repo_id, folder_path=self.folder, allow_patterns=allowed)
-        return str(info)
+        return push(folder=str(self.folder), repository=repository, **options)
 
 
-def find_mixture(source: str | Path) -> Path:
+def find_mixture(source: str | Path, revision: str | None = None) -> Path:
     """Return a mixture's folder, which may first have to be got from the hub.
+
+    Args:
+        source: a folder, or a hub id.
+        revision: of a mixture on the hub: a branch, tag or commit.
 
     Raises:
         CoterieError: when there is none, or the folder is something else.
@@ -301,7 +295,8 @@ def find_mixture(source: str | Path) -> Path:
         check_kind(folder, MIXTURE_FILE)
         return folder
     advice = f"there is no mixture folder {source}; make one with: coterie fit elrea --output {source} ..."
-    return hub_folder(str(source), ["*.json", "*.jsonl", "*.safetensors", "*.yaml", "*.md"], advice)
+    inside = [f"{name}/*{end}" for name in SAVED if "." not in name for end in READ_FROM_HUB]
+    return hub_folder(str(source), [*(name for name in SAVED if "." in name), *inside], advice, revision)
 
 
 def reading_for(source: str | Path, reading: ReadingSettings | None = None, **fields: Any) -> ReadingSettings:  # noqa: ANN401 - fields of ReadingSettings

@@ -8,6 +8,7 @@ from coterie.artifacts import FORMAT
 from coterie.records.schema import Amounts, Facts, FolderNames, Names, Position, Record, Texts, Weight
 from coterie.settings.rows import READING, ReadingSettings
 
+MIXTURE_FILE = "mixture.json"
 Positive = Annotated[int, Field(strict=True, ge=1, le=2**31)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 

@@ -30,6 +30,7 @@ READ = (
     "unlike",
     "target_rows",
     "allow_folder",
+    "evaluation",
 )
 """Settings that name what is read: a folder, a file, or what the hub or an endpoint has; some as NAME=SOURCE."""
 WRITTEN_IN_PLACE = {
