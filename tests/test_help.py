@@ -52,13 +52,17 @@ def test_the_example_in_help_can_be_typed(run, called, name):
     assert [call[0] for call in called] == [name]
 
 
-def commands_in(file: str) -> list[str]:
-    text = (Path(__file__).parents[1] / file).read_text().replace("\\\n", " ")
+PROJECT = Path(__file__).parents[1]
+PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+
+
+def commands_in(file: Path) -> list[str]:
+    text = file.read_text().replace("\\\n", " ")
     return [part.strip() for part in re.findall(r"(?m)^coterie .*$", text) for part in part.split(" ; ")]
 
 
-@pytest.mark.parametrize("line", commands_in("README.md"))
-def test_a_command_of_the_readme_can_be_typed(run, called, line):
+@pytest.mark.parametrize("line", dict.fromkeys(line for page in PAGES for line in commands_in(page)))
+def test_a_command_of_a_page_can_be_typed(run, called, line):
     assert run(*shlex.split(line, comments=True)[1:])[0] == 0 and len(called) == 1
 
 

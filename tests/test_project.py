@@ -45,7 +45,14 @@ def test_continuous_integration_runs_the_commands_of_the_readme():
 
 def test_the_makefile_has_every_command_that_is_promised():
     targets = re.findall(r"^([a-z]+):", (PROJECT / "Makefile").read_text(), flags=re.MULTILINE)
-    assert {"setup", "test", "lint", "format", "demo", "bench", "clean"} <= set(targets)
+    assert {"setup", "test", "lint", "format", "docs", "wheel", "demo", "bench", "clean"} <= set(targets)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/release.md", "docs/evidence.md"])
+def test_every_make_command_that_a_page_names_exists(page):
+    targets = set(re.findall(r"^([a-z-]+):", (PROJECT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = set(re.findall(r"(?:`|^)make\s+([a-z-]+)", (PROJECT / page).read_text(), flags=re.MULTILINE))
+    assert named and named <= targets
 
 
 def test_the_version_stands_in_the_package_alone():
@@ -64,7 +71,7 @@ def test_every_direct_dependency_is_pinned_for_the_set_up():
     groups = [
         project["dependencies"],
         *project["optional-dependencies"].values(),
-        PYPROJECT["dependency-groups"]["dev"],
+        *PYPROJECT["dependency-groups"].values(),
     ]
     assert {plain(requirement) for group in groups for requirement in group} == set(pinned())
 
@@ -77,6 +84,34 @@ def test_every_file_of_the_package_goes_into_the_wheel(tmp_path):
     files = {path.relative_to(PROJECT / "src").as_posix() for path in PACKAGE.rglob("*") if path.is_file()}
     assert packed == {name for name in files if "__pycache__" not in name}
     assert "coterie/py.typed" in packed
+
+
+def test_a_wheel_of_the_source_archive_runs_in_an_environment_that_has_nothing_else_of_ours(tmp_path):
+    """Dependencies come from this environment by path alone, so that coterie itself is found in the new one only."""
+    words = [
+        sys.executable,
+        "-m",
+        "build",
+        "--no-isolation",
+        "--outdir",
+        tmp_path / "dist",
+    ]  # the wheel from the archive
+    subprocess.run(words, cwd=PROJECT, capture_output=True, check=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert list((tmp_path / "dist").glob("*.tar.gz"))
+    new = tmp_path / "new"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", new], check=True)
+    python = new / "bin" / "python"
+    asked = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--quiet", wheel]
+    subprocess.run(asked, capture_output=True, check=True)
+    (folder,) = new.glob("lib/python*/site-packages")
+    (folder / "dependencies.pth").write_text(f"{Path(yaml.__file__).parents[1]}\n")
+    where = [python, "-c", "import coterie; print(coterie.__file__)"]
+    lone = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    found = subprocess.run(where, env=lone, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert Path(found.strip()).is_relative_to(new)
+    help_ = subprocess.run([new / "bin" / "coterie", "--help"], env=lone, cwd=tmp_path, capture_output=True, text=True)
+    assert help_.returncode == 0 and "fit" in help_.stdout, help_.stderr
 
 
 HELP = """
