@@ -1,5 +1,7 @@
 """What a long request has done for it is done in parts, and others have their steps in between."""
 
+from itertools import zip_longest
+
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +16,7 @@ from served import chat_body
 def test_parts_are_all_there_in_order_within_their_limits_and_as_few_as_can_be(sizes, count, most):
     parts = turns(sizes, count, most)
     assert [place for part in parts for place in range(part.start, part.stop)] == list(range(len(sizes)))
-    for part, behind in zip(parts, [*parts[1:], None], strict=True):
+    for part, behind in zip_longest(parts, parts[1:]):
         assert part.stop - part.start == 1 or (part.stop - part.start <= count and sum(sizes[part]) <= most)
         if behind:  # the next one would not have fitted
             assert part.stop - part.start == count or sum(sizes[part]) + sizes[part.stop] > most
