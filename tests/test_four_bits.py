@@ -9,14 +9,17 @@ from peft import PeftModel
 from torch import nn
 
 import tiny
+from conftest import write_rows
 from coterie import methods
 from coterie.artifacts import read_tensors
 from coterie.backbone.int8 import Int8Linear
 from coterie.backbone.loading import load_backbone
 from coterie.combiners.table import COMBINERS
-from coterie.data.examples import from_prompt, load_examples
+from coterie.data.examples import from_prompt
+from coterie.methods.registry import train_extras
 from coterie.mixture import Mixture
-from coterie.settings.groups import ModelSettings
+from coterie.settings.commands import TrainExtrasSettings
+from coterie.settings.groups import ExtrasSettings, ModelSettings, PlacementSettings
 from helpers import close, same_answers, table
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra 'quant'")
@@ -49,7 +52,8 @@ def dequantised(folder: Path, held: dict, output: Path) -> Path:
 @pytest.fixture(scope="module", params=[pytest.param(*row.values, id=row.id) for row in HELD])
 def fits(request, model_folder, tmp_path_factory) -> tuple[Mixture, Mixture]:
     """The same fit on a quantised base and on its dequantised copy."""
-    place, rows = tmp_path_factory.mktemp("quantised"), load_examples(tiny.make_rows(24))
+    place = tmp_path_factory.mktemp("quantised")
+    rows = str(write_rows(place / "rows.jsonl", tiny.make_rows(24)))
     plain = dequantised(model_folder, request.param, place / "plain")
     own = {"device": "cpu", "dtype": "float32", **FIT, **RATES}
     return (
@@ -79,6 +83,25 @@ def test_every_combiner_answers_as_on_the_dequantised_base(fits, combiner):
         return
     found, wanted = (mixture.generate(["add 3 4"], max_new_tokens=1)[0] for mixture in (held, plain))
     assert found.logprobs[0] == pytest.approx(wanted.logprobs[0], abs=0.05)  # what layers read is rounded to bfloat16
+
+
+def test_gates_are_trained_as_on_the_dequantised_base(fits):
+    tensors = []
+    for mixture, own in zip(fits, (fits_held(fits[0]), {}), strict=True):
+        placement = PlacementSettings(device="cpu", dtype="float32", **own)
+        extras = ExtrasSettings(gate_learning_rate=1e-2)
+        settings = TrainExtrasSettings(mixture=str(mixture.folder), methods="mole", placement=placement, extras=extras)
+        train_extras(settings)
+        tensors.append(read_tensors(next(mixture.folder.glob("methods/*/router/gates.safetensors"))))
+    found, wanted = tensors
+    assert found.keys() == wanted.keys() and any(bool(gate.any()) for gate in wanted.values())
+    for key in wanted:
+        close(found[key], wanted[key])
+
+
+def fits_held(mixture: Mixture) -> dict:
+    """How the base model of a fit is held, as settings say it."""
+    return {"quantize": "int8"} if "int8" in repr(mixture.backbone) else {"load_in_4bit": True}
 
 
 def test_prompts_are_routed_as_on_the_dequantised_base(fits):

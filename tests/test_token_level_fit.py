@@ -314,7 +314,7 @@ def settings(files, model_folder, tmp_path, **changes):
 def test_bad_input_of_a_fit_is_told_in_one_line_before_training(
     files, model_folder, tmp_path, monkeypatch, changes, message
 ):
-    monkeypatch.setattr(fit, "train_expert", lambda *_: pytest.fail("trained already"))
+    monkeypatch.setattr(fit, "train_experts", lambda *_: pytest.fail("trained already"))
     with pytest.raises(CoterieError) as caught:
         methods.fit_token_level(settings(files, model_folder, tmp_path, **changes))
     assert message in str(caught.value)
