@@ -23,7 +23,7 @@ EMBEDDING, GRADIENT = "to host features/embedding.py:means", "to host features/g
 """Features of a batch of prompts."""
 STATES = "to host features/prefill.py:prefill_states"
 """The same behind a block; whether a teacher is asked is decided on the host."""
-BATCH = "to device elsewhere"
+BATCH = "to device experts/trainer.py:training_step"
 """transformers' copy of a batch to the device, one for each of its tensors."""
 
 DECODING = [f"combiner {kind}" for kind in COMBINING] + [f"sampling {name}" for name in SAMPLINGS]
