@@ -12,6 +12,7 @@ import pytest
 
 import tiny
 from conftest import FIT, write_rows
+from coterie.errors import shown
 from coterie.methods import FAMILIES
 from coterie.mixture import Mixture
 from helpers import refused
@@ -58,7 +59,7 @@ def test_several_answers_to_a_prompt_stand_side_by_side(run, run_folder):
 
 def test_streamed_text_is_the_text(run, run_folder, mixture):
     code, out, _ = run("generate", run_folder, PROMPT, "--max-new-tokens", 8, "--stream")
-    assert code == 0 and out == mixture.generate([PROMPT], max_new_tokens=8)[0].text + "\n"
+    assert code == 0 and out == shown(mixture.generate([PROMPT], max_new_tokens=8)[0].text, keep="\n\t") + "\n"
 
 
 def test_sampling_with_a_seed_is_the_same_in_python(run, run_folder, mixture):
