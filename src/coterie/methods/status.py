@@ -13,7 +13,7 @@ from coterie.methods.common import IN_MEMORY, hash_examples, load_questions
 from coterie.methods.token_level.domains import named_values
 from coterie.mixture.folder import find_mixture, hash_mixture, reading_for
 from coterie.records.wording import columns
-from coterie.settings.reading import Settings, checked
+from coterie.settings.reading import Settings, checked, values_of
 
 SAME, UNKNOWN = "as it was", "not looked at"
 
@@ -119,7 +119,7 @@ def _stages(folder: Path, now: Mapping[str, str]) -> tuple[StageStatus, ...]:
     for name, stage in sorted(read_stages(folder).items(), key=lambda pair: _began(folder / pair[0])):
         made_from, is_done = stage["from"] or {}, (folder / name).is_dir()
         reasons = [f"{one} changed" for one in made_from if one in now and made_from[one] != now[one]]
-        reasons += [f"{one} is" for one in made_from if one in found and found[one].again]
+        reasons = reasons or [f"{one} is" for one in made_from if one in found and found[one].again]
         why = ", ".join(reasons) or None
         place = folder / name if is_done else folder / "working" / name
         found[name] = StageStatus(name, is_done, why, stage.get("seconds") if is_done else None, _size(place))
@@ -172,7 +172,7 @@ def _mixture(settings: Any, _: str) -> str:  # noqa: ANN401
 
 
 def _base_model(settings: Any, _: str) -> str | None:  # noqa: ANN401
-    model = vars(settings).get("model")
+    model = values_of(settings).get("model")
     return local_weights(model) if model else None
 
 
