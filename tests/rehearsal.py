@@ -38,10 +38,11 @@ from coterie.routers.distilled import DistilledRouter, ErrorCurve
 from coterie.routers.feature import growing_text_extractor, prefill_extractor
 from coterie.routers.fixed import SourceRouter, uniform
 from coterie.routers.gate import GATE, GateRouter, spectral_router
+from coterie.routers.logo import LogoRouter
 from coterie.routers.loss import LossRouter, Ridge
 from coterie.routers.membership import MembershipRouter, Scale
 from coterie.routers.refusal import Calibration, Familiarity, Observed, RefusalRouter
-from coterie.routers.score_table import AVENGERS, LORAUTER, Pieces, ScoreTableRouter
+from coterie.routers.score_table import ARIADNE, AVENGERS, LORAUTER, Pieces, ScoreTableRouter
 from coterie.routers.token import TokenLevel
 from coterie.settings.groups import FeatureSettings, LoraSettings
 from coterie.settings.sampling import SamplingSettings
@@ -212,11 +213,12 @@ def routers(backbone: Backbone, bank: ExpertBank, gradients: FeatureExtractor) -
         LossRouter(gradients, Ridge(torch.rand(3, 16), torch.rand(3)), NAMES, 2.0),
         GateRouter(backbone, bank.adapters, gates, GATE),
         *(spectral_router(kind, backbone, bank) for kind in PROTOTYPES),
+        LogoRouter(backbone, bank),
         DerivedRouter(similarity, top_k=1, normalised=True),
         MembershipRouter(embedding, embedded, Scale(torch.ones(3), torch.zeros(3)), NAMES),
         *(
             ScoreTableRouter(kind, embedding, Pieces(embedded), torch.rand(3, 3), NAMES)
-            for kind in (AVENGERS, LORAUTER)
+            for kind in (AVENGERS, LORAUTER, ARIADNE)
         ),
         LossRouter(states, by_states, NAMES, 2.0),
         RefusalRouter(similarity, familiar, Calibration(seen, seen), "a"),

@@ -55,6 +55,8 @@ ROUTING = {
     "membership": (EMBEDDING,),
     "avengers": (EMBEDDING,),
     "lorauter": (EMBEDDING,),
+    "ariadne": (EMBEDDING,),
+    "logo": ("to host routers/logo.py:read",),
     "refusal": (EMBEDDING,),
     "prefill": (STATES,),
     "distilled": (STATES,),
