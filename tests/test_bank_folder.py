@@ -328,8 +328,8 @@ def test_files_that_the_hubs_cache_keeps_elsewhere_are_taken(add, bank, shelf, t
 def test_from_the_hub_come_exactly_the_three_files(add, bank, shelf, monkeypatch):
     asked = []
 
-    def download(repo: str, allow_patterns: list[str]) -> str:
-        asked.append((repo, allow_patterns))
+    def download(repo: str, allow_patterns: list[str], revision: str | None) -> str:
+        asked.append((repo, allow_patterns, revision))
         if repo != "someone/law":
             raise OSError("401 Client Error\nmore of it")
         return str(shelf / "some")
@@ -337,7 +337,7 @@ def test_from_the_hub_come_exactly_the_three_files(add, bank, shelf, monkeypatch
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     code, out, err = add("someone/law", "someone/gone")
     files = [CONFIG_FILE, WEIGHTS_FILE, "README.md"]
-    assert asked == [("someone/law", files), ("someone/gone", files)]
+    assert asked == [("someone/law", files, None), ("someone/gone", files, None)]
     assert code == 2 and out.startswith("added law: rank 7") and open_bank(bank).card("law").source == "someone/law"
     assert err == "refused gone: someone/gone is no folder and cannot be had from the hub (401 Client Error); " + (
         "check the name\n"
@@ -598,7 +598,9 @@ def test_a_removal_killed_in_the_middle_leaves_no_half_adapter(full, run, monkey
 def test_no_record_removes_anything(run, full, tmp_path):
     record = tmp_path / "run.yaml"
     record.write_text(f"format: 1\ncommand: bank remove\nsettings: {{folder: {full}, name: [all]}}\n")
-    refused(run("run", record), "records 'bank remove'; these can be repeated: bank add, bank verify, select")
+    refused(
+        run("run", record), "records 'bank remove'; these can be repeated: bank add, bank verify, bank find, select"
+    )
     assert open_bank(full).names == ("all", "some")
 
 

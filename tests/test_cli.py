@@ -428,12 +428,14 @@ def test_a_router_is_asked_for_by_its_name(run, grid_folder):
         run("generate", grid_folder, PROMPT, "--router", "arrow", "--combiner", "logits"),
         "'arrow' gives them anew at every layer; use layers",
     )
-    refused(run("route", grid_folder, PROMPT, "--router", "similarity"), "has no router 'similarity'. There are: arrow")
+    refused(
+        run("route", grid_folder, PROMPT, "--router", "similarity"), "has no router 'similarity'. There are: ariadne"
+    )
     refused(
         run("route", grid_folder, PROMPT, "--router", "los"),
-        "no router or expert is called 'los'. Did you mean 'loss'[?] There are: arrow, avengers, base, cluster-0, "
-        "cluster-1, cluster-2, distilled, gate, gradient-centroids, lorauter, loss, membership, performance-centroids, "
-        "prefill, refusal, spectr, uniform",
+        "no router or expert is called 'los'. Did you mean 'loss'[?] There are: ariadne, arrow, avengers, base, "
+        "cluster-0, cluster-1, cluster-2, distilled, gate, gradient-centroids, logo, lorauter, loss, membership, "
+        "performance-centroids, prefill, refusal, spectr, uniform",
     )
 
 

@@ -271,15 +271,15 @@ def test_tail_reaches_the_encoder_that_is_loaded(folder, backbone):
 def test_an_encoder_of_the_hub_is_fetched_by_its_id(folder, backbone, monkeypatch):
     asked = []
 
-    def download(source: str, allow_patterns: list[str]) -> str:
-        asked.append((source, allow_patterns))
+    def download(source: str, allow_patterns: list[str], revision: str | None) -> str:
+        asked.append((source, allow_patterns, revision))
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     found = load_encoder("some-owner/some-encoder", backbone)
     assert found.name == "some-owner/some-encoder"
     assert torch.equal(found(TEXTS), SentenceEncoder(folder, backbone.tokenizer)(TEXTS))
-    assert asked == [("some-owner/some-encoder", ["*.json", "*.safetensors", "*.txt", "*.model"])]
+    assert asked == [("some-owner/some-encoder", ["*.json", "*.safetensors", "*.txt", "*.model"], None)]
 
 
 def test_an_encoder_like_all_mpnet_base_v2_is_the_mean_of_its_states(tmp_path, backbone):

@@ -198,6 +198,7 @@ def test_what_is_scored_together_has_one_time_for_all_and_none_of_its_own(result
         "moe-routing",
         "moe-merging",
         "mole",
+        "logo",
     }
     assert set(shared["methods"]) == scored - alone
 

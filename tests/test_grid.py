@@ -198,7 +198,7 @@ def test_an_unknown_router_is_told_with_all_that_there_are(grid):
     assert set(names.split(", ")) == {
         *("uniform", *grid.own.bank.names),
         *("gradient-centroids", "loss", "prefill", "distilled", "membership", "refusal", "avengers", "lorauter"),
-        *("performance-centroids", "gate", "arrow", "spectr"),
+        *("performance-centroids", "gate", "arrow", "spectr", "ariadne", "logo"),
     }
     assert grid.mixture.replace(router="source").router.kind == "source"
 

@@ -213,8 +213,8 @@ def test_a_stage_is_made_by_the_first_or_by_all_and_files_are_the_firsts(three, 
 
             return fill
 
-        alone = folder.stage("alone", make("alone"))
-        together = folder.stage("deep/together", make("together"), together=True)
+        alone = folder.stage("alone", make("alone"), {})
+        together = folder.stage("deep/together", make("together"), {}, together=True)
         return (alone / "who").read_text(), (together / "who").read_text()
 
     assert three.run(run) == [("0 of 1", "0 of 3")] * 3
@@ -222,7 +222,7 @@ def test_a_stage_is_made_by_the_first_or_by_all_and_files_are_the_firsts(three, 
     made.clear()
     assert three.run(run) == [("0 of 1", "0 of 3")] * 3
     assert made == []
-    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"who"}
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"who", "stages.jsonl"}
 
 
 def test_the_first_does_what_one_process_does_and_the_others_load_it(three):

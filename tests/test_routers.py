@@ -295,7 +295,7 @@ CENTROIDS = {"kind": "gradient-centroids", "experts": ["a"], "base": "base"}
     [
         (
             {"kind": "fixd"},
-            "no router is called 'fixd'. Did you mean 'fixed'[?] There are: arrow, avengers, derived, distilled",
+            "no router is called 'fixd'. Did you mean 'fixed'[?] There are: ariadne, arrow, avengers, derived",
         ),
         ({}, "no router is called 'None'"),
         ({"kind": "fixed"}, r"router: the entry of the router 'fixed' is broken \('weights'\); fit again"),

@@ -226,7 +226,7 @@ def test_a_shelf_is_evaluated_with_all_that_it_can_have(run, known, texts, tmp_p
     code, out, _ = run("eval", shelf, "--output", tmp_path / "eval", *words, "--methods", "all", "--json")
     found = json.loads(out)
     assert code == 0 and found["routed"] == ("token-level" if has_texts else "spectr")
-    wanted = {"backbone", "uniform-weights", "unit-weights", "arrow", "spectr", "oracle"}
+    wanted = {"backbone", "uniform-weights", "unit-weights", "arrow", "spectr", "logo", "oracle"}
     wanted |= {"router:uniform", "router:law"}
     texts_only = {"token-level"} if has_texts else set()  # the published way adds up factors, which take one rank
     assert set(found["methods"]) - {"per-dataset"} == wanted | texts_only

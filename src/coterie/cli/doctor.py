@@ -28,6 +28,7 @@ EXTRAS = {
     "llamacpp": ("xllamacpp", "--engine llama.cpp"),
     "serve": ("fastapi", "coterie serve"),
     "quant": ("bitsandbytes", "--load-in-4bit"),
+    "ray": ("ray", "--ray: replicas of the server, and work shared between machines"),
 }
 """What can be installed besides: the package that it brings, and what that is for."""
 

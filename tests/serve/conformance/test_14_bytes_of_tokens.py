@@ -8,11 +8,11 @@ from served import chat
 
 def test_bytes_of_half_characters_are_their_own(client, mixture):
     ids = mixture.tokenizer("é")["input_ids"]
-    asked = {"logit_bias": {str(token): 100 for token in ids}, "max_tokens": 30, "temperature": 1.0, "seed": 1}
-    choice = chat(client, **asked, logprobs=True)["choices"][0]
-    own = [entry["bytes"] for entry in choice["logprobs"]["content"]]
-    assert {tuple(one) for one in own} == {(0xC3,), (0xA9,)}
-    assert bytes(byte for one in own for byte in one).decode(errors="replace") == choice["message"]["content"]
+    for token, byte in zip(ids, (0xC3, 0xA9), strict=True):
+        choice = chat(client, logit_bias={str(token): 100}, max_tokens=3, logprobs=True)["choices"][0]
+        own = [entry["bytes"] for entry in choice["logprobs"]["content"]]
+        assert own == [[byte]] * 3
+        assert bytes([byte] * 3).decode(errors="replace") == choice["message"]["content"]
 
 
 def test_tokens_together_are_the_content(client, mixture):
