@@ -39,6 +39,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="an answer within a minute, with few repeats")
     parser.add_argument("--beside", type=int, default=0, metavar="N", help="measure beside N other busy processes")
     parser.add_argument("--minutes", type=float, help="of a benchmark that keeps its rounds: stop then, to go on later")
+    parser.add_argument("--rounds", type=int, help="of a benchmark that keeps its rounds: how many it takes")
     parser.add_argument("--output", type=Path, help="also write the result to this JSON file")
     return parser
 

@@ -324,8 +324,8 @@ class Kept:
 def main() -> None:
     """Measure rounds that are not measured yet, as far as time goes, and print the result when all are there."""
     started, flags = time.monotonic(), arguments("serve")
-    rounds = 1 if flags.quick else 3
-    setting = {"model": flags.model, "experts": EXPERTS, "rank": 8, "rounds": rounds, "quick": flags.quick}
+    rounds = flags.rounds or (1 if flags.quick else 3)
+    setting = {"model": flags.model, "experts": EXPERTS, "rank": 8, "quick": flags.quick}
     kept = Kept(flags.output, setting | {"beside": flags.beside})
     todo = [(piece, number) for number in range(rounds) for piece in PIECES if number >= len(kept.of(piece))]
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
@@ -341,7 +341,7 @@ def main() -> None:
     settings = {name: value for name, value in setting.items() if name != "quick"}
     publish(
         "serve",
-        settings | {"steps": bench.steps, "long_prompt": bench.long},
+        settings | {"rounds": rounds, "steps": bench.steps, "long_prompt": bench.long},
         *summary({piece: kept.of(piece) for piece in PIECES}),
     )
     if kept.path:
