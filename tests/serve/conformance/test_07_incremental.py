@@ -6,7 +6,8 @@ from served import chat_body
 
 
 def test_frames_arrive_before_the_answer_has_ended(server, client, mixture, monkeypatch):
-    body = chat_body(stream=True, max_tokens=20, logit_bias={str(mixture.tokenizer.eos_token_id): -100})
+    letter = mixture.tokenizer("a")["input_ids"][0]  # a character of its own, so that every token is a frame
+    body = chat_body(stream=True, max_tokens=20, logit_bias={str(letter): 100})
     engine, may_write = server.catalogue.desks[0].engine, threading.Semaphore(4)
     step = engine.step
 
