@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,26 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
 from coterie.data.batching import TokenRow
+from coterie.experts import bank
 from coterie.experts.bank import CONFIG_FILE
 from coterie.features.projection import Projection
 from coterie.mixture import Completion
+
+
+def adapters_alive(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many adapters that were read are in memory, each time that a bank reads one."""
+    loaded: list[weakref.ref] = []
+    alive: list[int] = []
+    load = bank.load_adapter
+
+    def counted(folder: Path, model: nn.Module) -> dict:
+        adapter = load(folder, model)
+        loaded.append(weakref.ref(next(iter(adapter.values())).up))
+        alive.append(sum(one() is not None for one in loaded))
+        return adapter
+
+    monkeypatch.setattr(bank, "load_adapter", counted)
+    return alive
 
 
 def table(*rows: tuple) -> list:

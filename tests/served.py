@@ -21,6 +21,33 @@ from coterie.settings.serving import ServeSettings
 QUESTION = "add 3 4"
 
 
+class AskingAgain:
+    """Clients that ask again and again, each in a thread of its own, until the body of `with` ends."""
+
+    def __init__(self, url: str, count: int) -> None:
+        self.url, self.over = url, threading.Event()
+        self.threads = [threading.Thread(target=self._ask_again) for _ in range(count)]
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.over.set()
+        for thread in self.threads:
+            thread.join()
+
+    def _ask_again(self) -> None:
+        with httpx2.Client(base_url=self.url, timeout=60) as client:
+            while not self.over.is_set():
+                self.ask(client)
+
+    def ask(self, client: httpx2.Client) -> None:
+        """Ask once, and note what came of it."""
+        raise NotImplementedError
+
+
 class Server(NamedTuple):
     """A server that listens, and what it is made of."""
 

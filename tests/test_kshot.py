@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from coterie.data.batching import IGNORED, PromptFormat
 from coterie.data.examples import load_examples
 from coterie.errors import CoterieError
 from coterie.evaluation.compare import evaluate
-from coterie.experts import bank as experts_bank
 from coterie.experts.bank import load_adapter
 from coterie.grading.grade import is_right
 from coterie.methods import load_grid, make_grid, train_extras
@@ -37,7 +35,7 @@ from coterie.mixture import Mixture
 from coterie.settings.commands import KshotSettings, TrainExtrasSettings
 from coterie.settings.groups import ExtrasSettings, ModelSettings, SelectAdaptersSettings
 from coterie.settings.reading import from_flat
-from helpers import refused
+from helpers import adapters_alive, refused
 from stub_server import completion, serving
 
 SOURCES = ("sum", "spell", "pick")
@@ -187,19 +185,9 @@ def test_how_many_adapters_are_loaded_together_changes_nothing(bank, shots, tmp_
 
 
 def test_no_more_adapters_than_one_group_are_in_memory(bank, shots, tmp_path, monkeypatch):
-    loaded: list[weakref.ref] = []
-    alive: list[int] = []
-    load = experts_bank.load_adapter
-
-    def counted(folder, model):
-        adapter = load(folder, model)
-        loaded.append(weakref.ref(next(iter(adapter.values())).up))
-        alive.append(sum(one() is not None for one in loaded))
-        return adapter
-
-    monkeypatch.setattr(experts_bank, "load_adapter", counted)
+    alive = adapters_alive(monkeypatch)
     coterie.select(bank, str(shots), output=tmp_path / "x", keep=1, candidates=2, halving=2, group_size=2, **FAST)
-    assert len(loaded) >= 6 and max(alive) == 2
+    assert len(alive) >= 6 and max(alive) == 2
 
 
 def test_halving_ends_with_the_numbers_of_full_scoring_and_tells_whom_it_left_out(bank, shots, tmp_path):

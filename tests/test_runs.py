@@ -83,15 +83,19 @@ KILLED_AT = {
 }
 
 
-@pytest.mark.parametrize("moment", KILLED_AT)
-def test_a_run_killed_and_started_again_ends_with_the_same_files(
-    moment, model_folder, data, undisturbed, tmp_path, monkeypatch
-):
+def fit_killed(moment: str, monkeypatch, model_folder: Path, data: Path, output: Path) -> None:
     place, name, calls = KILLED_AT[moment]
     with monkeypatch.context() as patch:
         patch.setattr(place, name, after(calls, getattr(place, name)))
         with pytest.raises(KilledError):
-            fit(model_folder, data, tmp_path / "run")
+            fit(model_folder, data, output)
+
+
+@pytest.mark.parametrize("moment", KILLED_AT)
+def test_a_run_killed_and_started_again_ends_with_the_same_files(
+    moment, model_folder, data, undisturbed, tmp_path, monkeypatch
+):
+    fit_killed(moment, monkeypatch, model_folder, data, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert files_of(fit(model_folder, data, tmp_path / "run")) == undisturbed
     assert not (tmp_path / "run.partial").exists()
@@ -101,10 +105,7 @@ def test_a_run_killed_and_started_again_ends_with_the_same_files(
 def test_a_checkpoint_whose_last_file_is_not_whole_is_not_gone_on_from(
     content, model_folder, data, undisturbed, tmp_path, monkeypatch
 ):
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "_save_adam", after(1, training._save_adam))
-        with pytest.raises(KilledError):
-            fit(model_folder, data, tmp_path / "run")
+    fit_killed("between two epochs", monkeypatch, model_folder, data, tmp_path / "run")
     (state,) = (tmp_path / "run.partial").rglob("trainer_state.json")
     state.write_text(content)
     assert files_of(fit(model_folder, data, tmp_path / "run")) == undisturbed
@@ -115,11 +116,7 @@ def test_a_clock_that_jumps_between_two_tries_changes_nothing(
     moment, model_folder, data, undisturbed, tmp_path, monkeypatch
 ):
     """Files of the first try come from the next century and from the first day of time, in turn."""
-    place, name, calls = KILLED_AT[moment]
-    with monkeypatch.context() as patch:
-        patch.setattr(place, name, after(calls, getattr(place, name)))
-        with pytest.raises(KilledError):
-            fit(model_folder, data, tmp_path / "run")
+    fit_killed(moment, monkeypatch, model_folder, data, tmp_path / "run")
     for number, path in enumerate(sorted((tmp_path / "run.partial").rglob("*"))):
         os.utime(path, (0, 0) if number % 2 else (4e9, 4e9))
     monkeypatch.setattr(time, "time", lambda: 1e9)

@@ -1,14 +1,12 @@
 """Of a bank's adapters, those beyond a number of bytes are read when they are asked for."""
 
-import weakref
-
 import pytest
 
 from coterie.errors import CoterieError
 from coterie.experts import bank
 from coterie.experts.bank import StoredAdapters
 from coterie.mixture import Mixture
-from helpers import close, same_answers
+from helpers import adapters_alive, close, same_answers
 
 PROMPTS = ["add 3 4", "SPELL ABCD NOW"]
 
@@ -16,19 +14,8 @@ PROMPTS = ["add 3 4", "SPELL ABCD NOW"]
 @pytest.fixture
 def most_alive(monkeypatch) -> list[int]:
     """No adapter stays in memory; how many there were, each time that one was read."""
-    loaded: list[weakref.ref] = []
-    counts: list[int] = []
-    load = bank.load_adapter
-
-    def counted(folder, model):
-        adapter = load(folder, model)
-        loaded.append(weakref.ref(next(iter(adapter.values())).up))
-        counts.append(sum(one() is not None for one in loaded))
-        return adapter
-
     monkeypatch.setattr(bank, "HELD_BYTES", 0)
-    monkeypatch.setattr(bank, "load_adapter", counted)
-    return counts
+    return adapters_alive(monkeypatch)
 
 
 def test_a_mixture_is_loaded_and_routes_with_one_adapter_at_a_time_in_memory(run_folder, mixture, most_alive):

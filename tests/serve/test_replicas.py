@@ -17,7 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from coterie.serve.replicas import beside_each_other
-from served import QUESTION, chat, started
+from served import QUESTION, AskingAgain, chat, started
 
 CLIENTS = 6
 LONG = {
@@ -81,32 +81,20 @@ def until(condition):
         time.sleep(0.02)
 
 
-class Clients:
-    """Clients that ask for long streams again and again, and note when each began, when it ended, and how."""
+class Clients(AskingAgain):
+    """Clients that ask for long streams, and note when each began, when it ended, and whether it is whole."""
 
     def __init__(self, url):
-        self.url, self.asked, self.over = url, [], threading.Event()
-        self.threads = [threading.Thread(target=self._ask) for _ in range(CLIENTS)]
+        super().__init__(url, CLIENTS)
+        self.asked = []
 
-    def __enter__(self):
-        for thread in self.threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *error):
-        self.over.set()
-        for thread in self.threads:
-            thread.join()
-
-    def _ask(self):
-        with httpx2.Client(base_url=self.url, timeout=60) as client:
-            while not self.over.is_set():
-                began = time.monotonic()
-                try:
-                    whole = client.post("/v1/completions", json=LONG).text.endswith("data: [DONE]\n\n")
-                except httpx2.HTTPError:
-                    whole = False
-                self.asked.append((began, time.monotonic(), whole))
+    def ask(self, client):
+        began = time.monotonic()
+        try:
+            whole = client.post("/v1/completions", json=LONG).text.endswith("data: [DONE]\n\n")
+        except httpx2.HTTPError:
+            whole = False
+        self.asked.append((began, time.monotonic(), whole))
 
 
 @pytest.mark.ray

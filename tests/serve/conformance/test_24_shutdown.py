@@ -18,6 +18,7 @@ from coterie.serve.lifetime import Lifetime, Server
 from coterie.serve.worker import Worker
 from coterie.settings.reading import from_flat
 from coterie.settings.serving import ServeSettings
+from served import AskingAgain
 
 STREAM = {"model": "elrea", "prompt": "add", "max_tokens": 30, "stream": True, "temperature": 0}
 COMPLETIONS = "/v1/completions"
@@ -71,31 +72,19 @@ def test_without_patience_what_has_begun_is_cut_off(run_folder):
         held.set()
 
 
-class Clients:
-    """Four clients that ask again and again, whatever happens, and note what they got."""
+class Clients(AskingAgain):
+    """Four clients that ask whatever happens, and note what they got."""
 
     def __init__(self, url):
-        self.url, self.seen, self.over = url, [], threading.Event()
-        self.threads = [threading.Thread(target=self._ask) for _ in range(4)]
+        super().__init__(url, 4)
+        self.seen = []
 
-    def __enter__(self):
-        for thread in self.threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *error):
-        self.over.set()
-        for thread in self.threads:
-            thread.join()
-
-    def _ask(self):
-        with httpx2.Client(base_url=self.url, timeout=60) as client:
-            while not self.over.is_set():
-                try:
-                    with client.stream("POST", COMPLETIONS, json=STREAM) as response:
-                        self.seen.append(self._got(response))
-                except httpx2.HTTPError:  # nobody has answered
-                    time.sleep(0.2)
+    def ask(self, client):
+        try:
+            with client.stream("POST", COMPLETIONS, json=STREAM) as response:
+                self.seen.append(self._got(response))
+        except httpx2.HTTPError:  # nobody has answered
+            time.sleep(0.2)
 
     def _got(self, response):
         try:
