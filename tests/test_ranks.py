@@ -225,6 +225,18 @@ def test_a_stage_is_made_by_the_first_or_by_all_and_files_are_the_firsts(three, 
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"who", "stages.jsonl"}
 
 
+def test_nobody_reads_a_mixtures_description_before_the_first_has_written_it(three, mixture, tmp_path):
+    def write(number: int) -> str:
+        time.sleep(0.0 if number else 0.3)  # the first is the last to be there
+        mixture.write_description(tmp_path)
+        return (tmp_path / "mixture.json").read_text()
+
+    for name in mixture.bank.names:
+        (tmp_path / "experts").mkdir(exist_ok=True)
+        (tmp_path / "experts" / name).symlink_to(mixture.folder / "experts" / name)
+    assert [json.loads(text)["method"] for text in three.run(write)] == [mixture.method] * 3
+
+
 def test_the_first_does_what_one_process_does_and_the_others_load_it(three):
     class Settings:
         command = "fit something"
@@ -315,7 +327,8 @@ def test_a_process_that_dies_ends_the_other_in_one_line_and_the_run_goes_on_late
     line = "error: process 0 of 2 has lost another one, which says why it ended; the same command goes on"
     assert told.splitlines()[-1].startswith(line)
     assert "Traceback" not in told
-    assert [code for code, _, _ in end(start(words, 2))] == [0, 0]
+    ended = end(start(words, 2))
+    assert [code for code, _, _ in ended] == [0, 0], ended
     assert (output / "mixture.json").exists()
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from coterie import ranks
 from coterie.artifacts import (
     FORMAT,
     as_path,
@@ -246,8 +247,12 @@ class StoredMixture:
     def write_description(self, folder: Path, facts: Mapping[str, Any] | None = None) -> None:
         """Write `mixture.json`, the router's tensors and the model card; the experts' folders are there already.
 
-        The facts are what else is known of the mixture and is only kept, such as how its clusters were made.
+        The facts are what else is known of the mixture and is only kept, such as how its clusters were made. Of several
+        processes the first one writes.
         """
+        ranks.by_first(lambda: self._write_description(folder, facts or {}))
+
+    def _write_description(self, folder: Path, facts: Mapping[str, Any]) -> None:
         described = {
             "format": FORMAT,
             "method": self.method,
@@ -259,9 +264,7 @@ class StoredMixture:
             "router": self.router.save(folder / "router"),
             "combiner": {"kind": self.combiner.kind},
         }
-        write_json(
-            folder / MIXTURE_FILE, {**described, **{k: v for k, v in (facts or {}).items() if k not in described}}
-        )
+        write_json(folder / MIXTURE_FILE, {**facts, **described})
         record = read(MixtureRecord, folder / MIXTURE_FILE, "make it again")
         write_text(folder / "README.md", mixture_card(record, folder, self.backbone.identity, "this-folder"))
 
