@@ -4,8 +4,8 @@
 
 DATA is a folder of data sets, `NAME/train.jsonl` and so on. Everything is a step with an output of its own in OUTPUT:
 what was done is not done again, and a step that runs out of time is interrupted and goes on where it stopped when the
-same command is typed again. When a part is done, its `tables.md` compares the methods over the seeds, which answer the
-same rows, and OUTPUT/tables.md has those of all parts. The parts:
+same command is typed again. The first seed of every part comes before the second of any. A part's `tables.md` compares
+the methods over the seeds that are done, which answer the same rows, and OUTPUT/tables.md has those of all parts:
 
     maths, general, domains   a fit by evidence with its controls, inside, outside, and across domains
     kshot                     few examples of six targets: a choice among sixteen adapters, beside a random one
@@ -19,7 +19,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from evidence_rows import MIXES, TARGETS
 from evidence_steps import PARTS, Plan, Step, sides
@@ -43,37 +45,42 @@ def done_in_time(step: Step, end: float) -> bool:
 
 
 def left(plan: Plan, parts: list[str]) -> list[Step]:
-    """Write the rows of some parts, and return their steps that are not done yet, each once."""
-    steps = {step.output: step for part in parts for step in PARTS[part](plan)}
+    """Write the rows of some parts, and return their steps that are not done yet, each once, seed by seed."""
+    by_seed = [plan._replace(seeds=[seed]) for seed in plan.seeds]
+    steps = {step.output: step for own in by_seed for part in parts for step in PARTS[part](own)}
     return [step for output, step in steps.items() if not output.exists()]
 
 
 def tables(plan: Plan, part: str) -> Iterator[str]:
-    """Yield the tables of a part."""
-    place = plan.output / part
+    """Yield the tables of a part, over the seeds that are done."""
+    for title, name, *how in compared(plan, part):
+        folders = [plan.output / part / f"{name}-{seed}" for seed in plan.seeds]
+        if done := [folder for folder in folders if folder.exists()]:
+            yield table(title, done, *how)
+
+
+def compared(plan: Plan, part: str) -> Iterator[tuple[Any, ...]]:
+    """Yield a part's tables: title, folder without the seed, control, and what else `table` is told."""
     if part in MIXES:
         for side in sides(part):
-            folders = [place / f"{side}-{seed}" for seed in plan.seeds]
             paper = PAPER if (part, side) == ("maths", "inside") else {}
-            yield table(f"{part}, {side}", folders, "base", PAIRS, paper)
+            yield f"{part}, {side}", side, "base", PAIRS, paper
     if part == "domains":
         for side in ("inside", "crossing"):
-            folders = [place / f"tokens-{side}-{seed}" for seed in plan.seeds]
-            yield table(f"an adapter for each domain, {side}", folders, "token-level:every=inf")
+            yield f"an adapter for each domain, {side}", f"tokens-{side}", "token-level:every=inf"
     if part == "kshot":
-        for target in plan.flags.targets.split(","):
-            for count in plan.flags.shots.split(","):
-                folders = [place / target / f"test-{count}-{seed}" for seed in plan.seeds]
-                pairs = (("kshot-moe", "best-tuned"), ("kshot-moe", "kshot-only"))
-                yield table(f"{target}, {count} shots", folders, "random-experts", pairs)
-    for name, control in (("recruit", "best-single"), ("influence", "expert:random")):
-        if part == name:
-            pairs = (("expert:adam", "expert:nearest"), ("expert:subspace", "expert:adam"))
-            yield table(part, [place / f"test-{seed}" for seed in plan.seeds], control, pairs)
+        pairs = (("kshot-moe", "best-tuned"), ("kshot-moe", "kshot-only"))
+        for target, count in product(plan.flags.targets.split(","), plan.flags.shots.split(",")):
+            yield f"{target}, {count} shots", f"{target}/test-{count}", "random-experts", pairs
+    if part == "recruit":
+        yield part, "test", "best-single"
+    if part == "influence":
+        pairs = (("expert:adam", "expert:nearest"), ("expert:subspace", "expert:adam"))
+        yield part, "test", "expert:random", pairs
 
 
 def main() -> None:
-    """Read the arguments, do what is left within the time, and write `tables.md` when nothing is."""
+    """Read the arguments, do what is left within the time, and write `tables.md` of what is done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("output", type=Path)
@@ -94,17 +101,21 @@ def main() -> None:
     if strange := [part for part in parts if part not in PARTS]:
         parser.error(f"there is no part {strange[0]!r}; give some of {', '.join(PARTS)}")
     steps = left(plan, parts)
-    for number, step in enumerate(steps):
-        print(f"step {number + 1} of {len(steps)}: {step.output}", file=sys.stderr)
+    undone = len(steps)
+    for step in steps:
+        print(f"step {len(steps) - undone + 1} of {len(steps)}: {step.output}", file=sys.stderr)
         if end - time.monotonic() < min(ROOM, 6 * flags.minutes) or not done_in_time(step, end):
-            sys.exit(f"{len(steps) - number} steps are left: type the same command again")
+            break
+        undone -= 1
     for part in parts:
-        text = "\n".join(tables(plan, part))
-        (plan.output / part / "tables.md").write_text(text, encoding="utf-8")
-        print(text)
+        if text := "\n".join(tables(plan, part)):
+            (plan.output / part / "tables.md").write_text(text, encoding="utf-8")
+            print(text)
     done = [file for part in PARTS if (file := plan.output / part / "tables.md").exists()]
     whole = "\n".join(file.read_text(encoding="utf-8") for file in done)
     (plan.output / "tables.md").write_text(whole, encoding="utf-8")
+    if undone:
+        sys.exit(f"{undone} steps are left: type the same command again")
 
 
 if __name__ == "__main__":

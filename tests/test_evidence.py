@@ -175,9 +175,9 @@ def touch(plan, name: str) -> str:
 
 
 def test_what_was_done_is_not_done_again_and_the_table_comes_last(evidence, monkeypatch, plan, capsys):
-    commands = {name: touch(plan, name) for name in ("a", "b")}
+    commands = {name: touch(plan, name) for name in ("a", "maths/inside-3", "maths/inside-4", "maths/outside-4")}
     asked(evidence, monkeypatch, plan, commands)
-    told = "maths, inside ['inside-3', 'inside-4']\n\nmaths, outside ['outside-3', 'outside-4']\n"
+    told = "maths, inside ['inside-3', 'inside-4']\n\nmaths, outside ['outside-4']\n"
     assert capsys.readouterr().out == told + "\n"
     asked(evidence, monkeypatch, plan, commands)  # a second `a` would fail: the file exists
     assert (plan.output / "maths" / "tables.md").read_text() == told
@@ -187,13 +187,23 @@ def test_what_was_done_is_not_done_again_and_the_table_comes_last(evidence, monk
     assert (plan.output / "tables.md").read_text() == told + "\nkshot\n"  # of all parts that are done
 
 
+def test_the_first_seed_of_every_part_comes_before_the_second_of_any(evidence, plan):
+    steps = evidence.left(plan, ["maths", "general"])
+    seeds = [int(step.output.name[-1]) if step.output.name[-1].isdigit() else None for step in steps]
+    assert [seed for seed in seeds if seed is not None] == sorted(seed for seed in seeds if seed is not None)
+    parts = [step.output.relative_to(plan.output).parts[0] for step in steps]
+    assert parts == [part for _ in plan.seeds for part in ("maths", "general") for _ in range(len(steps) // 4)]
+
+
 def test_a_step_that_runs_out_of_time_is_interrupted_and_what_is_left_is_told(evidence, monkeypatch, plan):
     code = f"import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: {touch(plan, 'interrupted')}"
     plan.flags.minutes = 0.02  # a second or so: the child has to come up
     monkeypatch.setattr(evidence, "ROOM", 0)
+    (plan.output / "maths" / "outside-3").mkdir(parents=True)
     with pytest.raises(SystemExit, match="2 steps are left: type the same command again"):
         asked(evidence, monkeypatch, plan, {"a": code, "b": touch(plan, "b")})
     assert not (plan.output / "b").exists()
+    assert (plan.output / "maths" / "tables.md").read_text() == "maths, outside ['outside-3']\n"
 
 
 def test_a_step_that_fails_ends_it(evidence, monkeypatch, plan):
