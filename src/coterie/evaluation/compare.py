@@ -15,14 +15,14 @@ from pydantic import TypeAdapter
 
 from coterie.artifacts import JsonCache, as_path, check_output, run_folder
 from coterie.cluster import Call, Elsewhere, joined, named_values
-from coterie.data.batching import check_lengths
+from coterie.data.batching import TokenRow, check_lengths
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError, unknown_name
 from coterie.evaluation.answers import Answers, TestRow, answer
 from coterie.evaluation.clusters import AGAIN, cluster_records, feature_map, kind_of
 from coterie.evaluation.few_shot import with_shots
 from coterie.evaluation.rows import memory_bytes, merge_errors, row_records, summary_record
-from coterie.evaluation.shared_scores import Scored, SharedRouting, cache_name, no_cache, score_methods
+from coterie.evaluation.shared_scores import Scored, cache_name, no_cache, score_methods
 from coterie.evaluation.table import format_table
 from coterie.evaluation.unfamiliar import weights_for_unfamiliar
 from coterie.grading.grade import check_code_execution, code_notes
@@ -130,20 +130,12 @@ def run_evaluation(settings: EvaluationSettings) -> Evaluation:
         logger.info("per-dataset is left out: some rows come from data sets that the mixture was not fitted on")
         kept = [name for name in method_names(chosen) if name != PER_DATASET]
         chosen = chosen.model_copy(update={"methods": ",".join(kept)})
-    with run_folder(output, settings, _inputs(mixture, examples)) as run:
+    assert mixture.folder is not None  # it was loaded from one
+    inputs = {"base_model": mixture.backbone.identity.sha256, "mixture": hash_mixture(mixture.folder)}
+    with run_folder(output, settings, {**inputs, "data": hash_examples(examples)}) as run:
         result = compare(mixture, examples, chosen, run.cache(_decisive(chosen, mixture)))
         write_evaluation(run.path, result.record, result.row_records)
     return result
-
-
-def _inputs(mixture: Mixture, examples: Sequence[Example]) -> dict[str, str]:
-    """Hash what an evaluation depends on, so that an interrupted one is not finished with something else."""
-    assert mixture.folder is not None  # it was loaded from one
-    return {
-        "base_model": mixture.backbone.identity.sha256,
-        "mixture": hash_mixture(mixture.folder),
-        "data": hash_examples(examples),
-    }
 
 
 def _decisive(settings: EvaluationSettings, mixture: Mixture) -> dict[str, Any]:
@@ -237,6 +229,47 @@ def compare(
     tests, notes = _test_rows(mixture, examples, settings)
     token_rows = [mixture.prompts.row(test.asked) for test in tests]
     check_lengths(token_rows, mixture.backbone.positions, [f"test row {example.id}" for example in examples])
+    grid, scored, answers = _measured(mixture, tests, token_rows, methods, settings, cached)
+    own = scored.routed.get(mixture.method)  # the weights of the mixture's own method are recorded in any case
+    routing = own.routing if own else mixture.router.route([row.prompt() for row in token_rows])
+    run_code = bool(settings.allow_code_execution)
+    rows = row_records(tests, scored, answers, grid, routing, run_code=run_code)
+    together = tuple(name for name in scored.nll if name not in scored.seconds)
+    shared = SharedSeconds(stage="score", methods=together, seconds=scored.shared_seconds)
+    record = summary_record(
+        settings,
+        examples,
+        rows,
+        routing,
+        methods,
+        grid.family.simple_rivals(methods),
+        lambda row: kind_of(row.source, row.category),
+        base_model=asdict(mixture.backbone.identity),
+        routed=mixture.method,
+        experts=mixture.bank.names,
+        seconds=_seconds(grid, scored, answers),
+        shared_seconds=(shared,) if together else (),
+        answer_tokens={name: own.mean_tokens for name, own in answers.items()},
+        memory=memory_bytes(scored, [len(row.ids) for row in token_rows]),
+        merge_error=merge_errors(scored),
+        notes=(*notes, *code_notes(examples, run_code=run_code)),
+        unfamiliar_routing=cached(
+            cache_name("unfamiliar", grid, methods), lambda: weights_for_unfamiliar(scored.cells)
+        ),
+        **_told_by(mixture.folder),
+    )
+    return Evaluation(record, tuple(rows))
+
+
+def _measured(
+    mixture: Mixture,
+    tests: Sequence[TestRow],
+    rows: Sequence[TokenRow],
+    methods: Sequence[str],
+    settings: EvaluationSettings,
+    cached: JsonCache,
+) -> tuple[MethodGrid, Scored, dict[str, Answers]]:
+    """Train what the methods lack, score them on the rows, and let them answer."""
     extras = settings.extras or ExtrasSettings()
     work = {
         "extras": family_of(mixture).work(mixture, methods, extras),
@@ -248,51 +281,21 @@ def compare(
             grid = make_grid(mixture, methods, extras)
         elsewhere = _elsewhere(mixture, methods, extras, settings) if settings.serving.ray else None
         with part("scores"):
-            scored = score_methods(grid, token_rows, methods, cached, elsewhere)
-        answers = _answers(grid, scored, tests, settings, cached, elsewhere)
-    if mixture.method in scored.routed:  # the weights of the mixture's own method are recorded in any case
-        routing = scored.routed[mixture.method].routing
-    else:
-        routing = SharedRouting([row.prompt() for row in token_rows])(mixture.router).routing
-    run_code = bool(settings.allow_code_execution)
-    rows = row_records(tests, scored, answers, grid, routing, run_code=run_code)
-    folder = mixture.folder
-    features = read_mixture_record(folder).router.features if folder else {}
-    has_categories = any(row.category for row in rows)
-    record = summary_record(
-        settings,
-        examples,
-        rows,
-        routing,
-        methods,
-        grid.family.simple_rivals(methods),
-        [kind_of(row.source, row.category) for row in rows] if has_categories else [],
-        mixture=str(folder),
-        base_model=asdict(mixture.backbone.identity),
-        routed=mixture.method,
-        experts=mixture.bank.names,
-        features=features,
-        seconds=_seconds(grid, scored, answers),
-        shared_seconds=_shared_seconds(scored),
-        answer_tokens={name: own.mean_tokens for name, own in answers.items()},
-        memory=memory_bytes(scored, [len(row.ids) for row in token_rows]),
-        merge_error=merge_errors(scored),
-        notes=(*notes, *code_notes(examples, run_code=run_code)),
-        unfamiliar_routing=cached(
-            cache_name("unfamiliar", grid, methods), lambda: weights_for_unfamiliar(scored.cells)
-        ),
-        choice=_choice(folder),
-        map=feature_map(folder),
+            scored = score_methods(grid, rows, methods, cached, elsewhere)
+        return grid, scored, _answers(grid, scored, tests, settings, cached, elsewhere)
+
+
+def _told_by(folder: Path | None) -> dict[str, Any]:
+    """Return what the mixture's folder tells of how it was made."""
+    file = folder / AUTO_FILE if folder else None
+    return {
+        "mixture": str(folder),
+        "features": read_mixture_record(folder).router.features if folder else {},
+        "choice": read(AutoRecord, file, AGAIN) if file and file.exists() else None,
+        "map": feature_map(folder),
         **cluster_records(folder),
         **task_records(folder),
-    )
-    return Evaluation(record, tuple(rows))
-
-
-def _choice(folder: Path | None) -> AutoRecord | None:
-    """Read what `coterie fit auto` chose, where it made the mixture."""
-    file = folder / AUTO_FILE if folder else None
-    return read(AutoRecord, file, AGAIN) if file and file.exists() else None
+    }
 
 
 def _shots(mixture: Mixture, settings: EvaluationSettings) -> list[Example]:
@@ -373,9 +376,3 @@ def _seconds(grid: MethodGrid, scored: Scored, answers: Mapping[str, Answers]) -
         if name in answers:
             seconds[name]["generate"] = answers[name].seconds + scored.routed[name].seconds
     return seconds
-
-
-def _shared_seconds(scored: Scored) -> tuple[SharedSeconds, ...]:
-    """Return what methods were scored in together: the pass over all that meet in the logits, and the experts alone."""
-    together = tuple(name for name in scored.nll if name not in scored.seconds)
-    return (SharedSeconds(stage="score", methods=together, seconds=scored.shared_seconds),) if together else ()

@@ -1,6 +1,6 @@
 """The records that an evaluation leaves behind: one object a row, and the summary's plain facts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,17 +89,18 @@ def summary_record(
     routing: Routing,
     methods: Sequence[str],
     rivals: Sequence[str],
-    categories: Sequence[str],
+    category_of: Callable[[RowRecord], str],
     **others: Any,  # noqa: ANN401 - the fields as they are
 ) -> EvaluationRecord:
     """Sum up what every evaluation has; `others` are the other fields.
 
-    The mean weights of `routing` are recorded by the rows' sources and by `categories`, a name for every row, or none.
+    The mean weights of `routing` are recorded by the rows' sources, and by category where any row has one.
     The control is the one that was asked for, else the strongest of the simple `rivals` on these rows.
     """
     among = () if settings.control else tuple(rivals)
     control = settings.control or strongest(rows, rivals or methods[:1])
     sources = sorted({row.source for row in rows})
+    categories = [category_of(row) for row in rows] if any(row.category for row in rows) else []
     environment = environment_record()
     return EvaluationRecord(
         format=FORMAT,

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from coterie.artifacts import as_path, check_output, run_folder, sha256_of
@@ -82,14 +83,13 @@ def _evaluated(
     cache: Path,
 ) -> Evaluation:
     most = len(examples) * fitted.recruiting.recruits * len(names)  # answers; methods share some of them
-    with open_scheduler(fitted.pool, settings, examples, cache) as scheduler:
-        with whole(settings.command, {"skills": fitted.skills_work(examples), "answers": ANSWERING * most}):
-            with part("skills"):
-                skills = fitted.skills(scheduler, examples)
-            plans = {name: fitted.recruiting_plan(name, examples, skills, settings.sampling) for name in names}
-            with part("answers"):
-                outcomes = answer_all(scheduler, examples, plans)
-        loads, peak = dict(scheduler.loads), scheduler.peak
+    work = {"skills": fitted.skills_work(examples), "answers": ANSWERING * most}
+    with open_scheduler(fitted.pool, settings, examples, cache) as scheduler, whole(settings.command, work):
+        with part("skills"):
+            skills = fitted.skills(scheduler, examples)
+        plans = {name: fitted.recruiting_plan(name, examples, skills, settings.sampling) for name in names}
+        with part("answers"):
+            outcomes = answer_all(scheduler, examples, plans)
     first, run_code = METHOD if METHOD in names else names[0], bool(settings.allow_code_execution)
     routing = plans[first].routing
     rows = []
@@ -97,7 +97,6 @@ def _evaluated(
         own = {name: found[number] for name, found in outcomes.items()}
         rows.append(_row_record(example, skills[number], own, first, routing.row(number), run_code=run_code))
     costs = {name: [outcome.cost for outcome in outcomes[name]] for name in names}
-    has_categories = any(row.category for row in rows)
     record = summary_record(
         settings,
         examples,
@@ -105,7 +104,7 @@ def _evaluated(
         routing,
         names,
         [name for name in names if name in (BEST_SINGLE, *fitted.pool.names)],
-        [row.category or "-" for row in rows] if has_categories else [],
+        lambda row: row.category or "-",
         mixture=settings.mixture,
         base_model={"id": ", ".join(sorted({expert.model for expert in fitted.pool.experts}))},
         routed=METHOD,
@@ -116,11 +115,11 @@ def _evaluated(
         aggregator=fitted.aggregator,
         recruits=dict(zip(routing.experts, routing.weights.sum(dim=0).tolist(), strict=True)),
         costs={
-            name: {field: sum(getattr(cost, field) for cost in own) / len(own) for field in Cost.model_fields}
+            name: {field: fmean(getattr(cost, field) for cost in own) for field in Cost.model_fields}
             for name, own in costs.items()
         },
-        loads=loads,
-        peak_bytes=peak,
+        loads=dict(scheduler.loads),
+        peak_bytes=scheduler.peak,
         **_NOT_MEASURED,
     )
     return Evaluation(record, tuple(rows))
@@ -167,10 +166,9 @@ def _with_verdicts(outcome: Outcome, example: Example, *, run_code: bool) -> Out
 
 
 def _notes(fitted: Symbolic, outcomes: Mapping[str, Sequence[Outcome]]) -> list[str]:
+    """Say who made one answer of several, and which experts failed."""
     who = "chosen for each question by its skills" if fitted.per == "question" else fitted.aggregator
-    notes = [f"The aggregator of {METHOD} is {who}."]
-    failures = Counter(
-        given.expert for own in outcomes.values() for outcome in own for given in outcome.given if given.reply.error
-    )
-    notes += [f"{name} failed on {count} questions, counted over all methods." for name, count in failures.items()]
-    return notes
+    given = [answer for own in outcomes.values() for outcome in own for answer in outcome.given]
+    failures = Counter(answer.expert for answer in given if answer.reply.error)
+    failed = (f"{name} failed on {count} questions, counted over all methods." for name, count in failures.items())
+    return [f"The aggregator of {METHOD} is {who}.", *failed]
