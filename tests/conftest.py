@@ -1,6 +1,7 @@
 """Fixtures: one tiny base model, and one tiny mixture fitted on it, for all tests of a process."""
 
 import dataclasses
+import gc
 import json
 import shutil
 import sys
@@ -42,6 +43,12 @@ FIT = {
 
 GRID = ExtrasSettings(encoder="hidden", ensemble_size=2, gate_learning_rate=1e-2)
 """Settings of what is trained beyond it."""
+
+
+def pytest_collection_finish():
+    """Keep what was imported out of later searches for garbage: Trainer makes a full one after every training."""
+    gc.collect()
+    gc.freeze()
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:

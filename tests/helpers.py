@@ -2,9 +2,12 @@
 
 import copy
 import json
+import os
 import re
+import socket
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,15 @@ def adapters_alive(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(bank, "load_adapter", counted)
     return alive
+
+
+def unused_port() -> int:
+    """A port that nobody has now, of those that the system gives to nobody who asks for any: it stays free."""
+    for port in range(20_000 + 16 * os.getpid() % 12_000, 32_768):
+        with socket.socket() as tried, suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")
 
 
 def table(*rows: tuple) -> list:

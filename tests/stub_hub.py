@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import constants, hf_api
+from transformers.utils import hub as transformers_hub
 
 TOKEN = "hf_of_a_test"
 
@@ -225,6 +226,7 @@ def serving_hub(cache: Path, patch: Any) -> Iterator[Hub]:
     patch.setattr(constants, "ENDPOINT", hub.url)
     patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     patch.setattr(hf_api.api, "endpoint", hub.url)
+    patch.setattr(transformers_hub, "_hf_api", None)  # which would go on asking the hub of the first test
     patch.setattr(constants, "HF_HUB_CACHE", str(cache))
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
     patch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # whose store speaks a protocol of its own

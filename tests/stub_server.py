@@ -127,8 +127,11 @@ def hostile(speak: Callable[[socket.socket], None]) -> Iterator[str]:
             while True:
                 threading.Thread(target=serve, args=listening.accept()[:1], daemon=True).start()
 
-    threading.Thread(target=accept, daemon=True).start()
+    thread = threading.Thread(target=accept, daemon=True)
+    thread.start()
     try:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
     finally:
+        listening.shutdown(socket.SHUT_RDWR)  # closing alone would wake nobody who waits for a connection
+        thread.join()
         listening.close()

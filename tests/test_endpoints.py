@@ -2,7 +2,9 @@
 
 import email.utils
 import json
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -132,11 +134,11 @@ def test_garbage_costs_one_answer_and_is_reported(kind):
 
 def test_a_slow_answer_is_given_up():
     def respond(got: Got) -> Sent:
-        return completion("x")._replace(delay=1.0 if got.question == "slow" else 0.0)
+        return completion("x")._replace(delay=2.0 if got.question == "slow" else 0.0)
 
     with serving(respond) as stub:
-        replies = ask_all(stub, asks("slow", "fast"), timeout=0.2, retries=0)
-    assert replies[1].text == "x" and "does not answer (no whole answer within 0.2 s)" in replies[0].error
+        replies = ask_all(stub, asks("slow", "fast"), timeout=1.0, retries=0)
+    assert replies[1].text == "x" and "does not answer (no whole answer within 1 s)" in replies[0].error
 
 
 def test_an_answer_that_drips_in_is_given_up_at_the_deadline():
@@ -144,7 +146,7 @@ def test_an_answer_that_drips_in_is_given_up_at_the_deadline():
     with serving(lambda got: completion("x")._replace(drip=0.05)) as stub:
         (reply,) = ask_all(stub, asks("hi"), timeout=0.3, retries=0)
     assert "does not answer (no whole answer within 0.3 s)" in reply.error
-    assert time.monotonic() - started < 2, "every byte came in time, the whole answer would have taken 6 seconds"
+    assert time.monotonic() - started < 5, "every byte came in time, the whole answer would have taken 6 seconds"
 
 
 def test_an_endless_answer_is_cut_off(monkeypatch):
@@ -200,10 +202,16 @@ def test_an_address_where_nobody_listens_is_told():
     assert "does not answer" in reply.error and "connection attempts failed" in reply.error
 
 
-def test_no_more_requests_run_at_a_time_than_allowed():
-    with serving(lambda got: completion("x")._replace(delay=0.05)) as stub:
-        ask_all(stub, asks(*map(str, range(12))), concurrency=3)
-    assert stub.most_at_once == 3
+def test_as_many_requests_as_allowed_run_at_a_time_and_no_more():
+    three = threading.Barrier(3)
+
+    def respond(got: Got) -> Sent:
+        three.wait(60)
+        return completion("x")._replace(delay=0.05)  # a fourth would come meanwhile
+
+    with serving(respond) as stub:
+        replies = ask_all(stub, asks(*map(str, range(12))), concurrency=3, timeout=60)
+    assert {reply.text for reply in replies} == {"x"} and stub.most_at_once == 3
 
 
 def test_requests_a_minute_are_limited():
@@ -213,10 +221,11 @@ def test_requests_a_minute_are_limited():
     assert max(got.moment for got in stub.requests) - started >= 0.3
 
 
-def test_a_turn_comes_after_the_one_before():
+def test_a_turn_comes_after_the_one_before(monkeypatch):
+    clock = iter([5.0, 5.5, 5.5, 20.0])
+    monkeypatch.setattr(endpoints, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     pace = Pace(60)
-    waits = [pace.turn() for _ in range(3)]
-    assert waits == pytest.approx([0, 1, 2], abs=0.4)
+    assert [pace.turn() for _ in range(4)] == [0, 0.5, 1.5, 0]
 
 
 def test_the_key_goes_into_the_header_and_nowhere_else(monkeypatch, caplog, capsys):
@@ -478,4 +487,4 @@ def test_no_server_makes_us_wait_longer_than_the_longest_pause(monkeypatch, head
     started = time.monotonic()
     with serving(lambda got: Sent(429, {}, (("Retry-After", header),))) as stub:
         ask_all(stub, asks("hi"), retries=1)
-    assert len(stub.requests) == 2 and 0.1 <= time.monotonic() - started < 2
+    assert len(stub.requests) == 2 and 0.1 <= time.monotonic() - started < 60

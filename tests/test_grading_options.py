@@ -223,7 +223,7 @@ def test_200_000_odd_characters_are_read_in_little_time(piece):
     listed_options(f"{LETTERS}\n{text}x")
     for prompt, answer in ((ARC, "answer4"), (LETTERS, "D"), (NUMBERED, "4"), (f"{text}\n{LETTERS}", "D")):
         assert not grade(text, answer, prompt=prompt).correct
-    assert time.monotonic() - started < 6
+    assert time.monotonic() - started < 60  # a fraction of a second; where a pattern backtracks it is hours
 
 
 def test_no_mix_of_forms_breaks_the_reading():

@@ -6,7 +6,6 @@ The processes of the slow tests are real ones over gloo, as a launcher starts th
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -29,7 +28,7 @@ from coterie.backbone.loading import load_backbone
 from coterie.data.devices import tell_idle
 from coterie.errors import CoterieError
 from coterie.settings.groups import ModelSettings
-from helpers import table
+from helpers import table, unused_port
 
 # -------------------------------------------------------------------------------------------------------- who does what
 
@@ -111,7 +110,7 @@ class Threads:
     """Processes that are threads: what they tell each other goes through a barrier."""
 
     def __init__(self, count: int) -> None:
-        self.count, self.barrier, self.slots = count, threading.Barrier(count, timeout=20), [None] * count
+        self.count, self.barrier, self.slots = count, threading.Barrier(count, timeout=120), [None] * count
 
     def tell(self, value: Any) -> list[Any]:
         now = ranks._NOW.get()
@@ -254,10 +253,7 @@ FIT += ["--micro-batch-size", "2", "--learning-rate", "1e-2", "--device", "cpu",
 
 def start(words: Sequence[str], count: int = 1, into: Path | None = None) -> list[subprocess.Popen[str]]:
     """Start a command in as many processes, as a launcher does."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = str(taken.getsockname()[1])
-    found = []
+    found, port = [], str(unused_port())
     for number in range(count):
         place = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count), "MASTER_PORT": port}
         launcher = {**place, "MASTER_ADDR": "127.0.0.1"} if count > 1 else {}

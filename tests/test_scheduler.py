@@ -187,7 +187,7 @@ def test_a_reply_that_cannot_be_written_ends_the_work(tmp_path):
 
 def test_endpoints_answer_while_models_do():
     machine = Machine()
-    met = threading.Barrier(2, timeout=10)
+    met = threading.Barrier(2, timeout=60)
     here = machine.group("a", 1, fault=lambda given: met.wait() and None)
     away = machine.group("big", 0, fault=lambda given: met.wait() and None)
     with new_scheduler(here, ExpertGroup("big", ("big",), away.load, 0, is_remote=True)) as scheduler:

@@ -1,7 +1,6 @@
 """A real Prometheus, where there is one: it scrapes the server by its key, and answers every query of the dashboard."""
 
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import pytest
 import yaml
 from test_deploy import DEPLOY, dashboard, loaded
 
+from helpers import unused_port
 from served import chat_body, started
 
 PROMETHEUS, PROMTOOL = shutil.which("prometheus"), shutil.which("promtool")
@@ -29,8 +29,7 @@ def scraped(run_folder, tmp_path_factory) -> Iterator[SimpleNamespace]:
     shutil.copy(DEPLOY / "alerts.yml", folder)
     config = loaded("prometheus.yml")
     config["global"] |= {"scrape_interval": "1s", "evaluation_interval": "1s"}
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{unused_port()}"
     with started(f"elrea={run_folder}", api_key_file=str(folder / "keys")) as server:
         config["scrape_configs"][0]["authorization"]["credentials_file"] = str(folder / "key")
         config["scrape_configs"][0]["static_configs"] = [{"targets": [server.url.removeprefix("http://")]}]

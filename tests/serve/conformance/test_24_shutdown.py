@@ -3,7 +3,6 @@
 import contextlib
 import json
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ from coterie.serve.lifetime import Lifetime, Server
 from coterie.serve.worker import Worker
 from coterie.settings.reading import from_flat
 from coterie.settings.serving import ServeSettings
+from helpers import unused_port
 from served import AskingAgain
 
 STREAM = {"model": "elrea", "prompt": "add", "max_tokens": 30, "stream": True, "temperature": 0}
@@ -114,8 +114,7 @@ def booted(run_folder, port):
 @pytest.mark.slow
 def test_a_server_that_is_restarted_under_load_breaks_no_answer(run_folder):
     """SIGTERM, exit code 0, and again on the same port; clients see whole answers, 503, or no connection."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = unused_port()
     with Clients(f"http://127.0.0.1:{port}") as clients:
         for _ in range(2):
             with booted(run_folder, port) as process:
