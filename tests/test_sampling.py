@@ -237,19 +237,6 @@ def test_drafts_are_taken_as_far_as_they_are_what_one_step_after_the_other_choos
     assert found == wanted[: len(found)]
 
 
-def test_a_fork_goes_on_from_where_its_request_is_with_a_seed_of_its_own():
-    own, prompt = SamplingSettings(temperature=1.0, repetition_penalty=1.4, seed=5), [1, 2, 3]
-    logits = logits_of(5, 12)
-    wanted = alone(own, prompt, logits, 12)
-    sampler, text = BatchSampler(), SampledText(own, prompt)
-    for step in range(4):
-        sampler.choose([text], logits[None, step : step + 1])
-    texts = [text, text.fork(own), text.fork(own.model_copy(update={"seed": 6}))]
-    found = [sampler.choose(texts, logits[None, step : step + 1].expand(3, -1, -1)) for step in range(4, 12)]
-    assert [rows[0][0] for rows in found] == [rows[1][0] for rows in found] == wanted[4:]
-    assert [rows[2][0].id for rows in found] != [token.id for token in wanted[4:]]
-
-
 def test_the_coldest_temperature_is_greedy():
     logits = logits_of(6, 5)
     assert alone(SamplingSettings(temperature=1e-45), [], logits, 5) == alone(SamplingSettings(), [], logits, 5)

@@ -105,39 +105,31 @@ def _load_model(source: dict[str, Any], settings: ModelSettings, device: torch.d
             f"--quantize {settings.quantize} is for a CPU and without --load-in-4bit, got --device {device}"
             f"{' --load-in-4bit' if settings.load_in_4bit else ''}; leave one of them out"
         )
+    source = {**source, "dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
     if settings.load_in_4bit:
-        try:
-            import bitsandbytes  # noqa: F401  # pyrefly: ignore[missing-import] - only to say early what is missing
-        except ImportError as error:
-            raise missing_extra("bitsandbytes", "quant") from error
-        compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-        four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
-        model = AutoModelForCausalLM.from_pretrained(
-            **source,
-            dtype=dtype,
-            quantization_config=four_bits,
-            device_map={"": device},
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                # else the first answer packs the weights, with coarser scales, into a form that passes no gradients on
-                module.support_avx512bf16_for_cpu = False
-        return model
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        **source,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
+        return _load_in_4bit(source, device)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(**source, output_loading_info=True)
     model, report = loaded
     if "gguf_file" in source:
         model = densify(model)
     elif report["missing_keys"]:
         raise ValueError(f"its files lack the weight {min(report['missing_keys'])!r}")
     return model.to(device)
+
+
+def _load_in_4bit(source: dict[str, Any], device: torch.device) -> PreTrainedModel:
+    try:
+        import bitsandbytes  # noqa: F401  # pyrefly: ignore[missing-import] - only to say early what is missing
+    except ImportError as error:
+        raise missing_extra("bitsandbytes", "quant") from error
+    compute = torch.bfloat16 if source["dtype"] == "auto" else getattr(torch, source["dtype"])
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=four_bits, device_map={"": device})
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # else the first answer packs the weights, with coarser scales, into a form that passes no gradients on
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _identity(name: str, location: str | Path, commit: str | None) -> BaseModelIdentity:

@@ -35,9 +35,9 @@ class Answer:
         handle: of its request.
         request: what was asked.
         text: what the model reads.
+        begun: when it joined, and what was known of its prompt.
         sampled: how its tokens are chosen, and those that were.
         stream: its text as far as it is certain.
-        begun: when it joined, and what was known of its prompt.
         drafting: what is proposed for it, and how good that was.
         draw: which of the request's answers it is.
         shares: what the experts weigh, where weights change while it is written.
@@ -49,9 +49,9 @@ class Answer:
     handle: int
     request: Request
     text: Text
+    begun: Begun
     sampled: SampledText
     stream: TextStream
-    begun: Begun
     drafting: Drafting
     draw: int = 0
     shares: tuple[float, ...] | None = None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -36,6 +36,7 @@ from coterie.engine.sampling_stages import SampledText
 from coterie.engine.speculation import Drafting
 from coterie.engine.text import TextStream
 from coterie.errors import CoterieError
+from coterie.settings.sampling import SamplingSettings
 
 CHUNK, CHUNK_ON_CPU = 512, 128
 """Tokens of prompts that a step reads, each counted for every row that reads it: so long do those wait that write."""
@@ -185,11 +186,8 @@ class Engine:
             text = self._reader.open(request.prompt.ids, plan, self._reach(request))
             if not isinstance(request.routing, Rerouting) and request.prompt_logprobs is None:
                 self._reader.recall(text)
-            stream = TextStream(self._backbone.tokenizer, request.draws[0].stop)
-            sampled = SampledText(request.draws[0], request.prompt.ids)
-            begun = Begun(time.monotonic(), text.read)
-            drafting = Drafting.by(request.draws[0].speculate)
-            joined.append(Answer(handle, request, text, sampled, stream, begun, drafting, known=len(text.ids)))
+            own = self._drawn_by(request, request.draws[0])
+            joined.append(Answer(handle, request, text, Begun(time.monotonic(), text.read), known=len(text.ids), **own))
             self._answers.append(joined[-1])
         for rerouting, group in by_rerouting(joined):
             for answers, texts in self._apart(group, partial(begin, rerouting)):
@@ -358,12 +356,19 @@ class Engine:
         """Return an answer; behind the prompt, also the others that are drawn from it, which go on by themselves."""
         found = [answer]
         for draw, settings in enumerate([] if answer.written else answer.request.draws[1:], start=1):
-            stream = TextStream(self._backbone.tokenizer, settings.stop)
-            own = {"draw": draw, "stream": stream, "sampled": answer.sampled.fork(settings)}
-            drafting = Drafting.by(settings.speculate)
-            found.append(replace(answer, text=self._reader.fork(answer.text), drafting=drafting, **own))
+            own = self._drawn_by(answer.request, settings)
+            found.append(replace(answer, text=self._reader.fork(answer.text), draw=draw, **own))
         self._answers += found[1:]
         return found
+
+    def _drawn_by(self, request: Request, settings: SamplingSettings) -> dict[str, Any]:
+        """Return what an answer begins with whose tokens are drawn by these settings."""
+        end_ids = self._backbone.stop_ids | request.end_ids
+        return {
+            "sampled": SampledText(settings, request.prompt.ids),
+            "stream": TextStream(self._backbone.tokenizer, settings.stop, end_ids),
+            "drafting": Drafting.by(settings.speculate),
+        }
 
     def _advance(self, answer: Answer, chosen: Chosen) -> list[Token]:
         """Write a token behind an answer, which may end with it."""
@@ -375,15 +380,12 @@ class Engine:
         token = chosen.id
         request, stream = answer.request, answer.stream
         answer.text.ids.append(token)
-        ends_turn = token in self._backbone.stop_ids or token in request.end_ids
-        text = "" if ends_turn else stream.push(token)
+        text = stream.push(token)
         reason: FinishReason | None = None
-        if ends_turn or stream.stopped:
+        if stream.stopped:
             reason = "stop"
         elif len(answer.text.ids) >= self._longest or answer.written >= request.limit:
-            reason = "length"
-        if reason and not stream.stopped:
-            text += stream.finish()
+            reason, text = "length", text + stream.finish()
         gates = answer.text.gate_weights
         shares = tuple(gates.tolist()) if gates is not None and answer.written == 1 else answer.shares
         if reason:

@@ -33,10 +33,6 @@ class SampledText:
     prompt: Sequence[int]
     answer: list[int] = field(default_factory=list)
 
-    def fork(self, settings: SamplingSettings) -> "SampledText":
-        """Return a further answer that goes on from here."""
-        return SampledText(settings, self.prompt, list(self.answer))
-
 
 class Stage(ABC):
     """Changes the logits of those requests of a batch that ask for it; row by row, so that nobody notices the others.

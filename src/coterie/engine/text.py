@@ -6,7 +6,7 @@ or each becomes a replacement character), and it never gives out an unfinished e
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,11 +20,13 @@ BYTE = re.compile("<0x[0-9A-F]{2}>")
 class TextStream:
     """Text of one request, growing token by token."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
-        """Start empty; `stop` strings end the text and are not part of it, also such as special tokens are called."""
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), end_ids: Collection[int] = ()
+    ) -> None:
+        """Start empty; the text ends before an end token or `stop` string, also such as a special token is called."""
         self._tokenizer = tokenizer
         special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-        self._stop_ids = {token for name, token in special if name in stop}  # no text shows them
+        self._end_ids = {*end_ids, *(token for name, token in special if name in stop)}
         self._stop = [text for text in stop if text]
         self._anchor: list[int] = []  # tokens with a text of their own: what follows is decoded behind them
         self._open: list[int] = []  # tokens whose text can still change
@@ -35,7 +37,7 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Add a token and return the text that is certain by now."""
-        if token in self._stop_ids and not self.stopped:
+        if token in self._end_ids and not self.stopped:
             text = self._give(final=True)
             self.stopped = True
             return text

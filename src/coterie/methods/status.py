@@ -1,6 +1,6 @@
 """What there is of a run: which stages are done, and which the same command would make again by now, and why."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from coterie.methods.token_level.domains import named_values
 from coterie.mixture.folder import find_mixture, hash_mixture, reading_for
 from coterie.records.wording import columns
 from coterie.settings.reading import Settings, checked, values_of
+from coterie.settings.rows import ReadingSettings
 
 SAME, UNKNOWN = "as it was", "not looked at"
 
@@ -142,48 +143,29 @@ def _megabytes(size: int) -> str:
 # --------------------------------------------------------------------------------------- what a run has read, again
 
 
-def _rows(settings: Any, _: str) -> str:  # noqa: ANN401 - settings of a command that reads rows
-    return hash_examples(load_all(settings.data, settings.limit, settings.reading))
-
-
-def _test_rows(settings: Any, _: str) -> str:  # noqa: ANN401
-    return hash_examples(load_all(settings.data, settings.limit, reading_for(settings.mixture, settings.reading)))
-
-
-def _domain(settings: Any, name: str) -> str:  # noqa: ANN401
-    own = named_values(settings.data, "data")[name]
-    return hash_examples(load_all(own, settings.limit, settings.reading.shared))
-
-
-def _shots(settings: Any, _: str) -> str:  # noqa: ANN401
-    return hash_examples(load_all(settings.shots, settings.limit, settings.reading))
-
-
-def _excluded(settings: Any, _: str) -> str:  # noqa: ANN401
-    return hash_examples(load_questions(settings.adapters.exclude, reading=settings.reading.shared))
-
-
-def _pool(settings: Any, name: str) -> str:  # noqa: ANN401
-    return sha256_of(Path(name))
-
-
-def _mixture(settings: Any, _: str) -> str:  # noqa: ANN401
-    return hash_mixture(find_mixture(settings.mixture))
-
-
-def _base_model(settings: Any, _: str) -> str | None:  # noqa: ANN401
+def _base_model(settings: Any, _: str) -> str | None:  # noqa: ANN401 - settings of any command
     model = values_of(settings).get("model")
     return local_weights(model) if model else None
 
 
+def _rows(data: Sequence[str], limit: int | None, reading: ReadingSettings) -> str:
+    return hash_examples(load_all(data, limit, reading))
+
+
 READERS: dict[tuple[str, str], Callable[[Any, str], str | None]] = {
     ("", "base_model"): _base_model,
-    ("", "mixture"): _mixture,
-    **{(command, "data"): _rows for command in ("fit elrea", "fit auto", "influence")},
-    ("eval", "data"): _test_rows,
-    ("fit token-level", "data"): _domain,
-    **{(command, "shots"): _shots for command in ("select", "fit kshot-moe")},
-    **{(command, "exclude"): _excluded for command in ("select", "fit kshot-moe")},
-    ("fit kshot-moe", "pool"): _pool,
+    ("", "mixture"): lambda its, _: hash_mixture(find_mixture(its.mixture)),
+    ("eval", "data"): lambda its, _: _rows(its.data, its.limit, reading_for(its.mixture, its.reading)),
+    ("fit token-level", "data"): lambda its, name: _rows(
+        named_values(its.data, "data")[name], its.limit, its.reading.shared
+    ),
+    ("fit kshot-moe", "pool"): lambda its, name: sha256_of(Path(name)),
 }
+for command in ("fit elrea", "fit auto", "influence"):
+    READERS[command, "data"] = lambda its, _: _rows(its.data, its.limit, its.reading)
+for command in ("select", "fit kshot-moe"):
+    READERS[command, "shots"] = lambda its, _: _rows(its.shots, its.limit, its.reading)
+    READERS[command, "exclude"] = lambda its, _: hash_examples(
+        load_questions(its.adapters.exclude, reading=its.reading.shared)
+    )
 """How an input is hashed anew, by the command that reads it, or "" for all, and the first word of the input's name."""

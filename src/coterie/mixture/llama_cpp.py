@@ -188,16 +188,11 @@ class LlamaCpp:
     def _completion(self, request: "_Request", stop: Sequence[str], found: Mapping[str, Any]) -> Completion:
         """Put an answer together from the tokens, with the tokenizer's own decoding of them."""
         tokenizer = self.mixture.tokenizer
-        stream, text, ids = TextStream(tokenizer, stop), "", []
-        reason = "length" if found["stop_type"] == "limit" else "stop"
+        stream, text, ids = TextStream(tokenizer, stop, self._ends), "", []
         for token in found["tokens"]:
             ids.append(token)
-            if token in self._ends:
-                reason = "stop"
-                break
             text += stream.push(token)
             if stream.stopped:
-                reason = "stop"
                 break
         logprobs = aligned_logprobs(tokenizer, found["tokens"], found.get("completion_probabilities", []))
         return Completion(
@@ -205,7 +200,7 @@ class LlamaCpp:
             text=text + stream.finish(),
             token_ids=tuple(ids),
             logprobs=tuple(logprobs[: len(ids)]),
-            finish_reason=reason,
+            finish_reason="length" if found["stop_type"] == "limit" and not stream.stopped else "stop",
             weights=request.weights,
         )
 

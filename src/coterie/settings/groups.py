@@ -158,15 +158,20 @@ class ReroutingSettings(Settings):
     cache: CacheUse = Field("keep", description="keep what earlier weights left in the KV cache, or recompute it")
 
 
-class ExpertServingSettings(WorkerSettings):
+class EndpointSettings(Settings):
+    """Asking endpoints."""
+
+    concurrency: int = Field(8, ge=1, description="requests that one endpoint gets at the same time")
+    requests_per_minute: int | None = Field(None, ge=1, description="most requests a minute to one endpoint")
+    retries: int = Field(4, ge=0, description="further tries of a request that an endpoint turned away or let wait")
+
+
+class ExpertServingSettings(EndpointSettings, WorkerSettings):
     """Serving several models and endpoints side by side."""
 
     memory: float | None = Field(
         None, gt=0, description="GiB that loaded models may take together; default: what is free at the start"
     )
-    concurrency: int = Field(8, ge=1, description="requests that one endpoint gets at the same time")
-    requests_per_minute: int | None = Field(None, ge=1, description="most requests a minute to one endpoint")
-    retries: int = Field(4, ge=0, description="further tries of a request that an endpoint turned away or let wait")
     timeout: float = Field(120.0, gt=0, description="seconds that an endpoint may take for one answer")
 
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from coterie.settings.groups import ExpertServingSettings, PlacementSettings
+from coterie.settings.groups import EndpointSettings, ExpertServingSettings, PlacementSettings
 from coterie.settings.reading import Settings
 
 
@@ -62,15 +62,12 @@ class LimitSettings(Settings):
     max_queue: int = Field(1024, ge=1, description="requests that are answered or wait at once; others get 429")
 
 
-class RecruitedSettings(Settings):
+class RecruitedSettings(EndpointSettings):
     """Recruited experts, of runs of symbolic-moe."""
 
     expert_memory: float | None = Field(
         None, gt=0, description="GiB that the models of one run may take together; default: what is free at the start"
     )
-    concurrency: int = Field(8, ge=1, description="questions that one endpoint gets at the same time")
-    requests_per_minute: int | None = Field(None, ge=1, description="most questions a minute to one endpoint")
-    retries: int = Field(4, ge=0, description="further tries of a question that an endpoint turned away or let wait")
     expert_timeout: float = Field(120.0, gt=0, description="seconds that an endpoint may take for one answer")
 
     @property

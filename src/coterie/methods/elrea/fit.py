@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from coterie import ranks
 from coterie.artifacts import RunFolder, as_path, check_output, run_folder, write_jsonl
 from coterie.backbone.loading import Backbone, load_backbone
@@ -131,27 +133,15 @@ def fit_experts(
 ) -> Mixture:
     """Train the base adapter, cluster the rows, train an expert for each cluster, and write the mixture."""
     # 1) the base adapter: its epochs go to `checkpoints`, its last state is the expert `base`
-    plan = base_plan(settings, BASE, keep_epochs=True)
-    run.renamed("training/base", CHECKPOINTS)
     with part("base"):
-        trained = run.stage(
-            CHECKPOINTS,
-            lambda folder: train_adapter(backbone, kept.rows, plan, folder, settings.lora),
-            training_key(backbone, ExpertJob(kept.rows, plan, settings.lora)),
-            together=True,
-        )
+        trained = _trained_base(run, settings, backbone, kept.rows)
     names = [f"epoch-{epoch}" for epoch in range(settings.training.epochs)]
     base = copy_expert(run, BASE, trained)
     # 2) what every row's gradients at the checkpoints look like, and the clusters they make
     checkpoints = [load_checkpoint(trained / name, backbone.model) for name in names]
     gradients = GradientFeatures(backbone, checkpoints, settings.features, settings.seed)
-    prompts_alone = Chosen(kept.rows, range(len(kept.rows)), TokenRow.prompt)
     with part("features"):
-        made_from = {CHECKPOINTS: run.key(CHECKPOINTS), "seed": settings.seed, **values_of(settings.features)}
-        folder = run.stage(
-            "features", lambda folder: write_features(gradients, prompts_alone, folder), made_from, together=True
-        )
-    features = read_features(folder, len(kept.rows), "fit again")
+        features = _features(run, settings, gradients, kept.rows)
     centre = features.mean(dim=0) if settings.features.form == "adam-centred" else None
     shifted = features if centre is None else CentredRows(features, centre)
     sources = [row.source for row in kept.rows]
@@ -173,3 +163,23 @@ def fit_experts(
     mixture.write_description(run.path, {"clustering": clustering.record()})
     join_logs(run, [trained, *dict.fromkeys(folder for folder in experts.values() if folder != base)])
     return mixture
+
+
+def _trained_base(run: RunFolder, settings: ElreaSettings, backbone: Backbone, rows: Sequence[TokenRow]) -> Path:
+    """Train the base adapter, and return the folder that holds it as it was after every epoch."""
+    plan = base_plan(settings, BASE, keep_epochs=True)
+    run.renamed("training/base", CHECKPOINTS)
+    return run.stage(
+        CHECKPOINTS,
+        lambda folder: train_adapter(backbone, rows, plan, folder, settings.lora),
+        training_key(backbone, ExpertJob(rows, plan, settings.lora)),
+        together=True,
+    )
+
+
+def _features(run: RunFolder, settings: ElreaSettings, gradients: GradientFeatures, rows: Sequence[TokenRow]) -> Tensor:
+    """Write the gradient features of all prompts, and read them back."""
+    prompts = Chosen(rows, range(len(rows)), TokenRow.prompt)
+    made_from = {CHECKPOINTS: run.key(CHECKPOINTS), "seed": settings.seed, **values_of(settings.features)}
+    folder = run.stage("features", lambda folder: write_features(gradients, prompts, folder), made_from, together=True)
+    return read_features(folder, len(rows), "fit again")
