@@ -28,14 +28,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_IN_WORDS = ("No space left on device", "File too large", "PytorchStreamWriter failed", "inline_container.cc")
 """How libraries tell a full disk that do not raise the system's own error: safetensors and torch."""
 FORBIDDEN = (
-    errno.EACCES,
-    errno.EROFS,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ELOOP,
-    errno.ENXIO,
+    *(errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENXIO),
 )
 TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 """Names of files that are not whole yet; a process that was killed leaves them."""

@@ -80,17 +80,14 @@ def checked(backbone: Backbone) -> Backbone:
 
 def _fault(backbone: Backbone) -> str | None:
     try:
-        fault = _cache_fault(backbone) or _batch_fault(backbone) or _logits_fault(backbone)
+        # Mamba and RWKV keep their state elsewhere, and swallow a cache
+        takes_cache = "past_key_values" in inspect.signature(backbone.decoder.forward).parameters
+        fault = (None if takes_cache else CACHE) or _batch_fault(backbone) or _logits_fault(backbone)
         return fault or (None if backbone.blocks else BLOCKS)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever its code may raise where it is used in another way than by itself
         return f"{FAILS} ({first_line(error)})"
-
-
-def _cache_fault(backbone: Backbone) -> str | None:
-    """Look for the cache among what the model takes: Mamba and RWKV keep their state elsewhere, and swallow a cache."""
-    return None if "past_key_values" in inspect.signature(backbone.decoder.forward).parameters else CACHE
 
 
 def _batch_fault(backbone: Backbone) -> str | None:

@@ -30,14 +30,8 @@ PANELS = {
 }
 """The commands in the order in which one comes to use them, as help shows them."""
 
-ARGUMENTS = (
-    "mixture",
-    "mixtures",
-    "folder",
-    "adapters",
-    "name",
-    "repository",
-)  # settings that are given by place instead of by a flag
+ARGUMENTS = ("mixture", "mixtures", "folder", "adapters", "name", "repository")
+"""Settings that are given by place instead of by a flag."""
 WIDEST_TYPE = 24  # characters; help at 80 columns cuts names off beside wider ones
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, one object a line")]
 Function = TypeVar("Function", bound=Callable[..., None])

@@ -30,6 +30,8 @@ from coterie.methods.common import DOMAINS_FILE, backbone_key, hash_examples
 from coterie.methods.family import NAMED_ROUTER, MethodGrid
 from coterie.methods.kshot.run import task_records
 from coterie.methods.registry import family_of, make_grid
+from coterie.methods.token_level.domains import METHOD as TOKEN_LEVEL
+from coterie.methods.token_level.methods import PER_DATASET
 from coterie.mixture import Mixture
 from coterie.mixture.folder import hash_mixture, read_mixture_record, reading_for
 from coterie.progress import ANSWERING, GRADIENTS, part, whole
@@ -49,8 +51,6 @@ from coterie.settings.workers import WorkerSettings
 
 logger = logging.getLogger(__name__)
 
-PER_DATASET = "per-dataset"
-TOKEN_LEVEL = "token-level"
 NOT_OF_ANSWERS = (
     *("mixture", "data", "limit", "output", "overwrite", "generate", "methods", "control", "router", "every"),
     *("resamples", "allow_code_execution", *ExpertServingSettings.model_fields, *ReadingSettings.model_fields),

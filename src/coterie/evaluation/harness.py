@@ -100,13 +100,13 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-probability of whole texts, in windows that the model reads; each is routed by itself."""
-        windows = [self._windows(request.args[0]) for request in requests]
+        windows = []
+        for request in requests:
+            tokens = self.tok_encode(request.args[0])
+            rolling = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
+            windows.append([(list(before), list(after)) for before, after in map(make_disjoint_window, rolling)])
         found = iter(self._scored([window for own in windows for window in own]))
         return [sum(float(next(found).logprobs.sum()) for _ in own) for own in windows]
-
-    def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
-        rolling = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1)
-        return [(list(before), list(after)) for before, after in map(make_disjoint_window, rolling)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answer every context until a stop text, greedily unless the task samples."""

@@ -21,7 +21,7 @@ from coterie.records.schema import is_folder_name, parse
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
-MAX_CONFIG = 2**20  # bytes; one that names every layer of a 70B model has about 100 KiB
+MAX_TEXT_FILE = 2**20  # bytes; an adapter_config.json that names every layer of a 70B model has about 100 KiB
 MAX_PATTERNS = 32
 HELD_BYTES = 2**30
 """Of a bank's adapters that stay in memory."""
@@ -154,7 +154,7 @@ def read_config(folder: Path) -> AdapterConfig:
         CoterieError: naming the file and the field.
     """
     file = folder / CONFIG_FILE
-    fields = read_json(file, MAX_CONFIG)
+    fields = read_json(file, MAX_TEXT_FILE)
     for field, plain in PLAIN_VALUES.items():
         if fields.get(field, plain[0]) not in plain:
             raise CoterieError(f"{file}: {field} = {fields[field]!r} is not supported; use a plain LoRA adapter")

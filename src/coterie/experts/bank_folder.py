@@ -15,12 +15,12 @@ from typing import Any
 
 from torch import nn
 
-from coterie.artifacts import FORMAT, check_kind, hub_folder, may_be_on_hub
+from coterie.artifacts import FORMAT, check_kind, hub_folder, may_be_on_hub, read_json
 from coterie.backbone.loading import BaseModelIdentity
 from coterie.data.examples import Example
 from coterie.data.streaming import KEY_BYTES, question_of, text_key
 from coterie.errors import CoterieError, unknown_name
-from coterie.experts.bank import ExpertBank, load_adapter, load_bank
+from coterie.experts.bank import MAX_TEXT_FILE, ExpertBank, load_adapter, load_bank
 from coterie.experts.cards import (
     ADAPTER_FILES,
     CARD_FILE,
@@ -29,7 +29,6 @@ from coterie.experts.cards import (
     hash_adapter,
     printable,
     read_card,
-    read_small_json,
     short,
 )
 from coterie.records.mixture import BaseModelRecord
@@ -119,7 +118,9 @@ def open_bank(path: str | Path, names: str | Sequence[str] | None = None, *, rev
     Raises:
         CoterieError: when it is missing, no bank, or broken, or has no adapter of such a name.
     """
-    folder = _find_bank(path, revision)
+    folder = Path(path)
+    if not folder.exists() and may_be_on_hub(str(path)):  # of which the files of a bank are got, and no others
+        folder = hub_folder(str(path), [BANK_FILE, *(f"{EXPERTS}/*/{name}" for name in OWN_FILES)], "", revision)
     base = asdict(read_base(folder))
     for name in set_aside(folder):
         logger.warning("%s is set aside, since replacing it was cut off; any `coterie bank add` puts it back", name)
@@ -130,14 +131,6 @@ def open_bank(path: str | Path, names: str | Sequence[str] | None = None, *, rev
             raise unknown_name("adapter", name, known)
     chosen = [name for name in known if name in wanted]
     return BankFolder(folder, base, tuple(read_card(folder / EXPERTS / name) for name in chosen))
-
-
-def _find_bank(source: str | Path, revision: str | None) -> Path:
-    """Return a bank's folder, which may first have to be got from the hub: the files of a bank, and no others."""
-    folder = Path(source)
-    if folder.exists() or not may_be_on_hub(str(source)):
-        return folder
-    return hub_folder(str(source), [BANK_FILE, *(f"{EXPERTS}/*/{name}" for name in OWN_FILES)], "", revision)
 
 
 def load_opened(bank: BankFolder, model: nn.Module) -> ExpertBank:
@@ -178,7 +171,7 @@ def read_base(folder: Path) -> BaseModelIdentity:
             f"{folder} holds no {BANK_FILE}, so it is no bank; make one with: "
             f"coterie bank add {folder} ADAPTER ... --model MODEL"
         )
-    record = read_small_json(file)
+    record = read_json(file, MAX_TEXT_FILE)
     if record.get("format") != FORMAT:
         raise CoterieError(f"{file} has format {record.get('format')!r}, not {FORMAT}; upgrade coterie")
     base = parse(BaseModelRecord, record.get("base_model"), f"{file}, 'base_model'", "get the bank again")
@@ -224,7 +217,7 @@ def read_questions(folder: Path) -> frozenset[bytes]:
         CoterieError: when the file is missing or broken.
     """
     file = folder / QUESTIONS_FILE
-    record = read_small_json(file, MAX_QUESTIONS_FILE)
+    record = read_json(file, MAX_QUESTIONS_FILE)
     keys: frozenset[bytes] = frozenset()
     with suppress(KeyError, TypeError, ValueError):
         keys = frozenset(map(bytes.fromhex, record["keys"]))

@@ -12,12 +12,11 @@ from torch import nn
 from coterie.artifacts import MAX_TENSOR_FILE, read_json, sha256_of
 from coterie.backbone.aliases import named_model
 from coterie.errors import CoterieError
-from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from coterie.experts.bank import CONFIG_FILE, MAX_TEXT_FILE, WEIGHTS_FILE, load_adapter
 from coterie.records.wording import printable
 
 CARD_FILE = "card.json"
 README_FILE = "README.md"
-MAX_TEXT_FILE = 2**20  # bytes; an adapter_config.json that names every layer of a 70B model has about 100 KiB
 MAX_FRONT_MATTER = 2**14  # characters
 MAX_LABEL = 100  # characters
 MAX_LABELS = 20
@@ -74,7 +73,7 @@ def describe_adapter(
     Raises:
         CoterieError: as `load_adapter`.
     """
-    base = read_small_json(folder / CONFIG_FILE).get("base_model_name_or_path")
+    base = read_json(folder / CONFIG_FILE, MAX_TEXT_FILE).get("base_model_name_or_path")
     pairs = load_adapter(folder, model).values()
     facts = _front_matter(folder / README_FILE)
     return Card(
@@ -128,20 +127,6 @@ def hash_adapter(folder: Path) -> str:
     return sha256_of(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
 
 
-def read_small_json(file: Path, limit: int = MAX_TEXT_FILE) -> dict[str, Any]:
-    """Read a JSON object that may come from a stranger.
-
-    Raises:
-        CoterieError: as `read_json`, and for a file that is too large or too deeply nested.
-    """
-    if file.is_file() and file.stat().st_size > limit:
-        raise CoterieError(f"{file} has more than the {limit:,} bytes that are accepted; check the file")
-    try:
-        return read_json(file)
-    except RecursionError as error:
-        raise CoterieError(f"{file} is too deeply nested; get or make the file again") from error
-
-
 def read_card(folder: Path) -> Card:
     """Read the card of an adapter in a bank.
 
@@ -149,7 +134,7 @@ def read_card(folder: Path) -> Card:
         CoterieError: when it is missing or broken, or another adapter's.
     """
     file = folder / CARD_FILE
-    record = read_small_json(file)
+    record = read_json(file, MAX_TEXT_FILE)
     try:
         card = _CARD.validate_python(record)
     except ValidationError as error:

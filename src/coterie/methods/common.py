@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from coterie import ranks
-from coterie.artifacts import RunFolder, hash_json_list, sha256_of, write_jsonl
+from coterie.artifacts import RunFolder, hash_json_list, write_jsonl
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow
 from coterie.data.examples import Example, read_all
 from coterie.data.spooled import Chosen
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE
+from coterie.experts.cards import hash_adapter
 from coterie.experts.training import TrainingPlan, read_log, train_adapter
 from coterie.progress import part, whole
 from coterie.settings.commands import ElreaSettings, KshotSettings, TokenLevelSettings
@@ -52,22 +53,20 @@ def load_questions(
 def base_plan(
     settings: ElreaSettings | TokenLevelSettings | KshotSettings,
     label: str,
-    *,
-    seed: int | None = None,
-    keep_epochs: bool = False,
+    **changes: Any,  # noqa: ANN401 - fields of TrainingPlan
 ) -> TrainingPlan:
-    """Return how an adapter is trained by a run's own training settings, with the run's seed or one of its own."""
+    """Return how an adapter is trained by a run's own training settings and seed, unless some are changed."""
     training = settings.training
-    return TrainingPlan(
+    plan = TrainingPlan(
         epochs=training.epochs,
         learning_rate=training.learning_rate,
         batch_size=training.batch_size,
         micro_batch_size=training.micro_batch_size,
-        seed=settings.seed if seed is None else seed,
+        seed=settings.seed,
         report_to=training.report_to,
         label=label,
-        keep_epochs=keep_epochs,
     )
+    return replace(plan, **changes)
 
 
 def origin(example: Example) -> dict[str, str | None]:
@@ -94,10 +93,9 @@ def train_clusters(
     members = {f"{prefix}-{number}": Chosen(rows, np.flatnonzero(groups == number)) for number in range(count)}
     jobs = {}
     for number, (name, own) in enumerate(members.items(), start=1):
-        plan = base_plan(settings, f"{name} ({number} of {count})")
-        plan = replace(plan, epochs=how.expert_epochs, learning_rate=how.expert_learning_rate)
+        label, rate = f"{name} ({number} of {count})", how.expert_learning_rate
         if own:
-            jobs[name] = ExpertJob(own, plan, base)
+            jobs[name] = ExpertJob(own, base_plan(settings, label, epochs=how.expert_epochs, learning_rate=rate), base)
     trained = train_experts(run, jobs, backbone, f"experts of {prefix}")
     return {name: trained.get(name, base) for name in members}
 
@@ -158,11 +156,6 @@ def backbone_key(backbone: Backbone) -> dict[str, str]:
 def hash_rows(rows: Sequence[TokenRow]) -> str:
     """Hash tokenised rows."""
     return hash_json_list(asdict(row) for row in rows)
-
-
-def hash_adapter(folder: Path) -> str:
-    """Hash the two files of a PEFT adapter."""
-    return sha256_of(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
 
 
 def copy_expert(run: RunFolder, name: str, adapter: Path) -> Path:

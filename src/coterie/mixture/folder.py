@@ -41,20 +41,8 @@ from coterie.settings.reading import from_flat
 from coterie.settings.rows import ReadingSettings
 
 COPIED = (
-    "experts",
-    "checkpoints",
-    "features",
-    "methods",
-    "selection",
-    "gathered",
-    "clusters.jsonl",
-    "domains.jsonl",
-    "gates.json",
-    "auto.json",
-    "auto.md",
-    "run.yaml",
-    "stages.jsonl",
-    "metrics.jsonl",
+    *("experts", "checkpoints", "features", "methods", "selection", "gathered", "clusters.jsonl", "domains.jsonl"),
+    *("gates.json", "auto.json", "auto.md", "run.yaml", "stages.jsonl", "metrics.jsonl"),
 )
 """What a saved copy takes along from the folder that a mixture was loaded from."""
 SAVED = (*COPIED, "router", MIXTURE_FILE, "README.md")

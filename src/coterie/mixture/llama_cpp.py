@@ -174,15 +174,7 @@ class LlamaCpp:
         routing = routing if top_k_experts is None else routing.top(top_k_experts)
         shares, names = routing.normalized(), list(self.mixture.bank.names)
         for number, (example, row, limit) in enumerate(zip(examples, rows, limits, strict=True)):
-            fields = {
-                "prompt": list(row.ids),
-                "n_predict": limit,
-                "lora": lora_list(routing.row(number), names),
-                "cache_prompt": False,  # llama.cpp may take what was read under other adapters for the same
-                "repeat_last_n": self._context,  # the whole text
-                "return_tokens": True,
-                "n_probs": 1,
-            }
+            fields = {**text_fields(row.ids, limit), "lora": lora_list(routing.row(number), names), "n_probs": 1}
             yield _Request(example.instruction, fields, shares.row(number))
 
     def _completion(self, request: "_Request", stop: Sequence[str], found: Mapping[str, Any]) -> Completion:
@@ -343,6 +335,17 @@ def check_sampling(settings: SamplingSettings) -> None:
             raise CoterieError(f"llama.cpp does not follow {flag_of(name)} as it is meant here; leave it out")
     if settings.seed > LARGEST_SEED:
         raise CoterieError(f"llama.cpp takes seeds up to {LARGEST_SEED}, got --seed {settings.seed}")
+
+
+def text_fields(prompt: Sequence[int], limit: int) -> dict[str, Any]:
+    """Return what asks llama.cpp for a text of at most so many tokens behind a prompt."""
+    return {
+        "prompt": list(prompt),
+        "n_predict": limit,
+        "cache_prompt": False,  # llama.cpp may take what was read under other adapters for the same
+        "repeat_last_n": len(prompt) + limit,  # the whole text
+        "return_tokens": True,
+    }
 
 
 def sampling_fields(settings: SamplingSettings) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from coterie.experts.endpoints import Endpoint, EndpointAnswerer
 from coterie.experts.expert_pool import Pool
 from coterie.lora import Adapter, LoraPair
 from coterie.mixture.local_answers import LocalExpert, WorkerAnswerer, load_local
+from coterie.mixture.scheduler import GIB
 from coterie.settings.groups import ExpertServingSettings, PlacementSettings
 
 PROMPT_TOKENS = 1024  # of a question, where memory is counted before any was seen
@@ -127,7 +128,7 @@ def _parameters(path: Path) -> dict[str, int]:
 def budget_of(work: ExpertServingSettings, placement: PlacementSettings) -> int | None:
     """Return the bytes that models may take together: as asked, or most of what is free; None where nobody knows."""
     if work.memory is not None:
-        return round(work.memory * 2**30)
+        return round(work.memory * GIB)
     device = placement.device
     if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
         return round(SHARE_OF_FREE * torch.cuda.mem_get_info(None if device in ("auto", "cuda") else device)[0])

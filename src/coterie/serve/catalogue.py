@@ -21,14 +21,13 @@ from coterie.methods.registry import family_of, load_grid
 from coterie.methods.symbolic.fit import is_symbolic, load_symbolic
 from coterie.mixture import Mixture
 from coterie.mixture.folder import find_mixture, read_mixture_record
+from coterie.mixture.scheduler import GIB
 from coterie.records.schema import is_folder_name
 from coterie.routers.fixed import one_hot
 from coterie.serve.recruits import RecruitCell, open_recruits, recruit_cells
 from coterie.serve.token_bytes import TokenBytes
 from coterie.settings.keywords import names_in
 from coterie.settings.serving import CapacitySettings, ServeSettings
-
-GIB = 2**30
 
 
 @dataclass(frozen=True, eq=False)

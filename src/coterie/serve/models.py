@@ -20,10 +20,9 @@ from coterie.serve.asking import mixed
 from coterie.serve.catalogue import Cell
 from coterie.serve.completions import as_it_stands
 from coterie.serve.errors import ApiError
+from coterie.serve.frames import Json
 from coterie.serve.recruits import RecruitCell
 from coterie.serve.schemas import DetokenizeRequest, EmbeddingRequest, RouteRequest, TokenizeRequest, conversation
-
-Json = dict[str, Any]
 
 routes = APIRouter()
 

@@ -3,7 +3,6 @@
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -127,7 +126,10 @@ def _random_weights(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     folders = {}
     for number in range(max(run.labels) + 1):
         fitted = read_tensors(run.folder / "experts" / f"cluster-{number}" / WEIGHTS_FILE)
-        moved = {name: _turned(fitted[name].float() - own.float(), generator) for name, own in sorted(base.items())}
+        moved = {}
+        for tensor, own in sorted(base.items()):
+            step, drawn = fitted[tensor].float() - own.float(), torch.randn(own.shape, generator=generator)
+            moved[tensor] = drawn * (step.norm() / drawn.norm())  # as long, in a random direction
 
         def write(folder: Path, moved: Mapping[str, Tensor] = moved) -> None:
             shutil.copy(run.folder / "experts" / BASE / CONFIG_FILE, folder / CONFIG_FILE)
@@ -138,19 +140,11 @@ def _random_weights(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     return TrainedExtra(folders)
 
 
-def _turned(step: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a step of the same shape and length in a random direction."""
-    drawn = torch.randn(step.shape, generator=generator)
-    return drawn * (step.norm() / drawn.norm())
-
-
 def _one_lora(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Continue the base adapter on all rows together: as many tokens as all experts were trained on, in one adapter."""
     how = run.settings.experts
-    plan = base_plan(run.settings, ONE_LORA)
-    plan = replace(plan, epochs=how.expert_epochs, learning_rate=how.expert_learning_rate)
-    base = run.folder / "experts" / BASE
-    job = ExpertJob(run.kept.rows, plan, base)
+    plan = base_plan(run.settings, ONE_LORA, epochs=how.expert_epochs, learning_rate=how.expert_learning_rate)
+    job = ExpertJob(run.kept.rows, plan, run.folder / "experts" / BASE)
     return TrainedExtra({ONE_LORA: train_expert(into, ONE_LORA, job, run.mixture.backbone)})
 
 
@@ -160,8 +154,8 @@ def _one_lora(run: ElreaRun, into: RunFolder) -> TrainedExtra:
 def _gates(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Train a gate per layer on the frozen experts (ELREA's MoLE: whole training set, 1 epoch)."""
     settings, bank = run.extras, run.mixture.bank
-    plan = base_plan(run.settings, "gates")
-    plan = replace(plan, epochs=settings.gate_epochs, learning_rate=settings.gate_learning_rate)
+    how = {"epochs": settings.gate_epochs, "learning_rate": settings.gate_learning_rate}
+    plan = base_plan(run.settings, "gates", **how)
     layers = train_gates(run.mixture.backbone, bank.adapters, run.kept.rows, plan, into.path)
     return TrainedExtra({}, GateRouter(run.mixture.backbone, bank.adapters, Gates(bank.names, layers)))
 

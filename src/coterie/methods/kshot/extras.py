@@ -14,9 +14,9 @@ from coterie.data.examples import Example
 from coterie.data.streaming import FRESH, index_pools
 from coterie.engine.scoring import score_votes
 from coterie.errors import CoterieError
-from coterie.experts.bank import load_bank, write_adapter
-from coterie.experts.fresh_adapter import is_transposed
+from coterie.experts.bank import load_bank
 from coterie.experts.lorahub import SearchPlan, compose, search_weights
+from coterie.experts.plain_adapter import write_plain_adapter
 from coterie.methods.common import ExpertJob, base_plan, copy_expert, train_expert
 from coterie.methods.extras import ExtraSpec, TrainedExtra
 from coterie.methods.kshot.run import KshotRun
@@ -60,20 +60,8 @@ def _lorahub(run: KshotRun, into: RunFolder) -> TrainedExtra:
     search = SearchPlan(run.extras.lorahub_steps, seed=run.settings.seed)
     weights = search_weights(shots_nll, len(names), search)
     composed = compose(adapters, weights)
-    ranks = {path: len(pair.down) for path, pair in composed.items()}
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": loaded_by(task.backbone.identity),
-        "r": max(ranks.values()),
-        "lora_alpha": max(ranks.values()),
-        "rank_pattern": ranks,
-        "alpha_pattern": ranks,  # so that every layer's scaling is 1
-        "target_modules": sorted(ranks),
-        "fan_in_fan_out": is_transposed(task.backbone.model, ranks),
-    }
     folder = into.path / "experts" / LORAHUB
-    write_adapter(folder, config, composed)
+    write_plain_adapter(folder, composed, task.backbone.model, loaded_by(task.backbone.identity))
     return TrainedExtra({LORAHUB: folder}, None, {"weights": dict(zip(names, weights, strict=True))})
 
 

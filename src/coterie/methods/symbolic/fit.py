@@ -23,6 +23,7 @@ from coterie.artifacts import (
     write_jsonl,
 )
 from coterie.combiners.aggregate import MAJORITY, VOTES, WEIGHTED
+from coterie.combiners.texts import SAMPLES, TEMPERATURE
 from coterie.data.examples import Example, load_examples
 from coterie.errors import CoterieError, naming, unknown_name
 from coterie.experts.answering import Question, Reply
@@ -51,8 +52,6 @@ from coterie.settings.rows import READING
 
 logger = logging.getLogger(__name__)
 
-SAMPLES = 5  # of self-consistency
-TEMPERATURE = 1.0
 MOST_CHOICES = 26
 
 

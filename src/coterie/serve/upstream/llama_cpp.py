@@ -13,7 +13,7 @@ import httpx2
 from coterie.engine.request import Request, Token
 from coterie.errors import CoterieError
 from coterie.experts.names import BACKBONE
-from coterie.mixture.llama_cpp import LARGEST_SEED, check_sampling, sampling_fields
+from coterie.mixture.llama_cpp import LARGEST_SEED, check_sampling, sampling_fields, text_fields
 from coterie.serve.upstream.base import TRIAL, UNTOLD, Upstream
 from coterie.settings.sampling import SamplingSettings
 
@@ -38,15 +38,8 @@ class LlamaCppUpstream(Upstream):
     def _body(self, request: Request, sampling: SamplingSettings) -> dict[str, Any]:
         own = sampling.model_copy(update={"seed": sampling.seed % (LARGEST_SEED + 1), "top_logprobs": 0})
         check_sampling(own)
-        return sampling_fields(own) | {
-            "prompt": list(request.prompt.ids),
-            "n_predict": request.limit,
-            "cache_prompt": False,  # llama.cpp may take what was read under other adapters for the same
-            "repeat_last_n": len(request.prompt.ids) + request.limit,  # the whole text
-            "return_tokens": True,
-            "n_probs": max(1, sampling.top_logprobs),
-            "stream": True,
-        }
+        told = {"n_probs": max(1, sampling.top_logprobs), "stream": True}
+        return sampling_fields(own) | text_fields(request.prompt.ids, request.limit) | told
 
     @asynccontextmanager
     async def _running(
