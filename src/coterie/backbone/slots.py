@@ -51,11 +51,7 @@ class Slots:
     """What a model has cached of many texts, one a row."""
 
     def __init__(
-        self,
-        backbone: Backbone,
-        budget: int | None = None,
-        prefixes: int = 0,
-        beside: Callable[[], int] = lambda: 0,
+        self, backbone: Backbone, budget: int | None = None, prefixes: int = 0, beside: Callable[[], int] = lambda: 0
     ) -> None:
         """Start empty.
 

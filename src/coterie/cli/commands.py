@@ -83,8 +83,7 @@ def fit_from_adapters(settings: FromAdaptersSettings) -> None:
 
 
 @command(
-    "fit kshot-moe",
-    "coterie fit kshot-moe --bank bank/ --shots shots.jsonl --pool dolly.jsonl --output runs/task",
+    "fit kshot-moe", "coterie fit kshot-moe --bank bank/ --shots shots.jsonl --pool dolly.jsonl --output runs/task"
 )
 def fit_kshot(settings: KshotSettings) -> None:
     """Make a task's mixture from a few examples, a bank of adapters and open data (2408.15915)."""

@@ -49,10 +49,7 @@ def remove_from_bank(settings: BankRemoveSettings) -> None:
 
 
 @command("bank list", "coterie bank list bank/")
-def list_bank(
-    folder: Annotated[Path, typer.Argument(help="folder of the bank")],
-    as_json: AsJson = False,
-) -> None:
+def list_bank(folder: Annotated[Path, typer.Argument(help="folder of the bank")], as_json: AsJson = False) -> None:
     """List the adapters of a bank."""
     found = coterie.open_bank(folder)
     for line in [json.dumps(vars(card)) for card in found.cards] if as_json else [found]:
@@ -126,10 +123,7 @@ def add_to_pool(settings: ExpertAddSettings) -> None:
 
 
 @command("experts list", "coterie experts list experts/ --json")
-def list_pool(
-    folder: Annotated[Path, typer.Argument(help="folder of the experts")],
-    as_json: AsJson = False,
-) -> None:
+def list_pool(folder: Annotated[Path, typer.Argument(help="folder of the experts")], as_json: AsJson = False) -> None:
     """List the experts of a folder; whether they are still what they were is checked where they are used."""
     found = coterie.read_pool(folder, verify=False)
     echo("\n".join(json.dumps(vars(one)) for one in found.experts) if as_json else found)

@@ -85,11 +85,7 @@ REFUSED = {
 """Fields that would change the prompt or the loss, by what they are; in a message too."""
 WEIGHTS = REFUSED["weights other than 1"]
 REFUSED_IN_MESSAGES = ("train", "training", "train_detail", "training_detail")
-ROLES = {
-    "system": ("system",),
-    "user": ("user", "human"),
-    "assistant": ("assistant", "gpt", "chatgpt", "bot", "model"),
-}
+ROLES = {"system": ("system",), "user": ("user", "human"), "assistant": ("assistant", "gpt", "chatgpt", "bot", "model")}
 """The roles of turns, each with its names in other forms; letter case does not matter."""
 MAX_MESSAGES = 1000
 """Turns of one row; the templates of chats render a conversation once for each of its answers."""

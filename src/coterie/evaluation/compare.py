@@ -84,11 +84,7 @@ class Evaluation:
 
 
 def evaluate(
-    mixture: Mixture,
-    examples: Sequence[Example],
-    *,
-    methods: str | Sequence[str] | None = None,
-    **settings: Any,
+    mixture: Mixture, examples: Sequence[Example], *, methods: str | Sequence[str] | None = None, **settings: Any
 ) -> Evaluation:
     """Compare methods on examples that no part of the mixture was trained on.
 

@@ -144,9 +144,7 @@ class HarnessModel(TemplateLM):
         return from_flat(SamplingSettings, asked)
 
     def _loglikelihood_tokens(
-        self,
-        requests: list[tuple[tuple[str, str], list[int], list[int]]],
-        **_: Any,
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         """Score continuations; of a text that is too long the beginning is left out.
 

@@ -76,11 +76,7 @@ def evaluate_symbolic(settings: EvaluationSettings) -> Evaluation:
 
 
 def _evaluated(
-    settings: EvaluationSettings,
-    fitted: Symbolic,
-    names: Sequence[str],
-    examples: Sequence[Example],
-    cache: Path,
+    settings: EvaluationSettings, fitted: Symbolic, names: Sequence[str], examples: Sequence[Example], cache: Path
 ) -> Evaluation:
     most = len(examples) * fitted.recruiting.recruits * len(names)  # answers; methods share some of them
     work = {"skills": fitted.skills_work(examples), "answers": ANSWERING * most}

@@ -21,17 +21,7 @@ from coterie.evaluation.statistics import (
 )
 from coterie.experts.names import BASE
 from coterie.records.evaluation import LEVEL, OVERALL, RowRecord, TableRow
-from coterie.records.wording import (
-    WIDTH,
-    columns,
-    far_percent,
-    grouped,
-    nats,
-    p_value,
-    percent,
-    points,
-    signed_nats,
-)
+from coterie.records.wording import WIDTH, columns, far_percent, grouped, nats, p_value, percent, points, signed_nats
 
 ORACLE = "oracle"
 

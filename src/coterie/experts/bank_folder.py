@@ -21,16 +21,7 @@ from coterie.data.examples import Example
 from coterie.data.streaming import KEY_BYTES, question_of, text_key
 from coterie.errors import CoterieError, unknown_name
 from coterie.experts.bank import MAX_TEXT_FILE, ExpertBank, load_adapter, load_bank
-from coterie.experts.cards import (
-    ADAPTER_FILES,
-    CARD_FILE,
-    Card,
-    check_files,
-    hash_adapter,
-    printable,
-    read_card,
-    short,
-)
+from coterie.experts.cards import ADAPTER_FILES, CARD_FILE, Card, check_files, hash_adapter, printable, read_card, short
 from coterie.records.mixture import BaseModelRecord
 from coterie.records.schema import parse
 from coterie.records.wording import columns

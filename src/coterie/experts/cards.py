@@ -60,13 +60,7 @@ _CARD = TypeAdapter(Card)
 
 
 def describe_adapter(
-    folder: Path,
-    model: nn.Module,
-    *,
-    name: str,
-    source: str,
-    rows: int | None = None,
-    trained_on: Sequence[str] = (),
+    folder: Path, model: nn.Module, *, name: str, source: str, rows: int | None = None, trained_on: Sequence[str] = ()
 ) -> Card:
     """Check an adapter, whose files `check_files` has seen, against the base model and make its card.
 

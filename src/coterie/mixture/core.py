@@ -20,14 +20,7 @@ from coterie.data.forms import Message
 from coterie.engine.engine import WHOLE_PROMPTS, Engine
 from coterie.engine.reading import Reader
 from coterie.engine.request import Failure, Request, Rerouting, Token
-from coterie.engine.scoring import (
-    BATCH,
-    ScoredTokens,
-    Scores,
-    answer_positions,
-    score_planned,
-    score_teacher_forced,
-)
+from coterie.engine.scoring import BATCH, ScoredTokens, Scores, answer_positions, score_planned, score_teacher_forced
 from coterie.errors import CoterieError
 from coterie.grading.answers import read_answer
 from coterie.grading.grade import after_thinking

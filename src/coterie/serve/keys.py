@@ -32,12 +32,7 @@ MAX_FILE = 2**20  # bytes
 FRESH_KEY = """python3 -c 'import secrets; print("sk-" + secrets.token_urlsafe(24))'"""
 OPEN_PATHS = ("/", "/health", "/ready")
 OPEN_FOLDER = "/playground/"
-ADMIN_PATHS = (
-    "/v1/load_lora_adapter",
-    "/v1/unload_lora_adapter",
-    "/v1/load_mixture",
-    "/v1/unload_mixture",
-)
+ADMIN_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/load_mixture", "/v1/unload_mixture")
 METRICS_PATH = "/metrics"
 
 

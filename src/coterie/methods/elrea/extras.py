@@ -198,9 +198,7 @@ EXTRAS: dict[str, ExtraSpec[ElreaRun]] = {
     ),
     "datasets": ExtraSpec(_datasets, _base_work, together=True),
     "gates": ExtraSpec(
-        _gates,
-        lambda run: TRAINING * run.row_count * run.extras.gate_epochs,
-        ("gate_epochs", "gate_learning_rate"),
+        _gates, lambda run: TRAINING * run.row_count * run.extras.gate_epochs, ("gate_epochs", "gate_learning_rate")
     ),
     "random-weights": ExtraSpec(_random_weights, _little_work),
     ONE_LORA: ExtraSpec(_one_lora, _cluster_work, together=True),

@@ -15,12 +15,7 @@ from typing import Any
 from coterie.artifacts import JsonCache, as_path, check_output, run_folder, write_json, write_jsonl
 from coterie.cluster import Elsewhere, joined
 from coterie.errors import CoterieError
-from coterie.experts.adapter_selection import (
-    AdapterGroup,
-    Ranked,
-    groups,
-    similarities,
-)
+from coterie.experts.adapter_selection import AdapterGroup, Ranked, groups, similarities
 from coterie.experts.bank import load_bank
 from coterie.experts.bank_folder import leaks
 from coterie.methods.common import named_sources

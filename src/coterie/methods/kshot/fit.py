@@ -16,13 +16,7 @@ from coterie.experts.training import read_log
 from coterie.features.embedding import HIDDEN
 from coterie.features.embedding_store import hidden_encoder, load_text_encoder
 from coterie.methods.common import backbone_key, copy_expert, hash_adapter, hash_rows, named_sources
-from coterie.methods.kshot.choose_adapters import (
-    SCORES_FILE,
-    SELECTION_FILE,
-    choose,
-    read_selection,
-    scoring_work,
-)
+from coterie.methods.kshot.choose_adapters import SCORES_FILE, SELECTION_FILE, choose, read_selection, scoring_work
 from coterie.methods.kshot.gather_rows import GATHERED_FILE, SUMMARY_FILE, OpenData, load_open_data, write_gathered
 from coterie.methods.kshot.reuse import check_reused, copy_files, reused_inputs
 from coterie.methods.kshot.task import KshotTask, choosing_values, open_task, scores_cache
@@ -109,10 +103,7 @@ def _trained(
         "experts": {name: hash_adapter(task.bank.folder_of(name)) for name in chosen},
     }
     return run.stage(
-        TUNED,
-        lambda folder: tune(folder, task, experts, rows, settings).router.save(folder),
-        made_from,
-        inputs=(),
+        TUNED, lambda folder: tune(folder, task, experts, rows, settings).router.save(folder), made_from, inputs=()
     )
 
 

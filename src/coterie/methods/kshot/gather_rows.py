@@ -299,12 +299,6 @@ def _map(
         fate, similarity = BY_EMBEDDING[int(selection.outcomes[row])], float(selection.measured.similarity[row])
         points.append((fate, similarity, examples[number]))
     return [
-        PoolPoint(
-            x=x,
-            y=y,
-            fate=fate,
-            similarity=similarity,
-            label=" ".join(text_of(example).split())[:LABEL_LETTERS],
-        )
+        PoolPoint(x=x, y=y, fate=fate, similarity=similarity, label=" ".join(text_of(example).split())[:LABEL_LETTERS])
         for (x, y), (fate, similarity, example) in zip([*places[0], *places[1]], points, strict=True)
     ]

@@ -45,10 +45,7 @@ class KshotTask:
 
 
 def open_task(
-    bank: str,
-    settings: SelectSettings | KshotSettings,
-    system_prompt: str | None,
-    backbone: Backbone | None = None,
+    bank: str, settings: SelectSettings | KshotSettings, system_prompt: str | None, backbone: Backbone | None = None
 ) -> KshotTask:
     """Load a task's examples, and open a bank for it; the base model may be loaded already.
 

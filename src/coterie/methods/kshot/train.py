@@ -44,11 +44,7 @@ class Tuned:
 
 
 def tune(
-    folder: Path,
-    task: KshotTask,
-    experts: Mapping[str, str],
-    rows: Sequence[TokenRow],
-    settings: KshotSettings,
+    folder: Path, task: KshotTask, experts: Mapping[str, str], rows: Sequence[TokenRow], settings: KshotSettings
 ) -> Tuned:
     """Train gates, and the experts with them, from adapters of a bank (arXiv 2408.15915, eq. 9).
 

@@ -33,14 +33,7 @@ from coterie.methods.symbolic.aggregator import best_aggregators, judge_aggregat
 from coterie.methods.symbolic.answer import RecruitingPlan
 from coterie.methods.symbolic.methods import BEST_SINGLE, METHOD, METHODS, RANDOM, SELF_CONSISTENCY
 from coterie.methods.symbolic.profile import PROFILE, REPLIES, VALIDATION, Profiled, read_profile, tell_lone_skills
-from coterie.methods.symbolic.skills import (
-    LABELS,
-    ask_expert,
-    find_skills,
-    keyword_asks,
-    open_scheduler,
-    skills_work,
-)
+from coterie.methods.symbolic.skills import LABELS, ask_expert, find_skills, keyword_asks, open_scheduler, skills_work
 from coterie.mixture.scheduler import ExpertScheduler
 from coterie.routers.base import Routing
 from coterie.routers.skill import SkillProfile, profile_from, random_recruits, recruit

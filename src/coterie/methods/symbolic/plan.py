@@ -132,11 +132,7 @@ class _Counting:
 
 
 def plan_work(
-    fitted: Symbolic,
-    settings: GenerateSettings,
-    name: str,
-    examples: Sequence[Example],
-    replies: Path | None,
+    fitted: Symbolic, settings: GenerateSettings, name: str, examples: Sequence[Example], replies: Path | None
 ) -> WorkPlan:
     """Count what answering with a method will take; nothing is loaded, and nobody is asked.
 

@@ -12,14 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from coterie.artifacts import (
-    FORMAT,
-    check_output,
-    hash_json,
-    run_folder,
-    write_json,
-    write_jsonl,
-)
+from coterie.artifacts import FORMAT, check_output, hash_json, run_folder, write_json, write_jsonl
 from coterie.data.examples import Example
 from coterie.errors import CoterieError, naming
 from coterie.experts.answering import Question, Reply

@@ -11,14 +11,7 @@ from coterie.errors import CoterieError
 from coterie.experts.answering import ExpertGroup, Question, Reply
 from coterie.experts.expert_pool import Pool
 from coterie.experts.reply_cache import ReplyCache
-from coterie.features.skills import (
-    BLANK,
-    choice_request,
-    chosen_skills,
-    kept_keywords,
-    keyword_request,
-    letters,
-)
+from coterie.features.skills import BLANK, choice_request, chosen_skills, kept_keywords, keyword_request, letters
 from coterie.grading.lengths import longest_answer
 from coterie.mixture.local_answers import LocalAnswerer, WorkerAnswerer
 from coterie.mixture.memory import budget_of, groups_of

@@ -72,11 +72,7 @@ METHODS = {
     ),
     "uniform-weights": Method(BANK, "uniform", "layers", CONTROL, lambda grid: uniform(grid.fitted)),
     "unit-weights": Method(
-        BANK,
-        "every expert at full weight",
-        "layers",
-        PAPER,
-        lambda grid: FixedRouter(dict.fromkeys(grid.fitted, 1.0)),
+        BANK, "every expert at full weight", "layers", PAPER, lambda grid: FixedRouter(dict.fromkeys(grid.fitted, 1.0))
     ),
     METHOD: Method(BANK, "embedding centroids, renewed at every n-th token", "layers", PAPER, _token_level),
     PUBLISHED: Method(
