@@ -20,8 +20,9 @@ from coterie.methods.symbolic.profile import REPLIES
 from coterie.methods.symbolic.skills import open_scheduler
 from coterie.mixture.folder import reading_for
 from coterie.progress import ANSWERING, part, whole
-from coterie.records.evaluation import Clustering, Cost, OutcomeRecord, RowRecord
+from coterie.records.evaluation import Clustering, RowRecord
 from coterie.records.files import write_evaluation
+from coterie.records.recruits import Cost, OutcomeRecord
 from coterie.settings.commands import EvaluationSettings
 from coterie.settings.keywords import takes_fields
 

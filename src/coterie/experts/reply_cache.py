@@ -10,7 +10,7 @@ from pydantic import StrictStr, ValidationError
 from coterie.artifacts import append_text, open_regular, parse_json
 from coterie.errors import CoterieError
 from coterie.experts.answering import FinishReason, Reply
-from coterie.records.evaluation import ReplyRecord
+from coterie.records.recruits import ReplyRecord
 
 LONGEST_LINE = 2**25  # bytes; of the largest answer each may be written in six
 

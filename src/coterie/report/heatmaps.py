@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum
 
-from coterie.records.evaluation import EvaluationRecord, Profile
+from coterie.records.evaluation import EvaluationRecord
+from coterie.records.recruits import Profile
 from coterie.report import wording
 
 SHADES = 10  # the style sheet has shades 0 to 10

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from coterie.records.evaluation import SkillCounts
+from coterie.records.recruits import SkillCounts
 from coterie.records.schema import parse
 from coterie.routers.base import Routing
 from coterie.settings.groups import RecruitSettings

@@ -16,7 +16,7 @@ from coterie.grading.lengths import with_length
 from coterie.methods.symbolic.profile import tell_failures
 from coterie.mixture.scheduler import ExpertScheduler
 from coterie.progress import part, whole
-from coterie.records.evaluation import Cost, ExpertAnswerRecord, OutcomeRecord, ReplyRecord
+from coterie.records.recruits import Cost, ExpertAnswerRecord, OutcomeRecord, ReplyRecord
 from coterie.routers.base import Routing
 from coterie.settings.groups import SamplingSettings
 

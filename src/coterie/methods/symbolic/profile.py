@@ -33,7 +33,7 @@ from coterie.methods.symbolic.skills import (
 from coterie.mixture.local_answers import LocalAnswerer, WorkerAnswerer
 from coterie.mixture.scheduler import ExpertScheduler
 from coterie.progress import ANSWERING, part, whole
-from coterie.records.evaluation import Profile, ValidationRow
+from coterie.records.recruits import Profile, ValidationRow
 from coterie.records.schema import read, read_rows
 from coterie.records.wording import columns
 from coterie.routers.skill import SkillProfile, build_profile, credit_from_likelihood, profile_from
