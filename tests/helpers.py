@@ -1,14 +1,17 @@
 """What several test files need alike: tables of cases, random tensors, adapters on disk, a command's refusal."""
 
 import copy
+import importlib.util
 import json
 import os
 import re
 import socket
+import sys
 import weakref
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -48,6 +51,15 @@ def unused_port() -> int:
             tried.bind(("127.0.0.1", port))
             return port
     raise OSError("no port is free")
+
+
+def script(path: str) -> ModuleType:
+    """A script of the project that is no part of the package, as a module of its own."""
+    spec = importlib.util.spec_from_file_location(f"script_{Path(path).stem}", Path(__file__).parents[1] / path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for their annotations
+    spec.loader.exec_module(module)
+    return module
 
 
 def table(*rows: tuple) -> list:

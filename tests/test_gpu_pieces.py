@@ -1,6 +1,5 @@
 """What is run on a GPU goes on in pieces, without one here."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -8,16 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from helpers import script
+
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
 
 
 @pytest.fixture(scope="module")
 def gpu():
-    found = importlib.util.spec_from_file_location("gpu", SCRIPT)
-    module = importlib.util.module_from_spec(found)
-    sys.modules["gpu"] = module
-    found.loader.exec_module(module)
-    return module
+    return script("benchmarks/gpu.py")
 
 
 def test_all_tests_and_benchmarks_are_pieces_with_scripts_that_exist(gpu, tmp_path):

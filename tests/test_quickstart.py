@@ -1,6 +1,5 @@
 """The quick starts run as they are written, offline, and page, notebook and README say the same."""
 
-import importlib.util
 import json
 import re
 import shlex
@@ -10,18 +9,11 @@ from pathlib import Path
 import pytest
 
 import tiny
+from helpers import script
 
 PROJECT = Path(__file__).parents[1]
 PAGE = (PROJECT / "docs" / "quickstart.md").read_text()
 NOTEBOOK = PROJECT / "docs" / "quickstart.ipynb"
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("quickstart", PROJECT / "examples" / "quickstart.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def typed():
@@ -31,8 +23,8 @@ def typed():
     return [line[1:] for source in sources for line in source.splitlines() if line.startswith("!")]
 
 
-def test_the_notebook_is_made_of_the_page(script):
-    assert script.written(PAGE) == NOTEBOOK.read_text(), "type: python examples/quickstart.py"
+def test_the_notebook_is_made_of_the_page():
+    assert script("examples/quickstart.py").written(PAGE) == NOTEBOOK.read_text(), "type: python examples/quickstart.py"
 
 
 def test_every_command_of_the_page_is_in_the_notebook_in_its_order():

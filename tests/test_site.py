@@ -1,6 +1,5 @@
 """The documentation site: a page for everything there is, commands that can be typed, links that lead somewhere."""
 
-import importlib.util
 import re
 import shlex
 import shutil
@@ -15,28 +14,26 @@ import coterie
 import tiny
 from coterie.cli.table import COMMANDS
 from coterie.methods import FAMILIES, listed
+from helpers import script
 
 PROJECT = Path(__file__).parents[1]
 GUIDES = sorted((PROJECT / "docs" / "guides").glob("*.md"))
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("docs_build", PROJECT / "docs" / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def build():
+    return script("docs/build.py")
 
 
 @pytest.fixture(scope="module")
-def pages(script, tmp_path_factory) -> Path:
+def pages(build, tmp_path_factory) -> Path:
     """The site's pages, as they are handed to zensical."""
-    build = tmp_path_factory.mktemp("build")
+    folder = tmp_path_factory.mktemp("build")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "PAGES", build / "docs")
-        patch.setattr(script, "CONFIG", build / "mkdocs.yml")
-        script.write_pages()
-    return build / "docs"
+        patch.setattr(build, "PAGES", folder / "docs")
+        patch.setattr(build, "CONFIG", folder / "mkdocs.yml")
+        build.write_pages()
+    return folder / "docs"
 
 
 def named(nav: list) -> dict[str, str]:
@@ -99,13 +96,13 @@ def test_a_commands_page_lists_its_flags_with_what_help_says_of_them(pages, run)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_commands_of_a_methods_page_can_be_typed(script, run, called, family):
+def test_the_commands_of_a_methods_page_can_be_typed(build, run, called, family):
     methods = FAMILIES[family].methods
     names = [
         family,
         *[name for name, method in methods.items() if method.needs][:1],
     ]  # others differ in names
-    lines = [line for name in names for line in script.typed(name, FAMILIES[family])]
+    lines = [line for name in names for line in build.typed(name, FAMILIES[family])]
     for line in lines:
         assert run(*shlex.split(line)[1:])[0] == 0, line
     assert len(called) == len(lines) >= 1
