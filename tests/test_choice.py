@@ -23,7 +23,7 @@ def test_the_planted_best_is_chosen():
         Candidate("worse", 3.0, noisy(0.1, 4)),
     ]
     found = choose(candidates, TOKENS)
-    assert found.chosen == found.best == "planted"
+    assert found.chosen == "planted"
     assert [one.candidate.name for one in found.compared] == ["base", "uniform", "worse", "planted"]
     gap = next(one.gap for one in found.compared if one.candidate.name == "planted")
     assert gap.low < -0.2 < gap.high and gap.value == pytest.approx(-0.2, abs=0.03)
@@ -44,7 +44,7 @@ def test_of_two_that_are_as_good_the_cheaper_one_is_chosen_although_it_is_not_th
     ]
     means = {one.name: float(one.nll.mean()) for one in candidates}
     found = choose(candidates, TOKENS)
-    assert means[found.best] == min(means.values())
+    assert means["cheap"] > min(means.values())
     assert found.chosen == "cheap"
 
 

@@ -46,7 +46,6 @@ class Choice(NamedTuple):
     """What was chosen, and all that it was compared with, the cheapest first."""
 
     chosen: str
-    best: str
     compared: tuple[Compared, ...]
 
 
@@ -72,7 +71,7 @@ def choose(candidates: Sequence[Candidate], tokens: Float[Tensor, " row"]) -> Ch
         Compared(one, means[one.name], difference(one.nll, first.nll, tokens), adjusted[one.name]) for one in order
     )
     chosen = next(one.name for one in order if adjusted[one.name] >= LEVEL)
-    return Choice(chosen, best.name, compared)
+    return Choice(chosen, compared)
 
 
 def difference(nll: Float[Tensor, " row"], control: Float[Tensor, " row"], tokens: Float[Tensor, " row"]) -> Interval:

@@ -94,6 +94,7 @@ def _evaluated(
         own = {name: found[number] for name, found in outcomes.items()}
         rows.append(_row_record(example, skills[number], own, first, routing.row(number), run_code=run_code))
     costs = {name: [outcome.cost for outcome in outcomes[name]] for name in names}
+    means = {name: {f: fmean(getattr(one, f) for one in own) for f in Cost.model_fields} for name, own in costs.items()}
     record = summary_record(
         settings,
         examples,
@@ -111,10 +112,7 @@ def _evaluated(
         profile=fitted.profiled.record(),
         aggregator=fitted.aggregator,
         recruits=dict(zip(routing.experts, routing.weights.sum(dim=0).tolist(), strict=True)),
-        costs={
-            name: {field: fmean(getattr(cost, field) for cost in own) for field in Cost.model_fields}
-            for name, own in costs.items()
-        },
+        costs=means,
         loads=dict(scheduler.loads),
         peak_bytes=scheduler.peak,
         **_NOT_MEASURED,

@@ -14,11 +14,8 @@ def graded(text: str, row: Example, *, run_code: bool) -> Grade | None:
     """Grade an answer; None where the row has nothing to grade it by."""
     if (tests := code_tests(row.tests)) is not None:
         return grade_code(text, tests) if run_code else None
-    return graded_text(text, row) if checkable(row.answer, row.answers) else None
-
-
-def graded_text(text: str, row: Example) -> Grade:
-    """Grade an answer by the row's reference answers alone."""
+    if not checkable(row.answer, row.answers):
+        return None
     return grade(text, row.answer or "", prompt=row.instruction, answers=row.answers)
 
 

@@ -3,34 +3,9 @@
 from coterie.settings.reading import Settings, flat_values
 
 READ = (
-    "mixture",
-    "mixtures",
-    "folder",
-    "experts",
-    "bank",
-    "adapter",
-    "adapters",
-    "expert",
-    "model",
-    "base",
-    "data",
-    "centroid_data",
-    "trained_on",
-    "shots",
-    "pool",
-    "selected",
-    "gathered",
-    "exclude",
-    "few_shot",
-    "encoder",
-    "embeddings",
-    "rationales",
-    "gguf",
-    "api_key_file",
-    "unlike",
-    "target_rows",
-    "allow_folder",
-    "evaluation",
+    *("mixture", "mixtures", "folder", "experts", "bank", "adapter", "adapters", "expert", "model", "base", "data"),
+    *("centroid_data", "trained_on", "shots", "pool", "selected", "gathered", "exclude", "few_shot", "encoder"),
+    *("embeddings", "rationales", "gguf", "api_key_file", "unlike", "target_rows", "allow_folder", "evaluation"),
 )
 """Settings that name what is read: a folder, a file, or what the hub or an endpoint has; some as NAME=SOURCE."""
 WRITTEN_IN_PLACE = {
