@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from coterie.data.batching import TokenRow
 from coterie.experts import bank
 from coterie.experts.bank import CONFIG_FILE
+from coterie.features.gradient import AdamState
 from coterie.features.projection import Projection
 from coterie.mixture import Completion
 
@@ -97,6 +98,17 @@ def save_adapter(model: PreTrainedModel, folder: Path, config: dict[str, Any], s
             torch.nn.init.normal_(parameter, std=0.1)
     adapted.save_pretrained(str(folder), save_embedding_layers=False)
     return adapted.eval()
+
+
+def adams_step(parameter: nn.Parameter, gradient: torch.Tensor, name: str, state: AdamState) -> torch.Tensor:
+    """What torch's own Adam takes off a parameter, from a saved state."""
+    twin = nn.Parameter(parameter.detach().clone())
+    twin.grad = gradient
+    optimizer = torch.optim.Adam([twin], lr=state.learning_rate, betas=state.betas, eps=state.eps)
+    mean, square = (tensor.clone() for tensor in state.moments[name])
+    optimizer.state[twin] = {"step": torch.tensor(float(state.steps)), "exp_avg": mean, "exp_avg_sq": square}
+    optimizer.step()
+    return (parameter - twin).detach()
 
 
 def peft_factors(model: PreTrainedModel, folder: Path) -> tuple[PeftModel, dict[str, nn.Parameter]]:

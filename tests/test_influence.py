@@ -14,7 +14,7 @@ from coterie.data.examples import load_examples
 from coterie.errors import CoterieError
 from coterie.experts.training import load_checkpoint
 from coterie.methods.influence import best_task
-from helpers import normal, peft_factors, refused
+from helpers import adams_step, normal, peft_factors, refused
 
 module = importlib.import_module("coterie.methods.influence")  # the function has its name
 
@@ -39,16 +39,6 @@ def gradients_of_answers(model, parameters, row) -> dict[str, torch.Tensor]:
     labels = torch.tensor([row.labels()])
     model(input_ids=torch.tensor([row.ids]), labels=labels).loss.backward()
     return {name: parameter.grad.clone() for name, parameter in parameters.items()}
-
-
-def adams_step(parameter, gradient, name, state) -> torch.Tensor:
-    twin = nn.Parameter(parameter.detach().clone())
-    twin.grad = gradient
-    optimizer = torch.optim.Adam([twin], lr=state.learning_rate, betas=state.betas, eps=state.eps)
-    mean, square = (tensor.clone() for tensor in state.moments[name])
-    optimizer.state[twin] = {"step": torch.tensor(float(state.steps)), "exp_avg": mean, "exp_avg_sq": square}
-    optimizer.step()
-    return (parameter - twin).detach()
 
 
 def test_scores_are_those_of_a_loop_of_autograd_and_adam(mixture, run_folder, few, train_file, found):

@@ -71,7 +71,11 @@ class Texts:
         size = max(map(len, pieces))
         tokens = torch.tensor([[*piece, *[0] * (size - len(piece))] for piece in pieces])
         lengths = None if {len(piece) for piece in pieces} == {size} else [len(piece) for piece in pieces]
-        for row, piece, found in zip(rows, pieces, self.slots.read(rows, tokens, lengths), strict=True):
+        self.compare(rows, pieces, self.slots.read(rows, tokens, lengths))
+
+    def compare(self, rows: list[int], pieces: list[list[int]], states: Tensor) -> None:
+        """Write pieces down, and compare what was read of them with what the texts alone give."""
+        for row, piece, found in zip(rows, pieces, states, strict=True):
             self.texts[row] = self.texts[row] + piece
             wanted = self.alone(self.texts[row])[-len(piece) :]
             torch.testing.assert_close(found[: len(piece)], wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
