@@ -6,7 +6,7 @@ or each becomes a replacement character), and it never gives out an unfinished e
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +15,12 @@ UNFINISHED = "\ufffd"
 
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 """A token that stands for one byte of a character that the vocabulary lacks."""
+
+
+def begun(text: str, words: Iterable[str]) -> int:
+    """Return how many characters at the end of a text may be the beginning of one of these words."""
+    sizes = (size for word in words for size in range(1, len(word)) if text.endswith(word[:size]))
+    return max(sizes, default=0)
 
 
 class TextStream:
@@ -63,8 +69,7 @@ class TextStream:
             self._held, self._open = "", []
             return text
         certain = text if self._settled(added) else self._held
-        begun = (n for stop in self._stop for n in range(1, len(stop)) if certain.endswith(stop[:n]))
-        end = len(certain) - max(begun, default=0)
+        end = len(certain) - begun(certain, self._stop)
         self._held = certain[end:]
         return certain[:end]
 

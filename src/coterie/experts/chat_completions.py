@@ -36,19 +36,12 @@ UNSUPPORTED = re.compile(
 )
 PARAMETER = re.compile(r"\b(?:model|max_\w*tokens|temperature|seed|(?:top|min)_[pk]|\w+_penalty|logit_bias|stop)\b")
 TOO_LONG = re.compile(r"context|too long|input tokens|prompt", re.IGNORECASE)
-FINISHED: Mapping[str, FinishReason] = {
-    "stop": "stop",
-    "eos": "stop",
-    "eos_token": "stop",
-    "stop_sequence": "stop",
-    "end_turn": "stop",
-    "length": "length",
-    "max_tokens": "length",
-    "model_length": "length",
-    "content_filter": "content_filter",
-    "safety": "content_filter",
-    "recitation": "content_filter",
+ENDINGS: Mapping[FinishReason, tuple[str, ...]] = {
+    "stop": ("stop", "eos", "eos_token", "stop_sequence", "end_turn"),
+    "length": ("length", "max_tokens", "model_length"),
+    "content_filter": ("content_filter", "safety", "recitation"),
 }
+FINISHED = {word: reason for reason, words in ENDINGS.items() for word in words}
 CHARACTERS_PER_TOKEN = 4  # where a server does not count
 MOST_TOKENS = 10**9  # a larger count is no count
 LONGEST_WORDS = 200  # characters that are shown of what a server says
@@ -189,7 +182,7 @@ def refusal(
         key_hint: where the key stands.
         pause: seconds that the server asks to wait for.
     """
-    words = _words(record)
+    words = error_words(record)
     names = " ".join(_values(record, ("code", "type", "status", "error_type")))
     if status == 402 or QUOTA.search(names) or (status in (400, 403) and NO_MONEY.search(words)):
         return Trouble(reason, words, "check what the account may spend", for_all=True)
@@ -226,16 +219,16 @@ def seconds_to_wait(retry_after: str | None) -> float:
     return 0.0
 
 
-def _words(value: object, depth: int = DEPTH_OF_WORDS) -> str:
+def error_words(value: object, depth: int = DEPTH_OF_WORDS) -> str:
     """Return what a server says of an error, wherever it puts it: the first text that is meant for people."""
     if isinstance(value, str) or not depth:
         return value[:READ_WORDS] if isinstance(value, str) else ""
     if isinstance(value, list):
-        return next(filter(None, (_words(part, depth - 1) for part in value[:3])), "")
+        return next(filter(None, (error_words(part, depth - 1) for part in value[:3])), "")
     if not isinstance(value, dict):
         return ""
     parts = (value.get(name) for name in ("error", "message", "detail", "msg", "title"))
-    found = next(filter(None, (_words(part, depth - 1) for part in parts)), "")
+    found = next(filter(None, (error_words(part, depth - 1) for part in parts)), "")
     place = ".".join(_values({"loc": value.get("loc")}, ("loc",)))  # of a field, as FastAPI says it
     return f"{place}: {found}" if place and found else found
 

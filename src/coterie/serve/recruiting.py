@@ -12,6 +12,7 @@ from fastapi.responses import Response
 
 from coterie.combiners.aggregate import VOTES
 from coterie.data.examples import Example
+from coterie.engine.text import begun
 from coterie.experts.answering import Question, Reply
 from coterie.grading.grade import after_thinking
 from coterie.methods.symbolic.answer import ExpertAnswer, Outcome, RecruitingPlan, given_to, one_of, synthesis_ask
@@ -155,11 +156,8 @@ class Seen:
     def push(self, text: str, *, is_last: bool) -> str:
         """Take more of the answer, and return what is new to see."""
         self._written += text
-        certain = self._written
-        if not is_last:
-            begun = (size for tag in TAGS for size in range(1, len(tag)) if certain.endswith(tag[:size]))
-            certain = certain[: len(certain) - max(begun, default=0)]
-        whole = after_thinking(certain)
+        certain = len(self._written) - (0 if is_last else begun(self._written, TAGS))
+        whole = after_thinking(self._written[:certain])
         new = whole.removeprefix(self.text) if whole.startswith(self.text) else ""
         self.text += new
         return new

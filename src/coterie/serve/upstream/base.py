@@ -13,6 +13,7 @@ import httpx2
 
 from coterie.engine.request import Request, Token
 from coterie.errors import CoterieError, first_line, shortened
+from coterie.experts.chat_completions import error_words
 from coterie.experts.endpoints import check_address
 from coterie.experts.names import BACKBONE
 from coterie.mixture import Mixture
@@ -151,7 +152,7 @@ class Upstream(ABC):
                     if line.startswith("data:") and data != "[DONE]":
                         event = json.loads(data)
                         if told := event.get("error"):
-                            raise ApiError(f"{self.name}: {words_of(told)}", 502, code="upstream_failed")
+                            raise ApiError(f"{self.name}: {told_by(told)}", 502, code="upstream_failed")
                         yield event
         except httpx2.TransportError as error:
             raise ApiError(f"{self.name} does not answer: {first_line(error)}", 502, code="upstream_failed") from error
@@ -209,11 +210,9 @@ async def check(response: httpx2.Response, name: str) -> None:
     status = 400 if response.status_code in (400, 413, 422) else 503 if busy else 502
     wait = response.headers.get("Retry-After", "1")
     headers = {"Retry-After": wait} if busy and wait.isdigit() else None
-    raise ApiError(f"{name}: {words_of(told)}", status, code="upstream_failed", headers=headers)
+    raise ApiError(f"{name}: {told_by(told)}", status, code="upstream_failed", headers=headers)
 
 
-def words_of(told: object) -> str:
-    """Return the words of an error, in any of the forms that servers give it."""
-    while isinstance(told, Mapping):
-        told = next((told[name] for name in ("error", "message", "detail") if name in told), "no reason is told")
-    return shortened(str(told), 300)
+def told_by(answer: object) -> str:
+    """Return what a server says of an error, in any of the forms that servers give it."""
+    return shortened(error_words(answer) or "no reason is told", 300)
