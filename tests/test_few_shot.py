@@ -42,7 +42,7 @@ def test_the_shots_and_the_question_are_one_user_turn_separated_by_blank_lines()
         Message("user", "Q0?\n\nA0.\n\nQ1?\n\nA1.\n\nQ?"),
         Message("assistant", "A."),
     )
-    assert (row.question, row.kept, row.fits) == ("Q?", 2, True)
+    assert (row.kept, row.fits) == (2, True)
 
 
 def test_only_the_last_question_of_a_conversation_gets_shots_and_all_else_stays():
@@ -68,14 +68,14 @@ def test_of_a_conversation_as_a_shot_only_the_last_question_and_answer_are_shown
 def test_no_shots_leave_the_example_as_it_is():
     for shots, count in ((SHOTS, 0), ([], 3)):
         [row] = with_shots([ROW], shots, count=count, length=characters, longest=ENDLESS)
-        assert row == FewShot(ROW, "Q?", 0, True)
+        assert row == FewShot(ROW, 0, True)
 
 
 def test_the_question_alone_tells_which_options_there_are():
     shot = solved("shot", "Which?\nOptions:\n(A) 1\n(B) 2\n(C) 3", "The answer is (C).")
     [row] = with_shots([solved("row", ANIMALS)], [shot], count=1, length=characters, longest=ENDLESS)
     text = "(B), as the third in line (C) said"
-    assert grade(text, "(B)", prompt=row.question).extracted == "B"
+    assert grade(text, "(B)", prompt=ANIMALS).extracted == "B"
     assert grade(text, "(B)", prompt=row.example.instruction).extracted == "C"
 
 
@@ -197,4 +197,4 @@ def test_the_shots_are_the_first_that_may_be_shown_and_one_more_would_not_fit(ro
         assert result.example.instruction == (fitting[-1] if fitting else row.instruction)
         assert result.kept == max(len(fitting) - 1, 0)
         assert result.fits == bool(fitting)
-        assert (result.question, result.example.response) == (row.instruction, row.response)
+        assert result.example.response == row.response

@@ -23,15 +23,13 @@ class FewShot:
     """An example whose last question has solved examples before it.
 
     Attributes:
-        example: what to ask; its response and everything else are those of the original.
-        question: the original's instruction alone. Grade with this one: the options of a multiple choice are those it
-            lists, not those of the shots.
+        example: what to ask; its response and everything else are those of the original. Grade with the original: the
+            options of a multiple choice are those it lists, not those of the shots.
         kept: number of shots in the prompt.
         fits: whether the prompt is within the limit; only a prompt without any shots can be beyond it.
     """
 
     example: Example
-    question: str
     kept: int
     fits: bool
 
@@ -84,5 +82,5 @@ def _fitted(example: Example, shots: Sequence[Example], length: Callable[[Exampl
         messages[place] = Message("user", "\n\n".join([*solved, question]))
         asked = replace(example, messages=tuple(messages))
         if length(asked) <= longest:
-            return FewShot(asked, question, kept, True)
-    return FewShot(example, question, 0, False)
+            return FewShot(asked, kept, True)
+    return FewShot(example, 0, False)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -90,16 +90,13 @@ def influence(
     return write_influence(from_flat(InfluenceSettings, flat), given)
 
 
-class _Opened(NamedTuple):
-    """What influence is told of: the mixture and its checkpoints, the rows on both sides, and the hashes of all."""
-
-    mixture: Mixture
-    checkpoints: list[Path]
-    sides: dict[str, list[tuple[Example, TokenRow]]]
-    inputs: dict[str, str]
+_Rows = list[tuple[Example, TokenRow]]
 
 
-def _open(settings: InfluenceSettings, given: Mapping[str, list[Example]]) -> _Opened:
+def _open(
+    settings: InfluenceSettings, given: Mapping[str, list[Example]]
+) -> tuple[Mixture, list[Path], dict[str, _Rows], dict[str, str]]:
+    """Return the mixture, its checkpoints, the rows aimed at and those to choose from, and the hashes of all."""
     check_output(as_path(settings.output), settings)
     aimed = given.get("target_rows") or load_all(settings.target_rows, reading=settings.reading.shared)
     rows = given.get("data") or load_all(settings.data, settings.limit, settings.reading)
@@ -113,7 +110,7 @@ def _open(settings: InfluenceSettings, given: Mapping[str, list[Example]]) -> _O
     sides = {"aimed": _fitting(mixture, aimed, "rows aimed at"), "data": _fitting(mixture, rows, "rows of data")}
     assert mixture.folder is not None  # it was loaded from one
     inputs = {"mixture": hash_mixture(mixture.folder), "target": hash_examples(aimed), "data": hash_examples(rows)}
-    return _Opened(mixture, checkpoints, sides, inputs)
+    return mixture, checkpoints, sides, inputs
 
 
 @takes_fields(InfluenceSettings)
@@ -146,7 +143,7 @@ def write_influence(settings: InfluenceSettings, given: dict[str, list[Example]]
     return Influence(output, scores, examples, chosen)
 
 
-def _fitting(mixture: Mixture, examples: Sequence[Example], what: str) -> list[tuple[Example, TokenRow]]:
+def _fitting(mixture: Mixture, examples: Sequence[Example], what: str) -> _Rows:
     """Tokenise rows; too long ones are left out and counted."""
     kept = tokenise(mixture.prompts, list(examples), LONGEST, mixture.backbone.positions)
     if kept.dropped:

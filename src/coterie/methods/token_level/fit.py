@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from coterie import ranks
 from coterie.artifacts import as_path, check_output, run_folder
@@ -75,16 +75,10 @@ def fit_token_level(settings: TokenLevelSettings, given: Mapping[str, Sequence[E
     return replace(mixture, folder=output)
 
 
-class _Prepared(NamedTuple):
-    """What the fit begins with: the base model, every domain's rows as it reads them, and the hashes of both."""
-
-    backbone: Backbone
-    prompts: PromptFormat
-    kept: dict[str, Tokenised]
-    inputs: dict[str, str]
-
-
-def _prepare(settings: TokenLevelSettings, given: Mapping[str, Sequence[Example]]) -> _Prepared:
+def _prepare(
+    settings: TokenLevelSettings, given: Mapping[str, Sequence[Example]]
+) -> tuple[Backbone, PromptFormat, dict[str, Tokenised], dict[str, str]]:
+    """Return the base model, every domain's rows as it reads them, and the hashes of both."""
     check_output(as_path(settings.output), settings)
     examples = load_domains(named_values(settings.data, "data"), settings.limit, settings.reading, given)
     backbone = load_backbone(settings.model)
@@ -95,4 +89,4 @@ def _prepare(settings: TokenLevelSettings, given: Mapping[str, Sequence[Example]
     longest = settings.training.max_length
     kept = {name: tokenise(prompts, own, longest, backbone.positions) for name, own in examples.items()}
     check_centroids(kept, settings.similarity)
-    return _Prepared(backbone, prompts, kept, domain_inputs(examples, backbone))
+    return backbone, prompts, kept, domain_inputs(examples, backbone)
