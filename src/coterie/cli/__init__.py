@@ -4,7 +4,7 @@ stdout is the result, stderr is progress. Exit 0; 1 is our bug; 2 is something t
 Nothing here imports torch before a command runs.
 """
 
-from coterie.cli import doctor, shelves  # their commands join the table as they are imported
+from coterie.cli import again, doctor, shelves  # their commands join the table as they are imported
 from coterie.cli.commands import main
 
-__all__ = ["doctor", "main", "shelves"]
+__all__ = ["again", "doctor", "main", "shelves"]
