@@ -12,130 +12,52 @@ import os
 import struct
 import sys
 
-# Numbers on x86-64 and on ARM64, None where there is none.
-ALLOWED: dict[str, tuple[int | None, int | None]] = {
-    # what is open, and reading what Landlock leaves open
-    "read": (0, 63),
-    "pread64": (17, 67),
-    "readv": (19, 65),
-    "preadv": (295, 69),
-    "write": (1, 64),
-    "writev": (20, 66),
-    "close": (3, 57),
-    "close_range": (436, 436),
-    "lseek": (8, 62),
-    "stat": (4, None),
-    "fstat": (5, 80),
-    "lstat": (6, None),
-    "newfstatat": (262, 79),
-    "statx": (332, 291),
-    "statfs": (137, 43),
-    "fstatfs": (138, 44),
-    "access": (21, None),
-    "faccessat": (269, 48),
-    "faccessat2": (439, 439),
-    "readlink": (89, None),
-    "readlinkat": (267, 78),
-    "getdents64": (217, 61),
-    "getcwd": (79, 17),
-    "fadvise64": (221, 223),
-    "dup": (32, 23),
-    "dup2": (33, None),
-    "dup3": (292, 24),
-    "pipe": (22, None),
-    "pipe2": (293, 59),
-    "poll": (7, None),
-    "ppoll": (271, 73),
-    "select": (23, None),
-    "pselect6": (270, 72),
-    "epoll_create": (213, None),
-    "epoll_create1": (291, 20),
-    "epoll_ctl": (233, 21),
-    "epoll_wait": (232, None),
-    "epoll_pwait": (281, 22),
-    "epoll_pwait2": (441, 441),
-    "eventfd2": (290, 19),
-    "recvfrom": (45, 207),  # from a socketpair, the only sockets there are
-    "shutdown": (48, 210),
-    "getsockopt": (55, 209),
+Numbers = dict[str, tuple[int | None, int | None]]
+"""Of system calls by name, on x86-64 and on ARM64; None where there is none."""
+
+
+def _numbers(*tables: str) -> Numbers:
+    """Read tables of names, each with its two numbers, or - in place of one."""
+    entries = (entry.split() for table in tables for entry in table.split(","))
+    return {
+        name: (None if first == "-" else int(first), None if second == "-" else int(second))
+        for name, first, second in entries
+    }
+
+
+ALLOWED = _numbers(
+    # what is open, and reading what Landlock leaves open (recvfrom: from a socketpair, the only sockets there are)
+    "read 0 63, pread64 17 67, readv 19 65, preadv 295 69, write 1 64, writev 20 66, close 3 57, "
+    "close_range 436 436, lseek 8 62, stat 4 -, fstat 5 80, lstat 6 -, newfstatat 262 79, statx 332 291, "
+    "statfs 137 43, fstatfs 138 44, access 21 -, faccessat 269 48, faccessat2 439 439, readlink 89 -, "
+    "readlinkat 267 78, getdents64 217 61, getcwd 79 17, fadvise64 221 223, dup 32 23, dup2 33 -, dup3 292 24, "
+    "pipe 22 -, pipe2 293 59, poll 7 -, ppoll 271 73, select 23 -, pselect6 270 72, epoll_create 213 -, "
+    "epoll_create1 291 20, epoll_ctl 233 21, epoll_wait 232 -, epoll_pwait 281 22, epoll_pwait2 441 441, "
+    "eventfd2 290 19, recvfrom 45 207, shutdown 48 210, getsockopt 55 209",
     # memory
-    "mmap": (9, 222),
-    "munmap": (11, 215),
-    "mprotect": (10, 226),
-    "mremap": (25, 216),
-    "madvise": (28, 233),
-    "brk": (12, 214),
-    "mincore": (27, 232),
+    "mmap 9 222, munmap 11 215, mprotect 10 226, mremap 25 216, madvise 28 233, brk 12 214, mincore 27 232",
     # threads of its own
-    "set_robust_list": (273, 99),
-    "set_tid_address": (218, 96),
-    "rseq": (334, 293),
-    "futex": (202, 98),
-    "futex_waitv": (449, 449),
-    "sched_yield": (24, 124),
-    "sched_getaffinity": (204, 123),
-    "sched_getparam": (143, 121),
-    "sched_getscheduler": (145, 120),
-    "arch_prctl": (158, None),
-    "restart_syscall": (219, 128),
-    "exit": (60, 93),
-    "exit_group": (231, 94),
+    "set_robust_list 273 99, set_tid_address 218 96, rseq 334 293, futex 202 98, futex_waitv 449 449, "
+    "sched_yield 24 124, sched_getaffinity 204 123, sched_getparam 143 121, sched_getscheduler 145 120, "
+    "arch_prctl 158 -, restart_syscall 219 128, exit 60 93, exit_group 231 94",
     # signals to itself
-    "rt_sigaction": (13, 134),
-    "rt_sigprocmask": (14, 135),
-    "rt_sigreturn": (15, 139),
-    "rt_sigpending": (127, 136),
-    "rt_sigtimedwait": (128, 137),
-    "rt_sigsuspend": (130, 133),
-    "sigaltstack": (131, 132),
-    "pause": (34, None),
-    "alarm": (37, None),
-    "setitimer": (38, 103),
-    "getitimer": (36, 102),
+    "rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, rt_sigpending 127 136, "
+    "rt_sigtimedwait 128 137, rt_sigsuspend 130 133, sigaltstack 131 132, pause 34 -, alarm 37 -, "
+    "setitimer 38 103, getitimer 36 102",
     # clocks
-    "clock_gettime": (228, 113),
-    "clock_getres": (229, 114),
-    "clock_nanosleep": (230, 115),
-    "nanosleep": (35, 101),
-    "gettimeofday": (96, 169),
-    "time": (201, None),
-    "times": (100, 153),
+    "clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115, nanosleep 35 101, "
+    "gettimeofday 96 169, time 201 -, times 100 153",
     # who and where it is
-    "getpid": (39, 172),
-    "getppid": (110, 173),
-    "gettid": (186, 178),
-    "getuid": (102, 174),
-    "geteuid": (107, 175),
-    "getgid": (104, 176),
-    "getegid": (108, 177),
-    "getresuid": (118, 148),
-    "getresgid": (120, 150),
-    "getgroups": (115, 158),
-    "getpgrp": (111, None),
-    "getpgid": (121, 155),
-    "getsid": (124, 156),
-    "uname": (63, 160),
-    "sysinfo": (99, 179),
-    "getrandom": (318, 278),
-    "getrusage": (98, 165),
-    "getrlimit": (97, 163),
-    "setrlimit": (160, 164),
-    "getcpu": (309, 168),
-    "umask": (95, 166),
-}
-# Calls that are allowed where one argument says so.
-ALLOWED_IF: dict[str, tuple[int | None, int | None]] = {
-    "clone": (56, 220),
-    "prlimit64": (302, 261),
-    "tgkill": (234, 131),
-    "prctl": (157, 167),
-    "fcntl": (72, 25),
-    "ioctl": (16, 29),
-    "open": (2, None),
-    "openat": (257, 56),
-    "socketpair": (53, 199),
-    "sendto": (44, 206),
-}
+    "getpid 39 172, getppid 110 173, gettid 186 178, getuid 102 174, geteuid 107 175, getgid 104 176, "
+    "getegid 108 177, getresuid 118 148, getresgid 120 150, getgroups 115 158, getpgrp 111 -, getpgid 121 155, "
+    "getsid 124 156, uname 63 160, sysinfo 99 179, getrandom 318 278, getrusage 98 165, getrlimit 97 163, "
+    "setrlimit 160 164, getcpu 309 168, umask 95 166",
+)
+ALLOWED_IF = _numbers(
+    "clone 56 220, prlimit64 302 261, tgkill 234 131, prctl 157 167, fcntl 72 25, ioctl 16 29, open 2 -, "
+    "openat 257 56, socketpair 53 199, sendto 44 206",
+)
+"""Calls that are allowed where one argument says so."""
 _CLONE3 = 435
 _CLONE_THREAD = 0x10000
 # Naming a thread. PR_SET_PDEATHSIG, with which a child would outlive the process that limits it, is none of them.
