@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+import coterie
 import tiny
 from conftest import FIT, GRID
 from coterie import methods
@@ -349,6 +350,23 @@ def test_rows_in_memory_cannot_be_trained_on_again(model_folder, tmp_path):
     mixture = methods.elrea(str(model_folder), examples, output=tmp_path / "run", device="cpu", **small)
     with pytest.raises(CoterieError, match="was fitted on rows in memory, so nothing more can be trained on them"):
         make_grid(mixture, ["per-dataset"], GRID)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        lambda data, output: methods.elrea("model", data, output=output),
+        lambda data, output: coterie.auto("model", data, output=output),
+        lambda data, output: methods.token_level("model", {"own": data}, output=output),
+        lambda data, output: coterie.gather(data, "pool.jsonl", output=output),
+        lambda data, output: coterie.influence("run", data, "pool.jsonl", output=output),
+    ],
+    ids=["elrea", "auto", "token-level", "gather", "influence"],
+)
+def test_files_among_examples_are_not_dropped(start, tmp_path):
+    mixed = [*load_examples(tiny.make_rows(2)), "rows.jsonl"]
+    with pytest.raises(CoterieError, match="2 of 3 parts of the data are examples; give all or none as examples"):
+        start(mixed, tmp_path / "run")
 
 
 def test_a_folder_that_no_fit_has_made_is_told(copy):

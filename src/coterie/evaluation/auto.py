@@ -7,7 +7,7 @@ loss of their mixtures; the chosen one is then scored exactly, in the logits and
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from coterie.experts.bank import load_bank
 from coterie.experts.names import BASE
 from coterie.features.growing_text import FeatureExtractor
 from coterie.features.prefill import candidate_layers
-from coterie.methods.common import hash_examples, named_sources
+from coterie.methods.common import Data, hash_examples, named_sources
 from coterie.methods.elrea import fitted_routers
 from coterie.methods.elrea.cross_fit import assign_folds
 from coterie.methods.elrea.extras import EXTRAS
@@ -57,7 +57,7 @@ TOPS = (1, 2)
 EXTRAS_USED = ("performance", "membership", "refusal", "loss", "prefill")
 
 
-def auto(model: str, data: str | Sequence[str] | Sequence[Example], *, output: str | Path, **settings: Any) -> Mixture:  # noqa: ANN401
+def auto(model: str, data: Data, *, output: str | Path, **settings: Any) -> Mixture:  # noqa: ANN401
     """Fit experts to one data set, choose by evidence what to do with them, and return the mixture.
 
     Args:

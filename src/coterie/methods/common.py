@@ -15,6 +15,8 @@ from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow
 from coterie.data.examples import Example, read_all
 from coterie.data.spooled import Chosen
+from coterie.data.streaming import ExampleSource
+from coterie.errors import CoterieError
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE
 from coterie.experts.cards import hash_adapter
 from coterie.experts.training import TrainingPlan, read_log, train_adapter
@@ -27,16 +29,35 @@ from coterie.settings.rows import READING, ReadingSettings
 DOMAINS_FILE = "domains.jsonl"
 """The texts that every domain's expert was made for: id, source, category and expert of each."""
 FIELDS_ADDED_LATER = ("answers", "tests")
+Data = ExampleSource | Sequence[str]
+"""A file or `datasets` source, several of them, or examples in memory."""
 IN_MEMORY = "(in memory)"
 """Stands in a run's record for data that came from no file."""
 
 
-def named_sources(data: str | Sequence[str] | Sequence[Example]) -> tuple[list[str], list[Example]]:
-    """Return what a run's record calls its data, and the examples of data that came from no file."""
+def named_sources(data: Data) -> tuple[list[str], list[Example]]:
+    """Return what a run's record calls its data, and the examples of data that came from no file.
+
+    Raises:
+        CoterieError: for sources among examples.
+    """
     if isinstance(data, str):
         return [data], []
     examples = [row for row in data if isinstance(row, Example)]
-    return ([IN_MEMORY], examples) if examples else ([str(source) for source in data], [])
+    if not examples:
+        return [str(source) for source in data], []
+    if len(examples) < len(data):
+        raise CoterieError(
+            f"{len(examples)} of {len(data)} parts of the data are examples; give all or none as examples"
+        )
+    return [IN_MEMORY], examples
+
+
+def named_parts(parts: Mapping[str, Data]) -> tuple[dict[str, list[str]], dict[str, Sequence[Example]]]:
+    """Return both for several parts of a run's data; the examples only of parts that came from no file."""
+    told = {name: named_sources(part) for name, part in parts.items()}
+    sources = {name: own for name, (own, _) in told.items()}
+    return sources, {name: rows for name, (_, rows) in told.items() if rows}
 
 
 def load_questions(

@@ -27,7 +27,7 @@ from coterie.errors import CoterieError
 from coterie.experts.training import load_checkpoint
 from coterie.features.gradient import Checkpoint, GradientFeatures, read_features, write_features
 from coterie.features.subspace import strongest_directions
-from coterie.methods.common import backbone_key, hash_examples, hash_rows, named_sources
+from coterie.methods.common import Data, backbone_key, hash_examples, hash_rows, named_parts
 from coterie.mixture import Mixture
 from coterie.mixture.folder import find_mixture, hash_mixture
 from coterie.settings.influence import AnswerFeatureSettings, InfluenceSettings
@@ -65,8 +65,8 @@ class Influence:
 
 def influence(
     mixture: str | Path,
-    target_rows: str | Sequence[str] | Sequence[Example],
-    data: str | Sequence[str] | Sequence[Example],
+    target_rows: Data,
+    data: Data,
     *,
     output: str | Path,
     **settings: Any,  # noqa: ANN401 - fields of InfluenceSettings
@@ -83,9 +83,7 @@ def influence(
     Raises:
         CoterieError: for bad data, settings, or an output folder that exists.
     """
-    parts = {name: named_sources(part) for name, part in (("target_rows", target_rows), ("data", data))}
-    named = {name: sources for name, (sources, _) in parts.items()}
-    given = {name: examples for name, (_, examples) in parts.items() if examples}
+    named, given = named_parts({"target_rows": target_rows, "data": data})
     flat = {"mixture": str(mixture), **named, "output": str(output), **settings}
     return write_influence(from_flat(InfluenceSettings, flat), given)
 
@@ -94,7 +92,7 @@ _Rows = list[tuple[Example, TokenRow]]
 
 
 def _open(
-    settings: InfluenceSettings, given: Mapping[str, list[Example]]
+    settings: InfluenceSettings, given: Mapping[str, Sequence[Example]]
 ) -> tuple[Mixture, list[Path], dict[str, _Rows], dict[str, str]]:
     """Return the mixture, its checkpoints, the rows aimed at and those to choose from, and the hashes of all."""
     check_output(as_path(settings.output), settings)
@@ -115,7 +113,7 @@ def _open(
 
 @takes_fields(InfluenceSettings)
 @ranks.joined()
-def write_influence(settings: InfluenceSettings, given: dict[str, list[Example]] | None = None) -> Influence:
+def write_influence(settings: InfluenceSettings, given: Mapping[str, Sequence[Example]] | None = None) -> Influence:
     """Score the rows as the settings say, by all processes that were launched.
 
     An interrupted run keeps the features that it has.

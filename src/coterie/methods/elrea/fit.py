@@ -24,6 +24,7 @@ from coterie.experts.training import load_checkpoint, train_adapter
 from coterie.features.gradient import CentredRows, GradientFeatures, counted_blocks, read_features, write_features
 from coterie.features.growing_text import FeatureExtractor
 from coterie.methods.common import (
+    Data,
     ExpertJob,
     base_plan,
     copy_expert,
@@ -44,7 +45,7 @@ from coterie.settings.reading import from_flat, values_of
 CHECKPOINTS = "checkpoints"
 
 
-def elrea(model: str, data: str | Sequence[str] | Sequence[Example], *, output: str | Path, **settings: Any) -> Mixture:  # noqa: ANN401
+def elrea(model: str, data: Data, *, output: str | Path, **settings: Any) -> Mixture:  # noqa: ANN401
     """Fit an ensemble of low-rank expert adapters (ELREA, arXiv 2502.00089) and return the mixture.
 
     Args:

@@ -26,7 +26,6 @@ from coterie.data.streaming import (
     EXCLUDED_QUESTION,
     FRESH,
     SHOT_QUESTION,
-    ExampleSource,
     PoolIndex,
     index_pools,
     text_key,
@@ -34,7 +33,7 @@ from coterie.data.streaming import (
 )
 from coterie.errors import CoterieError
 from coterie.features.embedding_store import EmbeddingStore, TextEncoder, load_text_encoder
-from coterie.methods.common import IN_MEMORY, hash_examples, load_questions, named_sources
+from coterie.methods.common import IN_MEMORY, Data, hash_examples, load_questions, named_parts
 from coterie.progress import part, whole
 from coterie.records.task import GatheringRecord, PoolPoint, PoolSource, Quantiles, ShotServed
 from coterie.settings.commands import GatherSettings
@@ -100,8 +99,8 @@ class OpenData:
         index: the rows of the pools.
     """
 
-    shots: list[Example]
-    excluded: list[Example]
+    shots: Sequence[Example]
+    excluded: Sequence[Example]
     index: PoolIndex
 
     @property
@@ -115,7 +114,7 @@ class OpenData:
         return self.index.texts[self.fresh]
 
 
-def load_open_data(settings: GatherSettings, given: Mapping[str, list[Example]]) -> OpenData:
+def load_open_data(settings: GatherSettings, given: Mapping[str, Sequence[Example]]) -> OpenData:
     """Load examples and excluded rows, and index the pools; `given` has those that are in memory already, by setting.
 
     Raises:
@@ -128,11 +127,11 @@ def load_open_data(settings: GatherSettings, given: Mapping[str, list[Example]])
 
 
 def gather(
-    shots: ExampleSource | Sequence[str],
-    pool: ExampleSource | Sequence[str],
+    shots: Data,
+    pool: Data,
     *,
     output: str | Path,
-    exclude: ExampleSource | Sequence[str] = (),
+    exclude: Data = (),
     **settings: Any,
 ) -> Gathered:
     """Choose rows of open data that are similar to a task's examples and diverse among themselves (arXiv 2408.15915).
@@ -147,14 +146,12 @@ def gather(
     Raises:
         CoterieError: for bad data, settings, or an output folder that exists.
     """
-    parts = {name: named_sources(part) for name, part in (("shots", shots), ("pool", pool), ("exclude", exclude))}
-    named = {name: sources for name, (sources, _) in parts.items()}
-    given = {name: examples for name, (_, examples) in parts.items() if examples}
+    named, given = named_parts({"shots": shots, "pool": pool, "exclude": exclude})
     return gather_rows(from_flat(GatherSettings, {**named, "output": str(output), **settings}), given)
 
 
 @takes_fields(GatherSettings)
-def gather_rows(settings: GatherSettings, given: Mapping[str, list[Example]] | None = None) -> Gathered:
+def gather_rows(settings: GatherSettings, given: Mapping[str, Sequence[Example]] | None = None) -> Gathered:
     """Choose rows as the settings say; an interrupted run keeps what it has embedded.
 
     Raises:

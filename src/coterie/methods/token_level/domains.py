@@ -13,7 +13,7 @@ from coterie.errors import CoterieError
 from coterie.experts.bank import check_names, load_bank
 from coterie.experts.names import BACKBONE, NULL
 from coterie.experts.training import write_null_adapter
-from coterie.methods.common import DOMAINS_FILE, backbone_key, hash_examples, named_sources, origin
+from coterie.methods.common import DOMAINS_FILE, Data, backbone_key, hash_examples, named_parts, origin
 from coterie.methods.extras import RECORD
 from coterie.methods.family import SINGLE_EXPERT
 from coterie.methods.token_level.centroids import similarity_router
@@ -31,15 +31,14 @@ from coterie.settings.rows import ReadingSettings
 METHOD = "token-level"
 RESERVED_NAMES = (BACKBONE, NULL, SINGLE_EXPERT, "uniform", *BY_UPDATES)
 
-DomainData = Mapping[str, str | Sequence[str] | Sequence[Example]]
+DomainData = Mapping[str, Data]
 """Every expert's training data: a source, several of them, or examples."""
 
 
 def sources_by_name(data: DomainData) -> tuple[list[str], dict[str, Sequence[Example]]]:
     """Return data as NAME=SOURCE, and by name what came from memory."""
-    parts = {name: named_sources(source) for name, source in data.items()}
-    named = [f"{name}={source}" for name, (sources, _) in parts.items() for source in sources]
-    return named, {name: examples for name, (_, examples) in parts.items() if examples}
+    named, given = named_parts(data)
+    return [f"{name}={source}" for name, sources in named.items() for source in sources], given
 
 
 def assemble(
