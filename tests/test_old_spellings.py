@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from coterie.artifacts import run_folder
-from coterie.cli.commands import repeat
+from coterie.cli.again import repeat
 from coterie.errors import CoterieError
 from coterie.settings.groups import ExtrasSettings
 from coterie.settings.reading import Settings
