@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 LONGEST_ERROR = 4000  # characters
@@ -40,6 +40,16 @@ def unknown_name(kind: str, got: str, known: Iterable[str]) -> CoterieError:
     near = difflib.get_close_matches(got, names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return CoterieError(f"no {kind} is called {got!r}.{hint} There are: {', '.join(names)}")
+
+
+def check_known(kind: str, got: str, known: Collection[str]) -> None:
+    """Refuse a name that stands in no table.
+
+    Raises:
+        CoterieError: as `unknown_name`.
+    """
+    if got not in known:
+        raise unknown_name(kind, got, known)
 
 
 NEEDS_CODE = (

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from coterie.data.devices import on_device
-from coterie.errors import CoterieError, unknown_name
+from coterie.errors import CoterieError, check_known
 
 SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "linear": lambda x, gate: x @ gate.T,
@@ -60,8 +60,7 @@ class Gates:
 
     def __post_init__(self) -> None:
         """Check the rules above."""
-        if self.score not in SCORES:
-            raise unknown_name("score of gates", self.score, SCORES)
+        check_known("score of gates", self.score, SCORES)
         if self.top_k is not None and not 1 <= self.top_k <= len(self.experts):
             raise CoterieError(
                 f"top_k of gates must be between 1 and {len(self.experts)} (the number of experts), got {self.top_k}"

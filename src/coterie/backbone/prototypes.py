@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 
-from coterie.errors import unknown_name
+from coterie.errors import check_known
 from coterie.lora import LoraPair, svd
 
 PROTOTYPES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -33,8 +33,7 @@ def prototypes(kind: str, pairs: Sequence[LoraPair | None]) -> Tensor:
         CoterieError: for another kind.
         ValueError: when no expert changes the layer.
     """
-    if kind not in PROTOTYPES:
-        raise unknown_name("way to route by spectra", kind, PROTOTYPES)
+    check_known("way to route by spectra", kind, PROTOTYPES)
     width = next((pair.down.shape[1] for pair in pairs if pair is not None), None)
     if width is None:
         raise ValueError("no expert changes this layer")

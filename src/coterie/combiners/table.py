@@ -7,7 +7,7 @@ from coterie.combiners.layers import LayerCombiner
 from coterie.combiners.logits import LogitCombiner
 from coterie.combiners.texts import TextCombiner
 from coterie.combiners.weights import WeightCombiner
-from coterie.errors import CoterieError, unknown_name
+from coterie.errors import CoterieError, check_known
 from coterie.lora import MERGES
 from coterie.routers.base import GRAINS, Grain, Router
 
@@ -29,8 +29,7 @@ def make_combiner(kind: str) -> Combiner:
     """
     if kind.startswith("weights:"):
         return WeightCombiner(kind.removeprefix("weights:"))
-    if kind not in COMBINERS:
-        raise unknown_name("combiner", kind, COMBINERS)
+    check_known("combiner", kind, COMBINERS)
     return COMBINERS[kind]()
 
 

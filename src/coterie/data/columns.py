@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Any
 
 from coterie.data.forms import LABELS, SPOKEN, holds, is_missing
-from coterie.errors import CoterieError, unknown_name
+from coterie.errors import CoterieError, check_known, unknown_name
 from coterie.settings.rows import ReadingSettings
 
 logger = logging.getLogger(__name__)
@@ -27,8 +27,7 @@ class Columns:
             CoterieError: for a field that rows do not have.
         """
         for field in reading.columns:
-            if field not in FIELDS:
-                raise unknown_name("field of rows", field, FIELDS)
+            check_known("field of rows", field, FIELDS)
         self._of = reading.columns
         self._may_lack = reading.may_lack
         self._lacking = dict(self._of)

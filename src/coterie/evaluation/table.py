@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from coterie.errors import CoterieError, unknown_name
+from coterie.errors import CoterieError, check_known
 from coterie.evaluation.statistics import (
     Interval,
     accuracy_difference,
@@ -82,8 +82,7 @@ def summarise(
         CoterieError: The control is not among the methods, a method misses in a row, or two methods scored different
             tokens of one row.
     """
-    if control not in methods:
-        raise unknown_name("method to compare with among those evaluated", control, methods)
+    check_known("method to compare with among those evaluated", control, methods)
     for number, row in enumerate(rows):
         for method in {*methods} - {*row.methods}:
             raise CoterieError(f"row {number} has no result of the method {method!r}; evaluate it again")

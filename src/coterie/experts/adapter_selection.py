@@ -17,7 +17,7 @@ from scipy.stats import kendalltau, rankdata
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from coterie.errors import CoterieError, unknown_name
+from coterie.errors import CoterieError, check_known
 from coterie.lora import Adapter, StackedPair, stack
 
 DECIMALS = 6
@@ -107,8 +107,7 @@ def similarities(adapters: Sequence[Adapter], of: str = "updates") -> Float[Tens
     Raises:
         CoterieError: for another way to compare.
     """
-    if of not in ("updates", "factors"):
-        raise unknown_name("way to compare adapters", of, ("updates", "factors"))
+    check_known("way to compare adapters", of, ("updates", "factors"))
     total, layers = torch.zeros(2, len(adapters), len(adapters), dtype=torch.float64)
     for path in sorted({path for adapter in adapters for path in adapter}):
         pair = StackedPair(*(side.double() for side in stack([adapter.get(path) for adapter in adapters])))

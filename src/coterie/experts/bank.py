@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from coterie.artifacts import Claim, read_floats, read_json, tensor_claims, write_json, write_tensors
 from coterie.artifacts.tensors import FLOATS
 from coterie.backbone.linear_layers import NEVER_RUNS, linear_shapes, unchangeable_layers
-from coterie.errors import CoterieError, shortened, unknown_name
+from coterie.errors import CoterieError, check_known, shortened
 from coterie.lora import Adapter, LoraPair
 from coterie.records.adapter import AdapterConfig
 from coterie.records.schema import is_folder_name, parse
@@ -78,8 +78,7 @@ class ExpertBank:
         Raises:
             CoterieError: when no expert has this name.
         """
-        if name not in self.names:
-            raise unknown_name("expert", name, self.names)
+        check_known("expert", name, self.names)
         return self.names.index(name)
 
 
@@ -137,11 +136,11 @@ def load_adapter(folder: Path, model: nn.Module) -> Adapter:
     wanted: dict[str, tuple[int, int]] = {}
     for path, (rank, width_in, width_out) in sorted(claimed_layers(tensor_claims(file), model, file).items()):
         scalings[path] = _scaling(config, path, rank, folder / CONFIG_FILE)
-        wanted |= dict(zip(_factor_names(path), [(rank, width_in), (width_out, rank)], strict=True))
+        wanted |= dict(zip(factor_names(path), [(rank, width_in), (width_out, rank)], strict=True))
     factors = read_floats(file, wanted, "get or train the adapter again")
     pairs: dict[str, LoraPair] = {}
     for path, scaling in scalings.items():
-        down, up = (factors.pop(name) for name in _factor_names(path))
+        down, up = (factors.pop(name) for name in factor_names(path))
         pairs[path] = LoraPair(down, (up * scaling).T.contiguous(), scaling)
         _check_size(path, pairs[path], dtype, file)
     return pairs
@@ -171,15 +170,15 @@ def write_adapter(folder: Path, config: Mapping[str, Any], adapter: Adapter) -> 
         config: the `adapter_config.json` that the adapter came with, whose ranks and scalings it still has.
         adapter: the updates of every layer that the config names.
     """
-    factors = {}
+    factors: dict[str, Tensor] = {}
     for path, pair in adapter.items():
-        factors[f"{KEY_PREFIX}{path}.lora_A.weight"] = pair.down
-        factors[f"{KEY_PREFIX}{path}.lora_B.weight"] = pair.bare_up.T
+        factors |= dict(zip(factor_names(path), (pair.down, pair.bare_up.T), strict=True))
     write_tensors(folder / WEIGHTS_FILE, factors)
     write_json(folder / CONFIG_FILE, dict(config))
 
 
-def _factor_names(path: str) -> tuple[str, str]:
+def factor_names(path: str) -> tuple[str, str]:
+    """Return what PEFT calls a layer's two factors in its files."""
     return f"{KEY_PREFIX}{path}.lora_A.weight", f"{KEY_PREFIX}{path}.lora_B.weight"
 
 

@@ -19,7 +19,7 @@ from coterie.artifacts import FORMAT, check_kind, hub_folder, may_be_on_hub, rea
 from coterie.backbone.loading import BaseModelIdentity
 from coterie.data.examples import Example
 from coterie.data.streaming import KEY_BYTES, question_of, text_key
-from coterie.errors import CoterieError, unknown_name
+from coterie.errors import CoterieError, check_known
 from coterie.experts.bank import MAX_TEXT_FILE, ExpertBank, load_adapter, load_bank
 from coterie.experts.cards import ADAPTER_FILES, CARD_FILE, Card, check_files, hash_adapter, printable, read_card, short
 from coterie.records.mixture import BaseModelRecord
@@ -66,8 +66,7 @@ class BankFolder:
         Raises:
             CoterieError: when no adapter has this name.
         """
-        if name not in self.names:
-            raise unknown_name("adapter", name, self.names)
+        check_known("adapter", name, self.names)
         return self.cards[self.names.index(name)]
 
     def folder_of(self, name: str) -> Path:
@@ -118,8 +117,7 @@ def open_bank(path: str | Path, names: str | Sequence[str] | None = None, *, rev
     known = list_names(folder)
     wanted = known if names is None else names_in(names)
     for name in wanted:
-        if name not in known:
-            raise unknown_name("adapter", name, known)
+        check_known("adapter", name, known)
     chosen = [name for name in known if name in wanted]
     return BankFolder(folder, base, tuple(read_card(folder / EXPERTS / name) for name in chosen))
 

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from coterie.artifacts import FORMAT, as_path, check_kind, hash_text, locked, read_json, write_json
 from coterie.backbone.aliases import named_model
 from coterie.backbone.loading import local_weights
-from coterie.errors import CoterieError, naming, unknown_name
+from coterie.errors import CoterieError, check_known, naming
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE, check_names
 from coterie.experts.cards import hash_adapter
 from coterie.experts.endpoints import check_address
@@ -79,8 +79,7 @@ class Pool:
         Raises:
             CoterieError: when there is none of this name.
         """
-        if name not in self.names:
-            raise unknown_name("expert", name, self.names)
+        check_known("expert", name, self.names)
         return self.experts[self.names.index(name)]
 
     def __str__(self) -> str:

@@ -25,7 +25,7 @@ from coterie.backbone.layers import ExpertLayers
 from coterie.backbone.linear_layers import linear_layers, unchangeable_layers
 from coterie.backbone.loading import Backbone, loaded_by
 from coterie.errors import CoterieError, first_line, unknown_name
-from coterie.experts.bank import CONFIG_FILE, KEY_PREFIX, load_adapter, rank_and_alpha, read_config
+from coterie.experts.bank import CONFIG_FILE, factor_names, load_adapter, rank_and_alpha, read_config
 from coterie.settings.groups import LoraSettings
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ def _renamed_by_peft(model: PreTrainedModel, paths: Sequence[str]) -> set[str]:
         with suppress(ValueError):  # which PEFT raises for a part of what is one parameter now
             convert_peft_config_for_transformers(config, model, None)
             if config.target_modules == {path}:
-                named[f"{KEY_PREFIX}{path}.lora_A.weight"] = path
+                named[factor_names(path)[0]] = path
     file: dict[str, Tensor] = dict.fromkeys(named, torch.zeros(1, 1))
     kept = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), file)
     return set(paths) - {path for name, path in named.items() if name in kept}
@@ -189,7 +189,7 @@ def _write_and_read(backbone: Backbone, config: LoraConfig, folder: Path) -> Non
     finally:
         again.unload()
     adapter = load_adapter(folder, backbone.model)
-    if {f"{KEY_PREFIX}{path}.lora_{half}.weight" for path in adapter for half in "AB"} != set(written):
+    if {name for path in adapter for name in factor_names(path)} != set(written):
         raise ValueError("other layers were read back than were written")
     layers = ExpertLayers(backbone.model, [adapter])
     with torch.inference_mode(), layers.running(layers.weighted(torch.ones(len(ids), 1))):

@@ -20,7 +20,7 @@ from coterie.backbone.linear_layers import linear_shapes
 from coterie.backbone.loading import Backbone
 from coterie.backbone.prototypes import prototypes
 from coterie.data.batching import TokenRow
-from coterie.errors import unknown_name
+from coterie.errors import check_known
 from coterie.experts.gated_model import GATES_ALONE, GatedModel, GateTraining, changed_paths
 from coterie.experts.training import TrainingPlan, trained
 from coterie.lora import Adapter
@@ -67,8 +67,7 @@ def start_gates(
     Raises:
         CoterieError: for another kind, a `top_k` out of its range, or experts that all change nothing.
     """
-    if kind not in STARTS:
-        raise unknown_name("start of gates", kind, STARTS)
+    check_known("start of gates", kind, STARTS)
     paths = changed_paths(adapters)
     if kind == "arrow":
         layers = {path: prototypes(kind, [adapter.get(path) for adapter in adapters]) for path in paths}

@@ -16,7 +16,7 @@ from torch import nn
 from coterie.artifacts import FORMAT, as_path, disk_errors, hub_folder, locked, real_folder, replace_folder, write_json
 from coterie.backbone.loading import Backbone, BaseModelIdentity, check_identity, load_backbone
 from coterie.data.streaming import question_of, stream_examples, text_key
-from coterie.errors import CoterieError, unknown_name
+from coterie.errors import CoterieError, check_known
 from coterie.experts.bank_folder import (
     BANK_FILE,
     EXPERTS,
@@ -176,8 +176,7 @@ def bank_remove(folder: str | Path, names: str | Sequence[str]) -> None:
         known = list_names(bank)
         several = list(dict.fromkeys([names] if isinstance(names, str) else names))
         for name in several:
-            if name not in known:
-                raise unknown_name("adapter", name, known)
+            check_known("adapter", name, known)
             _check_own(bank / EXPERTS / name, "removed")
         for name in several:  # once it has another name it is no adapter, and the next call deletes what is left of it
             gone = bank / EXPERTS / f".{name}.{secrets.token_hex(8)}.partial"

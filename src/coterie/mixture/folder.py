@@ -24,7 +24,7 @@ from coterie.backbone.loading import Backbone, BaseModelIdentity, check_identity
 from coterie.combiners.base import Combiner
 from coterie.combiners.table import make_combiner
 from coterie.data.batching import PromptFormat
-from coterie.errors import CoterieError, naming, unknown_name
+from coterie.errors import CoterieError, check_known, naming, unknown_name
 from coterie.experts.bank import WEIGHTS_FILE, ExpertBank, load_bank
 from coterie.experts.bank_folder import load_opened, open_bank
 from coterie.mixture.card import mixture_card
@@ -136,8 +136,7 @@ class StoredMixture:
             CoterieError: for a folder that is no bank, an adapter that is not there or not as it was added, another
                 base model than the bank's, or an unknown router or keyword.
         """
-        if router not in BY_UPDATES:
-            raise unknown_name("router that a bank alone gives", router, BY_UPDATES)
+        check_known("router that a bank alone gives", router, BY_UPDATES)
         where = from_flat(PlacementSettings, placement, ("router", "names", "system_prompt", "backbone"))
         opened = open_bank(bank, names)
         base = BaseModelIdentity(**opened.base_model)

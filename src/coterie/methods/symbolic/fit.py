@@ -25,7 +25,7 @@ from coterie.artifacts import (
 from coterie.combiners.aggregate import MAJORITY, VOTES, WEIGHTED
 from coterie.combiners.texts import SAMPLES, TEMPERATURE
 from coterie.data.examples import Example, load_examples
-from coterie.errors import CoterieError, naming, unknown_name
+from coterie.errors import CoterieError, check_known, naming, unknown_name
 from coterie.experts.answering import Question, Reply
 from coterie.experts.expert_pool import POOL_FILE, Pool, pool_from, read_pool
 from coterie.features.skills import Embed, load_embed, nearest_skills
@@ -221,8 +221,7 @@ def fit_symbolic(settings: SymbolicSettings) -> Symbolic:
     profiling = flat_values(read_run_record(folder / PROFILE / "run.yaml")["settings"])
     read_as = {name: profiling.get(name) for name in READING.record()}
     known = ["auto", *VOTES, *pool.names]
-    if settings.aggregator not in known:
-        raise unknown_name("aggregator", settings.aggregator, known)
+    check_known("aggregator", settings.aggregator, known)
     idle = [flag for flag in changed(settings) if flag in ("--aggregator-for", "--aggregator-tasks")]
     if settings.aggregator != "auto" and idle:
         raise CoterieError(f"{idle[0]} says how the best aggregator is found; leave out --aggregator, or this flag")
