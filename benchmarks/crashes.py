@@ -1,11 +1,13 @@
-"""Commands that are killed at random moments end with the files of undisturbed ones: many seeds of each command.
+"""Commands that are killed or out of disk space at random moments end with the files of undisturbed ones: many seeds.
 
     python benchmarks/crashes.py --command "fit elrea" --seeds 100 --minutes 9
 
-Every seed kills a command with SIGKILL up to three times, each at another moment of what the last try had come to, lets
-it finish, and compares all files with an undisturbed run's; `serve` is killed while it answers, leaves its folder as it
-was and answers the same again. Results are added up in `results/crashes.json`: the same line, typed again, goes on
-with the next seed. What differed is kept beside the result and told; the exit code is then 1. On a tiny random model.
+Every seed disturbs a command up to three times, by SIGKILL at another moment of what the last try had come to, or by a
+disk that is full at a random byte; then lets it finish and compares all files with an undisturbed run's. All the while
+the clock jumps and what is only read cannot be written. `serve` is killed while it answers, leaves its folder as it
+was and answers the same again. Results are added up in `results/crashes.json`: the same line, typed again, goes on with
+the next seed; without `--command` it goes on with all of them, one after the other. What differed is kept beside the
+result and told; the exit code is then 1. On a tiny random model.
 """
 
 import argparse
@@ -18,8 +20,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,45 +31,66 @@ import httpx2
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import tiny
-from coterie.artifacts import environment_record, write_json
-from crashing import COMMANDS, ON_CPU, check_alike, disturb, finished, lay_out, place_for, started
+from conditions import has_disks, jumping_clock, only_reading
+from coterie.artifacts import environment_record, locked, write_json
+from crashing import (
+    COMMANDS,
+    FULL,
+    ON_CPU,
+    check_alike,
+    contents,
+    disturb,
+    finished,
+    inputs_of,
+    lay_out,
+    place_for,
+    size_of,
+    started,
+)
 
 RESULT = Path(__file__).parent / "results" / "crashes.json"
-MOST_KILLS = 3
+MOST_TROUBLES = 3
+TROUBLES = (signal.SIGKILL, signal.SIGKILL, FULL) if has_disks() else (signal.SIGKILL,)
+NAMES: dict[int | str, str] = {signal.SIGKILL: "kills", FULL: "full_disks"}
 SERVE = "serve"
 CLIENTS = 3
+Met = Counter[int | str]
 PORT = 8765
 ASKED = {"model": "run", "messages": [{"role": "user", "content": "add 3 4"}], "max_tokens": 24, "temperature": 0}
 
 
-def kill_command(command: str, start: Path, work: Path) -> Callable[[int], int]:
-    """Run a command undisturbed; return what disturbs it by a seed, and gives the number of kills that met it."""
+def disturb_command(command: str, start: Path, work: Path) -> Callable[[int], Met]:
+    """Run a command undisturbed; return what disturbs it by a seed, and tells how often each trouble met it at work."""
     undisturbed = place_for(command, start, work / "undisturbed")
+    before = size_of(undisturbed)
     seconds = finished(COMMANDS[command], undisturbed)
+    needed = seconds, size_of(undisturbed) - before
 
-    def one(seed: int) -> int:
+    def one(seed: int) -> Met:
         chance = random.Random(f"{command} {seed}")
         folder = place_for(command, start, work / f"seed-{seed}")
-        kills = [signal.SIGKILL] * chance.randint(1, MOST_KILLS)
-        hits = disturb(COMMANDS[command], folder, seconds, kills, chance)
+        troubles = [chance.choice(TROUBLES) for _ in range(chance.randint(1, MOST_TROUBLES))]
+        conditions = [partial(jumping_clock, seed), partial(only_reading, inputs_of(command))]
+        met = disturb(COMMANDS[command], folder, needed, troubles, chance, conditions)
         check_alike(command, folder, undisturbed)
         shutil.rmtree(folder)
-        return hits
+        return met
 
     return one
 
 
-def kill_server(start: Path, work: Path) -> Callable[[int], int]:
+def kill_server(start: Path, work: Path) -> Callable[[int], Met]:
     """Return what kills a server while it answers, by a seed."""
     folder = place_for(SERVE, start, work / "served")
     words = ["serve", "run", "--port", str(PORT), *ON_CPU]
     before = contents(folder)
+    conditions = [partial(jumping_clock, 0), partial(only_reading, inputs_of(SERVE))]
 
     def answer(client: httpx2.Client) -> str:
         return client.post("/v1/chat/completions", json=ASKED).json()["choices"][0]["message"]["content"]
 
     def run(kill_after: float | None) -> str:
-        process = started(words, folder)
+        process = started(words, folder, conditions)
         try:
             with httpx2.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=60) as client:
                 wait_ready(client)
@@ -86,14 +111,14 @@ def kill_server(start: Path, work: Path) -> Callable[[int], int]:
 
     wanted = run(None)
 
-    def one(seed: int) -> int:
+    def one(seed: int) -> Met:
         run(random.Random(f"{SERVE} {seed}").uniform(0, 1.0))
         after = contents(folder)
         assert after == before, f"files differ: {sorted(after.keys() ^ before.keys())}"
         if seed % 10 == 0:  # it starts anew after every kill; each tenth answer is compared
             answered = run(None)
             assert answered == wanted, f"{answered!r} is not {wanted!r}"
-        return 1
+        return Counter({signal.SIGKILL: 1})
 
     return one
 
@@ -115,39 +140,56 @@ def wait_ready(client: httpx2.Client) -> None:
     raise SystemExit("the server does not come up")
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Return all files of a folder but the output of the commands in it."""
-    found = (path for path in folder.rglob("*") if path.is_file() and path.name not in ("std1", "std2"))
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+def go_on(command: str, start: Path, flags: argparse.Namespace, until: float) -> bool:
+    """Go on with the seeds of a command, until all are done or time is up; tell whether all ended as they should."""
+    work = start.with_name(command.replace(" ", "-"))
+    one = kill_server(start, work) if command == SERVE else disturb_command(command, start, work)
+    own = result_of(command, flags.output)
+    while own["seeds"] < flags.seeds and time.monotonic() < until:
+        try:
+            for trouble, count in one(own["seeds"]).items():
+                own[NAMES[trouble]] += count
+        except AssertionError as error:
+            own["differed"].append({"seed": own["seeds"], "what": str(error)[:1000]})
+            print(f"{command}, seed {own['seeds']}: {str(error)[:1000]}")
+        own["seeds"] += 1
+        keep_result(command, own, flags.output)
+    told = ", ".join(f"{own[name]} {name.replace('_', ' ')}" for name in NAMES.values())
+    print(f"{command}: {own['seeds']} seeds, {told}, {len(own['differed'])} differed", flush=True)
+    return not own["differed"]
+
+
+def result_of(command: str, file: Path) -> dict[str, Any]:
+    """Return what is known of a command so far."""
+    commands = json.loads(file.read_text())["commands"] if file.exists() else {}
+    return commands.get(command, {"seeds": 0, **dict.fromkeys(NAMES.values(), 0), "differed": []})
+
+
+def keep_result(command: str, own: dict[str, Any], file: Path) -> None:
+    """Put the result of a command beside those of others, which other processes may be at."""
+    with locked(file.with_suffix(".lock"), file):
+        commands = json.loads(file.read_text())["commands"] if file.exists() else {}
+        write_json(file, {"commands": {**commands, command: own}, **environment_record()})
 
 
 def main() -> None:
-    """Go on with the seeds of a command, until all are done or time is up."""
+    """Go on with the seeds of one command or of all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--command", choices=[*COMMANDS, SERVE], required=True)
+    parser.add_argument("--command", choices=[*COMMANDS, SERVE], help="default: all, one after the other")
     parser.add_argument("--seeds", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--output", type=Path, default=RESULT)
     flags = parser.parse_args()
-    record: dict[str, Any] = json.loads(flags.output.read_text()) if flags.output.exists() else {"commands": {}}
-    own = record["commands"].setdefault(flags.command, {"seeds": 0, "kills": 0, "differed": []})
+    until = time.monotonic() + 60 * flags.minutes
+    wanted = [flags.command] if flags.command else [*COMMANDS, SERVE]
+    left = [name for name in wanted if result_of(name, flags.output)["seeds"] < flags.seeds]
     work = Path(tempfile.mkdtemp(prefix="crashes-"))
     os.environ["COTERIE_CACHE"] = str(work / "cache")
     start = lay_out(work / "start", tiny.save_model(work / "tiny"))
-    one = kill_server(start, work) if flags.command == SERVE else kill_command(flags.command, start, work)
-    until = time.monotonic() + 60 * flags.minutes
-    while own["seeds"] < flags.seeds and time.monotonic() < until:
-        try:
-            own["kills"] += one(own["seeds"])
-        except AssertionError as error:
-            own["differed"].append({"seed": own["seeds"], "what": str(error)[:1000]})
-            print(f"seed {own['seeds']}: {str(error)[:1000]}")
-        own["seeds"] += 1
-        write_json(flags.output, {**record, **environment_record()})
-    print(f"{flags.command}: {own['seeds']} seeds, {own['kills']} kills, {len(own['differed'])} differed")
-    if not own["differed"]:
+    alike = all([go_on(name, start, flags, until) for name in left if time.monotonic() < until])
+    if alike:
         shutil.rmtree(work)
-    raise SystemExit(1 if own["differed"] else 0)
+    raise SystemExit(0 if alike else 1)
 
 
 if __name__ == "__main__":

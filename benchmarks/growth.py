@@ -16,7 +16,8 @@ takes back when it needs them. Exponents are slopes of the logarithms over the l
 random model (four layers, 512 wide, rank 16, 2.5 MB each).
 
 Pieces run one by one (`growth.py gather 1000000`), each within ten minutes, and are joined in the file that `--output`
-names; without any, all run that are not in it. What they find on the disk is made first, once, in `--folder`.
+names; without any, all run that are not in it. What they find on the disk is made first, once, in `--folder`; the same
+line goes on with what was interrupted.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from _harness import hardware_record
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from coterie.artifacts import fill_matrix, new_matrix, write_json, write_jsonl, write_tensors
+from coterie.artifacts import write_json, write_jsonl, write_tensors
 from coterie.backbone.aliases import fetch_alias
 from coterie.backbone.linear_layers import linear_shapes
 from coterie.data.batching import PromptFormat, TokenRow, tokenise
@@ -49,7 +50,7 @@ from coterie.experts.bank import write_adapter
 from coterie.experts.bank_folder import open_bank
 from coterie.experts.clustering import cluster
 from coterie.features.embedding_store import TextEncoder, text_keys
-from coterie.features.gradient import FEATURES_FILE, SHARD_ROWS, read_features, write_features
+from coterie.features.gradient import SHARD_ROWS, read_features, write_features
 from coterie.lora import LoraPair
 from coterie.methods.add_adapters import bank_add
 from coterie.methods.common import hash_examples
@@ -71,11 +72,9 @@ WORDS = "the sum of some numbers is what a shop asks for pens and books that cos
 
 
 def made(path: Path, write: Callable[[Path], object]) -> Path:
-    """Make a file or folder once, whole or not at all."""
+    """Make a file or folder once; `write` goes on with what an interrupted one left."""
     if not path.exists():
         partial = path.with_name(f".{path.name}")
-        if partial.is_dir():
-            shutil.rmtree(partial)
         write(partial)
         partial.rename(path)
     return path
@@ -94,37 +93,36 @@ def rows_file(folder: Path, size: int) -> Path:
     return made(folder / f"rows-{size}.jsonl", lambda path: write_jsonl(path, rows_of(size)))
 
 
-def topical(size: int) -> Iterator[tuple[range, Tensor]]:
-    """Draw features around topics, some at a time."""
-    generator = torch.Generator().manual_seed(0)
-    topics = torch.randn(TOPICS, WIDTH, generator=generator)
-    for start in range(0, size, 1024):
-        numbers = range(start, min(start + 1024, size))
-        chosen = torch.randint(TOPICS, (len(numbers),), generator=generator)
-        yield numbers, topics[chosen] + torch.randn(len(numbers), WIDTH, generator=generator)
-
-
-def features_folder(folder: Path, size: int) -> Path:
-    """Write the features of so many rows."""
-
-    def write(path: Path) -> None:
-        path.mkdir()
-        new_matrix(path / FEATURES_FILE, "features", (size, WIDTH))
-        fill_matrix(path / FEATURES_FILE, topical(size))
-
-    return made(folder / f"features-{size}", write)
+def topical(start: int, count: int) -> Tensor:
+    """Draw features around topics."""
+    topics = torch.randn(TOPICS, WIDTH, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(start + 1)
+    chosen = torch.randint(TOPICS, (count,), generator=generator)
+    return topics[chosen] + torch.randn(count, WIDTH, generator=generator)
 
 
 def shards_folder(folder: Path, size: int) -> Path:
     """Write the shards that the stage of features has before its end; they are used up."""
+    path = folder / f"shards-{size}"
+    path.mkdir(exist_ok=True)
+    for number, start in enumerate(range(0, size, SHARD_ROWS)):
+        file = path / f"{number:05d}.safetensors"
+        if not file.exists():
+            write_tensors(file, {"features": topical(start, min(SHARD_ROWS, size - start))})
+    return path
 
-    def write(path: Path) -> None:
-        path.mkdir()
-        for number in range(-(-size // SHARD_ROWS)):
-            rows = min(SHARD_ROWS, size - number * SHARD_ROWS)
-            write_tensors(path / f"{number:05d}.safetensors", {"features": torch.full((rows, WIDTH), float(number))})
 
-    return made(folder / f"shards-{size}", write)
+def shards_again(folder: Path, size: int) -> Path:
+    """Write shards; what was made of earlier ones goes first, since there may be no room for both."""
+    shutil.rmtree(folder / f"features-{size}", ignore_errors=True)
+    return shards_folder(folder, size)
+
+
+def features_folder(folder: Path, size: int) -> Path:
+    """Write the features of so many rows, as that stage does."""
+    if not (folder / f"features-{size}").exists():
+        features(shards_folder(folder, size), folder)
+    return folder / f"features-{size}"
 
 
 def small_model(folder: Path) -> Path:
@@ -144,23 +142,24 @@ def bank_folder(folder: Path, size: int) -> Path:
     """Add random adapters to a bank."""
 
     def write(path: Path) -> None:
-        path.mkdir()
+        path.mkdir(exist_ok=True)
         model = small_model(folder)
         shapes = linear_shapes(LlamaForCausalLM.from_pretrained(model).model)
-        draw = torch.Generator().manual_seed(0)
         config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK}
         config |= {"target_modules": sorted({name.rpartition(".")[2] for name in shapes})}
-        for number in range(size):
+        adapters = [path / f"a{number:04d}" for number in range(size)]
+        for adapter in [one for one in adapters if not one.exists()]:
+            draw = torch.Generator().manual_seed(int(adapter.name[1:]))
             updates = {
                 f"model.{name}": LoraPair(
                     torch.randn(RANK, wide, generator=draw) / 16, torch.randn(RANK, out, generator=draw) / 64
                 )
                 for name, (wide, out) in shapes.items()
             }
-            write_adapter(path / f"a{number:04d}", {**config, "base_model_name_or_path": str(model)}, updates)
-        results = bank_add(path / "bank", sorted(path.iterdir()), model=str(model), device="cpu")
+            write_adapter(adapter, {**config, "base_model_name_or_path": str(model)}, updates)
+        results = bank_add(path / "bank", adapters, model=str(model), device="cpu")
         assert all(result.card for result in results)
-        for adapter in path.glob("a*"):
+        for adapter in adapters:
             shutil.rmtree(adapter)
 
     return made(folder / f"bank-{size}", write) / "bank"
@@ -200,12 +199,11 @@ class Moved:
 
 def features(path: Path, folder: Path) -> None:
     """Move shards into one file."""
-    count = sum(1 for _ in path.glob("0*")) * SHARD_ROWS
-    row = TokenRow((0,), 1, (False,), (True,))
-    rows: Any = Chosen([row], np.zeros(count, dtype=int))
+    size = path.name.rpartition("-")[2]
+    rows: Any = Chosen([TokenRow((0,), 1, (False,), (True,))], np.zeros(int(size), dtype=int))
     moved: Any = Moved()
     write_features(moved, rows, path)
-    shutil.rmtree(path)
+    path.rename(folder / f"features-{size}")
 
 
 def clustered(path: Path, method: str) -> None:
@@ -258,17 +256,13 @@ Prepare = Callable[[Path, int], Path]
 MILLION, FEWER, ADAPTERS = (1_000, 10_000, 100_000, 1_000_000), (1_000, 10_000, 100_000), (10, 100, 1_000)
 PIECES: dict[str, tuple[Prepare, Callable[[Path, Path], object], tuple[int, ...]]] = {
     "read": (rows_file, read, MILLION),
-    "features": (shards_folder, features, MILLION),
+    "features": (shards_again, features, MILLION),
     "birch": (features_folder, lambda path, folder: clustered(path, "birch"), FEWER),
     "kmeans": (features_folder, lambda path, folder: clustered(path, "spherical-kmeans"), MILLION),
     "gather": (rows_file, gather, MILLION),
     "list": (bank_folder, lambda path, folder: str(open_bank(path)), ADAPTERS),
     "select": (bank_folder, choose, ADAPTERS),
-    "route": (
-        mixture_folder,
-        lambda path, folder: Mixture.from_pretrained(path, device="cpu").route("a0003 the"),
-        ADAPTERS,
-    ),
+    "route": (mixture_folder, route, ADAPTERS),
 }
 """By name: what makes its input, what is measured, and at which sizes."""
 

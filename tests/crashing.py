@@ -1,24 +1,26 @@
-"""Commands that are killed at random moments, in processes of their own, beside the same commands left alone."""
+"""Commands that are disturbed, in processes of their own, beside the same commands left alone."""
 
 import json
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
+from functools import partial
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import tiny
+from conditions import OUTPUTS, disk_with, writable
 from coterie import cli
 from coterie.cli import process as ending
-from coterie.cli.process import STOPPED
+from coterie.cli.process import STOPPED, TROUBLE
 
 SERVER = multiprocessing.get_context("forkserver")  # its children have everything imported, and no threads
 ON_CPU = ["--device", "cpu"]
@@ -31,6 +33,8 @@ EXPERTS = [f"{name}=run/experts/{name}" for name in ("base", "cluster-0", "clust
 SHELF = ["--adapter", EXPERTS[1], "--adapter", EXPERTS[2], "--centroid-data", "cluster-0=rows.jsonl"]
 TASK = ["--shots", "shots.jsonl"]
 CHOICE = ["--keep", "2", "--group-size", "1", *SHORT]
+PROFILED = ["profile", "pool", *ROWS, "--skills", "choice", "--skill-list", "sums,words", *SHORT]
+EVALUATED = ["eval", "run", *ROWS, "--output", "eval", "--methods", "base,elrea", *SHORT]
 OPEN = ["--pool", "rows.jsonl", "--budget", "4", "--encoder", "hidden", "--embeddings", "kept"]
 COMMANDS = {
     "fit elrea": FITTED,
@@ -46,12 +50,19 @@ COMMANDS = {
         *("fit", "kshot-moe", "--bank", "bank", *TASK, "--output", "task", "--epochs", "1", "--batch-size", "4"),
         *(*OPEN, *CHOICE),
     ],
+    "fit symbolic-moe": ["fit", "symbolic-moe", "--experts", "pool", "--output", "recruits", *SHORT],
     "train-extras": ["train-extras", "run", "--methods", "lora-ensembles,mole", "--ensemble-size", "2", *ON_CPU],
     "bank add": ["bank", "add", "new", *EXPERTS, *MODEL, *ON_CPU],
-    "profile": ["profile", "pool", *ROWS, "--skills", "choice", "--skill-list", "sums,words", *SHORT],
-    "eval": ["eval", "run", *ROWS, "--output", "eval", "--methods", "base,elrea", *SHORT],
+    "profile": PROFILED,
+    "eval": EVALUATED,
+    "report": ["report", "eval"],
     "gather": ["gather", *TASK, *OPEN, "--output", "gathered", *MODEL, *ON_CPU],
     "select": ["select", "bank", *TASK, "--output", "selected", *CHOICE],
+    "influence": [
+        *("influence", "run", "--target", "shots.jsonl", *ROWS, "--share", "0.5", "--output", "chosen", *ON_CPU)
+    ],
+    "generate": ["generate", "run", "--input", "shots.jsonl", "--output", "answers.jsonl", *SHORT],
+    "export": ["export", "run", "--for", "vllm", "--output", "exported", *ON_CPU],
 }
 RESULTS = {
     **dict.fromkeys(("fit elrea", "train-extras"), "run"),
@@ -59,33 +70,45 @@ RESULTS = {
     "fit token-level": "domains",
     "fit from-adapters": "shelf",
     "fit kshot-moe": "task",
+    "fit symbolic-moe": "recruits",
     "bank add": "new",
     "profile": "pool/profile",
-    "eval": "eval",
+    **dict.fromkeys(("eval", "report"), "eval"),
     "gather": "gathered",
     "select": "selected",
+    "influence": "chosen",
+    "generate": "answers.jsonl",
+    "export": "exported",
 }
-"""The folder that each command writes."""
+"""The folder or file that each command writes."""
+ADDING = ("train-extras", "report")
+"""The commands that write into what is laid out."""
+LAID_OUT = ("rows.jsonl", "shots.jsonl", "run", "bank", "pool", "eval")
+FULL, NO_ROOM = "full disk", "no space left on the disk"
+Condition = Callable[[Path], AbstractContextManager[None]]
 
 
-def command_line(words: list[str], folder: Path, cache: str, ready: Event, largest: int | None) -> None:
-    """Run a command line in a folder, as a process of its own that may write files up to a size."""
-    os.chdir(folder)
-    if largest is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+def command_line(words: list[str], folder: Path, cache: str, ready: Event, conditions: Sequence[Condition]) -> None:
+    """Run a command line in a folder, as a process of its own, under conditions."""
     os.environ |= {"COTERIE_CACHE": cache, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    for number in (1, 2):
-        os.dup2(os.open(folder / f"std{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
+    for number, name in enumerate(OUTPUTS, start=1):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
+    os.chdir(folder)
     sys.argv = ["coterie", *words]
     run, ending._outcome = ending._outcome, lambda words: (ready.set(), run(words))[1]  # signals are awaited by then
-    cli.main()
+    with ExitStack() as stack:
+        for condition in conditions:
+            stack.enter_context(condition(folder))
+        cli.main()
 
 
-def started(words: list[str], folder: Path, largest: int | None = None, cache: str | None = None) -> BaseProcess:
+def started(
+    words: list[str], folder: Path, conditions: Sequence[Condition] = (), cache: str | None = None
+) -> BaseProcess:
     """Start a command line; it is at work when this returns."""
     SERVER.set_forkserver_preload(["coterie.cli.commands", "coterie.methods", "coterie.evaluation.symbolic"])
     ready = SERVER.Event()
-    given = (words, folder, cache or os.environ["COTERIE_CACHE"], ready, largest)
+    given = (words, folder, cache or os.environ["COTERIE_CACHE"], ready, conditions)
     process = SERVER.Process(target=command_line, args=given)
     process.start()
     if not ready.wait(120):
@@ -93,16 +116,16 @@ def started(words: list[str], folder: Path, largest: int | None = None, cache: s
     return process
 
 
-def finished(words: list[str], folder: Path, cache: str | None = None) -> float:
+def finished(words: list[str], folder: Path, conditions: Sequence[Condition] = (), cache: str | None = None) -> float:
     """Run a command line to its end; return its seconds."""
-    process, start = started(words, folder, cache=cache), time.perf_counter()
+    process, start = started(words, folder, conditions, cache), time.perf_counter()
     process.join(300)
     assert process.exitcode == 0, (folder / "std2").read_text()[-2000:]
     return time.perf_counter() - start
 
 
 def lay_out(folder: Path, model: Path) -> Path:
-    """Make what the commands start from: a model, rows, a fitted run, a bank and a pool of its experts."""
+    """Make what the commands start from: a model, rows, a run, its evaluation, a bank and a profiled pool."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model").symlink_to(model)
     for name, rows in {"rows": tiny.make_rows(12), "shots": tiny.make_rows(4, seed=3)}.items():
@@ -110,20 +133,40 @@ def lay_out(folder: Path, model: Path) -> Path:
     finished(FITTED, folder)
     finished(["bank", "add", "bank", *EXPERTS, *MODEL, *ON_CPU], folder)
     finished(["experts", "init", "pool", *(f"--expert={one}" for one in EXPERTS), "--base", "model"], folder)
+    finished(PROFILED, folder)
+    finished(EVALUATED, folder)
     return folder
 
 
 def place_for(command: str, start: Path, folder: Path) -> Path:
-    """Copy what a command starts from."""
-    shutil.copytree(start, folder, symlinks=True)
-    if command == "fit elrea":
-        shutil.rmtree(folder / "run")
+    """Copy what a command starts from, which is not what it makes."""
+    shutil.copytree(start, folder, symlinks=True, ignore=shutil.ignore_patterns(*OUTPUTS))
+    if command in RESULTS and command not in ADDING:
+        shutil.rmtree(folder / RESULTS[command], ignore_errors=True)
     return folder
+
+
+def inputs_of(command: str) -> list[str]:
+    """Name the parts of such a place that a command reads and does not write to."""
+    written = {RESULTS.get(command, "").partition("/")[0], "pool" if command == "fit symbolic-moe" else ""}
+    return [name for name in LAID_OUT if name not in written]
+
+
+def size_of(folder: Path) -> int:
+    """Count the bytes of all files."""
+    return sum(map(len, contents(folder).values()))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return all files of a folder but the output of the commands in it."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path.name not in OUTPUTS)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 def results(folder: Path) -> dict[str, object]:
     """All files by name, without the times that work took, and without run.yaml, which has the time of its start."""
-    found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    paths = [folder, *sorted(folder.rglob("*"))]
+    found = {str(path.relative_to(folder)): path for path in paths if path.is_file()}
     return {name: untimed(path) for name, path in found.items() if path.name != "run.yaml"}
 
 
@@ -138,33 +181,58 @@ def untimed(path: Path) -> object:
     return json.loads(path.read_text(), object_hook=without_times) if path.suffix == ".json" else path.read_bytes()
 
 
-def disturb(words: list[str], folder: Path, seconds: float, signals: Sequence[int], chance: random.Random) -> int:
-    """Let a command be ended by signals, each at a random moment of what the last try had come to, then leave it alone.
+def disturb(
+    words: list[str],
+    folder: Path,
+    undisturbed: tuple[float, int],
+    troubles: Sequence[int | str],
+    chance: random.Random,
+    conditions: Sequence[Condition] = (),
+) -> Counter[int | str]:
+    """Let a command meet troubles, each where the last try has left it, then leave it alone.
+
+    Args:
+        words: the command line.
+        folder: where it runs.
+        undisturbed: the seconds that it takes and the bytes that it writes.
+        troubles: signals, each at a random moment, and disks that get full at a random byte.
+        chance: draws them.
+        conditions: under which all tries run.
 
     Returns:
-        How many of them found it at work.
+        How often each of them met it at work.
     """
-    hits = 0
-    for number in signals:
-        process = started(words, folder)
-        time.sleep(chance.uniform(0, 0.6 * seconds))
-        with suppress(ProcessLookupError):
-            os.kill(process.pid or 0, number)
+    seconds, size = undisturbed
+    met: Counter[int | str] = Counter()
+    for trouble in troubles:
+        is_full = trouble == FULL
+        disk = [partial(disk_with, round(chance.uniform(0, size)))] if is_full else []
+        process = started(words, folder, [*disk, *conditions])
+        if isinstance(trouble, int):
+            time.sleep(chance.uniform(0, 0.6 * seconds))
+            with suppress(ProcessLookupError):
+                os.kill(process.pid or 0, trouble)
         process.join(120)
-        if process.exitcode == 0:  # it was faster
-            return hits
-        hits += 1
+        writable(folder)
+        if process.exitcode == 0:  # it was faster, or found room enough
+            return met
+        met[trouble] += 1
         told = (folder / "std2").read_text()
-        assert process.exitcode == (-number if number == signal.SIGKILL else 128 + number), told[-2000:]
-        if number != signal.SIGKILL:
-            assert told.splitlines()[-1] == STOPPED and "Traceback" not in told, told[-2000:]
-    finished(words, folder)
-    return hits
+        ended = {FULL: TROUBLE, signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGTERM: 143}
+        assert process.exitcode == ended[trouble] and "Traceback" not in told, f"{process.exitcode}: {told[-2000:]}"
+        if trouble != signal.SIGKILL:
+            assert (NO_ROOM if is_full else STOPPED) in told.splitlines()[-1], told[-2000:]
+    finished(words, folder, conditions)
+    writable(folder)
+    return met
 
 
 def check_alike(command: str, disturbed: Path, undisturbed: Path) -> None:
     """Hold what a disturbed command has left to what an undisturbed one has: the same files, and nothing besides."""
-    assert results(disturbed / RESULTS[command]) == results(undisturbed / RESULTS[command])
+    found, wanted = results(disturbed / RESULTS[command]), results(undisturbed / RESULTS[command])
+    differing = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    assert not differing, f"these differ in {disturbed}: {', '.join(differing)}"
     left = {str(path.relative_to(disturbed)) for path in disturbed.rglob("*")}
     whole = {str(path.relative_to(undisturbed)) for path in undisturbed.rglob("*")}
-    assert {name for name in left - whole if not name.startswith("kept/")} == set()
+    more = {name for name in left - whole if not name.startswith("kept/")}
+    assert not more, f"these are left in {disturbed}: {', '.join(sorted(more))}"

@@ -4,11 +4,27 @@ import os
 import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from crashing import COMMANDS, FITTED, check_alike, disturb, finished, lay_out, place_for, results, started
+from conditions import files_up_to, has_disks, jumping_clock, only_reading, writable
+from crashing import (
+    COMMANDS,
+    FITTED,
+    FULL,
+    check_alike,
+    contents,
+    disturb,
+    finished,
+    inputs_of,
+    lay_out,
+    place_for,
+    results,
+    size_of,
+    started,
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +38,33 @@ IN_CI = ("fit elrea", "bank add", "fit from-adapters", "profile", "eval", "selec
 
 
 @pytest.mark.parametrize("command", IN_CI)
-def test_a_command_stopped_at_random_moments_ends_as_an_undisturbed_one(command, fitted, tmp_path):
-    """Killed, interrupted, terminated and killed again, each time where the last try had come to, then left alone."""
+def test_a_command_disturbed_at_random_moments_ends_as_an_undisturbed_one(command, fitted, tmp_path):
+    """Killed, stopped and out of room, each where the last try had come to, then left alone.
+
+    All the while the clock jumps, and what is only read cannot be written.
+    """
     undisturbed, disturbed = (place_for(command, fitted, tmp_path / name) for name in ("undisturbed", "disturbed"))
+    before = size_of(undisturbed)
     seconds = finished(COMMANDS[command], undisturbed)
-    signals = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
-    disturb(COMMANDS[command], disturbed, seconds, signals, random.Random(command))
+    troubles = (signal.SIGKILL, FULL, signal.SIGINT, signal.SIGTERM, FULL, signal.SIGKILL)
+    troubles = [one for one in troubles if one != FULL or has_disks()]
+    conditions = [partial(jumping_clock, 0), partial(only_reading, inputs_of(command))]
+    needed = seconds, size_of(undisturbed) - before
+    disturb(COMMANDS[command], disturbed, needed, troubles, random.Random(command), conditions)
     check_alike(command, disturbed, undisturbed)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_where_nothing_may_be_written_a_command_says_so_in_one_line(command, fitted, tmp_path):
+    folder = place_for(command, fitted, tmp_path / "place")
+    before = contents(folder)
+    process = started(COMMANDS[command], folder, [partial(only_reading, ["."])])
+    process.join(60)
+    writable(folder)
+    told = (folder / "std2").read_text().splitlines()
+    assert process.exitcode == 2 and told[-1].startswith("error: ") and "cannot be" in told[-1], told
+    assert not [line for line in told if "Traceback" in line]
+    assert contents(folder) == before
 
 
 def test_a_second_signal_ends_the_process_at_once(fitted, tmp_path):
@@ -70,7 +106,7 @@ LIMITS = {
 @pytest.mark.parametrize(("largest", "told"), LIMITS.values(), ids=LIMITS)
 def test_a_limit_of_file_sizes_is_one_line_and_what_was_done_goes_on(largest, told, fitted, tmp_path):
     folder = place_for("fit elrea", fitted, tmp_path / "place")
-    process = started(FITTED, folder, largest)
+    process = started(FITTED, folder, [partial(files_up_to, largest)])
     process.join(120)
     *before, line = (folder / "std2").read_text().splitlines()
     assert process.exitcode == 2 and line.startswith("error: no ") and told in line and "free some and start" in line

@@ -123,6 +123,31 @@ def test_a_clock_that_jumps_between_two_tries_changes_nothing(
     assert files_of(fit(model_folder, data, tmp_path / "run")) == undisturbed
 
 
+@pytest.mark.parametrize("call", [0, 1], ids=["before its first record", "before its second record"])
+def test_a_run_killed_before_it_has_a_record_begins_anew(call, model_folder, data, undisturbed, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "write_text", after(call, runs.write_text))
+        with pytest.raises(KilledError):
+            fit(model_folder, data, tmp_path / "run")
+    assert files_of(fit(model_folder, data, tmp_path / "run")) == undisturbed
+
+
+@pytest.mark.parametrize("call", [0, 1], ids=["its first record", "its second record"])
+def test_a_disk_that_is_full_before_a_run_has_a_record_leaves_nothing(call, model_folder, data, tmp_path, monkeypatch):
+    count = iter(range(call))
+
+    def write(*given: object) -> None:
+        if next(count, None) is None:
+            raise CoterieError("no space left on the disk")
+        written(*given)
+
+    written = runs.write_text
+    monkeypatch.setattr(runs, "write_text", write)
+    with pytest.raises(CoterieError, match="no space left"):
+        fit(model_folder, data, tmp_path / "run")
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_place_that_is_read_only_is_told_in_one_line_before_anything_is_trained(
     model_folder, data, tmp_path, monkeypatch
 ):

@@ -186,10 +186,14 @@ def _begin(partial: Path, record: Mapping[str, Any]) -> None:
             before stages were recorded.
     """
     if not (partial / "run.yaml").exists():
-        if any(partial.iterdir()):
+        if any(path.name != STAGES_FILE or path.stat().st_size for path in partial.iterdir()):  # a kill leaves that one
             raise CoterieError(f"{partial} is no unfinished run, and {partial.stem} would be made there; move it away")
-        write_text(partial / STAGES_FILE, "")
-        _write_record(partial, record)
+        try:
+            write_text(partial / STAGES_FILE, "")
+            _write_record(partial, record)
+        except CoterieError:  # nothing to resume
+            shutil.rmtree(partial)
+            raise
         return
     before = read_run_record(partial / "run.yaml")
     if not (partial / STAGES_FILE).exists():
