@@ -24,7 +24,7 @@ from coterie.methods.registry import load_grid, train_extras
 from coterie.mixture import Mixture
 from coterie.settings.commands import ExpertPoolSettings, TrainExtrasSettings
 from coterie.settings.groups import ExtrasSettings, ModelSettings, PlacementSettings
-from served import client, server  # noqa: F401 - fixtures
+from served import breaking, client, server  # noqa: F401 - fixtures
 from stub_server import serving
 from symbolic_place import EXPERTS, Place, respond, rows
 

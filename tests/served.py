@@ -1,6 +1,7 @@
 """One server for the tests of a module: the tiny mixture behind real HTTP, in a thread, on a free port."""
 
 import contextlib
+import itertools
 import json
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import httpx2
 import pytest
 import uvicorn
 
+from coterie.engine.request import Failure
 from coterie.serve.app import create_app, listening, load
 from coterie.serve.catalogue import Catalogue
 from coterie.serve.lifetime import SAME
@@ -85,6 +87,28 @@ def server(run_folder: Path) -> Iterator[Server]:
 def client(server: Server) -> Iterator[httpx2.Client]:
     with httpx2.Client(base_url=server.url, timeout=60) as http:
         yield http
+
+
+@pytest.fixture
+def breaking(server, monkeypatch):
+    """Let the third step of the engine end what is being answered with an error."""
+
+    def with_error(error: Exception) -> None:
+        engine = server.catalogue.desks[0].engine
+        step, taken = engine.step, itertools.count()
+
+        def broken():
+            found = step()
+            if next(taken) != 3:
+                return found
+            handles = {one.request for one in found}
+            for handle in handles:
+                engine.cancel(handle)
+            return [Failure(handle, error) for handle in handles]
+
+        monkeypatch.setattr(engine, "step", broken)
+
+    return with_error
 
 
 def chat_body(**fields: Any) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """What is served, what prompts are to it, and their routing without an answer."""
 
 import base64
+import dataclasses
 import json
 import struct
 
 import pytest
 
+from coterie.errors import CoterieError
 from coterie.mixture import Mixture
 from served import QUESTION, chat_body
 
@@ -28,6 +30,21 @@ def test_models_are_listed_base_first_each_with_its_parent(client, mixture: Mixt
     assert methods["uniform-weights"] == "elrea:uniform-weights"
     for entry in data:
         assert client.get(f"/v1/models/{entry['id']}").json() == entry
+
+
+def test_models_are_listed_beside_one_that_cannot_be_made(server, client, monkeypatch, caplog):
+    ids = [entry["id"] for entry in client.get("/v1/models").json()["data"]]
+    cell = server.catalogue.find("elrea:uniform-weights")
+
+    def broken():
+        raise CoterieError("its weights are gone")
+
+    broken_cell = dataclasses.replace(cell, make=broken)
+    cells = {name: broken_cell if own is cell else own for name, own in server.catalogue._cells.items()}
+    monkeypatch.setattr(server.catalogue, "_cells", cells)
+    assert [entry["id"] for entry in client.get("/v1/models").json()["data"]] == [one for one in ids if one != cell.id]
+    assert told(client.get(f"/v1/models/{cell.id}"))["message"] == "its weights are gone"
+    assert f"{cell.id} is not listed: its weights are gone" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,14 @@ def test_endpoints_that_are_recruited_answer_as_on_the_command_line(client, fitt
     assert "".join(frame["choices"][0]["delta"].get("content", "") for frame in frames) == wanted["text"]
 
 
+def test_recruited_experts_answer_as_a_response(client, asked):
+    body = {"model": "sym", "input": question("algebra", 41), "temperature": 0}
+    wanted = chat(client, **asked, temperature=0)
+    answer = client.post("/v1/responses", json=body).json()
+    assert answer["output"][0]["content"][0]["text"] == content(wanted) and answer["status"] == "completed"
+    assert answer["usage"]["output_tokens"] == wanted["usage"]["completion_tokens"]
+
+
 def test_a_run_is_listed_with_its_methods_and_experts_and_each_answers(client, asked):
     ids = [model["id"] for model in client.get("/v1/models").json()["data"]]
     assert ids[0] == "sym" and {"sym:majority", "sym:maths", "sym:judge"} <= set(ids)

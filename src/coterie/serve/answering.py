@@ -1,4 +1,4 @@
-"""What both routes do: route and answer what was asked, streamed or whole, for as long as the client is there."""
+"""What all answering does: route and answer what was asked, streamed or whole, as long as the client is there."""
 
 import asyncio
 import json
@@ -17,11 +17,11 @@ from coterie.engine.request import Token
 from coterie.mixture.completion import completion
 from coterie.mixture.core import elected
 from coterie.routers.base import Routing
-from coterie.serve.asking import Asked, Body, ask
+from coterie.serve.asking import Asked, ask
 from coterie.serve.catalogue import Cell
 from coterie.serve.errors import ApiError, as_api_error
 from coterie.serve.frames import Frames, Piece, Pieces, Usage, echo
-from coterie.serve.schemas import CompletionRequest
+from coterie.serve.schemas import AnswerRequest, CompletionRequest
 
 CLIENT_GONE = 499
 """The status, which nobody reads, of a request that its client has given up; nginx calls it so."""
@@ -43,8 +43,8 @@ Result = TypeVar("Result")
 
 async def respond(
     request: Request,
-    body: Body,
-    form: type[Frames],
+    body: AnswerRequest,
+    form: Callable[..., Frames],
     prompts: Sequence[Prompt],
     read: Callable[[Cell, Prompt], list[TokenRow]],
     question: Example | None = None,
@@ -54,7 +54,7 @@ async def respond(
     Args:
         request: the client's.
         body: of it.
-        form: of the answer.
+        form: makes the frames of the answer.
         prompts: that are to be answered.
         read: makes the rows of one, where the model may be used.
         question: the one that a prompt is of, for which answers can vote.
@@ -157,7 +157,7 @@ async def in_turns(request: Request, parts: Sequence[slice], act: Callable[[slic
 
 
 async def send(
-    pieces: AsyncGenerator[Piece], frames: Frames, body: Body, choices: int, headers: Mapping[str, str]
+    pieces: AsyncGenerator[Piece], frames: Frames, body: AnswerRequest, choices: int, headers: Mapping[str, str]
 ) -> Response:
     """Send so many answers, frame by frame or all at once, as it was asked."""
     ignored = {IGNORED: ", ".join(body.ignored())} if body.ignored() else {}
@@ -186,7 +186,9 @@ async def frames_of(first: Piece, others: AsyncGenerator[Piece], frames: Frames,
             yield frames.failed(as_api_error(error).body())
 
 
-async def pieces_of(tokens: AsyncGenerator[Token], frames: Frames, asked: Asked, body: Body) -> AsyncGenerator[Piece]:
+async def pieces_of(
+    tokens: AsyncGenerator[Token], frames: Frames, asked: Asked, body: AnswerRequest
+) -> AsyncGenerator[Piece]:
     """Yield what becomes certain of each answer; before its first token comes its prompt, where that is wanted."""
     answers: dict[int, Pieces] = {}
     async with aclosing(tokens):

@@ -13,7 +13,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from coterie.artifacts import as_path
 from coterie.engine.request import Load
 from coterie.errors import CoterieError
-from coterie.serve import admin, chat, completions, errors, health, models
+from coterie.serve import admin, chat, completions, errors, health, models, responses
 from coterie.serve.catalogue import Catalogue
 from coterie.serve.hosts import HostGate
 from coterie.serve.keys import KeyGate, read_keys
@@ -31,7 +31,7 @@ from coterie.settings.serving import AddressSettings, ServeSettings
 logger = logging.getLogger(__name__)
 
 MIB = 2**20
-ASKING = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/route"})
+ASKING = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/route"})
 """Where models are asked, which takes time."""
 
 
@@ -67,7 +67,7 @@ def create_app(
     metrics.set_up({name: str(value) for name, value in settings.capacity})
     worker.stepped = partial(metrics.add, "iteration_tokens_total")
     errors.install(app)
-    for part in (chat, completions, models, health, admin, pages):
+    for part in (chat, responses, completions, models, health, admin, pages):
         app.include_router(part.routes)
     guard(app, settings)
     return app

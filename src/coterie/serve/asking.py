@@ -16,11 +16,10 @@ from coterie.routers.derived import keep_top
 from coterie.routers.fixed import FixedRouter, one_hot
 from coterie.serve.catalogue import Cell
 from coterie.serve.errors import ApiError
-from coterie.serve.schemas import AdapterScale, ChatRequest, CompletionRequest, CoterieField
+from coterie.serve.schemas import AdapterScale, AnswerRequest, CoterieField
 from coterie.settings.groups import rerouting_interval
 from coterie.settings.sampling import SamplingSettings
 
-Body = ChatRequest | CompletionRequest
 VARIANTS = 64  # of each model that are kept
 
 
@@ -46,7 +45,7 @@ class Asked:
         return {name: weight for name, weight in routing.normalized().row(0).items() if weight}
 
 
-def ask(cell: Cell, rows: Sequence[TokenRow], body: Body, question: Example | None, timeout: float) -> Asked:
+def ask(cell: Cell, rows: Sequence[TokenRow], body: AnswerRequest, question: Example | None, timeout: float) -> Asked:
     """Ask for the answers to prompts, or to a question, which may take so many seconds together.
 
     Prompts are routed here, so this runs where the base model may be run.

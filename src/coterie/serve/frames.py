@@ -246,6 +246,13 @@ class Frames:
             choices.append(self._whole(joined) | self._detail(*pieces))
         return self.head | {"object": self.object, "choices": choices, "usage": self.usage.plain()}
 
+    def _prompt_weights(self, index: int) -> Json:
+        """Return what is told of an answer's routing before its first token, where that is known."""
+        if not self.experts or index not in self.weights:
+            return {}
+        self._begun.add(index)
+        return {"coterie": {"weights": self.weights[index]}}
+
     def _detail(self, *pieces: Piece) -> Json:
         """Return what is told of an answer's routing: the prompt's weights once, and those of tokens."""
         if not self.experts:
@@ -280,10 +287,7 @@ class ChatFrames(Frames):
     def opening(self, index: int) -> bytes:
         """Say who speaks, before anything is said."""
         choice: Json = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None}
-        if self.experts and index in self.weights:
-            self._begun.add(index)
-            choice["coterie"] = {"weights": self.weights[index]}
-        return self._frame([choice | {"finish_reason": None}])
+        return self._frame([choice | {"finish_reason": None} | self._prompt_weights(index)])
 
     def _logs(self, piece: Piece) -> list[Log]:
         """Return the logs that are told: of a chat those of tokens that are seen, which together are its content."""

@@ -1,17 +1,20 @@
 """What is served, and what prompts are to it: its models, embeddings, tokens, and routing without an answer."""
 
 import base64
+import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from fastapi import APIRouter, Request
 from jaxtyping import Float
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from coterie.combiners.table import fitting
 from coterie.data.batching import TokenRow, check_lengths
 from coterie.data.examples import Example
+from coterie.errors import CoterieError
 from coterie.mixture import as_examples
 from coterie.routers.base import Routing
 from coterie.routers.fixed import FixedRouter
@@ -22,7 +25,20 @@ from coterie.serve.completions import as_it_stands
 from coterie.serve.errors import ApiError
 from coterie.serve.frames import Json
 from coterie.serve.recruits import RecruitCell
-from coterie.serve.schemas import DetokenizeRequest, EmbeddingRequest, RouteRequest, TokenizeRequest, conversation
+from coterie.serve.schemas import (
+    MOST_PROMPTS,
+    Body,
+    CoterieField,
+    Messages,
+    Prompts,
+    Text,
+    TokenId,
+    conversation,
+    one_or_more,
+    wrong,
+)
+
+logger = logging.getLogger(__name__)
 
 routes = APIRouter()
 
@@ -32,8 +48,17 @@ async def models(request: Request) -> Json:
     """List all that can be asked, base models first."""
     server = request.app.state
     cells = server.catalogue.listed
-    data = await server.worker.call(lambda: [described(cell) for cell in cells])
+    data = await server.worker.call(lambda: [entry for cell in cells if (entry := described_or_none(cell))])
     return {"object": "list", "data": data + [described_run(cell) for cell in server.catalogue.recruits]}
+
+
+def described_or_none(cell: Cell) -> Json | None:
+    """Return what is told of a model; of one that cannot be made nothing but a line in the log."""
+    try:
+        return described(cell)
+    except CoterieError as error:
+        logger.warning("%s is not listed: %s", cell.id, error)
+        return None
 
 
 @routes.get("/v1/models/{name:path}")
@@ -91,6 +116,15 @@ async def lora_adapters(request: Request, model: str | None = None) -> list[Json
     return [{"id": n, "path": name, "scale": scales.get(name, 0.0)} for n, name in enumerate(cell.desk.experts)]
 
 
+class EmbeddingRequest(Body):
+    """What `/v1/embeddings` takes."""
+
+    model: Annotated[Text, Field(min_length=1)]
+    input: Prompts
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1)
+
+
 @routes.post("/v1/embeddings")
 async def embeddings(body: EmbeddingRequest, request: Request) -> Json:
     """Return what the model's router reads off prompts: the embedding or the gradient that it weighs experts by."""
@@ -116,6 +150,28 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> Json:
 def encoded(vector: Float[Tensor, " dimension"]) -> str:
     """Write a vector as the base64 of its little-endian numbers of four bytes, as OpenAI's clients ask for it."""
     return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()
+
+
+class RouteRequest(Body):
+    """What `/v1/route` takes: prompts, or a conversation, whose weights are asked for without an answer."""
+
+    model: Annotated[Text, Field(min_length=1)]
+    prompt: (
+        Annotated[
+            list[Annotated[Text, Field(min_length=1)]],
+            BeforeValidator(one_or_more, json_schema_input_type=str | list[str]),
+            Field(min_length=1, max_length=MOST_PROMPTS),
+        ]
+        | None
+    ) = None
+    messages: Messages | None = None
+    coterie: CoterieField = CoterieField()
+
+    @model_validator(mode="after")
+    def _one_text(self) -> "RouteRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise wrong("prompt", "give a prompt, or messages, and not both")
+        return self
 
 
 @routes.post("/v1/route")
@@ -171,6 +227,22 @@ def asked_or_first(request: Request, name: str | None) -> Cell:
     return catalogue.listed[0] if name is None else catalogue.resolve(name)
 
 
+class TokenizeRequest(Body):
+    """What `/tokenize` takes: a text, or a conversation as its chat template writes it."""
+
+    model: Text | None = None
+    prompt: Text | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_text(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise wrong("prompt", "give a prompt, or messages, and not both")
+        return self
+
+
 @routes.post("/tokenize")
 async def tokenize(body: TokenizeRequest, request: Request) -> Json:
     """Cut a text into tokens as `/v1/completions` does, or a conversation as `/v1/chat/completions` does."""
@@ -188,6 +260,13 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Json:
         return {"count": len(ids), "max_model_len": backbone.context, "tokens": ids, "token_strs": strings}
 
     return await request.app.state.worker.call(read)
+
+
+class DetokenizeRequest(Body):
+    """What `/detokenize` takes."""
+
+    model: Text | None = None
+    tokens: list[TokenId]
 
 
 @routes.post("/detokenize")

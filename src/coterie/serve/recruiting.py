@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 
@@ -19,18 +19,20 @@ from coterie.methods.symbolic.answer import ExpertAnswer, Outcome, RecruitingPla
 from coterie.mixture.local_answers import LocalAnswerer
 from coterie.serve.answering import send
 from coterie.serve.errors import ApiError
-from coterie.serve.frames import ChatFrames, Piece, Usage
+from coterie.serve.frames import Frames, Piece, Usage
 from coterie.serve.metrics import Recounted
 from coterie.serve.recruits import RecruitCell, RecruitDesk
-from coterie.serve.schemas import ChatRequest, CoterieField
+from coterie.serve.schemas import AnswerRequest, CoterieField
 from coterie.serve.token_bytes import TokenBytes
 from coterie.settings.sampling import SamplingSettings
 
 TAGS = ("<think>", "</think>")
 
 
-async def respond_recruited(request: Request, body: ChatRequest, cell: RecruitCell, question: Example) -> Response:
-    """Let recruited experts answer a question.
+async def respond_recruited(
+    request: Request, body: AnswerRequest, form: Callable[..., Frames], cell: RecruitCell, question: Example
+) -> Response:
+    """Let recruited experts answer a question, in a form that makes the frames of the answer.
 
     Raises:
         ApiError: for what they cannot be asked for, or when none gave an answer.
@@ -44,7 +46,7 @@ async def respond_recruited(request: Request, body: ChatRequest, cell: RecruitCe
         work = await ask_recruits(desk, cell.root, question, sampling, came + timeout)
     shares = {name: share for name, share in work.plan.routing.normalized().row(0).items() if share}
     usage = Usage(work.count("prompt_tokens"), work.count("tokens"))
-    frames = ChatFrames(
+    frames = form(
         body.model,
         Unknown(),
         usage,
@@ -58,11 +60,11 @@ async def respond_recruited(request: Request, body: ChatRequest, cell: RecruitCe
     return await send(pieces, frames, body, 1, {})
 
 
-def check_asked(body: ChatRequest) -> None:
+def check_asked(body: AnswerRequest) -> None:
     """Refuse what finished answers of experts of any kind cannot give."""
     given = {
         "n": body.n > 1,
-        "logprobs": body.logprobs,
+        "logprobs": body.alternatives is not None,
         "lora": body.lora is not None,
         "coterie": body.coterie.model_copy(update={"detail": False}) != CoterieField(),
     }

@@ -62,7 +62,7 @@ Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-def _one_or_more(given: object) -> object:
+def one_or_more(given: object) -> object:
     """Write a prompt as a list of texts, or of lists of tokens."""
     is_tokens = isinstance(given, list) and given and all(type(one) is int for one in given)
     return [given] if isinstance(given, str) or is_tokens else given
@@ -70,7 +70,7 @@ def _one_or_more(given: object) -> object:
 
 Prompts = Annotated[
     list[Text] | list[Annotated[list[TokenId], Field(min_length=1)]],
-    BeforeValidator(_one_or_more, json_schema_input_type=str | list[str] | list[TokenId] | list[list[TokenId]]),
+    BeforeValidator(one_or_more, json_schema_input_type=str | list[str] | list[TokenId] | list[list[TokenId]]),
     Field(min_length=1, max_length=MOST_PROMPTS),
 ]
 """One prompt or several, each a text or a list of tokens."""
@@ -132,16 +132,20 @@ class ChatMessage(Body):
         return "system" if self.role == "developer" else self.role
 
 
-def _asks_something(messages: list[ChatMessage]) -> list[ChatMessage]:
-    """Refuse a conversation that leaves nothing to answer."""
-    if not any(message.role == "user" for message in messages):
-        raise wrong("messages", "messages need a question: a message of the role user")
-    if messages[-1].role == "assistant":
-        raise wrong("messages", "messages end with an answer of the assistant; end them with what it is to answer")
-    return messages
+def asks_something(field: str) -> AfterValidator:
+    """Refuse a conversation in a field that leaves nothing to answer."""
+
+    def check(messages: list[ChatMessage]) -> list[ChatMessage]:
+        if not any(message.role == "user" for message in messages):
+            raise wrong(field, f"{field} has no question: give a message of the role user")
+        if messages[-1].role == "assistant":
+            raise wrong(field, f"{field} ends with an answer of the assistant; end with what it is to answer")
+        return messages
+
+    return AfterValidator(check)
 
 
-Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(_asks_something)]
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES), asks_something("messages")]
 
 
 def conversation(messages: Sequence[ChatMessage]) -> Example:
@@ -186,8 +190,8 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = False
 
 
-class Request(Body):
-    """What chats and completions have in common."""
+class AnswerRequest(Body):
+    """What chats, responses and completions have in common."""
 
     model: Annotated[Text, Field(min_length=1)]
     temperature: float = Field(1.0, ge=0, le=2)
@@ -207,7 +211,7 @@ class Request(Body):
     lora: list[AdapterScale] | None = None
 
     @model_validator(mode="after")
-    def _can_be_honoured(self) -> "Request":
+    def _can_be_honoured(self) -> "AnswerRequest":
         for name, value in (self.model_extra or {}).items():
             if value and name in _REFUSED:
                 raise wrong(name, f"{name} asks for {_REFUSED[name]}, which this server cannot honour; leave it out")
@@ -216,6 +220,11 @@ class Request(Body):
         if self.lora is not None and self.coterie.weights is not None:
             raise wrong("lora", "lora and coterie.weights are the same thing; give one of them")
         return self
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens of an answer; None for as many as fit."""
+        raise NotImplementedError
 
     @property
     def alternatives(self) -> int | None:
@@ -252,7 +261,7 @@ def _unknown(body: Body, place: str = "") -> Iterator[str]:
                 yield from _unknown(inner, f"{place}{name}.")
 
 
-class ChatRequest(Request):
+class ChatRequest(AnswerRequest):
     """What `/v1/chat/completions` takes."""
 
     messages: Messages
@@ -286,29 +295,32 @@ class ChatRequest(Request):
     def _promises_text(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
             raise wrong("top_logprobs", "top_logprobs needs logprobs to be true")
-        for name, choice in (("tool_choice", self.tool_choice), ("function_call", self.function_call)):
-            forced = choice.get("allowed_tools", choice).get("mode") != "auto" if isinstance(choice, dict) else True
-            if choice not in UNFORCED and forced:
-                raise wrong(name, f"{name} demands a call of a tool, but answers are text here; use auto or none")
+        check_unforced("tool_choice", self.tool_choice)
+        check_unforced("function_call", self.function_call)
         if set(self.modalities or ()) - {"text"}:
             raise wrong("modalities", "modalities: answers are text here; leave it out")
-        _check_format(self.response_format)
+        check_format("response_format", self.response_format)
         return self
 
 
-def _check_format(given: Mapping[str, Any] | None) -> None:
+def check_unforced(field: str, choice: Any) -> None:
+    """Refuse a choice of tools that demands a call."""
+    forced = choice.get("allowed_tools", choice).get("mode") != "auto" if isinstance(choice, dict) else True
+    if choice not in UNFORCED and forced:
+        raise wrong(field, f"{field} demands a call of a tool, but answers are text here; use auto or none")
+
+
+def check_format(field: str, given: Mapping[str, Any] | None) -> None:
+    """Refuse a form of answers that cannot be promised."""
     kind = None if given is None else given.get("type")
     if given is None or kind == "text":
         return
     if kind in ("json_object", "json_schema"):
-        raise wrong(
-            "response_format",
-            f"response_format {kind} cannot be promised here; ask for it in words, and check the answer",
-        )
-    raise wrong("response_format", f"response_format has the unknown type {str(kind)[:40]!r}; use text")
+        raise wrong(field, f"{field} {kind} cannot be promised here; ask for it in words, and check the answer")
+    raise wrong(field, f"{field} has the unknown type {str(kind)[:40]!r}; use text")
 
 
-class CompletionRequest(Request):
+class CompletionRequest(AnswerRequest):
     """What `/v1/completions` takes: texts or tokens that are continued as they stand."""
 
     prompt: Prompts
@@ -342,58 +354,4 @@ class CompletionRequest(Request):
             raise wrong("n", f"n: {len(self.prompt)} prompts of {self.n} answers are more than {MOST_PROMPTS}")
         if self.max_tokens == 0 and not self.echo:
             raise wrong("max_tokens", "max_tokens 0 writes nothing; only with echo does that answer something")
-        return self
-
-
-class EmbeddingRequest(Body):
-    """What `/v1/embeddings` takes."""
-
-    model: Annotated[Text, Field(min_length=1)]
-    input: Prompts
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(None, ge=1)
-
-
-class TokenizeRequest(Body):
-    """What `/tokenize` takes: a text, or a conversation as its chat template writes it."""
-
-    model: Text | None = None
-    prompt: Text | None = None
-    messages: Messages | None = None
-    add_special_tokens: bool = True
-    return_token_strs: bool = False
-
-    @model_validator(mode="after")
-    def _one_text(self) -> "TokenizeRequest":
-        if (self.prompt is None) == (self.messages is None):
-            raise wrong("prompt", "give a prompt, or messages, and not both")
-        return self
-
-
-class DetokenizeRequest(Body):
-    """What `/detokenize` takes."""
-
-    model: Text | None = None
-    tokens: list[TokenId]
-
-
-class RouteRequest(Body):
-    """What `/v1/route` takes: prompts, or a conversation, whose weights are asked for without an answer."""
-
-    model: Annotated[Text, Field(min_length=1)]
-    prompt: (
-        Annotated[
-            list[Annotated[Text, Field(min_length=1)]],
-            BeforeValidator(_one_or_more, json_schema_input_type=str | list[str]),
-            Field(min_length=1, max_length=MOST_PROMPTS),
-        ]
-        | None
-    ) = None
-    messages: Messages | None = None
-    coterie: CoterieField = CoterieField()
-
-    @model_validator(mode="after")
-    def _one_text(self) -> "RouteRequest":
-        if (self.prompt is None) == (self.messages is None):
-            raise wrong("prompt", "give a prompt, or messages, and not both")
         return self

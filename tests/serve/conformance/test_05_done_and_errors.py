@@ -3,37 +3,13 @@
 vLLM test_completion_error.py; openai raises with the message only if `error` is an object.
 """
 
-import itertools
 import json
 
 import openai
 import pytest
 
-from coterie.engine.request import Failure
 from coterie.errors import CoterieError
 from served import chat_body
-
-
-@pytest.fixture
-def breaking(server, monkeypatch):
-    """Let the third step of the engine end what is being answered with an error."""
-
-    def with_error(error: Exception) -> None:
-        engine = server.catalogue.desks[0].engine
-        step, taken = engine.step, itertools.count()
-
-        def broken():
-            found = step()
-            if next(taken) != 3:
-                return found
-            handles = {one.request for one in found}
-            for handle in handles:
-                engine.cancel(handle)
-            return [Failure(handle, error) for handle in handles]
-
-        monkeypatch.setattr(engine, "step", broken)
-
-    return with_error
 
 
 @pytest.mark.parametrize("route", ["chat/completions", "completions"])

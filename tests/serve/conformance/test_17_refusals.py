@@ -36,7 +36,8 @@ def test_prompts_that_are_none_are_refused(client, prompt):
 
 @pytest.mark.parametrize("raw", [b"", b"[]", b"null", b"7", b"{", b"\xff\xfe", b'{"model": NaN}', b"[" * 50_000])
 @pytest.mark.parametrize(
-    "path", ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/route", "/tokenize"]
+    "path",
+    ["/v1/chat/completions", "/v1/responses", "/v1/completions", "/v1/embeddings", "/v1/route", "/tokenize"],
 )
 def test_a_body_that_is_no_object_is_refused(client, raw, path):
     answer = client.post(path, content=raw)

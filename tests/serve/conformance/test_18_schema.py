@@ -26,7 +26,7 @@ def sent(body: Any, number: int) -> Any:
     body = dict(body)
     if "model" in body and (name := MODELS[number % len(MODELS)]):
         body["model"] = name
-    for name in ("max_tokens", "max_completion_tokens"):
+    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
         if not isinstance(body.get(name), int) or body[name] > 3:
             body[name] = 2
     return body
