@@ -12,17 +12,21 @@ from served import chat, chat_stream
 def test_characters_of_several_tokens_come_whole(client, mixture, sign):
     ids = mixture.tokenizer(sign)["input_ids"]
     assert len(ids) == len(sign.encode())
-    for seed in range(40):  # until the bytes happen to come in their order
-        asked = {"logit_bias": {str(token): 100 for token in ids}, "seed": seed, "max_tokens": 40, "temperature": 2.0}
-        whole = chat(client, **asked, logprobs=True)["choices"][0]
-        content = whole["message"]["content"]
-        raw = bytes(byte for entry in whole["logprobs"]["content"] for byte in entry["bytes"])
-        assert content == raw.decode(errors="replace")
-        if sign in content:
+    asked = {"logit_bias": {str(token): 100 for token in ids}, "max_tokens": 40, "temperature": 2.0, "n": 8}
+    for seed in range(20):  # until the bytes happen to come in their order
+        contents = []
+        for whole in chat(client, **asked, seed=seed, logprobs=True)["choices"]:
+            raw = bytes(byte for entry in whole["logprobs"]["content"] for byte in entry["bytes"])
+            contents.append(whole["message"]["content"])
+            assert contents[-1] == raw.decode(errors="replace")
+        if any(sign in content for content in contents):
             break
-    assert sign in content
-    pieces = [frame["choices"][0]["delta"].get("content", "") for frame in chat_stream(client, **asked)]
-    assert "".join(pieces) == content
+    assert any(sign in content for content in contents)
+    streamed = [""] * len(contents)
+    for frame in chat_stream(client, **asked, seed=seed):
+        for choice in frame["choices"]:
+            streamed[choice["index"]] += choice["delta"].get("content") or ""
+    assert streamed == contents
 
 
 def test_what_is_unfinished_at_the_end_is_flushed(client, mixture):
