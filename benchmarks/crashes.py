@@ -71,7 +71,7 @@ def disturb_command(command: str, start: Path, work: Path) -> Callable[[int], Me
         folder = place_for(command, start, work / f"seed-{seed}")
         troubles = [chance.choice(TROUBLES) for _ in range(chance.randint(1, MOST_TROUBLES))]
         conditions = [partial(jumping_clock, seed), partial(only_reading, inputs_of(command))]
-        met = disturb(COMMANDS[command], folder, needed, troubles, chance, conditions)
+        met = disturb(command, folder, needed, troubles, chance, conditions)
         check_alike(command, folder, undisturbed)
         shutil.rmtree(folder)
         return met

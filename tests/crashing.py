@@ -81,8 +81,8 @@ RESULTS = {
     "export": "exported",
 }
 """The folder or file that each command writes."""
-ADDING = ("train-extras", "report")
-"""The commands that write into what is laid out."""
+ADDING = ("train-extras", "report", "bank add")
+"""The commands that add to what is there, and may be typed again when they are done."""
 LAID_OUT = ("rows.jsonl", "shots.jsonl", "run", "bank", "pool", "eval")
 FULL, NO_ROOM = "full disk", "no space left on the disk"
 Condition = Callable[[Path], AbstractContextManager[None]]
@@ -182,7 +182,7 @@ def untimed(path: Path) -> object:
 
 
 def disturb(
-    words: list[str],
+    command: str,
     folder: Path,
     undisturbed: tuple[float, int],
     troubles: Sequence[int | str],
@@ -192,7 +192,7 @@ def disturb(
     """Let a command meet troubles, each where the last try has left it, then leave it alone.
 
     Args:
-        words: the command line.
+        command: its name.
         folder: where it runs.
         undisturbed: the seconds that it takes and the bytes that it writes.
         troubles: signals, each at a random moment, and disks that get full at a random byte.
@@ -203,6 +203,7 @@ def disturb(
         How often each of them met it at work.
     """
     seconds, size = undisturbed
+    words, result = COMMANDS[command], folder / RESULTS[command]
     met: Counter[int | str] = Counter()
     for trouble in troubles:
         is_full = trouble == FULL
@@ -217,6 +218,8 @@ def disturb(
         if process.exitcode == 0:  # it was faster, or found room enough
             return met
         met[trouble] += 1
+        if command not in ADDING and result.exists():  # it was done, and about to end
+            return met
         told = (folder / "std2").read_text()
         ended = {FULL: TROUBLE, signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGTERM: 143}
         assert process.exitcode == ended[trouble] and "Traceback" not in told, f"{process.exitcode}: {told[-2000:]}"

@@ -46,11 +46,10 @@ def test_a_command_disturbed_at_random_moments_ends_as_an_undisturbed_one(comman
     undisturbed, disturbed = (place_for(command, fitted, tmp_path / name) for name in ("undisturbed", "disturbed"))
     before = size_of(undisturbed)
     seconds = finished(COMMANDS[command], undisturbed)
-    troubles = (signal.SIGKILL, FULL, signal.SIGINT, signal.SIGTERM, FULL, signal.SIGKILL)
-    troubles = [one for one in troubles if one != FULL or has_disks()]
+    troubles = [signal.SIGKILL, FULL if has_disks() else signal.SIGKILL, signal.SIGINT, signal.SIGTERM]
     conditions = [partial(jumping_clock, 0), partial(only_reading, inputs_of(command))]
     needed = seconds, size_of(undisturbed) - before
-    disturb(COMMANDS[command], disturbed, needed, troubles, random.Random(command), conditions)
+    disturb(command, disturbed, needed, troubles, random.Random(command), conditions)
     check_alike(command, disturbed, undisturbed)
 
 
