@@ -31,7 +31,7 @@ import httpx2
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import tiny
-from conditions import has_disks, jumping_clock, only_reading
+from conditions import jumping_clock, only_reading
 from coterie.artifacts import environment_record, locked, write_json
 from crashing import (
     COMMANDS,
@@ -41,6 +41,7 @@ from crashing import (
     contents,
     disturb,
     finished,
+    has_disks,
     inputs_of,
     lay_out,
     place_for,
@@ -50,7 +51,6 @@ from crashing import (
 
 RESULT = Path(__file__).parent / "results" / "crashes.json"
 MOST_TROUBLES = 3
-TROUBLES = (signal.SIGKILL, signal.SIGKILL, FULL) if has_disks() else (signal.SIGKILL,)
 NAMES: dict[int | str, str] = {signal.SIGKILL: "kills", FULL: "full_disks"}
 SERVE = "serve"
 CLIENTS = 3
@@ -65,11 +65,12 @@ def disturb_command(command: str, start: Path, work: Path) -> Callable[[int], Me
     before = size_of(undisturbed)
     seconds = finished(COMMANDS[command], undisturbed)
     needed = seconds, size_of(undisturbed) - before
+    known = (signal.SIGKILL, signal.SIGKILL, FULL) if has_disks() else (signal.SIGKILL,)
 
     def one(seed: int) -> Met:
         chance = random.Random(f"{command} {seed}")
         folder = place_for(command, start, work / f"seed-{seed}")
-        troubles = [chance.choice(TROUBLES) for _ in range(chance.randint(1, MOST_TROUBLES))]
+        troubles = [chance.choice(known) for _ in range(chance.randint(1, MOST_TROUBLES))]
         conditions = [partial(jumping_clock, seed), partial(only_reading, inputs_of(command))]
         met = disturb(command, folder, needed, troubles, chance, conditions)
         check_alike(command, folder, undisturbed)

@@ -36,7 +36,7 @@ def disk_with(room: int, folder: Path) -> Iterator[None]:
     below = os.open(folder, os.O_RDONLY)
     beneath = Path(f"/proc/self/fd/{below}")  # what the disk covers
     held = sum(-(-path.lstat().st_size // BLOCK) * BLOCK for path in folder.rglob("*") if path.is_file())
-    _mount_own(folder, held + room)
+    own_disk(folder, held + room)
     shutil.copytree(beneath, folder, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*OUTPUTS))
     os.chdir(folder)
     temporary = folder / "temporary"
@@ -53,21 +53,12 @@ def disk_with(room: int, folder: Path) -> Iterator[None]:
         shutil.copytree(folder, beneath, symlinks=True, dirs_exist_ok=True)
 
 
-def has_disks() -> bool:
-    """Tell whether this system gives processes disks of their own; some forbid it to users."""
-    child = os.fork()
-    if child == 0:
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                _mount_own(Path(folder), BLOCK)
-            except OSError:
-                os._exit(1)
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+def own_disk(folder: Path, size: int) -> None:
+    """Lay an empty disk in memory over a folder, for this process and its children alone.
 
-
-def _mount_own(folder: Path, size: int) -> None:
-    """Lay an empty disk in memory over a folder, for this process and its children alone."""
+    Raises:
+        OSError: where a system forbids it to users.
+    """
     library, user, group = ctypes.CDLL(None, use_errno=True), os.getuid(), os.getgid()
     if library.unshare(_CLONE_NEWNS | _CLONE_NEWUSER):
         raise OSError(ctypes.get_errno(), "no mounts of one's own")

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import tiny
-from conditions import OUTPUTS, disk_with, writable
+from conditions import BLOCK, OUTPUTS, disk_with, own_disk, writable
 from coterie import cli
 from coterie.cli import process as ending
 from coterie.cli.process import STOPPED, TROUBLE
@@ -150,6 +151,15 @@ def inputs_of(command: str) -> list[str]:
     """Name the parts of such a place that a command reads and does not write to."""
     written = {RESULTS.get(command, "").partition("/")[0], "pool" if command == "fit symbolic-moe" else ""}
     return [name for name in LAID_OUT if name not in written]
+
+
+def has_disks() -> bool:
+    """Tell whether this system gives processes disks of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = SERVER.Process(target=own_disk, args=(Path(folder), BLOCK))
+        process.start()
+        process.join()
+    return process.exitcode == 0
 
 
 def size_of(folder: Path) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conditions import files_up_to, has_disks, jumping_clock, only_reading, writable
+from conditions import files_up_to, jumping_clock, only_reading, writable
 from crashing import (
     COMMANDS,
     FITTED,
@@ -18,6 +18,7 @@ from crashing import (
     contents,
     disturb,
     finished,
+    has_disks,
     inputs_of,
     lay_out,
     place_for,

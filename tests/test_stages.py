@@ -251,6 +251,21 @@ def test_what_was_made_within_a_stage_stays_as_long_as_the_stage(tmp_path):
     assert (other.path / "cached" / "c" / "value.json").exists()
 
 
+def test_what_recording_stages_takes_grows_with_their_number_and_not_with_its_square(tmp_path, monkeypatch):
+    lines = []
+    parse = stages.parse_json
+    monkeypatch.setattr(stages, "parse_json", lambda text, *more: lines.append(text) or parse(text, *more))
+    read = {}
+    for count in (8, 16):
+        lines.clear()
+        run = RunFolder(tmp_path / f"{count}")
+        for number in range(count):
+            run.cache({})(f"value-{number}", lambda: 0)
+        read[count] = len([line for line in lines if line])
+        assert len(run.recorded()) == count
+    assert read[16] == 2 * read[8]
+
+
 DIFFERENCES = [
     ({"rank": 8}, {"rank": 4}, "rank 8 -> 4"),
     ({"alpha": 8}, {}, "alpha 8 -> default"),

@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 from coterie import ranks
 from coterie.artifacts.files import append_text, disk_errors, hash_json, write_json, write_jsonl
 from coterie.artifacts.folders import check_tree, real_folder
-from coterie.artifacts.reading import parse_json, read_json, read_text
+from coterie.artifacts.reading import open_regular, parse_json, read_json, read_text
 from coterie.errors import CoterieError
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,14 @@ JsonCache = Callable[[str, Callable[[], Any]], Any]
 """Gives a JSON value by name, computing it where it is not known yet; see `RunFolder.cache`."""
 
 
+@dataclass
+class _Seen:
+    """How many bytes of `stages.jsonl` were read, and what they tell."""
+
+    size: int = 0
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """A run folder under construction; all of it is real folders and files.
@@ -45,6 +53,7 @@ class RunFolder:
         earlier: a finished run of the same command; its stages are taken over where they would become the same.
         wanted: the stages that were asked for so far.
         inside: the stages that are being made; those that are asked for meanwhile belong to the last of them.
+        seen: what was read of its stages so far.
     """
 
     path: Path
@@ -52,6 +61,7 @@ class RunFolder:
     earlier: Path | None = None
     wanted: set[str] = field(default_factory=set)
     inside: list[str] = field(default_factory=list)
+    seen: _Seen = field(default_factory=_Seen)
 
     def stage(
         self,
@@ -101,7 +111,7 @@ class RunFolder:
                 working.rename(done)
             seconds = round(time.perf_counter() - started, 1) if before is None else before[1]
             self._record(name, {"from": key, "seconds": seconds})
-            for other, one in read_stages(self.path).items():
+            for other, one in self.recorded().items():
                 if one.get("within") == name and other not in self.wanted:  # it was made for other settings
                     shutil.rmtree(self.path / other, ignore_errors=True)
 
@@ -136,7 +146,7 @@ class RunFolder:
         self.wanted.add(name)
         own = {one: self.inputs[one] for one in (self.inputs if inputs is None else inputs)}
         key = json.loads(json.dumps({**own, **made_from}))
-        stages = read_stages(self.path)
+        stages = self.recorded()
         known = stages.get(name) or stages.get(ANY)
         if known is None or known["from"] not in (None, key):
             left = [place for place in (name, f"{WORKING}/{name}") if (self.path / place).exists()]
@@ -154,7 +164,7 @@ class RunFolder:
         """Give a stage its name of today in a run that was begun before stages were recorded."""
 
         def rename() -> None:
-            for place in (self.path, self.path / WORKING) if ANY in read_stages(self.path) else ():
+            for place in (self.path, self.path / WORKING) if ANY in self.recorded() else ():
                 if (place / before).exists():
                     shutil.rmtree(place / name, ignore_errors=True)
                     (place / name).parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +176,7 @@ class RunFolder:
 
     def key(self, name: str) -> str:
         """Hash what a stage was made from, for the stages that are made from it."""
-        return hash_json(read_stages(self.path)[name]["from"])
+        return hash_json(self.recorded()[name]["from"])
 
     def cache(self, made_from: Mapping[str, Any], *, inputs: Iterable[str] | None = None) -> JsonCache:
         """Return what computes JSON values once, each a small stage."""
@@ -176,7 +186,7 @@ class RunFolder:
             before = self.path / WORKING / f"{Path(stage).name}.json"  # where such values were kept until version 0.2
 
             def write(folder: Path) -> None:
-                if before.is_file() and ANY in read_stages(self.path):
+                if before.is_file() and ANY in self.recorded():
                     before.rename(folder / "value.json")
                 else:
                     write_json(folder / "value.json", {"value": make()})
@@ -191,7 +201,7 @@ class RunFolder:
 
     def finish(self) -> None:
         """Drop the stages that this try has not asked for, which are of other settings, and what is only for work."""
-        stages, kept = read_stages(self.path), {}
+        stages, kept = self.recorded(), {}
         for name in sorted(stages):
             if self.wanted.isdisjoint((name, stages[name].get("within"), *map(str, Path(name).parents))):
                 shutil.rmtree(self.path / name, ignore_errors=True)
@@ -207,6 +217,17 @@ class RunFolder:
             working.rename(dropped)  # at once, so that no half of a stage in there is ever taken for the whole
             shutil.rmtree(dropped, ignore_errors=True)
 
+    def recorded(self) -> dict[str, dict[str, Any]]:
+        """Return what `read_stages` does, reading what was added since the last look: a run may have thousands."""
+        file = self.path / STAGES_FILE
+        if file.exists():
+            with open_regular(file) as opened:
+                opened.seek(self.seen.size)
+                whole = opened.read().rpartition(b"\n")[0]
+            self.seen.size += len(whole)
+            self.seen.stages.update(_told(whole.decode(errors="replace")))
+        return self.seen.stages
+
     def _record(self, name: str, stage: Mapping[str, Any]) -> None:
         """Add a line, which several processes may do at a time; what a kill left of the last one ends before it."""
         within = {"within": self.inside[-1]} if self.inside else {}
@@ -219,16 +240,19 @@ def read_stages(folder: Path) -> dict[str, dict[str, Any]]:
 
     A line that was cut off by a kill, or is none of ours, is skipped: its stage is made again.
     """
-    stages = {}
-    for line in read_text(folder / STAGES_FILE).split("\n") if (folder / STAGES_FILE).exists() else ():
+    return dict(_told(read_text(folder / STAGES_FILE))) if (folder / STAGES_FILE).exists() else {}
+
+
+def _told(lines: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read lines of `stages.jsonl`; a stage may have several, of which the last counts."""
+    for line in lines.split("\n"):
         with suppress(CoterieError):
             read = parse_json(line, STAGES_FILE)
             record = read if isinstance(read, dict) else {}
             name = record.pop("stage", None)
             is_inside = isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
             if is_inside and isinstance(record.get("from"), dict | None):
-                stages[name] = {"from": record.get("from"), **record}
-    return stages
+                yield name, {"from": record.get("from"), **record}
 
 
 def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
