@@ -12,8 +12,8 @@ import pytest
 
 PACKAGE = "coterie"
 ORDER = (
-    "errors ranks progress settings cluster artifacts records data grading lora backbone features experts routers "
-    "combiners engine mixture methods evaluation report serve cli"
+    "errors launcher ranks progress settings cluster artifacts records data grading lora backbone features experts "
+    "routers combiners engine mixture methods evaluation report serve cli"
 ).split()
 PROJECT = Path(__file__).parents[1]
 ROOT = PROJECT / "src" / PACKAGE

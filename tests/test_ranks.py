@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import tiny
 from conftest import write_rows
-from coterie import ranks
+from coterie import launcher, ranks
 from coterie.artifacts import RunFolder, write_text
 from coterie.backbone.loading import load_backbone
 from coterie.data.devices import tell_idle
@@ -52,27 +52,17 @@ LAUNCHED = table(
 def test_a_launcher_says_which_process_this_is_until_one_works_alone(variables, found, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert ranks.launched() == found
+    assert launcher.launched() == found
     with ranks.alone():
-        assert ranks.launched() == (0, 1)
+        assert launcher.launched() == (0, 1)
         assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys()
-    assert ranks.launched() == found
+    assert launcher.launched() == found
 
 
 def test_a_launcher_that_does_not_say_which_process_this_is_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(CoterieError, match="WORLD_SIZE is '4' and RANK is None.*accelerate launch"), ranks.joined():
         pass
-
-
-@pytest.mark.parametrize(("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "Deep")])
-def test_splitting_the_base_model_up_is_refused_and_not_ignored(variable, name, monkeypatch):
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(CoterieError, match=f"asks for {name}.*whole in every process.*--load-in-4bit"), ranks.joined():
-        pass
-    monkeypatch.setenv(variable, "false")
-    with ranks.joined():
-        assert variable not in os.environ
 
 
 def test_processes_that_cannot_reach_each_other_say_so(monkeypatch):

@@ -5,6 +5,9 @@ process (`by_first`), and each of these ends when all are there, so that none re
 process that nobody started beside others is the first of one, and all of this costs it nothing.
 
 What they tell each other is JSON and numbers, over gloo, on the CPU: nothing is pickled.
+
+Where accelerate's configuration asks for FSDP, each of them holds a part of the base model (`is_sharded`), so that none
+of them can pass anything through it alone: all do, equally often.
 """
 
 import json
@@ -18,6 +21,7 @@ from datetime import timedelta
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from coterie import launcher
 from coterie.errors import CoterieError, first_line
 
 if TYPE_CHECKING:
@@ -25,16 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-SPLITTING = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-}
-"""What a configuration of accelerate may ask for that splits the base model up."""
-LAUNCHER = (*RANKS, *COUNTS, "LOCAL_RANK", "LOCAL_WORLD_SIZE", *SPLITTING)
-"""What launchers say in the environment, and libraries look for there."""
 PATIENCE = timedelta(days=7)
 """How long a process waits for others that have longer work; one that is gone is noticed at once, by its connection."""
 GONE = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
@@ -60,6 +54,8 @@ class _Processes:
         group: over which they tell each other things (a `torch.distributed.ProcessGroup`).
         is_quiet: whether another process tells what all of them do, also while this one works alone.
         local: its number among those of its machine; None where nobody started others.
+        sharing: all of them, where each holds a part of the base model; also while this one works alone.
+        is_by_itself: whether the others wait while this one works.
     """
 
     rank: int = 0
@@ -67,6 +63,8 @@ class _Processes:
     group: Any = None
     is_quiet: bool = False
     local: int | None = None
+    sharing: "_Processes | None" = None
+    is_by_itself: bool = False
 
 
 _NOW: ContextVar[_Processes] = ContextVar("_NOW", default=_Processes())  # noqa: B039 - it is frozen
@@ -84,8 +82,7 @@ def count() -> int:
 
 def is_quiet() -> bool:
     """Tell whether another process says what all of them do, so that this one shows nothing but its own trouble."""
-    number = next((os.environ[name] for name in RANKS if name in os.environ), "0")
-    return _NOW.get().is_quiet or number != "0"
+    return _NOW.get().is_quiet or launcher.number() not in (None, "0")
 
 
 def local() -> int | None:
@@ -93,31 +90,38 @@ def local() -> int | None:
     return _NOW.get().local
 
 
-def launched() -> tuple[int, int]:
-    """Return the number of this process and how many there are, as a launcher says.
+def is_sharded() -> bool:
+    """Tell whether every process holds a part of the base model, so that all of them run each pass through it.
 
     Raises:
-        CoterieError: when it says only one of them.
+        CoterieError: when this one does something by itself, for which the others would never run a pass.
     """
-    number = next((os.environ[name] for name in RANKS if name in os.environ), None)
-    total = next((os.environ[name] for name in COUNTS if name in os.environ), "1")
-    if not total.isdecimal() or not (number or "0").isdecimal() or (number is None and total != "1"):
-        raise CoterieError(
-            f"WORLD_SIZE is {total!r} and RANK is {number!r}, so nobody knows which process this is; start it with "
-            "accelerate launch -m coterie or torchrun -m coterie"
-        )
-    return int(number or 0), int(total)
+    now = _NOW.get()
+    if now.sharing and now.is_by_itself:
+        raise needs_it_whole("this")
+    return now.sharing is not None
+
+
+def needs_it_whole(what: str) -> CoterieError:
+    """Return the error of what one process does alone where each would have only a part of the base model."""
+    return CoterieError(
+        f"one process does {what} by itself, and FSDP in accelerate's configuration leaves it a part of the base "
+        "model; start it without accelerate launch, and add --load-in-4bit where the model is too large"
+    )
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Do the body as one process that nobody started beside others; libraries see no launcher either."""
-    token = _NOW.set(replace(_NOW.get(), rank=0, count=1, group=None))
-    hidden = {name: os.environ.pop(name) for name in LAUNCHER if name in os.environ}
+def alone(*, by_itself: bool = False) -> Iterator[None]:
+    """Do the body as one process that nobody started beside others; libraries see no launcher either.
+
+    A base model that is sharded stays so; the others do the same meanwhile, unless this one works `by_itself`.
+    """
+    now = _NOW.get()
+    token = _NOW.set(replace(now, rank=0, count=1, group=None, is_by_itself=now.is_by_itself or by_itself))
     try:
-        yield
+        with launcher.hidden(launcher.VARIABLES):
+            yield
     finally:
-        os.environ.update(hidden)
         _NOW.reset(token)
 
 
@@ -126,26 +130,23 @@ def joined() -> Iterator[None]:
     """Do the body together with all processes that were launched, if there are others.
 
     Raises:
-        CoterieError: when they cannot be reached, one of them has ended, or the launcher asks to split the model up.
+        CoterieError: when they cannot be reached, one of them has ended, or the launcher asks for what nobody can do.
     """
     if count() > 1:
         yield
         return
-    number, total = launched()
-    if split := [name for variable, name in SPLITTING.items() if os.environ.get(variable, "").lower() == "true"]:
-        raise CoterieError(
-            f"accelerate's configuration asks for {split[0]}, which splits the base model up, but gradient features "
-            "and routing need it whole in every process; choose multi-GPU without it in accelerate config, and add "
-            "--load-in-4bit where the model is too large"
-        )
+    number, total = launcher.launched()
+    shards = launcher.wants_sharding()
     if total == 1:
         with alone():
             yield
         return
-    with _connected(number, total) as group:
-        token = _NOW.set(_Processes(number, total, group, number > 0, int(os.environ.get("LOCAL_RANK", number))))
+    with _connected(number, total) as group, launcher.hidden([launcher.FSDP]):  # what is trained is whole
+        own = _Processes(number, total, group, number > 0, int(os.environ.get("LOCAL_RANK", number)))
+        token = _NOW.set(replace(own, sharing=own) if shards else own)
         try:
-            logger.info("%d processes do this together", total)
+            held = ", each with a part of the base model" if shards else ""
+            logger.info("%d processes do this together%s", total, held)
             yield
         except SharedError:
             raise
@@ -171,6 +172,8 @@ def by_one(load: Callable[[Any], Item]) -> Callable[[Callable[..., Item]], Calla
         def done(settings: Any, *more: Any) -> Item:
             if count() == 1:
                 return do(settings, *more)
+            if is_sharded():
+                raise needs_it_whole(settings.command) if rank() == 0 else SharedError(settings.command)
             logger.info("%s is done by one of the %d processes alone", settings.command, count())
             made: list[Item] = []
             by_first(lambda: made.append(do(settings, *more)))
@@ -218,7 +221,7 @@ def by_first(make: Callable[[], Any]) -> Any:  # whatever JSON holds
     value, trouble = None, None
     if rank() == 0:
         try:
-            with alone():
+            with alone(by_itself=True):
                 value = make()
         except CoterieError as error:
             trouble = error
@@ -240,13 +243,33 @@ def each(make: Callable[[], Item]) -> Item:
     try:
         with alone():
             made = make()
+    except SharedError:
+        raise
     except CoterieError as error:
         trouble = error
-    for number, message in enumerate(_told(None if trouble is None else str(trouble))):
+    _tell_trouble(trouble)
+    return made  # pyrefly: ignore[bad-return] - it was made, or this process would have had trouble
+
+
+def ready() -> None:
+    """Wait until all processes that share the base model have come as far in what `each` of them makes.
+
+    Raises:
+        CoterieError: the trouble of the first that has some.
+    """
+    token = _NOW.set(_NOW.get().sharing or _Processes())
+    try:
+        _tell_trouble(None)
+    finally:
+        _NOW.reset(token)
+
+
+def _tell_trouble(own: CoterieError | None) -> None:
+    """Tell all processes whether this one has trouble, and end where any of them has."""
+    for number, message in enumerate(_told(None if own is None else str(own))):
         if message is not None:
             place = f"process {number} of {count()}: " if number else ""
-            raise SharedError(place + message) from trouble
-    return made  # pyrefly: ignore[bad-return] - it was made, or this process would have had trouble
+            raise SharedError(place + message) from own
 
 
 def check_same(facts: Mapping[str, str]) -> None:
@@ -267,9 +290,9 @@ def check_same(facts: Mapping[str, str]) -> None:
 def spread(tasks: Mapping[str, Callable[[], object]], weights: Mapping[str, float], what: str) -> None:
     """Share tasks out by weight, the heaviest first; each is done by one process, as if it were alone.
 
-    Where there are fewer tasks than processes, all do every task together.
+    Where there are fewer tasks than processes, or each holds a part of the base model, all do every task together.
     """
-    if count() == 1 or len(tasks) < count():
+    if count() == 1 or len(tasks) < count() or is_sharded():
         if count() > 1:
             logger.info("%s: all %d processes do each of the %d together", what, count(), len(tasks))
         for task in tasks.values():
@@ -295,9 +318,13 @@ def shared_out(weights: Mapping[str, float], processes: int) -> list[list[str]]:
     return [[name for name in weights if owners[name] == number] for number in range(processes)]
 
 
-def share(items: Sequence[Item]) -> Sequence[Item]:
-    """Return those of many alike pieces of work that are this process's."""
-    return items[rank() :: count()]
+def share(batches: Sequence[list[int]]) -> Sequence[list[int]]:
+    """Return those of many alike batches of numbers that are this process's.
+
+    Where each holds a part of the base model, all get equally many: empty ones stand in for those that lack.
+    """
+    lacking = -len(batches) % count() if is_sharded() else 0
+    return [*batches, *([] for _ in range(lacking))][rank() :: count()]
 
 
 def summed(values: "Tensor") -> "Tensor":

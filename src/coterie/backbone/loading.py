@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from coterie.backbone.aliases import ALIASES, cache_folder, densify, fetch_alias
 from coterie.backbone.int8 import hold_in_int8
 from coterie.backbone.model import Backbone, BaseModelIdentity
 from coterie.backbone.probe import checked
+from coterie.backbone.sharding import one_reads, shard
 from coterie.errors import CoterieError, first_line, missing_extra, unknown_name
 from coterie.settings.groups import ModelSettings
 from coterie.settings.keywords import takes_fields
@@ -62,7 +63,10 @@ def load_backbone(settings: ModelSettings) -> Backbone:
         except ValueError as error:
             raise CoterieError(f"--quantize does not fit {settings.model!r}: {error}; leave it out") from error
     commit = getattr(model.config, "_commit_hash", None)
-    return checked(Backbone(model, tokenizer, _identity(settings.model, folder, commit)))
+    backbone = Backbone(model, tokenizer, _identity(settings.model, folder, commit))
+    if ranks.is_sharded():
+        shard(backbone, device)
+    return checked(backbone)
 
 
 def _locate(settings: ModelSettings) -> tuple[str | Path, str | None]:
@@ -100,16 +104,19 @@ def _load_model(source: dict[str, Any], settings: ModelSettings, device: torch.d
             f"--quantize {settings.quantize} is for a CPU and without --load-in-4bit, got --device {device}"
             f"{' --load-in-4bit' if settings.load_in_4bit else ''}; leave one of them out"
         )
+    if ranks.is_sharded() and (settings.quantize or settings.load_in_4bit):
+        raise CoterieError("FSDP shards a base model in its own type; leave --quantize and --load-in-4bit out")
     source = {**source, "dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
     if settings.load_in_4bit:
         return _load_in_4bit(source, device)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(**source, output_loading_info=True)
+    with nullcontext() if "gguf_file" in source else one_reads():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**source, output_loading_info=True)
     model, report = loaded
     if "gguf_file" in source:
         model = densify(model)
     elif report["missing_keys"]:
         raise ValueError(f"its files lack the weight {min(report['missing_keys'])!r}")
-    return model.to(device)
+    return model if ranks.is_sharded() else model.to(device)
 
 
 def _load_in_4bit(source: dict[str, Any], device: torch.device) -> PreTrainedModel:

@@ -111,6 +111,10 @@ class Backbone:
             use_cache=cache is not None,
         ).last_hidden_state
 
+    def take_part(self) -> None:
+        """Read one token: a pass for the sake of other processes, which need this one's part of the model in theirs."""
+        self.hidden(torch.tensor([[self.pad_id]], device=self.device))
+
     def head(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocabulary"]:
         """Turn hidden states into next-token logits, in float32, with the scaling or cap that the model has.
 

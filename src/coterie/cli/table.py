@@ -15,7 +15,8 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from coterie.artifacts import as_path
 from coterie.errors import shown
-from coterie.ranks import alone, is_quiet, launched
+from coterie.launcher import launched, wants_sharding
+from coterie.ranks import alone, is_quiet, needs_it_whole
 from coterie.settings.old_spellings import is_old
 from coterie.settings.places import target
 from coterie.settings.reading import FLAGS, Settings, flag_of, flat_fields, from_flat
@@ -130,7 +131,7 @@ COMMANDS: dict[str, Command] = {}
 """Every command by its full name, such as "fit elrea": what is typed, and what `coterie run` repeats."""
 
 
-SHARED = ("fit elrea", "fit auto", "fit token-level", "train-extras", "influence")
+SHARED = ("fit elrea", "fit auto", "fit token-level", "fit kshot-moe", "train-extras", "influence")
 """The commands whose work several processes share that were launched together."""
 
 
@@ -142,6 +143,8 @@ def do(name: str, settings: Settings | None, **extra: Any) -> None:  # noqa: ANN
         function()
         return
     if total > 1:
+        if wants_sharding():
+            raise needs_it_whole(name)
         echo(f"{name} is done by one of the {total} processes alone", err=True)
     if number == 0:
         with alone():

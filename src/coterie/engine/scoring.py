@@ -67,8 +67,11 @@ def score_planned(
     Several processes share the rows.
     """
     nll, tokens = torch.zeros(1 if weights is None else len(weights), len(rows)), torch.zeros(len(rows))
-    with steps(label and f"likelihood of {label}", len(rows), "row") as done:
+    with steps(label and f"likelihood of {label}", len(rows), "row") as done, torch.inference_mode():
         for numbers in ranks.share(by_length(rows, BATCH)):
+            if not numbers:
+                backbone.take_part()
+                continue
             plan = combiner.plan(routing.take(numbers))
             if weights is None:
                 own_votes = [[own.votes for own in plan]]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -218,6 +219,10 @@ def make_trainer(
     arguments._setup_devices = state.device = backbone.device
     if backbone.device.type == "cuda":  # kernels may be launched on the current device; the arguments chose the first
         torch.cuda.set_device(backbone.device)
+    if ranks.count() > 1:  # what is not trained is every process's own: the base model or a part of it, and counts
+        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        own = [*frozen, *(name for name, _ in model.named_buffers())]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own)
     data: Any = Chosen(rows, range(len(rows)), lambda row: {"input_ids": list(row.ids), "labels": row.labels()})
     collate = TrainingCollator(backbone.pad_id)
     trainer = SeededTrainer(model, arguments, data, collate, split, callbacks=[_FiniteLoss()])

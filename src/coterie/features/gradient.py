@@ -36,6 +36,7 @@ from coterie.settings.groups import FeatureSettings
 FEATURES_FILE = "features.safetensors"
 SHARD_ROWS = 64  # rows between two writes: what an interruption costs at most
 SHARDS_MOVED = 64  # into the one file between two waits for the disk
+NOBODY = TokenRow((0,), 1, (False,), (False,))  # read by a process that has no row, for its part in others' passes
 LOGIT_ELEMENTS = 1 << 26  # logits that exist at once (256 MiB in float32)
 
 
@@ -137,9 +138,11 @@ class GradientFeatures:
         batches = ranks.share(by_length(rows, self.settings.feature_batch_size))
         with steps("gradients of prompts" if len(rows) > SHARD_ROWS else "", len(rows), "prompt") as done:
             for numbers in batches:
-                batch, places = [rows[i] for i in numbers], on_device(numbers, result.device)
+                batch = [rows[i] for i in numbers] or [NOBODY]
                 for checkpoint, layers in self._checkpoints:
-                    result.index_add_(0, places, self._batch(batch, checkpoint, layers) / len(self._checkpoints))
+                    found = self._batch(batch, checkpoint, layers) / len(self._checkpoints)
+                    if numbers:
+                        result.index_add_(0, on_device(numbers, result.device), found)
                 done(len(numbers))
         return ranks.summed(result)
 
@@ -192,8 +195,8 @@ def _backward(backbone: Backbone, batch: Batch, weights: Float[Tensor, "row posi
     for piece, target, weight in pieces:
         loss = nn.functional.cross_entropy(backbone.head(piece), target, reduction="none")
         (loss * weight).sum().backward()
-    if leaf.grad is not None:  # None when no row has a token that something predicts
-        states.backward(leaf.grad)
+    if leaf.grad is not None or ranks.is_sharded():  # None when no row has a token that something predicts
+        states.backward(torch.zeros_like(states) if leaf.grad is None else leaf.grad)
 
 
 @dataclass(frozen=True)

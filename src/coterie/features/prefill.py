@@ -68,6 +68,9 @@ def prefill_states(
     width = backbone.model.config.get_text_config().hidden_size
     result = torch.zeros(len(rows), len(layers), len(POOLINGS), width)
     for numbers in ranks.share(by_length(rows, BATCH_ROWS)):
+        if not numbers:
+            backbone.take_part()
+            continue
         batch = pad([rows[i].ids for i in numbers], backbone.pad_id, device=backbone.device)
         shares = torch.zeros(batch.input_ids.shape)
         for number, i in enumerate(numbers):

@@ -198,7 +198,10 @@ EXTRAS: dict[str, ExtraSpec[ElreaRun]] = {
     ),
     "datasets": ExtraSpec(_datasets, _base_work, together=True),
     "gates": ExtraSpec(
-        _gates, lambda run: TRAINING * run.row_count * run.extras.gate_epochs, ("gate_epochs", "gate_learning_rate")
+        _gates,
+        lambda run: TRAINING * run.row_count * run.extras.gate_epochs,
+        ("gate_epochs", "gate_learning_rate"),
+        together=True,
     ),
     "random-weights": ExtraSpec(_random_weights, _little_work),
     ONE_LORA: ExtraSpec(_one_lora, _cluster_work, together=True),
@@ -212,6 +215,6 @@ EXTRAS: dict[str, ExtraSpec[ElreaRun]] = {
     "avengers": ExtraSpec(fitted_routers.avengers, _embedding_work, ("encoder",), needs=("judged",)),
     "lorauter": ExtraSpec(fitted_routers.lorauter, _embedding_work, ("encoder",), needs=("judged",)),
     "ariadne": ExtraSpec(fitted_routers.ariadne, _embedding_work, ("encoder",)),
-    "distilled": ExtraSpec(fitted_routers.distilled, lambda run: run.row_count, needs=("judged",)),
+    "distilled": ExtraSpec(fitted_routers.distilled, lambda run: run.row_count, needs=("judged",), together=True),
 }
 """By the name of the extra's folder."""

@@ -1,0 +1,249 @@
+"""A base model in parts: FSDP as accelerate's configuration asks for it, and what is refused of such a configuration.
+
+The processes of the slow tests are real ones over gloo; those of the last one are started by accelerate's own launcher.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import distributed
+from torch.distributed.tensor import DTensor
+
+import coterie
+import tiny
+from conftest import write_rows
+from coterie import launcher, ranks
+from coterie.backbone.layers import ExpertLayers
+from coterie.backbone.loading import Backbone, load_backbone
+from coterie.data.batching import PromptFormat, TokenRow
+from coterie.data.examples import load_examples
+from coterie.engine.scoring import score_votes
+from coterie.errors import CoterieError
+from coterie.experts.training import TrainingPlan, load_checkpoint, train_adapter
+from coterie.features.gradient import GradientFeatures
+from coterie.features.prefill import prefill_states
+from coterie.settings.groups import FeatureSettings, LoraSettings, ModelSettings
+from crashing import SERVER
+from helpers import close, table
+from test_ranks import files_of, three  # noqa: F401 - a fixture
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+REFUSED = table(
+    ("DeepSpeed", {"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DeepSpeed, which was never tried here"),
+    ("Megatron-LM", {"ACCELERATE_USE_MEGATRON_LM": "true"}, "asks for Megatron-LM"),
+    ("parallelism", {**FSDP, "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "asks for a parallelism_config"),
+    ("offload", {**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, "asks for fsdp_offload_params"),
+    ("checkpointing", {**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "1"}, "asks for fsdp_activation_checkpointing"),
+    ("version 1", {"ACCELERATE_USE_FSDP": "true"}, "version 1 of FSDP; set fsdp_version: 2 .* accelerate to-fsdp2"),
+)
+
+
+@pytest.mark.parametrize(("variables", "told"), REFUSED)
+def test_what_was_never_tried_is_refused_by_name(variables, told, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(CoterieError, match=told), ranks.joined():
+        pass
+
+
+def test_what_is_heard_with_fsdp_alone_is_not_refused_without_it(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    assert launcher.wants_sharding() is False
+    with ranks.joined():
+        assert "ACCELERATE_USE_FSDP" not in os.environ
+
+
+def test_one_process_that_was_launched_holds_all_of_the_model(monkeypatch):
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    assert launcher.wants_sharding() is True
+    with ranks.joined():
+        assert not ranks.is_sharded()
+
+
+def test_a_command_of_one_process_does_not_take_a_part_of_the_model_for_the_whole(run, monkeypatch):
+    for name, value in {**FSDP, "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    code, printed, told = run("methods")
+    assert (code, printed) == (2, "")
+    assert "error: one process does methods by itself, and FSDP in accelerate's configuration" in told
+
+
+# ------------------------------------------------------------------------------------- together, in threads of a test
+
+
+@pytest.fixture
+def sharing(three) -> Callable[[Callable[[int], Any]], list[Any]]:  # noqa: F811
+    """Let three processes that are threads each hold a part of the model."""
+
+    def run(do: Callable[[int], Any]) -> list[Any]:
+        def with_a_part(number: int) -> Any:
+            own = ranks._NOW.get()
+            ranks._NOW.set(ranks.replace(own, sharing=own))
+            return do(number)
+
+        return three.run(with_a_part)
+
+    return run
+
+
+def test_all_get_equally_many_batches_and_do_every_task_together(sharing, caplog):
+    batches = [[0, 1], [2], [3], [4]]
+    assert sharing(lambda _: list(ranks.share(batches))) == [[[0, 1], [4]], [[2], []], [[3], []]]
+    done: list[tuple[str, int]] = []
+
+    def spread(number: int) -> None:
+        tasks = {name: lambda name=name: done.append((name, number)) for name in "abcd"}
+        ranks.spread(tasks, dict.fromkeys(tasks, 1.0), "experts")
+
+    with caplog.at_level("INFO", "coterie"):
+        sharing(spread)
+    assert sorted(done) == [(name, number) for name in "abcd" for number in range(3)]
+    assert caplog.messages[0] == "experts: all 3 processes do each of the 4 together"
+
+
+def test_what_one_does_by_itself_cannot_use_the_model_and_what_each_does_can(sharing):
+    assert sharing(lambda _: ranks.each(ranks.is_sharded)) == [True] * 3
+    assert sharing(lambda _: ranks.each(lambda: ranks.by_first(ranks.is_sharded))) == [True] * 3
+    for one in sharing(lambda _: ranks.by_first(ranks.is_sharded)):
+        assert isinstance(one, ranks.SharedError)
+        assert "one process does this by itself" in str(one)
+
+
+def test_trouble_of_one_before_the_model_is_shared_is_the_trouble_of_all(sharing):
+    def load(number: int) -> None:
+        if number == 1:
+            raise CoterieError("no such file")
+        ranks.ready()
+
+    found = sharing(lambda number: ranks.each(lambda: load(number)))
+    assert [str(one) for one in found] == ["process 1 of 3: no such file"] * 3
+
+
+# ---------------------------------------------------------------------------------------------------- real processes
+
+LORA, FEATURES = LoraSettings(rank=2, dropout=0.1), FeatureSettings(d_proj=32, feature_batch_size=2)
+PLAN = TrainingPlan(1, 1e-2, 4, 2, 0, "none", "adapter", keep_epochs=True)
+
+
+def rows_of(backbone: Backbone) -> list[TokenRow]:
+    return [PromptFormat(backbone.tokenizer, None).row(example) for example in load_examples(tiny.make_rows(5, seed=4))]
+
+
+def passes(backbone: Backbone, folder: Path) -> dict[str, torch.Tensor]:
+    """Everything that passes through the model in a fit; of its batches there are three, an odd number."""
+    rows = rows_of(backbone)
+    if ranks.count() == 1 or not ranks.rank():
+        folder.mkdir()
+    ranks.wait()
+    train_adapter(backbone, rows, PLAN, folder, LORA)
+    ranks.wait()
+    point = load_checkpoint(folder / "epoch-0", backbone.model)
+    layers = ExpertLayers(backbone.model, [point.adapter, {}])
+    many = rows * 4  # three batches of 8, and of 16
+    votes = torch.tensor([[1.0, 0.0], [0.5, 0.5]])[:, None, :].expand(-1, len(many), -1)
+    return {
+        "gradients": GradientFeatures(backbone, [point], FEATURES)([row.prompt() for row in rows]),
+        "losses": score_votes(backbone, layers, ("one", "none"), many, votes, "").nll,
+        "states": prefill_states(backbone, many * 2, [1, 2]),
+        **{name: tensor.clone() for name, tensor in load_file(folder / "adapter_model.safetensors").items()},
+        **{name: tensor.clone() for name, tensor in load_file(folder / "epoch-0" / "adam.safetensors").items()},
+    }
+
+
+def member(number: int, count: int, model: str, folder: Path) -> None:
+    """One of the processes; the others find it by a file."""
+    variables: dict[str, Any] = {
+        "RANK": number,
+        "LOCAL_RANK": number,
+        "WORLD_SIZE": count,
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    }
+    variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # which accelerate wants to see, and nobody uses
+    os.environ |= {**FSDP, **{name: str(value) for name, value in variables.items()}}
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=count)
+    with ranks.joined():
+        backbone = ranks.each(lambda: load_backbone(ModelSettings(model=model, device="cpu")))
+        parts = [weight for weight in backbone.blocks.parameters() if isinstance(weight, DTensor)]
+        assert len(parts) == len([*backbone.blocks.parameters()])
+        found = passes(backbone, folder / "trained")
+        found["held"] = torch.tensor([sum(part.to_local().numel() for part in parts)])
+        with suppress(ranks.SharedError):
+            ranks.by_first(lambda: backbone.take_part())
+            raise AssertionError("the others would never have run this pass")
+        save_file({name: tensor.contiguous() for name, tensor in found.items()}, folder / f"{number}.safetensors")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_with_parts_of_the_model_compute_what_one_with_all_of_it_does(backbone, model_folder, tmp_path):
+    wanted = passes(backbone, tmp_path / "one")
+    members = [SERVER.Process(target=member, args=(n, 2, str(model_folder), tmp_path)) for n in range(2)]
+    for process in members:
+        process.start()
+    for process in members:
+        process.join(120)
+    assert [process.exitcode for process in members] == [0, 0]
+    whole = sum(weight.numel() for weight in backbone.blocks.parameters())
+    for number in range(2):
+        found = load_file(tmp_path / f"{number}.safetensors")
+        assert int(found.pop("held")) == whole // 2
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            close(found[name], tensor)
+
+
+CONFIGURATION = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "FSDP",
+    "num_machines": 1,
+    "num_processes": 2,
+    "machine_rank": 0,
+    "main_process_port": 0,
+    "mixed_precision": "no",
+    "rdzv_backend": "static",
+    "same_network": True,
+    "fsdp_config": {
+        "fsdp_version": 2,
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_cpu_ram_efficient_loading": True,
+        "fsdp_reshard_after_forward": True,
+        "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+    },
+}
+
+
+@pytest.mark.slow
+def test_accelerate_launch_with_fsdp_makes_the_files_of_one_process(model_folder, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", tiny.make_rows(18))
+    (tmp_path / "accelerate.yaml").write_text(yaml.dump(CONFIGURATION))
+    flags = {"clusters": 2, "rank": 4, "epochs": 1, "expert_epochs": 1, "batch_size": 4, "micro_batch_size": 2}
+    flags |= {"learning_rate": 1e-2, "d_proj": 64, "feature_batch_size": 8, "device": "cpu"}
+    coterie.elrea(str(model_folder), str(rows), output=tmp_path / "one", **flags)
+    words = ["--model", model_folder, "--data", rows, "--output", tmp_path / "two"]
+    words += [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)]
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
+    launch += [tmp_path / "accelerate.yaml", "-m", "coterie", "fit", "elrea", *words]
+    ended = subprocess.run([*map(str, launch)], capture_output=True, text=True, timeout=240, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
+    assert yaml.safe_load((tmp_path / "two" / "run.yaml").read_text())["processes"] == 2
+    for told in (
+        "2 processes do this together, each with a part of the base model",
+        "training base: each of 2 processes takes 2 of the 4 rows of a step",
+        "experts of cluster: all 2 processes do each of the 2 together",
+    ):
+        assert told in ended.stderr
