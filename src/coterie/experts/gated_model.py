@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from coterie import ranks
 from coterie.backbone.adding import Adding
 from coterie.backbone.gates import Gates, Weighing
 from coterie.backbone.loading import Backbone
@@ -74,6 +75,11 @@ class Tally(nn.Module):
         """Add what another tally of the same layers and experts has counted."""
         self.given += other.given
         self.entropies += other.entropies
+
+    def sum(self) -> None:
+        """Add what the tallies of all processes have counted."""
+        self.given.copy_(ranks.summed(self.given))
+        self.entropies.copy_(ranks.summed(self.entropies))
 
     def clear(self) -> None:
         """Forget everything."""
@@ -209,7 +215,8 @@ class GatedModel(nn.Module):
         """Return the mean loss over labelled tokens, and what balance adds; shapes as `TrainingCollator` makes them."""
         backbone, adding, _, _ = self._held
         penalties: list[Tensor] = []
-        self._pass = _Pass(self.gates(), attention_mask.bool(), penalties)
+        learns = len(logits_to_keep) > 0  # or one token stands for rows that another process has
+        self._pass = _Pass(self.gates(), attention_mask.bool() & learns, penalties)
         with adding():
             hidden = backbone.hidden(input_ids, attention_mask, position_ids)
         logits = backbone.head(hidden[:, logits_to_keep])
@@ -217,6 +224,6 @@ class GatedModel(nn.Module):
             logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
         labelled = (labels != IGNORED).sum()
-        if penalties:  # weighed as the mean over tokens is, so that micro-batches add up to one batch
+        if penalties and learns:  # weighed as the mean over tokens is, so that micro-batches add up to one batch
             total = total + labelled * self.balance * torch.stack(penalties).mean()
         return {"loss": total / (labelled if num_items_in_batch is None else num_items_in_batch)}

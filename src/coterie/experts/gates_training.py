@@ -93,6 +93,7 @@ class _Watch(TrainerCallback):
         if "loss" not in (kwargs.get("logs") or {}):
             return
         step, epoch = kwargs["model"].step, kwargs["model"].epoch
+        step.sum()
         values = (step.load().nanmean(dim=0).tolist(), float(step.entropy().nanmean()))
         state.log_history[-1].update(zip(WATCHED, values, strict=True))
         epoch.add(step)

@@ -81,7 +81,7 @@ def _ablation(
         tuned = tune(into.path, run.task, origins, run.tokenised(added), run.settings)
         return TrainedExtra(tuned.experts, tuned.router, {"gates": tuned.record.plain()})
 
-    return ExtraSpec(make, lambda run: len(run.selection.chosen) * _training_work(run))
+    return ExtraSpec(make, lambda run: len(run.selection.chosen) * _training_work(run), together=True)
 
 
 def _copied(run: KshotRun, into: RunFolder, prefix: str) -> TrainedExtra:
@@ -125,7 +125,7 @@ def _training_work(run: KshotRun) -> float:
 
 EXTRAS: Mapping[str, ExtraSpec[KshotRun]] = {
     "untuned": ExtraSpec(_untuned, lambda run: run.selection.shots / 10),
-    BEST_TUNED: ExtraSpec(_best_tuned, _training_work),
+    BEST_TUNED: ExtraSpec(_best_tuned, _training_work, together=True),
     LORAHUB: ExtraSpec(_lorahub, lambda run: run.extras.lorahub_steps * run.selection.shots, ("lorahub_steps",)),
     "kshot-only": _ablation("shots", data=lambda run: []),
     "random-experts": _ablation("random", experts=_random_experts),

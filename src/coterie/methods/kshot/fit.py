@@ -1,16 +1,26 @@
 """A task expert from a handful of verified examples: select, gather, train a token-gated mixture (arXiv 2408.15915)."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from coterie import ranks
-from coterie.artifacts import RunFolder, as_path, check_output, read_tensors, run_folder, sha256_of, write_jsonl
+from coterie.artifacts import (
+    RunFolder,
+    as_path,
+    check_output,
+    read_json,
+    read_tensors,
+    run_folder,
+    sha256_of,
+    write_json,
+    write_jsonl,
+)
 from coterie.combiners.layers import LayerCombiner
 from coterie.data.batching import TokenRow, tokenise
 from coterie.data.examples import Example, load_examples
+from coterie.errors import CoterieError
 from coterie.experts.bank import load_bank
 from coterie.experts.training import read_log
 from coterie.features.embedding import HIDDEN
@@ -51,23 +61,19 @@ def kshot(bank: str | Path, shots: str | Sequence[str], *, output: str | Path, *
 
 
 @takes_fields(KshotSettings)
-@ranks.by_one(lambda settings: Mixture.from_pretrained(as_path(settings.output)))
+@ranks.joined()
 def fit_kshot(settings: KshotSettings) -> Mixture:
     """Choose experts by the shots, gather open data near them, and train gates and experts on both.
 
-    An interrupted run goes on where it stopped.
+    Of several processes that were launched the first one chooses and gathers, and all train. An interrupted run goes on
+    where it stopped.
 
     Raises:
         CoterieError: for bad data, a bank without enough adapters, a choice or rows that were made for another task,
             or an output folder that exists.
     """
     output = as_path(settings.output)
-    check_output(output, settings)
-    check_reused(settings)
-    task = open_task(settings.bank, settings, settings.training.system_prompt)
-    pools = {f"pool {name}": sha256_of(Path(name)) for name in settings.pool if Path(name).is_file()}
-    inputs = {**task.inputs(), **pools, **reused_inputs(settings, task)}
-    data = load_open_data(_wanted(settings), {"shots": task.shots, "exclude": task.excluded}) if settings.pool else None
+    task, data, inputs = ranks.each(lambda: _prepare(settings))
     with run_folder(output, settings, inputs) as run, whole(settings.command, _work(settings, task, data)):
         with part("selection"):
             chosen = list(read_selection(_selection(run, task, settings)).chosen)
@@ -84,9 +90,32 @@ def fit_kshot(settings: KshotSettings) -> Mixture:
         router = GateRouter(task.backbone, experts.adapters, gates)
         mixture = Mixture(task.backbone, experts, router, LayerCombiner(), task.prompts, METHOD, run.path)
         write_jsonl(run.path / "metrics.jsonl", read_log(tuned))
-        shutil.copy(tuned / GATES_FILE, run.path / GATES_FILE)
+        write_json(run.path / GATES_FILE, read_json(tuned / GATES_FILE))
         mixture.write_description(run.path)
     return replace(mixture, folder=output)
+
+
+class _Prepared(NamedTuple):
+    """What the fit begins with: the task, the open data that rows are gathered from, and the hashes of both."""
+
+    task: KshotTask
+    data: OpenData | None
+    inputs: dict[str, str]
+
+
+def _prepare(settings: KshotSettings) -> _Prepared:
+    check_output(as_path(settings.output), settings)
+    check_reused(settings)
+    task = open_task(settings.bank, settings, settings.training.system_prompt)
+    if ranks.is_sharded() and not settings.selected:
+        raise CoterieError(
+            "experts are chosen by one process, and FSDP leaves it a part of the base model; type: coterie select "
+            f"{settings.bank} without accelerate launch, then give its folder to --selected here"
+        )
+    pools = {f"pool {name}": sha256_of(Path(name)) for name in settings.pool if Path(name).is_file()}
+    inputs = {**task.inputs(), **pools, **reused_inputs(settings, task)}
+    data = load_open_data(_wanted(settings), {"shots": task.shots, "exclude": task.excluded}) if settings.pool else None
+    return _Prepared(task, data, inputs)
 
 
 def _trained(
@@ -103,7 +132,11 @@ def _trained(
         "experts": {name: hash_adapter(task.bank.folder_of(name)) for name in chosen},
     }
     return run.stage(
-        TUNED, lambda folder: tune(folder, task, experts, rows, settings).router.save(folder), made_from, inputs=()
+        TUNED,
+        lambda folder: tune(folder, task, experts, rows, settings).router.save(folder),
+        made_from,
+        inputs=(),
+        together=True,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coterie import ranks
 from coterie.artifacts import read_json, write_json
 from coterie.data.batching import TokenRow
 from coterie.experts.bank import CONFIG_FILE, load_bank, write_adapter
@@ -69,7 +70,7 @@ def tune(
     plan = base_plan(settings, f"mixture of {', '.join(adapters.names)}")
     configs = {name: read_json(bank.folder_of(origin) / CONFIG_FILE) for name, origin in experts.items()}
     with tempfile.TemporaryDirectory() as trial:  # what cannot be read back is told now, not after the training
-        load_bank(_write_experts(Path(trial), configs, adapters.adapters), backbone.model)
+        ranks.each(lambda: load_bank(_write_experts(Path(trial), configs, adapters.adapters), backbone.model))
     trained = train_mixture(backbone, adapters.adapters, gates, rows, plan, folder, training)
     folders = _write_experts(folder, configs, trained.adapters)
     record = _gate_record(trained, folder)
