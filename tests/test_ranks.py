@@ -185,8 +185,9 @@ def test_tasks_are_done_once_each_by_one_alone_and_together_where_they_are_few(t
 
 
 def test_alike_pieces_of_work_are_dealt_out_in_turn(three):
-    assert three.run(lambda _: list(ranks.share(range(8)))) == [[0, 3, 6], [1, 4, 7], [2, 5]]
-    assert list(ranks.share(range(3))) == [0, 1, 2]
+    batches = [[0, 1], [2, 3], [4, 5], [6]]
+    assert three.run(lambda _: list(ranks.share(batches))) == [[[0, 1], [6]], [[2, 3]], [[4, 5]]]
+    assert list(ranks.share(batches)) == batches
 
 
 def test_a_stage_is_made_by_the_first_or_by_all_and_files_are_the_firsts(three, tmp_path):

@@ -28,6 +28,8 @@ from coterie.data.batching import PromptFormat, TokenRow
 from coterie.data.examples import load_examples
 from coterie.engine.scoring import score_votes
 from coterie.errors import CoterieError
+from coterie.experts.gated_model import GateTraining
+from coterie.experts.gates_training import start_gates, train_mixture
 from coterie.experts.training import TrainingPlan, load_checkpoint, train_adapter
 from coterie.features.gradient import GradientFeatures
 from coterie.features.prefill import prefill_states
@@ -153,14 +155,20 @@ def passes(backbone: Backbone, folder: Path) -> dict[str, torch.Tensor]:
     ranks.wait()
     point = load_checkpoint(folder / "epoch-0", backbone.model)
     layers = ExpertLayers(backbone.model, [point.adapter, {}])
+    adapters = [point.adapter, {path: pair._replace(up=-pair.up) for path, pair in point.adapter.items()}]
+    gates = start_gates("random", backbone, adapters, ("one", "other"), top_k=None, seed=1)
+    how = GateTraining(dropout=0.1, balance=0.1)
+    mixture = train_mixture(backbone, adapters, gates, rows, PLAN, folder / "mixture", how)
     many = rows * 4  # three batches of 8, and of 16
     votes = torch.tensor([[1.0, 0.0], [0.5, 0.5]])[:, None, :].expand(-1, len(many), -1)
     return {
         "gradients": GradientFeatures(backbone, [point], FEATURES)([row.prompt() for row in rows]),
         "losses": score_votes(backbone, layers, ("one", "none"), many, votes, "").nll,
         "states": prefill_states(backbone, many * 2, [1, 2]),
-        **{name: tensor.clone() for name, tensor in load_file(folder / "adapter_model.safetensors").items()},
-        **{name: tensor.clone() for name, tensor in load_file(folder / "epoch-0" / "adam.safetensors").items()},
+        **load_file(folder / "adapter_model.safetensors"),
+        **load_file(folder / "epoch-0" / "adam.safetensors"),
+        **{f"gate of {path}": gate for path, gate in mixture.gates.layers.items()},
+        **{f"load of {path}": load for path, load in mixture.load.items()},
     }
 
 
