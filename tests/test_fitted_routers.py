@@ -1,6 +1,8 @@
 """Routers that are fitted to what experts are good at find it where it is there to be found."""
 
 import json
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +11,12 @@ from conftest import GRID
 from coterie.data.batching import TokenRow
 from coterie.errors import CoterieError
 from coterie.features.growing_text import FeatureExtractor
+from coterie.methods.elrea import fitted_routers
+from coterie.methods.elrea.cross_fit import assign_folds
 from coterie.methods.elrea.run import ElreaRun
 from coterie.routers import loss
 from coterie.routers.base import RouterParts
-from coterie.routers.centroid import CentroidRouter, centroids_by_best, fold
+from coterie.routers.centroid import CentroidRouter, centroids_by_best, centroids_of, fold
 from coterie.routers.derived import DerivedRouter
 from coterie.routers.fixed import FixedRouter, OracleRouter, SourceRouter
 from coterie.routers.gate import read_gates
@@ -135,6 +139,59 @@ def test_permuting_experts_permutes_their_predicted_losses():
 def test_predictions_and_names_must_match():
     with pytest.raises(CoterieError, match="3 predictions do not fit the 2 experts"):
         LossRouter(described(normal(1, 2)), Ridge(torch.zeros(3, 2), torch.zeros(3)), ["a", "b"], 1.0)
+
+
+# --------------------------------------------------------------------------- weights of routers that did not see a row
+
+
+def made_run(rows: int = 60) -> ElreaRun:
+    """What routers are made from: random gradients, of which every fifth row is of a third cluster of its own kind."""
+    features, labels = normal(rows, 64), [number % 2 if number % 5 else 2 for number in range(rows)]
+    features += 2 * torch.eye(64)[labels]
+    router = CentroidRouter.by_cluster(
+        described(features), centroids_of(features, labels, 3), ["cluster-0", "cluster-1", "cluster-2"]
+    )
+    run = object.__new__(ElreaRun)  # without a folder
+    known = {"features": features, "labels": labels, "sources": [None] * rows, "router": router}
+    run.__dict__.update(known, settings=SimpleNamespace(seed=0))
+    return run
+
+
+def noise(rows: int = 60) -> CrossFitLosses:
+    """Losses of experts of which none is better than another but by chance, whatever the row."""
+    nll = 2 + normal(rows, 4, seed=8)
+    names = ("base", "cluster-0", "cluster-1", "cluster-2")
+    return CrossFitLosses(names, nll, (nll[:, :, None] + nll[:, None, :]) / 2, torch.ones(rows))
+
+
+def test_a_router_that_saw_a_rows_losses_gains_by_noise_and_its_unseen_weights_do_not():
+    run, losses = made_run(), noise()
+    build = partial(fitted_routers.performance_of, losses)
+    seen = fitted_routers.weights_of(build(run, torch.arange(60)), run.features, losses)
+    unseen = fitted_routers.unseen_weights(run, build, losses)
+    gains = [float((losses.nll[:, 0] - losses.mixture_nll(weights)).mean()) for weights in (seen, unseen)]
+    assert gains[0] > 0.3 and gains[1] < 0.1
+
+
+@pytest.mark.parametrize("build", [fitted_routers.elrea_of, fitted_routers.membership_of])
+def test_no_row_has_a_part_in_the_weights_that_it_is_judged_by(build):
+    """A row that is turned round turns its own weights as the router of the others says, and moves no centroid."""
+    run, losses, folds = made_run(), noise(), assign_folds(made_run().labels, 5, 0)
+    before = fitted_routers.unseen_weights(run, build, losses)
+    own = folds == folds[0]
+    others = (~own).nonzero().flatten()
+    torch.testing.assert_close(before[own], fitted_routers.weights_of(build(run, others), run.features[own], losses))
+    run.features[0] *= -7
+    after = fitted_routers.unseen_weights(run, build, losses)
+    assert torch.equal(before[own][1:], after[own][1:]) and not torch.equal(before[~own], after[~own])
+
+
+def test_an_expert_whose_rows_are_all_left_out_has_no_weight():
+    run, losses = made_run(), noise()
+    run.labels[:] = [int(number == 7) for number in range(60)]
+    found = fitted_routers.unseen_weights(run, fitted_routers.elrea_of, losses)
+    assert float(found[7, 2]) == 0 < float(found[8, 2]) and bool((found[:, 3] == 0).all())
+    torch.testing.assert_close(found.sum(dim=1), torch.ones(60))
 
 
 # ------------------------------------------------------------------------------------------- performance centroids

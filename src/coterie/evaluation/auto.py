@@ -159,15 +159,19 @@ def _ways(run: ElreaRun, losses: CrossFitLosses, caution: float) -> Iterator[_Wa
     sides = [(by_states.inside, _fixed(even, len(losses.nll)), losses)]
     sides += [(by_states.outside, _fixed(even, len(other.losses.nll)), other.losses)]
     yield _refusing("uniform", even, sides[0], sides[1], 1 + prompt, caution, reading.features)
-    tried: dict[str, tuple[Router, Tensor, Tensor, Tensor | None]] = {
-        name: (_trained(run, name), run.features, other.gradients, None) for name in ("membership", "performance")
+    tried: dict[str, tuple[Router, Tensor, Tensor, Tensor]] = {}
+    by_gradients = {
+        "membership": fitted_routers.membership_of,
+        "performance": partial(fitted_routers.performance_of, losses),
+        "elrea": fitted_routers.elrea_of,
     }
-    tried["elrea"] = (run.router, run.features, other.gradients, None)
+    for name, build in by_gradients.items():
+        router = run.router if name == "elrea" else _trained(run, name)
+        tried[name] = (router, run.features, other.gradients, fitted_routers.unseen_weights(run, build, losses))
     for name in ("loss", "prefill"):
         held = fitted_routers.held_out(run, name)
         tried[name] = (_trained(run, name), held.inside, held.outside, held.weights)
-    for name, (router, inside, outside, weights) in tried.items():
-        own = fitted_routers.weights_of(router, inside, losses) if weights is None else weights
+    for name, (router, inside, outside, own) in tried.items():
         known = len(router.weigh(inside[:1]).experts)  # who is nowhere the best has no centroid by performance
         for top in (None, *(k for k in TOPS if k < known)):
             cut = router if top is None else keep_top(router, top)

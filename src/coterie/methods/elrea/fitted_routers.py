@@ -5,7 +5,7 @@ All are fitted to cross-fitted losses: of copies of the experts that were not tr
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,14 +21,14 @@ from coterie.data.unlike import UNLIKE
 from coterie.experts.names import BASE
 from coterie.features.growing_text import FeatureExtractor
 from coterie.features.prefill import POOLINGS, candidate_layers, prefill_states
-from coterie.methods.elrea.cross_fit import cross_fit, score_pairs
+from coterie.methods.elrea.cross_fit import assign_folds, cross_fit, score_pairs
 from coterie.methods.elrea.run import ElreaRun
 from coterie.methods.extras import LOSSES, TrainedExtra, load_extra, read_losses
 from coterie.routers.base import Router
 from coterie.routers.centroid import CentroidRouter, centroids_by_best, centroids_of
 from coterie.routers.distilled import DistilledRouter, Learnt, distil, misplaced
 from coterie.routers.feature import embedding_extractor, prefill_extractor
-from coterie.routers.loss import CrossFitLosses, LossRouter, fit_loss_router
+from coterie.routers.loss import FOLDS, CrossFitLosses, LossRouter, fit_loss_router
 from coterie.routers.membership import MembershipRouter, leave_one_out_scale
 from coterie.routers.refusal import CAUTION, Calibration, Familiarity, Observed, RefusalRouter
 from coterie.routers.score_table import ARIADNE, AVENGERS, LORAUTER, Pieces, ScoreTableRouter, fit_table
@@ -133,8 +133,8 @@ def refusing(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Calibrate a refusal around ELREA's own routing."""
     router, other = run.router, unlike_rows(run)
     losses = read_losses(load_extra(run.mixture, JUDGED))
-    parts = ((run.features, losses), (other.gradients, other.losses))
-    inside, outside = ((features, weights_of(router, features, own), own) for features, own in parts)
+    inside = (run.features, unseen_weights(run, elrea_of, losses), losses)
+    outside = (other.gradients, weights_of(router, other.gradients, other.losses), other.losses)
     return TrainedExtra({}, calibrated(router, inside, outside))
 
 
@@ -146,23 +146,65 @@ def weights_of(router: Router, read: Any, losses: CrossFitLosses) -> Float[Tenso
 # ----------------------------------------------------------------------------------------------------- the routers
 
 
+def elrea_of(run: ElreaRun, seen: Tensor) -> Router:
+    """Return ELREA's routing as these training rows alone make it, by their numbers."""
+    features, labels, names = _clustered(run, seen)
+    router = run.router
+    centre = None if router.centre is None else features.mean(dim=0)
+    centroids = centroids_of(features if centre is None else features - centre, labels, len(names))
+    return CentroidRouter.by_cluster(router.features, centroids, names, base=BASE, centre=centre)
+
+
+def membership_of(run: ElreaRun, seen: Tensor) -> Router:
+    """Return the router that judges cosines by what is usual for each expert among these training rows."""
+    features, labels, names = _clustered(run, seen)
+    router = run.router
+    centre = None if router.centre is None else features.mean(dim=0)
+    shifted = features if centre is None else features - centre
+    scale = leave_one_out_scale(shifted, labels, len(names))
+    centroids = centroids_of(shifted, labels, len(names))
+    return MembershipRouter(router.features, centroids, scale, names, base=BASE, centre=centre)
+
+
+def performance_of(losses: CrossFitLosses, run: ElreaRun, seen: Tensor) -> Router:
+    """Return the router whose centroids are placed by who is best on these training rows (RouterRetriever)."""
+    best, features, numbers = losses.best_of_rows(), run.features[seen], seen.tolist()
+    centre = features.mean(dim=0)
+    found = centroids_by_best(features - centre, [best[i] for i in numbers], [run.sources[i] for i in numbers])
+    return CentroidRouter.by_performance(run.router.features, found, centre)
+
+
+def _clustered(run: ElreaRun, seen: Tensor) -> tuple[Float[Tensor, "row dimension"], list[int], list[str]]:
+    """Return features of some rows, their clusters, numbered anew where some have no row, and these experts' names."""
+    known, labels = torch.tensor(run.labels)[seen].unique(return_inverse=True)
+    return run.features[seen], labels.tolist(), [f"cluster-{number}" for number in known.tolist()]
+
+
+def unseen_weights(
+    run: ElreaRun, build: Callable[[ElreaRun, Tensor], Router], losses: CrossFitLosses
+) -> Float[Tensor, "row expert"]:
+    """Return the weights that each training row gets of a router which the row had no part in.
+
+    The rows are cut as those of regressions are, evenly within the clusters; a cluster whose rows are all left out has
+    no weight there.
+    """
+    folds = assign_folds(run.labels, min(FOLDS, len(run.labels)), run.settings.seed)
+    weights = torch.zeros_like(losses.nll)
+    for number in folds.unique():
+        own, others = (folds == number).nonzero().flatten(), (folds != number).nonzero().flatten()
+        weights[own] = weights_of(build(run, others), run.features[own], losses)
+    return weights
+
+
 def membership(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Judge cosines by what is usual for each expert, which equation 9 does not."""
-    router = run.router
-    centre, labels, count = router.centre, run.labels, max(run.labels) + 1
-    features = run.features if centre is None else run.features - centre
-    scale = leave_one_out_scale(features, labels, count)
-    centroids = centroids_of(features, labels, count)
-    mended = MembershipRouter(router.features, centroids, scale, router.experts, base=BASE, centre=centre)
-    return TrainedExtra({}, mended, {"own": scale.own.tolist(), "others": scale.others.tolist()})
+    return TrainedExtra({}, membership_of(run, torch.arange(len(run.labels))))
 
 
 def performance(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Place centroids by who is best on training rows (RouterRetriever)."""
     losses = read_losses(load_extra(run.mixture, JUDGED))
-    centre = run.features.mean(dim=0)
-    centroids = centroids_by_best(run.features - centre, losses.best_of_rows(), run.sources)
-    return TrainedExtra({}, CentroidRouter.by_performance(run.router.features, centroids, centre))
+    return TrainedExtra({}, performance_of(losses, run, torch.arange(len(run.labels))))
 
 
 def loss(run: ElreaRun, into: RunFolder) -> TrainedExtra:
