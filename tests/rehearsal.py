@@ -200,7 +200,7 @@ def routers(backbone: Backbone, bank: ExpertBank, gradients: FeatureExtractor) -
     similarity = CentroidRouter.by_similarity(hidden, own)
     states = prefill_extractor(backbone, 1, "mean")
     embedded, by_states = torch.rand(3, encoder.dimensions), Ridge(torch.rand(3, states.dimensions), torch.rand(3))
-    familiar, known = (Familiarity(torch.eye(d)[:2], torch.zeros(d)) for d in (encoder.dimensions, states.dimensions))
+    familiar, known = (Familiarity(torch.eye(d)[:2], torch.ones(2)) for d in (encoder.dimensions, states.dimensions))
     seen = Observed(torch.ones(2), torch.ones(2))
     curve = ErrorCurve(torch.zeros(1), torch.zeros(1))
     return [

@@ -110,7 +110,7 @@ def test_the_teacher_is_asked_where_the_pupil_is_unsure_and_nowhere_else():
     curve = ErrorCurve(torch.tensor([0.3]), torch.tensor([0.05]))
     ridge = Ridge(torch.zeros(2, 3), torch.tensor([0.0, 1.0986123]))  # 1 to 3
     known = torch.nn.functional.normalize(torch.tensor([[1.0, 0.4, 0.0], [0.4, 1.0, 0.0]]), dim=1)
-    familiarity = Familiarity(known, torch.zeros(3))
+    familiarity = Familiarity(known, torch.ones(2))
     router = DistilledRouter(teacher, extractor, ridge, ["a", "b"], familiarity, curve)
     found = router.route([TokenRow((3,), 1, (False,), (True,))] * 3)
     assert teacher.asked == 1
@@ -125,7 +125,7 @@ def test_agreement_is_told_as_top_1_rank_correlation_weight_and_loss():
     losses = CrossFitLosses(("a", "b", "c"), nll, (nll[:, :, None] + nll[:, None, :]) / 2, torch.tensor([3.0, 1.0]))
     learnt = Learnt(
         Ridge(torch.zeros(3, 1), torch.zeros(3)),
-        Familiarity(torch.ones(1, 1), torch.zeros(1)),
+        Familiarity(torch.ones(1, 1), torch.ones(1)),
         ErrorCurve(*torch.ones(2, 1)),
         pupil,
         0.0,

@@ -54,8 +54,9 @@ def test_the_threshold_lies_in_the_middle_of_the_gap_between_what_helps_and_what
     assert Calibration(INSIDE, observed((0.1, -1.0), (0.3, -2.0))).threshold(0.0) == pytest.approx(0.4)
 
 
-def test_where_the_mixture_harms_nothing_outside_everything_is_answered():
-    assert Calibration(INSIDE, observed((0.1, 1.0), (0.3, 0.0))).threshold(0.1) == -math.inf
+def test_where_the_mixture_harms_nothing_outside_what_is_stranger_than_all_that_was_seen_is_still_refused():
+    assert Calibration(INSIDE, observed((0.1, 1.0), (0.3, 0.0))).threshold(0.1) == pytest.approx(0.1)
+    assert Calibration(INSIDE, observed((0.9, 1.0))).threshold(0.1) == pytest.approx(0.5)
 
 
 def test_what_helps_outside_by_chance_does_not_lower_the_threshold():
@@ -89,21 +90,59 @@ def test_on_made_up_domains_the_gain_inside_stays_and_the_harm_outside_goes(caut
 # -------------------------------------------------------------------------------------------------------- familiarity
 
 
-def test_familiarity_is_the_mean_cosine_to_the_five_nearest_rows_around_their_mean():
-    rows, prompts = 3 + normal(40, 16, seed=1), 3 + normal(3, 16, seed=2)
-    near = [p - rows.mean(dim=0) for p in prompts]
-    others = rows - rows.mean(dim=0)
-    wanted = [sorted((float(torch.cosine_similarity(p, r, dim=0)) for r in others), reverse=True)[:5] for p in near]
-    found = Familiarity.of(rows)(prompts)
-    assert found.tolist() == pytest.approx([sum(own) / 5 for own in wanted], abs=1e-5)
+def distances(row: torch.Tensor, others: torch.Tensor) -> list[float]:
+    """The ten smallest distances, 1 - cosine, to other rows."""
+    return sorted(1 - float(torch.cosine_similarity(row.double(), own.double(), dim=0)) for own in others)[:10]
+
+
+def test_familiarity_is_how_near_the_ten_nearest_rows_are_beside_how_near_these_are_to_theirs():
+    rows, prompts = 1 + normal(40, 16, seed=1), 1 + normal(3, 16, seed=2)
+    others = [torch.cat([rows[:number], rows[number + 1 :]]) for number in range(40)]
+    spread = [sum(distances(row, own)) / 10 for row, own in zip(rows, others, strict=True)]
+    for prompt, found in zip(prompts, Familiarity.of(rows)(prompts).tolist(), strict=True):
+        order = sorted(range(40), key=lambda number: -float(torch.cosine_similarity(prompt, rows[number], dim=0)))
+        own, theirs = sum(distances(prompt, rows)), sum(spread[number] for number in order[:10])
+        assert found == pytest.approx(math.log(theirs / own), abs=1e-5)
+
+
+def test_rows_of_one_kind_know_a_stranger_that_around_their_mean_looks_like_them():
+    """One direction and noise: the noise alone is as near to a stranger's direction as to other noise."""
+    rows, new = torch.eye(64)[0] + 0.02 * normal(30, 64, seed=1), torch.eye(64)[0] + 0.02 * normal(30, 64, seed=2)
+    strangers = torch.eye(64)[1:31] + 0.02 * normal(30, 64, seed=3)
+    centred = torch.nn.functional.normalize(rows - rows.mean(dim=0), dim=-1)
+    before, now = Familiarity(centred, None, rows.mean(dim=0)), Familiarity.of(rows)
+    assert float((before(strangers) >= before(rows).quantile(0.1)).float().mean()) > 0.7
+    assert float(now(strangers).max()) < float(now(new).min()) - 3
+
+
+def test_rows_of_a_loose_kind_and_a_tight_one_are_equally_familiar():
+    rows, new = (torch.cat([torch.eye(64)[0] + 0.01 * own, torch.eye(64)[1] + 0.1 * own]) for own in drawn(40))
+    found = Familiarity.of(rows)(new).split(40)
+    assert abs(float(found[0].mean() - found[1].mean())) < 0.2
+    loose = torch.eye(64)[0] + 0.1 * normal(5, 64, seed=9)  # is no stranger to the loose kind's distances, but here
+    assert float(Familiarity.of(rows)(loose).max()) < float(found[0].min())
+
+
+def drawn(count: int) -> list[torch.Tensor]:
+    return [normal(count, 64, seed=seed) for seed in (1, 2)]
 
 
 def test_training_rows_are_not_compared_with_themselves():
-    rows = normal(10, 16, seed=1)
+    rows = normal(20, 16, seed=1)
     whole = Familiarity.of(rows)
+    assert whole.spread is not None
     for number, own in enumerate(whole(rows)):
-        others = Familiarity(torch.cat([whole.rows[:number], whole.rows[number + 1 :]]), whole.centre)
+        kept = [place for place in range(20) if place != number]
+        others = Familiarity(whole.rows[kept], whole.spread[kept])
         assert float(own) == pytest.approx(float(others(rows[number : number + 1])[0]), abs=1e-5)
+
+
+def test_new_rows_of_a_kind_are_as_familiar_as_the_training_rows():
+    kinds = torch.eye(32)[[0, 1, 2]].repeat_interleave(100, dim=0)
+    rows, new = (kinds + 0.2 * normal(300, 32, seed=seed) for seed in (1, 2))
+    whole = Familiarity.of(rows)
+    low = whole(rows).quantile(0.1)
+    assert float((whole(new) >= low).float().mean()) == pytest.approx(0.9, abs=0.05)
 
 
 def test_the_scale_of_features_does_not_matter():
@@ -111,19 +150,31 @@ def test_the_scale_of_features_does_not_matter():
     torch.testing.assert_close(Familiarity.of(7 * rows)(7 * prompts), Familiarity.of(rows)(prompts))
 
 
-def test_long_features_are_compared_in_fewer_dimensions_with_nearly_the_same_cosines():
+def test_long_features_are_compared_in_fewer_dimensions_with_nearly_the_same_distances():
     """Rows of two kinds, opposite each other; a kind's common part is four fifths of the squared length."""
     kinds = torch.ones(30, 1)
     kinds[15:] = -1
     rows = normal(30, 8 * FOLDED, seed=1) + 2 * kinds * normal(8 * FOLDED, seed=3)
     found = Familiarity.of(rows)
-    assert found.rows.shape == (30, FOLDED)
-    assert float((found(rows) - 0.8).abs().max()) < 0.06
+    assert found.rows.shape == (30, FOLDED) and found.spread is not None
+    assert float((found.spread - 0.2).abs().max()) < 0.05
+    assert float(found(rows).abs().max()) < 0.2
 
 
 def test_one_row_alone_is_familiar_with_nothing():
     rows = normal(1, 8)
     assert Familiarity.of(rows)(rows).tolist() == [0.0]
+
+
+def test_mixtures_of_before_compare_rows_around_their_mean():
+    rows, prompts = 3 + normal(40, 16, seed=1), 3 + normal(3, 16, seed=2)
+    centre = rows.mean(dim=0)
+    found = Familiarity.read({"rows": torch.nn.functional.normalize(rows - centre, dim=-1), "centre": centre})(prompts)
+    for prompt, own in zip(prompts, found.tolist(), strict=True):
+        near = sorted((float(torch.cosine_similarity(prompt - centre, r - centre, dim=0)) for r in rows), reverse=True)
+        assert own == pytest.approx(sum(near[:5]) / 5, abs=1e-5)
+    with pytest.raises(ValueError, match="hold no spread"):
+        Familiarity.read({"rows": rows})
 
 
 # --------------------------------------------------------------------------------------------------------- the router
@@ -135,15 +186,15 @@ def described(features: torch.Tensor) -> FeatureExtractor:
 
 @pytest.fixture
 def wrapped() -> RefusalRouter:
-    """Knows rows along the first two axes, and refuses what has a cosine below 0.5 to them."""
+    """Knows rows along the first two axes, and refuses what is no nearer to them than they are to each other."""
     centroids = torch.eye(3)[:2]
     router = CentroidRouter.by_cluster(described(torch.eye(3)), centroids, ["a", "b"])
     calibration = Calibration(observed((0.6, 1.0)), observed((0.4, -1.0)))
-    return RefusalRouter(router, Familiarity(torch.eye(3)[:2], torch.zeros(3)), calibration, "base")
+    return RefusalRouter(router, Familiarity(torch.eye(3)[:2], torch.ones(2)), calibration, "base")
 
 
 def test_familiar_prompts_are_weighed_as_before_and_others_go_to_the_fallback(wrapped):
-    """Cosines to the nearest rows: (0.9 + 0.1) / 2 of about (9, 1), 0 of the third axis."""
+    """Both rows are at 1 - sqrt(1/2) of the first prompt, at 1 of the second, and of each other."""
     features = torch.tensor([[9.0, 9.0, 0.0], [0.0, 0.0, 1.0]])
     found = wrapped.weigh(features)
     assert wrapped.threshold == pytest.approx(0.5)
@@ -155,7 +206,7 @@ def test_familiar_prompts_are_weighed_as_before_and_others_go_to_the_fallback(wr
 def test_a_fallback_that_the_router_does_not_know_joins_its_experts():
     router = RefusalRouter(
         FixedRouter({"a": 1.0, "b": 3.0}),
-        Familiarity(torch.eye(2), torch.zeros(2)),
+        Familiarity(torch.eye(2), torch.ones(2)),
         Calibration(INSIDE, NOTHING),
         "backbone",
         extractor=described(torch.tensor([[1.0, 1.0], [-1.0, -1.0]])),

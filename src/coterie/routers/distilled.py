@@ -103,7 +103,7 @@ class DistilledRouter(Wrapper):
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write what was learnt, and the teacher; return the entry for mixture.json."""
-        tensors = {"weight": self.ridge.weight, "bias": self.ridge.bias, **self.familiarity._asdict()}
+        tensors = {"weight": self.ridge.weight, "bias": self.ridge.bias, **self.familiarity.tensors()}
         write_tensors(folder / "distilled.safetensors", {**tensors, "curve": torch.stack(self.curve)})
         return {**super().save(folder), "description": self.extractor.name, **self.extractor.record}
 
@@ -117,12 +117,14 @@ class DistilledRouter(Wrapper):
             "weight": (len(names), extractor.dimensions),
             "bias": (len(names),),
             "rows": (None, extractor.dimensions),
+            "spread": (None,),
             "centre": (extractor.dimensions,),
             "curve": (2, None),
         }
-        tensors = read_floats(parts.folder / "distilled.safetensors", wanted, "fit again")
+        optional = ["spread", "centre"]
+        tensors = read_floats(parts.folder / "distilled.safetensors", wanted, "fit again", optional=optional)
         ridge, curve = Ridge(tensors["weight"], tensors["bias"]), ErrorCurve(*tensors["curve"])
-        rows, tolerance = Familiarity(tensors["rows"], tensors["centre"]), float(record["tolerance"])
+        rows, tolerance = Familiarity.read(tensors), float(record["tolerance"])
         return cls(parts.inner, extractor, ridge, names, rows, curve, tolerance)
 
 

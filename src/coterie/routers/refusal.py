@@ -1,8 +1,9 @@
 """Knowing when to say no: a wrapper that gives a prompt to one expert alone where it is unlike all that was trained on.
 
-A prompt's familiarity is its mean cosine to the nearest training rows (Sun et al. 2022, "Out-of-Distribution Detection
-with Deep Nearest Neighbors", arXiv 2204.06507). Below which familiarity the mixture stays out is calibrated on what it
-gained over that expert: on rows like the training data, by copies that were not trained on them, and on unlike ones.
+A prompt's familiarity is how near it lies to training rows, beside how near these lie to their own nearest ones: the
+local outlier factor (Breunig et al. 2000, "LOF: Identifying Density-Based Local Outliers") in its simplified form.
+Below which familiarity the mixture stays out is calibrated on what it gained over that expert: on rows like the
+training data, by copies that were not trained on them, and on unlike ones.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -21,7 +22,9 @@ from coterie.routers.base import Router, RouterParts, Routing, Wrapper
 from coterie.routers.centroid import fold
 from coterie.routers.feature import load_extractor
 
-NEIGHBOURS = 5
+NEIGHBOURS = 10
+SAME = 1e-9
+"""1 - cosine below which two rows are the same one."""
 CAUTION = 0.1
 """The share of its gain on familiar rows that a mixture may lose by staying out."""
 HARM = 1e-3
@@ -58,8 +61,9 @@ class Calibration(NamedTuple):
 
         The highest one may cost `caution` of the gain on the rows inside at most. It is lowered to the middle between
         that and the most familiar of the outside rows that the mixture harms, where all of these lie below; where it
-        harms none of them, everything is answered. What it helps outside counts for nothing: the sample is small, and
-        refusing is cheap. Where nothing is gained inside, nothing is answered (inf).
+        harms none of them, everything is answered that is as familiar as anything that was seen. What it helps outside
+        counts for nothing: the sample is small, and refusing is cheap. Where nothing is gained inside, nothing is
+        answered (inf).
         """
         total = float(self.inside.gain.double().sum())
         if total <= 0:
@@ -71,39 +75,90 @@ class Calibration(NamedTuple):
             return highest
         harmed = self.outside.familiarity[self.outside.gain < -HARM]
         if not len(harmed):
-            return -torch.inf
+            return float(torch.cat([self.inside.familiarity, self.outside.familiarity]).min())
         return (highest + min(float(harmed.max()), highest)) / 2
 
 
 class Familiarity(NamedTuple):
-    """Training rows that prompts are compared with.
+    """Training rows that prompts are compared with, by cosines as they are.
+
+    What all rows share is what tells them from strangers: around their own mean, rows of one kind are noise, and
+    a stranger lies as near to some of them as they do to each other.
 
     Attributes:
-        rows: their features minus the mean, of length 1.
-        centre: that mean: what all rows share says nothing of their kind, and states of models share nearly all.
+        rows: their features.
+        spread: the mean distance of each, 1 - cosine, to its nearest ones.
+        centre: None; mixtures that were fitted when rows were compared around their mean have it, and no spread.
     """
 
     rows: Float[Tensor, "row dimension"]
-    centre: Float[Tensor, " dimension"]
+    spread: Float[Tensor, " row"] | None
+    centre: Float[Tensor, " dimension"] | None = None
 
     @classmethod
     def of(cls, features: Float[Tensor, "row dimension"], seed: int = 0) -> "Familiarity":
         """Keep `MOST_ROWS` of the rows at most."""
         short = _short(features)
         order = torch.randperm(len(short), generator=torch.Generator().manual_seed(seed))
-        kept, centre = short[order[:MOST_ROWS].sort().values], short.mean(dim=0)
-        return cls(torch.nn.functional.normalize(kept - centre, dim=-1), centre)
+        kept = short[order[:MOST_ROWS].sort().values]
+        return cls(kept, _near(kept, kept, torch.ones(len(kept)))[0].float())
 
     def __call__(self, features: Float[Tensor, "row dimension"]) -> Float[Tensor, " row"]:
-        """Return every prompt's mean cosine to the nearest rows.
+        """Return the logarithm of how much nearer the nearest rows are to their own nearest ones than to each prompt.
 
-        A row that equals one of these is not compared with it: training rows are as familiar as new ones of their kind.
+        So it is about 0 for rows like these, and less for others. A row that equals one of these is not compared with
+        it: training rows are as familiar as new ones of their kind.
         """
-        found = torch.nn.functional.normalize(_short(features) - self.centre, dim=-1) @ self.rows.T
-        found = found.masked_fill(found > 1 - 1e-5, -torch.inf)
-        nearest = found.topk(min(NEIGHBOURS, len(self.rows)), dim=1).values
-        known = nearest.isfinite()
-        return torch.where(known, nearest, 0.0).sum(dim=1) / known.sum(dim=1).clamp(min=1)
+        if self.centre is not None:
+            return _around(self.centre, self.rows, _short(features))
+        assert self.spread is not None  # as there is no centre
+        distance, spread = _near(_short(features), self.rows, self.spread)
+        return (spread / distance).log().float()
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, Tensor]) -> "Familiarity":
+        """Take it from tensors of these names.
+
+        Raises:
+            ValueError: when they hold neither a spread nor a centre.
+        """
+        if "spread" not in tensors and "centre" not in tensors:
+            raise ValueError("the tensors of familiar rows hold no spread")
+        return cls(tensors["rows"], tensors.get("spread"), tensors.get("centre"))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what `read` takes."""
+        return {name: own for name, own in self._asdict().items() if own is not None}
+
+
+def _near(
+    features: Float[Tensor, "row dimension"], known: Float[Tensor, "other dimension"], spread: Float[Tensor, " other"]
+) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
+    """Return every row's mean distance to the nearest known ones, but itself, and the mean of their own spreads.
+
+    Who has nobody but itself is as far as what has nothing in common, 1. Sums are in float64, where equal rows are told
+    from rows that nearly are.
+    """
+    unit, others = (torch.nn.functional.normalize(own.double(), dim=-1) for own in (features, known))
+    distances = 1 - unit @ others.T
+    nearest = distances.masked_fill(distances < SAME, torch.inf).topk(min(NEIGHBOURS, len(known)), largest=False)
+    counted = nearest.values.isfinite()
+    count, alone = counted.sum(dim=1).clamp(min=1), ~counted.any(dim=1)
+    found = (torch.where(counted, own, 0.0).sum(dim=1) / count for own in (nearest.values, spread[nearest.indices]))
+    distance, around = (own.masked_fill(alone, 1.0) for own in found)
+    return distance, around
+
+
+def _around(
+    centre: Float[Tensor, " dimension"],
+    rows: Float[Tensor, "other dimension"],
+    features: Float[Tensor, "row dimension"],
+) -> Float[Tensor, " row"]:
+    """Return the mean cosine to the five nearest rows around their mean, as mixtures of before are calibrated."""
+    found = torch.nn.functional.normalize(features - centre, dim=-1) @ rows.T
+    nearest = found.masked_fill(found > 1 - 1e-5, -torch.inf).topk(min(5, len(rows)), dim=1).values
+    known = nearest.isfinite()
+    return torch.where(known, nearest, 0.0).sum(dim=1) / known.sum(dim=1).clamp(min=1)
 
 
 def _short(features: Float[Tensor, "row dimension"]) -> Float[Tensor, "row folded"]:
@@ -197,7 +252,7 @@ class RefusalRouter(Wrapper):
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the rows and the calibration, and the wrapped router; return the entry for mixture.json."""
         inside, outside = self.calibration
-        tensors = {**self.familiarity._asdict(), "inside": torch.stack(inside)}
+        tensors = {**self.familiarity.tensors(), "inside": torch.stack(inside)}
         if len(outside.gain):
             tensors["outside"] = torch.stack(outside)
         write_tensors(folder / "refusal.safetensors", tensors)
@@ -209,11 +264,12 @@ class RefusalRouter(Wrapper):
         """Build it from its entry and its tensors, around the router that was built already."""
         if parts.inner is None:
             raise KeyError("of")
-        wanted = {"rows": (None, None), "centre": (None,), "inside": (2, None), "outside": (2, None)}
-        tensors = read_floats(parts.folder / "refusal.safetensors", wanted, "fit again", optional=["outside"])
+        wanted = {"rows": (None, None), "spread": (None,), "centre": (None,), "inside": (2, None), "outside": (2, None)}
+        optional = ["spread", "centre", "outside"]
+        tensors = read_floats(parts.folder / "refusal.safetensors", wanted, "fit again", optional=optional)
         extractor = load_extractor(record, parts) if "description" in record else None
         outside = Observed(*tensors.get("outside", torch.zeros(2, 0)))
         calibration = Calibration(Observed(*tensors["inside"]), outside)
         fallback, caution = str(record["fallback"]), float(record["caution"])
-        familiarity = Familiarity(tensors["rows"], tensors["centre"])
+        familiarity = Familiarity.read(tensors)
         return cls(parts.inner, familiarity, calibration, fallback, caution, extractor)
