@@ -64,7 +64,7 @@ def share(features: Tensor, losses: CrossFitLosses, seed: int) -> float:
     weights = losses.tokens / losses.tokens.sum()
     base = float(losses.nll[:, losses.experts.index("base")] @ weights)
     oracle = float(losses.nll.amin(dim=1) @ weights)
-    found = fit_loss_router(features - features.mean(dim=0), losses, seed=seed).expected_nll
+    found = fit_loss_router([features - features.mean(dim=0)], losses, seed=seed).expected_nll
     return (base - found) / (base - oracle)
 
 

@@ -8,7 +8,7 @@ import torch
 import coterie
 from conftest import FIT
 from coterie.errors import CoterieError
-from coterie.evaluation import auto
+from coterie.evaluation import auto, candidates
 from coterie.evaluation.choice import Candidate, choose
 from coterie.evaluation.clusters import feature_map
 from coterie.experts.names import BASE
@@ -59,9 +59,8 @@ def test_what_is_chosen_is_what_the_losses_say(folder, opened):
     """The record's losses are those of the mixtures that the candidates' weights make of the judged experts."""
     record = AutoRecord.model_validate(json.loads((folder / "auto.json").read_text()))
     losses = read_losses(load_extra(opened.mixture, "judged"))
-    ways = list(auto._ways(opened, losses, 0.1))
-    candidates = [Candidate(way.name, way.cost, losses.mixture_nll(way.weights)) for way in ways]
-    again = choose(candidates, losses.tokens)
+    ways = list(candidates.ways(opened, losses, 0.1))
+    again = choose([Candidate(w.name, w.cost, losses.mixture_nll(w.weights)) for w in ways], losses.tokens)
     assert record.outweighed or again.chosen == record.chosen
     for one, other in zip(again.compared, record.candidates, strict=True):
         assert (one.candidate.name, one.nll) == (other.name, pytest.approx(other.nll, abs=1e-6))
@@ -77,15 +76,15 @@ def test_methods_of_its_family_work_on_the_run_and_elrea_is_still_elreas_routing
 
 
 def test_where_one_expert_is_the_best_everywhere_it_is_not_asked_for_its_two_largest_weights(opened, monkeypatch):
-    def trained(run, name, original=auto._trained):
+    def trained(run, name, original=candidates._trained):
         found = original(run, name)
         if name == "performance":
             found = CentroidRouter.by_performance(found.features, {"cluster-0": torch.ones(1, run.features.shape[1])})
         return found
 
-    monkeypatch.setattr(auto, "_trained", trained)
+    monkeypatch.setattr(candidates, "_trained", trained)
     losses = read_losses(load_extra(opened.mixture, "judged"))
-    names = {way.name for way in auto._ways(opened, losses, 0.1)}
+    names = {way.name for way in candidates.ways(opened, losses, 0.1)}
     assert "performance" in names and not {"performance:top_k=1", "performance:top_k=2"} & names
     assert {"elrea:top_k=1", "elrea:top_k=2"} <= names
 
@@ -130,7 +129,7 @@ def made_up(opened: ElreaRun, planted: float) -> tuple[CrossFitLosses, AutoRecor
 
 
 def chosen(opened: ElreaRun, losses: CrossFitLosses) -> str:
-    ways = list(auto._ways(opened, losses, 0.1))
+    ways = list(candidates.ways(opened, losses, 0.1))
     return choose([Candidate(w.name, w.cost, losses.mixture_nll(w.weights)) for w in ways], losses.tokens).chosen
 
 

@@ -7,11 +7,11 @@ loss of their mixtures; the chosen one is then scored exactly, in the logits and
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,11 +21,11 @@ from coterie import ranks
 from coterie.artifacts import as_path, read_json, run_folder, write_json, write_text
 from coterie.combiners.table import make_combiner
 from coterie.data.examples import Example, load_all
+from coterie.evaluation.candidates import EXTRAS_USED, Way, ways
 from coterie.evaluation.choice import Candidate, Choice, choose, difference
 from coterie.evaluation.statistics import Interval, sign_flip_test
 from coterie.experts.bank import load_bank
 from coterie.experts.names import BASE
-from coterie.features.growing_text import FeatureExtractor
 from coterie.features.prefill import candidate_layers
 from coterie.methods.common import Data, hash_examples, named_sources
 from coterie.methods.elrea import fitted_routers
@@ -39,9 +39,8 @@ from coterie.mixture.folder import MIXTURE_FILE, hash_mixture
 from coterie.progress import part, whole
 from coterie.records.auto import AUTO_FILE, PAGE_FILE, AutoRecord, CandidateRecord
 from coterie.records.evaluation import LEVEL
-from coterie.routers.base import Router, Routing
-from coterie.routers.derived import keep_top
-from coterie.routers.fixed import FixedRouter, one_hot, uniform
+from coterie.routers.base import Routing
+from coterie.routers.fixed import uniform
 from coterie.routers.loss import CrossFitLosses
 from coterie.routers.refusal import RefusalRouter
 from coterie.settings.auto import AutoSettings
@@ -53,8 +52,6 @@ logger = logging.getLogger(__name__)
 
 AUTO, METHODS = "auto", "methods"
 FOLDS = "working/judging"
-TOPS = (1, 2)
-EXTRAS_USED = ("performance", "membership", "refusal", "loss", "prefill")
 
 
 def auto(model: str, data: Data, *, output: str | Path, **settings: Any) -> Mixture:  # noqa: ANN401
@@ -114,15 +111,6 @@ def _work(settings: AutoSettings, rows: int) -> dict[str, float]:
     return {**fitting, "judging": judging, "scores": (experts + 1) * rows}
 
 
-class _Way(NamedTuple):
-    """A candidate: its router, the weights that it gives rows which it was not fitted to, and what a request costs."""
-
-    name: str
-    router: Router
-    weights: Float[Tensor, "row expert"]
-    cost: float
-
-
 def _choose(run: ElreaRun, settings: AutoSettings) -> Mixture:
     """Judge the experts, compare what can be done with them, and write the mixture of what was chosen."""
     judge = partial(fitted_routers.judged, keep=run.folder / FOLDS)
@@ -130,12 +118,12 @@ def _choose(run: ElreaRun, settings: AutoSettings) -> Mixture:
     with part("judging"):
         prepare_extras(run, EXTRAS_USED, specs, in_run=True)
     losses = read_losses(load_extra(run.mixture, "judged"))
-    ways = {way.name: way for way in _ways(run, losses, settings.caution)}
-    candidates = [Candidate(way.name, way.cost, losses.mixture_nll(way.weights)) for way in ways.values()]
+    known = {way.name: way for way in ways(run, losses, settings.caution)}
+    candidates = [Candidate(way.name, way.cost, losses.mixture_nll(way.weights)) for way in known.values()]
     choice = choose(candidates, losses.tokens)
     with part("scores"):
-        record = _recorded(choice, ways, run, losses)
-    router = ways[record.chosen].router
+        record = _recorded(choice, known, run, losses)
+    router = known[record.chosen].router
     mixture = replace(run.mixture, router=router, combiner=make_combiner(record.combiner), method=AUTO)
     mixture.write_description(run.folder, read_json(run.folder / MIXTURE_FILE))
     write_json(run.folder / AUTO_FILE, record.plain())
@@ -144,93 +132,23 @@ def _choose(run: ElreaRun, settings: AutoSettings) -> Mixture:
     return mixture
 
 
-def _ways(run: ElreaRun, losses: CrossFitLosses, caution: float) -> Iterator[_Way]:
-    """Yield all candidates, the base adapter first; those that look at prompts refuse unfamiliar ones."""
-    names, other = losses.experts, fitted_routers.unlike_rows(run)
-    for name, expert in {"base": BASE, "best-single": losses.best_single()}.items():
-        if name == "base" or expert != BASE:
-            router = one_hot(expert, names)
-            yield _Way(name, router, _fixed(router, len(losses.nll)), 1.0)
-    prompt = sum(row.prompt_length for row in run.kept.rows) / sum(len(row.ids) for row in run.kept.rows)
-    backward = 3 * run.settings.training.epochs * prompt  # a backward pass is worth two forward ones
-    by_states = fitted_routers.held_out(run, "prefill")
-    reading = _trained(run, "prefill")
-    even = uniform(names)
-    sides = [(by_states.inside, _fixed(even, len(losses.nll)), losses)]
-    sides += [(by_states.outside, _fixed(even, len(other.losses.nll)), other.losses)]
-    yield _refusing("uniform", even, sides[0], sides[1], 1 + prompt, caution, reading.features)
-    tried: dict[str, tuple[Router, Tensor, Tensor, Tensor]] = {}
-    by_gradients = {
-        "membership": fitted_routers.membership_of,
-        "performance": partial(fitted_routers.performance_of, losses),
-        "elrea": fitted_routers.elrea_of,
-    }
-    for name, build in by_gradients.items():
-        router = run.router if name == "elrea" else _trained(run, name)
-        tried[name] = (router, run.features, other.gradients, fitted_routers.unseen_weights(run, build, losses))
-    for name in ("loss", "prefill"):
-        held = fitted_routers.held_out(run, name)
-        tried[name] = (_trained(run, name), held.inside, held.outside, held.weights)
-    for name, (router, inside, outside, own) in tried.items():
-        known = len(router.weigh(inside[:1]).experts)  # who is nowhere the best has no centroid by performance
-        for top in (None, *(k for k in TOPS if k < known)):
-            cut = router if top is None else keep_top(router, top)
-            kept = own if top is None else Routing(names, own).top(top).normalized().weights
-            outer = fitted_routers.weights_of(cut, outside, other.losses)
-            label = name if top is None else f"{name}:top_k={top}"
-            cost = 1 + (prompt if name == "prefill" else backward)
-            yield _refusing(label, cut, (inside, kept, losses), (outside, outer, other.losses), cost, caution)
-
-
-_Side = tuple[Float[Tensor, "_ dimension"], Float[Tensor, "_ expert"], CrossFitLosses]
-"""Features, weights and losses of rows."""
-
-
-def _refusing(
-    name: str,
-    router: Router,
-    inside: _Side,
-    outside: _Side,
-    cost: float,
-    caution: float,
-    extractor: FeatureExtractor | None = None,
-) -> _Way:
-    """Let a candidate leave unfamiliar prompts to the base adapter."""
-    refusal = fitted_routers.calibrated(router, inside, outside, extractor, caution)
-    _, weights, losses = inside
-    answered = refusal.calibration.inside.familiarity >= refusal.threshold
-    alone = _fixed(one_hot(BASE, losses.experts), len(weights))
-    return _Way(name, refusal, torch.where(answered[:, None], weights, alone), cost)
-
-
-def _fixed(router: FixedRouter, count: int) -> Float[Tensor, "row expert"]:
-    return torch.tensor([list(router.weights.values())]).expand(count, -1)
-
-
-def _trained(run: ElreaRun, name: str) -> Router:
-    """Return the router of an extra, without what makes it refuse prompts."""
-    router = load_extra(run.mixture, name).router
-    assert router is not None  # those that are asked for have one
-    return router.router if isinstance(router, RefusalRouter) else router
-
-
 # ------------------------------------------------------------------------------------------------ scored exactly
 
 
-def _recorded(choice: Choice, ways: Mapping[str, _Way], run: ElreaRun, losses: CrossFitLosses) -> AutoRecord:
+def _recorded(choice: Choice, known: Mapping[str, Way], run: ElreaRun, losses: CrossFitLosses) -> AutoRecord:
     """Score the chosen candidate exactly, by both combiners; what is not borne out is the base adapter."""
     facts: dict[str, Any] = {"chosen": choice.chosen, "combiner": "layers"}
-    way = ways[choice.chosen]
+    way = known[choice.chosen]
     if choice.chosen != BASE:
         base = losses.nll[:, losses.experts.index(BASE)]
         exact = {name: _scored(run, way.weights, losses, name) for name in ("layers", "logits")}
-        gap = _mean(exact["logits"], losses) - _mean(exact["layers"], losses)
+        gap = losses.mean(exact["logits"]) - losses.mean(exact["layers"])
         if gap < 0 and _p(exact["logits"], exact["layers"], losses) < LEVEL:
             facts["combiner"] = "logits"  # every expert's rows are run for it
         nll = exact[facts["combiner"]]
         found, p = difference(nll, base, losses.tokens), _p(nll, base, losses)
         facts |= {"expected": found.value, "interval": _known(found), "p": p}
-        facts["combiners"] = {name: _mean(own, losses) for name, own in exact.items()}
+        facts["combiners"] = {name: losses.mean(own) for name, own in exact.items()}
         if found.value >= 0 or p >= LEVEL:
             facts |= {"chosen": BASE, "combiner": "layers", "outweighed": True}
         elif isinstance(way.router, RefusalRouter):
@@ -272,10 +190,6 @@ def _scored(run: ElreaRun, weights: Float[Tensor, "row expert"], losses: CrossFi
         label = f"fold {fold + 1}, {combiner}"
         nll[own] = mixture.score_rows(rows, Routing(losses.experts, weights[own]), label).nll[0]
     return nll
-
-
-def _mean(nll: Tensor, losses: CrossFitLosses) -> float:
-    return float((nll * losses.tokens).sum() / losses.tokens.sum())
 
 
 def _p(nll: Tensor, control: Tensor, losses: CrossFitLosses) -> float:

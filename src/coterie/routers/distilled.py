@@ -153,8 +153,8 @@ def distil(features: Float[Tensor, "row dimension"], weights: Float[Tensor, "row
     logs = weights.double().clamp(min=SMALLEST_WEIGHT).log()
     target = logs - logs.mean(dim=1, keepdim=True)
     found = []
-    for penalty in PENALTIES:
-        own = out_of_fold(features, target, penalty=penalty, seed=seed).softmax(dim=-1).float()
+    for penalty, predicted in out_of_fold(features, target, None, PENALTIES, seed=seed).items():
+        own = predicted.softmax(dim=-1).float()
         found.append((float(misplaced(own, weights).mean()), penalty, own))
     error, penalty, own = min(found, key=lambda entry: entry[0])
     familiarity = Familiarity.of(features, seed)

@@ -4,7 +4,7 @@ Similar prompts are not what matters in the end, but which expert is good at a p
 cross-fitted losses: of every expert, on rows that it was not trained on.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,14 @@ class CrossFitLosses:
         gaps = 2 * (self.nll[:, :, None] + self.nll[:, None, :]) - 4 * self.pairs  # [row, E, E]
         gain = torch.einsum("ne,nef,nf->n", weights, gaps, weights) / 2  # each pair stands there twice
         return (weights * self.nll).sum(dim=1) - gain
+
+    def take(self, rows: Tensor) -> "CrossFitLosses":
+        """Keep some rows, by their numbers or a mask."""
+        return CrossFitLosses(self.experts, self.nll[rows], self.pairs[rows], self.tokens[rows])
+
+    def mean(self, nll: Float[Tensor, " row"]) -> float:
+        """Return the mean per token of a loss that every row has."""
+        return float((nll.double() * self.tokens).sum() / self.tokens.double().sum())
 
     def best_of_rows(self) -> list[str]:
         """Return the expert with the smallest loss on each row."""
@@ -149,64 +157,93 @@ def weigh(predicted: Float[Tensor, "row expert"], sharpness: float) -> Float[Ten
     return (-sharpness * predicted).softmax(dim=-1)
 
 
-class Fitted(NamedTuple):
-    """A regression with what was chosen for it by cross-validation, and the loss it is estimated to reach.
+class Chosen(NamedTuple):
+    """A regression, with what cross-validation chose for it: the kind of features, by its place among those tried.
 
-    `weights` are those that regressions which did not see a row give it; `penalty` is a weight decay for a network.
+    `penalty` is a weight decay for a network.
     """
 
+    place: int
     head: Head
     penalty: float
     sharpness: float
-    expected_nll: float
+
+
+class Fitted(NamedTuple):
+    """The regression, the weights that rows get of others which had no part in them, and the loss of these weights.
+
+    Those are chosen anew without the row, kind, penalty and sharpness too, so that nothing is chosen on what it is
+    judged by.
+    """
+
+    chosen: Chosen
     weights: Float[Tensor, "row expert"]
+    expected_nll: float
 
 
 def fit_loss_router(
-    features: Float[Tensor, "row dimension"], losses: CrossFitLosses, *, seed: int = 0, with_mlp: bool = False
+    tried: Sequence[Float[Tensor, "row _"]], losses: CrossFitLosses, *, seed: int = 0, with_mlp: bool = False
 ) -> Fitted:
-    """Fit the regression; its penalty and the weights' sharpness minimise the estimated loss of the mixture.
+    """Fit the regression: of the kinds of features the one, with the penalty and sharpness, that expects the least.
 
-    Every row's estimate uses predictions of regressions that did not see it (5 folds); rows weigh by their tokens, as
-    in every mean NLL here. With `with_mlp` small networks are tried too; the best of them is kept where its mixture's
-    loss lies below that of the best line by more than twice the standard error of the difference.
+    Rows weigh by their tokens, as in every mean NLL here.
+    """
+    fold, count = folds_of(len(losses.tokens), seed), len(losses.experts)
+    weights = torch.full_like(losses.nll, 1 / count)
+    for number in fold.unique():
+        own, others = fold == number, fold != number
+        if bool(others.any()):
+            found = _chosen([features[others] for features in tried], losses.take(others), seed, with_mlp)
+            weights[own] = weigh(predict(found.head, tried[found.place][own]), found.sharpness)
+    expected = losses.mean(losses.mixture_nll(weights))
+    return Fitted(_chosen(tried, losses, seed, with_mlp), weights, expected)
+
+
+def _chosen(tried: Sequence[Tensor], losses: CrossFitLosses, seed: int, with_mlp: bool) -> Chosen:
+    """Choose by the estimated loss of the mixture, with predictions of regressions that did not see the row.
+
+    With `with_mlp` small networks are tried too; the best of them is kept where its mixture's loss lies below that of
+    the best line by more than twice the standard error of the difference.
     """
     target = losses.nll.double() - losses.nll.double().mean(dim=1, keepdim=True)
     tokens = losses.tokens.double()
-    lines = ((own, out_of_fold(features, target, tokens, penalty=own, seed=seed)) for own in PENALTIES)
+    lines = {
+        (place, penalty): predicted
+        for place, features in enumerate(tried)
+        for penalty, predicted in out_of_fold(features, target, tokens, PENALTIES, seed=seed).items()
+    }
     line = _best(lines, losses)
+    place, features = line.place, tried[line.place]
     if with_mlp:
-        ways = {decay: partial(_mlp_of, features, target, tokens, decay, seed) for decay in DECAYS}
-        network = _best(((decay, cross_fitted(fit, features, target, seed)) for decay, fit in ways.items()), losses)
+        fits = {decay: partial(_mlp_of, features, target, tokens, decay, seed) for decay in DECAYS}
+        ways = {(place, decay): _cross_fitted(fit, features, target, seed)[0] for decay, fit in fits.items()}
+        network = _best(ways, losses)
         gain = (line.nll - network.nll) * tokens
         if float(gain.sum()) > 2 * float(gain.std()) * len(gain) ** 0.5:
             head: Head = fit_mlp(features, target, tokens, decay=network.penalty, seed=seed)
-            return Fitted(head, *network[:-1])
-    return Fitted(fit_ridge(features, target, tokens, penalty=line.penalty), *line[:-1])
+            return Chosen(place, head, network.penalty, network.sharpness)
+    return Chosen(place, fit_ridge(features, target, tokens, penalty=line.penalty), line.penalty, line.sharpness)
 
 
 class _Tried(NamedTuple):
-    """What `Fitted` has beside the regression, and the estimated loss of every row."""
+    """What `Chosen` has beside the regression, and the estimated loss of every row."""
 
+    place: int
     penalty: float
     sharpness: float
-    expected_nll: float
-    weights: Float[Tensor, "row expert"]
     nll: Float[Tensor, " row"]
 
 
-def _best(tried: Iterable[tuple[float, Tensor]], losses: CrossFitLosses) -> _Tried:
-    """Return the penalty, of those with their predictions, and the sharpness whose mixture has the smallest loss."""
-    tokens = losses.tokens.double()
+def _best(predictions: Mapping[tuple[int, float], Tensor], losses: CrossFitLosses) -> _Tried:
+    """Return the features and the penalty, of those with their predictions, and the sharpness with the least loss."""
 
     def each() -> Iterator[_Tried]:
-        for penalty, predicted in tried:
+        for (place, penalty), predicted in predictions.items():
             for sharpness in SHARPNESSES:
                 weights = weigh(predicted, sharpness).to(losses.nll.dtype)
-                nll = losses.mixture_nll(weights).double()
-                yield _Tried(penalty, sharpness, float((nll * tokens).sum() / tokens.sum()), weights, nll)
+                yield _Tried(place, penalty, sharpness, losses.mixture_nll(weights).double())
 
-    return min(each(), key=lambda own: own.expected_nll)
+    return min(each(), key=lambda own: losses.mean(own.nll))
 
 
 def fit_ridge(
@@ -218,33 +255,38 @@ def fit_ridge(
 ) -> Ridge:
     """Regress on unit features; rows weigh by their tokens, and the penalty is in mean squared lengths of these."""
     unit, weights, scale = _scaled(features, tokens)
-    return _ridge(unit, target, weights, penalty * scale)
+    return _ridges(unit, target, weights, [penalty * scale])[0]
 
 
 def out_of_fold(
     features: Float[Tensor, "row dimension"],
     target: Float[Tensor, "row expert"],
-    tokens: Float[Tensor, " row"] | None = None,
+    tokens: Float[Tensor, " row"] | None,
+    penalties: Sequence[float],
     *,
-    penalty: float,
     seed: int = 0,
-) -> Float[Tensor, "row expert"]:
-    """Predict every row by a regression on the other folds."""
+) -> dict[float, Float[Tensor, "row expert"]]:
+    """Predict every row by a regression on the other folds, at each of some penalties."""
     unit, weights, scale = _scaled(features, tokens)
 
-    def fit(seen: Tensor) -> Ridge:
-        return _ridge(unit[seen], target[seen], weights[seen], penalty * scale)
+    def fit(seen: Tensor) -> list[Ridge]:
+        return _ridges(unit[seen], target[seen], weights[seen], [penalty * scale for penalty in penalties])
 
-    return cross_fitted(fit, unit.float(), target, seed)
+    return dict(zip(penalties, _cross_fitted(fit, unit.float(), target, seed, len(penalties)), strict=True))
 
 
-def cross_fitted(fit: Callable[[Tensor], Head], features: Tensor, target: Tensor, seed: int) -> Tensor:
-    """Predict every row by what `fit` makes of the rows of the other folds, which it is told as a mask."""
-    fold, predicted = folds_of(len(features), seed), torch.zeros_like(target)
+def _cross_fitted(
+    fit: Callable[[Tensor], Sequence[Head]], features: Tensor, target: Tensor, seed: int, heads: int = 1
+) -> Float[Tensor, "head row expert"]:
+    """Predict every row by each of the heads that `fit` makes of the rows of other folds, which it is told as a mask.
+
+    Where there are none, nothing is known: 0.
+    """
+    fold, predicted = folds_of(len(features), seed), target.new_zeros(heads, *target.shape)
     for number in fold.unique():
         own, others = fold == number, fold != number
         if bool(others.any()):
-            predicted[own] = predict(fit(others), features[own]).double()
+            predicted[:, own] = torch.stack([predict(head, features[own]).double() for head in fit(others)])
     return predicted
 
 
@@ -279,8 +321,8 @@ def fit_mlp(
     return Mlp(width * inner, inner_bias, spread * weight, spread * bias)
 
 
-def _mlp_of(features: Tensor, target: Tensor, tokens: Tensor, decay: float, seed: int, seen: Tensor) -> Mlp:
-    return fit_mlp(features[seen], target[seen], tokens[seen], decay=decay, seed=seed)
+def _mlp_of(features: Tensor, target: Tensor, tokens: Tensor, decay: float, seed: int, seen: Tensor) -> list[Mlp]:
+    return [fit_mlp(features[seen], target[seen], tokens[seen], decay=decay, seed=seed)]
 
 
 def folds_of(count: int, seed: int) -> Int[Tensor, " row"]:
@@ -295,7 +337,7 @@ def _scaled(features: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor, fl
     return unit, weights, float(unit.sub(unit.mean(dim=0)).square().sum(dim=1).mean())
 
 
-def _ridge(unit: Tensor, target: Tensor, tokens: Tensor, penalty: float) -> Ridge:
+def _ridges(unit: Tensor, target: Tensor, tokens: Tensor, penalties: Sequence[float]) -> list[Ridge]:
     """Solve in rows or in dimensions, whichever are fewer; intercepts are not penalised."""
     shares = tokens / tokens.mean()
     centre = (shares[:, None] * unit).mean(dim=0)
@@ -304,8 +346,11 @@ def _ridge(unit: Tensor, target: Tensor, tokens: Tensor, penalty: float) -> Ridg
     rows, wanted = roots * (unit - centre), roots * (target - level)
     count, dimensions = rows.shape
     gram = rows @ rows.T if count < dimensions else rows.T @ rows
-    gram.diagonal().add_(penalty)
     right = wanted if count < dimensions else rows.T @ wanted
-    solved = torch.linalg.solve(gram, right)
-    weight = (rows.T @ solved if count < dimensions else solved).T
-    return Ridge(weight.float(), (level - weight @ centre).float())
+
+    def solved(penalty: float) -> Ridge:
+        found = torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype), right)
+        weight = (rows.T @ found if count < dimensions else found).T
+        return Ridge(weight.float(), (level - weight @ centre).float())
+
+    return [solved(penalty) for penalty in penalties]

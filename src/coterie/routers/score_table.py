@@ -50,9 +50,10 @@ class ScoreTableRouter(FeatureRouter):
         pieces: Pieces,
         table: Float[Tensor, "piece expert"],
         experts: Sequence[str],
+        centre: Float[Tensor, " dimension"] | None = None,
     ) -> None:
-        """Store the weights of `experts` for prompts of every piece."""
-        super().__init__(extractor)
+        """Store the weights of `experts` for prompts of every piece; pieces are around the training mean, if any."""
+        super().__init__(extractor, centre)
         self.kind = kind
         self.pieces = pieces
         self.table = table
@@ -60,7 +61,7 @@ class ScoreTableRouter(FeatureRouter):
 
     def weigh(self, read: Float[Tensor, "row dimension"]) -> Routing:
         """Mix the pieces' weights."""
-        return Routing(tuple(self.experts), self.pieces(read) @ self.table)
+        return Routing(tuple(self.experts), self.pieces(self._centred(read)) @ self.table)
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write centroids and table and return the entry for mixture.json."""
@@ -72,10 +73,14 @@ class ScoreTableRouter(FeatureRouter):
     def load(cls, record: Mapping[str, Any], parts: RouterParts) -> "ScoreTableRouter":
         """Build it from its entry and its tensors."""
         extractor, kind, names = load_extractor(record, parts), str(record["kind"]), list(record["experts"])
-        wanted = {"centroids": (None, extractor.dimensions), "table": (None, len(names))}
-        tensors = read_floats(parts.folder / f"{kind}.safetensors", wanted, "fit again")
+        wanted = {
+            "centroids": (None, extractor.dimensions),
+            "table": (None, len(names)),
+            "centre": (extractor.dimensions,),
+        }
+        tensors = read_floats(parts.folder / f"{kind}.safetensors", wanted, "fit again", optional=["centre"])
         pieces = Pieces(tensors["centroids"], float(record["temperature"] or 0.0))
-        return cls(kind, extractor, pieces, tensors["table"], names)
+        return cls(kind, extractor, pieces, tensors["table"], names, tensors.get("centre"))
 
 
 class FittedTable(NamedTuple):

@@ -17,7 +17,7 @@ from coterie.experts.gates_training import train_gates
 from coterie.experts.names import BASE
 from coterie.features.subspace import strongest_directions
 from coterie.methods.common import ExpertJob, base_plan, origin, train_clusters, train_expert, train_experts
-from coterie.methods.elrea import fitted_routers
+from coterie.methods.elrea import fitted_routers, score_tables
 from coterie.methods.elrea.run import ElreaRun
 from coterie.methods.extras import ExtraSpec, TrainedExtra
 from coterie.progress import EMBEDDING, TRAINING, part, whole
@@ -73,10 +73,10 @@ def _gradient_space(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     labels = torch.tensor(clustering.labels)
     wrong = 1 - torch.nn.functional.one_hot(labels).double()
 
-    def right(penalty: float) -> float:
-        return float((out_of_fold(embedded, wrong, penalty=penalty, seed=settings.seed).argmin(dim=1) == labels).sum())
-
-    chosen = LossRouter(extractor, fit_ridge(embedded, wrong, penalty=max(PENALTIES, key=right)), list(experts), 1.0)
+    found = out_of_fold(embedded, wrong, None, PENALTIES, seed=settings.seed)
+    right = {penalty: float((predicted.argmin(dim=1) == labels).sum()) for penalty, predicted in found.items()}
+    ridge = fit_ridge(embedded, wrong, penalty=max(right, key=right.__getitem__))
+    chosen = LossRouter(extractor, ridge, list(experts), 1.0)
     return TrainedExtra(experts, DerivedRouter(chosen, top_k=1, normalised=True), {"clustering": clustering.record()})
 
 
@@ -212,9 +212,9 @@ EXTRAS: dict[str, ExtraSpec[ElreaRun]] = {
     "refusal": ExtraSpec(fitted_routers.refusing, _little_work, needs=("judged", "unlike")),
     "loss": ExtraSpec(fitted_routers.loss, _little_work, needs=("judged", "unlike")),
     "prefill": ExtraSpec(fitted_routers.prefill, lambda run: run.row_count, needs=("judged", "unlike"), together=True),
-    "avengers": ExtraSpec(fitted_routers.avengers, _embedding_work, ("encoder",), needs=("judged",)),
-    "lorauter": ExtraSpec(fitted_routers.lorauter, _embedding_work, ("encoder",), needs=("judged",)),
-    "ariadne": ExtraSpec(fitted_routers.ariadne, _embedding_work, ("encoder",)),
+    "avengers": ExtraSpec(score_tables.avengers, _embedding_work, ("encoder",), needs=("judged",)),
+    "lorauter": ExtraSpec(score_tables.lorauter, _embedding_work, ("encoder",), needs=("judged",)),
+    "ariadne": ExtraSpec(score_tables.ariadne, _embedding_work, ("encoder",)),
     "distilled": ExtraSpec(fitted_routers.distilled, lambda run: run.row_count, needs=("judged",), together=True),
 }
 """By the name of the extra's folder."""

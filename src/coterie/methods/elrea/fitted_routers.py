@@ -6,6 +6,7 @@ All are fitted to cross-fitted losses: of copies of the experts that were not tr
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,18 +28,15 @@ from coterie.methods.extras import LOSSES, TrainedExtra, load_extra, read_losses
 from coterie.routers.base import Router
 from coterie.routers.centroid import CentroidRouter, centroids_by_best, centroids_of
 from coterie.routers.distilled import DistilledRouter, Learnt, distil, misplaced
-from coterie.routers.feature import embedding_extractor, prefill_extractor
+from coterie.routers.feature import prefill_extractor
 from coterie.routers.loss import FOLDS, CrossFitLosses, LossRouter, fit_loss_router
 from coterie.routers.membership import MembershipRouter, leave_one_out_scale
 from coterie.routers.refusal import CAUTION, Calibration, Familiarity, Observed, RefusalRouter
-from coterie.routers.score_table import ARIADNE, AVENGERS, LORAUTER, Pieces, ScoreTableRouter, fit_table
 
 logger = logging.getLogger(__name__)
 
 JUDGED, UNFAMILIAR = "judged", "unlike"
 FEATURES, HELD_OUT = "features.safetensors", "held-out.safetensors"
-CLUSTERS, TEMPERATURES = (4, 8, 16), (0.05, 0.1, 0.2)
-CENTROIDS = 5  # of every expert of ariadne, at most
 UNLIKE_ROWS = 200  # of an out-of-domain sample that are scored at most
 
 
@@ -181,18 +179,27 @@ def _clustered(run: ElreaRun, seen: Tensor) -> tuple[Float[Tensor, "row dimensio
 
 
 def unseen_weights(
-    run: ElreaRun, build: Callable[[ElreaRun, Tensor], Router], losses: CrossFitLosses
+    run: ElreaRun,
+    build: Callable[[ElreaRun, Tensor], Router],
+    losses: CrossFitLosses,
+    features: Float[Tensor, "row dimension"] | None = None,
 ) -> Float[Tensor, "row expert"]:
     """Return the weights that each training row gets of a router which the row had no part in.
 
-    The rows are cut as those of regressions are, evenly within the clusters; a cluster whose rows are all left out has
-    no weight there.
+    The rows are cut evenly within the clusters; a cluster whose rows are all left out has no weight there.
+
+    Args:
+        run: whose rows these are.
+        build: makes a router of some of them, by their numbers.
+        losses: name the experts.
+        features: that the router reads; by default the gradients.
     """
+    features = run.features if features is None else features
     folds = assign_folds(run.labels, min(FOLDS, len(run.labels)), run.settings.seed)
     weights = torch.zeros_like(losses.nll)
     for number in folds.unique():
         own, others = (folds == number).nonzero().flatten(), (folds != number).nonzero().flatten()
-        weights[own] = weights_of(build(run, others), run.features[own], losses)
+        weights[own] = weights_of(build(run, others), features[own], losses)
     return weights
 
 
@@ -209,24 +216,20 @@ def performance(run: ElreaRun, into: RunFolder) -> TrainedExtra:
 
 def loss(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Fit the router that predicts every expert's loss from the prompt's gradient."""
-    return _by_loss(run, into, run.router.features, run.features, unlike_rows(run).gradients)
+    return _by_loss(run, into, lambda place: run.router.features, [(run.features, unlike_rows(run).gradients)])
 
 
 def prefill(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Fit the same to the states of the prompt's prefill; block and pooling are chosen by cross-validation."""
-    losses, other = read_losses(load_extra(run.mixture, JUDGED)), unlike_rows(run)
-    layers, states = candidate_layers(run.mixture.backbone), _states(run)
-    tried = [(place, pool) for place in range(len(layers)) for pool in range(len(POOLINGS))]
+    layers, states, backbone = candidate_layers(run.mixture.backbone), _states(run), run.mixture.backbone
+    other, kinds = unlike_rows(run).states, list(product(range(len(layers)), range(len(POOLINGS))))
 
-    def expected(choice: tuple[int, int]) -> float:
-        own = states[:, *choice]
-        return fit_loss_router(own - own.mean(dim=0), losses, seed=run.settings.seed).expected_nll
+    def told(place: int) -> FeatureExtractor:
+        layer, pool = kinds[place]
+        logger.info("prefill: block %d of %d, %s", layers[layer], len(backbone.blocks), POOLINGS[pool])
+        return prefill_extractor(backbone, layers[layer], POOLINGS[pool])
 
-    place, pool = min(tried, key=expected)
-    extractor = prefill_extractor(run.mixture.backbone, layers[place], POOLINGS[pool])
-    logger.info("prefill: block %d of %d, %s", layers[place], len(run.mixture.backbone.blocks), POOLINGS[pool])
-    own = states[:, place, pool].contiguous()
-    return _by_loss(run, into, extractor, own, other.states[:, place, pool], with_mlp=True)
+    return _by_loss(run, into, told, [(states[:, *kind], other[:, *kind]) for kind in kinds], with_mlp=True)
 
 
 def _states(run: ElreaRun) -> Float[Tensor, "row layer pooling width"]:
@@ -255,70 +258,25 @@ def held_out(run: ElreaRun, name: str) -> HeldOut:
 def _by_loss(
     run: ElreaRun,
     into: RunFolder,
-    extractor: FeatureExtractor,
-    features: Tensor,
-    unlike_features: Tensor,
+    extractor: Callable[[int], FeatureExtractor],
+    tried: Sequence[tuple[Tensor, Tensor]],
     *,
     with_mlp: bool = False,
 ) -> TrainedExtra:
-    losses, other = read_losses(load_extra(run.mixture, JUDGED)), unlike_rows(run)
-    centre = features.mean(dim=0)
-    fitted = fit_loss_router(features - centre, losses, seed=run.settings.seed, with_mlp=with_mlp)
-    router = LossRouter(extractor, fitted.head, losses.experts, fitted.sharpness, centre)
-    head = type(fitted.head).__name__.lower()
-    told = router.kind, head, fitted.penalty, fitted.sharpness, fitted.expected_nll
+    """Fit to the best of several kinds of features, of training rows and unlike ones; `extractor` makes a kind's."""
+    losses, other = read_losses(load_extra(run.mixture, JUDGED)), unlike_rows(run).losses
+    centred = [own - own.mean(dim=0) for own, _ in tried]
+    fitted = fit_loss_router(centred, losses, seed=run.settings.seed, with_mlp=with_mlp)
+    place, regression, penalty, sharpness = fitted.chosen
+    features, unlike_features = (own.contiguous() for own in tried[place])
+    router = LossRouter(extractor(place), regression, losses.experts, sharpness, features.mean(dim=0))
+    head = type(regression).__name__.lower()
+    told = router.kind, head, penalty, sharpness, fitted.expected_nll
     logger.info("%s router: %s, penalty %g, sharpness %g, expected NLL %.4f", *told)
-    write_tensors(into.path / HELD_OUT, HeldOut(features, unlike_features.contiguous(), fitted.weights)._asdict())
-    outside = (unlike_features, weights_of(router, unlike_features, other.losses), other.losses)
+    write_tensors(into.path / HELD_OUT, HeldOut(features, unlike_features, fitted.weights)._asdict())
+    outside = (unlike_features, weights_of(router, unlike_features, other), other)
     refusal = calibrated(router, (features, fitted.weights, losses), outside)
-    return TrainedExtra({}, refusal, {"head": head, "penalty": fitted.penalty, "expected_nll": fitted.expected_nll})
-
-
-def avengers(run: ElreaRun, into: RunFolder) -> TrainedExtra:
-    """Score the experts on clusters of sentence embeddings."""
-    extractor, features = _embedded(run)
-    tried = [Pieces(_kmeans(features, count, run.settings.seed)) for count in CLUSTERS if count <= len(features)]
-    return _by_table(run, AVENGERS, extractor, features, tried)
-
-
-def lorauter(run: ElreaRun, into: RunFolder) -> TrainedExtra:
-    """Score the experts on the rows of every source; where rows name none, all rows are one task."""
-    extractor, features = _embedded(run)
-    names = list(dict.fromkeys(run.sources))
-    centroids = centroids_of(features, [names.index(source) for source in run.sources], len(names))
-    return _by_table(run, LORAUTER, extractor, features, [Pieces(centroids, heat) for heat in TEMPERATURES])
-
-
-def ariadne(run: ElreaRun, into: RunFolder) -> TrainedExtra:
-    """Know every cluster's expert by several centroids of its rows' embeddings: the nearest one's answers alone."""
-    extractor, features = _embedded(run)
-    labels, count = torch.tensor(run.labels), max(run.labels) + 1
-    own = [features[labels == number] for number in range(count)]
-    found = [_kmeans(rows, min(CENTROIDS, len(rows.unique(dim=0))), run.settings.seed) for rows in own]
-    table = torch.eye(count).repeat_interleave(torch.tensor([len(centroids) for centroids in found]), dim=0)
-    names = [f"cluster-{number}" for number in range(count)]
-    return TrainedExtra({}, ScoreTableRouter(ARIADNE, extractor, Pieces(torch.cat(found)), table, names))
-
-
-def _embedded(run: ElreaRun) -> tuple[FeatureExtractor, Float[Tensor, "row dimension"]]:
-    extractor = embedding_extractor(run.extras.encoder, run.mixture.backbone)
-    return extractor, extractor([row.prompt() for row in run.kept.rows])
-
-
-def _kmeans(features: Float[Tensor, "row dimension"], count: int, seed: int) -> Float[Tensor, "cluster dimension"]:
-    from sklearn.cluster import KMeans
-
-    unit = torch.nn.functional.normalize(features, dim=-1)
-    return torch.from_numpy(KMeans(count, n_init=10, random_state=seed).fit(unit.numpy()).cluster_centers_).float()
-
-
-def _by_table(
-    run: ElreaRun, kind: str, extractor: FeatureExtractor, features: Tensor, tried: Sequence[Pieces]
-) -> TrainedExtra:
-    losses = read_losses(load_extra(run.mixture, JUDGED))
-    fitted = fit_table(features, losses, tried, seed=run.settings.seed)
-    router = ScoreTableRouter(kind, extractor, fitted.pieces, fitted.table, losses.experts)
-    return TrainedExtra({}, router, {"pieces": len(fitted.table), "expected_nll": fitted.expected_nll})
+    return TrainedExtra({}, refusal, {"head": head, "penalty": penalty, "expected_nll": fitted.expected_nll})
 
 
 def distilled(run: ElreaRun, into: RunFolder) -> TrainedExtra:
