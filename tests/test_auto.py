@@ -52,6 +52,7 @@ def test_what_was_chosen_is_written_with_its_reasons_and_the_mixture_does_it(fol
     assert all(sentence in page for sentence in record.sentences)
     names = [one.name for one in record.candidates]
     assert names[0] == BASE and {"uniform", "elrea", "elrea:top_k=1", "membership", "loss", "prefill"} <= set(names)
+    assert {"avengers", "lorauter", "ariadne", "avengers:top_k=1"} <= set(names) and "ariadne:top_k=1" not in names
     assert not (folder / "working").exists()
 
 

@@ -10,10 +10,14 @@ class AutoTrainingSettings(TrainingSettings):
     """Training of the base adapter.
 
     At these rates a small model learns from a few hundred rows, which the papers' rates for 2B models hardly move.
+    Eight rows of 190 tokens in one forward pass took 6.2 GiB with a model of 135M; two take 2.7, in no more CPU time.
     """
 
     learning_rate: float = Field(5e-4, gt=0, description="its peak learning rate, decaying linearly to 0")
     batch_size: int = Field(8, ge=1, description="examples per optimiser step")
+    micro_batch_size: int = Field(
+        2, ge=1, description="examples per forward pass, at most: memory grows with them; more are faster on a GPU"
+    )
 
 
 class AutoExpertSettings(ExpertSettings):
