@@ -178,10 +178,17 @@ def test_local_experts_of_several_requests_write_in_one_batch_what_each_writes_a
     with started(f"sym={local}") as server, httpx2.Client(base_url=server.url, timeout=60) as client:
         alone = [content(chat(client, **body, temperature=0.5)) for body in bodies]
         (desk,) = {cell.desk for cell in server.catalogue.recruits}
-        engine, sizes = desk.scheduler.loaded("one").engine, []
+        engine, sizes, company = desk.scheduler.loaded("one").engine, [], threading.Event()
         step = engine.step
-        engine.step = lambda: sizes.append(engine.load.running) or step()
+
+        def together():
+            if sum(engine.load[:2]) > 3:  # more than the three answers of one request: until then nobody writes
+                company.set()
+            sizes.append(engine.load.running)
+            return step() if company.is_set() else []
+
+        engine.step = together
         assert at_once(client, [{**body, "temperature": 0.5} for body in bodies]) == alone
-        assert max(sizes) > 3  # more than the three answers of one request
+        assert max(sizes) > 3
         lines = client.get("/metrics").text.splitlines()
     assert sum('expert_weight_total{expert="two"' in line for line in lines) == 1
