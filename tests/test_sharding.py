@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import distributed
 from torch.distributed.tensor import DTensor
 
-import coterie
 import tiny
 from conftest import write_rows
 from coterie import launcher, ranks
@@ -33,6 +32,7 @@ from coterie.experts.gates_training import start_gates, train_mixture
 from coterie.experts.training import TrainingPlan, load_checkpoint, train_adapter
 from coterie.features.gradient import GradientFeatures
 from coterie.features.prefill import prefill_states
+from coterie.methods import elrea
 from coterie.settings.groups import FeatureSettings, LoraSettings, ModelSettings
 from crashing import SERVER
 from helpers import close, table
@@ -199,11 +199,11 @@ def member(number: int, count: int, model: str, folder: Path) -> None:
 @pytest.mark.slow
 def test_processes_with_parts_of_the_model_compute_what_one_with_all_of_it_does(backbone, model_folder, tmp_path):
     wanted = passes(backbone, tmp_path / "one")
-    members = [SERVER.Process(target=member, args=(n, 2, str(model_folder), tmp_path)) for n in range(2)]
+    members = [SERVER.Process(target=member, args=(n, 2, str(model_folder), tmp_path), daemon=True) for n in range(2)]
     for process in members:
         process.start()
     for process in members:
-        process.join(120)
+        process.join()
     assert [process.exitcode for process in members] == [0, 0]
     whole = sum(weight.numel() for weight in backbone.blocks.parameters())
     for number in range(2):
@@ -240,7 +240,7 @@ def test_accelerate_launch_with_fsdp_makes_the_files_of_one_process(model_folder
     (tmp_path / "accelerate.yaml").write_text(yaml.dump(CONFIGURATION))
     flags = {"clusters": 2, "rank": 4, "epochs": 1, "expert_epochs": 1, "batch_size": 4, "micro_batch_size": 2}
     flags |= {"learning_rate": 1e-2, "d_proj": 64, "feature_batch_size": 8, "device": "cpu"}
-    coterie.elrea(str(model_folder), str(rows), output=tmp_path / "one", **flags)
+    elrea(str(model_folder), str(rows), output=tmp_path / "one", **flags)
     words = ["--model", model_folder, "--data", rows, "--output", tmp_path / "two"]
     words += [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)]
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
