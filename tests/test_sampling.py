@@ -70,10 +70,19 @@ def filtered(text, logits):
     return scores[0, 0]
 
 
+def text_of(own, prompt, answer=()):
+    text = SampledText(own, [*prompt])
+    text.ids += answer
+    return text
+
+
 def alone(own, prompt, logits, steps):
     """Tokens of a request that is by itself."""
-    sampler, text = BatchSampler(), SampledText(own, prompt)
-    return [sampler.choose([text], logits[None, step : step + 1])[0][0] for step in range(steps)]
+    sampler, text, found = BatchSampler(), text_of(own, prompt), []
+    for step in range(steps):
+        found += sampler.choose([text], logits[None, step : step + 1])[0]
+        text.ids.append(found[-1].id)
+    return found
 
 
 # ------------------------------------------------------------------------------------- the distribution, as elsewhere
@@ -92,7 +101,7 @@ def test_what_is_left_to_draw_from_is_what_the_processors_of_transformers_leave(
     logits = logits_of(seed)
     text = torch.tensor([[*prompt, *answer]], dtype=torch.long)
     wanted = processors(text, logits[None].clone())[0].softmax(-1)
-    found = filtered(SampledText(own, prompt, answer), logits).softmax(-1)
+    found = filtered(text_of(own, prompt, answer), logits).softmax(-1)
     assert torch.equal(found > 0, wanted > 0)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
 
@@ -100,7 +109,7 @@ def test_what_is_left_to_draw_from_is_what_the_processors_of_transformers_leave(
 def test_presence_and_frequency_penalties_are_those_of_openai():
     own = SamplingSettings(presence_penalty=0.5, frequency_penalty=0.25)
     logits = logits_of(1)
-    found = filtered(SampledText(own, [9, 9, 9], [4, 4, 4, 7]), logits)
+    found = filtered(text_of(own, [9, 9, 9], [4, 4, 4, 7]), logits)
     wanted = logits.clone()
     wanted[4] -= 3 * 0.25 + 0.5
     wanted[7] -= 0.25 + 0.5  # and the prompt does not count
@@ -201,7 +210,7 @@ def test_a_batch_of_mixed_settings_gives_each_what_it_gets_alone(data):
     starts = [data.draw(st.integers(0, 3)) for _ in range(count)]
     ends = [data.draw(st.integers(start + 1, steps + 1)) for start in starts]
     sampler, found = BatchSampler(), [[] for _ in range(count)]
-    texts = [SampledText(*pair) for pair in zip(own, prompts, strict=True)]
+    texts = [text_of(*pair) for pair in zip(own, prompts, strict=True)]
     for moment in range(steps + 1):
         there = [number for number in range(count) if starts[number] <= moment < ends[number]]
         if numbers := data.draw(st.permutations(there)):
@@ -209,6 +218,7 @@ def test_a_batch_of_mixed_settings_gives_each_what_it_gets_alone(data):
             chosen = sampler.choose([texts[number] for number in numbers], rows[:, None])
             for number, (token,) in zip(numbers, chosen, strict=True):
                 found[number].append(token)
+                texts[number].ids.append(token.id)
     for number in range(count):
         assert len(found[number]) == ends[number] - starts[number]
         assert found[number] == alone(own[number], prompts[number], logits[number], len(found[number]))
@@ -222,7 +232,7 @@ def test_drafts_are_taken_as_far_as_they_are_what_one_step_after_the_other_choos
     logits = logits_of(seed, steps)
     wanted = alone(own, prompt, logits, steps)
     sampler, found = BatchSampler(), []
-    texts = [SampledText(SamplingSettings(temperature=1.0), []), SampledText(own, prompt)]
+    texts = [SampledText(SamplingSettings(temperature=1.0), []), text_of(own, prompt)]
     while len(found) < steps:
         ahead = data.draw(st.integers(0, steps - len(found) - 1))
         good = data.draw(st.integers(0, ahead))
@@ -233,7 +243,8 @@ def test_drafts_are_taken_as_far_as_they_are_what_one_step_after_the_other_choos
         other, tokens = sampler.choose(texts, torch.stack([torch.zeros_like(rows), rows]), proposed if ahead else None)
         assert len(other) == 1 and len(tokens) > good
         found += tokens
-        assert texts[1].answer == [token.id for token in found]
+        texts[0].ids.append(other[0].id)
+        texts[1].ids += [token.id for token in tokens]
     assert found == wanted[: len(found)]
 
 

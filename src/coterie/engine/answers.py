@@ -36,7 +36,7 @@ class Answer:
         request: what was asked.
         text: what the model reads.
         begun: when it joined, and what was known of its prompt.
-        sampled: how its tokens are chosen, and those that were.
+        sampled: how its tokens are chosen.
         stream: its text as far as it is certain.
         drafting: what is proposed for it, and how good that was.
         draw: which of the request's answers it is.

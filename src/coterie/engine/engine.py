@@ -29,7 +29,7 @@ from coterie.data.devices import Stopwatch, on_device
 from coterie.engine.answers import Answer, Waiting, begin, by_rerouting, padded_drafts, planned, weigh
 from coterie.engine.prompt_logprobs import score_prompts
 from coterie.engine.proposing import Proposing
-from coterie.engine.reading import Reader
+from coterie.engine.reading import Reader, Text
 from coterie.engine.request import Begun, Failure, FinishReason, Load, Request, Rerouting, Token
 from coterie.engine.sampling import BatchSampler, Chosen, check_biases
 from coterie.engine.sampling_stages import SampledText
@@ -186,7 +186,7 @@ class Engine:
             text = self._reader.open(request.prompt.ids, plan, self._reach(request))
             if not isinstance(request.routing, Rerouting) and request.prompt_logprobs is None:
                 self._reader.recall(text)
-            own = self._drawn_by(request, request.draws[0])
+            own = self._drawn_by(text, request, request.draws[0])
             joined.append(Answer(handle, request, text, Begun(time.monotonic(), text.read), known=len(text.ids), **own))
             self._answers.append(joined[-1])
         for rerouting, group in by_rerouting(joined):
@@ -356,16 +356,16 @@ class Engine:
         """Return an answer; behind the prompt, also the others that are drawn from it, which go on by themselves."""
         found = [answer]
         for draw, settings in enumerate([] if answer.written else answer.request.draws[1:], start=1):
-            own = self._drawn_by(answer.request, settings)
-            found.append(replace(answer, text=self._reader.fork(answer.text), draw=draw, **own))
+            text = self._reader.fork(answer.text)
+            found.append(replace(answer, text=text, draw=draw, **self._drawn_by(text, answer.request, settings)))
         self._answers += found[1:]
         return found
 
-    def _drawn_by(self, request: Request, settings: SamplingSettings) -> dict[str, Any]:
-        """Return what an answer begins with whose tokens are drawn by these settings."""
+    def _drawn_by(self, text: Text, request: Request, settings: SamplingSettings) -> dict[str, Any]:
+        """Return what an answer begins with whose tokens are drawn by these settings and go behind a text."""
         end_ids = self._backbone.stop_ids | request.end_ids
         return {
-            "sampled": SampledText(settings, request.prompt.ids),
+            "sampled": SampledText(settings, text.ids),
             "stream": TextStream(self._backbone.tokenizer, settings.stop, end_ids),
             "drafting": Drafting.by(settings.speculate),
         }

@@ -54,7 +54,7 @@ class BatchSampler:
         """Choose every text's next token, and those behind it as far as its drafts are what would be chosen.
 
         Args:
-            texts: what is sampled; their answers grow by what is chosen.
+            texts: what is sampled, with all that was chosen before.
             logits: combined logits behind each text, and behind each of its drafts.
             drafts: tokens that were proposed to come next, first to last; -1 for none.
 
@@ -78,7 +78,6 @@ class BatchSampler:
                 shown = zip(tops.view(len(logs), -1).tolist(), top_logs.view(len(logs), -1).tolist(), strict=True)
                 pairs = [tuple(zip(*both, strict=True))[:most] for both in shown]
                 tokens = [token._replace(top=top) for token, top in zip(tokens, pairs, strict=False)]
-            text.answer += own_ids[: count + 1]
             result.append(tokens)
         return result
 

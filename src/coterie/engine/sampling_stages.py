@@ -9,7 +9,7 @@ the same noise.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -27,11 +27,14 @@ COLDEST = 1e-6  # a temperature below is as good as greedy, and no number to div
 
 @dataclass
 class SampledText:
-    """How an answer is sampled, and what it consists of so far."""
+    """How an answer is sampled, and the tokens of its text, which whoever samples adds to: at first the prompt's."""
 
     settings: SamplingSettings
-    prompt: Sequence[int]
-    answer: list[int] = field(default_factory=list)
+    ids: list[int]
+
+    def __post_init__(self) -> None:
+        """Note where the answer begins."""
+        self.start = len(self.ids)
 
 
 class Stage(ABC):
@@ -110,8 +113,8 @@ class Penalties(Stage):
         super().__init__(rows, texts, logits)
         self._repetition = self.column("repetition_penalty")
         self._presence, self._frequency = self.column("presence_penalty"), self.column("frequency_penalty")
-        self._answer = self._counted([text.answer for text in self._texts])
-        self._prompt = self._counted([text.prompt for text in self._texts]) > 0
+        self._answer = self._counted([text.ids[text.start :] for text in self._texts])
+        self._prompt = self._counted([text.ids[: text.start] for text in self._texts]) > 0
 
     def _counted(self, ids: Sequence[Sequence[int]]) -> Int[Tensor, "request vocabulary"]:
         size = self._vocabulary
@@ -223,7 +226,7 @@ class Noise(Stage):
         """Gather what the noise hangs on."""
         super().__init__(rows, texts, logits)
         self._seeds = on_device([signed(own.seed) for own in self._settings], logits.device)
-        self._positions = on_device([len(text.answer) for text in self._texts], logits.device)
+        self._positions = on_device([len(text.ids) - text.start for text in self._texts], logits.device)
 
     @staticmethod
     def needed(settings: SamplingSettings) -> bool:

@@ -130,9 +130,8 @@ class HarnessModel(TemplateLM):
         strange = [k for k, v in given.items() if k not in UNDERSTOOD and NO_OPTION.get(k, object()) != v]
         if strange:
             raise CoterieError(f"the task asks for {strange[0]}={given[strange[0]]!r}, which is not understood here")
-        penalty = getattr(
-            self.mixture.backbone.model.generation_config, "repetition_penalty", None
-        )  # some models ask it
+        config = self.mixture.backbone.model.generation_config
+        penalty = getattr(config, "repetition_penalty", None)  # some models ask it
         asked = {
             "repetition_penalty": float(given.get("repetition_penalty", penalty or 1.0)),
             "max_new_tokens": given["max_gen_toks"],
