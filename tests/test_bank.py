@@ -336,7 +336,7 @@ BAD_TENSORS = {
     "a foreign tensor": (lambda t: renamed(t, key("A"), "lm_head.weight"), "tensor 'lm_head.weight' is no LoRA factor"),
     "a magnitude": (
         lambda t: renamed(t, key("A"), f"base_model.model.{LAYER}.lora_magnitude_vector"),
-        "lora_magnitude_vector' is no LoRA factor; use a plain LoRA adapter",
+        "lora_magnitude_vector' is no LoRA factor; use plain LoRA on linear layers alone",
     ),
     "values beyond float32": (
         lambda t: t | {key("A"): torch.full((4, 32), 1e300, dtype=torch.float64)},

@@ -336,6 +336,7 @@ def test_a_record_alone_cannot_ask_to_overwrite_and_tells_first_what_it_does(run
     assert code == 2 and err.splitlines()[:4] == [*told, f"  writes    {out}"]
     assert err.splitlines()[-1].endswith("eval exists; choose another --output, or add --overwrite to replace it")
     assert (out / "run.yaml").read_text() == text
+    assert run("run", out)[2].splitlines()[-1] == err.splitlines()[-1]  # a run's folder stands for its record
     code, _, err = run("run", record, "--overwrite")
     assert code == 0 and err.splitlines()[3:5] == [f"  writes    {out}", f"  replaces  {out}"]
 

@@ -218,8 +218,10 @@ def test_weights_are_averaged_over_the_rows_of_a_source(result):
         assert means == pytest.approx({name: sum(row[name] for row in rows) / len(rows) for name in means})
 
 
-def test_the_map_has_a_point_a_row_and_the_clusters_of_several_seeds(grid_folder):
+def test_the_map_has_a_point_a_row_and_the_clusters_of_several_seeds(grid_folder, caplog):
+    caplog.set_level("INFO")
     found = feature_map(grid_folder)
+    assert caplog.text == ""  # nobody has asked for these clusters
     assert found.kind == "t-SNE" and found.seeds == (0, 1, 2)
     assert len(found.points) == 36
     assert all(len(point.clusters) == 3 for point in found.points)

@@ -1,5 +1,7 @@
 """Gradient features equal what autograd and Adam give example by example."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -143,9 +145,12 @@ def test_interrupted_features_end_with_the_same_numbers(backbone, checkpoint, tm
     monkeypatch.setattr(gradient, "SHARD_ROWS", 2)
     features = GradientFeatures(backbone, [checkpoint], FeatureSettings(d_proj=64))
     rows = rows_for(backbone)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole, broken, told = tmp_path / "whole", tmp_path / "broken", []
     whole.mkdir(), broken.mkdir()
-    gradient.write_features(features, rows, whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(gradient, "part", lambda name: told.append(name) or nullcontext())
+        gradient.write_features(features, rows, whole)
+    assert told[:2] == [f"gradient features, part {number} of {len(told)}" for number in (1, 2)]
     computed = []
 
     def stops_at_the_second(shard):

@@ -70,3 +70,25 @@ def test_a_newcomer_gets_from_a_shelf_and_a_csv_to_a_report(run, home, model_fol
     assert reported[0] == 0 and reported[1] == "runs/shelf-eval/report.html\n"
     assert (home / reported[1].strip()).stat().st_size > 1000
     assert reported[2].splitlines()[-1] == "next: python3 -m webbrowser runs/shelf-eval/report.html"
+
+
+def test_a_mixture_of_a_model_beside_it_answers_from_any_folder(run, home, model_folder, monkeypatch):
+    (home / "model").symlink_to(model_folder)
+    assert run("bank", "add", "shelf/", "adapters/maths", "--model", "model", "--device", "cpu")[0] == 0
+    assert run("fit", "from-adapters", "--bank", "shelf/", "--output", "runs/shelf", "--device", "cpu")[0] == 0
+    monkeypatch.chdir("runs")
+    for words in ([home / "runs" / "shelf"], ["shelf"]):
+        code, out, err = run("generate", *words, "add 3 4", "--max-new-tokens", 2, "--device", "cpu")
+        assert code == 0 and out, err
+
+
+def test_words_without_quotes_are_told_to_be_prompts_of_their_own(run, run_folder):
+    note = "prompts of one word each; put quotes around a prompt of several words"
+    for words in (["add", "3", "4"], ["add 3 4"], ["add 3 4", "spell"]):
+        code, _, err = run("generate", run_folder, *words, "--max-new-tokens", 1, "--device", "cpu")
+        assert code == 0 and (f"3 {note}" in err) == (len(words) == 3)
+
+
+def test_a_base_model_in_place_of_a_mixture_is_told_and_what_makes_one(run, model_folder):
+    code, _, err = run("generate", model_folder, "add 3 4")
+    assert code == 2 and f"is a base model, not a mixture; type: coterie fit elrea --model {model_folder} --data" in err

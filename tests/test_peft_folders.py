@@ -59,7 +59,7 @@ def test_a_folder_is_named_by_its_whole_path_and_a_hub_model_by_its_id(backbone,
     assert loaded_by(replace(backbone.identity, id="org/absent")) == "org/absent"
 
 
-def test_what_a_folder_names_is_the_alias_again_for_us(fitted, alias, tmp_path):
+def test_what_a_folder_names_is_the_alias_again_for_us(fitted, alias, tmp_path, monkeypatch):
     experts = fitted.folder / "experts"
     assert fitted.backbone.identity.id == ALIAS
     assert load_backbone(str(alias), device="cpu").identity == fitted.backbone.identity
@@ -69,6 +69,9 @@ def test_what_a_folder_names_is_the_alias_again_for_us(fitted, alias, tmp_path):
     shelf = methods.from_adapters({"a": experts / "base", "b": experts / "cluster-0"}, output=tmp_path / "shelf")
     assert shelf.backbone.identity == fitted.backbone.identity
     assert named_model(f"/home/somebody/.cache/coterie/models/{ALIAS}") == ALIAS
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    assert named_model("own") == named_model("./own") == str(tmp_path / "own")
     for other in (ALIAS, "gpt2", f"/models/{ALIAS}", f"somebody/{ALIAS}", str(tmp_path)):
         assert named_model(other) == other
 

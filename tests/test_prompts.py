@@ -13,10 +13,10 @@ CONVERSATION = [
     {"role": "assistant", "content": "7"},
     {"role": "user", "content": "and 2 more"},
 ]
-ONE = ["Hello", from_prompt("Hello"), CONVERSATION]
+ONE = ["Hello", from_prompt("Hello"), CONVERSATION, {"instruction": "Hello", "response": "no matter"}]
 
 
-@pytest.mark.parametrize("prompt", ONE, ids=["text", "example", "conversation"])
+@pytest.mark.parametrize("prompt", ONE, ids=["text", "example", "conversation", "row"])
 def test_one_prompt_alone_is_one_prompt(mixture, prompt):
     (answer,) = mixture.generate(prompt, max_new_tokens=4)
     assert answer == mixture.generate([prompt], max_new_tokens=4)[0]
@@ -30,6 +30,8 @@ def test_prompts_keep_their_places_and_conversations_their_turns():
     assert [example.id for example in examples] == ["0", "1", "2"]
     assert examples[1].messages[1] == Message("assistant", "7") and examples[2].instruction == "add 3 4"
     assert as_examples([]) == []
+    rows = as_examples([{"question": "Hello", "id": "own"}, {"messages": CONVERSATION}])
+    assert [row.messages for row in rows] == [as_examples(one)[0].messages for one in ("Hello", CONVERSATION)]
 
 
 def test_a_stream_refuses_several_prompts(mixture):

@@ -8,10 +8,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import coterie
+import tiny
+from conftest import write_rows
 from coterie.data.batching import TokenRow
-from coterie.data.examples import Example
+from coterie.data.examples import Example, load_examples
 from coterie.data.forms import Message
 from coterie.errors import CoterieError
+from coterie.evaluation.compare import evaluate
 from coterie.methods import load_grid
 from coterie.mixture import Completion
 from coterie.records.evaluation import Trace
@@ -125,3 +128,18 @@ def test_scores_of_what_does_not_fit_are_refused(mixture, prompts, responses, to
 def test_an_unknown_keyword_is_told_with_the_one_that_was_meant(mixture, tmp_path, call, meant):
     with pytest.raises(CoterieError, match=f"Did you mean '{meant}'"):
         call(mixture, tmp_path)
+
+
+def test_weights_stand_in_a_router_s_place(mixture):
+    routing = mixture.replace(router={"cluster-0": 0.75, "base": 0.25}).route("add 3 4")
+    assert routing.row(0) == {"cluster-0": 0.75, "base": 0.25}
+    with pytest.raises(CoterieError, match="Did you mean 'base'"):
+        mixture.replace(router={"bsae": 1.0})
+
+
+def test_a_folder_and_a_file_are_evaluated_as_what_is_in_them(mixture, run_folder, tmp_path):
+    file = write_rows(tmp_path / "test.jsonl", tiny.make_rows(3, seed=4))
+    how = {"methods": ["base", "elrea"], "max_new_tokens": 2, "device": "cpu"}
+    wanted = evaluate(mixture, load_examples(file), **how)
+    assert evaluate(run_folder, file, **how).row_records == wanted.row_records
+    assert evaluate(str(run_folder), str(file), **how, limit=2).record.rows == 2

@@ -608,6 +608,7 @@ BROKEN = {
     ),
     "a cell too many": (".csv", "prompt,completion\na,b,c\n", "row 1 has 3 cells, but there are 2 columns"),
     "a cell too few": (".csv", "prompt,completion\na,b\na\n", "row 2 has 1 cells, but there are 2 columns"),
+    "semicolons": (".csv", "prompt;response\na;b\n", "parts its cells by ';'; save it with commas"),
     "a column twice": (".csv", "prompt,prompt\na,b\n", "has two columns of one name"),
     "an open quote": (".csv", 'prompt,completion\n"a,b\nc,d\n', "cannot be read .*; mend the file"),
     "Latin-1": (".csv", "prompt,completion\ncaf\xe9,b\n".encode("latin-1"), "cannot be read .*0xe9"),

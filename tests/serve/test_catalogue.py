@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from coterie.errors import CoterieError
+from coterie.serve.app import run_server
 from coterie.serve.catalogue import Catalogue, UnknownModel
 from coterie.settings.reading import from_flat
 from coterie.settings.serving import ServeSettings
@@ -64,6 +65,13 @@ def test_methods_may_be_named_and_what_they_need_must_be_there(grid_folder, run_
     assert [cell.id for cell in made.listed if ":" in cell.id] == ["own:loss-routing", "own:best-single"]
     with pytest.raises(CoterieError, match="coterie train-extras"):
         catalogue(f"own={run_folder}", methods="loss-routing")
+
+
+def test_a_folder_that_is_none_is_told_before_anything_listens(run_folder, model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("coterie.serve.app.listening", lambda _: pytest.fail("it listens"))
+    for folder, words in ((tmp_path / "none", "there is no mixture folder"), (model_folder, "is a base model, not")):
+        with pytest.raises(CoterieError, match=words):
+            run_server(mixtures=[str(run_folder), f"own={folder}"])
 
 
 @pytest.mark.parametrize("names", [["a=x", "a=y"], ["=x"], ["a:b=x"], ["a/b=x"]])

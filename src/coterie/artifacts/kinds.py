@@ -14,6 +14,7 @@ KINDS = {
     "selection.json": ("a choice of adapters", KSHOT + " --selected {0}"),
     "gather.json": ("a folder of gathered rows", KSHOT + " --gathered {0}"),
     "adapter_config.json": ("an adapter", "coterie bank add bank/ {0} --model MODEL"),
+    "config.json": ("a base model", "coterie fit elrea --model {0} --data train.jsonl --output runs/elrea"),
 }
 """By the file that only such a folder has: what it is, and the command that takes it."""
 

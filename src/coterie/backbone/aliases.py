@@ -117,13 +117,16 @@ def fetch_alias(alias: str) -> Path:
 
 
 def named_model(name: str) -> str:
-    """Return the alias that a base model's folder in somebody's cache stands for, or else the name itself.
+    """Return what a base model is called from wherever one stands.
 
-    So what an adapter's file names, for PEFT to load, is the same model everywhere.
+    That is the alias that its folder in somebody's cache stands for, so that what an adapter's file names, for PEFT to
+    load, is the same model everywhere; the whole path of any other folder or file; or else the name itself.
     """
-    path = Path(name)
+    path = as_path(name)
     is_cached = path.parent == cache_folder() / "models" or path.parts[-3:-1] == ("coterie", "models")
-    return path.name if path.name in ALIASES and is_cached else name
+    if path.name in ALIASES and is_cached:
+        return path.name
+    return str(path.absolute()) if path.exists() and name not in ALIASES else name
 
 
 def hub_name(name: str) -> str:

@@ -23,7 +23,7 @@ REMOVES = ("bank remove", "experts remove")
 
 @command("run", "coterie run runs/elrea/run.yaml")
 def repeat(
-    records: Annotated[list[Path], typer.Argument(help="the run.yaml of run folders, or YAML files of settings")],
+    records: Annotated[list[Path], typer.Argument(help="run folders, their run.yaml, or YAML files of settings")],
     overwrite: Annotated[bool, typer.Option(help="replace what is there; a record alone cannot ask for it")] = False,
     ray: Annotated[bool, typer.Option(help="several at once, by workers on a Ray cluster")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="workers that run at once, with --ray; default: 2")] = None,
@@ -34,6 +34,7 @@ def repeat(
     """
     if workers and not ray:
         raise CoterieError(f"--workers {workers} does not act without --ray; leave it out, or add --ray")
+    records = [record / "run.yaml" if record.is_dir() else record for record in records]
     asked = [_recorded(record, overwrite) for record in records]
     for record, settings in zip(records, asked, strict=True):
         echo(_announcement(record, settings), err=True)

@@ -228,7 +228,10 @@ def _prompts(prompts: list[str] | None, file: str | None, settings: RouteSetting
     if bool(prompts) == bool(file):
         raise CoterieError("give prompts either as arguments or with --input FILE.jsonl")
     if not file:
-        return list(prompts or [])
+        given = list(prompts or [])
+        if len(given) > 1 and not any(" " in one for one in given):
+            echo(f"{len(given)} prompts of one word each; put quotes around a prompt of several words", err=True)
+        return given
     reading = coterie.reading_for(settings.mixture, settings.reading)
     return coterie.load_examples(file, need_response=False, reading=reading)
 

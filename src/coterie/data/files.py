@@ -155,6 +155,8 @@ def _csv_rows(file: File, path: str) -> Iterator[PlacedRow]:
         rows = csv.reader(_lines(opened, path), strict=True)
         names = next(rows, [])
         _check_columns(names, path)
+        if len(names) == 1 and (marks := set(names[0]) & set(";\t|")):
+            raise CoterieError(f"{path} parts its cells by {marks.pop()!r}; save it with commas, as CSV has them")
         for number, cells in enumerate(filter(None, rows), start=1):
             place = f"{path}, row {number}"
             if len(cells) != len(names):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from coterie.artifacts import read_run_record
 from coterie.errors import CoterieError
-from coterie.experts.clustering import cluster
+from coterie.experts.clustering import clustered
 from coterie.features.gradient import FEATURES_FILE, read_features
 from coterie.mixture.folder import read_mixture_record
 from coterie.records.evaluation import FeatureMap, MapPoint
@@ -97,7 +97,7 @@ def _labels_by_seed(folder: Path, features: NDArray) -> list[NDArray]:
     labels = []
     for seed in SEEDS:
         try:
-            labels.append(np.array(cluster(features, settings, seed=seed).labels))
+            labels.append(np.array(clustered(features, settings, seed=seed).labels))
         except CoterieError:  # so few or so equal rows that a part of them does not make as many clusters
             continue
     return labels

@@ -84,15 +84,19 @@ class Evaluation:
 
 
 def evaluate(
-    mixture: Mixture, examples: Sequence[Example], *, methods: str | Sequence[str] | None = None, **settings: Any
+    mixture: Mixture | str | Path,
+    examples: Sequence[Example] | str | Path,
+    *,
+    methods: str | Sequence[str] | None = None,
+    **settings: Any,
 ) -> Evaluation:
     """Compare methods on examples that no part of the mixture was trained on.
 
     What a method lacks beyond the fitted mixture is trained once, into the user's cache.
 
     Args:
-        mixture: a fitted mixture.
-        examples: rows with a response, and an answer or tests where exact match can be graded.
+        mixture: a fitted mixture, or its folder or hub id.
+        examples: rows with a response, and an answer or tests where exact match can be graded; or a file of them.
         methods: names of the table of methods, or variants such as `elrea:top_k=2`, in a list or with commas between
             them; by default the mixture's own and its simplest rivals.
         **settings: other fields of `EvaluationSettings` and its groups by their plain names, such as control="base",
@@ -101,9 +105,16 @@ def evaluate(
     Raises:
         CoterieError: for an unknown method or setting, or a control that is not among the methods.
     """
-    flat = {"mixture": str(mixture.folder), "data": ["(given)"], "output": "(none)"}
+    source = str(mixture.folder if isinstance(mixture, Mixture) else mixture)
+    flat = {"mixture": source, "data": ["(given)"], "output": "(none)"}
     named = {} if methods is None else {"methods": ",".join(names_in(methods))}
-    return compare(mixture, examples, resolved(from_flat(EvaluationSettings, {**flat, **named, **settings}), mixture))
+    asked = from_flat(EvaluationSettings, {**flat, **named, **settings})
+    if not isinstance(mixture, Mixture):
+        mixture = Mixture.from_pretrained(mixture, **asked.placement.model_dump())
+    if isinstance(examples, str | Path):
+        reading = asked.reading if mixture.folder is None else reading_for(mixture.folder, asked.reading)
+        examples = load_all([str(examples)], asked.limit, reading)
+    return compare(mixture, examples, resolved(asked, mixture))
 
 
 def run_evaluation(settings: EvaluationSettings) -> Evaluation:

@@ -198,7 +198,7 @@ def claimed_layers(claims: Mapping[str, Claim], model: nn.Module, file: Path) ->
     for key, (dtype, shape) in claims.items():
         path, _, end = key.removeprefix(KEY_PREFIX).rpartition(".lora_")
         if not key.startswith(KEY_PREFIX) or end not in ("A.weight", "B.weight") or not path:
-            raise CoterieError(f"{file}: tensor {key!r} is no LoRA factor; use a plain LoRA adapter")
+            raise CoterieError(f"{file}: tensor {key!r} is no LoRA factor; use plain LoRA on linear layers alone")
         if dtype not in FLOATS:
             raise CoterieError(f"{file}: tensor {key!r} is of {dtype}, which no plain LoRA factor is")
         halves.setdefault(path, {})[end[0]] = shape

@@ -83,16 +83,31 @@ def cluster(
     Raises:
         CoterieError: when there are fewer rows than clusters, or so many equal ones that too few groups exist.
     """
-    found: dict[str, Any] = ranks.by_first(lambda: asdict(_clustered(features, settings, sources, seed)))
-    return Clustering(tuple(found.pop("labels")), **found)
+    found: dict[str, Any] = ranks.by_first(lambda: asdict(clustered(features, settings, sources=sources, seed=seed)))
+    result = Clustering(tuple(found.pop("labels")), **found)
+    for line in describe(result, sources):
+        logger.info(line)
+    few = [f"cluster-{number} {size}" for number, size in enumerate(result.sizes()) if size < HANDFUL]
+    if few:
+        logger.warning(
+            "few rows to train an expert on: %s; ask for fewer --clusters or --cluster-rounds, or give more data",
+            ", ".join(few),
+        )
+    return result
 
 
-def _clustered(
+def clustered(
     features: EmbeddedRows | Float[NDArray[np.floating], "row dimension"],
     settings: ClusterSettings,
-    sources: Sequence[str | None],
-    seed: int,
+    *,
+    sources: Sequence[str | None] = (),
+    seed: int = 0,
 ) -> Clustering:
+    """Do what `cluster` does in this process alone, and tell nobody what came of it.
+
+    Raises:
+        CoterieError: as `cluster`.
+    """
     if len(features) < settings.clusters:
         raise CoterieError(
             f"{len(features)} examples cannot make {settings.clusters} clusters; give more data or fewer --clusters"
@@ -121,16 +136,7 @@ def _clustered(
         from sklearn.metrics import adjusted_rand_score
 
         agreement = float(adjusted_rand_score([source or "" for source in sources], labels))
-    result = Clustering(tuple(labels.tolist()), len(values), settings.cluster_method, agreement)
-    for line in describe(result, sources):
-        logger.info(line)
-    few = [f"cluster-{number} {size}" for number, size in enumerate(result.sizes()) if size < HANDFUL]
-    if few:
-        logger.warning(
-            "few rows to train an expert on: %s; ask for fewer --clusters or --cluster-rounds, or give more data",
-            ", ".join(few),
-        )
-    return result
+    return Clustering(tuple(labels.tolist()), len(values), settings.cluster_method, agreement)
 
 
 def describe(clustering: Clustering, sources: Sequence[str | None] = ()) -> list[str]:
@@ -230,7 +236,6 @@ def _birch(sample: NDArray, target: int, settings: ClusterSettings, seed: int) -
         if threshold is not None or leaves >= wanted or radius <= finest:
             break
         radius /= 2
-    logger.info("BIRCH: leaf radius %.4g, %d leaves for %d rows, %d clusters", radius, leaves, len(sample), target)
     return tree.predict
 
 

@@ -195,8 +195,6 @@ def _adapter(name: str, folder: Path, base: str | None) -> PoolExpert:
     if not (folder / WEIGHTS_FILE).is_file():
         raise CoterieError(f"{folder} holds no {WEIGHTS_FILE}; get or train the adapter again")
     model = named_model(model)
-    path = as_path(model)
-    model = str(path.resolve()) if path.exists() else model
     # an adapter in a mixture's `experts` folder was trained with the system prompt of that mixture
     file = folder.parent.parent / "mixture.json"
     prompt = read_json(file).get("system_prompt") if folder.parent.name == "experts" and file.is_file() else None

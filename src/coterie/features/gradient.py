@@ -259,12 +259,13 @@ def write_features(features: GradientFeatures, rows: Sequence[TokenRow], folder:
     """
     shards = {f"{number:05d}": shard for number, shard in enumerate(by_length(rows, SHARD_ROWS))}
     tokens = {number: float(sum(len(rows[i].ids) for i in shard)) for number, shard in shards.items()}
+    names = {number: f"gradient features, part {int(number) + 1} of {len(shards)}" for number in shards}
     files = {folder / f"{number}.safetensors": shard for number, shard in shards.items()}
     joined = folder / "joined.safetensors"
 
     def compute(number: str) -> None:
         file = folder / f"{number}.safetensors"
-        with part(number):
+        with part(names[number]):
             if not ranks.by_first(lambda: file.exists() or joined.exists()):
                 write_tensors(file, {"features": features([rows[i] for i in shards[number]])})
 
@@ -279,7 +280,7 @@ def write_features(features: GradientFeatures, rows: Sequence[TokenRow], folder:
                 file.unlink()
         joined.rename(folder / FEATURES_FILE)
 
-    with whole("gradient features", tokens):
+    with whole("gradient features", {names[number]: weight for number, weight in tokens.items()}):
         ranks.spread({number: partial(compute, number) for number in shards}, tokens, "parts of gradient features")
     ranks.by_first(join)
 

@@ -1,6 +1,6 @@
 """A mixture is a bank of experts, a router and a combiner on one base model."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -31,6 +31,7 @@ from coterie.mixture.prompts import Prompt, as_examples
 from coterie.progress import steps
 from coterie.routers.base import Router, Routing
 from coterie.routers.derived import keep_top
+from coterie.routers.fixed import FixedRouter
 from coterie.routers.token import TokenLevel
 from coterie.settings.groups import SamplingSettings
 from coterie.settings.reading import from_flat
@@ -115,17 +116,23 @@ class Mixture(StoredMixture):
         router = TokenLevel(self.router.of_prompts, every, cache or self.router.cache)
         return self.replace(router=router, combiner=combiner)
 
-    def replace(self, *, router: Router | str | None = None, combiner: Combiner | str | None = None) -> "Mixture":
+    def replace(
+        self, *, router: Router | str | Mapping[str, float] | None = None, combiner: Combiner | str | None = None
+    ) -> "Mixture":
         """Return another cell of the grid: another router or combiner on the same bank; nothing is trained.
 
         Args:
-            router: a router, or a name that `named_router` takes.
+            router: a router, a name that `named_router` takes, or the experts' weights for every prompt.
             combiner: a combiner or its name; by default the mixture's own, or `layers` for a router that weighs experts
                 in the layers, which no other combiner follows.
 
         Raises:
             CoterieError: for an unknown name, or a combiner that cannot follow the router.
         """
+        if isinstance(router, Mapping):
+            for name in router:
+                self.bank.index(name)
+            router = FixedRouter(router)
         weighing = self.named_router(router) if isinstance(router, str) else router or self.router
         meeting = make_combiner(combiner) if isinstance(combiner, str) else combiner
         return replace(self, router=weighing, combiner=meeting or that_follows(weighing, self.combiner))

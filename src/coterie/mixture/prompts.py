@@ -6,8 +6,8 @@ from typing import Any
 
 from coterie.data.examples import Example, from_prompt, load_examples
 
-Prompt = str | Example | Sequence[Mapping[str, str]]
-"""A question, an example (its answer is not looked at), or a conversation as a list of {role, content}."""
+Prompt = str | Example | Mapping[str, Any] | Sequence[Mapping[str, str]]
+"""A question, an example or a row of data (their answers are not looked at), or a list of turns {role, content}."""
 
 
 def as_examples(prompts: Prompt | Sequence[Prompt]) -> list[Example]:
@@ -16,9 +16,13 @@ def as_examples(prompts: Prompt | Sequence[Prompt]) -> list[Example]:
     Raises:
         CoterieError: when one is empty.
     """
-    is_one = isinstance(prompts, str | Example) or (prompts and all(isinstance(one, Mapping) for one in prompts))
+    is_one = isinstance(prompts, str | Example | Mapping) or (prompts and all(map(_is_turn, prompts)))
     several: list[Any] = [prompts] if is_one else list(prompts)  # the turns of a conversation are one prompt
     return [_as_example(prompt, number) for number, prompt in enumerate(several)]
+
+
+def _is_turn(given: object) -> bool:
+    return isinstance(given, Mapping) and ("role" in given or "from" in given)
 
 
 def _as_example(prompt: Prompt, number: int) -> Example:
@@ -26,4 +30,5 @@ def _as_example(prompt: Prompt, number: int) -> Example:
         return prompt
     if isinstance(prompt, str):
         return from_prompt(prompt, number)
-    return replace(load_examples([{"messages": list(prompt)}], need_response=False)[0], id=str(number))
+    row = prompt if isinstance(prompt, Mapping) else {"messages": list(prompt)}
+    return replace(load_examples([row], need_response=False)[0], id=str(number))

@@ -118,6 +118,7 @@ def run_server(settings: ServeSettings) -> None:
     Raises:
         CoterieError: for an address that cannot be listened at, or mixtures that cannot be loaded.
     """
+    Catalogue(settings).check()
     if settings.replication.ray:
         return run_replicas(settings, opened, listening)
     with closing(listening(settings.address)) as listener, Worker() as worker:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
+from coterie.artifacts import may_be_on_hub
 from coterie.backbone.loading import Backbone, BaseModelIdentity
 from coterie.combiners.table import make_combiner
 from coterie.data.batching import PromptFormat
@@ -165,6 +166,17 @@ class Catalogue:
                 raise CoterieError(f"{count} mixtures are called {name!r}; give them names of their own: NAME=FOLDER")
         for name, source in named:
             self.load(name, source)
+
+    def check(self) -> None:
+        """Look at the folders of the settings before anything is loaded; what may be on the hub is left alone.
+
+        Raises:
+            CoterieError: for a name that cannot be one, or a folder that is no mixture, bank or run.
+        """
+        for name, source in map(name_and_source, self._settings.mixtures):
+            check_id(name)
+            if not (Path(source) / "bank.json").is_file() and not may_be_on_hub(source):
+                find_mixture(source)
 
     def load(self, name: str, source: str) -> None:
         """Load a mixture, or a bank as one, where base models may be run; what has its name answers nothing new then.
