@@ -34,7 +34,7 @@ from coterie.experts.fresh_adapter import (
     plain_config,
     save_adapter,
 )
-from coterie.experts.trainer import SeededTrainer, TrainingCollator, split_batch
+from coterie.experts.trainer import SeededTrainer, Split, TrainingCollator, split_batch
 from coterie.features.gradient import AdamState, Checkpoint, Moments
 from coterie.lora import LoraPair
 from coterie.progress import steps
@@ -185,11 +185,26 @@ def make_trainer(
 
     Where several processes work together, each of them takes its part of every batch, and gradients are summed.
     """
-    dtype = backbone.model.dtype
     split = split_batch(plan.batch_size, plan.micro_batch_size, ranks.count())
     if ranks.count() > 1:
         told = (plan.label, ranks.count(), split.micro * split.steps, plan.batch_size)
         logger.info("training %s: each of %d processes takes %d of the %d rows of a step", *told)
+    arguments = _arguments(backbone, plan, split, folder)
+    if ranks.count() > 1:  # what is not trained is every process's own: the base model or a part of it, and counts
+        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        own = [*frozen, *(name for name, _ in model.named_buffers())]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own)
+    data: Any = Chosen(rows, range(len(rows)), lambda row: {"input_ids": list(row.ids), "labels": row.labels()})
+    collate = TrainingCollator(backbone.pad_id)
+    trainer = SeededTrainer(model, arguments, data, collate, split, callbacks=[_FiniteLoss(), *callbacks])
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _arguments(backbone: Backbone, plan: TrainingPlan, split: Split, folder: Path) -> TrainingArguments:
+    """Tell transformers how a plan is trained, on the one device of the base model."""
+    dtype = backbone.model.dtype
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=plan.epochs,
@@ -219,18 +234,7 @@ def make_trainer(
     arguments._setup_devices = state.device = backbone.device
     if backbone.device.type == "cuda":  # kernels may be launched on the current device; the arguments chose the first
         torch.cuda.set_device(backbone.device)
-    if ranks.count() > 1:  # what is not trained is every process's own: the base model or a part of it, and counts
-        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-        own = [*frozen, *(name for name, _ in model.named_buffers())]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own)
-    data: Any = Chosen(rows, range(len(rows)), lambda row: {"input_ids": list(row.ids), "labels": row.labels()})
-    collate = TrainingCollator(backbone.pad_id)
-    trainer = SeededTrainer(model, arguments, data, collate, split, callbacks=[_FiniteLoss()])
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    for callback in callbacks:
-        trainer.add_callback(callback)
-    return trainer
+    return arguments
 
 
 class _FiniteLoss(TrainerCallback):
