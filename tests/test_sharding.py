@@ -6,7 +6,7 @@ The processes of the slow tests are real ones over gloo; those of the last one a
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from coterie.experts.training import TrainingPlan, load_checkpoint, train_adapte
 from coterie.features.gradient import GradientFeatures
 from coterie.features.prefill import prefill_states
 from coterie.methods import elrea
+from coterie.methods.kshot import fit as kshot_fit
+from coterie.settings.commands import KshotSettings
 from coterie.settings.groups import FeatureSettings, LoraSettings, ModelSettings
 from crashing import SERVER
 from helpers import close, table
@@ -82,6 +84,28 @@ def test_a_command_of_one_process_does_not_take_a_part_of_the_model_for_the_whol
     code, printed, told = run("methods")
     assert (code, printed) == (2, "")
     assert "error: one process does methods by itself, and FSDP in accelerate's configuration" in told
+
+
+@pytest.fixture
+def with_a_part() -> Iterator[None]:
+    """Let this process hold a part of the model, and do what each of them does."""
+    token = ranks._NOW.set(ranks._Processes(sharing=ranks._Processes()))
+    yield
+    ranks._NOW.reset(token)
+
+
+@pytest.mark.parametrize("how", [{"quantize": "int8"}, {"load_in_4bit": True}], ids=str)
+def test_a_sharded_model_is_held_in_its_own_type(how, model_folder, with_a_part):
+    with pytest.raises(CoterieError, match="in its own type; leave --quantize and --load-in-4bit out"):
+        load_backbone(ModelSettings(model=str(model_folder), device="cpu", **how))
+
+
+def test_experts_for_shots_are_chosen_before_the_model_is_sharded(tmp_path, with_a_part, monkeypatch):
+    monkeypatch.setattr(kshot_fit, "open_task", lambda *given: None)
+    settings = KshotSettings(bank="shelf", shots=["shots.jsonl"], output=str(tmp_path / "task"))
+    with pytest.raises(CoterieError, match="type: coterie select shelf without .* then give its folder to --selected"):
+        kshot_fit.fit_kshot(settings)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ------------------------------------------------------------------------------------- together, in threads of a test

@@ -27,12 +27,13 @@ logger = logging.getLogger(__name__)
 def one_reads() -> Iterator[None]:
     """Context manager: let transformers read no weights in a process that gets them from another one."""
     told = {launcher.FSDP: "true", "LOCAL_RANK": str(ranks.local())} if ranks.is_sharded() else {}
-    os.environ.update(told)
-    try:
-        yield
-    finally:
-        for name in told:
-            del os.environ[name]
+    with launcher.hidden(told):
+        os.environ.update(told)
+        try:
+            yield
+        finally:
+            for name in told:
+                del os.environ[name]
 
 
 def shard(backbone: Backbone, device: torch.device) -> None:
