@@ -61,7 +61,9 @@ def ways(run: ElreaRun, losses: CrossFitLosses, caution: float) -> Iterator[Way]
     alone = one_hot(BASE, names)
     yield Way(BASE, alone, _same(alone, len(losses.nll)), 1.0)
     if (best := losses.best_single()) != BASE:
-        unseen = unseen_weights(run, lambda _, seen: one_hot(losses.take(seen).best_single(), names), losses)
+        unseen = torch.zeros_like(losses.nll)
+        for own, others in fitted_routers.fifths(run):
+            unseen[own] = _same(one_hot(losses.take(others).best_single(), names), len(own))
         yield Way("best-single", one_hot(best, names), unseen, 1.0)
     for name, (router, read, inside, outside) in _tried(run, losses).items():
         tops = () if name in ("uniform", "ariadne") else (k for k in TOPS if k < len(outside.experts))

@@ -5,7 +5,7 @@ All are fitted to cross-fitted losses: of copies of the experts that were not tr
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -184,9 +184,9 @@ def unseen_weights(
     losses: CrossFitLosses,
     features: Float[Tensor, "row dimension"] | None = None,
 ) -> Float[Tensor, "row expert"]:
-    """Return the weights that each training row gets of a router which the row had no part in.
+    """Return the weights that each training row gets of a router which its fifth of the rows had no part in.
 
-    The rows are cut evenly within the clusters; a cluster whose rows are all left out has no weight there.
+    A cluster whose rows are all left out has no weight there.
 
     Args:
         run: whose rows these are.
@@ -194,13 +194,17 @@ def unseen_weights(
         losses: name the experts.
         features: that the router reads; by default the gradients.
     """
-    features = run.features if features is None else features
-    folds = assign_folds(run.labels, min(FOLDS, len(run.labels)), run.settings.seed)
-    weights = torch.zeros_like(losses.nll)
-    for number in folds.unique():
-        own, others = (folds == number).nonzero().flatten(), (folds != number).nonzero().flatten()
+    features, weights = run.features if features is None else features, torch.zeros_like(losses.nll)
+    for own, others in fifths(run):
         weights[own] = weights_of(build(run, others), features[own], losses)
     return weights
+
+
+def fifths(run: ElreaRun) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the numbers of each fifth of the training rows, cut evenly within the clusters, and of all others."""
+    folds = assign_folds(run.labels, min(FOLDS, len(run.labels)), run.settings.seed)
+    for number in folds.unique():
+        yield (folds == number).nonzero().flatten(), (folds != number).nonzero().flatten()
 
 
 def membership(run: ElreaRun, into: RunFolder) -> TrainedExtra:
