@@ -1,5 +1,6 @@
 """Commands that are disturbed, in processes of their own, beside the same commands left alone."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -91,6 +92,7 @@ Condition = Callable[[Path], AbstractContextManager[None]]
 
 def command_line(words: list[str], folder: Path, cache: str, ready: Event, conditions: Sequence[Condition]) -> None:
     """Run a command line in a folder, as a process of its own, under conditions."""
+    gc.freeze()  # as in conftest.py; and what is shared with the other children stays shared
     os.environ |= {"COTERIE_CACHE": cache, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     for number, name in enumerate(OUTPUTS, start=1):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)

@@ -59,7 +59,7 @@ def test_where_nothing_may_be_written_a_command_says_so_in_one_line(command, fit
     folder = place_for(command, fitted, tmp_path / "place")
     before = contents(folder)
     process = started(COMMANDS[command], folder, [partial(only_reading, ["."])])
-    process.join(60)
+    process.join(120)
     writable(folder)
     told = (folder / "std2").read_text().splitlines()
     assert process.exitcode == 2 and told[-1].startswith("error: ") and "cannot be" in told[-1], told
@@ -76,7 +76,7 @@ def test_a_second_signal_ends_the_process_at_once(fitted, tmp_path):
     os.kill(process.pid, signal.SIGINT)
     os.kill(process.pid, signal.SIGTERM)
     os.kill(process.pid, signal.SIGCONT)
-    process.join(10)
+    process.join(120)
     assert process.exitcode in (130, 143)
 
 
@@ -87,7 +87,7 @@ def test_two_processes_on_one_output_are_told_of_each_other(fitted, tmp_path):
         while not (folder / "run.partial" / "run.yaml").exists():
             time.sleep(0.01)
         second = started([*FITTED, "--epochs", "100000"], folder)
-        second.join(60)
+        second.join(120)
         told = (folder / "std2").read_text()
         assert second.exitcode == 2 and f"run is being written by process {first.pid} of " in told
     finally:
