@@ -106,11 +106,13 @@ def _load_model(source: dict[str, Any], settings: ModelSettings, device: torch.d
         )
     if ranks.is_sharded() and (settings.quantize or settings.load_in_4bit):
         raise CoterieError("FSDP shards a base model in its own type; leave --quantize and --load-in-4bit out")
-    source = {**source, "dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+    source = {**source, "dtype": dtype}
     if settings.load_in_4bit:
         return _load_in_4bit(source, device)
     with nullcontext() if "gguf_file" in source else one_reads():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(**source, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            **source, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
     model, report = loaded
     if "gguf_file" in source:
         model = densify(model)
@@ -126,7 +128,9 @@ def _load_in_4bit(source: dict[str, Any], device: torch.device) -> PreTrainedMod
         raise missing_extra("bitsandbytes", "quant") from error
     compute = torch.bfloat16 if source["dtype"] == "auto" else getattr(torch, source["dtype"])
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
-    model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=four_bits, device_map={"": device})
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, quantization_config=four_bits, device_map={"": device}, use_safetensors=True, trust_remote_code=False
+    )
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # else the first answer packs the weights, with coarser scales, into a form that passes no gradients on
