@@ -156,6 +156,19 @@ def test_the_methods_that_are_compared_exist(evidence):
     assert {name for pair in evidence.PAIRS for name in pair} <= set(steps.METHODS)
 
 
+@pytest.mark.parametrize("part", ["maths", "general", "domains", "kshot", "influence"])
+def test_what_a_table_compares_is_among_the_methods_that_its_evaluation_has(evidence, plan, part):
+    made = sys.modules["evidence_steps"].PARTS[part](plan)
+    words = {step.output: step.words for step in made if step.words[0] == "eval"}
+    for _, name, control, *others in evidence.compared(plan, part):
+        for seed in plan.seeds:
+            told = words[plan.output / part / f"{name}-{seed}"]
+            methods = told[told.index("--methods") + 1].split(",")
+            if "--every" in told:
+                methods += [f"token-level:every={every}" for every in told[told.index("--every") + 1].split(",")]
+            assert {control, *(name for pair in (others or [()])[0] for name in pair)} <= set(methods)
+
+
 def asked(evidence, monkeypatch, plan, commands) -> None:
     """Type the command, with other steps: Python code in place of commands of `coterie`."""
     steps = sys.modules["evidence_steps"]

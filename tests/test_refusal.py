@@ -173,8 +173,9 @@ def test_mixtures_of_before_compare_rows_around_their_mean():
     for prompt, own in zip(prompts, found.tolist(), strict=True):
         near = sorted((float(torch.cosine_similarity(prompt - centre, r - centre, dim=0)) for r in rows), reverse=True)
         assert own == pytest.approx(sum(near[:5]) / 5, abs=1e-5)
-    with pytest.raises(ValueError, match="hold no spread"):
-        Familiarity.read({"rows": rows})
+    for broken in ({}, {"spread": torch.ones(39)}, {"centre": torch.ones(15)}):
+        with pytest.raises(ValueError, match="a spread for each of them, or a centre"):
+            Familiarity.read({"rows": rows, **broken})
 
 
 # --------------------------------------------------------------------------------------------------------- the router

@@ -120,11 +120,13 @@ class Familiarity(NamedTuple):
         """Take it from tensors of these names.
 
         Raises:
-            ValueError: when they hold neither a spread nor a centre.
+            ValueError: when they hold neither a spread for each row nor a centre of the rows' dimensions.
         """
-        if "spread" not in tensors and "centre" not in tensors:
-            raise ValueError("the tensors of familiar rows hold no spread")
-        return cls(tensors["rows"], tensors.get("spread"), tensors.get("centre"))
+        rows, spread, centre = (tensors.get(name) for name in cls._fields)
+        assert rows is not None  # whoever read the file has asked for them
+        if (spread is None or len(spread) != len(rows)) and (centre is None or len(centre) != rows.shape[1]):
+            raise ValueError("familiar rows need a spread for each of them, or a centre")
+        return cls(rows, spread, centre)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what `read` takes."""
