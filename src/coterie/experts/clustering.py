@@ -83,7 +83,8 @@ def cluster(
     Raises:
         CoterieError: when there are fewer rows than clusters, or so many equal ones that too few groups exist.
     """
-    found: dict[str, Any] = ranks.by_first(lambda: asdict(clustered(features, settings, sources=sources, seed=seed)))
+    how: dict[str, Any] = {"sources": sources, "seed": seed, "tell": logger.info}
+    found: dict[str, Any] = ranks.by_first(lambda: asdict(clustered(features, settings, **how)))
     result = Clustering(tuple(found.pop("labels")), **found)
     for line in describe(result, sources):
         logger.info(line)
@@ -102,8 +103,9 @@ def clustered(
     *,
     sources: Sequence[str | None] = (),
     seed: int = 0,
+    tell: Callable[..., object] = logger.debug,
 ) -> Clustering:
-    """Do what `cluster` does in this process alone, and tell nobody what came of it.
+    """Do what `cluster` does in this process alone, and tell nobody of it unless it is said how.
 
     Raises:
         CoterieError: as `cluster`.
@@ -124,9 +126,9 @@ def clustered(
             f"ask for fewer --clusters{finer}"
         )
     for round_number in range(1, settings.cluster_rounds):
-        labels = _resplit(rows, ordinary, labels, settings.clusters - round_number, settings, seed)
+        labels = _resplit(rows, ordinary, labels, settings.clusters - round_number, settings, seed, tell)
     if odd.any():
-        logger.info("%d rows lie far from all others: no cluster is made for them, they join the nearest", odd.sum())
+        tell("%d rows lie far from all others: no cluster is made for them, they join the nearest", odd.sum())
         labels = _with_odd_rows(rows, odd, labels)
     # numbered from the largest to the smallest, ties by their first row
     values, first, inverse, counts = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
@@ -329,6 +331,7 @@ def _resplit(
     target: int,
     settings: ClusterSettings,
     seed: int,
+    tell: Callable[..., object],
 ) -> NDArray:
     """Split groups that are more than five times as large as the smallest, if their rows are different enough."""
     sizes = np.bincount(labels)
@@ -340,7 +343,7 @@ def _resplit(
         if not 2 <= target <= len(members):
             continue
         if result.max() + target > settings.max_clusters:
-            logger.info(
+            tell(
                 "a cluster of %d rows stays whole: split in %d there would be more than --max-clusters %d",
                 *(len(members), target, settings.max_clusters),
             )
