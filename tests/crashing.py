@@ -176,21 +176,26 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def results(folder: Path) -> dict[str, object]:
-    """All files by name, without the times that work took, and without run.yaml, which has the time of its start."""
+    """All files by name, without the times that work took, and without run.yaml, which has the time of its start.
+
+    Where the model is called by its whole path, that of the place is left out.
+    """
+    place = next(one for one in folder.parents if (one / "model").exists())
     paths = [folder, *sorted(folder.rglob("*"))]
     found = {str(path.relative_to(folder)): path for path in paths if path.is_file()}
-    return {name: untimed(path) for name, path in found.items() if path.name != "run.yaml"}
+    return {name: untimed(path, place) for name, path in found.items() if path.name != "run.yaml"}
 
 
-def untimed(path: Path) -> object:
-    """What a file holds, without the times that work took."""
+def untimed(path: Path, place: Path) -> object:
+    """What a file holds, without the place that it lies in and the times that work took."""
 
     def without_times(record: dict[str, object]) -> dict[str, object]:
         return {name: value for name, value in record.items() if "seconds" not in name}
 
+    content = path.read_bytes().replace(os.fsencode(place), b"")
     if path.suffix == ".jsonl":
-        return [json.loads(line, object_hook=without_times) for line in path.read_text().splitlines() if line]
-    return json.loads(path.read_text(), object_hook=without_times) if path.suffix == ".json" else path.read_bytes()
+        return [json.loads(line, object_hook=without_times) for line in content.decode().split("\n") if line]
+    return json.loads(content, object_hook=without_times) if path.suffix == ".json" else content
 
 
 def disturb(
