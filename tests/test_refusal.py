@@ -282,6 +282,15 @@ def test_calibrating_by_losses_gives_the_gain_per_row_in_nats_over_all_its_token
     assert found.calibration.outside.gain.tolist() == pytest.approx([-3.0])
 
 
+def test_what_is_refused_is_told_as_the_shares_of_the_rows_that_it_was_calibrated_on(wrapped):
+    inside = observed(*((place / 10, 1.0) for place in range(10)))
+    router = RefusalRouter(
+        wrapped.router, wrapped.familiarity, Calibration(inside, observed((0.25, -1.0), (0.85, 1.0))), "base", 0.3
+    )
+    assert router.threshold == pytest.approx(0.275)
+    assert router.refused == {"inside": pytest.approx(0.3), "outside": 0.5}
+
+
 def test_fitted_routers_refuse_by_default_and_eval_can_turn_it_off(grid):
     for method in ("elrea-refusing", "loss-routing", "prefill"):
         refusing = grid.cell(method).router

@@ -152,9 +152,7 @@ def _recorded(choice: Choice, known: Mapping[str, Way], run: ElreaRun, losses: C
         if found.value >= 0 or p >= LEVEL:
             facts |= {"chosen": BASE, "combiner": "layers", "outweighed": True}
         elif isinstance(way.router, RefusalRouter):
-            seen = way.router.calibration._asdict().items()
-            refused = {side: float((own.familiarity < way.router.threshold).float().mean()) for side, own in seen}
-            facts["refused"] = refused
+            facts["refused"] = way.router.refused
     settings = run.settings
     times = (settings.training.epochs + settings.experts.expert_epochs) * run.extras.judge_folds
     return AutoRecord(

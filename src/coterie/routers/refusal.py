@@ -213,6 +213,12 @@ class RefusalRouter(Wrapper):
         self.extractor = extractor
         self.threshold = calibration.threshold(caution)
 
+    @property
+    def refused(self) -> dict[str, float]:
+        """The shares of the rows that it was calibrated on which it refuses: `inside`, and `outside`."""
+        seen = self.calibration._asdict().items()
+        return {side: float((own.familiarity < self.threshold).float().mean()) for side, own in seen}
+
     def read(self, prompts: Sequence[TokenRow]) -> Any:
         """Read what the wrapped router reads, and features where these are others."""
         read = self.router.read(prompts)

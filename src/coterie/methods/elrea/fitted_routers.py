@@ -115,10 +115,12 @@ def calibrated(
     """
     familiarity = Familiarity.of(inside[0])
     seen = [Observed(familiarity(features), gain(losses, weights)) for features, weights, losses in (inside, outside)]
-    result = RefusalRouter(router, familiarity, Calibration(*seen), BASE, caution, extractor)
-    shares = [100 * float((one.familiarity < result.threshold).float().mean()) for one in seen]
-    logger.info("%s stays out of %.0f%% of rows like its own and %.0f%% of others", router.kind, *shares)
-    return result
+    return RefusalRouter(router, familiarity, Calibration(*seen), BASE, caution, extractor)
+
+
+def _tell_refusals(router: RefusalRouter) -> None:
+    shares = [100 * share for share in router.refused.values()]
+    logger.info("%s stays out of %.0f%% of rows like its own and %.0f%% of others", router.router.kind, *shares)
 
 
 def gain(losses: CrossFitLosses, weights: Float[Tensor, "row expert"]) -> Float[Tensor, " row"]:
@@ -133,7 +135,9 @@ def refusing(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     losses = read_losses(load_extra(run.mixture, JUDGED))
     inside = (run.features, unseen_weights(run, elrea_of, losses), losses)
     outside = (other.gradients, weights_of(router, other.gradients, other.losses), other.losses)
-    return TrainedExtra({}, calibrated(router, inside, outside))
+    refusal = calibrated(router, inside, outside)
+    _tell_refusals(refusal)
+    return TrainedExtra({}, refusal)
 
 
 def weights_of(router: Router, read: Any, losses: CrossFitLosses) -> Float[Tensor, "row expert"]:  # noqa: ANN401 - what a router reads
@@ -280,6 +284,7 @@ def _by_loss(
     write_tensors(into.path / HELD_OUT, HeldOut(features, unlike_features, fitted.weights)._asdict())
     outside = (unlike_features, weights_of(router, unlike_features, other), other)
     refusal = calibrated(router, (features, fitted.weights, losses), outside)
+    _tell_refusals(refusal)
     return TrainedExtra({}, refusal, {"head": head, "penalty": penalty, "expected_nll": fitted.expected_nll})
 
 
