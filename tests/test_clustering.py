@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from sklearn.cluster import Birch
 
 from coterie.errors import CoterieError
 from coterie.experts import clustering
@@ -412,13 +413,19 @@ def test_the_leaf_radius_is_half_the_median_distance_to_the_nearest_row():
         assert leaf_radius(nearest_distances(rows)) == pytest.approx(factor * 3 / 2)
 
 
-def test_the_tree_is_built_with_that_radius_unless_one_is_given(caplog):
+def test_the_tree_is_built_with_that_radius_unless_one_is_given(monkeypatch):
+    radii = []
+
+    class Tree(Birch):
+        def __init__(self, *, threshold: float, n_clusters: int) -> None:
+            radii.append(threshold)
+            super().__init__(threshold=threshold, n_clusters=n_clusters)
+
+    monkeypatch.setattr("sklearn.cluster.Birch", Tree)
     rows, _ = groups((60,), noise=1.0)
-    with caplog.at_level(logging.INFO):
-        cluster(rows, chosen(clusters=2))
-        cluster(rows, chosen(clusters=2, cluster_threshold=0.123))
-    radii = [line.split()[3] for line in caplog.messages if line.startswith("BIRCH")]
-    assert radii == [f"{leaf_radius(nearest_distances(unit(rows))):.4g},", "0.123,"]
+    cluster(rows, chosen(clusters=2))
+    cluster(rows, chosen(clusters=2, cluster_threshold=0.123))
+    assert radii == [pytest.approx(leaf_radius(nearest_distances(unit(rows))), rel=1e-6), 0.123]
 
 
 def test_nearest_distances_are_the_same_when_rows_are_compared_in_blocks():

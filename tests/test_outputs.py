@@ -275,7 +275,7 @@ def test_no_stage_works_through_a_planted_link(planted, tmp_path, precious):
 def test_no_stage_works_beside_a_planted_link(tmp_path, precious):
     (tmp_path / "run/working/part/trainer").mkdir(parents=True)
     (tmp_path / "run/working/part/trainer/checkpoint-1").symlink_to(precious)
-    (tmp_path / "run/stages.jsonl").write_text('{"stage": "part", "from": {}}')
+    (tmp_path / "run/stages.jsonl").write_text('{"stage": "part", "from": {}}\n')
     with pytest.raises(CoterieError, match="part holds a link, .*/checkpoint-1, which no run makes"):
         RunFolder(tmp_path / "run").stage("part", fails, {})
 
