@@ -180,18 +180,19 @@ def results(folder: Path) -> dict[str, object]:
 
     Where the model is called by its whole path, that of the place is left out.
     """
-    place = next(one for one in folder.parents if (one / "model").exists())
+    place = next((one for one in folder.parents if (one / "model").exists()), folder.parent)
     paths = [folder, *sorted(folder.rglob("*"))]
     found = {str(path.relative_to(folder)): path for path in paths if path.is_file()}
     return {name: untimed(path, place) for name, path in found.items() if path.name != "run.yaml"}
 
 
+def without_times(record: dict[str, object]) -> dict[str, object]:
+    """Return a record without the times that work took."""
+    return {name: value for name, value in record.items() if "seconds" not in name}
+
+
 def untimed(path: Path, place: Path) -> object:
     """What a file holds, without the place that it lies in and the times that work took."""
-
-    def without_times(record: dict[str, object]) -> dict[str, object]:
-        return {name: value for name, value in record.items() if "seconds" not in name}
-
     content = path.read_bytes().replace(os.fsencode(place), b"")
     if path.suffix == ".jsonl":
         return [json.loads(line, object_hook=without_times) for line in content.decode().split("\n") if line]

@@ -19,9 +19,11 @@ from coterie.errors import CoterieError
 from coterie.experts.expert_pool import init_pool
 from coterie.methods.add_adapters import bank_add
 from coterie.settings.commands import ExpertPoolSettings
+from crashing import results, without_times
 
 pytestmark = pytest.mark.ray
 
+SHORT = ("--max-new-tokens", 4, "--device", "cpu")
 BY_WORKERS = {"ray": True, "workers": 2}
 
 
@@ -84,20 +86,51 @@ def test_methods_are_evaluated_as_by_one_process(run_folder, run, tmp_path):
     assert killed and lines(tmp_path / "shared" / "rows.jsonl") == lines(tmp_path / "alone" / "rows.jsonl")
 
 
-def test_experts_answer_as_by_one_process(experts, model_folder, run, tmp_path):
-    data = write_rows(tmp_path / "val.jsonl", tiny.make_rows(6, 79))
+def test_a_task_is_fitted_as_by_one_process(experts, model_folder, run, tmp_path):
+    bank_add(tmp_path / "bank", list(experts.values()), model=str(model_folder), device="cpu")
+    shots = write_rows(tmp_path / "shots.jsonl", tiny.make_rows(6, 77))
+    words = ["fit", "kshot-moe", "--bank", tmp_path / "bank", "--shots", shots, "--keep", 2, "--group-size", 1]
+    words += ["--epochs", 1, "--batch-size", 4, "--max-new-tokens", 4, "--device", "cpu"]
+    assert run(*words, "--output", tmp_path / "alone")[0] == 0
+    with a_worker_killed() as killed:
+        code, _, err = run(*words, "--output", tmp_path / "shared", "--ray", "--workers", 2)
+    assert code == 0 and killed, err
+    assert results(tmp_path / "shared") == results(tmp_path / "alone")
+
+
+def profiled(pool, experts, model, data, run, flags=()):
+    """Profile experts on questions; return every question's replies by expert."""
+    named = [f"{expert}={folder}" for expert, folder in experts.items()]
+    init_pool(ExpertPoolSettings(folder=str(pool), expert=named, base=str(model)))
+    code, _, err = run("profile", pool, "--data", data, "--skills", "source", "--encoder", "none", *SHORT, *flags)
+    assert code == 0, err
+    rows = lines(pool / "profile" / "validation.jsonl")
+    return [{name: reply["text"] for name, reply in row["replies"].items()} for row in rows]
+
+
+def test_experts_answer_and_are_recruited_as_by_one_process(experts, model_folder, run, tmp_path):
+    """What the base adapter says is what is right, so that aggregators have something to be judged by."""
+    questions = tiny.make_rows(6, 79)
+    said = profiled(tmp_path / "said", experts, model_folder, write_rows(tmp_path / "all.jsonl", questions), run)
+    answers = [own["base"].strip() or row["response"] for row, own in zip(questions, said, strict=True)]
+    right = [{**row, "response": one, "answer": one} for row, one in zip(questions, answers, strict=True)]
+    data = write_rows(tmp_path / "val.jsonl", right)
     found = {}
     for name, flags in (("alone", ()), ("shared", ("--ray", "--workers", 2))):
-        pool = tmp_path / name
-        named = [f"{expert}={folder}" for expert, folder in experts.items()]
-        init_pool(ExpertPoolSettings(folder=str(pool), expert=named, base=str(model_folder)))
-        words = ("--data", data, "--skills", "source", "--max-new-tokens", 4, "--device", "cpu", "--encoder", "none")
+        pool, fitted = tmp_path / name, tmp_path / f"{name}-run"
         with a_worker_killed() if flags else contextlib.nullcontext([0]) as killed:
-            code, _, err = run("profile", pool, *words, *flags)
+            replies = profiled(pool, experts, model_folder, data, run, flags)
+        code, _, err = run("fit", "symbolic-moe", "--experts", pool, "--output", fitted, *SHORT, *flags)
         assert code == 0 and killed, err
-        rows = lines(pool / "profile" / "validation.jsonl")
-        found[name] = [{own: reply["text"] for own, reply in row["replies"].items()} for row in rows]
-    assert found["alone"] == found["shared"] and all(len(row) == len(experts) for row in found["alone"])
+        code, out, err = run("generate", fitted, "Add 3 and 4.", "--json", "--seed", 1, *SHORT, *flags)
+        assert code == 0, err
+        found[name] = (
+            replies,
+            json.loads((fitted / "mixture.json").read_text()),
+            json.loads(out, object_hook=without_times),
+        )
+    assert found["alone"] == found["shared"] and all(len(row) == len(experts) for row in found["alone"][0])
+    assert found["alone"][1]["combiner"]["judged"]
 
 
 def test_seeds_are_run_as_one_after_another(run_folder, run, tmp_path):
