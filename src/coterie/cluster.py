@@ -158,8 +158,8 @@ def done_by_workers(
                     place, arguments = waiting.pop()
                     under_way[task.remote(*arguments)] = place
                 ready = ray.wait(list(under_way))[0][0]
-                found = ray.get(ready)
-                yield under_way.pop(ready), found
+                place = under_way.pop(ready)  # first, for to cancel what has ended with an error may abort this process
+                yield place, ray.get(ready)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except ray.exceptions.RayError as error:
