@@ -104,12 +104,16 @@ def publish(name: str, settings: Mapping[str, Any], medians: Mapping[str, float]
         "medians": {key: round(value, 6) for key, value in medians.items()},
         "ratios": {key: round(value, 4) for key, value in ratios.items()},
     }
+    tell(result, arguments(name).output)
+
+
+def tell(result: Mapping[str, Any], output: Path | None) -> None:
+    """Print a result as one JSON object, and write it to a file if one is given."""
     text = json.dumps(result, indent=1)
     print(text)
-    flags = arguments(name)
-    if flags.output:
-        flags.output.parent.mkdir(parents=True, exist_ok=True)
-        flags.output.write_text(text + "\n", encoding="utf-8")
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n", encoding="utf-8")
 
 
 def load(model: str) -> Backbone:

@@ -9,7 +9,6 @@ Gradient features are computed once, as a fit at its default settings does; with
 """
 
 import argparse
-import json
 import logging
 import tempfile
 from collections import Counter
@@ -17,7 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-from _harness import hardware_record
+from _harness import hardware_record, tell
 from numpy.typing import NDArray
 
 from coterie.artifacts import read_tensors
@@ -116,10 +115,7 @@ def main() -> None:
             "one_round": described(cluster(rows, usual.model_copy(update={"cluster_rounds": 1}), sources=own), own),
         }
     settings = {"model": flags.model, "data": flags.about, "rows": len(examples), **usual.model_dump()}
-    text = json.dumps({"name": "clusters", "hardware": hardware_record(), "settings": settings, **results}, indent=1)
-    print(text)
-    if flags.output:
-        flags.output.write_text(text + "\n", encoding="utf-8")
+    tell({"name": "clusters", "hardware": hardware_record(), "settings": settings, **results}, flags.output)
 
 
 if __name__ == "__main__":

@@ -40,12 +40,11 @@ from crashing import (
     check_alike,
     contents,
     disturb,
-    finished,
     has_disks,
     inputs_of,
     lay_out,
+    needs,
     place_for,
-    size_of,
     started,
 )
 
@@ -62,9 +61,7 @@ ASKED = {"model": "run", "messages": [{"role": "user", "content": "add 3 4"}], "
 def disturb_command(command: str, start: Path, work: Path) -> Callable[[int], Met]:
     """Run a command undisturbed; return what disturbs it by a seed, and tells how often each trouble met it at work."""
     undisturbed = place_for(command, start, work / "undisturbed")
-    before = size_of(undisturbed)
-    seconds = finished(COMMANDS[command], undisturbed)
-    needed = seconds, size_of(undisturbed) - before
+    needed = needs(command, undisturbed)
     known = (signal.SIGKILL, signal.SIGKILL, FULL) if has_disks() else (signal.SIGKILL,)
 
     def one(seed: int) -> Met:

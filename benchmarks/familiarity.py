@@ -9,7 +9,6 @@ mean, as it was done before, and as they are.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from itertools import product
@@ -18,7 +17,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from _harness import hardware_record
+from _harness import hardware_record, tell
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from evidence_rows import MIXES, draw, draw_evenly, group
@@ -90,11 +89,7 @@ def main() -> None:
                 found = [round(number, 3) for number in answered(*sides, make)]
                 results[f"{name}, block {block}, {pooling}, {way}"] = dict(zip(TOLD, found, strict=True))
     settings = {"rows": flags.rows, "each": EACH, "caution": CAUTION, "strange": STRANGE}
-    told = {"name": "familiarity", "hardware": hardware_record(), "settings": settings, "results": results}
-    text = json.dumps(told, indent=1)
-    print(text)
-    if flags.output:
-        flags.output.write_text(text + "\n", encoding="utf-8")
+    tell({"name": "familiarity", "hardware": hardware_record(), "settings": settings, "results": results}, flags.output)
 
 
 if __name__ == "__main__":

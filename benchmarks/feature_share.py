@@ -10,14 +10,13 @@ of all blocks; directions need no labels, so they are those of all rows.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from _harness import hardware_record, seconds_of
+from _harness import hardware_record, seconds_of, tell
 from torch import Tensor
 
 from coterie.data.batching import TokenRow
@@ -93,11 +92,9 @@ def main() -> None:
             shares["all" if count is None else str(count)] = round(share(seen, losses, run.settings.seed), 3)
         results[way.name] = {"seconds_to_adam_all": round(medians[way.name] / first, 3), "share": shares}
     settings = {"run": str(flags.run), "rows": len(prompts), "timed": len(timed)}
-    told = {"name": "feature_share", "hardware": hardware_record(), "settings": settings, "results": results}
-    text = json.dumps(told, indent=1)
-    print(text)
-    if flags.output:
-        flags.output.write_text(text + "\n", encoding="utf-8")
+    tell(
+        {"name": "feature_share", "hardware": hardware_record(), "settings": settings, "results": results}, flags.output
+    )
 
 
 if __name__ == "__main__":

@@ -127,6 +127,12 @@ def finished(words: list[str], folder: Path, conditions: Sequence[Condition] = (
     return time.perf_counter() - start
 
 
+def needs(command: str, folder: Path) -> tuple[float, int]:
+    """Run a command undisturbed; return the seconds that it takes and the bytes that it writes."""
+    before = size_of(folder)
+    return finished(COMMANDS[command], folder), size_of(folder) - before
+
+
 def lay_out(folder: Path, model: Path) -> Path:
     """Make what the commands start from: a model, rows, a run, its evaluation, a bank and a profiled pool."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -21,9 +21,9 @@ from crashing import (
     has_disks,
     inputs_of,
     lay_out,
+    needs,
     place_for,
     results,
-    size_of,
     started,
 )
 
@@ -45,11 +45,9 @@ def test_a_command_disturbed_at_random_moments_ends_as_an_undisturbed_one(comman
     All the while the clock jumps, and what is only read cannot be written.
     """
     undisturbed, disturbed = (place_for(command, fitted, tmp_path / name) for name in ("undisturbed", "disturbed"))
-    before = size_of(undisturbed)
-    seconds = finished(COMMANDS[command], undisturbed)
+    needed = needs(command, undisturbed)
     troubles = [signal.SIGKILL, FULL if has_disks() else signal.SIGKILL, signal.SIGINT, signal.SIGTERM]
     conditions = [partial(jumping_clock, 0), partial(only_reading, inputs_of(command))]
-    needed = seconds, size_of(undisturbed) - before
     disturb(command, disturbed, needed, troubles, random.Random(command), conditions)
     check_alike(command, disturbed, undisturbed)
 
