@@ -150,22 +150,17 @@ def weights_of(router: Router, read: Any, losses: CrossFitLosses) -> Float[Tenso
 
 def elrea_of(run: ElreaRun, seen: Tensor) -> Router:
     """Return ELREA's routing as these training rows alone make it, by their numbers."""
-    features, labels, names = _clustered(run, seen)
-    router = run.router
-    centre = None if router.centre is None else features.mean(dim=0)
-    centroids = centroids_of(features if centre is None else features - centre, labels, len(names))
-    return CentroidRouter.by_cluster(router.features, centroids, names, base=BASE, centre=centre)
+    features, centre, labels, names = _clustered(run, seen)
+    centroids = centroids_of(features, labels, len(names))
+    return CentroidRouter.by_cluster(run.router.features, centroids, names, base=BASE, centre=centre)
 
 
 def membership_of(run: ElreaRun, seen: Tensor) -> Router:
     """Return the router that judges cosines by what is usual for each expert among these training rows."""
-    features, labels, names = _clustered(run, seen)
-    router = run.router
-    centre = None if router.centre is None else features.mean(dim=0)
-    shifted = features if centre is None else features - centre
-    scale = leave_one_out_scale(shifted, labels, len(names))
-    centroids = centroids_of(shifted, labels, len(names))
-    return MembershipRouter(router.features, centroids, scale, names, base=BASE, centre=centre)
+    features, centre, labels, names = _clustered(run, seen)
+    scale = leave_one_out_scale(features, labels, len(names))
+    centroids = centroids_of(features, labels, len(names))
+    return MembershipRouter(run.router.features, centroids, scale, names, base=BASE, centre=centre)
 
 
 def performance_of(losses: CrossFitLosses, run: ElreaRun, seen: Tensor) -> Router:
@@ -176,10 +171,18 @@ def performance_of(losses: CrossFitLosses, run: ElreaRun, seen: Tensor) -> Route
     return CentroidRouter.by_performance(run.router.features, found, centre)
 
 
-def _clustered(run: ElreaRun, seen: Tensor) -> tuple[Float[Tensor, "row dimension"], list[int], list[str]]:
-    """Return features of some rows, their clusters, numbered anew where some have no row, and these experts' names."""
+def _clustered(
+    run: ElreaRun, seen: Tensor
+) -> tuple[Float[Tensor, "row dimension"], Float[Tensor, " dimension"] | None, list[int], list[str]]:
+    """Return what some rows' clusters are told by.
+
+    Their features, minus their mean where ELREA's own are; this mean; their clusters, numbered anew where some have no
+    row; and the names of these clusters' experts.
+    """
     known, labels = torch.tensor(run.labels)[seen].unique(return_inverse=True)
-    return run.features[seen], labels.tolist(), [f"cluster-{number}" for number in known.tolist()]
+    features, names = run.features[seen], [f"cluster-{number}" for number in known.tolist()]
+    centre = None if run.router.centre is None else features.mean(dim=0)
+    return features if centre is None else features - centre, centre, labels.tolist(), names
 
 
 def unseen_weights(
