@@ -115,6 +115,18 @@ def test_an_interrupted_run_keeps_its_features(run_folder, few, train_file, foun
     assert torch.equal(again.scores, found.scores)
 
 
+def test_the_next_command_trains_the_runs_own_base_model_on_the_chosen_rows(run, run_folder, train_file, tmp_path):
+    rows = [json.loads(line) for line in train_file.read_text().splitlines()]
+    renamed = [{("reply" if name == "response" else name): value for name, value in row.items()} for row in rows]
+    data, output = write_rows(tmp_path / "renamed.jsonl", renamed), tmp_path / "found"
+    files = ("--target", data, "--data", data, "--map", "response=reply")
+    code, _, err = run("influence", run_folder, *files, "--d-proj", 64, "--output", output)
+    base = json.loads((run_folder / "mixture.json").read_text())["base_model"]["id"]
+    following = f"coterie fit elrea --model {base} --data {output}/chosen.jsonl --output runs/chosen"
+    assert (code, err.splitlines()[-1]) == (0, f"next: {following}")
+    assert len(load_examples(output / "chosen.jsonl")) == 2  # read without --map, since these rows are its own
+
+
 def test_trouble_is_told_before_anything_is_computed(run, run_folder, few, train_file, tmp_path):
     where = ("--output", tmp_path / "out")
     refused(run("influence", run_folder, "--target", few, "--data", "nowhere.jsonl", *where), "nowhere.jsonl")

@@ -13,10 +13,11 @@ from typing import Annotated, Any, TypeVar, get_args
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
-from coterie.artifacts import as_path
+from coterie.artifacts import as_path, read_json
 from coterie.errors import shown
 from coterie.launcher import launched, wants_sharding
 from coterie.ranks import alone, is_quiet, needs_it_whole
+from coterie.records.mixture import MIXTURE_FILE
 from coterie.settings.old_spellings import is_old
 from coterie.settings.places import target
 from coterie.settings.reading import FLAGS, Settings, flag_of, flat_fields, from_flat
@@ -114,7 +115,7 @@ NEXT = {
     "bank verify": "coterie fit from-adapters --bank {folder} --output runs/shelf",
     "select": "coterie fit kshot-moe --bank {folder} --shots {shots} --selected {output} --output runs/task",
     "gather": "coterie fit kshot-moe --bank bank/ --shots {shots} --gathered {output} --output runs/task",
-    "influence": "coterie fit elrea --model smollm2-135m --data {output}/chosen.jsonl --output runs/chosen",
+    "influence": "coterie fit elrea --model {base} --data {output}/chosen.jsonl --output runs/chosen",
     "experts init": "coterie profile {folder} --data val.jsonl",
     "experts add": "coterie profile {folder} --data val.jsonl --overwrite",
     "experts list": "coterie profile {folder} --data val.jsonl",
@@ -207,8 +208,12 @@ def tell_next(name: str, settings: Settings | None, **extra: Any) -> None:  # no
         places |= {field: (" " if field == "prompts" else f" --{field} ").join(texts), f"{field}_0": "".join(texts[:1])}
     if extra.get("input"):
         places["prompts"] = f"--input {places['input']}"
+    if "{base}" in NEXT[name] and "base" not in places:
+        described = as_path(vars(settings)["mixture"]) / MIXTURE_FILE
+        places["base"] = shlex.quote(read_json(described)["base_model"]["id"]) if described.is_file() else "MODEL"
     following = NEXT[name].format(**places)
-    echo(f"next: {following}{_read_alike(following, settings)}", err=True)
+    alike = "" if "{output}/" in NEXT[name] else _read_alike(following, settings)  # its own rows need no --map
+    echo(f"next: {following}{alike}", err=True)
 
 
 def _read_alike(following: str, settings: Settings | None) -> str:
