@@ -101,7 +101,8 @@ def _compared(
             np.average(a - b, weights=measure.weights) for a, b in zip(*map(measure.values.get, pair), strict=True)
         ]
         label = [pair[0], f"{measure.mean(pair[0]):.4f}", str(len(weights))] if alone else [f"{pair[0]} - {pair[1]}"]
-        known = [f"{gap.value:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]", f"{adjusted[' '.join(pair)]:.4f}"]
+        interval = "0, on every row" if own == rival else f"{gap.value:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]"
+        known = [interval, f"{adjusted[' '.join(pair)]:.4f}"]
         line = [*label, *known, " ".join(f"{seed:+.4f}" for seed in seeds)]
         line += [_share(measure, pair[0])] if shares else []
         lines.append([*line, *([paper.get(pair[0], "")] if paper else [])])

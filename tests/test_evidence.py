@@ -270,6 +270,12 @@ def test_the_table_pairs_rows_over_seeds_and_tells_how_much_of_the_oracles_gain_
     assert lines["elrea - random-oracle"][1].startswith(f"{between:+.4f} [")
 
 
+def test_a_method_that_is_its_control_on_every_row_has_no_interval_without_end(evidence, tmp_path):
+    nll = {name: [[2.0, 3.0, 4.0, 5.0]] for name in ("base", "refusing")}
+    text = evidence.table("outside", written(tmp_path, nll, [1.0, 2.0, 3.0, 4.0]), "base")
+    assert "| refusing | 4.0000 | 4 | 0, on every row | 1.0000 | +0.0000 |" in text
+
+
 def test_rows_whose_answer_is_not_graded_are_left_out_of_accuracy_alone(evidence, tmp_path):
     folders = written(tmp_path, {"base": [[2.0, 3.0]], "elrea": [[1.0, 3.5]]}, [1, 1])
     rows = read(folders[0] / "rows.jsonl")
