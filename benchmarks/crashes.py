@@ -60,17 +60,22 @@ ASKED = {"model": "run", "messages": [{"role": "user", "content": "add 3 4"}], "
 
 def disturb_command(command: str, start: Path, work: Path) -> Callable[[int], Met]:
     """Run a command undisturbed; return what disturbs it by a seed, and tells how often each trouble met it at work."""
-    undisturbed = place_for(command, start, work / "undisturbed")
-    needed = needs(command, undisturbed)
+    here, undisturbed = work / "here", work / "undisturbed"  # all run in one place, since records have whole paths
+    needed = needs(command, place_for(command, start, here))
+    here.rename(undisturbed)
     known = (signal.SIGKILL, signal.SIGKILL, FULL) if has_disks() else (signal.SIGKILL,)
 
     def one(seed: int) -> Met:
         chance = random.Random(f"{command} {seed}")
-        folder = place_for(command, start, work / f"seed-{seed}")
+        folder = place_for(command, start, here)
         troubles = [chance.choice(known) for _ in range(chance.randint(1, MOST_TROUBLES))]
         conditions = [partial(jumping_clock, seed), partial(only_reading, inputs_of(command))]
-        met = disturb(command, folder, needed, troubles, chance, conditions)
-        check_alike(command, folder, undisturbed)
+        try:
+            met = disturb(command, folder, needed, troubles, chance, conditions)
+            check_alike(command, folder, undisturbed)
+        except AssertionError as error:
+            kept = folder.rename(work / f"seed-{seed}")
+            raise AssertionError(str(error).replace(str(folder), str(kept))) from error
         shutil.rmtree(folder)
         return met
 
@@ -148,8 +153,8 @@ def go_on(command: str, start: Path, flags: argparse.Namespace, until: float) ->
             for trouble, count in one(own["seeds"]).items():
                 own[NAMES[trouble]] += count
         except AssertionError as error:
-            own["differed"].append({"seed": own["seeds"], "what": str(error)[:1000]})
-            print(f"{command}, seed {own['seeds']}: {str(error)[:1000]}")
+            own["differed"].append({"seed": own["seeds"], "what": str(error)[-1000:]})
+            print(f"{command}, seed {own['seeds']}: {str(error)[-1000:]}")
         own["seeds"] += 1
         keep_result(command, own, flags.output)
     told = ", ".join(f"{own[name]} {name.replace('_', ' ')}" for name in NAMES.values())

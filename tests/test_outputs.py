@@ -3,6 +3,8 @@
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -410,3 +412,29 @@ def test_a_device_is_written_to_as_it_is_also_when_it_is_full():
     assert os.stat("/dev/null").st_ino == before.st_ino
     with pytest.raises(CoterieError, match="no space left on the disk while writing /dev/full"):
         write_answers(Path("/dev/full"), [{"text": "a"}])
+
+
+def test_a_disk_that_is_full_at_any_byte_of_a_saved_tensor_is_told(tmp_path):
+    script = """
+import resource, sys, torch
+from pathlib import Path
+from coterie.artifacts.files import disk_errors
+from coterie.errors import CoterieError
+
+file = Path(sys.argv[1])
+torch.save({"step": torch.arange(9)}, file)
+size = file.stat().st_size
+for room in [0, *range(1, size, 97), size - 1]:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    try:
+        with disk_errors(file):
+            torch.save({"step": torch.arange(9)}, file)
+    except CoterieError as error:
+        assert "while writing" in str(error), error
+    else:
+        raise AssertionError(f"{room} bytes were enough")
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "optimizer.pt")], capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr[-2000:]

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FULL_IN_WORDS = ("No space left on device", "File too large", "PytorchStreamWriter failed", "inline_container.cc")
+FULL_IN_WORDS = (
+    *("No space left on device", "File too large", "PytorchStreamWriter failed", "inline_container.cc"),
+    "basic_ios::clear: iostream error",  # its very last bytes
+)
 """How libraries tell a full disk that do not raise the system's own error: safetensors and torch."""
 FORBIDDEN = (
     *(errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENXIO),
