@@ -60,7 +60,7 @@ ASKED = {"model": "run", "messages": [{"role": "user", "content": "add 3 4"}], "
 
 def disturb_command(command: str, start: Path, work: Path) -> Callable[[int], Met]:
     """Run a command undisturbed; return what disturbs it by a seed, and tells how often each trouble met it at work."""
-    here, undisturbed = work / "here", work / "undisturbed"  # all run in one place, since records have whole paths
+    here, undisturbed = work / "here", work / "undisturbed"  # all run in one place, since hashes are of whole paths
     needed = needs(command, place_for(command, start, here))
     here.rename(undisturbed)
     known = (signal.SIGKILL, signal.SIGKILL, FULL) if has_disks() else (signal.SIGKILL,)
@@ -72,7 +72,7 @@ def disturb_command(command: str, start: Path, work: Path) -> Callable[[int], Me
         conditions = [partial(jumping_clock, seed), partial(only_reading, inputs_of(command))]
         try:
             met = disturb(command, folder, needed, troubles, chance, conditions)
-            check_alike(command, folder, undisturbed)
+            check_alike(command, folder, undisturbed, here)
         except AssertionError as error:
             kept = folder.rename(work / f"seed-{seed}")
             raise AssertionError(str(error).replace(str(folder), str(kept))) from error

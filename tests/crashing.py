@@ -181,12 +181,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
-def results(folder: Path) -> dict[str, object]:
+def results(folder: Path, made_in: Path | None = None) -> dict[str, object]:
     """All files by name, without the times that work took, and without run.yaml, which has the time of its start.
 
-    Where the model is called by its whole path, that of the place is left out.
+    Where the model is called by its whole path, that of the place is left out: where it was made, or else where it is.
     """
-    place = next((one for one in folder.parents if (one / "model").exists()), folder.parent)
+    place = made_in or next((one for one in folder.parents if (one / "model").exists()), folder.parent)
     paths = [folder, *sorted(folder.rglob("*"))]
     found = {str(path.relative_to(folder)): path for path in paths if path.is_file()}
     return {name: untimed(path, place) for name, path in found.items() if path.name != "run.yaml"}
@@ -254,9 +254,9 @@ def disturb(
     return met
 
 
-def check_alike(command: str, disturbed: Path, undisturbed: Path) -> None:
+def check_alike(command: str, disturbed: Path, undisturbed: Path, made_in: Path | None = None) -> None:
     """Hold what a disturbed command has left to what an undisturbed one has: the same files, and nothing besides."""
-    found, wanted = results(disturbed / RESULTS[command]), results(undisturbed / RESULTS[command])
+    found, wanted = (results(place / RESULTS[command], made_in) for place in (disturbed, undisturbed))
     differing = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
     assert not differing, f"these differ in {disturbed}: {', '.join(differing)}"
     left = {str(path.relative_to(disturbed)) for path in disturbed.rglob("*")}
