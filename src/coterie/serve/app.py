@@ -77,6 +77,7 @@ def guard(app: FastAPI, settings: ServeSettings) -> None:
     """Put before an app what logs, lets in and limits; each sees what those that are added after it let through."""
     access, limits = settings.access, settings.limits
     keys = None if access.api_key_file is None else read_keys(as_path(access.api_key_file))
+    app.add_middleware(errors.Failures)
     app.add_middleware(AnyTypeIsJson)
     app.add_middleware(BodyLimit, most=int(limits.max_body * MIB))
     app.add_middleware(QueueLimit, paths=ASKING, most=limits.max_queue)

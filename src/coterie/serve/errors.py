@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coterie.errors import CoterieError, shortened
 from coterie.serve.catalogue import UnknownModel
@@ -108,13 +109,41 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     return ApiError(f"{param}: {message[:1].lower()}{message[1:]}, got {given}", param=param, code=first["type"])
 
 
+class Failures:
+    """Answers a bug of ours as a request's end like any other, so that its connection serves the next one.
+
+    An error that reaches uvicorn has its connection cut, even where it was answered: a client that kept the connection
+    would find it reset at its next request.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        """Stand before an app."""
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on; what fails after its answer began can only be cut off, and is raised."""
+        begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        except Exception as error:
+            if begun or scope["type"] != "http":
+                raise
+            await (await answer_error(Request(scope), error))(scope, receive, send)
+
+
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
     """Answer with an error; one of ours is logged with all that is known of it."""
     told = as_api_error(error)
     if told.status == 500:
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
     response = as_response(told)
-    response.headers["x-request-id"] = getattr(request.state, "request_id", "")  # that of a bug passes no middleware
+    response.headers["x-request-id"] = getattr(request.state, "request_id", "")  # before the app nothing adds it
     return response
 
 

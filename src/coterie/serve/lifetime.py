@@ -49,6 +49,11 @@ class Doors:
         return await as_response(error)(scope, receive, send)
 
 
+KEEP_ALIVE = 75
+"""Seconds that a connection may rest: longer than clients and proxies keep one (httpx 5, nginx and AWS 60), so that it
+is they who close it, and nobody asks by one that is just being closed."""
+
+
 class Server(uvicorn.Server):
     """uvicorn, told by the first signal to finish what it was asked, and by a second one to stop at once.
 
@@ -57,7 +62,8 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: ASGIApp, lifetime: Lifetime, patience: int) -> None:
         """Get ready to serve an app; a signal is waited on for so many seconds."""
-        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=patience, **SAME)
+        told = {"timeout_graceful_shutdown": patience, "timeout_keep_alive": KEEP_ALIVE}
+        config = uvicorn.Config(app, log_config=None, access_log=False, **told, **SAME)
         super().__init__(config)
         self._lifetime = lifetime
 

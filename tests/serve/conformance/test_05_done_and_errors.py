@@ -3,7 +3,10 @@
 vLLM test_completion_error.py; openai raises with the message only if `error` is an object.
 """
 
+import http.client
 import json
+import time
+from contextlib import closing
 
 import openai
 import pytest
@@ -30,3 +33,16 @@ def test_openais_client_raises_what_the_frame_says(server, breaking):
     breaking(RuntimeError("a secret"))
     with pytest.raises(openai.InternalServerError, match="the server has failed"):
         asking.chat.completions.create(**chat_body(temperature=0))
+
+
+def test_a_connection_outlives_a_bug_of_ours(server, breaking):
+    breaking(RuntimeError("a secret"))
+    body, kept = json.dumps(chat_body(temperature=0)), set()
+    with closing(http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)) as asking:
+        for status in (500, 200):
+            asking.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+            answer = asking.getresponse()
+            assert answer.status == status and answer.headers["x-request-id"] and json.loads(answer.read())
+            kept.add(asking.sock)
+            time.sleep(0.05)
+    assert len(kept) == 1 and None not in kept
