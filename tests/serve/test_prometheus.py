@@ -52,11 +52,14 @@ def asked(scraped) -> None:
 
 
 def found(scraped, expression: str) -> list[dict]:
-    """Return what Prometheus answers to a query; nothing while it does not run yet."""
+    """Return what Prometheus answers to a query; nothing while it does not run yet, or is starting."""
     try:
-        answer = scraped.http.get(f"{scraped.api}/query", params={"query": expression}).json()
+        told = scraped.http.get(f"{scraped.api}/query", params={"query": expression})
     except httpx2.TransportError:
         return []
+    if told.status_code == httpx2.codes.SERVICE_UNAVAILABLE:
+        return []
+    answer = told.json()
     assert answer["status"] == "success", (expression, answer)
     return answer["data"]["result"]
 
