@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from safetensors.torch import load_file, save_file
 from torch import distributed
 from torch.distributed.tensor import DTensor
@@ -41,11 +43,23 @@ from helpers import close, table
 from test_ranks import files_of, three  # noqa: F401 - a fixture
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
+ZERO3 = {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 
 # ------------------------------------------------------------------------------------------------- what is refused
 
 REFUSED = table(
-    ("DeepSpeed", {"ACCELERATE_USE_DEEPSPEED": "true"}, "asks for DeepSpeed, which was never tried here"),
+    ("ZeRO offload", {**ZERO3, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"}, "offloaded to 'nvme', which"),
+    (
+        "ZeRO offload in a file",
+        {**DEEPSPEED, FILE: '{"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}'},
+        "offloaded to 'cpu', which was never tried here; set offload_param_device: none",
+    ),
+    ("no stage", {**DEEPSPEED, FILE: '{"zero_optimization": {"stage": "auto"}}'}, "stage 'auto' of ZeRO; give"),
+    ("no file", {**DEEPSPEED, FILE: "/nowhere/zero.json"}, "deepspeed_config_file cannot be read: "),
+    ("no object", {**DEEPSPEED, FILE: "[3]"}, "deepspeed_config_file cannot be read: "),
+    ("Megatron-LM with ZeRO", {**ZERO3, "ACCELERATE_USE_MEGATRON_LM": "true"}, "asks for Megatron-LM"),
     ("Megatron-LM", {"ACCELERATE_USE_MEGATRON_LM": "true"}, "asks for Megatron-LM"),
     ("parallelism", {**FSDP, "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "asks for a parallelism_config"),
     ("offload", {**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, "asks for fsdp_offload_params"),
@@ -70,6 +84,36 @@ def test_what_is_heard_with_fsdp_alone_is_not_refused_without_it(monkeypatch):
         assert "ACCELERATE_USE_FSDP" not in os.environ
 
 
+STAGES = table(
+    ("accelerate's default", {}, False),
+    ("data parallel", {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, False),
+    (
+        "states alone",
+        {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"},
+        False,
+    ),
+    (
+        "weights too",
+        {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none"},
+        True,
+    ),
+    ("the file says so", {FILE: '{"zero_optimization": {"stage": 3}}'}, True),
+    (
+        "the file comes first",
+        {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", FILE: '{"zero_optimization": {"stage": 1}}'},
+        False,
+    ),
+    ("the file leaves it out", {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", FILE: '{"train_batch_size": 8}'}, False),
+)
+
+
+@pytest.mark.parametrize(("variables", "shards"), STAGES)
+def test_only_the_third_stage_of_zero_shards_frozen_weights(variables, shards, monkeypatch):
+    for name, value in {**DEEPSPEED, **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert launcher.wants_sharding() is shards
+
+
 def test_one_process_that_was_launched_holds_all_of_the_model(monkeypatch):
     for name, value in FSDP.items():
         monkeypatch.setenv(name, value)
@@ -83,7 +127,7 @@ def test_a_command_of_one_process_does_not_take_a_part_of_the_model_for_the_whol
         monkeypatch.setenv(name, value)
     code, printed, told = run("methods")
     assert (code, printed) == (2, "")
-    assert "error: one process does methods by itself, and FSDP in accelerate's configuration" in told
+    assert "error: one process does methods by itself, and accelerate's configuration leaves it a part" in told
 
 
 @pytest.fixture
@@ -258,18 +302,44 @@ CONFIGURATION = {
 }
 
 
+ZERO_CONFIGURATION = {
+    **{name: value for name, value in CONFIGURATION.items() if name != "fsdp_config"},
+    "distributed_type": "DEEPSPEED",
+    "deepspeed_config": {
+        "zero_stage": 3,
+        "zero3_init_flag": True,
+        "offload_param_device": "none",
+        "offload_optimizer_device": "none",
+    },
+}
+
+
+def launching(configuration: dict[str, Any], words: list[str], folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Return what accelerate's launcher is started by, or what it starts and in which environment, where that is
+    DeepSpeed's: for that one it wants DeepSpeed installed, which Coterie does not need."""
+    file = folder / "accelerate.yaml"
+    file.write_text(yaml.dump(configuration))
+    words = ["-m", "coterie", *words]
+    if "fsdp_config" in configuration:
+        launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(file)]
+        return [*launch, *words], {**os.environ}
+    asked, told, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(file), *words]))
+    asked.deepspeed_fields_from_accelerate_config = ",".join(told.deepspeed_config)
+    _, variables = prepare_deepspeed_cmd_env(asked)
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words], variables
+
+
 @pytest.mark.slow
-def test_accelerate_launch_with_fsdp_makes_the_files_of_one_process(model_folder, tmp_path):
+@pytest.mark.parametrize("configuration", [CONFIGURATION, ZERO_CONFIGURATION], ids=["FSDP", "ZeRO-3"])
+def test_accelerate_launch_makes_the_files_of_one_process(configuration, model_folder, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", tiny.make_rows(18))
-    (tmp_path / "accelerate.yaml").write_text(yaml.dump(CONFIGURATION))
     flags = {"clusters": 2, "rank": 4, "epochs": 1, "expert_epochs": 1, "batch_size": 4, "micro_batch_size": 2}
     flags |= {"learning_rate": 1e-2, "d_proj": 64, "feature_batch_size": 8, "device": "cpu"}
     elrea(str(model_folder), str(rows), output=tmp_path / "one", **flags)
-    words = ["--model", model_folder, "--data", rows, "--output", tmp_path / "two"]
+    words = ["fit", "elrea", "--model", model_folder, "--data", rows, "--output", tmp_path / "two"]
     words += [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)]
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
-    launch += [tmp_path / "accelerate.yaml", "-m", "coterie", "fit", "elrea", *words]
-    ended = subprocess.run([*map(str, launch)], capture_output=True, text=True, timeout=240, check=False)
+    launch, variables = launching(configuration, [*map(str, words)], tmp_path)
+    ended = subprocess.run(launch, env=variables, capture_output=True, text=True, timeout=240, check=False)
     assert ended.returncode == 0, ended.stderr
     assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
     assert yaml.safe_load((tmp_path / "two" / "run.yaml").read_text())["processes"] == 2

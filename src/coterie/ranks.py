@@ -6,8 +6,8 @@ process that nobody started beside others is the first of one, and all of this c
 
 What they tell each other is JSON and numbers, over gloo, on the CPU: nothing is pickled.
 
-Where accelerate's configuration asks for FSDP, each of them holds a part of the base model (`is_sharded`), so that none
-of them can pass anything through it alone: all do, equally often.
+Where accelerate's configuration asks for FSDP or ZeRO-3, each of them holds a part of the base model (`is_sharded`), so
+that none of them can pass anything through it alone: all do, equally often.
 """
 
 import json
@@ -105,8 +105,8 @@ def is_sharded() -> bool:
 def needs_it_whole(what: str) -> CoterieError:
     """Return the error of what one process does alone where each would have only a part of the base model."""
     return CoterieError(
-        f"one process does {what} by itself, and FSDP in accelerate's configuration leaves it a part of the base "
-        "model; start it without accelerate launch, and add --load-in-4bit where the model is too large"
+        f"one process does {what} by itself, and accelerate's configuration leaves it a part of the base model; "
+        "start it without accelerate launch, and add --load-in-4bit where the model is too large"
     )
 
 
@@ -141,7 +141,10 @@ def joined() -> Iterator[None]:
         with alone():
             yield
         return
-    with _connected(number, total) as group, launcher.hidden([launcher.FSDP]):  # what is trained is whole
+    if launcher.is_true(launcher.DEEPSPEED):
+        logger.info("of DeepSpeed's settings the stage of ZeRO and zero3_init_flag are heard; flags say all else")
+    what_shards = launcher.hidden([launcher.FSDP, launcher.DEEPSPEED])  # what is trained is whole
+    with _connected(number, total) as group, what_shards:
         own = _Processes(number, total, group, number > 0, int(os.environ.get("LOCAL_RANK", number)))
         token = _NOW.set(replace(own, sharing=own) if shards else own)
         try:

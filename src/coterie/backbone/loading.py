@@ -105,7 +105,7 @@ def _load_model(source: dict[str, Any], settings: ModelSettings, device: torch.d
             f"{' --load-in-4bit' if settings.load_in_4bit else ''}; leave one of them out"
         )
     if ranks.is_sharded() and (settings.quantize or settings.load_in_4bit):
-        raise CoterieError("FSDP shards a base model in its own type; leave --quantize and --load-in-4bit out")
+        raise CoterieError("a sharded base model stays in its own type; leave --quantize and --load-in-4bit out")
     source = {**source, "dtype": dtype}
     if settings.load_in_4bit:
         return _load_in_4bit(source, device)

@@ -1,5 +1,7 @@
 """A base model whose blocks are sharded over the processes that work together, by torch's FSDP2.
 
+It does what stage 3 of DeepSpeed's ZeRO asks for, too: both part frozen weights alike, and nothing else is large here.
+
 Every process holds a part of each block's weights, and gets the rest of a block for as long as it runs. Embeddings,
 the last norm and the output layer stay whole, since they are used apart from passes through the model; so do adapters,
 which are small. Accelerate's configuration is heard where it makes a difference: `fsdp_reshard_after_forward`, and
@@ -26,7 +28,9 @@ logger = logging.getLogger(__name__)
 @contextmanager
 def one_reads() -> Iterator[None]:
     """Context manager: let transformers read no weights in a process that gets them from another one."""
-    told = {launcher.FSDP: "true", "LOCAL_RANK": str(ranks.local())} if ranks.is_sharded() else {}
+    told = {}
+    if ranks.is_sharded() and launcher.reads_once():
+        told = {launcher.FSDP: "true", launcher.READ_ONCE: "true", "LOCAL_RANK": str(ranks.local())}
     with launcher.hidden(told):
         os.environ.update(told)
         try:
@@ -48,16 +52,18 @@ def shard(backbone: Backbone, device: torch.device) -> None:
     model: Any = backbone.model
     blocks, decoder = backbone.blocks, backbone.decoder
     if not blocks:
-        raise CoterieError(f"the blocks of {backbone.identity.id} are not known, so FSDP cannot shard it; leave it out")
+        raise CoterieError(
+            f"the blocks of {backbone.identity.id} are not known, so it cannot be sharded; leave FSDP or ZeRO-3 out"
+        )
     ranks.ready()
     asked = FullyShardedDataParallelPlugin(fsdp_version=2)
     mesh = distributed.init_device_mesh(device.type, (distributed.get_world_size(),))
     how: Any = {"mesh": mesh, "reshard_after_forward": asked.reshard_after_forward}
     for block in blocks:
-        if asked.cpu_ram_efficient_loading:
+        if launcher.reads_once():
             _receive(block.modules(), device)
         fully_shard(block, **how)
-    if asked.cpu_ram_efficient_loading:
+    if launcher.reads_once():
         inside = {*blocks.modules()}
         _receive([part for part in model.modules() if part not in inside], device)
         model.tie_weights()

@@ -109,7 +109,7 @@ def _prepare(settings: KshotSettings) -> _Prepared:
     task = open_task(settings.bank, settings, settings.training.system_prompt)
     if ranks.is_sharded() and not settings.selected:
         raise CoterieError(
-            "experts are chosen by one process, and FSDP leaves it a part of the base model; type: coterie select "
+            "experts are chosen by one process, and sharding leaves it a part of the base model; type: coterie select "
             f"{settings.bank} without accelerate launch, then give its folder to --selected here"
         )
     pools = {f"pool {name}": sha256_of(Path(name)) for name in settings.pool if Path(name).is_file()}
