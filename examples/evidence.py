@@ -8,6 +8,7 @@ same command is typed again. The first seed of every part comes before the secon
 the methods over the seeds that are done, which answer the same rows, and OUTPUT/tables.md has those of all parts:
 
     maths, general, domains   a fit by evidence with its controls, inside, outside, and across domains
+    unlike                    the general mix, fitted with a few rows of the kinds that it meets outside
     kshot                     few examples of six targets: a choice among sixteen adapters, beside a random one
     recruit                   questions of five kinds to the base model and the domains' adapters
     influence                 rows chosen by gradients, by meaning, and at random, for a few that are aimed at
@@ -23,7 +24,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from evidence_rows import MIXES, TARGETS
+from evidence_rows import MIXES, TARGETS, UNLIKE
 from evidence_steps import PARTS, Plan, Step, sides
 from evidence_tables import PAIRS, PAPER, table
 
@@ -61,10 +62,10 @@ def tables(plan: Plan, part: str) -> Iterator[str]:
 
 def compared(plan: Plan, part: str) -> Iterator[tuple[Any, ...]]:
     """Yield a part's tables: title, folder without the seed, control, and what else `table` is told."""
-    if part in MIXES:
-        for side in sides(part):
+    if part in (*MIXES, "unlike"):
+        for side in sides(UNLIKE if part == "unlike" else part):
             paper = PAPER if (part, side) == ("maths", "inside") else {}
-            yield f"{part}, {side}", side, "base", PAIRS, paper
+            yield f"{part}, {side}", side, "base", *((PAIRS, paper) if part in MIXES else ())
     if part == "domains":
         for side in ("inside", "crossing"):
             yield f"an adapter for each domain, {side}", f"tokens-{side}", "token-level:every=inf"

@@ -74,6 +74,8 @@ SKILLS = {
     "medmcqa": ("medmcqa/train", "medmcqa/test"),
 }
 """The tasks of recruiting: what experts are profiled on, and tested on."""
+UNLIKE, UNLIKE_ROWS = "general", 60
+"""The mix whose refusal is calibrated on rows from outside, and how many of these are given."""
 INFLUENCED, AIM, AIMED = "general", "commonsenseqa", 20
 """The mix whose runs tell influence, the set that is aimed at, and how many of its rows are known."""
 BANK_ROWS, LONGEST, ALL = 160, 500, 10**9  # rows of every adapter of the bank; characters of a row; rows of a file
@@ -128,6 +130,15 @@ def write_mix(data: Path, place: Path, mix: Mix, seeds: Sequence[int], train: in
         if mix.crosses:
             for name in mix.train:
                 write(place / f"train-{seed}" / f"{name}.jsonl", [row for row in rows if row["source"] == name])
+
+
+def write_unlike(data: Path, place: Path, mix: Path, seeds: Sequence[int]) -> None:
+    """Write rows of the kinds that a mix meets outside, none of which is among its tests."""
+    lines = (mix / "outside.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
+    tested = {group(json.loads(line)) for line in lines}
+    for seed in seeds:
+        rows = draw_evenly(data, MIXES[UNLIKE].outside, UNLIKE_ROWS, MIXES[UNLIKE].longest, seed, tested)
+        write(place / f"unlike-{seed}.jsonl", rows)
 
 
 def write_kshot(data: Path, place: Path, counts: Sequence[int], seeds: Sequence[int], test: int, pool: int) -> None:

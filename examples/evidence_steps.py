@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from evidence_rows import INFLUENCED, MIXES, write_influence, write_kshot, write_mix, write_skills
+from evidence_rows import INFLUENCED, MIXES, UNLIKE, write_influence, write_kshot, write_mix, write_skills, write_unlike
 from task_bank import SETS
 
 EXTRAS = {
@@ -22,6 +22,7 @@ METHODS = (
     *("prefill:caution=off", "avengers", "lorauter", "ariadne", "distilled", "logo", "gradientspace"),
     *("auto", "random-oracle", "oracle"),
 )
+REFUSING = ("base", "uniform-weights", "elrea-refusing", "loss-routing", "prefill", "auto", "oracle")
 TOKENS = ("backbone", "per-dataset", "uniform-weights", "token-level", "arrow", "spectr", "logo", "oracle")
 KSHOT = ("backbone", "best-by-shots", "uniform-weights", "best-tuned", "kshot-moe", "kshot-only", "random-experts")
 NO_SYSTEM = ("--system-prompt", "")
@@ -61,12 +62,11 @@ def sides(part: str) -> tuple[str, ...]:
     return ("inside", "crossing", "outside") if MIXES[part].crosses else ("inside", "outside")
 
 
-def fitted(plan: Plan, part: str, seed: int) -> Step:
-    """Return the fit of a mix by `fit auto`."""
-    place = plan.output / part
-    run, rows = place / f"run-{seed}", place / f"train-{seed}.jsonl"
+def fitted(plan: Plan, part: str, seed: int, to: str = "", *told: str) -> Step:
+    """Return the fit of a mix by `fit auto`, in the folder of its own part unless another is told."""
+    run, rows = plan.output / (to or part) / f"run-{seed}", plan.output / part / f"train-{seed}.jsonl"
     what = ("--model", plan.flags.model, "--data", str(rows), "--seed", str(seed))
-    return Step(("fit", "auto", *what, "--output", str(run), *FIT), run)
+    return Step(("fit", "auto", *what, "--output", str(run), *FIT, *told), run)
 
 
 def mix_steps(plan: Plan, part: str) -> Iterator[Step]:
@@ -81,6 +81,19 @@ def mix_steps(plan: Plan, part: str) -> Iterator[Step]:
         for side in sides(part):
             told = ("--methods", ",".join(METHODS), "--control", "base")
             yield evaluated(plan, run, place / f"{side}.jsonl", place / f"{side}-{seed}", *told)
+
+
+def unlike_steps(plan: Plan) -> Iterator[Step]:
+    """Yield the fits of a mix, told some rows of the kinds that come from outside, and what refuses by them."""
+    mix, place = plan.output / UNLIKE, plan.output / "unlike"
+    write_mix(plan.data, mix, MIXES[UNLIKE], plan.seeds, plan.flags.train, plan.flags.test)
+    write_unlike(plan.data, place, mix, plan.seeds)
+    for seed in plan.seeds:
+        step = fitted(plan, UNLIKE, seed, "unlike", "--unlike", str(place / f"unlike-{seed}.jsonl"))
+        yield step
+        for side in sides(UNLIKE):
+            told = ("--methods", ",".join(REFUSING), "--control", "base")
+            yield evaluated(plan, step.output, mix / f"{side}.jsonl", place / f"{side}-{seed}", *told)
 
 
 def domain_adapters(plan: Plan, seed: int) -> Step:
@@ -188,6 +201,7 @@ def influence_steps(plan: Plan) -> Iterator[Step]:
 PARTS: dict[str, Callable[[Plan], Iterator[Step]]] = {
     "maths": lambda plan: mix_steps(plan, "maths"),
     "general": lambda plan: mix_steps(plan, "general"),
+    "unlike": unlike_steps,
     "domains": domain_steps,
     "kshot": kshot_steps,
     "recruit": recruit_steps,

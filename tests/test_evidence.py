@@ -126,7 +126,17 @@ def test_influence_chooses_among_rows_that_are_neither_trained_on_nor_aimed_at_n
     assert not asked["aimed"] & (asked["test"] | asked["train"])
 
 
-@pytest.mark.parametrize("part", ["maths", "general", "domains", "kshot", "recruit", "influence"])
+def test_refusal_is_told_rows_of_the_kinds_that_come_from_outside_and_none_that_is_tested(rows_module, plan):
+    mix = rows_module.MIXES[rows_module.UNLIKE]
+    rows_module.write_mix(plan.data, plan.output / "mix", mix, [0, 1], 24, 12)
+    rows_module.write_unlike(plan.data, plan.output, plan.output / "mix", [0, 1])
+    tested = {row["instruction"] for row in read(plan.output / "mix" / "outside.jsonl")}
+    told = [read(plan.output / f"unlike-{seed}.jsonl") for seed in (0, 1)]
+    assert all({row["source"] for row in rows} == {*mix.outside} for rows in told)
+    assert tested and not tested & {row["instruction"] for rows in told for row in rows} and told[0] != told[1]
+
+
+@pytest.mark.parametrize("part", ["maths", "general", "unlike", "domains", "kshot", "recruit", "influence"])
 def test_every_step_is_a_command_that_writes_what_tells_that_it_is_done(plan, run, monkeypatch, part):
     given = []
     for name, command in COMMANDS.items():
@@ -148,7 +158,12 @@ def test_every_step_is_a_command_that_writes_what_tells_that_it_is_done(plan, ru
 
 def test_the_methods_that_are_compared_exist(evidence):
     steps = sys.modules["evidence_steps"]
-    for family, names in ((ELREA, steps.METHODS), (TOKENS, steps.TOKENS), (KSHOT, steps.KSHOT)):
+    for family, names in (
+        (ELREA, steps.METHODS),
+        (ELREA, steps.REFUSING),
+        (TOKENS, steps.TOKENS),
+        (KSHOT, steps.KSHOT),
+    ):
         for name in names:
             family.method(name)
     trained = {need for names in steps.EXTRAS.values() for need in ELREA.needs(names.split(","))}
@@ -156,7 +171,7 @@ def test_the_methods_that_are_compared_exist(evidence):
     assert {name for pair in evidence.PAIRS for name in pair} <= set(steps.METHODS)
 
 
-@pytest.mark.parametrize("part", ["maths", "general", "domains", "kshot", "influence"])
+@pytest.mark.parametrize("part", ["maths", "general", "unlike", "domains", "kshot", "influence"])
 def test_what_a_table_compares_is_among_the_methods_that_its_evaluation_has(evidence, plan, part):
     made = sys.modules["evidence_steps"].PARTS[part](plan)
     words = {step.output: step.words for step in made if step.words[0] == "eval"}
