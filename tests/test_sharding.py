@@ -35,6 +35,7 @@ from coterie.experts.training import TrainingPlan, load_checkpoint, train_adapte
 from coterie.features.gradient import GradientFeatures
 from coterie.features.prefill import prefill_states
 from coterie.methods import elrea
+from coterie.methods.elrea import extras as elrea_extras
 from coterie.methods.kshot import fit as kshot_fit
 from coterie.settings.commands import KshotSettings
 from coterie.settings.groups import FeatureSettings, LoraSettings, ModelSettings
@@ -142,6 +143,10 @@ def with_a_part() -> Iterator[None]:
 def test_a_sharded_model_is_held_in_its_own_type(how, model_folder, with_a_part):
     with pytest.raises(CoterieError, match="in its own type; leave --quantize and --load-in-4bit out"):
         load_backbone(ModelSettings(model=str(model_folder), device="cpu", **how))
+
+
+def test_what_may_embed_rows_by_the_base_model_itself_is_made_by_all_processes():
+    assert all(spec.together for spec in elrea_extras.EXTRAS.values() if "encoder" in spec.settings)
 
 
 def test_experts_for_shots_are_chosen_before_the_model_is_sharded(tmp_path, with_a_part, monkeypatch):

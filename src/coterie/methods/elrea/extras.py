@@ -212,9 +212,9 @@ EXTRAS: dict[str, ExtraSpec[ElreaRun]] = {
     "refusal": ExtraSpec(fitted_routers.refusing, _little_work, needs=("judged", "unlike")),
     "loss": ExtraSpec(fitted_routers.loss, _little_work, needs=("judged", "unlike")),
     "prefill": ExtraSpec(fitted_routers.prefill, lambda run: run.row_count, needs=("judged", "unlike"), together=True),
-    "avengers": ExtraSpec(score_tables.avengers, _embedding_work, ("encoder",), needs=("judged",)),
-    "lorauter": ExtraSpec(score_tables.lorauter, _embedding_work, ("encoder",), needs=("judged",)),
-    "ariadne": ExtraSpec(score_tables.ariadne, _embedding_work, ("encoder",)),
+    "avengers": ExtraSpec(score_tables.avengers, _embedding_work, ("encoder",), needs=("judged",), together=True),
+    "lorauter": ExtraSpec(score_tables.lorauter, _embedding_work, ("encoder",), needs=("judged",), together=True),
+    "ariadne": ExtraSpec(score_tables.ariadne, _embedding_work, ("encoder",), together=True),
     "distilled": ExtraSpec(fitted_routers.distilled, lambda run: run.row_count, needs=("judged",), together=True),
 }
 """By the name of the extra's folder."""
