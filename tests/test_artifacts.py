@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from coterie import artifacts
 from coterie.artifacts import (
@@ -27,12 +29,14 @@ from coterie.artifacts import (
     read_tensors,
     run_folder,
     sha256_of,
+    tensors,
     whole_file,
     write_json,
     write_jsonl,
     write_tensors,
     write_text,
 )
+from coterie.artifacts.tensors import Claim, tensor_claims
 from coterie.errors import CoterieError
 from coterie.settings.reading import Settings
 
@@ -544,3 +548,36 @@ def test_a_matrix_filled_part_by_part_is_the_file_of_the_whole(tmp_path):
     write_tensors(tmp_path / "whole.safetensors", {"rows": rows})
     assert torch.equal(read_tensors(path)["rows"], rows)
     assert path.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_a_file_that_is_larger_than_the_memory_is_read_where_it_lies(tmp_path):
+    rows = 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4096
+    new_matrix(tmp_path / "large", "features", (rows, 1024))  # zeros, which take no room on the disk
+    fill_matrix(tmp_path / "large", [([rows - 1], torch.full((1, 1024), 3.0))])
+    claims = tensor_claims(tmp_path / "large", max_bytes=sys.maxsize)
+    assert claims == {"features": Claim("F32", (rows, 1024))}
+    found = tensors._floats(tmp_path / "large", claims)["features"]
+    assert found[-1].tolist() == [3.0] * 1024 and found[rows // 2].count_nonzero() == 0
+
+
+def test_floats_are_read_from_whatever_type_and_place_they_have_and_changes_do_not_reach_the_file(tmp_path):
+    held = {
+        "a": torch.tensor([1.5, 2.5], dtype=torch.bfloat16),
+        "b": torch.tensor([[3.0], [4.0]]),
+        "c": torch.tensor([5.0], dtype=torch.float64),
+        "d": torch.zeros(0),
+    }
+    save_file(held, tmp_path / "aligned")
+    payload = held["b"].numpy().tobytes()
+    claim = {"b": {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]}}
+    header = json.dumps(claim).encode()
+    header += b" " * (3 - len(header) % 4)  # numbers begin at no multiple of four
+    (tmp_path / "odd").write_bytes(len(header).to_bytes(8, "little") + header + payload)
+    for file, names in (("aligned", "abcd"), ("odd", "b")):
+        before = (tmp_path / file).read_bytes()
+        found = tensors._floats(tmp_path / file, tensor_claims(tmp_path / file))
+        assert list(found) == list(names)
+        for name in names:
+            assert found[name].dtype == torch.float32 and torch.equal(found[name], held[name].float())
+            found[name].add_(1)
+        assert (tmp_path / file).read_bytes() == before

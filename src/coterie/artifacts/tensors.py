@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ MAX_TENSOR_FILE = 8 * 2**30  # bytes; an adapter of rank 256 on a 70B model is a
 MAX_HEADER = 2**24  # bytes; a tensor takes about a hundred
 FLOATS = ("F64", "F32", "F16", "BF16")
 LARGEST = 1e15  # squares of such numbers can still be summed in float32
+NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+"""Lets a file be mapped that is larger than the memory; Python knows its name from 3.13 on."""
 
 
 class Claim(NamedTuple):
@@ -42,7 +45,7 @@ def tensor_claims(path: Path, max_bytes: int = MAX_TENSOR_FILE) -> dict[str, Cla
     try:
         if header > min(size, MAX_HEADER):
             raise SafetensorError(f"its header would have {header:,} bytes")
-        with safe_open(path, framework="pt") as opened:
+        with safe_open(path, framework="np") as opened:  # by torch it would be mapped as if it were to be changed
             parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
             return {name: Claim(part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
     except (SafetensorError, OSError, ValueError) as error:
@@ -85,8 +88,6 @@ def read_floats(
         CoterieError: when one is missing, of another shape, holds no floating-point numbers, or some that are not
             finite or absurdly large; and as `tensor_claims`.
     """
-    from safetensors import safe_open
-
     claims = tensor_claims(path, max_bytes)
     for name, shape in wanted.items():
         if name not in claims and name not in optional:
@@ -98,8 +99,7 @@ def read_floats(
         if dtype not in FLOATS or not fits:
             wish = ", ".join("any" if length is None else str(length) for length in shape)
             raise CoterieError(f"{path}: tensor {name!r} is {dtype} of shape {found}, not floats of ({wish}); {advice}")
-    with safe_open(path, framework="pt") as opened:
-        tensors = {name: opened.get_tensor(name).float() for name in wanted if name in claims}
+    tensors = _floats(path, {name: claims[name] for name in wanted if name in claims})
     for name, tensor in tensors.items():
         extremes = tensor.aminmax() if tensor.numel() else ()  # NaN where one value is; nothing is copied
         largest = max((abs(float(value)) for value in extremes), default=0.0)
@@ -107,6 +107,31 @@ def read_floats(
             what = f"values of up to {largest:.1g}" if math.isfinite(largest) else "NaN or infinite values"
             raise CoterieError(f"{path}: tensor {name!r} holds {what}; {advice}")
     return tensors
+
+
+def _floats(path: Path, claims: Mapping[str, Claim]) -> dict[str, "torch.Tensor"]:
+    """Return tensors as float32, those that are in the file as pages of it, which changes do not reach."""
+    import torch
+    from safetensors import safe_open
+
+    with open_regular(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        begins = {name: 8 + length + header[name]["data_offsets"][0] for name in claims}
+        mapped = {
+            n for n, claim in claims.items() if claim.dtype == "F32" and 0 not in claim.shape and not begins[n] % 4
+        }
+        flags, allowed = mmap.MAP_PRIVATE | NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        pages = mmap.mmap(file.fileno(), 0, flags=flags, prot=allowed) if mapped else b""
+    found = {}
+    for name in mapped:
+        shape = claims[name].shape
+        values = torch.frombuffer(pages, dtype=torch.float32, count=math.prod(shape), offset=begins[name])
+        found[name] = values.view(shape)
+    if others := claims.keys() - mapped:
+        with safe_open(path, framework="pt") as opened:
+            found |= {name: opened.get_tensor(name).float() for name in others}
+    return {name: found[name] for name in claims}
 
 
 def new_matrix(path: Path, name: str, shape: tuple[int, int]) -> None:
