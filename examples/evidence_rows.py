@@ -88,9 +88,7 @@ def group(row: Mapping[str, Any]) -> str:
 
 def draw(data: Path, file: str, count: int, longest: int, seed: int, without: Collection[str] = ()) -> Rows:
     """Draw short rows of a file, none of whose group is among `without`; all of them where there are no more."""
-    lines = (data / f"{file}.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
-    rows = [json.loads(line) for line in lines]
-    short = [row for row in rows if len(row["instruction"]) + len(row["response"]) <= longest]
+    short = [row for row in read(data / f"{file}.jsonl") if len(row["instruction"]) + len(row["response"]) <= longest]
     new = [row for row in short if group(row) not in without]
     return random.Random(seed).sample(new, min(count, len(new)))
 
@@ -106,6 +104,11 @@ def draw_evenly(
     ]
     random.Random(seed).shuffle(drawn)
     return drawn
+
+
+def read(file: Path) -> Rows:
+    """Read rows of JSONL, in whose texts other line ends may stand."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").rstrip("\n").split("\n")]
 
 
 def write(file: Path, rows: Rows) -> None:
@@ -134,8 +137,7 @@ def write_mix(data: Path, place: Path, mix: Mix, seeds: Sequence[int], train: in
 
 def write_unlike(data: Path, place: Path, mix: Path, seeds: Sequence[int]) -> None:
     """Write rows of the kinds that a mix meets outside, none of which is among its tests."""
-    lines = (mix / "outside.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
-    tested = {group(json.loads(line)) for line in lines}
+    tested = {group(row) for row in read(mix / "outside.jsonl")}
     for seed in seeds:
         rows = draw_evenly(data, MIXES[UNLIKE].outside, UNLIKE_ROWS, MIXES[UNLIKE].longest, seed, tested)
         write(place / f"unlike-{seed}.jsonl", rows)
@@ -183,8 +185,7 @@ def write_influence(data: Path, place: Path, mix: Path, seeds: Sequence[int], te
     tests = draw(data, sets.inside[AIM], test, sets.longest, 1)
     write(place / "test.jsonl", tests)
     for seed in seeds:
-        lines = (mix / f"train-{seed}.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
-        without = {group(row) for row in [*tests, *map(json.loads, lines)]}
+        without = {group(row) for row in [*tests, *read(mix / f"train-{seed}.jsonl")]}
         aimed = draw(data, sets.train[AIM], AIMED, sets.longest, seed, without)
         write(place / f"aimed-{seed}.jsonl", aimed)
         without |= {group(row) for row in aimed}
