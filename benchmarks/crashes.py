@@ -103,13 +103,12 @@ def kill_server(start: Path, work: Path) -> Callable[[int], Met]:
                 for thread in asking:
                     thread.start()
                 time.sleep(kill_after)
-                os.kill(process.pid or 0, signal.SIGKILL)
+                process.kill()
                 for thread in asking:
                     thread.join()
                 return ""
         finally:
-            with suppress(ProcessLookupError):
-                os.kill(process.pid or 0, signal.SIGKILL)
+            process.kill()
             process.join()
 
     wanted = run(None)

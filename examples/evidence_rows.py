@@ -75,9 +75,9 @@ SKILLS = {
 }
 """The tasks of recruiting: what experts are profiled on, and tested on."""
 UNLIKE, UNLIKE_ROWS = "general", 60
-"""The mix whose refusal is calibrated on rows from outside, and how many of these are given."""
-INFLUENCED, AIM, AIMED = "general", "commonsenseqa", 20
-"""The mix whose runs tell influence, the set that is aimed at, and how many of its rows are known."""
+"""The mix whose refusal is calibrated on rows from outside, and how many of these are given; its runs tell influence."""
+AIM, AIMED = "commonsenseqa", 20
+"""The set that rows are chosen for by influence, and how many of its rows are known."""
 BANK_ROWS, LONGEST, ALL = 160, 500, 10**9  # rows of every adapter of the bank; characters of a row; rows of a file
 
 
@@ -181,7 +181,7 @@ def write_influence(data: Path, place: Path, mix: Path, seeds: Sequence[int], te
 
     None of them is among the rows that the mix's runs were trained on.
     """
-    sets = MIXES[INFLUENCED]
+    sets = MIXES[UNLIKE]
     tests = draw(data, sets.inside[AIM], test, sets.longest, 1)
     write(place / "test.jsonl", tests)
     for seed in seeds:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from evidence_rows import INFLUENCED, MIXES, UNLIKE, write_influence, write_kshot, write_mix, write_skills, write_unlike
+from evidence_rows import MIXES, UNLIKE, write_influence, write_kshot, write_mix, write_skills, write_unlike
 from task_bank import SETS
 
 EXTRAS = {
@@ -83,13 +83,19 @@ def mix_steps(plan: Plan, part: str) -> Iterator[Step]:
             yield evaluated(plan, run, place / f"{side}.jsonl", place / f"{side}-{seed}", *told)
 
 
-def unlike_steps(plan: Plan) -> Iterator[Step]:
-    """Yield the fits of a mix, told some rows of the kinds that come from outside, and what refuses by them."""
+def told_unlike(plan: Plan) -> Iterator[tuple[int, Step]]:
+    """Yield for each seed the fit of a mix that is told some rows of the kinds that come from outside."""
     mix, place = plan.output / UNLIKE, plan.output / "unlike"
     write_mix(plan.data, mix, MIXES[UNLIKE], plan.seeds, plan.flags.train, plan.flags.test)
     write_unlike(plan.data, place, mix, plan.seeds)
     for seed in plan.seeds:
-        step = fitted(plan, UNLIKE, seed, "unlike", "--unlike", str(place / f"unlike-{seed}.jsonl"))
+        yield seed, fitted(plan, UNLIKE, seed, "unlike", "--unlike", str(place / f"unlike-{seed}.jsonl"))
+
+
+def unlike_steps(plan: Plan) -> Iterator[Step]:
+    """Yield these fits, and evaluations of what refuses by them."""
+    mix, place = plan.output / UNLIKE, plan.output / "unlike"
+    for seed, step in told_unlike(plan):
         yield step
         for side in sides(UNLIKE):
             told = ("--methods", ",".join(REFUSING), "--control", "base")
@@ -174,17 +180,17 @@ def recruit_steps(plan: Plan) -> Iterator[Step]:
 
 def influence_steps(plan: Plan) -> Iterator[Step]:
     """Yield the choice of rows by influence and by meaning, and adapters trained on these and on random rows."""
-    mix, place, count = plan.output / INFLUENCED, plan.output / "influence", plan.flags.budget
-    write_mix(plan.data, mix, MIXES[INFLUENCED], plan.seeds, plan.flags.train, plan.flags.test)
-    write_influence(plan.data, place, mix, plan.seeds, plan.flags.test, plan.flags.train, count)
-    for seed in plan.seeds:
-        yield fitted(plan, INFLUENCED, seed)
+    place, count = plan.output / "influence", plan.flags.budget
+    fits = dict(told_unlike(plan))
+    write_influence(plan.data, place, plan.output / UNLIKE, plan.seeds, plan.flags.test, plan.flags.train, count)
+    for seed, fit in fits.items():
+        yield fit
         aimed, many = (str(place / f"{name}-{seed}.jsonl") for name in ("aimed", "many"))
         near, chosen = place / f"near-{seed}", {}
         told = ("--target", aimed, "--data", many, "--share", str(count / plan.flags.train))
         for geometry in ("adam", "subspace"):
             helpful = place / f"{geometry}-{seed}"
-            words = ("influence", str(mix / f"run-{seed}"), *told, "--geometry", geometry)
+            words = ("influence", str(fit.output), *told, "--geometry", geometry)
             yield Step((*words, "--output", str(helpful)), helpful)
             chosen[geometry] = helpful / "chosen.jsonl"
         words = ("gather", "--shots", aimed, "--pool", many, "--budget", str(count))

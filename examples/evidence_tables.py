@@ -14,7 +14,7 @@ from coterie.evaluation.statistics import holm, mean_difference, ratio_interval,
 from coterie.records.evaluation import RowRecord
 from coterie.records.files import read_evaluation
 
-BASE, ORACLE = "base", "oracle"
+BACKBONE, BASE, ORACLE = "backbone", "base", "oracle"
 PAPER = {
     **{"per-dataset": "+2.1%", "moe-routing": "+1.0%", "mole": "-3.3%", "lora-ensembles": "+5.1%"},
     **{"instruction-embedding": "+4.6%", "random-cluster": "+9.1%", "uniform-weights": "+8.3%", "elrea": "+9.7%"},
@@ -111,10 +111,13 @@ def _compared(
 
 
 def _share(measure: Measured, method: str) -> str:
-    """Return the share of the oracle's gain over the base that a method has; that of random clusters' is luck."""
+    """Return the share of the oracle's gain over the base that a method has; that of random clusters' is luck.
+
+    The backbone, which was not trained at all, and the oracle itself have none.
+    """
     base, own, oracle = (measure.values[name].mean(axis=0) for name in (BASE, method, ORACLE))
     above, below = measure.weights * (base - own), measure.weights * (base - oracle)
-    if method == ORACLE or below.sum() <= 0:
+    if method in (BACKBONE, ORACLE) or below.sum() <= 0:
         return ""
     low, high = ratio_interval(above, below)
     return f"{above.sum() / below.sum():.0%} [{low:.0%}, {high:.0%}]"

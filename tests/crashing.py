@@ -235,8 +235,9 @@ def disturb(
         process = started(words, folder, [*disk, *conditions])
         if isinstance(trouble, int):
             time.sleep(chance.uniform(0, 0.6 * seconds))
+            assert process.pid is not None  # it was started
             with suppress(ProcessLookupError):
-                os.kill(process.pid or 0, trouble)
+                os.kill(process.pid, trouble)
         process.join(120)
         writable(folder)
         if process.exitcode == 0:  # it was faster, or found room enough

@@ -114,7 +114,7 @@ def test_shots_are_known_to_their_targets_own_adapter_alone_and_neither_tests_no
 
 
 def test_influence_chooses_among_rows_that_are_neither_trained_on_nor_aimed_at_nor_tested(rows_module, plan):
-    mix = rows_module.MIXES[rows_module.INFLUENCED]
+    mix = rows_module.MIXES[rows_module.UNLIKE]
     rows_module.write_mix(plan.data, plan.output / "mix", mix, [0], 24, 12)
     rows_module.write_influence(plan.data, plan.output, plan.output / "mix", [0], 8, 12, 6)
     parts = {name: read(plan.output / f"{name}-0.jsonl") for name in ("aimed", "many", "random")}
