@@ -75,7 +75,7 @@ SKILLS = {
 }
 """The tasks of recruiting: what experts are profiled on, and tested on."""
 UNLIKE, UNLIKE_ROWS = "general", 60
-"""The mix whose refusal is calibrated on rows from outside, and how many of these are given; its runs tell influence."""
+"""The mix whose refusal is told rows from outside, and how many of these are given; its runs tell influence."""
 AIM, AIMED = "commonsenseqa", 20
 """The set that rows are chosen for by influence, and how many of its rows are known."""
 BANK_ROWS, LONGEST, ALL = 160, 500, 10**9  # rows of every adapter of the bank; characters of a row; rows of a file

@@ -1,6 +1,7 @@
 """`coterie fit auto` trains, judges, compares and writes a mixture of what evidence chose, with its reasons."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from coterie.evaluation.clusters import feature_map
 from coterie.experts.names import BASE
 from coterie.methods import common
 from coterie.methods.elrea import fit
+from coterie.methods.elrea.extras import EXTRAS
+from coterie.methods.elrea.fitted_routers import unlike_rows
 from coterie.methods.elrea.run import ElreaRun, within_budget
-from coterie.methods.extras import load_extra, read_losses
+from coterie.methods.extras import load_extra, prepare_extras, read_losses
 from coterie.methods.registry import make_grid
 from coterie.mixture import Mixture
 from coterie.records.auto import AutoRecord
@@ -197,6 +200,26 @@ def test_a_budget_for_fewer_rows_than_clusters_is_refused_at_once(model_folder, 
     ):
         coterie.auto(str(model_folder), str(train_file), output=tmp_path / "run", device="cpu", budget=100, **FIT)
     assert not (tmp_path / "run").exists() and not (tmp_path / "run.partial").exists()
+
+
+def test_prompts_are_compared_with_unlike_rows_that_are_given_and_not_with_those_that_come_along(
+    folder, opened, train_file, tmp_path
+):
+    for name in ("refusal", "loss", "prefill"):
+        assert load_extra(opened.mixture, name).router.familiarity.strangers is None
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    for name in ("unlike", "loss", "prefill"):
+        shutil.rmtree(copy / "methods" / name)
+    mixture = Mixture.from_pretrained(copy, device="cpu")
+    run = ElreaRun.open(mixture, ExtrasSettings(unlike=str(train_file)))
+    made = prepare_extras(run, ("loss", "prefill"), EXTRAS, in_run=True)
+    seen = unlike_rows(run)
+    torch.testing.assert_close(made["loss"].router.familiarity.strangers, seen.gradients)
+    losses = read_losses(load_extra(mixture, "judged"))
+    wrapped = [way.router for way in candidates.ways(run, losses, 0.1) if isinstance(way.router, RefusalRouter)]
+    for router in (*wrapped, *(made[name].router for name in ("loss", "prefill"))):
+        assert len(router.familiarity.strangers) == len(seen.gradients) == 36
 
 
 def test_unlike_rows_that_are_not_there_are_told_before_anything_is_trained(model_folder, train_file, tmp_path):

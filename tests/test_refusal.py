@@ -145,6 +145,30 @@ def test_new_rows_of_a_kind_are_as_familiar_as_the_training_rows():
     assert float((whole(new) >= low).float().mean()) == pytest.approx(0.9, abs=0.05)
 
 
+def test_what_is_nearer_to_a_stranger_than_to_any_row_is_three_times_less_familiar_for_it():
+    """Written out: by the nearest row and the nearest stranger, of which none is the prompt itself."""
+    rows, strangers, others = normal(30, 8, seed=1), normal(20, 8, seed=2), normal(40, 8, seed=3)
+    prompts = torch.cat([others, rows[:2], strangers[:2]])
+    plain, told = Familiarity.of(rows), Familiarity.of(rows, strangers=strangers)
+    counted = 0
+    for prompt, before, found in zip(prompts, plain(prompts).tolist(), told(prompts).tolist(), strict=True):
+        own, strange = (min(d for d in distances(prompt, known) if d > 1e-6) for known in (rows, strangers))
+        assert found == pytest.approx(before - 3 * max(0.0, math.log(own / strange)), abs=1e-4)
+        counted += own > strange
+    assert 10 < counted < 34
+
+
+def test_strangers_that_hide_among_the_rows_of_a_loose_kind_are_told_once_some_of_them_are_known():
+    """Rows of one loose kind; strangers of a tight one around what is most like a row, until some of them are given."""
+    rows, own = normal(200, 16, seed=1), normal(200, 16, seed=4)
+    plain = Familiarity.of(rows)
+    given, new = (own[plain(own).argmax()] + 0.1 * normal(60, 16, seed=3)).split(30)
+    for familiarity, wanted in ((plain, 1.0), (Familiarity.of(rows, strangers=given), 0.0)):
+        low = familiarity(rows).quantile(0.1)
+        assert float((familiarity(new) >= low).float().mean()) == wanted
+        assert float((familiarity(own) >= low).float().mean()) == pytest.approx(0.9, abs=0.05)
+
+
 def test_the_scale_of_features_does_not_matter():
     rows, prompts = normal(20, 16, seed=1), normal(3, 16, seed=2)
     torch.testing.assert_close(Familiarity.of(7 * rows)(7 * prompts), Familiarity.of(rows)(prompts))
@@ -176,6 +200,9 @@ def test_mixtures_of_before_compare_rows_around_their_mean():
     for broken in ({}, {"spread": torch.ones(39)}, {"centre": torch.ones(15)}):
         with pytest.raises(ValueError, match="a spread for each of them, or a centre"):
             Familiarity.read({"rows": rows, **broken})
+    for shape in ((0, 16), (3, 15)):
+        with pytest.raises(ValueError, match="cannot be compared with rows"):
+            Familiarity.read({"rows": rows, "spread": torch.ones(40), "strangers": torch.ones(shape)})
 
 
 # --------------------------------------------------------------------------------------------------------- the router
@@ -277,6 +304,7 @@ def test_calibrating_by_losses_gives_the_gain_per_row_in_nats_over_all_its_token
         (rows, alone.expand(3, -1), inside),
         (torch.tensor([[-1.0, 1.0]]), alone, outside),
         described(rows),
+        expected=False,
     )
     assert found.calibration.inside.gain.tolist() == pytest.approx([1.0, 2.0, 3.0])
     assert found.calibration.outside.gain.tolist() == pytest.approx([-3.0])

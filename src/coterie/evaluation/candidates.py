@@ -57,7 +57,7 @@ class _Tried(NamedTuple):
 
 def ways(run: ElreaRun, losses: CrossFitLosses, caution: float) -> Iterator[Way]:
     """Yield all candidates, the base adapter first; those that look at prompts refuse unfamiliar ones."""
-    names, other = losses.experts, fitted_routers.unlike_rows(run).losses
+    names, unlike = losses.experts, fitted_routers.unlike_rows(run)
     alone = one_hot(BASE, names)
     yield Way(BASE, alone, _same(alone, len(losses.nll)), 1.0)
     if (best := losses.best_single()) != BASE:
@@ -73,8 +73,8 @@ def ways(run: ElreaRun, losses: CrossFitLosses, caution: float) -> Iterator[Way]
                 cut = keep_top(router, top)
                 own = Routing(names, own).top(top).normalized().weights
                 outer = outer.top(top).normalized()
-            sides = (read.inside, own, losses), (read.outside, outer.aligned(names).weights, other)
-            refusal = fitted_routers.calibrated(cut, *sides, read.extractor, caution)
+            sides = (read.inside, own, losses), (read.outside, outer.aligned(names).weights, unlike.losses)
+            refusal = fitted_routers.calibrated(cut, *sides, read.extractor, caution, expected=unlike.expected)
             answered = refusal.calibration.inside.familiarity >= refusal.threshold
             weights = torch.where(answered[:, None], own, _same(alone, len(own)))
             yield Way(name if top is None else f"{name}:top_k={top}", refusal, weights, 1 + read.cost)

@@ -111,12 +111,13 @@ class ExtraSpec(Generic[AnyRun]):
 
 @dataclass(frozen=True)
 class Extra:
-    """An extra, loaded: its experts, its router if it has one, and the seconds that its training took."""
+    """An extra, loaded: its experts, its router if it has one, how long its training took, and how it was trained."""
 
     bank: ExpertBank
     router: Router | None
     folder: Path
     seconds: float
+    settings: Mapping[str, Any]
 
 
 def prepare_extras(
@@ -215,7 +216,7 @@ def load_extra(mixture: Mixture, name: str) -> Extra:
         known = ExpertBank((*own.names, *bank.names), (*own.adapters, *bank.adapters))  # gates may weigh either's
         parts = RouterParts(folder / "router", mixture.folder, mixture.backbone, known)
         router = load_router(record.router.plain(), parts) if record.router else None
-    return Extra(bank, router, folder, record.seconds)
+    return Extra(bank, router, folder, record.seconds, record.settings)
 
 
 def read_losses(extra: Extra) -> CrossFitLosses:

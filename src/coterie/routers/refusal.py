@@ -2,6 +2,8 @@
 
 A prompt's familiarity is how near it lies to training rows, beside how near these lie to their own nearest ones: the
 local outlier factor (Breunig et al. 2000, "LOF: Identifying Density-Based Local Outliers") in its simplified form.
+Where rows of the kinds that come from outside are known, what lies nearer to them than to training rows is the less
+familiar for it.
 Below which familiarity the mixture stays out is calibrated on what it gained over that expert: on rows like the
 training data, by copies that were not trained on them, and on unlike ones.
 """
@@ -29,6 +31,8 @@ CAUTION = 0.1
 """The share of its gain on familiar rows that a mixture may lose by staying out."""
 HARM = 1e-3
 """Nats by which a row counts as harmed: less is rounding."""
+STRANGENESS = 3.0
+"""How many times it counts against a prompt that it is nearer to a stranger than to a training row, as a logarithm."""
 MOST_ROWS = 2000  # that are kept to compare with, drawn evenly
 FOLDED = 1024  # dimensions that gradient features are compared in: 2,000 rows are 8 MB
 
@@ -89,66 +93,93 @@ class Familiarity(NamedTuple):
         rows: their features.
         spread: the mean distance of each, 1 - cosine, to its nearest ones.
         centre: None; mixtures that were fitted when rows were compared around their mean have it, and no spread.
+        strangers: features of rows that are none of these kinds; None where nobody told which come.
     """
 
     rows: Float[Tensor, "row dimension"]
     spread: Float[Tensor, " row"] | None
     centre: Float[Tensor, " dimension"] | None = None
+    strangers: Float[Tensor, "stranger dimension"] | None = None
 
     @classmethod
-    def of(cls, features: Float[Tensor, "row dimension"], seed: int = 0) -> "Familiarity":
-        """Keep `MOST_ROWS` of the rows at most."""
-        short = _short(features)
-        order = torch.randperm(len(short), generator=torch.Generator().manual_seed(seed))
-        kept = short[order[:MOST_ROWS].sort().values]
-        return cls(kept, _near(kept, kept, torch.ones(len(kept)))[0].float())
+    def of(
+        cls,
+        features: Float[Tensor, "row dimension"],
+        seed: int = 0,
+        strangers: Float[Tensor, "stranger dimension"] | None = None,
+    ) -> "Familiarity":
+        """Keep `MOST_ROWS` of the rows at most, and of the strangers, if some are told."""
+        kept, others = (None if own is None else _drawn(_short(own), seed) for own in (features, strangers))
+        assert kept is not None
+        spread = _near(_distances(kept, kept), torch.ones(len(kept)))[0]
+        return cls(kept, spread.float(), strangers=others)
 
     def __call__(self, features: Float[Tensor, "row dimension"]) -> Float[Tensor, " row"]:
         """Return the logarithm of how much nearer the nearest rows are to their own nearest ones than to each prompt.
 
-        So it is about 0 for rows like these, and less for others. A row that equals one of these is not compared with
-        it: training rows are as familiar as new ones of their kind.
+        So it is about 0 for rows like these, and less for others. By `STRANGENESS` times as much it is less where the
+        nearest stranger is nearer than the nearest row. A row that equals one of these, or a stranger, is not compared
+        with it: training rows are as familiar as new ones of their kind.
         """
         if self.centre is not None:
             return _around(self.centre, self.rows, _short(features))
         assert self.spread is not None  # as there is no centre
-        distance, spread = _near(_short(features), self.rows, self.spread)
-        return (spread / distance).log().float()
+        short = _short(features)
+        distances = _distances(short, self.rows)
+        distance, spread = _near(distances, self.spread)
+        found = (spread / distance).log()
+        if self.strangers is not None:
+            own, strange = (_nearest(near) for near in (distances, _distances(short, self.strangers)))
+            found -= STRANGENESS * (own / strange).log().clamp(min=0)
+        return found.float()
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor]) -> "Familiarity":
         """Take it from tensors of these names.
 
         Raises:
-            ValueError: when they hold neither a spread for each row nor a centre of the rows' dimensions.
+            ValueError: when they hold neither a spread for each row nor a centre of the rows' dimensions, or strangers
+                of other dimensions.
         """
-        rows, spread, centre = (tensors.get(name) for name in cls._fields)
+        rows, spread, centre, strangers = (tensors.get(name) for name in cls._fields)
         assert rows is not None  # whoever read the file has asked for them
         if (spread is None or len(spread) != len(rows)) and (centre is None or len(centre) != rows.shape[1]):
             raise ValueError("familiar rows need a spread for each of them, or a centre")
-        return cls(rows, spread, centre)
+        if strangers is not None and not (len(strangers) and strangers.shape[1] == rows.shape[1]):
+            raise ValueError(f"strangers of shape {tuple(strangers.shape)} cannot be compared with rows")
+        return cls(rows, spread, centre, strangers)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what `read` takes."""
         return {name: own for name, own in self._asdict().items() if own is not None}
 
 
-def _near(
-    features: Float[Tensor, "row dimension"], known: Float[Tensor, "other dimension"], spread: Float[Tensor, " other"]
-) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
-    """Return every row's mean distance to the nearest known ones, but itself, and the mean of their own spreads.
-
-    Who has nobody but itself is as far as what has nothing in common, 1. Sums are in float64, where equal rows are told
-    from rows that nearly are.
-    """
+def _distances(
+    features: Float[Tensor, "row dimension"], known: Float[Tensor, "other dimension"]
+) -> Float[Tensor, "row other"]:
+    """Return 1 - cosine to every known row, and inf to the row itself; in float64, where equal rows are told."""
     unit, others = (torch.nn.functional.normalize(own.double(), dim=-1) for own in (features, known))
     distances = 1 - unit @ others.T
-    nearest = distances.masked_fill(distances < SAME, torch.inf).topk(min(NEIGHBOURS, len(known)), largest=False)
+    return distances.masked_fill(distances < SAME, torch.inf)
+
+
+def _near(
+    distances: Float[Tensor, "row other"], spread: Float[Tensor, " other"]
+) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
+    """Return every row's mean distance to the nearest known ones, and the mean of their own spreads.
+
+    Who has nobody but itself is as far as what has nothing in common, 1.
+    """
+    nearest = distances.topk(min(NEIGHBOURS, distances.shape[1]), largest=False)
     counted = nearest.values.isfinite()
     count, alone = counted.sum(dim=1).clamp(min=1), ~counted.any(dim=1)
     found = (torch.where(counted, own, 0.0).sum(dim=1) / count for own in (nearest.values, spread[nearest.indices]))
     distance, around = (own.masked_fill(alone, 1.0) for own in found)
     return distance, around
+
+
+def _nearest(distances: Float[Tensor, "row other"]) -> Float[Tensor, " row"]:
+    return distances.amin(dim=1).nan_to_num(posinf=1.0)  # who has nobody but itself, as in `_near`
 
 
 def _around(
@@ -161,6 +192,12 @@ def _around(
     nearest = found.masked_fill(found > 1 - 1e-5, -torch.inf).topk(min(5, len(rows)), dim=1).values
     known = nearest.isfinite()
     return torch.where(known, nearest, 0.0).sum(dim=1) / known.sum(dim=1).clamp(min=1)
+
+
+def _drawn(rows: Float[Tensor, "row dimension"], seed: int) -> Float[Tensor, "kept dimension"]:
+    """Draw `MOST_ROWS` of the rows at most, in their order."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return rows[order[:MOST_ROWS].sort().values]
 
 
 def _short(features: Float[Tensor, "row dimension"]) -> Float[Tensor, "row folded"]:
@@ -272,8 +309,9 @@ class RefusalRouter(Wrapper):
         """Build it from its entry and its tensors, around the router that was built already."""
         if parts.inner is None:
             raise KeyError("of")
-        wanted = {"rows": (None, None), "spread": (None,), "centre": (None,), "inside": (2, None), "outside": (2, None)}
-        optional = ["spread", "centre", "outside"]
+        seen = {"inside": (2, None), "outside": (2, None)}
+        wanted = {"rows": (None, None), "spread": (None,), "centre": (None,), "strangers": (None, None), **seen}
+        optional = ["spread", "centre", "strangers", "outside"]
         tensors = read_floats(parts.folder / "refusal.safetensors", wanted, "fit again", optional=optional)
         extractor = load_extractor(record, parts) if "description" in record else None
         outside = Observed(*tensors.get("outside", torch.zeros(2, 0)))

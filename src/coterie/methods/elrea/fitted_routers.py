@@ -79,9 +79,17 @@ def _write_losses(losses: CrossFitLosses, into: RunFolder) -> None:
 
 
 class UnlikeRows(NamedTuple):
-    """Rows that are unlike the training data: losses of the experts, gradient features, states of the prefill."""
+    """Rows that are unlike the training data.
+
+    Attributes:
+        losses: of the experts.
+        expected: whether prompts like these are to come, as they were given; those that come along are a mere sample.
+        gradients: their gradient features.
+        states: those of their prefill.
+    """
 
     losses: CrossFitLosses
+    expected: bool
     gradients: Float[Tensor, "row dimension"]
     states: Float[Tensor, "row layer pooling width"]
 
@@ -91,7 +99,8 @@ def unlike_rows(run: ElreaRun) -> UnlikeRows:
     extra = load_extra(run.mixture, UNFAMILIAR)
     losses = read_losses(extra)
     wanted = {"gradients": (len(losses.tokens), None), "states": (len(losses.tokens), None, len(POOLINGS), None)}
-    return UnlikeRows(losses, **read_floats(extra.folder / FEATURES, wanted, f"delete {extra.folder}"))
+    expected = extra.settings.get("unlike") is not None
+    return UnlikeRows(losses, expected, **read_floats(extra.folder / FEATURES, wanted, f"delete {extra.folder}"))
 
 
 # ------------------------------------------------------------------------------------------------ refusing prompts
@@ -103,6 +112,8 @@ def calibrated(
     outside: tuple[Float[Tensor, "other dimension"], Float[Tensor, "other expert"], CrossFitLosses],
     extractor: FeatureExtractor | None = None,
     caution: float = CAUTION,
+    *,
+    expected: bool,
 ) -> RefusalRouter:
     """Wrap a router so that unfamiliar prompts go to the base adapter.
 
@@ -112,8 +123,10 @@ def calibrated(
         outside: the same of unlike rows.
         extractor: of these features, where the router does not read them itself.
         caution: the share of its gain inside that the mixture may lose.
+        expected: whether prompts like the unlike rows are to come. Prompts are compared with them then; a sample of all
+            there is would rather part rows of its own kinds from the training data.
     """
-    familiarity = Familiarity.of(inside[0])
+    familiarity = Familiarity.of(inside[0], strangers=outside[0] if expected else None)
     seen = [Observed(familiarity(features), gain(losses, weights)) for features, weights, losses in (inside, outside)]
     return RefusalRouter(router, familiarity, Calibration(*seen), BASE, caution, extractor)
 
@@ -135,7 +148,7 @@ def refusing(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     losses = read_losses(load_extra(run.mixture, JUDGED))
     inside = (run.features, unseen_weights(run, elrea_of, losses), losses)
     outside = (other.gradients, weights_of(router, other.gradients, other.losses), other.losses)
-    refusal = calibrated(router, inside, outside)
+    refusal = calibrated(router, inside, outside, expected=other.expected)
     _tell_refusals(refusal)
     return TrainedExtra({}, refusal)
 
@@ -275,7 +288,8 @@ def _by_loss(
     with_mlp: bool = False,
 ) -> TrainedExtra:
     """Fit to the best of several kinds of features, of training rows and unlike ones; `extractor` makes a kind's."""
-    losses, other = read_losses(load_extra(run.mixture, JUDGED)), unlike_rows(run).losses
+    losses, unlike = read_losses(load_extra(run.mixture, JUDGED)), unlike_rows(run)
+    other = unlike.losses
     centred = [own - own.mean(dim=0) for own, _ in tried]
     fitted = fit_loss_router(centred, losses, seed=run.settings.seed, with_mlp=with_mlp)
     place, regression, penalty, sharpness = fitted.chosen
@@ -286,7 +300,7 @@ def _by_loss(
     logger.info("%s router: %s, penalty %g, sharpness %g, expected NLL %.4f", *told)
     write_tensors(into.path / HELD_OUT, HeldOut(features, unlike_features, fitted.weights)._asdict())
     outside = (unlike_features, weights_of(router, unlike_features, other), other)
-    refusal = calibrated(router, (features, fitted.weights, losses), outside)
+    refusal = calibrated(router, (features, fitted.weights, losses), outside, expected=unlike.expected)
     _tell_refusals(refusal)
     return TrainedExtra({}, refusal, {"head": head, "penalty": penalty, "expected_nll": fitted.expected_nll})
 
