@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from coterie.evaluation.choice import Candidate, choose
 from coterie.evaluation.clusters import feature_map
 from coterie.experts.names import BASE
 from coterie.methods import common
-from coterie.methods.elrea import fit
+from coterie.methods.elrea import fit, fitted_routers
 from coterie.methods.elrea.extras import EXTRAS
 from coterie.methods.elrea.fitted_routers import unlike_rows
 from coterie.methods.elrea.run import ElreaRun, within_budget
@@ -27,6 +28,7 @@ from coterie.routers.fixed import FixedRouter
 from coterie.routers.loss import CrossFitLosses
 from coterie.routers.refusal import RefusalRouter
 from coterie.settings.groups import ExtrasSettings
+from helpers import normal
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +121,7 @@ def test_a_saved_copy_keeps_the_reasons(folder, tmp_path):
 # ------------------------------------------------------------------------------------- made-up losses, known answers
 
 
-def made_up(opened: ElreaRun, planted: float) -> tuple[CrossFitLosses, AutoRecord]:
+def made_up(opened: ElreaRun, planted: float) -> CrossFitLosses:
     """Losses of experts that are good at the rows of their own clusters by `planted` nats, and else noise."""
     names, labels = opened.mixture.bank.names, torch.tensor(opened.labels)
     generator = torch.Generator().manual_seed(0)
@@ -143,6 +145,27 @@ def test_routing_is_chosen_where_experts_are_good_at_their_own_rows(opened):
 
 def test_the_base_is_chosen_where_experts_are_noise(opened):
     assert chosen(opened, made_up(opened, 0.0)) == BASE
+
+
+@pytest.mark.parametrize("harm", [0.5, 0.0, -0.5])
+def test_the_single_best_expert_refuses_where_it_does_harm_on_unlike_rows_and_else_costs_nothing(
+    opened, monkeypatch, harm
+):
+    """Alone it would be the cheapest of all that beat the base adapter, whatever it does to strangers."""
+    losses, unlike = made_up(opened, 0.0), unlike_rows(opened)
+    losses.nll[:, losses.experts.index("cluster-0")] -= 0.5
+    nll = 2 + 0.1 * normal(*unlike.losses.nll.shape)
+    nll[:, losses.experts.index("cluster-0")] += harm
+    other = replace(unlike.losses, nll=nll, pairs=(nll[:, :, None] + nll[:, None, :]) / 2)
+    monkeypatch.setattr(fitted_routers, "unlike_rows", lambda run: unlike._replace(losses=other))
+    single = next(way for way in candidates.ways(opened, losses, 0.1) if way.name == "best-single")
+    if harm > 0:
+        assert isinstance(single.router, RefusalRouter) and single.cost > 1
+        assert single.router.router.weights["cluster-0"] == 1
+        refused = single.router.calibration.outside.familiarity < single.router.threshold
+        assert refused.float().mean() > 0.5
+    else:
+        assert isinstance(single.router, FixedRouter) and single.cost == 1
 
 
 def recorded(**facts) -> AutoRecord:

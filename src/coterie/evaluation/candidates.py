@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from coterie.evaluation.statistics import sign_flip_test
 from coterie.experts.names import BASE
 from coterie.features.growing_text import FeatureExtractor
 from coterie.methods.elrea import fitted_routers
@@ -15,6 +16,7 @@ from coterie.methods.elrea.fitted_routers import HeldOut, unseen_weights
 from coterie.methods.elrea.run import ElreaRun
 from coterie.methods.elrea.score_tables import Described, ariadne_of, avengers_of, lorauter_of
 from coterie.methods.extras import load_extra
+from coterie.records.evaluation import LEVEL
 from coterie.routers.base import Router, Routing
 from coterie.routers.derived import keep_top
 from coterie.routers.fixed import FixedRouter, one_hot, uniform
@@ -23,6 +25,7 @@ from coterie.routers.refusal import RefusalRouter
 
 EXTRAS_USED = ("performance", "membership", "refusal", "loss", "prefill")
 TOPS = (1, 2)
+SINGLE = "best-single"
 
 
 class Way(NamedTuple):
@@ -56,17 +59,18 @@ class _Tried(NamedTuple):
 
 
 def ways(run: ElreaRun, losses: CrossFitLosses, caution: float) -> Iterator[Way]:
-    """Yield all candidates, the base adapter first; those that look at prompts refuse unfamiliar ones."""
+    """Yield all candidates, the base adapter first; those that look at prompts refuse unfamiliar ones.
+
+    The single best expert looks at none, unless it is significantly worse than the base adapter on unlike rows.
+    """
     names, unlike = losses.experts, fitted_routers.unlike_rows(run)
     alone = one_hot(BASE, names)
     yield Way(BASE, alone, _same(alone, len(losses.nll)), 1.0)
-    if (best := losses.best_single()) != BASE:
-        unseen = torch.zeros_like(losses.nll)
-        for own, others in fitted_routers.fifths(run):
-            unseen[own] = _same(one_hot(losses.take(others).best_single(), names), len(own))
-        yield Way("best-single", one_hot(best, names), unseen, 1.0)
     for name, (router, read, inside, outside) in _tried(run, losses).items():
-        tops = () if name in ("uniform", "ariadne") else (k for k in TOPS if k < len(outside.experts))
+        if name == SINGLE and not _harms(outside.aligned(names).weights, unlike.losses):
+            yield Way(name, router, inside, 1.0)
+            continue
+        tops = () if name in ("uniform", "ariadne", SINGLE) else (k for k in TOPS if k < len(outside.experts))
         for top in (None, *tops):
             cut, own, outer = router, inside, outside.normalized()
             if top is not None:
@@ -91,6 +95,11 @@ def _tried(run: ElreaRun, losses: CrossFitLosses) -> dict[str, _Tried]:
     even = uniform(losses.experts)
     outside = Routing(losses.experts, _same(even, len(states.outside)))
     found = {"uniform": _Tried(even, apart, _same(even, len(losses.nll)), outside)}
+    if (best := losses.best_single()) != BASE:
+        unseen, alone = torch.zeros_like(losses.nll), one_hot(best, losses.experts)
+        for own, others in fitted_routers.fifths(run):
+            unseen[own] = _same(one_hot(losses.take(others).best_single(), losses.experts), len(own))
+        found[SINGLE] = _Tried(alone, apart, unseen, Routing(losses.experts, _same(alone, len(states.outside))))
 
     def fitted(router: Router, own: _Read, build: Callable[[ElreaRun, Tensor], Router], seen: Tensor) -> _Tried:
         return _Tried(router, own, unseen_weights(run, build, losses, seen), router.weigh(own.outside))
@@ -111,6 +120,13 @@ def _tried(run: ElreaRun, losses: CrossFitLosses) -> dict[str, _Tried]:
     found["elrea"] = fitted(run.router, gradients, fitted_routers.elrea_of, run.features)
     found["loss"] = regressed("loss", gradients, fitted_routers.held_out(run, "loss"))
     return found
+
+
+def _harms(weights: Float[Tensor, "row expert"], losses: CrossFitLosses) -> bool:
+    """Tell whether a mixture is significantly worse than the base adapter on rows."""
+    mixed, base = losses.mixture_nll(weights), losses.nll[:, losses.experts.index(BASE)]
+    worse = losses.mean(mixed) > losses.mean(base)
+    return worse and sign_flip_test(mixed.tolist(), base.tolist(), weights=losses.tokens.tolist()) < LEVEL
 
 
 def _same(router: FixedRouter, count: int) -> Float[Tensor, "row expert"]:
