@@ -272,11 +272,13 @@ def test_gates_inside_layers_are_not_wrapped(wrapped):
         RefusalRouter(InLayers(), wrapped.familiarity, wrapped.calibration, "base")
 
 
-def test_a_refusal_around_a_router_that_reads_something_else_is_saved_with_its_own_features(mixture, tmp_path):
+@pytest.mark.parametrize("told", [[], ["What is the capital of Peru?", "Who was Nero?"]])
+def test_a_refusal_around_a_router_that_reads_something_else_is_saved_with_its_own_features(mixture, tmp_path, told):
     features = mixture.router.features
+    strangers = features(mixture.tokens(told)) if told else None
     router = RefusalRouter(
         FixedRouter(dict.fromkeys(mixture.bank.names, 0.25)),
-        Familiarity.of(features(mixture.tokens(["add 3 4", "SPELL CAT NOW"]))),
+        Familiarity.of(features(mixture.tokens(["add 3 4", "SPELL CAT NOW"])), strangers=strangers),
         Calibration(observed((0.5, 1.0)), observed((0.2, -1.0))),
         "base",
         extractor=features,
@@ -285,6 +287,9 @@ def test_a_refusal_around_a_router_that_reads_something_else_is_saved_with_its_o
     again = load_router(entry, RouterParts(tmp_path, mixture.folder, mixture.backbone, mixture.bank))
     prompts = mixture.tokens(["add 5 6", "What is the capital of Kenya?"])
     assert torch.equal(again.route(prompts).weights, router.route(prompts).weights)
+    seen = features(prompts)
+    assert torch.equal(again.familiarity(seen), router.familiarity(seen))
+    assert (again.familiarity.strangers is None) == (not told)
 
 
 # ------------------------------------------------------------------------------------------------------ what is fitted

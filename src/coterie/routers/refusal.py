@@ -3,9 +3,8 @@
 A prompt's familiarity is how near it lies to training rows, beside how near these lie to their own nearest ones: the
 local outlier factor (Breunig et al. 2000, "LOF: Identifying Density-Based Local Outliers") in its simplified form.
 Where rows of the kinds that come from outside are known, what lies nearer to them than to training rows is the less
-familiar for it.
-Below which familiarity the mixture stays out is calibrated on what it gained over that expert: on rows like the
-training data, by copies that were not trained on them, and on unlike ones.
+familiar for it. Below which familiarity the mixture stays out is calibrated on what it gained over that expert: on rows
+like the training data, by copies that were not trained on them, and on unlike ones.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -108,11 +107,12 @@ class Familiarity(NamedTuple):
         seed: int = 0,
         strangers: Float[Tensor, "stranger dimension"] | None = None,
     ) -> "Familiarity":
-        """Keep `MOST_ROWS` of the rows at most, and of the strangers, if some are told."""
-        kept, others = (None if own is None else _drawn(_short(own), seed) for own in (features, strangers))
-        assert kept is not None
+        """Keep `MOST_ROWS` of the rows at most, and the strangers that are told, if some are."""
+        short = _short(features)
+        order = torch.randperm(len(short), generator=torch.Generator().manual_seed(seed))
+        kept = short[order[:MOST_ROWS].sort().values]
         spread = _near(_distances(kept, kept), torch.ones(len(kept)))[0]
-        return cls(kept, spread.float(), strangers=others)
+        return cls(kept, spread.float(), strangers=None if strangers is None else _short(strangers))
 
     def __call__(self, features: Float[Tensor, "row dimension"]) -> Float[Tensor, " row"]:
         """Return the logarithm of how much nearer the nearest rows are to their own nearest ones than to each prompt.
@@ -192,12 +192,6 @@ def _around(
     nearest = found.masked_fill(found > 1 - 1e-5, -torch.inf).topk(min(5, len(rows)), dim=1).values
     known = nearest.isfinite()
     return torch.where(known, nearest, 0.0).sum(dim=1) / known.sum(dim=1).clamp(min=1)
-
-
-def _drawn(rows: Float[Tensor, "row dimension"], seed: int) -> Float[Tensor, "kept dimension"]:
-    """Draw `MOST_ROWS` of the rows at most, in their order."""
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    return rows[order[:MOST_ROWS].sort().values]
 
 
 def _short(features: Float[Tensor, "row dimension"]) -> Float[Tensor, "row folded"]:
