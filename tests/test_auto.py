@@ -195,6 +195,10 @@ def test_the_reasons_are_plain_sentences():
         "A request costs about 3.50 times what one adapter costs.",
         "Prompts unlike the data go to the base adapter: 2.0% of the rows here, 90.0% of the unlike ones.",
     )
+    single = {"name": "best-single", "cost": 1.0, "nll": 1.15, "difference": -0.05, "p": 0.2}
+    found = recorded(chosen="best-single")
+    alone = found.model_copy(update={"candidates": (*found.candidates, found.candidates[0].model_validate(single))})
+    assert alone.sentences[0] == "Chosen: the single best expert for everything."
     assert recorded(chosen="base").sentences[0] == "No mixture helps here: use the base adapter."
     assert "not significantly better when it was scored" in recorded(chosen="base", outweighed=True).sentences[1]
 

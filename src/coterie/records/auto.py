@@ -78,8 +78,9 @@ class AutoRecord(Record):
             p = p_value(self.own.p)
             why = f"It is the cheapest that the best, {best.words}, is not significantly better than (p = {p})."
         ends = f" (95% interval {_span(self.interval)}, p = {p_value(self.p)})" if self.interval else ""
+        mixed = "" if self.chosen == "best-single" else f", with the experts mixed in the {self.combiner}"
         found = [
-            f"Chosen: {self.own.words}, with the experts mixed in the {self.combiner}.",
+            f"Chosen: {self.own.words}{mixed}.",
             why,
             f"On held-out rows the loss changes by {signed_nats(self.expected)} nats a token against the base "
             f"adapter{ends}; the choice was made on the same rows, so expect a little less.",
