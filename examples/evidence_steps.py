@@ -181,7 +181,7 @@ def recruit_steps(plan: Plan) -> Iterator[Step]:
 def influence_steps(plan: Plan) -> Iterator[Step]:
     """Yield the choice of rows by influence and by meaning, and adapters trained on these and on random rows."""
     place, count = plan.output / "influence", plan.flags.budget
-    fits = dict(told_unlike(plan))
+    fits = dict(told_unlike(plan))  # the mix's rows are written then
     write_influence(plan.data, place, plan.output / UNLIKE, plan.seeds, plan.flags.test, plan.flags.train, count)
     for seed, fit in fits.items():
         yield fit

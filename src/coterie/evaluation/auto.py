@@ -22,8 +22,8 @@ from coterie.artifacts import as_path, read_json, run_folder, write_json, write_
 from coterie.combiners.table import make_combiner
 from coterie.data.examples import Example, load_all
 from coterie.evaluation.candidates import EXTRAS_USED, Way, ways
-from coterie.evaluation.choice import Candidate, Choice, choose, difference
-from coterie.evaluation.statistics import Interval, sign_flip_test
+from coterie.evaluation.choice import Candidate, Choice, chance, choose, difference
+from coterie.evaluation.statistics import Interval
 from coterie.experts.bank import load_bank
 from coterie.experts.names import BASE
 from coterie.features.prefill import candidate_layers
@@ -143,10 +143,10 @@ def _recorded(choice: Choice, known: Mapping[str, Way], run: ElreaRun, losses: C
         base = losses.nll[:, losses.experts.index(BASE)]
         exact = {name: _scored(run, way.weights, losses, name) for name in ("layers", "logits")}
         gap = losses.mean(exact["logits"]) - losses.mean(exact["layers"])
-        if gap < 0 and _p(exact["logits"], exact["layers"], losses) < LEVEL:
+        if gap < 0 and chance(exact["logits"], exact["layers"], losses.tokens) < LEVEL:
             facts["combiner"] = "logits"  # every expert's rows are run for it
         nll = exact[facts["combiner"]]
-        found, p = difference(nll, base, losses.tokens), _p(nll, base, losses)
+        found, p = difference(nll, base, losses.tokens), chance(nll, base, losses.tokens)
         facts |= {"expected": found.value, "interval": _known(found), "p": p}
         facts["combiners"] = {name: losses.mean(own) for name, own in exact.items()}
         if found.value >= 0 or p >= LEVEL:
@@ -188,10 +188,6 @@ def _scored(run: ElreaRun, weights: Float[Tensor, "row expert"], losses: CrossFi
         label = f"fold {fold + 1}, {combiner}"
         nll[own] = mixture.score_rows(rows, Routing(losses.experts, weights[own]), label).nll[0]
     return nll
-
-
-def _p(nll: Tensor, control: Tensor, losses: CrossFitLosses) -> float:
-    return sign_flip_test(nll.tolist(), control.tolist(), weights=losses.tokens.tolist())
 
 
 def _known(found: Interval) -> tuple[float, float] | None:

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from coterie.evaluation.statistics import sign_flip_test
+from coterie.evaluation.choice import chance
 from coterie.experts.names import BASE
 from coterie.features.growing_text import FeatureExtractor
 from coterie.methods.elrea import fitted_routers
-from coterie.methods.elrea.fitted_routers import HeldOut, unseen_weights
+from coterie.methods.elrea.fitted_routers import HeldOut, UnlikeRows, unseen_weights
 from coterie.methods.elrea.run import ElreaRun
 from coterie.methods.elrea.score_tables import Described, ariadne_of, avengers_of, lorauter_of
 from coterie.methods.extras import load_extra
@@ -66,7 +66,7 @@ def ways(run: ElreaRun, losses: CrossFitLosses, caution: float) -> Iterator[Way]
     names, unlike = losses.experts, fitted_routers.unlike_rows(run)
     alone = one_hot(BASE, names)
     yield Way(BASE, alone, _same(alone, len(losses.nll)), 1.0)
-    for name, (router, read, inside, outside) in _tried(run, losses).items():
+    for name, (router, read, inside, outside) in _tried(run, losses, unlike).items():
         if name == SINGLE and not _harms(outside.aligned(names).weights, unlike.losses):
             yield Way(name, router, inside, 1.0)
             continue
@@ -84,11 +84,12 @@ def ways(run: ElreaRun, losses: CrossFitLosses, caution: float) -> Iterator[Way]
             yield Way(name if top is None else f"{name}:top_k={top}", refusal, weights, 1 + read.cost)
 
 
-def _tried(run: ElreaRun, losses: CrossFitLosses) -> dict[str, _Tried]:
+def _tried(run: ElreaRun, losses: CrossFitLosses, unlike: UnlikeRows) -> dict[str, _Tried]:
     """Return all routers, those that read no gradient first."""
-    other, states = fitted_routers.unlike_rows(run), fitted_routers.held_out(run, "prefill")
+    states = fitted_routers.held_out(run, "prefill")
     prompt = sum(row.prompt_length for row in run.kept.rows) / sum(len(row.ids) for row in run.kept.rows)
-    gradients = _Read(run.features, other.gradients, 3 * run.settings.training.epochs * prompt)  # backward counts twice
+    backward = 3 * run.settings.training.epochs * prompt  # which counts twice, after the forward pass
+    gradients = _Read(run.features, unlike.gradients, backward)
     reading, centre = _trained(run, "prefill").features, states.inside.mean(dim=0)
     by_states = Described(reading, states.inside - centre, centre)
     read, apart = (_Read(states.inside, states.outside, prompt, own) for own in (None, reading))
@@ -125,8 +126,7 @@ def _tried(run: ElreaRun, losses: CrossFitLosses) -> dict[str, _Tried]:
 def _harms(weights: Float[Tensor, "row expert"], losses: CrossFitLosses) -> bool:
     """Tell whether a mixture is significantly worse than the base adapter on rows."""
     mixed, base = losses.mixture_nll(weights), losses.nll[:, losses.experts.index(BASE)]
-    worse = losses.mean(mixed) > losses.mean(base)
-    return worse and sign_flip_test(mixed.tolist(), base.tolist(), weights=losses.tokens.tolist()) < LEVEL
+    return losses.mean(mixed) > losses.mean(base) and chance(mixed, base, losses.tokens) < LEVEL
 
 
 def _same(router: FixedRouter, count: int) -> Float[Tensor, "row expert"]:

@@ -77,3 +77,8 @@ def choose(candidates: Sequence[Candidate], tokens: Float[Tensor, " row"]) -> Ch
 def difference(nll: Float[Tensor, " row"], control: Float[Tensor, " row"], tokens: Float[Tensor, " row"]) -> Interval:
     """Return the paired difference of two mean losses per token, with its 95% interval."""
     return mean_difference(nll.tolist(), control.tolist(), weights=tokens.tolist())
+
+
+def chance(nll: Float[Tensor, " row"], control: Float[Tensor, " row"], tokens: Float[Tensor, " row"]) -> float:
+    """Return the p-value of that difference, by paired sign flips."""
+    return sign_flip_test(nll.tolist(), control.tolist(), weights=tokens.tolist())
