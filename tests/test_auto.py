@@ -207,18 +207,26 @@ def test_the_reasons_are_plain_sentences():
 
 
 def test_a_budget_bounds_the_tokens_that_are_trained_on(opened):
-    """Each row is trained on for two epochs and one, in the final fit and in one of two folds: six times."""
+    """Each row is trained on for two epochs and one, in the final fit and in all folds but one."""
     kept = opened.kept
-    every = 6 * sum(len(row.ids) for row in kept.rows)
+    times = 3 * opened.settings.judge_folds
+    every = times * sum(len(row.ids) for row in kept.rows)
     for budget in (every // 2, every - 1):
         settings = opened.settings.model_copy(update={"budget": budget})
         some = within_budget(kept, settings)
-        assert 6 * sum(len(row.ids) for row in some.rows) <= budget
-        assert 0.8 * budget < 6 * sum(len(row.ids) for row in some.rows)
+        assert times * sum(len(row.ids) for row in some.rows) <= budget
+        assert 0.8 * budget < times * sum(len(row.ids) for row in some.rows)
         ids = [int(example.id[1:]) for example in some.examples]
         assert ids == sorted(ids)
     everything = within_budget(kept, opened.settings.model_copy(update={"budget": every}))
     assert list(everything.rows) == list(kept.rows)
+
+
+def test_too_few_rows_to_judge_are_refused_at_once(model_folder, train_file, tmp_path):
+    told = "10 examples are too few to judge 3 clusters in 4 folds; give 12 or more, or lower --clusters or --judge-fol"
+    with pytest.raises(CoterieError, match=told):
+        coterie.auto(str(model_folder), str(train_file), output=tmp_path / "run", device="cpu", limit=10, **FIT)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "run.partial").exists()
 
 
 def test_a_budget_for_fewer_rows_than_clusters_is_refused_at_once(model_folder, train_file, tmp_path):

@@ -85,10 +85,10 @@ def test_seeds_give_other_adapters_on_the_same_rows(grid):
 
 
 def test_the_judgement_is_what_scoring_the_folds_own_copies_gives(grid_folder):
-    """Both folds once more by hand: the copies are trained again with the same seeds, then scored one by one."""
+    """All folds once more by hand: the copies are trained again with the same seeds, then scored one by one."""
     run = opened(grid_folder)
     found = read_losses(load_extra(run.mixture, "judged"))
-    folds = assign_folds(run.labels, 2, FIT.get("seed", 0))
+    folds = assign_folds(run.labels, run.extras.judge_folds, FIT.get("seed", 0))
     assert found.experts == run.mixture.bank.names
     assert found.tokens.tolist() == [float(sum(row.is_response)) for row in run.kept.rows]
     assert torch.equal(found.pairs, found.pairs.mT)

@@ -21,6 +21,7 @@ from coterie import ranks
 from coterie.artifacts import as_path, read_json, run_folder, write_json, write_text
 from coterie.combiners.table import make_combiner
 from coterie.data.examples import Example, load_all
+from coterie.errors import CoterieError
 from coterie.evaluation.candidates import EXTRAS_USED, Way, ways
 from coterie.evaluation.choice import Candidate, Choice, chance, choose, difference
 from coterie.evaluation.statistics import Interval
@@ -31,7 +32,7 @@ from coterie.methods.common import Data, hash_examples, named_sources
 from coterie.methods.elrea import fitted_routers
 from coterie.methods.elrea.cross_fit import assign_folds
 from coterie.methods.elrea.extras import EXTRAS
-from coterie.methods.elrea.fit import Prepared, check_enough, fit_experts, prepare, work_of
+from coterie.methods.elrea.fit import Prepared, fit_experts, prepare, work_of
 from coterie.methods.elrea.run import ElreaRun, within_budget
 from coterie.methods.extras import load_extra, prepare_extras, read_losses
 from coterie.mixture import Mixture
@@ -100,7 +101,12 @@ def _prepare(settings: AutoSettings, examples: list[Example] | None) -> Prepared
     prepared = prepare(settings, examples)
     candidate_layers(prepared.backbone)
     kept = within_budget(prepared.kept, settings)
-    check_enough(max(len(kept.rows) // settings.judge_folds, 0), settings)
+    count, clusters, folds = len(kept.rows), settings.clustering.clusters, settings.judge_folds
+    if count < clusters * folds:
+        raise CoterieError(
+            f"{count} examples are too few to judge {clusters} clusters in {folds} folds; give {clusters * folds} or "
+            "more, or lower --clusters or --judge-folds"
+        )
     return prepared._replace(kept=kept)
 
 

@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from coterie.settings.commands import ElreaSettings
-from coterie.settings.groups import ExpertSettings, TrainingSettings
+from coterie.settings.groups import JUDGE_FOLDS, ExpertSettings, JudgeFolds, TrainingSettings
 
 
 class AutoTrainingSettings(TrainingSettings):
@@ -31,9 +31,7 @@ class AutoSettings(ElreaSettings):
     """`coterie fit auto`: experts from one data set, and what to do with them, chosen by evidence."""
 
     command = "fit auto"
-    judge_folds: int = Field(
-        2, ge=2, description="parts of the rows: experts are judged on each by copies trained on the others"
-    )
+    judge_folds: JudgeFolds = JUDGE_FOLDS
     unlike: str | None = Field(
         None, description="rows unlike the training data, by which the mixture learns to refuse; default: 56 of ours"
     )

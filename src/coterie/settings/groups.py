@@ -192,6 +192,13 @@ class RoutingSettings(Settings):
     cache: CacheUse | None = Field(None, description="with --every: keep or recompute what earlier weights have left")
 
 
+JUDGE_FOLDS = 4
+"""Copies that saw half of a few hundred rows were trained for half of the steps, and ranked unlike the experts."""
+JudgeFolds = Annotated[
+    int, Field(ge=2, description="parts of the rows: experts are judged on each by copies trained on the others")
+]
+
+
 class ExtrasSettings(Settings):
     """Training of what methods need beyond a fitted run.
 
@@ -206,9 +213,7 @@ class ExtrasSettings(Settings):
     gate_epochs: int = Field(1, ge=1, description="epochs of mole's gates")
     gate_learning_rate: float = Field(2e-5, gt=0, description="peak learning rate of mole's gates")
     lorahub_steps: int = Field(40, ge=1, description="weightings of adapters that lorahub tries on the shots")
-    judge_folds: int = Field(
-        2, ge=2, description="parts of the training rows: experts are judged on each by copies trained on the others"
-    )
+    judge_folds: JudgeFolds = JUDGE_FOLDS
     unlike: str | None = Field(
         None, description="rows unlike the training data, by which routers learn to refuse; default: 56 that come along"
     )
