@@ -1,6 +1,7 @@
 """`coterie fit auto` trains, judges, compares and writes a mixture of what evidence chose, with its reasons."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -209,7 +210,8 @@ def test_the_reasons_are_plain_sentences():
 def test_a_budget_bounds_the_tokens_that_are_trained_on(opened):
     """Each row is trained on for two epochs and one, in the final fit and in all folds but one."""
     kept = opened.kept
-    times = 3 * opened.settings.judge_folds
+    times = opened.settings.passes
+    assert times == 3 * opened.settings.judge_folds
     every = times * sum(len(row.ids) for row in kept.rows)
     for budget in (every // 2, every - 1):
         settings = opened.settings.model_copy(update={"budget": budget})
@@ -229,12 +231,21 @@ def test_too_few_rows_to_judge_are_refused_at_once(model_folder, train_file, tmp
     assert not (tmp_path / "run").exists() and not (tmp_path / "run.partial").exists()
 
 
-def test_a_budget_for_fewer_rows_than_clusters_is_refused_at_once(model_folder, train_file, tmp_path):
-    with pytest.raises(
-        CoterieError, match=r"--budget 100 does for \d rows, fewer than the 3 --clusters; give \d+ or more"
-    ):
+def test_a_budget_for_too_few_rows_to_judge_is_refused_at_once_and_the_one_that_is_named_does(
+    opened, model_folder, train_file, tmp_path
+):
+    told = (
+        r"--budget 100 does for \d rows, and 3 clusters judged in 4 folds need 12; give --budget (\d+), or lower "
+        "--clusters or --judge-folds"
+    )
+    with pytest.raises(CoterieError, match=told) as refused:
         coterie.auto(str(model_folder), str(train_file), output=tmp_path / "run", device="cpu", budget=100, **FIT)
     assert not (tmp_path / "run").exists() and not (tmp_path / "run.partial").exists()
+    assert opened.settings.least_rows == 12
+    named = int(re.search(told, str(refused.value)).group(1))
+    for seed in range(5):
+        settings = opened.settings.model_copy(update={"budget": named, "seed": seed})
+        assert len(within_budget(opened.kept, settings).rows) >= 12
 
 
 def test_prompts_are_compared_with_unlike_rows_that_are_given_and_not_with_those_that_come_along(

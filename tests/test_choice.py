@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from coterie.evaluation.choice import Candidate, choose
+from coterie.evaluation.choice import Candidate, chance, choose
+from coterie.records.evaluation import LEVEL
 from helpers import normal
 
 ROWS = 200
@@ -61,3 +62,13 @@ def test_rows_weigh_by_their_tokens():
 def test_the_first_candidate_is_chosen_where_it_is_the_best_whatever_others_cost():
     candidates = [Candidate("base", 1.0, noisy(-0.2, 1)), Candidate("free", 0.5, noisy(0.0, 2))]
     assert choose(candidates, TOKENS).chosen == "base"
+
+
+def test_many_that_are_nearly_the_best_do_not_hide_that_it_is_better_than_the_base():
+    """Twenty sharper and flatter forms of one router are not twenty independent tries."""
+    base, best = noisy(0.0, 1, 0.5), noisy(-0.15, 2, 0.5)
+    p = chance(best, base, TOKENS)
+    assert p < LEVEL < 20 * p  # which Holm's correction would not let pass
+    forms = [Candidate(f"form-{n}", 1.5, best + 0.003 + 0.002 * normal(ROWS, seed=50 + n)) for n in range(20)]
+    found = choose([Candidate("base", 1.0, base), *forms, Candidate("best", 1.5, best)], TOKENS)
+    assert found.chosen == "best"

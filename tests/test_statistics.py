@@ -20,6 +20,7 @@ from coterie.evaluation.statistics import (
     ratio_interval,
     rows_to_see,
     sign_flip_test,
+    sign_flip_tests,
 )
 
 
@@ -407,6 +408,73 @@ def test_sign_flips_refuse_what_the_bootstrap_refuses():
         sign_flip_test([], [])
     with pytest.raises(CoterieError, match="finite"):
         sign_flip_test([float("nan")], [0.0])
+
+
+# ------------------------------------------------------------------------------------------ sign flips of several
+
+
+def brute_joint_p(methods, control):
+    """Westfall and Young's step-down maxT over every way to turn signs, one method and one way at a time."""
+    gaps = {
+        name: [Fraction(a) - Fraction(b) for a, b in zip(own, control, strict=True)] for name, own in methods.items()
+    }
+    squares = {name: sum(gap * gap for gap in own) for name, own in gaps.items()}
+
+    def size(name, signs):  # the squared sum in squared standard errors
+        return sum(s * gap for s, gap in zip(signs, gaps[name], strict=True)) ** 2 / squares[name]
+
+    rows = len(control)
+    left = sorted(methods, key=lambda name: size(name, [1] * rows), reverse=True)
+    found, least = {}, Fraction(0)
+    while left:
+        seen = size(left[0], [1] * rows)
+        ways = [max(size(name, signs) for name in left) >= seen for signs in product([1, -1], repeat=rows)]
+        least = max(least, Fraction(sum(ways), len(ways)))
+        found[left.pop(0)] = least
+    return {name: float(found[name]) for name in methods}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_several_methods_have_the_p_values_of_the_slow_step_down(seed):
+    draw = np.random.default_rng(seed)
+    control = draw.integers(100, size=7).astype(float)
+    methods = {name: (control + draw.integers(-9, 30, size=7)).tolist() for name in ("a", "b", "c", "d")}
+    found = sign_flip_tests(methods, control.tolist())
+    assert list(found) == list(methods)
+    assert found == pytest.approx(brute_joint_p(methods, control.tolist()))
+
+
+@pytest.mark.parametrize("rows", [8, 60])
+def test_methods_that_are_alike_count_as_one(rows):
+    draw = np.random.default_rng(2)
+    control = draw.normal(size=rows)
+    own = (control - 0.3 + draw.normal(size=rows)).tolist()
+    alone = sign_flip_test(own, control.tolist())
+    assert 0.01 < alone < 0.5
+    assert set(sign_flip_tests(dict.fromkeys("abcdefgh", own), control.tolist()).values()) == {alone}
+
+
+def test_unlike_methods_are_adjusted_for_their_number_and_a_copy_of_the_control_is_not_told_apart():
+    draw = np.random.default_rng(3)
+    control = draw.normal(size=100)
+    noise = {f"{n}": (control + draw.normal(size=100)).tolist() for n in range(20)}
+    alone = {name: sign_flip_test(own, control.tolist()) for name, own in noise.items()}
+    found = sign_flip_tests({**noise, "copy": control.tolist()}, control.tolist())
+    assert found["copy"] == 1
+    assert 5 * min(alone.values()) < min(found.values())
+    assert all(found[name] >= alone[name] for name in noise)
+
+
+def test_among_many_methods_that_are_noise_one_is_called_different_as_rarely_as_was_promised():
+    draw, calls = np.random.default_rng(0), 0
+    for seed in range(300):
+        methods = {f"{n}": draw.normal(size=20).tolist() for n in range(10)}
+        calls += min(sign_flip_tests(methods, draw.normal(size=20).tolist(), flips=199, seed=seed).values()) < 0.1
+    assert calls / 300 == pytest.approx(0.1, abs=4 * (0.1 * 0.9 / 300) ** 0.5)
+
+
+def test_no_methods_have_no_p_values():
+    assert sign_flip_tests({}, [1.0]) == {}
 
 
 # ------------------------------------------------------------------------------------------------------------- Holm

@@ -101,11 +101,10 @@ def _prepare(settings: AutoSettings, examples: list[Example] | None) -> Prepared
     prepared = prepare(settings, examples)
     candidate_layers(prepared.backbone)
     kept = within_budget(prepared.kept, settings)
-    count, clusters, folds = len(kept.rows), settings.clustering.clusters, settings.judge_folds
-    if count < clusters * folds:
+    if len(kept.rows) < settings.least_rows:
         raise CoterieError(
-            f"{count} examples are too few to judge {clusters} clusters in {folds} folds; give {clusters * folds} or "
-            "more, or lower --clusters or --judge-folds"
+            f"{len(kept.rows)} examples are too few to judge {settings.clustering.clusters} clusters in "
+            f"{settings.judge_folds} folds; give {settings.least_rows} or more, or lower --clusters or --judge-folds"
         )
     return prepared._replace(kept=kept)
 
@@ -128,7 +127,7 @@ def _choose(run: ElreaRun, settings: AutoSettings) -> Mixture:
     candidates = [Candidate(way.name, way.cost, losses.mixture_nll(way.weights)) for way in known.values()]
     choice = choose(candidates, losses.tokens)
     with part("scores"):
-        record = _recorded(choice, known, run, losses)
+        record = _recorded(choice, known, run, losses, settings)
     router = known[record.chosen].router
     mixture = replace(run.mixture, router=router, combiner=make_combiner(record.combiner), method=AUTO)
     mixture.write_description(run.folder, read_json(run.folder / MIXTURE_FILE))
@@ -141,7 +140,9 @@ def _choose(run: ElreaRun, settings: AutoSettings) -> Mixture:
 # ------------------------------------------------------------------------------------------------ scored exactly
 
 
-def _recorded(choice: Choice, known: Mapping[str, Way], run: ElreaRun, losses: CrossFitLosses) -> AutoRecord:
+def _recorded(
+    choice: Choice, known: Mapping[str, Way], run: ElreaRun, losses: CrossFitLosses, settings: AutoSettings
+) -> AutoRecord:
     """Score the chosen candidate exactly, by both combiners; what is not borne out is the base adapter."""
     facts: dict[str, Any] = {"chosen": choice.chosen, "combiner": "layers"}
     way = known[choice.chosen]
@@ -159,12 +160,10 @@ def _recorded(choice: Choice, known: Mapping[str, Way], run: ElreaRun, losses: C
             facts |= {"chosen": BASE, "combiner": "layers", "outweighed": True}
         elif isinstance(way.router, RefusalRouter):
             facts["refused"] = way.router.refused
-    settings = run.settings
-    times = (settings.training.epochs + settings.experts.expert_epochs) * run.extras.judge_folds
     return AutoRecord(
         **facts,
         rows=len(losses.tokens),
-        trained_tokens=times * sum(len(row.ids) for row in run.kept.rows),
+        trained_tokens=settings.passes * sum(len(row.ids) for row in run.kept.rows),
         candidates=tuple(
             CandidateRecord(
                 name=one.candidate.name,

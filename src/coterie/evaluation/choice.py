@@ -6,10 +6,8 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from coterie.evaluation.statistics import Interval, holm, mean_difference, sign_flip_test
+from coterie.evaluation.statistics import Interval, mean_difference, sign_flip_test, sign_flip_tests
 from coterie.records.evaluation import LEVEL
-
-FLIPS = 4999
 
 
 class Candidate(NamedTuple):
@@ -33,7 +31,7 @@ class Compared(NamedTuple):
         candidate: itself.
         nll: its mean over all tokens.
         gap: its difference to the first candidate, with a 95% interval.
-        p: that the best is not better than it, adjusted by Holm; 1 for the best itself.
+        p: that the best is not better than it, adjusted for all candidates at once; 1 for the best itself.
     """
 
     candidate: Candidate
@@ -52,7 +50,7 @@ class Choice(NamedTuple):
 def choose(candidates: Sequence[Candidate], tokens: Float[Tensor, " row"]) -> Choice:
     """Choose the cheapest candidate that the one with the smallest loss is not significantly better than.
 
-    The test is the paired sign-flip test on losses per token, adjusted by Holm for as many candidates as there are; so
+    The test is the paired sign-flip test on losses per token, adjusted for as many candidates as there are; so
     something that is not better than the cheapest by more than chance explains is never chosen. Of two that cost the
     same, the one with the smaller loss comes first, but the first candidate of all is what the others have to beat.
     """
@@ -61,12 +59,8 @@ def choose(candidates: Sequence[Candidate], tokens: Float[Tensor, " row"]) -> Ch
     first, *others = candidates
     order = [first, *sorted(others, key=lambda one: (one.cost, means[one.name]))]
     best = min(order, key=lambda one: means[one.name])
-    tests = {
-        one.name: sign_flip_test(best.nll.tolist(), one.nll.tolist(), weights=weights, flips=FLIPS)
-        for one in order
-        if one is not best
-    }
-    adjusted = {best.name: 1.0, **holm(tests)}
+    rivals = {one.name: one.nll.tolist() for one in order if one is not best}
+    adjusted = {best.name: 1.0, **sign_flip_tests(rivals, best.nll.tolist(), weights=weights)}
     compared = tuple(
         Compared(one, means[one.name], difference(one.nll, first.nll, tokens), adjusted[one.name]) for one in order
     )

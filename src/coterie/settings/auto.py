@@ -43,3 +43,13 @@ class AutoSettings(ElreaSettings):
     )
     training: AutoTrainingSettings = AutoTrainingSettings()
     experts: AutoExpertSettings = AutoExpertSettings()
+
+    @property
+    def passes(self) -> int:
+        """How often a row is trained on: by the base adapter and an expert, and by their copies of all other folds."""
+        return (self.training.epochs + self.experts.expert_epochs) * self.judge_folds
+
+    @property
+    def least_rows(self) -> int:
+        """How many rows there have to be for every cluster to have one in every fold."""
+        return self.clustering.clusters * self.judge_folds

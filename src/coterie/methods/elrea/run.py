@@ -100,27 +100,25 @@ class ElreaRun(FittedRun[ElreaSettings]):
 def within_budget(kept: Tokenised, settings: ElreaSettings) -> Tokenised:
     """Keep as many rows, drawn by the seed, as can be trained on within the budget of a run that chooses by evidence.
 
-    Every row is trained on by the base adapter and by an expert, and by the copies of both for all folds but its own.
-
     Raises:
-        CoterieError: when it does not do for as many rows as there are to be clusters.
+        CoterieError: when it does not do for as many rows as are judged at the least.
     """
     if not isinstance(settings, AutoSettings) or settings.budget is None:
         return kept
-    times = (settings.training.epochs + settings.experts.expert_epochs) * settings.judge_folds
     order = list(range(len(kept.rows)))
     random.Random(settings.seed).shuffle(order)
     left, chosen = settings.budget, []
     for number in order:
-        left -= times * len(kept.rows[number].ids)
+        left -= settings.passes * len(kept.rows[number].ids)
         if left < 0:
             break
         chosen.append(number)
-    if len(chosen) < settings.clustering.clusters:
-        least = times * sum(sorted(len(row.ids) for row in kept.rows)[-settings.clustering.clusters :])
+    if len(chosen) < settings.least_rows <= len(kept.rows):
+        tokens = settings.passes * sum(sorted(len(row.ids) for row in kept.rows)[-settings.least_rows :])
         raise CoterieError(
-            f"--budget {settings.budget} does for {len(chosen)} rows, fewer than the {settings.clustering.clusters} "
-            f"--clusters; give {least} or more"
+            f"--budget {settings.budget} does for {len(chosen)} rows, and {settings.clustering.clusters} clusters "
+            f"judged in {settings.judge_folds} folds need {settings.least_rows}; give --budget {tokens}, or lower "
+            "--clusters or --judge-folds"
         )
     chosen.sort()
     return Tokenised(Chosen(kept.examples, chosen), Chosen(kept.rows, chosen), kept.dropped)
