@@ -1,4 +1,4 @@
-"""Choosing among methods by evidence: the cheapest that is not significantly worse than the best."""
+"""Choosing among methods by evidence: the cheapest that is about as good as the best, or none of them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,6 +8,9 @@ from torch import Tensor
 
 from coterie.evaluation.statistics import Interval, mean_difference, sign_flip_test, sign_flip_tests
 from coterie.records.evaluation import LEVEL
+
+KEPT = 0.9
+"""The share of the best's gain that a cheaper candidate has to have."""
 
 
 class Candidate(NamedTuple):
@@ -48,11 +51,12 @@ class Choice(NamedTuple):
 
 
 def choose(candidates: Sequence[Candidate], tokens: Float[Tensor, " row"]) -> Choice:
-    """Choose the cheapest candidate that the one with the smallest loss is not significantly better than.
+    """Choose the first candidate, unless the best is significantly better: then the cheapest that is about as good.
 
-    The test is the paired sign-flip test on losses per token, adjusted for as many candidates as there are; so
-    something that is not better than the cheapest by more than chance explains is never chosen. Of two that cost the
-    same, the one with the smaller loss comes first, but the first candidate of all is what the others have to beat.
+    The best is the one with the smallest loss. About as good is what it is not significantly better than and what has
+    nine tenths of its gain over the first: not to be told apart is not to be alike, and of few rows a cheap candidate
+    with half of the gain is not told apart. The test is the paired sign-flip test on losses per token, adjusted for as
+    many candidates as there are. Of two that cost the same, the one with the smaller loss comes first.
     """
     weights = tokens.tolist()
     means = {one.name: float((one.nll * tokens).sum() / tokens.sum()) for one in candidates}
@@ -64,8 +68,11 @@ def choose(candidates: Sequence[Candidate], tokens: Float[Tensor, " row"]) -> Ch
     compared = tuple(
         Compared(one, means[one.name], difference(one.nll, first.nll, tokens), adjusted[one.name]) for one in order
     )
-    chosen = next(one.name for one in order if adjusted[one.name] >= LEVEL)
-    return Choice(chosen, compared)
+    if adjusted[first.name] >= LEVEL:
+        return Choice(first.name, compared)
+    least = KEPT * (means[first.name] - means[best.name])
+    good = (one.name for one in order if adjusted[one.name] >= LEVEL and means[first.name] - means[one.name] >= least)
+    return Choice(next(good), compared)
 
 
 def difference(nll: Float[Tensor, " row"], control: Float[Tensor, " row"], tokens: Float[Tensor, " row"]) -> Interval:

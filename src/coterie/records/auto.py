@@ -76,7 +76,7 @@ class AutoRecord(Record):
         why = "It is the best of all that were tried."
         if best.name != self.chosen:
             p = p_value(self.own.p)
-            why = f"It is the cheapest that the best, {best.words}, is not significantly better than (p = {p})."
+            why = f"It is the cheapest that is about as good as the best, {best.words} (p = {p})."
         ends = f" (95% interval {_span(self.interval)}, p = {p_value(self.p)})" if self.interval else ""
         mixed = "" if self.chosen == "best-single" else f", with the experts mixed in the {self.combiner}"
         found = [
@@ -111,7 +111,8 @@ class AutoRecord(Record):
         return (
             f"# What was chosen, and why\n\n{told}\n\n{means}\n"
             f"Tried on {self.rows} rows, each judged by copies that were not trained on it; {self.trained_tokens:,} "
-            "tokens were trained on in all. A p below 0.05 says that the best is better by more than chance explains."
+            "tokens were trained on in all. A p below 0.05 says that the best is better by more than chance explains. "
+            "About as good is what has nine tenths of the best's gain, and no such p."
             "\n\n"
             f"```text\n{columns(lines, '<>>>>>')}\n```\n"
         )
