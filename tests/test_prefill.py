@@ -55,6 +55,21 @@ def test_the_prefill_router_reads_no_gradient(grid, monkeypatch):
     assert isinstance(cell.router.router, LossRouter) and cell.router.router.kind == "prefill"
 
 
+def test_its_weights_can_be_renewed_while_an_answer_is_written_and_are_then_those_of_the_text_so_far(grid):
+    """Its experts meet in the logits, which take the prompt's weights alone, so then they meet in the layers."""
+    cell = grid.cell("prefill:every=2+caution=off")
+    assert grid.cell("prefill").combiner.kind == "logits" == grid.cell("prefill:every=inf").combiner.kind
+    assert cell.combiner.kind == "layers"
+    plain, moved = grid.cell("prefill:caution=off"), set()
+    for prompt, answer in zip(plain.tokens(QUESTIONS), cell.generate(QUESTIONS, max_new_tokens=6), strict=True):
+        for place, own in enumerate(answer.trace.weights):
+            known = prompt.extended(answer.token_ids[: place - place % 2])
+            wanted = plain.router.route([known]).normalized().row(0)
+            assert own == pytest.approx([wanted[name] for name in answer.trace.experts], abs=1e-3)
+            moved.add((prompt, answer.trace.experts, own))
+    assert len(moved) > len(QUESTIONS)
+
+
 # ------------------------------------------------------------------------------------------------------------ distilled
 
 

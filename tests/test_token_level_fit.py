@@ -262,7 +262,7 @@ def test_prompt_routing_is_the_variant_that_is_never_renewed(fitted):
     never = grid.cell("token-level:every=inf").generate(QUESTIONS, max_new_tokens=4)
     plain = mixture.replace(router=mixture.router.router, combiner="layers").generate(QUESTIONS, max_new_tokens=4)
     same_answers(never, plain)  # the grid has one more expert, which changes nothing but rounding
-    with pytest.raises(CoterieError, match="only token-level renews its weights"):
+    with pytest.raises(CoterieError, match="'arrow' weighs every token already"):
         grid.cell("arrow:every=2")
     with pytest.raises(CoterieError, match="no variant of token-level; write .* token-level:every=N"):
         grid.cell("token-level:every=0")
