@@ -1,6 +1,6 @@
 """What cheaper features of prompts cost, and which share of the oracle's gain a router that reads them captures.
 
-    python benchmarks/feature_share.py RUN [--rows 100] [--output FILE]
+    python benchmarks/feature_share.py RUN [--rows 16] [--output FILE]
 
 RUN is a run of `coterie fit auto`: its training rows, its checkpoints, and the losses of its experts on rows that their
 copies were not trained on. For Adam's steps (ELREA) and plain gradients, of all blocks or of the last ones, whole or
@@ -91,7 +91,7 @@ def main() -> None:
             seen = features if count is None else features @ strongest_directions(unit, count).T
             shares["all" if count is None else str(count)] = round(share(seen, losses, run.settings.seed), 3)
         results[way.name] = {"seconds_to_adam_all": round(medians[way.name] / first, 3), "share": shares}
-    settings = {"run": str(flags.run), "rows": len(prompts), "timed": len(timed)}
+    settings = {"run": flags.run.name, "rows": len(prompts), "timed": len(timed)}
     tell(
         {"name": "feature_share", "hardware": hardware_record(), "settings": settings, "results": results}, flags.output
     )
