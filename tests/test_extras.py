@@ -435,6 +435,15 @@ def test_variants_of_a_method_change_its_router_alone(grid):
         grid.cell("mole:top_k=1").router.route(prompts)
 
 
+def test_a_method_keeps_the_combiner_that_follows_its_router_and_what_reads_no_text_is_not_asked_again(grid):
+    assert grid.own.combiner.kind == "logits"
+    assert [grid.cell(name).combiner.kind for name in ("elrea", "router:arrow")] == ["logits", "layers"]
+    with pytest.raises(CoterieError, match="'oracle:every=2': only what is routed by its text can be routed again"):
+        grid.cell("oracle:every=2")
+    with pytest.raises(CoterieError, match="combiner 'texts' takes weights once a prompt"):
+        grid.cell("self-consistency:every=2")
+
+
 # ------------------------------------------------------------------------------------------------------------ controls
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from coterie.errors import CoterieError
 
 CONFIDENCE = 0.95
+FLIPS = 9999
 _DRAWS_AT_A_TIME = 2**21
 _ROUNDING = 1e-12  # two sums of the same numbers in another order differ by less than this share of their sizes
 
@@ -175,7 +176,7 @@ def sign_flip_test(
     control: Sequence[float],
     *,
     weights: Sequence[float] | None = None,
-    flips: int = 9999,
+    flips: int = FLIPS,
     seed: int = 0,
 ) -> float:
     """Return the two-sided p-value of the paired permutation test of the mean difference (Fisher 1935, sec. 21).
@@ -203,7 +204,7 @@ def sign_flip_tests(
     control: Sequence[float],
     *,
     weights: Sequence[float] | None = None,
-    flips: int = 9999,
+    flips: int = FLIPS,
     seed: int = 0,
 ) -> dict[str, float]:
     """Return p-values of `sign_flip_test` for several methods and one control, adjusted for their number.

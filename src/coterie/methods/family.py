@@ -8,7 +8,6 @@ from functools import cached_property
 from math import fsum
 from typing import Generic
 
-from coterie.combiners.table import fits, make_combiner
 from coterie.errors import CoterieError, unknown_name
 from coterie.experts.bank import ExpertBank
 from coterie.experts.names import BACKBONE, NULL
@@ -199,8 +198,8 @@ class MethodGrid:
     def cell(self, name: str) -> Mixture:
         """Return the mixture of a method, or of a variant such as `elrea:top_k=2`, on the common bank.
 
-        The mixture's own method keeps the mixture's own combiner. Experts whose weights are renewed while an answer is
-        written meet in the layers, where their combiner cannot follow.
+        The mixture's own method keeps the mixture's own combiner. Experts that meet in the logits, which take a
+        prompt's weights alone, meet in the layers where weights are renewed while an answer is written.
 
         Raises:
             CoterieError: for an unknown name, or a variant that the method does not have.
@@ -215,10 +214,13 @@ class MethodGrid:
         if "caution" in options:
             router = router.with_caution(None if options["caution"] == OFF else float(options["caution"]))
         if "every" in options:
+            if not method.by_prompt:
+                raise CoterieError(f"{name!r}: only what is routed by its text can be routed again while it grows")
             router = TokenLevel(router.of_prompts, rerouting_interval(options["every"]), router.cache)
         if "top_k" in options:
             router = keep_top(router, int(options["top_k"]))
         is_own = name.partition(":")[0] == self.own.method or not method.combiner
-        combiner = self.own.combiner if is_own else make_combiner(method.combiner)
-        follows = fits(router.grain, combiner) or "every" not in options
-        return self.mixture.replace(router=router, combiner=combiner if follows else "layers")
+        combiner = None if is_own else method.combiner
+        if router.grain == "step" and (combiner or self.own.combiner.kind) == "logits":
+            combiner = "layers"
+        return self.mixture.replace(router=router, combiner=combiner)
