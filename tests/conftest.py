@@ -4,7 +4,6 @@ import ast
 import dataclasses
 import functools
 import gc
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -40,9 +39,11 @@ from coterie.methods.registry import load_grid, train_extras
 from coterie.mixture import Mixture
 from coterie.settings.commands import ExpertPoolSettings, TrainExtrasSettings
 from coterie.settings.groups import ExtrasSettings, ModelSettings, PlacementSettings
+from kshot_place import bank, pool_file, shelf  # noqa: F401 - fixtures
 from served import breaking, client, server  # noqa: F401 - fixtures
 from stub_server import serving
 from symbolic_place import EXPERTS, Place, respond, rows
+from tiny import write_rows
 
 FIT = {
     "clusters": 3,
@@ -65,11 +66,6 @@ def pytest_collection_finish():
     """Keep what was imported out of later searches for garbage: Trainer makes a full one after every training."""
     gc.collect()
     gc.freeze()
-
-
-def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture(autouse=True, scope="session")

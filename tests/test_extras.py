@@ -23,9 +23,10 @@ from coterie.experts.trainer import TrainingCollator
 from coterie.experts.training import TrainingPlan
 from coterie.lora import LoraPair
 from coterie.methods import common
+from coterie.methods.common import assign_folds
 from coterie.methods.elrea import extras as elrea_extras
 from coterie.methods.elrea import fitted_routers
-from coterie.methods.elrea.cross_fit import assign_folds, even_pairs
+from coterie.methods.elrea.cross_fit import even_pairs
 from coterie.methods.elrea.extras import EXTRAS
 from coterie.methods.elrea.methods import FAMILY
 from coterie.methods.elrea.run import ElreaRun

@@ -1,5 +1,6 @@
 """A tiny random model with a byte tokenizer and a chat template, made from nothing but a seed."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -78,3 +79,8 @@ def make_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
             {"id": f"r{number}", "source": source, "instruction": instruction, "response": response, "answer": answer}
         )
     return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -32,6 +32,8 @@ _HOMES = {
     "reading_for": "coterie.mixture.folder",
     "auto": "coterie.evaluation.auto",
     "fit_auto": "coterie.evaluation.auto",
+    "kshot_auto": "coterie.evaluation.kshot_auto",
+    "fit_kshot_auto": "coterie.evaluation.kshot_auto",
     "evaluate": "coterie.evaluation.compare",
     "HarnessModel": "coterie.evaluation.harness",
     "evaluate_folder": "coterie.evaluation.symbolic",

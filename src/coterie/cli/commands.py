@@ -15,7 +15,7 @@ from coterie.cli.table import AsJson, app, command, echo
 from coterie.errors import CoterieError
 from coterie.progress import steps
 from coterie.records.wording import columns
-from coterie.settings.auto import AutoSettings
+from coterie.settings.auto import AutoSettings, KshotAutoSettings
 from coterie.settings.commands import (
     ElreaSettings,
     EvaluationSettings,
@@ -82,6 +82,15 @@ def fit_from_adapters(settings: FromAdaptersSettings) -> None:
 def fit_kshot(settings: KshotSettings) -> None:
     """Make a task's mixture from a few examples, a bank of adapters and open data (2408.15915)."""
     echo(_made(coterie.methods.fit_kshot(settings)))
+
+
+@command(
+    "fit kshot-auto", "coterie fit kshot-auto --bank bank/ --shots shots.jsonl --pool dolly.jsonl --output runs/task"
+)
+def fit_kshot_auto(settings: KshotAutoSettings) -> None:
+    """Choose for a task by left-out examples: one adapter, several, or trained, on what; auto.md tells why."""
+    coterie.fit_kshot_auto(settings)
+    echo((as_path(settings.output) / "auto.md").read_text(encoding="utf-8").rstrip())
 
 
 @command("fit symbolic-moe", "coterie fit symbolic-moe --experts experts/ --output runs/sym")

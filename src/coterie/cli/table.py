@@ -96,6 +96,7 @@ NEXT = {
     "fit token-level": "coterie generate {output} 'What do 5 pens cost?' --show-weights",
     "fit from-adapters": "coterie generate {output} 'What do 5 pens cost?'",
     "fit kshot-moe": "coterie generate {output} 'What do 5 pens cost?'",
+    "fit kshot-auto": "coterie generate {output} 'What do 5 pens cost?'",
     "fit symbolic-moe": "coterie generate {output} 'What do 5 pens cost?'",
     "train-extras": EVALUATE + " --methods {methods}",
     "route": "coterie generate {mixture} {prompts}",
@@ -132,7 +133,7 @@ COMMANDS: dict[str, Command] = {}
 """Every command by its full name, such as "fit elrea": what is typed, and what `coterie run` repeats."""
 
 
-SHARED = ("fit elrea", "fit auto", "fit token-level", "fit kshot-moe", "train-extras", "influence")
+SHARED = ("fit elrea", "fit auto", "fit token-level", "fit kshot-moe", "fit kshot-auto", "train-extras", "influence")
 """The commands whose work several processes share that were launched together."""
 
 

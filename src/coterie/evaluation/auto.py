@@ -6,7 +6,6 @@ loss of their mixtures; the chosen one is then scored exactly, in the logits and
 """
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -23,14 +22,12 @@ from coterie.combiners.table import make_combiner
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError
 from coterie.evaluation.candidates import EXTRAS_USED, Way, ways
-from coterie.evaluation.choice import Candidate, Choice, chance, choose, difference
-from coterie.evaluation.statistics import Interval
+from coterie.evaluation.choice import Candidate, Choice, chance, choose, difference, known
 from coterie.experts.bank import load_bank
 from coterie.experts.names import BASE
 from coterie.features.prefill import candidate_layers
-from coterie.methods.common import Data, hash_examples, named_sources
+from coterie.methods.common import Data, assign_folds, hash_examples, named_sources
 from coterie.methods.elrea import fitted_routers
-from coterie.methods.elrea.cross_fit import assign_folds
 from coterie.methods.elrea.extras import EXTRAS
 from coterie.methods.elrea.fit import Prepared, fit_experts, prepare, work_of
 from coterie.methods.elrea.run import ElreaRun, within_budget
@@ -38,7 +35,7 @@ from coterie.methods.extras import load_extra, prepare_extras, read_losses
 from coterie.mixture import Mixture
 from coterie.mixture.folder import MIXTURE_FILE, hash_mixture
 from coterie.progress import part, whole
-from coterie.records.auto import AUTO_FILE, PAGE_FILE, AutoRecord, CandidateRecord
+from coterie.records.auto import AUTO_FILE, PAGE_FILE, AutoRecord
 from coterie.records.evaluation import LEVEL
 from coterie.routers.base import Routing
 from coterie.routers.fixed import uniform
@@ -123,12 +120,12 @@ def _choose(run: ElreaRun, settings: AutoSettings) -> Mixture:
     with part("judging"):
         prepare_extras(run, EXTRAS_USED, specs, in_run=True)
     losses = read_losses(load_extra(run.mixture, "judged"))
-    known = {way.name: way for way in ways(run, losses, settings.caution)}
-    candidates = [Candidate(way.name, way.cost, losses.mixture_nll(way.weights)) for way in known.values()]
+    tried = {way.name: way for way in ways(run, losses, settings.caution)}
+    candidates = [Candidate(way.name, way.cost, losses.mixture_nll(way.weights)) for way in tried.values()]
     choice = choose(candidates, losses.tokens)
     with part("scores"):
-        record = _recorded(choice, known, run, losses, settings)
-    router = known[record.chosen].router
+        record = _recorded(choice, tried, run, losses, settings)
+    router = tried[record.chosen].router
     mixture = replace(run.mixture, router=router, combiner=make_combiner(record.combiner), method=AUTO)
     mixture.write_description(run.folder, read_json(run.folder / MIXTURE_FILE))
     write_json(run.folder / AUTO_FILE, record.plain())
@@ -141,11 +138,11 @@ def _choose(run: ElreaRun, settings: AutoSettings) -> Mixture:
 
 
 def _recorded(
-    choice: Choice, known: Mapping[str, Way], run: ElreaRun, losses: CrossFitLosses, settings: AutoSettings
+    choice: Choice, tried: Mapping[str, Way], run: ElreaRun, losses: CrossFitLosses, settings: AutoSettings
 ) -> AutoRecord:
     """Score the chosen candidate exactly, by both combiners; what is not borne out is the base adapter."""
     facts: dict[str, Any] = {"chosen": choice.chosen, "combiner": "layers"}
-    way = known[choice.chosen]
+    way = tried[choice.chosen]
     if choice.chosen != BASE:
         base = losses.nll[:, losses.experts.index(BASE)]
         exact = {name: _scored(run, way.weights, losses, name) for name in ("layers", "logits")}
@@ -154,7 +151,7 @@ def _recorded(
             facts["combiner"] = "logits"  # every expert's rows are run for it
         nll = exact[facts["combiner"]]
         found, p = difference(nll, base, losses.tokens), chance(nll, base, losses.tokens)
-        facts |= {"expected": found.value, "interval": _known(found), "p": p}
+        facts |= {"expected": found.value, "interval": known(found), "p": p}
         facts["combiners"] = {name: losses.mean(own) for name, own in exact.items()}
         if found.value >= 0 or p >= LEVEL:
             facts |= {"chosen": BASE, "combiner": "layers", "outweighed": True}
@@ -164,17 +161,7 @@ def _recorded(
         **facts,
         rows=len(losses.tokens),
         trained_tokens=settings.passes * sum(len(row.ids) for row in run.kept.rows),
-        candidates=tuple(
-            CandidateRecord(
-                name=one.candidate.name,
-                cost=one.candidate.cost,
-                nll=one.nll,
-                difference=one.gap.value,
-                interval=_known(one.gap),
-                p=one.p,
-            )
-            for one in choice.compared
-        ),
+        candidates=choice.records(),
     )
 
 
@@ -193,7 +180,3 @@ def _scored(run: ElreaRun, weights: Float[Tensor, "row expert"], losses: CrossFi
         label = f"fold {fold + 1}, {combiner}"
         nll[own] = mixture.score_rows(rows, Routing(losses.experts, weights[own]), label).nll[0]
     return nll
-
-
-def _known(found: Interval) -> tuple[float, float] | None:
-    return (found.low, found.high) if math.isfinite(found.low) else None

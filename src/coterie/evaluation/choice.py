@@ -1,5 +1,6 @@
 """Choosing among methods by evidence: the cheapest that is about as good as the best, or none of them."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from coterie.evaluation.statistics import Interval, mean_difference, sign_flip_test, sign_flip_tests
+from coterie.records.auto import CandidateRecord
 from coterie.records.evaluation import LEVEL
 
 KEPT = 0.9
@@ -48,6 +50,30 @@ class Choice(NamedTuple):
 
     chosen: str
     compared: tuple[Compared, ...]
+
+    @property
+    def own(self) -> Compared:
+        """The chosen candidate."""
+        return next(one for one in self.compared if one.candidate.name == self.chosen)
+
+    def records(self) -> tuple[CandidateRecord, ...]:
+        """Return what a record of the choice holds of every candidate."""
+        return tuple(
+            CandidateRecord(
+                name=one.candidate.name,
+                cost=one.candidate.cost,
+                nll=one.nll,
+                difference=one.gap.value,
+                interval=known(one.gap),
+                p=one.p,
+            )
+            for one in self.compared
+        )
+
+
+def known(found: Interval) -> tuple[float, float] | None:
+    """Return the ends of an interval; None where nothing is known of them."""
+    return (found.low, found.high) if math.isfinite(found.low) else None
 
 
 def choose(candidates: Sequence[Candidate], tokens: Float[Tensor, " row"]) -> Choice:

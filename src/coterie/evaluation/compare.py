@@ -28,6 +28,7 @@ from coterie.evaluation.unfamiliar import weights_for_unfamiliar
 from coterie.grading.grade import check_code_execution, code_notes
 from coterie.methods.common import DOMAINS_FILE, backbone_key, hash_examples
 from coterie.methods.family import NAMED_ROUTER, MethodGrid
+from coterie.methods.kshot.fit import AUTO
 from coterie.methods.kshot.run import task_records
 from coterie.methods.registry import family_of, make_grid
 from coterie.methods.token_level.domains import METHOD as TOKEN_LEVEL
@@ -40,6 +41,7 @@ from coterie.records.evaluation import EvaluationRecord, RowRecord, SharedSecond
 from coterie.records.files import write_evaluation
 from coterie.records.mixture import TrainingRow
 from coterie.records.schema import read, read_rows
+from coterie.records.task_choice import TaskChoiceRecord
 from coterie.records.verdict import advice
 from coterie.routers.base import Routing
 from coterie.settings.commands import EvaluationSettings
@@ -263,7 +265,7 @@ def compare(
         unfamiliar_routing=cached(
             cache_name("unfamiliar", grid, methods), lambda: weights_for_unfamiliar(scored.cells)
         ),
-        **_told_by(mixture.folder),
+        **_told_by(mixture),
     )
     return Evaluation(record, tuple(rows))
 
@@ -292,13 +294,15 @@ def _measured(
         return grid, scored, _answers(grid, scored, tests, settings, cached, elsewhere)
 
 
-def _told_by(folder: Path | None) -> dict[str, Any]:
+def _told_by(mixture: Mixture) -> dict[str, Any]:
     """Return what the mixture's folder tells of how it was made."""
+    folder = mixture.folder
     file = folder / AUTO_FILE if folder else None
+    choice = TaskChoiceRecord if mixture.method == AUTO else AutoRecord
     return {
         "mixture": str(folder),
         "features": read_mixture_record(folder).router.features if folder else {},
-        "choice": read(AutoRecord, file, AGAIN) if file and file.exists() else None,
+        "choice": read(choice, file, AGAIN) if file and file.exists() else None,
         "map": feature_map(folder),
         **cluster_records(folder),
         **task_records(folder),

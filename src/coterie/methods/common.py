@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from coterie import ranks
 from coterie.artifacts import RunFolder, hash_json_list, write_jsonl
@@ -187,6 +189,22 @@ def copy_expert(run: RunFolder, name: str, adapter: Path) -> Path:
             shutil.copy(adapter / file, folder / file)
 
     return run.stage(f"experts/{name}", copy, {"adapter": hash_adapter(adapter)})
+
+
+def assign_folds(labels: Sequence[int], count: int, seed: int) -> Tensor:
+    """Return the fold of every row, as even as can be within every cluster and over all.
+
+    Raises:
+        CoterieError: when there are fewer rows than folds.
+    """
+    if len(labels) < count:
+        raise CoterieError(f"{len(labels)} training rows cannot be cut into {count} folds; lower --judge-folds")
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(labels), generator=generator)
+    by_cluster = shuffled[torch.tensor(labels)[shuffled].argsort(stable=True)]
+    folds = torch.empty(len(labels), dtype=torch.long)
+    folds[by_cluster] = torch.arange(len(labels)) % count
+    return folds
 
 
 def join_logs(run: RunFolder, trainings: Iterable[Path]) -> None:

@@ -159,11 +159,12 @@ READERS: dict[tuple[str, str], Callable[[Any, str], str | None]] = {
     ("fit token-level", "data"): lambda its, name: _rows(
         named_values(its.data, "data")[name], its.limit, its.reading.shared
     ),
-    ("fit kshot-moe", "pool"): lambda its, name: sha256_of(Path(name)),
 }
 for command in ("fit elrea", "fit auto", "influence"):
     READERS[command, "data"] = lambda its, _: _rows(its.data, its.limit, its.reading)
-for command in ("select", "fit kshot-moe"):
+for command in ("fit kshot-moe", "fit kshot-auto"):
+    READERS[command, "pool"] = lambda its, name: sha256_of(Path(name))
+for command in ("select", "fit kshot-moe", "fit kshot-auto"):
     READERS[command, "shots"] = lambda its, _: _rows(its.shots, its.limit, its.reading)
     READERS[command, "exclude"] = lambda its, _: hash_examples(
         load_questions(its.adapters.exclude, reading=its.reading.shared)

@@ -1,5 +1,7 @@
 """What `coterie fit auto` chose, and why: `auto.json`, and its words, which stand in `auto.md` and in the report."""
 
+from collections.abc import Sequence
+
 from pydantic import StrictBool, StrictStr
 
 from coterie.records.schema import Amounts, Count, Interval, Number, Position, Record, Weight
@@ -18,6 +20,12 @@ NAMES = {
     "performance": "routing to those that are the best on similar rows",
     "loss": "routing by the loss that the prompt's gradient predicts for each expert",
     "prefill": "routing by the loss that the prompt's hidden states predict for each expert",
+    "backbone": "the base model without any adapter",
+    "least-loss": "the adapter with the least loss on the examples, as it is",
+    "best-by-shots": "the adapter that ranks first by the examples, as it is",
+    "uniform-weights": "the chosen adapters with equal weights, as they are",
+    "kshot-only": "the chosen adapters under gates, trained on the examples alone",
+    "kshot-moe": "the chosen adapters under gates, trained on the examples and the open data",
 }
 
 
@@ -77,7 +85,7 @@ class AutoRecord(Record):
         if best.name != self.chosen:
             p = p_value(self.own.p)
             why = f"It is the cheapest that is about as good as the best, {best.words} (p = {p})."
-        ends = f" (95% interval {_span(self.interval)}, p = {p_value(self.p)})" if self.interval else ""
+        ends = f" (95% interval {span(self.interval)}, p = {p_value(self.p)})" if self.interval else ""
         mixed = "" if self.chosen == "best-single" else f", with the experts mixed in the {self.combiner}"
         found = [
             f"Chosen: {self.own.words}{mixed}.",
@@ -102,10 +110,6 @@ class AutoRecord(Record):
 
     def page(self) -> str:
         """Return `auto.md`."""
-        lines = [("tried", "cost", "NLL", "to the base", "95% interval", "p of the best")]
-        for one in self.candidates:
-            numbers = (f"{one.cost:.2f}", f"{one.nll:.4f}", signed_nats(one.difference))
-            lines.append((one.words, *numbers, _span(one.interval) if one.interval else "", p_value(one.p)))
         means = "".join(f"* Mixed in the {name}: NLL {value:.4f}.\n" for name, value in self.combiners.items())
         told = "\n".join(self.sentences)
         return (
@@ -114,9 +118,19 @@ class AutoRecord(Record):
             "tokens were trained on in all. A p below 0.05 says that the best is better by more than chance explains. "
             "About as good is what has nine tenths of the best's gain, and no such p."
             "\n\n"
-            f"```text\n{columns(lines, '<>>>>>')}\n```\n"
+            f"```text\n{tried(self.candidates, 'cost', 'to the base')}\n```\n"
         )
 
 
-def _span(interval: tuple[float, float]) -> str:
+def tried(candidates: Sequence[CandidateRecord], cost: str, difference: str) -> str:
+    """Return candidates as a table, under these heads of the columns of costs and of differences."""
+    lines = [("tried", cost, "NLL", difference, "95% interval", "p of the best")]
+    for one in candidates:
+        numbers = (f"{one.cost:.2f}", f"{one.nll:.4f}", signed_nats(one.difference))
+        lines.append((one.words, *numbers, span(one.interval) if one.interval else "", p_value(one.p)))
+    return columns(lines, "<>>>>>")
+
+
+def span(interval: tuple[float, float]) -> str:
+    """Return the two ends of an interval of nats."""
     return " to ".join(map(signed_nats, interval))

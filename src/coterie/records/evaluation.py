@@ -28,6 +28,7 @@ from coterie.records.schema import (
     Weight,
 )
 from coterie.records.task import GateLoads, GatheringRecord, SelectionRecord
+from coterie.records.task_choice import TaskChoiceRecord
 
 OVERALL = "all"  # the source name of a table row that averages over all sources
 MEASURES, LEVEL = ("accuracy", "nll"), 0.05  # an adjusted p below the level counts as significant
@@ -251,7 +252,7 @@ class EvaluationRecord(Record):
     answer_tokens: KnownAmounts = {}
     memory: Counts = {}
     merge_error: KnownAmounts = {}
-    choice: AutoRecord | None = None
+    choice: AutoRecord | TaskChoiceRecord | None = None
     notes: Texts = ()
     clusters: dict[str, Counts] = {}
     composition: dict[str, Counts] = {}

@@ -1,8 +1,8 @@
-"""Settings of `coterie fit auto`."""
+"""Settings of `coterie fit auto` and `coterie fit kshot-auto`, which choose by evidence."""
 
 from pydantic import Field
 
-from coterie.settings.commands import ElreaSettings
+from coterie.settings.commands import ElreaSettings, KshotSettings
 from coterie.settings.groups import JUDGE_FOLDS, ExpertSettings, JudgeFolds, TrainingSettings
 
 
@@ -53,3 +53,10 @@ class AutoSettings(ElreaSettings):
     def least_rows(self) -> int:
         """How many rows there have to be for every cluster to have one in every fold."""
         return self.clustering.clusters * self.judge_folds
+
+
+class KshotAutoSettings(KshotSettings):
+    """`coterie fit kshot-auto`: from a few examples and a bank to what the examples themselves show to be good."""
+
+    command = "fit kshot-auto"
+    judge_folds: JudgeFolds = JUDGE_FOLDS

@@ -17,10 +17,9 @@ from coterie import ranks
 from coterie.artifacts import RunFolder, read_tensors, write_tensors
 from coterie.data.batching import TokenRow
 from coterie.engine.scoring import score_votes
-from coterie.errors import CoterieError
 from coterie.experts.bank import load_bank
 from coterie.experts.names import BASE
-from coterie.methods.common import ExpertJob, base_plan, train_clusters, train_expert
+from coterie.methods.common import ExpertJob, assign_folds, base_plan, train_clusters, train_expert
 from coterie.methods.elrea.run import ElreaRun
 from coterie.mixture import Mixture
 from coterie.progress import TRAINING, part, whole
@@ -62,22 +61,6 @@ def cross_fit(run: ElreaRun, into: RunFolder) -> CrossFitLosses:
     order = torch.cat([torch.nonzero(folds == fold).flatten() for fold in range(count)]).argsort()
     losses = (torch.cat([part[key] for part in parts])[order] for key in ("nll", "pairs", "tokens"))
     return CrossFitLosses(run.mixture.bank.names, *losses)
-
-
-def assign_folds(labels: Sequence[int], count: int, seed: int) -> Tensor:
-    """Return the fold of every row, as even as can be within every cluster and over all.
-
-    Raises:
-        CoterieError: when there are fewer rows than folds.
-    """
-    if len(labels) < count:
-        raise CoterieError(f"{len(labels)} training rows cannot be cut into {count} folds; lower --judge-folds")
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = torch.randperm(len(labels), generator=generator)
-    by_cluster = shuffled[torch.tensor(labels)[shuffled].argsort(stable=True)]
-    folds = torch.empty(len(labels), dtype=torch.long)
-    folds[by_cluster] = torch.arange(len(labels)) % count
-    return folds
 
 
 def _fold_mixture(run: ElreaRun, into: RunFolder, seen: Tensor, fold: int) -> Mixture:

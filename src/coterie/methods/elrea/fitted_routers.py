@@ -22,7 +22,8 @@ from coterie.data.unlike import UNLIKE
 from coterie.experts.names import BASE
 from coterie.features.growing_text import FeatureExtractor
 from coterie.features.prefill import POOLINGS, candidate_layers, prefill_states
-from coterie.methods.elrea.cross_fit import assign_folds, cross_fit, score_pairs
+from coterie.methods.common import assign_folds
+from coterie.methods.elrea.cross_fit import cross_fit, score_pairs
 from coterie.methods.elrea.run import ElreaRun
 from coterie.methods.extras import LOSSES, TrainedExtra, load_extra, read_losses
 from coterie.routers.base import Router

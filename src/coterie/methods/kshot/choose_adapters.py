@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Float
+from torch import Tensor
+
 from coterie.artifacts import JsonCache, as_path, check_output, run_folder, write_json, write_jsonl
 from coterie.cluster import Elsewhere, joined
 from coterie.errors import CoterieError
@@ -134,9 +137,7 @@ def choose(task: KshotTask, settings: SelectSettings | KshotSettings, cached: Js
         with part("scores"), joined() if settings.sharing.ray else nullcontext():
             order, rounds = scoring.halve(names)
     candidates = order[: how.candidates]
-    adapters = load_bank({one.name: bank.folder_of(one.name) for one in candidates}, task.backbone.model).adapters
-    likeness = similarities(adapters, "factors" if how.diversity == "factors" else "updates")
-    best = groups(candidates, likeness, how.keep, diverse=how.diversity != "none")
+    best, likeness = best_groups(task, candidates, how)
     similarity = {}  # of every candidate to the other members of the chosen group
     places = {one.name: place for place, one in enumerate(candidates)}
     for name, place in places.items():
@@ -151,6 +152,16 @@ def choose(task: KshotTask, settings: SelectSettings | KshotSettings, cached: Js
         halving=tuple(rounds),
     )
     return Selected(record, [cell for name in sorted(scoring.cells) for cell in scoring.cells[name]])
+
+
+def best_groups(
+    task: KshotTask, candidates: Sequence[Ranked], how: SelectAdaptersSettings
+) -> tuple[list[AdapterGroup], Float[Tensor, "candidate candidate"]]:
+    """Compare all groups of candidates of the size to keep, best first; return how alike candidates are, too."""
+    folders = {one.name: task.bank.folder_of(one.name) for one in candidates}
+    adapters = load_bank(folders, task.backbone.model).adapters
+    likeness = similarities(adapters, "factors" if how.diversity == "factors" else "updates")
+    return groups(candidates, likeness, how.keep, diverse=how.diversity != "none"), likeness
 
 
 def scoring_work(task: KshotTask, how: SelectAdaptersSettings) -> float:

@@ -19,6 +19,7 @@ from coterie.experts.lorahub import SearchPlan, compose, search_weights
 from coterie.experts.plain_adapter import write_plain_adapter
 from coterie.methods.common import ExpertJob, base_plan, copy_expert, train_expert
 from coterie.methods.extras import ExtraSpec, TrainedExtra
+from coterie.methods.kshot.fit import SHOTS_ALONE
 from coterie.methods.kshot.run import KshotRun
 from coterie.methods.kshot.train import tune
 from coterie.progress import TRAINING
@@ -75,7 +76,7 @@ def _ablation(
     def make(run: KshotRun, into: RunFolder) -> TrainedExtra:
         names = experts(run)
         added = data(run)
-        if set(names) == set(run.selection.chosen) and added == run.gathered:
+        if set(names) == set(run.selection.chosen) and added == run.trained_on:
             return _copied(run, into, prefix)  # the same mixture: training it again would give it again
         origins = {f"{prefix}-{name}": name for name in names}
         tuned = tune(into.path, run.task, origins, run.tokenised(added), run.settings)
@@ -127,7 +128,7 @@ EXTRAS: Mapping[str, ExtraSpec[KshotRun]] = {
     "untuned": ExtraSpec(_untuned, lambda run: run.selection.shots / 10),
     BEST_TUNED: ExtraSpec(_best_tuned, _training_work, together=True),
     LORAHUB: ExtraSpec(_lorahub, lambda run: run.extras.lorahub_steps * run.selection.shots, ("lorahub_steps",)),
-    "kshot-only": _ablation("shots", data=lambda run: []),
+    SHOTS_ALONE: _ablation("shots", data=lambda run: []),
     "random-experts": _ablation("random", experts=_random_experts),
     "random-data": _ablation("randomdata", data=_random_rows),
     "by-accuracy": _ablation("accuracy", experts=lambda run: _first(run, "rank_accuracy", "rank_perplexity")),

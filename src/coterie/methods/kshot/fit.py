@@ -38,7 +38,7 @@ from coterie.settings.commands import GatherSettings, KshotSettings
 from coterie.settings.keywords import takes_fields
 from coterie.settings.reading import from_flat, values_of
 
-METHOD = "kshot-moe"
+METHOD, SHOTS_ALONE, AUTO = "kshot-moe", "kshot-only", "kshot-auto"
 SELECTION = "selection"
 GATHERED = "gathered"
 TUNED = "working/tuned"
@@ -73,29 +73,16 @@ def fit_kshot(settings: KshotSettings) -> Mixture:
             or an output folder that exists.
     """
     output = as_path(settings.output)
-    task, data, inputs = ranks.each(lambda: _prepare(settings))
-    with run_folder(output, settings, inputs) as run, whole(settings.command, _work(settings, task, data)):
-        with part("selection"):
-            chosen = list(read_selection(_selection(run, task, settings)).chosen)
-        with part("open data"):
-            gathered = _gathered(run, task, settings, data)
-        examples = [*task.shots, *gathered]
-        rows = tokenise(task.prompts, examples, settings.training.max_length, task.backbone.positions).rows
+    task, data, inputs = ranks.each(lambda: prepare(settings))
+    with run_folder(output, settings, inputs) as run, whole(settings.command, work_of(settings, task, data)):
+        given = choose_and_gather(run, task, data, settings)
         with part("training"):
-            tuned = _trained(run, task, chosen, rows, settings)
-        folders = {name: copy_expert(run, name, tuned / "experts" / name) for name in chosen}
-        experts = load_bank(folders, task.backbone.model)
-        options = gate_options(settings, len(experts))
-        gates = read_gates(read_tensors(tuned / "gates.safetensors"), experts.names, **options)
-        router = GateRouter(task.backbone, experts.adapters, gates)
-        mixture = Mixture(task.backbone, experts, router, LayerCombiner(), task.prompts, METHOD, run.path)
-        write_jsonl(run.path / "metrics.jsonl", read_log(tuned))
-        write_json(run.path / GATES_FILE, read_json(tuned / GATES_FILE))
-        mixture.write_description(run.path)
+            mixture = trained_mixture(run, task, given.chosen, given.gathered, settings)
+            mixture.write_description(run.path)
     return replace(mixture, folder=output)
 
 
-class _Prepared(NamedTuple):
+class Prepared(NamedTuple):
     """What the fit begins with: the task, the open data that rows are gathered from, and the hashes of both."""
 
     task: KshotTask
@@ -103,7 +90,19 @@ class _Prepared(NamedTuple):
     inputs: dict[str, str]
 
 
-def _prepare(settings: KshotSettings) -> _Prepared:
+class Given(NamedTuple):
+    """What a mixture is made of: the chosen adapters of the bank, and the rows that were gathered beside the shots."""
+
+    chosen: list[str]
+    gathered: list[Example]
+
+
+def prepare(settings: KshotSettings) -> Prepared:
+    """Load a task's shots, its bank and its base model, and index the open data; refuse what cannot work.
+
+    Raises:
+        CoterieError: as `fit_kshot` does.
+    """
     check_output(as_path(settings.output), settings)
     check_reused(settings)
     task = open_task(settings.bank, settings, settings.training.system_prompt)
@@ -115,7 +114,30 @@ def _prepare(settings: KshotSettings) -> _Prepared:
     pools = {f"pool {name}": sha256_of(Path(name)) for name in settings.pool if Path(name).is_file()}
     inputs = {**task.inputs(), **pools, **reused_inputs(settings, task)}
     data = load_open_data(_wanted(settings), {"shots": task.shots, "exclude": task.excluded}) if settings.pool else None
-    return _Prepared(task, data, inputs)
+    return Prepared(task, data, inputs)
+
+
+def choose_and_gather(run: RunFolder, task: KshotTask, data: OpenData | None, settings: KshotSettings) -> Given:
+    """Choose adapters and gather open data, in the parts `selection` and `open data`, each once."""
+    with part("selection"):
+        chosen = list(read_selection(_selection(run, task, settings)).chosen)
+    with part("open data"):
+        return Given(chosen, _gathered(run, task, settings, data))
+
+
+def trained_mixture(
+    run: RunFolder, task: KshotTask, chosen: list[str], added: list[Example], settings: KshotSettings
+) -> Mixture:
+    """Train gates and adapters on the shots and on rows beside them, and return the mixture of both."""
+    rows = tokenise(task.prompts, [*task.shots, *added], settings.training.max_length, task.backbone.positions).rows
+    tuned = _trained(run, task, chosen, rows, settings)
+    folders = {name: copy_expert(run, name, tuned / "experts" / name) for name in chosen}
+    experts = load_bank(folders, task.backbone.model)
+    gates = read_gates(read_tensors(tuned / "gates.safetensors"), experts.names, **gate_options(settings, len(experts)))
+    router = GateRouter(task.backbone, experts.adapters, gates)
+    write_jsonl(run.path / "metrics.jsonl", read_log(tuned))
+    write_json(run.path / GATES_FILE, read_json(tuned / GATES_FILE))
+    return Mixture(task.backbone, experts, router, LayerCombiner(), task.prompts, METHOD, run.path)
 
 
 def _trained(
@@ -140,8 +162,8 @@ def _trained(
     )
 
 
-def _work(settings: KshotSettings, task: KshotTask, data: OpenData | None) -> dict[str, float]:
-    """Weigh the parts of the run."""
+def work_of(settings: KshotSettings, task: KshotTask, data: OpenData | None) -> dict[str, float]:
+    """Weigh the parts of a fit (see `coterie.progress`)."""
     rows = len(task.shots) + (min(settings.rows.budget, len(data.fresh)) if data else 0)
     if settings.gathered:
         rows += len(load_examples(as_path(settings.gathered) / GATHERED_FILE))

@@ -1,17 +1,19 @@
 """Methods on what `coterie fit kshot-moe` has made for one task: the mixture, its rivals and its ablations."""
 
+from coterie.errors import CoterieError
 from coterie.experts.names import BACKBONE
 from coterie.methods.family import CONTROL, Family, Method, MethodGrid, single
 from coterie.methods.kshot.choose_adapters import read_selection
 from coterie.methods.kshot.extras import BEST_TUNED, EXTRAS, LORAHUB, UNTUNED
-from coterie.methods.kshot.fit import GATHERED, METHOD, SELECTION
+from coterie.methods.kshot.fit import AUTO, GATHERED, METHOD, SELECTION, SHOTS_ALONE
 from coterie.methods.kshot.run import KshotRun
 from coterie.mixture import Mixture
 from coterie.records.task import SelectionRecord
+from coterie.routers.base import Router
 from coterie.routers.fixed import one_hot, uniform
 from coterie.routers.gate import spectral_router
 
-PAPER = "arXiv 2408.15915"
+PAPER, OURS = "arXiv 2408.15915", "this project"
 CHOSEN = "chosen by shots, fine-tuned"
 UNTRAINED = "chosen by shots, as they are"
 
@@ -29,15 +31,29 @@ def _gated(extra: str, experts: str) -> Method:
     return Method(experts, "learned token gates", "layers", PAPER, lambda grid: grid.router(extra), (extra,))
 
 
+def _published(grid: MethodGrid) -> Router:
+    if grid.own.method != METHOD:
+        raise CoterieError(
+            f"the mixture was made by coterie fit {AUTO}, so its own is called {AUTO}; give a folder that "
+            f"coterie fit {METHOD} made for {METHOD}"
+        )
+    return grid.own.router
+
+
 def _lacks(mixture: Mixture) -> dict[str, str]:
-    """Return what a mixture cannot have that was trained on its shots alone."""
+    """Return what a mixture cannot have: what it was not made by, and rows where it was made from the shots alone."""
+    made_by, other = (AUTO, METHOD) if mixture.method == AUTO else (METHOD, AUTO)
+    lacking = {other: f"the mixture was made by coterie fit {made_by}"}
     has_rows = mixture.folder is not None and (mixture.folder / GATHERED).is_dir()
-    return {} if has_rows else {"random-data": "the mixture was fitted without open data"}
+    return lacking if has_rows else {**lacking, "random-data": "the mixture was fitted without open data"}
 
 
 METHODS = {
     BACKBONE: single(BACKBONE, "none"),
-    METHOD: Method(CHOSEN, "learned token gates", "layers", PAPER, lambda grid: grid.own.router),
+    METHOD: Method(CHOSEN, "learned token gates", "layers", PAPER, _published),
+    AUTO: Method(
+        "chosen by shots", f"chosen by evidence (`coterie fit {AUTO}`)", "", OURS, lambda grid: grid.own.router
+    ),
     "best-by-shots": Method(
         "the best by shots, as it is",
         "fixed",
@@ -60,7 +76,7 @@ METHODS = {
     "uniform-weights": Method(
         UNTRAINED, "uniform", "layers", CONTROL, lambda grid: uniform(_untuned(grid)), ("untuned",)
     ),
-    "kshot-only": _gated("kshot-only", "the same, trained on the shots alone"),
+    SHOTS_ALONE: _gated(SHOTS_ALONE, "the same, trained on the shots alone"),
     "random-data": _gated("random-data", "the same, trained on shots and random open data"),
     "random-experts": _gated("random-experts", "drawn at random, fine-tuned"),
     "by-accuracy": _gated("by-accuracy", "chosen by accuracy alone, fine-tuned"),
@@ -74,6 +90,7 @@ FAMILY: Family[KshotRun] = Family(
     METHODS,
     EXTRAS,
     KshotRun.open,
-    usual=lambda mixture: [BACKBONE, "best-by-shots", BEST_TUNED, "uniform-weights", "arrow", METHOD],
+    usual=lambda mixture: [BACKBONE, "best-by-shots", BEST_TUNED, "uniform-weights", "arrow", mixture.method],
+    also_fitted=(AUTO,),
     lacks=_lacks,
 )

@@ -11,12 +11,15 @@ from coterie.data.examples import Example, load_examples
 from coterie.errors import CoterieError
 from coterie.methods.extras import FittedRun
 from coterie.methods.kshot.choose_adapters import SELECTION_FILE, read_selection
-from coterie.methods.kshot.fit import GATHERED, METHOD, SELECTION
+from coterie.methods.kshot.fit import AUTO, GATHERED, METHOD, SELECTION, SHOTS_ALONE
 from coterie.methods.kshot.gather_rows import GATHERED_FILE, SUMMARY_FILE
 from coterie.methods.kshot.task import KshotTask, open_task
 from coterie.methods.kshot.train import GATES_FILE
+from coterie.records.auto import AUTO_FILE
 from coterie.records.schema import Record, read
 from coterie.records.task import GateLoads, GatheringRecord, SelectionRecord
+from coterie.records.task_choice import TaskChoiceRecord
+from coterie.settings.auto import KshotAutoSettings
 from coterie.settings.commands import KshotSettings
 
 AGAIN = f"make the mixture again with coterie fit {METHOD}"
@@ -27,6 +30,7 @@ class KshotRun(FittedRun[KshotSettings]):
     """A run of `coterie fit kshot-moe`, opened for further training."""
 
     made_by = KshotSettings
+    also_made_by = (KshotAutoSettings,)
 
     @cached_property
     def task(self) -> KshotTask:
@@ -46,9 +50,19 @@ class KshotRun(FittedRun[KshotSettings]):
 
     @cached_property
     def gathered(self) -> list[Example]:
-        """The open data that the run was trained on beside the shots."""
+        """The open data that was gathered for the run, to be trained on beside the shots."""
         file = self.folder / GATHERED / GATHERED_FILE
         return load_examples(file) if file.exists() else []
+
+    @cached_property
+    def trained_on(self) -> list[Example] | None:
+        """The open data that the run's own mixture was trained on beside the shots; None where it was not trained."""
+        if self.mixture.method != AUTO:
+            return self.gathered
+        chosen = read(
+            TaskChoiceRecord, self.folder / AUTO_FILE, f"make the mixture again with coterie fit {AUTO}"
+        ).chosen
+        return {METHOD: self.gathered, SHOTS_ALONE: []}.get(chosen)
 
     @cached_property
     def pools(self) -> list[str]:

@@ -1,7 +1,7 @@
 """Adapters on a task's shots: some at a time are loaded, and those that are loaded answer and are scored together."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -81,18 +81,7 @@ class ShotScoring:
         Raises:
             CoterieError: when no shot can be graded though accuracy counts.
         """
-        cells = [self.cells[name][:shots] for name in names]
-        correct = [[math.nan if cell["correct"] is None else float(cell["correct"]) for cell in row] for row in cells]
-        scores = ShotScores(
-            torch.tensor(correct),
-            torch.tensor([[cell["nll"] for cell in row] for row in cells]),
-            torch.tensor([float(cell["tokens"]) for cell in cells[0]]),
-        )
-        if self.settings.rank_by != "perplexity" and bool(scores.correct.isnan().all()):
-            raise CoterieError(
-                "no shot has an answer that can be checked; add the field answer, or --rank-by perplexity"
-            )
-        return ranked(names, scores, by=self.settings.rank_by, perplexity_of=self.settings.perplexity_of)
+        return rank_cells({name: self.cells[name][:shots] for name in names}, self.settings)
 
     def score(self, names: Sequence[str], shots: int) -> None:
         """Score adapters on the shots up to this number that they have not seen; equal ranks are loaded together.
@@ -115,6 +104,24 @@ class ShotScoring:
         for scores in found.values():
             for name, cells in scores.items():
                 self.cells.setdefault(name, []).extend(cells)
+
+
+def rank_cells(cells: Mapping[str, Sequence[Mapping[str, Any]]], how: SelectAdaptersSettings) -> list[Ranked]:
+    """Rank adapters by their records of the same shots, best first.
+
+    Raises:
+        CoterieError: when no shot can be graded though accuracy counts.
+    """
+    rows = list(cells.values())
+    correct = [[math.nan if cell["correct"] is None else float(cell["correct"]) for cell in row] for row in rows]
+    scores = ShotScores(
+        torch.tensor(correct),
+        torch.tensor([[cell["nll"] for cell in row] for row in rows]),
+        torch.tensor([float(cell["tokens"]) for cell in rows[0]]),
+    )
+    if how.rank_by != "perplexity" and bool(scores.correct.isnan().all()):
+        raise CoterieError("no shot has an answer that can be checked; add the field answer, or --rank-by perplexity")
+    return ranked(list(cells), scores, by=how.rank_by, perplexity_of=how.perplexity_of)
 
 
 def open_scoring(
