@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence_rows import MIXES, TARGETS, UNLIKE
-from evidence_steps import PARTS, Plan, Step, sides
+from evidence_steps import PARTS, Plan, Step, fits, sides
 from evidence_tables import PAIRS, PAPER, table
 
 ROOM = 60  # seconds before the end in which no further step begins
@@ -70,8 +70,10 @@ def compared(plan: Plan, part: str) -> Iterator[tuple[Any, ...]]:
         for side in ("inside", "crossing"):
             yield f"an adapter for each domain, {side}", f"tokens-{side}", "token-level:every=inf"
     if part == "kshot":
-        pairs = (("kshot-moe", "best-tuned"), ("kshot-moe", "kshot-only"))
         for target, count in product(plan.flags.targets.split(","), plan.flags.shots.split(",")):
+            published, *chosen = fits(int(count))[::-1]
+            pairs = [(published, "best-tuned"), (published, "kshot-only")]
+            pairs += [(name, rival) for name in chosen for rival in ("best-by-shots", published)]
             yield f"{target}, {count} shots", f"{target}/test-{count}", "random-experts", pairs
     if part == "recruit":
         yield part, "test", "best-single"

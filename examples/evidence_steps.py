@@ -24,7 +24,7 @@ METHODS = (
 )
 REFUSING = ("base", "uniform-weights", "elrea-refusing", "loss-routing", "prefill", "auto", "oracle")
 TOKENS = ("backbone", "per-dataset", "uniform-weights", "token-level", "arrow", "spectr", "logo", "oracle")
-KSHOT = ("backbone", "best-by-shots", "uniform-weights", "best-tuned", "kshot-moe", "kshot-only", "random-experts")
+KSHOT = ("backbone", "best-by-shots", "uniform-weights", "best-tuned", "kshot-only", "random-experts")
 NO_SYSTEM = ("--system-prompt", "")
 FIT = ("--clusters", "4", "--cluster-rounds", "1", *NO_SYSTEM)
 DOMAIN = ("--epochs", "2", "--learning-rate", "3e-4", "--batch-size", "8", *NO_SYSTEM)
@@ -139,20 +139,26 @@ def kshot_steps(plan: Plan) -> Iterator[Step]:
     for target in plan.flags.targets.split(","):
         for count in counts:
             for seed in plan.seeds:
-                yield from _target_steps(plan, bank, place / target, f"{count}-{seed}", seed)
+                yield from _target_steps(plan, bank, place / target, count, seed)
 
 
-def _target_steps(plan: Plan, bank: Path, place: Path, name: str, seed: int) -> Iterator[Step]:
+def fits(count: int) -> tuple[str, ...]:
+    """Return what is fitted to so many shots, and the published method on it: five can tell nothing by themselves."""
+    return ("kshot-moe",) if count <= 5 else ("kshot-auto", "kshot-gathered")
+
+
+def _target_steps(plan: Plan, bank: Path, place: Path, count: int, seed: int) -> Iterator[Step]:
+    name, (fit, *others) = f"{count}-{seed}", fits(count)
     shots = ("--shots", str(place / f"shots-{name}.jsonl"))
     chosen, gathered, run = place / f"select-{name}", place / f"gather-{name}", place / f"run-{name}"
     yield Step(("select", str(bank), *shots, "--exclude-leaks", *NO_SYSTEM, "--output", str(chosen)), chosen)
     pool = ("--pool", str(place.parent / "pool.jsonl"), "--exclude", str(place / "test.jsonl"))
     yield Step(("gather", *shots, *pool, "--budget", str(plan.flags.budget), "--output", str(gathered)), gathered)
     made = ("--selected", str(chosen), "--gathered", str(gathered), "--seed", str(seed))
-    yield Step(("fit", "kshot-moe", "--bank", str(bank), *shots, *made, *DOMAIN, "--output", str(run)), run)
-    for extra in ("best-tuned", "kshot-only", "random-experts"):
+    yield Step(("fit", fit, "--bank", str(bank), *shots, *made, *DOMAIN, "--output", str(run)), run)
+    for extra in ("best-tuned", "kshot-only", *others, "random-experts"):
         yield Step(("train-extras", str(run), "--methods", extra), run / "methods" / extra)
-    told = ("--methods", ",".join(KSHOT), "--control", "random-experts")
+    told = ("--methods", ",".join((*KSHOT, fit, *others)), "--control", "random-experts")
     yield evaluated(plan, run, place / "test.jsonl", place / f"test-{name}", *told)
 
 

@@ -55,7 +55,7 @@ def plan(tmp_path, evidence, rows_module):
         (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = argparse.Namespace(train=24, test=12, model="tiny", answers=0, budget=6, pool=20, minutes=9.0)
-    flags.targets, flags.shots = "svamp,piqa", "2,5"
+    flags.targets, flags.shots = "svamp,piqa", "2,6"
     patched = pytest.MonkeyPatch()
     patched.setattr(rows_module, "BANK_ROWS", 10)
     yield sys.modules["evidence_steps"].Plan(tmp_path / "data", tmp_path / "out", flags, [0, 1])

@@ -30,7 +30,7 @@ from tiny import write_rows
 AUTO = {**FIT, "judge_folds": 3, "expert_dropout": 0.0}
 PLAIN = {name: value for name, value in AUTO.items() if name != "judge_folds"}
 UNTRAINED = ("least-loss", "backbone", "best-by-shots", "uniform-weights")
-WAYS = (*UNTRAINED, "kshot-only", "kshot-moe")
+WAYS = (*UNTRAINED, "kshot-only", "kshot-gathered")
 
 
 @pytest.fixture(scope="module")
@@ -168,29 +168,33 @@ def test_a_way_that_trains_nothing_answers_as_the_adapters_of_the_bank_do(chosen
     assert [one.token_ids for one in answers[0]] == [one.token_ids for one in answers[1]]
 
 
-@pytest.mark.parametrize("chosen", ["kshot-only", "kshot-moe"])
+@pytest.mark.parametrize("chosen", ["kshot-only", "kshot-gathered"])
 def test_a_way_that_trains_ends_with_the_mixture_that_fit_kshot_moe_makes(
     chosen, bank, shots, open_data, tmp_path, monkeypatch
 ):
     judged_as(monkeypatch, chosen)
     coterie.kshot_auto(bank, str(shots), output=tmp_path / "auto", **AUTO, **open_data)
-    added = open_data if chosen == "kshot-moe" else {}
+    added = open_data if chosen == "kshot-gathered" else {}
     coterie.methods.kshot(bank, str(shots), output=tmp_path / "moe", **PLAIN, **added)
     record = record_of(tmp_path / "auto")
     files = [f"experts/{name}/adapter_model.safetensors" for name in record.adapters]
     for file in (*files, "router/gates.safetensors", "gates.json"):
         assert (tmp_path / "auto" / file).read_bytes() == (tmp_path / "moe" / file).read_bytes(), file
     assert record.chosen == chosen and len(files) == 2 and record.expected < -0.9
-    grid = make_grid(Mixture.from_pretrained(tmp_path / "auto", device="cpu"), ["kshot-auto", "kshot-only"])
-    same = losses(grid.cell("kshot-auto"), load_examples(shots)), losses(grid.cell("kshot-only"), load_examples(shots))
-    assert torch.allclose(*same, atol=1e-5) == (chosen == "kshot-only")
+    names = ["kshot-auto", "kshot-only", "kshot-gathered"]
+    grid = make_grid(Mixture.from_pretrained(tmp_path / "auto", device="cpu"), names)
+    own, *others = (losses(grid.cell(name), load_examples(shots)) for name in names)
+    same = [torch.allclose(own, other, atol=1e-5) for other in others]
+    assert same == [name == chosen for name in names[1:]]
 
 
 def test_the_published_mixture_is_not_what_evidence_chose(fitted):
     mixture = Mixture.from_pretrained(fitted[0], device="cpu")
     grid = make_grid(mixture, ["kshot-auto", "best-by-shots"])
     assert grid.cell("kshot-auto").router is mixture.router
-    with pytest.raises(CoterieError, match="made by coterie fit kshot-auto, so its own is called kshot-auto"):
+    with pytest.raises(
+        CoterieError, match="kshot-moe, which always trains on the gathered rows, is kshot-gathered here"
+    ):
         grid.cell("kshot-moe")
 
 
@@ -233,7 +237,7 @@ def test_the_command_prints_its_page_and_the_evaluation_tells_why(fitted, bank, 
     flags = [word for name, value in AUTO.items() for word in (f"--{name.replace('_', '-')}", value)]
     code, out, _ = run("fit", "kshot-auto", "--bank", bank, "--shots", shots, "--output", tmp_path / "run", *flags)
     assert code == 0 and out.startswith((tmp_path / "run" / "auto.md").read_text().rstrip())
-    assert "kshot-moe" not in [one.name for one in record_of(tmp_path / "run").candidates]  # without open data
+    assert "kshot-gathered" not in [one.name for one in record_of(tmp_path / "run").candidates]  # without open data
     words = ("--methods", "backbone,kshot-auto", "--control", "backbone", "--no-generate", "--device", "cpu")
     code, _, _ = run("eval", fitted[0], "--data", shots, "--output", tmp_path / "eval", *words)
     assert code == 0 and run("report", tmp_path / "eval")[0] == 0

@@ -29,6 +29,7 @@ from coterie.data.devices import tell_idle
 from coterie.errors import CoterieError
 from coterie.settings.groups import ModelSettings
 from helpers import table, unused_port
+from kshot_place import rows_of
 
 # -------------------------------------------------------------------------------------------------------- who does what
 
@@ -275,6 +276,22 @@ def files_of(folder: Path) -> dict[str, Any]:
         else:
             found[name] = re.sub('"seconds": [0-9.]+', "", path.read_text().replace(str(folder), ""))
     return found
+
+
+@pytest.mark.slow
+def test_two_processes_choose_for_a_task_as_one_does(bank, pool_file, tmp_path):
+    shots = write_rows(tmp_path / "shots.jsonl", rows_of("pick", 6, seed=77))
+    words = ["fit", "kshot-auto", "--bank", str(bank), "--shots", str(shots), "--pool", str(pool_file), "--budget", "4"]
+    words += ["--encoder", "hidden", "--keep", "2", "--max-new-tokens", "6", "--judge-folds", "2", "--device", "cpu"]
+    words += ["--epochs", "1", "--batch-size", "4", "--learning-rate", "5e-3", "--expert-dropout", "0"]
+    ((code, _, trouble),) = end(start([*words, "--output", str(tmp_path / "one")]))
+    assert code == 0, trouble
+    ended = end(start([*words, "--output", str(tmp_path / "two")], 2))
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    one, two = (json.loads((tmp_path / name / "auto.json").read_text()) for name in ("one", "two"))
+    assert one["chosen"] == two["chosen"] and one["adapters"] == two["adapters"]
+    for own, other in zip(one["candidates"], two["candidates"], strict=True):
+        assert own["name"] == other["name"] and own["nll"] == pytest.approx(other["nll"], abs=1e-4)
 
 
 @pytest.mark.slow

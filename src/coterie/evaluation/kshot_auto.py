@@ -21,6 +21,7 @@ from coterie.experts.names import BACKBONE, NULL
 from coterie.experts.training import write_null_adapter
 from coterie.methods.common import copy_expert, named_sources
 from coterie.methods.kshot.fit import (
+    AND_GATHERED,
     AUTO,
     METHOD,
     SELECTION,
@@ -111,7 +112,7 @@ def _made(
     scored, every = ScoredShots.read(run.path / SELECTION, len(task.shots)), range(len(task.shots))
     ways = untrained(scored.of_least_loss(every), scored.ranked(every)[0].name, given.chosen)
     active = {BACKBONE: 0, UNIFORM: len(given.chosen)}
-    active |= dict.fromkeys((SHOTS_ALONE, METHOD), min(settings.gates.top_k_experts, len(given.chosen)))
+    active |= dict.fromkeys((SHOTS_ALONE, AND_GATHERED), min(settings.gates.top_k_experts, len(given.chosen)))
     order = [ONE, *(name for name in judged.nll if name != ONE)]
     candidates = [Candidate(name, float(active.get(name, 1)), judged.nll[name]) for name in order]
     choice = choose(candidates, judged.tokens)
@@ -123,7 +124,7 @@ def _made(
         bank = load_bank(folders, task.backbone.model)
         mixture = Mixture(task.backbone, bank, router, LayerCombiner(), task.prompts, AUTO, run.path)
     else:
-        added = given.gathered if choice.chosen == METHOD else []
+        added = given.gathered if choice.chosen == AND_GATHERED else []
         mixture = replace(trained_mixture(run, task, given.chosen, added, settings), method=AUTO)
     record = TaskChoiceRecord(
         chosen=choice.chosen,

@@ -25,7 +25,7 @@ NAMES = {
     "best-by-shots": "the adapter that ranks first by the examples, as it is",
     "uniform-weights": "the chosen adapters with equal weights, as they are",
     "kshot-only": "the chosen adapters under gates, trained on the examples alone",
-    "kshot-moe": "the chosen adapters under gates, trained on the examples and the open data",
+    "kshot-gathered": "the chosen adapters under gates, trained on the examples and the open data",
 }
 
 

@@ -19,7 +19,7 @@ from coterie.experts.lorahub import SearchPlan, compose, search_weights
 from coterie.experts.plain_adapter import write_plain_adapter
 from coterie.methods.common import ExpertJob, base_plan, copy_expert, train_expert
 from coterie.methods.extras import ExtraSpec, TrainedExtra
-from coterie.methods.kshot.fit import SHOTS_ALONE
+from coterie.methods.kshot.fit import AND_GATHERED, SHOTS_ALONE
 from coterie.methods.kshot.run import KshotRun
 from coterie.methods.kshot.train import tune
 from coterie.progress import TRAINING
@@ -129,6 +129,7 @@ EXTRAS: Mapping[str, ExtraSpec[KshotRun]] = {
     BEST_TUNED: ExtraSpec(_best_tuned, _training_work, together=True),
     LORAHUB: ExtraSpec(_lorahub, lambda run: run.extras.lorahub_steps * run.selection.shots, ("lorahub_steps",)),
     SHOTS_ALONE: _ablation("shots", data=lambda run: []),
+    AND_GATHERED: _ablation("gathered"),
     "random-experts": _ablation("random", experts=_random_experts),
     "random-data": _ablation("randomdata", data=_random_rows),
     "by-accuracy": _ablation("accuracy", experts=lambda run: _first(run, "rank_accuracy", "rank_perplexity")),

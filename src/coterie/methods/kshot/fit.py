@@ -38,7 +38,8 @@ from coterie.settings.commands import GatherSettings, KshotSettings
 from coterie.settings.keywords import takes_fields
 from coterie.settings.reading import from_flat, values_of
 
-METHOD, SHOTS_ALONE, AUTO = "kshot-moe", "kshot-only", "kshot-auto"
+METHOD, AUTO = "kshot-moe", "kshot-auto"
+SHOTS_ALONE, AND_GATHERED = "kshot-only", "kshot-gathered"
 SELECTION = "selection"
 GATHERED = "gathered"
 TUNED = "working/tuned"

@@ -1,7 +1,7 @@
 """What a task's own shots say of what to do with its adapters: use one or several as they are, or train them, on what.
 
-The shots are cut into parts. Each way is judged on a part by what the other parts alone would have made of it: adapters
-that were chosen without this part, trained without it, on open data that was gathered without it.
+The shots are cut into parts. Each way is judged on a part by what the other parts alone make of it: adapters that are
+chosen without this part and trained without it, beside those gathered rows that other shots brought in.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from coterie.experts.bank import ExpertBank, load_bank
 from coterie.experts.names import BACKBONE, NULL
 from coterie.methods.common import assign_folds, backbone_key, hash_adapter, hash_examples
 from coterie.methods.kshot.choose_adapters import SCORES_FILE, SELECTION_FILE, best_groups, read_selection
-from coterie.methods.kshot.fit import GATHERED, METHOD, SELECTION, SHOTS_ALONE
+from coterie.methods.kshot.fit import AND_GATHERED, GATHERED, METHOD, SELECTION, SHOTS_ALONE
 from coterie.methods.kshot.gather_rows import GATHERED_FILE
 from coterie.methods.kshot.shot_scoring import rank_cells
 from coterie.methods.kshot.task import KshotTask
@@ -135,7 +135,7 @@ def _judge_fold(
     ways = untrained(scored.of_least_loss(known), order[0].name, group)
     shots, away = [task.shots[place] for place in known], {task.shots[place].id for place in left}
     added = [example for example, shot in gathered if shot not in away]
-    trained = {SHOTS_ALONE: shots, **({METHOD: [*shots, *added]} if gathered else {})}
+    trained = {SHOTS_ALONE: shots, **({AND_GATHERED: [*shots, *added]} if gathered else {})}
     rows = [task.prompts.row(task.shots[place]) for place in left]
     each = TRAINING * settings.training.epochs * len(group)
     work = {name: each * len(own) for name, own in trained.items()}

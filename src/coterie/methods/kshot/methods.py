@@ -5,7 +5,7 @@ from coterie.experts.names import BACKBONE
 from coterie.methods.family import CONTROL, Family, Method, MethodGrid, single
 from coterie.methods.kshot.choose_adapters import read_selection
 from coterie.methods.kshot.extras import BEST_TUNED, EXTRAS, LORAHUB, UNTUNED
-from coterie.methods.kshot.fit import AUTO, GATHERED, METHOD, SELECTION, SHOTS_ALONE
+from coterie.methods.kshot.fit import AND_GATHERED, AUTO, GATHERED, METHOD, SELECTION, SHOTS_ALONE
 from coterie.methods.kshot.run import KshotRun
 from coterie.mixture import Mixture
 from coterie.records.task import SelectionRecord
@@ -34,8 +34,8 @@ def _gated(extra: str, experts: str) -> Method:
 def _published(grid: MethodGrid) -> Router:
     if grid.own.method != METHOD:
         raise CoterieError(
-            f"the mixture was made by coterie fit {AUTO}, so its own is called {AUTO}; give a folder that "
-            f"coterie fit {METHOD} made for {METHOD}"
+            f"the mixture was made by coterie fit {AUTO}, so its own is called {AUTO}; {METHOD}, which always trains "
+            f"on the gathered rows, is {AND_GATHERED} here"
         )
     return grid.own.router
 
@@ -77,6 +77,7 @@ METHODS = {
         UNTRAINED, "uniform", "layers", CONTROL, lambda grid: uniform(_untuned(grid)), ("untuned",)
     ),
     SHOTS_ALONE: _gated(SHOTS_ALONE, "the same, trained on the shots alone"),
+    AND_GATHERED: _gated(AND_GATHERED, "the same, trained on the shots and the gathered rows"),
     "random-data": _gated("random-data", "the same, trained on shots and random open data"),
     "random-experts": _gated("random-experts", "drawn at random, fine-tuned"),
     "by-accuracy": _gated("by-accuracy", "chosen by accuracy alone, fine-tuned"),

@@ -11,7 +11,7 @@ from coterie.data.examples import Example, load_examples
 from coterie.errors import CoterieError
 from coterie.methods.extras import FittedRun
 from coterie.methods.kshot.choose_adapters import SELECTION_FILE, read_selection
-from coterie.methods.kshot.fit import AUTO, GATHERED, METHOD, SELECTION, SHOTS_ALONE
+from coterie.methods.kshot.fit import AND_GATHERED, AUTO, GATHERED, METHOD, SELECTION, SHOTS_ALONE
 from coterie.methods.kshot.gather_rows import GATHERED_FILE, SUMMARY_FILE
 from coterie.methods.kshot.task import KshotTask, open_task
 from coterie.methods.kshot.train import GATES_FILE
@@ -62,7 +62,7 @@ class KshotRun(FittedRun[KshotSettings]):
         chosen = read(
             TaskChoiceRecord, self.folder / AUTO_FILE, f"make the mixture again with coterie fit {AUTO}"
         ).chosen
-        return {METHOD: self.gathered, SHOTS_ALONE: []}.get(chosen)
+        return {AND_GATHERED: self.gathered, SHOTS_ALONE: []}.get(chosen)
 
     @cached_property
     def pools(self) -> list[str]:
