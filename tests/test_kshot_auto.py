@@ -221,6 +221,27 @@ def test_an_interrupted_fit_ends_with_the_files_of_an_undisturbed_one(
         assert (tmp_path / "run" / file).read_bytes() == (fitted[0] / file).read_bytes(), file
 
 
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        (lambda lines: lines[:6], "has no adapter that was scored on all 7 shots; make it again with coterie select"),
+        (lambda lines: lines[::-1], "has no adapter that was scored on all 7 shots; make it again with coterie select"),
+        (lambda lines: [line.replace('"nll"', '"loss"') for line in lines], "line 1, 'nll': is missing, got nothing"),
+        (lambda lines: [line.replace("sum-2", "gone") for line in lines], "has the adapter 'gone', which "),
+    ],
+    ids=["cut off", "another order", "no loss", "not in the bank"],
+)
+def test_scores_that_judge_nothing_are_told_before_anything_is_spent(lines, told, bank, shots, tmp_path, run):
+    select = ("--shots", shots, "--keep", 2, "--max-new-tokens", 6, "--device", "cpu")
+    assert run("select", bank, *select, "--output", tmp_path / "select")[0] == 0
+    file = tmp_path / "select" / "scores.jsonl"
+    file.write_text("\n".join(lines(file.read_text().splitlines())) + "\n")
+    words = ("--bank", bank, "--shots", shots, "--selected", tmp_path / "select", "--device", "cpu")
+    code, out, err = run("fit", "kshot-auto", *words, "--output", tmp_path / "run")
+    assert (code, out) == (2, "") and told in err.strip().splitlines()[-1]
+    assert not list(tmp_path.glob("run*"))
+
+
 def test_too_few_shots_are_told_before_anything_is_scored(bank, tmp_path, run):
     few = write_rows(tmp_path / "few.jsonl", rows_of("pick", 5, seed=77))
     code, out, err = run(

@@ -33,7 +33,7 @@ from coterie.methods.kshot.fit import (
     trained_mixture,
     work_of,
 )
-from coterie.methods.kshot.judge import ONE, UNIFORM, Judged, ScoredShots, judge, untrained
+from coterie.methods.kshot.judge import ONE, UNIFORM, Judged, ScoredShots, gathered_near, judge, untrained
 from coterie.methods.kshot.task import KshotTask
 from coterie.mixture import Mixture
 from coterie.progress import part, whole
@@ -102,6 +102,10 @@ def _prepare(settings: KshotAutoSettings) -> Prepared:
             f"{shots} examples are too few to tell what is good for the task, which takes {least} or more; give more, "
             f"or type coterie fit {METHOD}, which tries nothing"
         )
+    if settings.selected:
+        ScoredShots.read(as_path(settings.selected), prepared.task)
+    if settings.gathered:
+        gathered_near(as_path(settings.gathered))
     return prepared
 
 
@@ -109,7 +113,7 @@ def _made(
     run: RunFolder, task: KshotTask, given: Given, judged: Judged, settings: KshotAutoSettings
 ) -> tuple[Mixture, TaskChoiceRecord]:
     """Choose by the losses, and make of all shots what was chosen."""
-    scored, every = ScoredShots.read(run.path / SELECTION, len(task.shots)), range(len(task.shots))
+    scored, every = ScoredShots.read(run.path / SELECTION, task), range(len(task.shots))
     ways = untrained(scored.of_least_loss(every), scored.ranked(every)[0].name, given.chosen)
     active = {BACKBONE: 0, UNIFORM: len(given.chosen)}
     active |= dict.fromkeys((SHOTS_ALONE, AND_GATHERED), min(settings.gates.top_k_experts, len(given.chosen)))

@@ -32,6 +32,22 @@ class AdapterRecord(Record):
     why: StrictStr | None = None
 
 
+class ShotRecord(Record):
+    """An adapter on a shot: whether its answer is right, where that can be told, and the rationale's NLL per token."""
+
+    adapter: StrictStr
+    shot: StrictStr
+    correct: StrictBool | None
+    nll: Position
+    tokens: Count
+
+
+class GatheredRecord(Record):
+    """A gathered row: the shot that it is nearest to."""
+
+    nearest_shot: StrictStr
+
+
 class GroupRecord(Record):
     """Candidates as a group: the best group has the smallest score, the sum of its two ranks."""
 

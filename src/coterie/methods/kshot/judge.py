@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from coterie.artifacts import RunFolder, read_jsonl, read_tensors, sha256_of, write_tensors
+from coterie.artifacts import RunFolder, read_tensors, sha256_of, write_tensors
 from coterie.combiners.layers import LayerCombiner
 from coterie.data.batching import tokenise
 from coterie.data.examples import Example, load_examples
+from coterie.errors import CoterieError
 from coterie.experts.adapter_selection import Ranked
 from coterie.experts.bank import ExpertBank, load_bank
 from coterie.experts.names import BACKBONE, NULL
@@ -30,6 +31,8 @@ from coterie.methods.kshot.task import KshotTask
 from coterie.methods.kshot.train import tune
 from coterie.mixture import Mixture
 from coterie.progress import TRAINING, part, whole
+from coterie.records.schema import read_rows
+from coterie.records.task import GatheredRecord, ShotRecord
 from coterie.routers.base import Router
 from coterie.routers.fixed import FixedRouter, uniform
 from coterie.settings.auto import KshotAutoSettings
@@ -62,13 +65,24 @@ class ScoredShots:
     how: SelectAdaptersSettings
 
     @classmethod
-    def read(cls, folder: Path, shots: int) -> "ScoredShots":
-        """Read them from the folder of a choice."""
-        cells: dict[str, list[Mapping[str, Any]]] = {}
-        for cell in read_jsonl(folder / SCORES_FILE):
-            cells.setdefault(cell["adapter"], []).append(cell)
+    def read(cls, folder: Path, task: KshotTask) -> "ScoredShots":
+        """Read them from the folder of a choice.
+
+        Raises:
+            CoterieError: when a file is broken, no adapter has seen all shots, or the bank lacks one that has.
+        """
+        file, again = folder / SCORES_FILE, "make it again with coterie select"
+        cells: dict[str, list[ShotRecord]] = {}
+        for cell in read_rows(ShotRecord, file, again):
+            cells.setdefault(cell.adapter, []).append(cell)
+        shots = [shot.id for shot in task.shots]
+        seen = {name: own for name, own in cells.items() if [cell.shot for cell in own] == shots}
+        if not seen:
+            raise CoterieError(f"{file} has no adapter that was scored on all {len(shots)} shots; {again}")
+        if gone := [name for name in seen if name not in task.bank.names]:
+            raise CoterieError(f"{file} has the adapter {gone[0]!r}, which {task.bank.path} does not hold; {again}")
         how = SelectAdaptersSettings(**read_selection(folder).settings)
-        return cls({name: own for name, own in cells.items() if len(own) == shots}, how)
+        return cls({name: [cell.plain() for cell in own] for name, own in seen.items()}, how)
 
     def ranked(self, shots: Sequence[int]) -> list[Ranked]:
         """Rank the adapters by some of the shots alone, best first."""
@@ -84,6 +98,19 @@ def untrained(one: str, first: str, group: Sequence[str]) -> dict[str, FixedRout
     return {ONE: uniform(one), BACKBONE: uniform(NULL), FIRST: uniform(first), UNIFORM: uniform(group)}
 
 
+def gathered_near(folder: Path) -> list[tuple[Example, str]]:
+    """Read gathered rows, each with the shot that it is nearest to; none where there is no such folder.
+
+    Raises:
+        CoterieError: when the file is broken.
+    """
+    file = folder / GATHERED_FILE
+    if not folder.exists():
+        return []
+    near = [row.nearest_shot for row in read_rows(GatheredRecord, file, "make it again with coterie gather")]
+    return list(zip(load_examples(file), near, strict=True))
+
+
 def judge(run: RunFolder, task: KshotTask, settings: KshotAutoSettings) -> Judged:
     """Judge every way on all shots; adapters are chosen, and open data is gathered, in the run already.
 
@@ -92,10 +119,7 @@ def judge(run: RunFolder, task: KshotTask, settings: KshotAutoSettings) -> Judge
     """
     count = settings.judge_folds
     folds = assign_folds([0] * len(task.shots), count, settings.seed)
-    scored = ScoredShots.read(run.path / SELECTION, len(task.shots))
-    file = run.path / GATHERED / GATHERED_FILE
-    near = [row["nearest_shot"] for row in read_jsonl(file)] if file.exists() else []
-    gathered = list(zip(load_examples(file), near, strict=True)) if near else []
+    scored, gathered = ScoredShots.read(run.path / SELECTION, task), gathered_near(run.path / GATHERED)
     made_from = {
         **values_of(settings.gates),
         **values_of(settings.training, ("report_to",)),
