@@ -8,6 +8,8 @@ from typing import NamedTuple
 from evidence_rows import MIXES, UNLIKE, write_influence, write_kshot, write_mix, write_skills, write_unlike
 from task_bank import SETS
 
+from coterie.evaluation.kshot_auto import LEAST_SHOTS
+
 EXTRAS = {
     "one-lora": "one-lora-same-budget",
     "random-weights": "random-weights",
@@ -143,8 +145,8 @@ def kshot_steps(plan: Plan) -> Iterator[Step]:
 
 
 def fits(count: int) -> tuple[str, ...]:
-    """Return what is fitted to so many shots, and the published method on it: five can tell nothing by themselves."""
-    return ("kshot-moe",) if count <= 5 else ("kshot-auto", "kshot-gathered")
+    """Return what is fitted to so many shots, and the published method on it: a few can tell nothing by themselves."""
+    return ("kshot-moe",) if count < LEAST_SHOTS else ("kshot-auto", "kshot-gathered")
 
 
 def _target_steps(plan: Plan, bank: Path, place: Path, count: int, seed: int) -> Iterator[Step]:

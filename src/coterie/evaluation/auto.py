@@ -22,7 +22,7 @@ from coterie.combiners.table import make_combiner
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError
 from coterie.evaluation.candidates import EXTRAS_USED, Way, ways
-from coterie.evaluation.choice import Candidate, Choice, chance, choose, difference, known
+from coterie.evaluation.choice import Candidate, Choice, chance, choose, difference
 from coterie.experts.bank import load_bank
 from coterie.experts.names import BASE
 from coterie.features.prefill import candidate_layers
@@ -35,7 +35,8 @@ from coterie.methods.extras import load_extra, prepare_extras, read_losses
 from coterie.mixture import Mixture
 from coterie.mixture.folder import MIXTURE_FILE, hash_mixture
 from coterie.progress import part, whole
-from coterie.records.auto import AUTO_FILE, PAGE_FILE, AutoRecord
+from coterie.records.auto import AutoRecord
+from coterie.records.choice import AUTO_FILE, PAGE_FILE
 from coterie.records.evaluation import LEVEL
 from coterie.routers.base import Routing
 from coterie.routers.fixed import uniform
@@ -151,7 +152,7 @@ def _recorded(
             facts["combiner"] = "logits"  # every expert's rows are run for it
         nll = exact[facts["combiner"]]
         found, p = difference(nll, base, losses.tokens), chance(nll, base, losses.tokens)
-        facts |= {"expected": found.value, "interval": known(found), "p": p}
+        facts |= {"expected": found.value, "interval": found.ends, "p": p}
         facts["combiners"] = {name: losses.mean(own) for name, own in exact.items()}
         if found.value >= 0 or p >= LEVEL:
             facts |= {"chosen": BASE, "combiner": "layers", "outweighed": True}

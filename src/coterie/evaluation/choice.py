@@ -1,6 +1,5 @@
 """Choosing among methods by evidence: the cheapest that is about as good as the best, or none of them."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from coterie.evaluation.statistics import Interval, mean_difference, sign_flip_test, sign_flip_tests
-from coterie.records.auto import CandidateRecord
+from coterie.records.choice import CandidateRecord
 from coterie.records.evaluation import LEVEL
 
 KEPT = 0.9
@@ -64,16 +63,11 @@ class Choice(NamedTuple):
                 cost=one.candidate.cost,
                 nll=one.nll,
                 difference=one.gap.value,
-                interval=known(one.gap),
+                interval=one.gap.ends,
                 p=one.p,
             )
             for one in self.compared
         )
-
-
-def known(found: Interval) -> tuple[float, float] | None:
-    """Return the ends of an interval; None where nothing is known of them."""
-    return (found.low, found.high) if math.isfinite(found.low) else None
 
 
 def choose(candidates: Sequence[Candidate], tokens: Float[Tensor, " row"]) -> Choice:

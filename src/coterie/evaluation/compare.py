@@ -36,7 +36,8 @@ from coterie.methods.token_level.methods import PER_DATASET
 from coterie.mixture import Mixture
 from coterie.mixture.folder import hash_mixture, read_mixture_record, reading_for
 from coterie.progress import ANSWERING, GRADIENTS, part, whole
-from coterie.records.auto import AUTO_FILE, AutoRecord
+from coterie.records.auto import AutoRecord
+from coterie.records.choice import AUTO_FILE
 from coterie.records.evaluation import EvaluationRecord, RowRecord, SharedSeconds
 from coterie.records.files import write_evaluation
 from coterie.records.mixture import TrainingRow

@@ -15,7 +15,7 @@ from coterie import ranks
 from coterie.artifacts import RunFolder, as_path, run_folder, write_json, write_text
 from coterie.combiners.layers import LayerCombiner
 from coterie.errors import CoterieError
-from coterie.evaluation.choice import Candidate, chance, choose, known
+from coterie.evaluation.choice import Candidate, chance, choose
 from coterie.experts.bank import load_bank
 from coterie.experts.names import BACKBONE, NULL
 from coterie.experts.training import write_null_adapter
@@ -35,9 +35,10 @@ from coterie.methods.kshot.fit import (
 )
 from coterie.methods.kshot.judge import ONE, UNIFORM, Judged, ScoredShots, gathered_near, judge, untrained
 from coterie.methods.kshot.task import KshotTask
+from coterie.methods.kshot.train import gate_options
 from coterie.mixture import Mixture
 from coterie.progress import part, whole
-from coterie.records.auto import AUTO_FILE, PAGE_FILE
+from coterie.records.choice import AUTO_FILE, PAGE_FILE
 from coterie.records.evaluation import LEVEL
 from coterie.records.task_choice import TaskChoiceRecord
 from coterie.settings.auto import KshotAutoSettings
@@ -83,10 +84,11 @@ def fit_kshot_auto(settings: KshotAutoSettings) -> Mixture:
     work["judging"] = (settings.judge_folds - 1) * work["training"] * (2 if data or settings.gathered else 1)
     with run_folder(output, settings, inputs) as run, whole(settings.command, work):
         given = choose_and_gather(run, task, data, settings)
+        scored = ScoredShots.read(run.path / SELECTION, task)
         with part("judging"):
-            judged = judge(run, task, settings)
+            judged = judge(run, task, scored, settings)
         with part("training"):
-            mixture, record = _made(run, task, given, judged, settings)
+            mixture, record = _made(run, task, given, scored, judged, settings)
         write_json(run.path / AUTO_FILE, record.plain())
         write_text(run.path / PAGE_FILE, record.page())
         mixture.write_description(run.path)
@@ -110,13 +112,18 @@ def _prepare(settings: KshotAutoSettings) -> Prepared:
 
 
 def _made(
-    run: RunFolder, task: KshotTask, given: Given, judged: Judged, settings: KshotAutoSettings
+    run: RunFolder,
+    task: KshotTask,
+    given: Given,
+    scored: ScoredShots,
+    judged: Judged,
+    settings: KshotAutoSettings,
 ) -> tuple[Mixture, TaskChoiceRecord]:
     """Choose by the losses, and make of all shots what was chosen."""
-    scored, every = ScoredShots.read(run.path / SELECTION, task), range(len(task.shots))
+    every = range(len(task.shots))
     ways = untrained(scored.of_least_loss(every), scored.ranked(every)[0].name, given.chosen)
     active = {BACKBONE: 0, UNIFORM: len(given.chosen)}
-    active |= dict.fromkeys((SHOTS_ALONE, AND_GATHERED), min(settings.gates.top_k_experts, len(given.chosen)))
+    active |= dict.fromkeys((SHOTS_ALONE, AND_GATHERED), gate_options(settings, len(given.chosen))["top_k"])
     order = [ONE, *(name for name in judged.nll if name != ONE)]
     candidates = [Candidate(name, float(active.get(name, 1)), judged.nll[name]) for name in order]
     choice = choose(candidates, judged.tokens)
@@ -137,7 +144,7 @@ def _made(
         folds=settings.judge_folds,
         candidates=choice.records(),
         expected=choice.own.gap.value,
-        interval=known(choice.own.gap),
+        interval=choice.own.gap.ends,
         p=None if choice.chosen == ONE else chance(choice.own.candidate.nll, candidates[0].nll, judged.tokens),
     )
     return mixture, record

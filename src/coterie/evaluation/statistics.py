@@ -27,6 +27,11 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """Both ends; None where the rows say nothing about them."""
+        return (self.low, self.high) if math.isfinite(self.low) else None
+
 
 def mean_difference(
     values: Sequence[float],

@@ -209,7 +209,7 @@ def _oracle_shares(nll: Mapping[str, _Measure], draws: _Draws) -> dict[str, Inte
 
 
 def _ends(interval: Interval | None) -> tuple[float, float] | None:
-    return (interval.low, interval.high) if interval and np.isfinite(interval.low) else None
+    return interval.ends if interval else None
 
 
 # ----------------------------------------------------------------------------------------------------- plain text

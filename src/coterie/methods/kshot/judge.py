@@ -111,7 +111,7 @@ def gathered_near(folder: Path) -> list[tuple[Example, str]]:
     return list(zip(load_examples(file), near, strict=True))
 
 
-def judge(run: RunFolder, task: KshotTask, settings: KshotAutoSettings) -> Judged:
+def judge(run: RunFolder, task: KshotTask, scored: ScoredShots, settings: KshotAutoSettings) -> Judged:
     """Judge every way on all shots; adapters are chosen, and open data is gathered, in the run already.
 
     Raises:
@@ -119,7 +119,7 @@ def judge(run: RunFolder, task: KshotTask, settings: KshotAutoSettings) -> Judge
     """
     count = settings.judge_folds
     folds = assign_folds([0] * len(task.shots), count, settings.seed)
-    scored, gathered = ScoredShots.read(run.path / SELECTION, task), gathered_near(run.path / GATHERED)
+    gathered = gathered_near(run.path / GATHERED)
     made_from = {
         **values_of(settings.gates),
         **values_of(settings.training, ("report_to",)),
@@ -140,8 +140,9 @@ def judge(run: RunFolder, task: KshotTask, settings: KshotAutoSettings) -> Judge
                 place = run.stage(f"{JUDGING}/{fold}", make, made_from, inputs=("shots",), together=True)
             parts.append(read_tensors(place / SCORES))
     back = torch.tensor([place for left in order for place in left]).argsort()
-    whole_of = {name: torch.cat([own[name] for own in parts])[back] for name in parts[0]}
-    return Judged(whole_of, whole_of.pop("tokens"))
+    nll = {name: torch.cat([own[name] for own in parts])[back] for name in parts[0]}
+    tokens = nll.pop("tokens")
+    return Judged(nll, tokens)
 
 
 def _judge_fold(
@@ -171,21 +172,16 @@ def _judge_fold(
                 own = tokenise(task.prompts, examples, longest, task.backbone.positions).rows
                 tuned[name] = tune(folder / name, task, dict(zip(group, group, strict=True)), own, settings)
         with part("scores"):
-            mixtures = {name: _as_it_is(task, router) for name, router in ways.items()}
+            mixtures: dict[str, tuple[ExpertBank, Router]] = {}
+            for name, router in ways.items():
+                folders = {own: task.bank.folder_of(own) for own in router.weights if own != NULL}
+                bank = load_bank(folders, task.backbone.model) if folders else ExpertBank((NULL,), ({},))
+                mixtures[name] = bank, router
             for name, made in tuned.items():
-                mixtures[name] = _mixture(task, load_bank(made.experts, task.backbone.model), made.router)
-            starts = [row.prompt() for row in rows]
-            found = {name: own.score_rows(rows, own.router.start(starts)) for name, own in mixtures.items()}
+                mixtures[name] = load_bank(made.experts, task.backbone.model), made.router
+            found = {}
+            for name, (bank, router) in mixtures.items():
+                mixture = Mixture(task.backbone, bank, router, LayerCombiner(), task.prompts, METHOD)
+                found[name] = mixture.score_rows(rows, router.start([row.prompt() for row in rows]))
     nll = {name: scores.nll[0] for name, scores in found.items()}
     write_tensors(folder / SCORES, {**nll, "tokens": found[ONE].tokens})
-
-
-def _as_it_is(task: KshotTask, router: FixedRouter) -> Mixture:
-    if NULL in router.weights:
-        return _mixture(task, ExpertBank((NULL,), ({},)), router)
-    folders = {name: task.bank.folder_of(name) for name in router.weights}
-    return _mixture(task, load_bank(folders, task.backbone.model), router)
-
-
-def _mixture(task: KshotTask, bank: ExpertBank, router: Router) -> Mixture:
-    return Mixture(task.backbone, bank, router, LayerCombiner(), task.prompts, METHOD)

@@ -15,7 +15,7 @@ from coterie.methods.kshot.fit import AND_GATHERED, AUTO, GATHERED, METHOD, SELE
 from coterie.methods.kshot.gather_rows import GATHERED_FILE, SUMMARY_FILE
 from coterie.methods.kshot.task import KshotTask, open_task
 from coterie.methods.kshot.train import GATES_FILE
-from coterie.records.auto import AUTO_FILE
+from coterie.records.choice import AUTO_FILE
 from coterie.records.schema import Record, read
 from coterie.records.task import GateLoads, GatheringRecord, SelectionRecord
 from coterie.records.task_choice import TaskChoiceRecord
