@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from coterie.artifacts import environment_record
 from coterie.backbone.loading import Backbone, load_backbone
 from coterie.cli.process import bound_spinning
-from coterie.experts.training import save_adapter
+from coterie.experts.fresh_adapter import save_adapter
 from coterie.lora import Adapter
 from coterie.settings.groups import ModelSettings
 

@@ -24,8 +24,9 @@ from coterie.backbone.loading import load_backbone
 from coterie.data.batching import PromptFormat, tokenise
 from coterie.data.examples import Example, load_examples
 from coterie.experts import clustering
+from coterie.experts.checkpoint import load_checkpoint
 from coterie.experts.clustering import Clustering, cluster
-from coterie.experts.training import load_checkpoint, train_adapter
+from coterie.experts.training import train_adapter
 from coterie.features.gradient import GradientFeatures, write_features
 from coterie.methods.common import base_plan
 from coterie.settings.commands import ElreaSettings

@@ -20,7 +20,7 @@ from _harness import hardware_record, seconds_of, tell
 from torch import Tensor
 
 from coterie.data.batching import TokenRow
-from coterie.experts.training import load_checkpoint
+from coterie.experts.checkpoint import load_checkpoint
 from coterie.features.gradient import GradientFeatures, counted_blocks
 from coterie.features.prefill import candidate_layers
 from coterie.features.subspace import strongest_directions

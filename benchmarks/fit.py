@@ -16,7 +16,8 @@ from coterie import methods
 from coterie.backbone.loading import load_backbone
 from coterie.data.batching import PromptFormat, tokenise
 from coterie.data.examples import load_examples
-from coterie.experts.training import TrainingPlan, train_adapter
+from coterie.experts.training import train_adapter
+from coterie.experts.training_plan import TrainingPlan
 from coterie.settings.groups import LoraSettings, ModelSettings
 
 WORDS = {

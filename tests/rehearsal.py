@@ -26,7 +26,8 @@ from coterie.engine.scoring import score_votes
 from coterie.experts.bank import ExpertBank
 from coterie.experts.fresh_adapter import lora_config
 from coterie.experts.gated_model import GatedModel, GateTraining
-from coterie.experts.training import TrainingPlan, make_trainer
+from coterie.experts.training import make_trainer
+from coterie.experts.training_plan import TrainingPlan
 from coterie.features.gradient import AdamState, Checkpoint, GradientFeatures, Moments
 from coterie.features.growing_text import FeatureExtractor
 from coterie.features.projection import PROJECTIONS

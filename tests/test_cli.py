@@ -371,14 +371,6 @@ def test_a_report_is_written_over_no_other_page(run, run_folder, train_file, tmp
     assert (tmp_path / ".bashrc").read_text() == "precious"
 
 
-def test_help_does_not_load_torch():
-    script = "import sys; sys.argv = ['coterie', '--help']\nfrom coterie import cli\n"
-    script += "try: cli.main()\nexcept SystemExit: pass\n"
-    script += "print([m for m in ('torch', 'transformers', 'peft', 'sklearn') if m in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines()[-1] == "[]"
-
-
 def test_domains_from_the_command_line(run, model_folder, tmp_path):
     """Fit, build from the fitted adapters, ask with weights drawn: the same numbers as in Python."""
     rows = tiny.make_rows(12, seed=4)

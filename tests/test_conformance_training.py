@@ -31,11 +31,15 @@ from coterie.data.examples import load_examples
 from coterie.errors import CoterieError
 from coterie.experts import fresh_adapter
 from coterie.experts.bank import CONFIG_FILE, load_adapter, write_adapter
-from coterie.experts.fresh_adapter import check_fresh_adapter, is_transposed, layers_to_change, unchangeable
+from coterie.experts.checkpoint import load_checkpoint
+from coterie.experts.fresh_adapter import check_fresh_adapter
 from coterie.experts.gated_model import GatedModel, GateTraining
 from coterie.experts.gates_training import start_gates
+from coterie.experts.plain_adapter import write_null_adapter
+from coterie.experts.target_layers import is_transposed, layers_to_change, unchangeable
 from coterie.experts.trainer import TrainingCollator
-from coterie.experts.training import TrainingPlan, load_checkpoint, train_adapter, write_null_adapter
+from coterie.experts.training import train_adapter
+from coterie.experts.training_plan import TrainingPlan
 from coterie.features.gradient import AdamState, Checkpoint, GradientFeatures, Moments, adam_step
 from coterie.lora import Adapter, LoraPair
 from coterie.settings.groups import FeatureSettings, LoraSettings

@@ -20,7 +20,7 @@ from coterie.experts import training
 from coterie.experts.gated_model import GatedModel
 from coterie.experts.gates_training import train_gates
 from coterie.experts.trainer import TrainingCollator
-from coterie.experts.training import TrainingPlan
+from coterie.experts.training_plan import TrainingPlan
 from coterie.lora import LoraPair
 from coterie.methods import common
 from coterie.methods.common import assign_folds

@@ -26,7 +26,8 @@ from coterie.experts.bank import ExpertBank, load_adapter, write_adapter
 from coterie.experts.gated_model import GATES_ALONE, GatedModel, GateTraining, Tally, balance_loss
 from coterie.experts.gates_training import collapsed, start_gates, train_mixture
 from coterie.experts.trainer import TrainingCollator
-from coterie.experts.training import TrainingPlan, read_log, train_adapter
+from coterie.experts.training import train_adapter
+from coterie.experts.training_plan import TrainingPlan, read_log
 from coterie.lora import LoraPair
 from coterie.routers.base import RouterParts
 from coterie.routers.gate import GateRouter, spectral_router

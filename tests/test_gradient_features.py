@@ -9,7 +9,7 @@ from coterie.backbone.loading import Backbone
 from coterie.data.batching import PromptFormat, TokenRow
 from coterie.data.examples import Example, Message
 from coterie.errors import CoterieError
-from coterie.experts.training import load_checkpoint
+from coterie.experts.checkpoint import load_checkpoint
 from coterie.features import gradient
 from coterie.features.gradient import GradientFeatures, adam_step
 from coterie.routers import centroid

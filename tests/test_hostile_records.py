@@ -16,9 +16,9 @@ from coterie.evaluation.clusters import cluster_records
 from coterie.evaluation.compare import strange_sources
 from coterie.experts.bank import load_adapter
 from coterie.experts.bank_folder import open_bank
+from coterie.experts.checkpoint import load_checkpoint
 from coterie.experts.expert_pool import read_pool
 from coterie.experts.reply_cache import ReplyCache
-from coterie.experts.training import load_checkpoint
 from coterie.features.embedding import SentenceEncoder
 from coterie.methods.add_adapters import bank_add
 from coterie.methods.extras import load_extra, read_losses

@@ -12,7 +12,7 @@ import tiny
 from conftest import write_rows
 from coterie.data.examples import load_examples
 from coterie.errors import CoterieError
-from coterie.experts.training import load_checkpoint
+from coterie.experts.checkpoint import load_checkpoint
 from coterie.methods.influence import best_task
 from helpers import adams_step, normal, peft_factors, refused
 

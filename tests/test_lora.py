@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from beartype.roar import BeartypeCallHintViolation
 
 from coterie import lora
 from coterie.backbone.row_mix import alone, chosen, unused
@@ -198,3 +199,17 @@ def test_outputs_keep_their_type_whatever_the_updates_have(wide):
         assert {tensor.dtype for tensor in found} == {torch.float32}
         for other in found[1:]:
             torch.testing.assert_close(other, found[0])
+
+
+def test_a_call_with_other_types_or_shapes_fails_every_test_that_makes_it():
+    """The checks that all tests run under: of plain types, of one array, and of sizes that two arrays share."""
+    ranks, weights = torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3)
+    assert torch.equal(lora._weighed(ranks, weights, None), ranks)
+    for call in (
+        lambda: lora.copying_pays(1, 1, 1, "1"),
+        lambda: lora._weighed(ranks[0], weights, None),
+        lambda: lora._weighed(ranks, weights[..., :2], None),
+        lambda: lora._weighed(ranks, weights.int(), None),
+    ):
+        with pytest.raises(BeartypeCallHintViolation):
+            call()

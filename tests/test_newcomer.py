@@ -23,7 +23,9 @@ def home(tmp_path, monkeypatch, backbone):
     return tmp_path
 
 
-def test_a_newcomer_gets_from_a_shelf_and_a_csv_to_a_report(run, home, model_folder):
+def test_a_newcomer_gets_from_a_shelf_and_a_csv_to_a_report(run, home):
+    model_folder = tiny.save_model(home / "terse", terse=True)
+
     def follow(result: tuple[int, str, str], **others: str) -> tuple[int, str, str]:
         """Type what the last line says, with one's own data in the place of the example's."""
         code, _, err = result

@@ -15,7 +15,7 @@ from coterie.backbone.loading import load_backbone, loaded_by
 from coterie.data.examples import load_examples
 from coterie.experts.cards import describe_adapter
 from coterie.experts.expert_pool import init_pool
-from coterie.experts.training import write_null_adapter
+from coterie.experts.plain_adapter import write_null_adapter
 from coterie.mixture import Mixture
 
 ALIAS = "smollm2-135m"

@@ -134,6 +134,23 @@ def test_help_is_shown_without_importing_torch():
     assert "fit" in result.stdout
 
 
+ANSWER = """
+import sys
+import coterie.evaluation.compare, coterie.methods, coterie.serve.app
+from coterie import Mixture
+Mixture.from_pretrained(sys.argv[1], device="cpu").generate("add 2 3", max_new_tokens=1)
+heavy = {"peft", "datasets", "pandas", "sklearn", "scipy.stats", "bitsandbytes", "transformers.trainer"}
+found = sorted(heavy & set(sys.modules))
+sys.exit(f"answering imported {found}" if found else 0)
+"""
+
+
+def test_a_question_is_answered_without_what_trains(run_folder):
+    """PEFT, the trainer and what they bring take as long to load as all else together."""
+    result = subprocess.run([sys.executable, "-c", ANSWER, run_folder], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 def test_importing_the_package_does_not_import_torch():
     code = "import sys, coterie; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -29,9 +29,11 @@ from coterie.data.batching import PromptFormat, TokenRow
 from coterie.data.examples import load_examples
 from coterie.engine.scoring import score_votes
 from coterie.errors import CoterieError
+from coterie.experts.checkpoint import load_checkpoint
 from coterie.experts.gated_model import GateTraining
 from coterie.experts.gates_training import start_gates, train_mixture
-from coterie.experts.training import TrainingPlan, load_checkpoint, train_adapter
+from coterie.experts.training import train_adapter
+from coterie.experts.training_plan import TrainingPlan
 from coterie.features.gradient import GradientFeatures
 from coterie.features.prefill import prefill_states
 from coterie.methods import elrea

@@ -11,7 +11,8 @@ from coterie.backbone.model import Backbone
 from coterie.data.batching import PromptFormat
 from coterie.data.examples import load_examples
 from coterie.experts.trainer import EMPTY, RowOrder, TrainingCollator, drawn, split_batch
-from coterie.experts.training import TrainingPlan, make_trainer
+from coterie.experts.training import make_trainer
+from coterie.experts.training_plan import TrainingPlan
 from coterie.settings.groups import ModelSettings
 from helpers import table
 

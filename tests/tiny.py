@@ -55,9 +55,13 @@ def make_model(vocabulary: int, seed: int = 0) -> LlamaForCausalLM:
     return model
 
 
-def save_model(folder: Path, *, seed: int = 0, chat_template: str | None = CHAT_TEMPLATE) -> Path:
+def save_model(folder: Path, *, seed: int = 0, chat_template: str | None = CHAT_TEMPLATE, terse: bool = False) -> Path:
+    """Save a tiny model; a terse one ends its answers soon, since most tokens end them."""
     tokenizer = make_tokenizer(chat_template)
-    make_model(len(tokenizer), seed).save_pretrained(folder)
+    model = make_model(len(tokenizer), seed)
+    if terse:
+        model.generation_config.eos_token_id = [token for token in range(len(tokenizer)) if token % 8]
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -18,7 +18,7 @@ from coterie.errors import CoterieError
 from coterie.evaluation.choice import Candidate, chance, choose
 from coterie.experts.bank import load_bank
 from coterie.experts.names import BACKBONE, NULL
-from coterie.experts.training import write_null_adapter
+from coterie.experts.plain_adapter import write_null_adapter
 from coterie.methods.common import copy_expert, named_sources
 from coterie.methods.kshot.fit import (
     AND_GATHERED,

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from scipy.stats import kendalltau, rankdata
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -88,6 +87,8 @@ def _rounded(values: Tensor) -> list[float]:
 
 def _ranks(values: Sequence[float]) -> list[int]:
     """Return ranks from 1; equal values share the smallest of theirs."""
+    from scipy.stats import rankdata
+
     return rankdata(values, method="min").astype(int).tolist()
 
 
@@ -202,6 +203,8 @@ def halving_rounds(adapters: int, shots: int, first: int | None, least: int) -> 
 
 def agreement(one: Sequence[int], other: Sequence[int]) -> float | None:
     """Return Kendall's tau-b between two rankings of the same adapters; None where it says nothing."""
+    from scipy.stats import kendalltau
+
     if len(one) < 2 or len(set(one)) < 2 or len(set(other)) < 2:
         return None
     return round(float(kendalltau(one, other).statistic), DECIMALS)

@@ -274,6 +274,8 @@ def rank_and_alpha(config: AdapterConfig, path: str, file: Path) -> tuple[int, i
     Raises:
         CoterieError: when a pattern is no regular expression.
     """
+    if not config.rank_pattern and not config.alpha_pattern:  # which nearly all have, and PEFT takes seconds to load
+        return config.r, config.lora_alpha
     from peft.utils.other import get_pattern_key
 
     try:

@@ -9,11 +9,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from coterie.backbone.gates import Gates
 from coterie.backbone.linear_layers import linear_shapes
@@ -22,12 +20,10 @@ from coterie.backbone.prototypes import prototypes
 from coterie.data.batching import TokenRow
 from coterie.errors import check_known
 from coterie.experts.gated_model import GATES_ALONE, GatedModel, GateTraining, changed_paths
-from coterie.experts.training import TrainingPlan, trained
+from coterie.experts.training_plan import TrainingPlan
 from coterie.lora import Adapter
 
 STARTS = ("zeros", "random", "arrow")
-WATCHED = ("expert_load", "gate_entropy")
-"""What every logged step tells beyond the loss, on average over the layers."""
 COLLAPSE = 0.9
 """A mixture that gives one expert more than this share of all weight is that expert, at the cost of all of them."""
 
@@ -81,25 +77,6 @@ def start_gates(
     return Gates(tuple(names), layers, top_k=top_k)
 
 
-class _Watch(TrainerCallback):
-    """Puts what gates did since the last entry beside its loss, and adds it up over the epoch."""
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        kwargs["model"].epoch.clear()
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if "loss" not in (kwargs.get("logs") or {}):
-            return
-        step, epoch = kwargs["model"].step, kwargs["model"].epoch
-        step.sum()
-        values = (step.load().nanmean(dim=0).tolist(), float(step.entropy().nanmean()))
-        state.log_history[-1].update(zip(WATCHED, values, strict=True))
-        epoch.add(step)
-        step.clear()
-
-
 def train_mixture(
     backbone: Backbone,
     adapters: Sequence[Adapter],
@@ -117,9 +94,14 @@ def train_mixture(
     Raises:
         CoterieError: when the loss is not finite, or no expert changes any layer.
     """
+    from transformers import set_seed
+
+    from coterie.experts.trainer import WATCHED, GateWatch
+    from coterie.experts.training import trained
+
     set_seed(plan.seed)
     model = GatedModel(backbone, adapters, gates, training)
-    with trained(backbone, model, rows, plan, folder, _Watch(), WATCHED):
+    with trained(backbone, model, rows, plan, folder, GateWatch(), WATCHED):
         loads, entropies = model.epoch.load().cpu(), model.epoch.entropy().tolist()
         seen = {path: n for n, path in enumerate(model.paths) if bool(loads[n].isfinite().all())}
         gates = model.gates()

@@ -6,13 +6,16 @@ Ranks and scalings that differ between layers are in the factors themselves: vLL
 
 from pathlib import Path
 
+import torch
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from coterie.backbone.linear_layers import linear_layers
+from coterie.backbone.linear_layers import linear_layers, linear_shapes
+from coterie.backbone.loading import Backbone, loaded_by
 from coterie.errors import CoterieError
 from coterie.experts.bank import write_adapter
+from coterie.experts.target_layers import ALL_LINEAR, is_transposed, layers_to_change
 from coterie.lora import Adapter, LoraPair
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -79,3 +82,19 @@ def vllm_rank(rank: int, model_type: str) -> int:
             "experts out of the mixture"
         )
     return next(limit for limit in VLLM_RANKS if limit >= rank)
+
+
+def write_null_adapter(backbone: Backbone, folder: Path) -> None:
+    """Write an adapter that changes nothing, in the form of any other: rank 1, zeros, on one layer."""
+    path = layers_to_change(backbone.model, ALL_LINEAR)[0]
+    width_in, width_out = linear_shapes(backbone.model)[path]
+    record = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": loaded_by(backbone.identity),
+        "r": 1,
+        "lora_alpha": 1,
+        "target_modules": [path],
+        "fan_in_fan_out": is_transposed(backbone.model, [path]),
+    }
+    write_adapter(folder, record, {path: LoraPair(torch.zeros(1, width_in), torch.zeros(1, width_out))})

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from coterie import ranks
@@ -138,3 +138,28 @@ class SeededTrainer(Trainer):
         self._round += 1
         torch.manual_seed(drawn(self.args.seed, self._step, place))
         return super().training_step(model, inputs, num_items_in_batch)
+
+
+WATCHED = ("expert_load", "gate_entropy")
+"""What every logged step tells beyond the loss, on average over the layers."""
+
+
+class GateWatch(TrainerCallback):
+    """Puts what the gates of a `GatedModel` did since the last entry beside its loss, and adds it up over the epoch."""
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin a new sum."""
+        kwargs["model"].epoch.clear()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the averages into the entry of the step, and go on with the next."""
+        if "loss" not in (kwargs.get("logs") or {}):
+            return
+        step, epoch = kwargs["model"].step, kwargs["model"].epoch
+        step.sum()
+        values = (step.load().nanmean(dim=0).tolist(), float(step.entropy().nanmean()))
+        state.log_history[-1].update(zip(WATCHED, values, strict=True))
+        epoch.add(step)
+        step.clear()

@@ -18,63 +18,24 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from coterie import ranks
-from coterie.artifacts import read_floats, read_jsonl, read_tensors, write_json, write_jsonl, write_tensors
-from coterie.backbone.linear_layers import linear_shapes
+from coterie.artifacts import read_tensors, write_jsonl
 from coterie.backbone.loading import Backbone, loaded_by
 from coterie.data.batching import TokenRow
 from coterie.data.spooled import Chosen
 from coterie.errors import CoterieError
-from coterie.experts.bank import KEY_PREFIX, WEIGHTS_FILE, load_adapter, write_adapter
-from coterie.experts.fresh_adapter import (
-    ALL_LINEAR,
-    check_taken,
-    is_transposed,
-    layers_to_change,
-    lora_config,
-    plain_config,
-    save_adapter,
-)
+from coterie.experts.bank import WEIGHTS_FILE
+from coterie.experts.checkpoint import save_adam
+from coterie.experts.fresh_adapter import check_taken, lora_config, plain_config, save_adapter
 from coterie.experts.trainer import SeededTrainer, Split, TrainingCollator, split_batch
-from coterie.features.gradient import AdamState, Checkpoint, Moments
-from coterie.lora import LoraPair
+from coterie.experts.training_plan import LOG_FILE, TrainingPlan
 from coterie.progress import steps
-from coterie.records.adapter import AdamRecord
-from coterie.records.schema import read
 from coterie.settings.groups import LoraSettings
 
 logger = logging.getLogger(__name__)
 
-LOG_FILE = "log.jsonl"
 LOGGED = ("step", "epoch", "loss", "learning_rate", "grad_norm")
-ADAM_TENSORS = "adam.safetensors"
-ADAM_RECORD = "adam.json"
 MAX_GRAD_NORM = 1.0
 """Gradients of a batch are scaled down to this length. No paper here does so, and Adam's saved moments are of these."""
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """One adapter's training.
-
-    Attributes:
-        epochs: passes over the rows.
-        learning_rate: peak, decaying linearly to 0.
-        batch_size: examples per optimiser step.
-        micro_batch_size: examples per forward pass.
-        seed: of initialisation, order and dropout.
-        report_to: tracker known to transformers.
-        label: name in progress bars and logs.
-        keep_epochs: whether every epoch's adapter and Adam state are kept.
-    """
-
-    epochs: int
-    learning_rate: float
-    batch_size: int
-    micro_batch_size: int
-    seed: int
-    report_to: str
-    label: str
-    keep_epochs: bool = False
 
 
 def train_adapter(
@@ -155,22 +116,6 @@ def _is_whole(checkpoint: Path) -> bool:
         return bool(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return False
-
-
-def write_null_adapter(backbone: Backbone, folder: Path) -> None:
-    """Write an adapter that changes nothing, in the form of any other: rank 1, zeros, on one layer."""
-    path = layers_to_change(backbone.model, ALL_LINEAR)[0]
-    width_in, width_out = linear_shapes(backbone.model)[path]
-    record = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": loaded_by(backbone.identity),
-        "r": 1,
-        "lora_alpha": 1,
-        "target_modules": [path],
-        "fan_in_fan_out": is_transposed(backbone.model, [path]),
-    }
-    write_adapter(folder, record, {path: LoraPair(torch.zeros(1, width_in), torch.zeros(1, width_out))})
 
 
 def make_trainer(
@@ -297,49 +242,6 @@ class _EpochKeeper(TrainerCallback):
         shutil.rmtree(temporary, ignore_errors=True)
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])  # accelerate wraps it
         save_adapter(kwargs["model"], temporary, self.base)
-        _save_adam(kwargs["model"], optimizer, rates, state.global_step, temporary)
+        save_adam(kwargs["model"], optimizer, rates, state.global_step, temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
-
-
-def _save_adam(
-    model: PeftModel, optimizer: torch.optim.Optimizer, rates: list[float], steps: int, folder: Path
-) -> None:
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            state = optimizer.state.get(parameter) or {}  # Adam knows nothing yet of what never got a gradient
-            plain = name.removeprefix(KEY_PREFIX).removesuffix(".default.weight")
-            for moment, kept in (("mean", "exp_avg"), ("square", "exp_avg_sq")):
-                tensors[f"{plain}.{moment}"] = state.get(kept, torch.zeros_like(parameter))
-    write_tensors(folder / ADAM_TENSORS, tensors)
-    group = optimizer.param_groups[0]
-    record = {
-        "steps": steps,
-        "learning_rate": sum(rates) / len(rates),
-        "betas": list(group["betas"]),
-        "eps": group["eps"],
-    }
-    write_json(folder / ADAM_RECORD, record)
-
-
-def load_checkpoint(folder: Path, model: nn.Module) -> Checkpoint:
-    """Read an epoch's adapter and Adam state.
-
-    Raises:
-        CoterieError: when a file is missing, broken, or does not fit the base model.
-    """
-    adapter, shapes = load_adapter(folder, model), {}
-    for path, pair in adapter.items():
-        shapes |= {f"{path}.lora_A": pair.down.shape, f"{path}.lora_B": pair.up.T.shape}
-    wanted = {f"{name}.{moment}": shape for name, shape in shapes.items() for moment in ("mean", "square")}
-    tensors = read_floats(folder / ADAM_TENSORS, wanted, "fit again")
-    record = read(AdamRecord, folder / ADAM_RECORD, "fit again")
-    device = next(model.parameters()).device
-    moments = {name: Moments(*(tensors[f"{name}.{part}"].to(device) for part in ("mean", "square"))) for name in shapes}
-    return Checkpoint(adapter, AdamState(moments, record.steps, record.learning_rate, record.betas, record.eps))
-
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """Read the losses that a training logged."""
-    return read_jsonl(folder / LOG_FILE)

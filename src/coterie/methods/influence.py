@@ -24,7 +24,7 @@ from coterie.artifacts import RunFolder, as_path, check_output, run_folder, writ
 from coterie.data.batching import TokenRow, tokenise
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError
-from coterie.experts.training import load_checkpoint
+from coterie.experts.checkpoint import load_checkpoint
 from coterie.features.gradient import Checkpoint, GradientFeatures, read_features, write_features
 from coterie.features.subspace import strongest_directions
 from coterie.methods.common import Data, backbone_key, hash_examples, hash_rows, named_parts

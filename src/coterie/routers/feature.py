@@ -11,7 +11,7 @@ from coterie.artifacts import write_tensors
 from coterie.backbone.loading import Backbone
 from coterie.data.batching import TokenRow
 from coterie.experts.bank import check_names
-from coterie.experts.training import load_checkpoint
+from coterie.experts.checkpoint import load_checkpoint
 from coterie.features.embedding import Encoder, HiddenStateEncoder, load_encoder
 from coterie.features.gradient import GradientFeatures
 from coterie.features.growing_text import AveragedStates, FeatureExtractor, GrowingFeatures

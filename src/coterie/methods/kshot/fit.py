@@ -22,7 +22,7 @@ from coterie.data.batching import TokenRow, tokenise
 from coterie.data.examples import Example, load_examples
 from coterie.errors import CoterieError
 from coterie.experts.bank import load_bank
-from coterie.experts.training import read_log
+from coterie.experts.training_plan import read_log
 from coterie.features.embedding import HIDDEN
 from coterie.features.embedding_store import hidden_encoder, load_text_encoder
 from coterie.methods.common import backbone_key, copy_expert, hash_adapter, hash_rows, named_sources

@@ -16,7 +16,7 @@ from coterie.data.batching import TokenRow
 from coterie.experts.bank import CONFIG_FILE, load_bank, write_adapter
 from coterie.experts.gated_model import GateTraining
 from coterie.experts.gates_training import TrainedMixture, collapsed, start_gates, train_mixture
-from coterie.experts.training import read_log
+from coterie.experts.training_plan import read_log
 from coterie.lora import Adapter
 from coterie.methods.common import base_plan
 from coterie.methods.kshot.task import KshotTask

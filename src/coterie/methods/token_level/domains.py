@@ -12,7 +12,7 @@ from coterie.data.examples import Example, spool_all
 from coterie.errors import CoterieError
 from coterie.experts.bank import check_names, load_bank
 from coterie.experts.names import BACKBONE, NULL
-from coterie.experts.training import write_null_adapter
+from coterie.experts.plain_adapter import write_null_adapter
 from coterie.methods.common import DOMAINS_FILE, Data, backbone_key, hash_examples, named_parts, origin
 from coterie.methods.extras import RECORD
 from coterie.methods.family import SINGLE_EXPERT
