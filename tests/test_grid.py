@@ -28,7 +28,7 @@ from coterie.settings.groups import SamplingSettings
 from helpers import close, same_answers
 
 QUESTIONS = load_examples(tiny.make_rows(4, seed=11))
-TOKENS = 6
+TOKENS = 4
 IN_LAYERS = ("gate", "arrow", "spectr")
 """Routers whose weights depend on the inputs of layers."""
 

@@ -122,7 +122,7 @@ def test_there_is_a_guide_for_each_of_the_four_kinds_of_users():
 @pytest.mark.slow
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
 def test_a_guide_runs_from_its_first_command_to_its_last(run, tmp_path, monkeypatch, guide):
-    """Tiny random models lie where the aliases' real ones would, with a part of the rows; all else is as it is typed."""
+    """Tiny random models lie where the aliases' real ones would, with some of the rows; all else is as it is typed."""
     for number, alias in enumerate(("smollm2-135m", "gemma3-270m")):
         tiny.save_model(tmp_path / "cache" / "models" / alias, seed=number, terse=True)
     monkeypatch.setenv("COTERIE_CACHE", str(tmp_path / "cache"))
