@@ -73,7 +73,7 @@ def test_every_adapter_is_told_why_it_is_in_or_out(bank, shots, tmp_path, run):
     record = selection_of(output)
     assert code == 0 and out.splitlines()[-1] == f"{output}: 2 of 6 adapters chosen: {', '.join(record['chosen'])}"
     assert err.splitlines()[-1] == (
-        f"next: coterie fit kshot-moe --bank {bank} --shots {shots} --selected {output} --output runs/task"
+        f"next: coterie fit kshot-auto --bank {bank} --shots {shots} --selected {output} --output runs/task"
     )
     score = {frozenset(one["names"]): one for one in record["subsets"]}
     assert len(score) == 3  # all pairs of three candidates
