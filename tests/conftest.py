@@ -15,6 +15,7 @@ from typing import Any
 import jaxtyping
 import jinja2
 import pytest
+from beartype import BeartypeConf, beartype
 from jaxtyping._import_hook import JaxtypingTransformer
 
 from coterie.cli.process import bound_spinning
@@ -39,12 +40,14 @@ def check_what_tells() -> None:
         parts = hint if isinstance(hint, list) else typing.get_args(hint)
         return isinstance(hint, kind) or any(names(kind, part) for part in parts)
 
+    check_types = beartype(conf=BeartypeConf(violation_type=TypeError))  # as jaxtyping's, and as Python's own
+
     def jaxtyped(typechecker: Callable[..., Any]) -> Callable[..., Any]:
         def checked(target: Any) -> Any:
             hints = [*target.__annotations__.values()] if inspect.isfunction(target) else [""]
             if inspect.isgeneratorfunction(target) or names(str, hints):  # what beartype alone would not take
                 return record_shapes(typechecker=typechecker)(target)
-            typed = typechecker(target)
+            typed = check_types(target)
             return record_shapes(typechecker=None)(typed) if names(type(jaxtyping.AbstractArray), hints) else typed
 
         return checked
