@@ -24,7 +24,7 @@ bound_spinning()  # before torch is loaded
 
 
 def check_what_tells() -> None:
-    """Leave out checks that cost a third of the tests' time and tell nothing.
+    """Leave out checks that take time and tell nothing.
 
     Functions within functions stay unchecked: their checks would be compiled anew at every call of the outer one.
     Where no annotation names an array, types are checked without a record of shapes; where one does, arguments are

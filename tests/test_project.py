@@ -146,7 +146,7 @@ sys.exit(f"answering imported {found}" if found else 0)
 
 
 def test_a_question_is_answered_without_what_trains(run_folder):
-    """PEFT, the trainer and what they bring take as long to load as all else together."""
+    """PEFT, the trainer and what they bring take seconds to load."""
     result = subprocess.run([sys.executable, "-c", ANSWER, run_folder], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
