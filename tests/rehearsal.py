@@ -6,6 +6,7 @@ It runs in a process of its own, since all of torch is told of the device (see t
 import json
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from coterie.engine.scoring import score_votes
 from coterie.experts.bank import ExpertBank
 from coterie.experts.fresh_adapter import lora_config
 from coterie.experts.gated_model import GatedModel, GateTraining
-from coterie.experts.training import make_trainer
+from coterie.experts.trainer import make_trainer
 from coterie.experts.training_plan import TrainingPlan
 from coterie.features.gradient import AdamState, Checkpoint, GradientFeatures, Moments
 from coterie.features.growing_text import FeatureExtractor
@@ -235,7 +236,7 @@ def training(gpu, backbone, model) -> list[list[str]]:
     rows = [row(6, 3), row(5, 2)]
     steps = []
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(backbone, model, rows, plan, Path(folder), [])
+        trainer = make_trainer(backbone, model, rows, plan, Path(folder), ExitStack())
         trainer.create_optimizer_and_scheduler(2)
         batch = trainer.data_collator([trainer.train_dataset[number] for number in range(len(rows))])
         for _ in range(2):

@@ -18,8 +18,8 @@ ORDER = (
 PROJECT = Path(__file__).parents[1]
 ROOT = PROJECT / "src" / PACKAGE
 LONGEST_FILE = 400
-TRAINERS = [f"{PACKAGE}.experts.{name}" for name in ("fresh_adapter", "trainer", "training")]
-"""They load PEFT and transformers' trainer, for seconds that only a training is to pay: it imports them itself."""
+TRAINER = f"{PACKAGE}.experts.trainer"
+"""It loads transformers' trainer and PEFT, for seconds that only a training is to pay: `training` imports it in one."""
 
 
 class OwnImport(NamedTuple):
@@ -85,27 +85,9 @@ def imports_inside_functions(root: Path) -> list[str]:
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         for inner in own_imports(node, file)
-        if inner.module not in TRAINERS
+        if (file.stem, inner.module) != ("training", TRAINER)
     }
     return sorted(found)
-
-
-def trainers_loaded_with_modules(root: Path) -> list[str]:
-    """Imports of what trains that do not wait for a training."""
-    files = [file for file in root.rglob("*.py") if module_of(file, root) not in TRAINERS]
-    found = {
-        f"{file.relative_to(root)}:{inner.line} imports {inner.module}"
-        for file in files
-        for node in ast.parse(file.read_text()).body
-        if not isinstance(node, ast.FunctionDef)
-        for inner in own_imports(node, file)
-        if inner.module in TRAINERS
-    }
-    return sorted(found)
-
-
-def module_of(file: Path, root: Path) -> str:
-    return ".".join((PACKAGE, *file.relative_to(root).with_suffix("").parts))
 
 
 def relative_imports(root: Path) -> list[str]:
@@ -136,11 +118,6 @@ def test_no_function_hides_an_import_of_ours():
     assert not wrong, "\n".join(wrong)
 
 
-def test_what_trains_is_loaded_by_a_training_alone():
-    wrong = trainers_loaded_with_modules(ROOT)
-    assert not wrong, "\n".join(wrong)
-
-
 def test_no_import_is_relative():
     wrong = relative_imports(ROOT)
     assert not wrong, "\n".join(wrong)
@@ -155,7 +132,7 @@ def test_no_import_is_relative():
         ("from coterie.nowhere import x", upward_imports),
         ("def f():\n    from coterie.errors import CoterieError", imports_inside_functions),
         ("class C:\n    async def f(self):\n        import coterie.errors", imports_inside_functions),
-        ("from coterie.experts.training import train_adapter", trainers_loaded_with_modules),
+        ("def f():\n    from coterie.experts.trainer import make_trainer", imports_inside_functions),
         ("from . import errors", relative_imports),
         ("from .batching import pad", relative_imports),
     ],

@@ -14,9 +14,9 @@ from coterie.errors import CoterieError
 from coterie.evaluation import auto, candidates
 from coterie.evaluation.choice import Candidate, choose
 from coterie.evaluation.clusters import feature_map
-from coterie.experts import training
 from coterie.experts.names import BASE
-from coterie.methods.elrea import fitted_routers
+from coterie.methods import common
+from coterie.methods.elrea import fit, fitted_routers
 from coterie.methods.elrea.extras import EXTRAS
 from coterie.methods.elrea.fitted_routers import unlike_rows
 from coterie.methods.elrea.run import ElreaRun, within_budget
@@ -107,7 +107,8 @@ def test_an_interrupted_run_ends_with_the_same_choice(folder, model_folder, trai
         patch.setattr(auto, "choose", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             coterie.auto(str(model_folder), str(train_file), output=output, device="cpu", **FIT)
-    monkeypatch.setattr(training, "train_adapter", lambda *_: pytest.fail("the adapters were there already"))
+    for place in (fit, common):
+        monkeypatch.setattr(place, "train_adapter", lambda *_: pytest.fail("the adapters were there already"))
     coterie.auto(str(model_folder), str(train_file), output=output, device="cpu", **FIT)
     for name in ("auto.json", "auto.md", "mixture.json"):
         assert (output / name).read_text() == (folder / name).read_text()

@@ -16,7 +16,7 @@ from coterie.backbone.linear_layers import linear_shapes
 from coterie.data.examples import load_examples
 from coterie.engine.scoring import score_votes
 from coterie.errors import CoterieError
-from coterie.experts import training
+from coterie.experts import trainer
 from coterie.experts.gated_model import GatedModel
 from coterie.experts.gates_training import train_gates
 from coterie.experts.trainer import TrainingCollator
@@ -205,7 +205,7 @@ def test_an_interrupted_training_of_gates_ends_with_the_same_gates(mixture, two_
         raise StoppedError
 
     with monkeypatch.context() as patch:
-        original = training.make_trainer
+        original = trainer.make_trainer
 
         def stopping(*args, **kwargs):
             trainer = original(*args, **kwargs)
@@ -219,7 +219,7 @@ def test_an_interrupted_training_of_gates_ends_with_the_same_gates(mixture, two_
             trainer.training_step = counted
             return trainer
 
-        patch.setattr(training, "make_trainer", stopping)
+        patch.setattr(trainer, "make_trainer", stopping)
         with pytest.raises(StoppedError):
             train_gates(mixture.backbone, experts, rows, plan(epochs=2), tmp_path / "parts")
     assert (tmp_path / "parts" / "trainer").exists()

@@ -18,8 +18,9 @@ from conftest import write_rows
 from coterie import methods
 from coterie.artifacts import read_json, read_tensors, runs
 from coterie.errors import CoterieError
-from coterie.experts import training
+from coterie.experts import trainer
 from coterie.features import gradient
+from coterie.methods import common
 from coterie.methods.elrea import fit as fitting
 
 SMALL = {"clusters": 2, "cluster_rounds": 1, "d_proj": 64, "learning_rate": 1e-2, "batch_size": 4, "expert_epochs": 1}
@@ -72,11 +73,11 @@ def after(calls: int, function):
 
 
 KILLED_AT = {
-    "before the first epoch is kept": (training, "save_adam", 0),
-    "between two epochs": (training, "save_adam", 1),
+    "before the first epoch is kept": (trainer, "save_adam", 0),
+    "between two epochs": (trainer, "save_adam", 1),
     "while features are computed": (gradient, "write_tensors", 1),
     "before clustering": (fitting, "cluster", 0),
-    "before the second expert": (training, "train_adapter", 2),
+    "before the second expert": (common, "train_adapter", 1),
     "before the records": (fitting, "write_jsonl", 0),
     "before the last rename": (runs, "replace_folder", 0),
 }
@@ -157,7 +158,8 @@ def test_a_place_that_is_read_only_is_told_in_one_line_before_anything_is_traine
 
     opened = os.open
     monkeypatch.setattr(os, "open", refused)
-    monkeypatch.setattr(training, "train_adapter", lambda *_: pytest.fail("it was trained"))
+    for place in (fitting, common):
+        monkeypatch.setattr(place, "train_adapter", lambda *_: pytest.fail("it was trained"))
     with pytest.raises(CoterieError, match="cannot be written: .*Read-only.*; choose another folder"):
         fit(model_folder, data, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []

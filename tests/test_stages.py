@@ -12,7 +12,7 @@ from conftest import write_rows
 from coterie import methods
 from coterie.artifacts import RunFolder, read_stages, stages, write_text
 from coterie.artifacts.stages import difference
-from coterie.experts import training
+from coterie.methods import common
 from coterie.methods.elrea import fit as elrea_fit
 from coterie.mixture import Mixture
 
@@ -54,7 +54,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def made(monkeypatch) -> list[str]:
     """The stages that are really made, and not taken over."""
     names: list[str] = []
-    for place, name in ((training, "train_adapter"), (elrea_fit, "write_features")):
+    for place, name in ((common, "train_adapter"), (elrea_fit, "train_adapter"), (elrea_fit, "write_features")):
         original = getattr(place, name)
 
         def counted(*given, original=original):

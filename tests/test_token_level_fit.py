@@ -18,8 +18,8 @@ from coterie.backbone.loading import load_backbone
 from coterie.data.examples import load_all, load_examples
 from coterie.errors import CoterieError
 from coterie.evaluation.compare import evaluate, run_evaluation
-from coterie.experts import training
 from coterie.features.embedding import with_answers
+from coterie.methods import common
 from coterie.methods.registry import family_of, make_grid
 from coterie.methods.token_level import domains, fit
 from coterie.methods.token_level.methods import domain_sources
@@ -223,7 +223,7 @@ def test_an_interrupted_fit_goes_on_and_ends_with_the_same_files(fitted, files, 
             methods.token_level(str(model_folder), data, output=tmp_path / "run", **FIT)
     assert (tmp_path / "run.partial" / "experts" / "maths").is_dir()
     with monkeypatch.context() as patch:
-        patch.setattr(training, "train_adapter", stop)
+        patch.setattr(common, "train_adapter", stop)
         methods.token_level(str(model_folder), data, output=tmp_path / "run", **FIT)
     for file in ("mixture.json", "domains.jsonl", "metrics.jsonl", "experts/law/adapter_model.safetensors"):
         assert (tmp_path / "run" / file).read_bytes() == (fitted / file).read_bytes()

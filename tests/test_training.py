@@ -1,5 +1,7 @@
 """How a training runs: on which device, in which batches."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from torch import nn
@@ -10,8 +12,7 @@ from coterie.backbone.loading import load_backbone
 from coterie.backbone.model import Backbone
 from coterie.data.batching import PromptFormat
 from coterie.data.examples import load_examples
-from coterie.experts.trainer import EMPTY, RowOrder, TrainingCollator, drawn, split_batch
-from coterie.experts.training import make_trainer
+from coterie.experts.trainer import EMPTY, RowOrder, TrainingCollator, drawn, make_trainer, split_batch
 from coterie.experts.training_plan import TrainingPlan
 from coterie.settings.groups import ModelSettings
 from helpers import table
@@ -21,7 +22,7 @@ def trainer_of(backbone: Backbone, folder, **changes) -> Trainer:
     values = {"epochs": 1, "learning_rate": 1e-3, "batch_size": 4, "micro_batch_size": 2, "seed": 0}
     plan = TrainingPlan(**{**values, "report_to": "none", "label": "x", **changes})
     rows = [PromptFormat(backbone.tokenizer).row(example) for example in load_examples(tiny.make_rows(32))]
-    return make_trainer(backbone, backbone.model, rows, plan, folder, [])
+    return make_trainer(backbone, backbone.model, rows, plan, folder, ExitStack())
 
 
 # ------------------------------------------------------------------------------------------------------------- batches

@@ -6,10 +6,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,17 +22,22 @@ from coterie.experts.bank import CONFIG_FILE, factor_names, load_adapter, rank_a
 from coterie.experts.target_layers import ALL_LINEAR, asked_layers, is_transposed, layers_to_change, unchangeable
 from coterie.settings.groups import LoraSettings
 
+if TYPE_CHECKING:
+    import peft
+
 logger = logging.getLogger(__name__)
 
 
-def lora_config(backbone: Backbone, settings: LoraSettings) -> LoraConfig:
+def lora_config(backbone: Backbone, settings: LoraSettings) -> "peft.LoraConfig":
     """Return PEFT's config of a fresh adapter, with the layers that it changes.
 
     Raises:
         CoterieError: as `layers_to_change`.
     """
+    import peft
+
     layers = layers_to_change(backbone.model, settings.target_modules)
-    return LoraConfig(
+    return peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.rank,
         lora_alpha=settings.alpha or 4 * settings.rank,
@@ -43,7 +47,7 @@ def lora_config(backbone: Backbone, settings: LoraSettings) -> LoraConfig:
     )
 
 
-def plain_config(folder: Path, model: PreTrainedModel) -> LoraConfig:
+def plain_config(folder: Path, model: PreTrainedModel) -> "peft.LoraConfig":
     """Tell PEFT what an adapter does in fields that were checked: its own config may be a stranger's.
 
     Every layer is named by its whole path, so that no pattern is searched for in the names of modules.
@@ -51,10 +55,12 @@ def plain_config(folder: Path, model: PreTrainedModel) -> LoraConfig:
     Raises:
         CoterieError: as `load_adapter`.
     """
+    import peft
+
     config, adapter = read_config(folder), load_adapter(folder, model)
     numbers = {path: rank_and_alpha(config, path, folder / CONFIG_FILE) for path in adapter}
     rank, alpha = Counter(numbers.values()).most_common(1)[0][0]
-    return LoraConfig(
+    return peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=cast(int, alpha),  # PEFT takes what is not whole, too
@@ -90,9 +96,11 @@ def check_fresh_adapter(backbone: Backbone, settings: LoraSettings) -> None:
     _tell_what_stays(backbone.model, settings.target_modules)
 
 
-def _write_and_read(backbone: Backbone, config: LoraConfig, folder: Path) -> None:
+def _write_and_read(backbone: Backbone, config: "peft.LoraConfig", folder: Path) -> None:
+    import peft
+
     ids = torch.tensor([[1, 2, 3], [3, 2, 1]], device=backbone.device)
-    model = get_peft_model(backbone.model, config)
+    model = peft.get_peft_model(backbone.model, config)
     try:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -107,7 +115,7 @@ def _write_and_read(backbone: Backbone, config: LoraConfig, folder: Path) -> Non
     finally:
         model.unload()
         backbone.model.eval()
-    again = PeftModel.from_pretrained(backbone.model, folder, is_trainable=True)
+    again = peft.PeftModel.from_pretrained(backbone.model, folder, is_trainable=True)
     try:
         check_taken(again, written)
     finally:
@@ -120,7 +128,7 @@ def _write_and_read(backbone: Backbone, config: LoraConfig, folder: Path) -> Non
         backbone.hidden(ids)
 
 
-def trainable_factors(model: PeftModel) -> dict[str, Tensor]:
+def trainable_factors(model: "peft.PeftModel") -> dict[str, Tensor]:
     """Return the factors that a PEFT model trains, by the names that they have in its file."""
     return {
         name.replace(".default.", "."): parameter.detach()
@@ -129,7 +137,7 @@ def trainable_factors(model: PeftModel) -> dict[str, Tensor]:
     }
 
 
-def check_taken(model: PeftModel, written: Mapping[str, Tensor]) -> None:
+def check_taken(model: "peft.PeftModel", written: Mapping[str, Tensor]) -> None:
     """Refuse to go on from an adapter that PEFT attached otherwise than it stands in its file: it only warns.
 
     Args:
@@ -147,7 +155,7 @@ def check_taken(model: PeftModel, written: Mapping[str, Tensor]) -> None:
             )
 
 
-def save_adapter(model: PeftModel, folder: Path, base: str) -> None:
+def save_adapter(model: "peft.PeftModel", folder: Path, base: str) -> None:
     """Save as PEFT does, with what it loads the base model by (see `loaded_by`), and everything in a fixed order.
 
     Of several processes, which all have the same adapter, the first one saves.

@@ -34,6 +34,8 @@ class GateTraining:
 
 
 GATES_ALONE = GateTraining(experts=False, dropout=0.0)
+WATCHED = ("expert_load", "gate_entropy")
+"""What every logged step of a training tells of the gates, on average over the layers."""
 
 
 def changed_paths(adapters: Sequence[Adapter]) -> list[str]:

@@ -20,6 +20,7 @@ from coterie.backbone.prototypes import prototypes
 from coterie.data.batching import TokenRow
 from coterie.errors import check_known
 from coterie.experts.gated_model import GATES_ALONE, GatedModel, GateTraining, changed_paths
+from coterie.experts.training import trained
 from coterie.experts.training_plan import TrainingPlan
 from coterie.lora import Adapter
 
@@ -94,14 +95,9 @@ def train_mixture(
     Raises:
         CoterieError: when the loss is not finite, or no expert changes any layer.
     """
-    from transformers import set_seed
-
-    from coterie.experts.trainer import WATCHED, GateWatch
-    from coterie.experts.training import trained
-
-    set_seed(plan.seed)
+    torch.manual_seed(plan.seed)
     model = GatedModel(backbone, adapters, gates, training)
-    with trained(backbone, model, rows, plan, folder, GateWatch(), WATCHED):
+    with trained(backbone, model, rows, plan, folder):
         loads, entropies = model.epoch.load().cpu(), model.epoch.entropy().tolist()
         seen = {path: n for n, path in enumerate(model.paths) if bool(loads[n].isfinite().all())}
         gates = model.gates()

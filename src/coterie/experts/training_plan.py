@@ -1,4 +1,4 @@
-"""How an adapter is trained, and what its training logged, without the trainer itself, which takes seconds to load."""
+"""How an adapter is trained, and what its training logged."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +7,8 @@ from typing import Any
 from coterie.artifacts import read_jsonl
 
 LOG_FILE = "log.jsonl"
+WORKING_FOLDER = "trainer"
+"""What an interrupted training goes on from, in its folder."""
 
 
 @dataclass(frozen=True)

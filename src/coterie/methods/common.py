@@ -21,6 +21,7 @@ from coterie.data.streaming import ExampleSource
 from coterie.errors import CoterieError
 from coterie.experts.bank import CONFIG_FILE, WEIGHTS_FILE
 from coterie.experts.cards import hash_adapter
+from coterie.experts.training import train_adapter
 from coterie.experts.training_plan import TrainingPlan, read_log
 from coterie.progress import part, whole
 from coterie.settings.commands import ElreaSettings, KshotSettings, TokenLevelSettings
@@ -152,8 +153,6 @@ def train_experts(run: RunFolder, jobs: Mapping[str, ExpertJob], backbone: Backb
 
 def train_expert(run: RunFolder, name: str, job: ExpertJob, backbone: Backbone) -> Path:
     """Train one expert by all processes together, and return its folder, `experts/<name>` of the run."""
-    from coterie.experts.training import train_adapter
-
     run.renamed(f"training/{name}", f"experts/{name}")
     return run.stage(
         f"experts/{name}",

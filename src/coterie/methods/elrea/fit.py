@@ -19,7 +19,9 @@ from coterie.errors import CoterieError
 from coterie.experts.bank import load_bank
 from coterie.experts.checkpoint import load_checkpoint
 from coterie.experts.clustering import cluster
+from coterie.experts.fresh_adapter import check_fresh_adapter
 from coterie.experts.names import BASE
+from coterie.experts.training import train_adapter
 from coterie.features.gradient import CentredRows, GradientFeatures, counted_blocks, read_features, write_features
 from coterie.features.growing_text import FeatureExtractor
 from coterie.methods.common import (
@@ -93,8 +95,6 @@ def prepare(settings: ElreaSettings, examples: list[Example] | None) -> Prepared
     Raises:
         CoterieError: for bad data, settings, or an output folder that exists.
     """
-    from coterie.experts.fresh_adapter import check_fresh_adapter
-
     check_output(as_path(settings.output), settings)
     rows = spool_all(settings.data, settings.limit, settings.reading) if examples is None else examples
     check_enough(len(rows), settings)
@@ -169,8 +169,6 @@ def fit_experts(
 
 def _trained_base(run: RunFolder, settings: ElreaSettings, backbone: Backbone, rows: Sequence[TokenRow]) -> Path:
     """Train the base adapter, and return the folder that holds it as it was after every epoch."""
-    from coterie.experts.training import train_adapter
-
     plan = base_plan(settings, BASE, keep_epochs=True)
     run.renamed("training/base", CHECKPOINTS)
     return run.stage(

@@ -11,6 +11,7 @@ from coterie.backbone.loading import Backbone, load_backbone
 from coterie.data.batching import PromptFormat, Tokenised, tokenise
 from coterie.data.devices import tell_idle
 from coterie.data.examples import Example
+from coterie.experts.fresh_adapter import check_fresh_adapter
 from coterie.features.embedding import load_encoder
 from coterie.methods.common import ExpertJob, base_plan, join_logs, train_experts
 from coterie.methods.token_level.centroids import check_centroids
@@ -78,8 +79,6 @@ def _prepare(
     settings: TokenLevelSettings, given: Mapping[str, Sequence[Example]]
 ) -> tuple[Backbone, PromptFormat, dict[str, Tokenised], dict[str, str]]:
     """Return the base model, every domain's rows as it reads them, and the hashes of both."""
-    from coterie.experts.fresh_adapter import check_fresh_adapter
-
     check_output(as_path(settings.output), settings)
     examples = load_domains(named_values(settings.data, "data"), settings.limit, settings.reading, given)
     backbone = load_backbone(settings.model)
