@@ -11,12 +11,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import partial
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from types import MappingProxyType
 
 import tiny
 from conditions import BLOCK, OUTPUTS, disk_with, own_disk, writable
@@ -25,6 +26,9 @@ from coterie.cli import process as ending
 from coterie.cli.process import STOPPED, TROUBLE
 
 SERVER = multiprocessing.get_context("forkserver")  # its children have everything imported, and no threads
+SERVER.set_forkserver_preload(
+    "coterie.cli.commands coterie.methods coterie.evaluation.symbolic coterie.experts.trainer tiny".split()
+)
 ON_CPU = ["--device", "cpu"]
 TRAINED = ["--learning-rate", "1e-2", "--batch-size", "4", *ON_CPU]
 CLUSTERED = ["--clusters", "2", "--cluster-rounds", "1", "--d-proj", "64", *TRAINED]
@@ -96,10 +100,12 @@ FULL, NO_ROOM = "full disk", "no space left on the disk"
 Condition = Callable[[Path], AbstractContextManager[None]]
 
 
-def command_line(words: list[str], folder: Path, cache: str, ready: Event, conditions: Sequence[Condition]) -> None:
+def command_line(
+    words: list[str], folder: Path, variables: dict[str, str], ready: Event, conditions: Sequence[Condition]
+) -> None:
     """Run a command line in a folder, as a process of its own, under conditions."""
     gc.freeze()  # as in conftest.py; and what is shared with the other children stays shared
-    os.environ |= {"COTERIE_CACHE": cache, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | variables
     for number, name in enumerate(OUTPUTS, start=1):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
     os.chdir(folder)
@@ -112,12 +118,15 @@ def command_line(words: list[str], folder: Path, cache: str, ready: Event, condi
 
 
 def started(
-    words: list[str], folder: Path, conditions: Sequence[Condition] = (), cache: str | None = None
+    words: list[str],
+    folder: Path,
+    conditions: Sequence[Condition] = (),
+    cache: str | None = None,
+    variables: Mapping[str, str] = MappingProxyType({}),
 ) -> BaseProcess:
     """Start a command line; it is at work when this returns."""
-    SERVER.set_forkserver_preload(["coterie.cli.commands", "coterie.methods", "coterie.evaluation.symbolic"])
     ready = SERVER.Event()
-    given = (words, folder, cache or os.environ["COTERIE_CACHE"], ready, conditions)
+    given = (words, folder, {**variables, "COTERIE_CACHE": cache or os.environ["COTERIE_CACHE"]}, ready, conditions)
     process = SERVER.Process(target=command_line, args=given)
     process.start()
     if not ready.wait(120):

@@ -130,13 +130,13 @@ def decoding(gpu, backbone, adapters) -> dict[str, list[list[str]]]:
     layers, found = ExpertLayers(backbone.model, adapters), {}
     even = Routing(NAMES, torch.ones(1, len(NAMES)))
 
-    def steps(routing, combiner="logits", sampling=GREEDY, lengths=(7,), draws=1, scored=None):
-        asked = [(row(n), routing, make_combiner(combiner), 8, (sampling,) * draws) for n in lengths]
+    def steps(routing, combiner="logits", sampling=GREEDY, lengths=(7,), draws=1, scored=None, tokens=8):
+        asked = [(row(n), routing, make_combiner(combiner), tokens, (sampling,) * draws) for n in lengths]
         requests = [Request(*own, prompt_logprobs=scored) for own in asked]
         return engine_steps(gpu, Engine(backbone, layers, places=4), requests)
 
     for kind in COMBINING:
-        found[f"combiner {kind}"] = steps(even, kind)
+        found[f"combiner {kind}"] = steps(even, kind, tokens=4)
     for name, sampling in SAMPLINGS.items():
         PROPOSED.clear()
         found[f"sampling {name}"] = steps(even, sampling=sampling, lengths=(7, 9), draws=2)  # rows of unequal length

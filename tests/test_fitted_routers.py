@@ -20,7 +20,7 @@ from coterie.routers.centroid import CentroidRouter, centroids_by_best, centroid
 from coterie.routers.derived import DerivedRouter
 from coterie.routers.fixed import FixedRouter, OracleRouter, SourceRouter
 from coterie.routers.gate import read_gates
-from coterie.routers.loss import CrossFitLosses, LossRouter, Mlp, Ridge, fit_loss_router, predict, weigh
+from coterie.routers.loss import CrossFitLosses, LossRouter, Mlp, Ridge, fit_loss_router, fit_mlps, predict, weigh
 from coterie.routers.table import load_router
 from helpers import normal
 
@@ -330,6 +330,15 @@ def test_a_network_is_kept_where_no_line_predicts_losses_and_a_line_where_one_do
     assert float(judged.mixture_nll(weights).mean()) < 1.60
     straight = judgement(2 + torch.stack([torch.zeros(400), features[:, 0], -features[:, 0]], dim=1) / 4)
     assert isinstance(fit_loss_router([features], straight, with_mlp=True).chosen.head, Ridge)
+
+
+def test_networks_fitted_side_by_side_are_those_that_are_fitted_alone_on_the_rows_that_they_see():
+    features, target, tokens = normal(40, 6, seed=1), normal(40, 3, seed=2).double(), 1 + torch.arange(40) % 7
+    seen = torch.arange(40) % 3 != torch.arange(3)[:, None]
+    for own, rows in zip(fit_mlps(features, target, tokens, seen, decay=0.5, seed=4), seen, strict=True):
+        all_of_it = torch.ones(1, int(rows.sum()), dtype=torch.bool)
+        (alone,) = fit_mlps(features[rows], target[rows], tokens[rows], all_of_it, decay=0.5, seed=4)
+        torch.testing.assert_close(predict(own, features), predict(alone, features), rtol=1e-3, atol=1e-3)
 
 
 def test_a_network_is_kept_in_a_folder_and_one_whose_parts_do_not_fit_is_told(tmp_path, mixture):

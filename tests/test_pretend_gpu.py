@@ -73,7 +73,7 @@ def in_a_process(*code: str) -> str:
         capture_output=True,
         text=True,
         check=False,
-        env={"PYTHONPATH": f"{folder.parent / 'src'}:{folder}", "HOME": "/"},
+        env={"PYTHONPATH": f"{folder.parent / 'src'}:{folder}", "HOME": "/", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -6,14 +6,14 @@ The processes of the slow tests are real ones over gloo, as a launcher starts th
 import json
 import os
 import re
-import subprocess
-import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ import yaml
 from safetensors.torch import load_file
 
 import tiny
+from conditions import OUTPUTS
 from conftest import write_rows
 from coterie import launcher, ranks
 from coterie.artifacts import RunFolder, write_text
@@ -28,6 +29,7 @@ from coterie.backbone.loading import load_backbone
 from coterie.data.devices import tell_idle
 from coterie.errors import CoterieError
 from coterie.settings.groups import ModelSettings
+from crashing import started
 from helpers import table, unused_port
 from kshot_place import rows_of
 
@@ -243,24 +245,32 @@ FIT = ["--clusters", "3", "--rank", "4", "--epochs", "2", "--expert-epochs", "1"
 FIT += ["--micro-batch-size", "2", "--learning-rate", "1e-2", "--device", "cpu", "--judge-folds", "2"]
 
 
-def start(words: Sequence[str], count: int = 1, into: Path | None = None) -> list[subprocess.Popen[str]]:
+class Member(NamedTuple):
+    """A process, and where it writes what it prints and tells."""
+
+    process: BaseProcess
+    folder: Path
+
+
+def start(words: list[str], folder: Path, count: int = 1) -> list[Member]:
     """Start a command in as many processes, as a launcher does."""
     found, port = [], str(unused_port())
     for number in range(count):
         place = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count), "MASTER_PORT": port}
         launcher = {**place, "MASTER_ADDR": "127.0.0.1"} if count > 1 else {}
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **launcher}
-        found.append(subprocess.Popen([sys.executable, "-m", "coterie", *words], env=environment, **pipes))
+        own = Path(tempfile.mkdtemp(dir=folder))
+        found.append(Member(started(words, own, variables=launcher), own))
     return found
 
 
-def end(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+def end(members: Sequence[Member]) -> list[tuple[int | None, str, str]]:
     """Wait for processes; return their exit codes, what they printed, and what they told."""
     with ExitStack() as stack:
-        for process in processes:
+        for process, _ in members:
             stack.callback(process.kill)
-        return [(process.wait(300), *process.communicate()) for process in processes]
+        for process, _ in members:
+            process.join(300)
+        return [(one.process.exitcode, *((one.folder / name).read_text() for name in OUTPUTS)) for one in members]
 
 
 def files_of(folder: Path) -> dict[str, Any]:
@@ -284,9 +294,9 @@ def test_two_processes_choose_for_a_task_as_one_does(bank, pool_file, tmp_path):
     words = ["fit", "kshot-auto", "--bank", str(bank), "--shots", str(shots), "--pool", str(pool_file), "--budget", "4"]
     words += ["--encoder", "hidden", "--keep", "2", "--max-new-tokens", "6", "--judge-folds", "2", "--device", "cpu"]
     words += ["--epochs", "1", "--batch-size", "4", "--learning-rate", "5e-3", "--expert-dropout", "0"]
-    ((code, _, trouble),) = end(start([*words, "--output", str(tmp_path / "one")]))
+    ((code, _, trouble),) = end(start([*words, "--output", str(tmp_path / "one")], tmp_path))
     assert code == 0, trouble
-    ended = end(start([*words, "--output", str(tmp_path / "two")], 2))
+    ended = end(start([*words, "--output", str(tmp_path / "two")], tmp_path, 2))
     assert [code for code, _, _ in ended] == [0, 0], ended
     one, two = (json.loads((tmp_path / name / "auto.json").read_text()) for name in ("one", "two"))
     assert one["chosen"] == two["chosen"] and one["adapters"] == two["adapters"]
@@ -298,9 +308,9 @@ def test_two_processes_choose_for_a_task_as_one_does(bank, pool_file, tmp_path):
 def test_two_processes_make_the_files_of_one(model_folder, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", tiny.make_rows(31))
     words = ["fit", "auto", "--model", str(model_folder), "--data", str(rows), *FIT]
-    ((code, _, trouble),) = end(start([*words, "--output", str(tmp_path / "one")]))
+    ((code, _, trouble),) = end(start([*words, "--output", str(tmp_path / "one")], tmp_path))
     assert code == 0, trouble
-    ended = end(start([*words, "--output", str(tmp_path / "two")], 2))
+    ended = end(start([*words, "--output", str(tmp_path / "two")], tmp_path, 2))
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
     assert yaml.safe_load((tmp_path / "two" / "run.yaml").read_text())["processes"] == 2
@@ -321,17 +331,17 @@ def test_a_process_that_dies_ends_the_other_in_one_line_and_the_run_goes_on_late
     rows, output = write_rows(tmp_path / "rows.jsonl", tiny.make_rows(31)), tmp_path / "run"
     words = ["fit", "elrea", "--model", str(model_folder), "--data", str(rows), *FIT[:-2], "--epochs", "12"]
     words += ["--output", str(output)]
-    processes = start(words, 2)
+    members = start(words, tmp_path, 2)
     while not list(output.with_name("run.partial").rglob("checkpoint-*")):  # they train together
-        assert processes[0].poll() is None
+        assert members[0].process.is_alive()
         time.sleep(0.05)
-    processes[1].kill()
-    (code, _, told), _ = end(processes)
+    members[1].process.kill()
+    (code, _, told), _ = end(members)
     assert code == 2
     line = "error: process 0 of 2 has lost another one, which says why it ended; the same command goes on"
     assert told.splitlines()[-1].startswith(line)
     assert "Traceback" not in told
-    ended = end(start(words, 2))
+    ended = end(start(words, tmp_path, 2))
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert (output / "mixture.json").exists()
 
@@ -339,7 +349,7 @@ def test_a_process_that_dies_ends_the_other_in_one_line_and_the_run_goes_on_late
 @pytest.mark.slow
 def test_what_is_wrong_for_all_is_told_once(model_folder, tmp_path):
     words = ["fit", "elrea", "--model", str(model_folder), "--data", str(tmp_path / "none"), "--output", "x", *FIT[:2]]
-    (first, *_, told), (second, printed, nothing) = end(start(words, 2))
+    (first, *_, told), (second, printed, nothing) = end(start(words, tmp_path, 2))
     assert (first, second) == (2, 2)
     assert told.splitlines()[-1].startswith("error: ")
     assert (printed, "error" in nothing) == ("", False)

@@ -3,9 +3,6 @@
 import errno
 import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,6 +19,7 @@ from coterie.experts import trainer
 from coterie.features import gradient
 from coterie.methods import common
 from coterie.methods.elrea import fit as fitting
+from crashing import started
 
 SMALL = {"clusters": 2, "cluster_rounds": 1, "d_proj": 64, "learning_rate": 1e-2, "batch_size": 4, "expert_epochs": 1}
 
@@ -168,15 +166,14 @@ def test_a_place_that_is_read_only_is_told_in_one_line_before_anything_is_traine
 @pytest.mark.slow
 def test_a_run_whose_process_was_killed_ends_with_the_same_files(model_folder, data, undisturbed, tmp_path):
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    command = [sys.executable, "-m", "coterie", "fit", "elrea", f"--model={model_folder}", f"--data={data}"]
-    command += [f"--output={tmp_path / 'run'}", "--device=cpu", *flags]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    words = ["fit", "elrea", f"--model={model_folder}", f"--data={data}", f"--output={tmp_path / 'run'}"]
+    process = started([*words, "--device=cpu", *flags], tmp_path)
     kept = tmp_path / "run.partial" / "working" / "checkpoints" / "epoch-0"
     deadline = time.monotonic() + 120
-    while not kept.exists() and time.monotonic() < deadline and process.poll() is None:
+    while not kept.exists() and time.monotonic() < deadline and process.is_alive():
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert kept.exists() and not (tmp_path / "run").exists()
     assert files_of(fit(model_folder, data, tmp_path / "run")) == undisturbed
 

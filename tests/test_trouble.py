@@ -6,16 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import yaml
 
 from conftest import FIT
 from coterie.cli.process import finish
+from crashing import started
 from helpers import refused
 
 LONG = "x" * 300
-METHODS = [sys.executable, "-m", "coterie", "methods", "--json"]
+METHODS = ["methods", "--json"]
 
 
 @pytest.fixture
@@ -120,19 +122,31 @@ def test_a_name_that_is_no_text_is_one_line(name, run, run_folder, train_file, t
     assert (code, out) == (2, "") and "Traceback" not in err and os.listdir(tmp_path) == ["run.yaml"]
 
 
-def test_a_full_stdout_is_one_line():
-    with open("/dev/full", "w") as full:
-        result = subprocess.run(METHODS, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    (line,) = result.stderr.splitlines()
-    assert result.returncode == 2 and line.startswith("error: ") and "No space left on device" in line
+@contextmanager
+def full(folder):
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    yield
 
 
-def test_a_reader_that_has_gone_ends_the_work_quietly():
+@contextmanager
+def unread(folder):
     read, write = os.pipe()
     os.close(read)
-    result = subprocess.run(METHODS, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
-    os.close(write)
-    assert (result.returncode, result.stderr) == (141, "")
+    os.dup2(write, 1)
+    yield
+
+
+def test_a_full_stdout_is_one_line(tmp_path):
+    process = started(METHODS, tmp_path, [full])
+    process.join()
+    (line,) = (tmp_path / "std2").read_text().splitlines()
+    assert process.exitcode == 2 and line.startswith("error: ") and "No space left on device" in line
+
+
+def test_a_reader_that_has_gone_ends_the_work_quietly(tmp_path):
+    process = started(METHODS, tmp_path, [unread])
+    process.join()
+    assert (process.exitcode, (tmp_path / "std2").read_text()) == (141, "")
 
 
 def test_a_log_has_no_bars_but_a_line_now_and_then():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from coterie.artifacts import read_floats
@@ -215,12 +215,15 @@ def _chosen(tried: Sequence[Tensor], losses: CrossFitLosses, seed: int, with_mlp
     line = _best(lines, losses)
     place, features = line.place, tried[line.place]
     if with_mlp:
-        fits = {decay: partial(_mlp_of, features, target, tokens, decay, seed) for decay in DECAYS}
-        ways = {(place, decay): _cross_fitted(fit, features, target, seed)[0] for decay, fit in fits.items()}
-        network = _best(ways, losses)
+        fits = {decay: partial(fit_mlps, features, target, tokens, decay=decay, seed=seed) for decay in DECAYS}
+
+        def left_out(decay: float) -> Tensor:
+            return _cross_fitted(lambda folds: [[one] for one in fits[decay](folds)], features, target, seed)[0]
+
+        network = _best({(place, decay): left_out(decay) for decay in DECAYS}, losses)
         gain = (line.nll - network.nll) * tokens
         if float(gain.sum()) > 2 * float(gain.std()) * len(gain) ** 0.5:
-            head: Head = fit_mlp(features, target, tokens, decay=network.penalty, seed=seed)
+            (head,) = fits[network.penalty](torch.ones(1, len(features), dtype=torch.bool))
             return Chosen(place, head, network.penalty, network.sharpness)
     return Chosen(place, fit_ridge(features, target, tokens, penalty=line.penalty), line.penalty, line.sharpness)
 
@@ -268,61 +271,67 @@ def out_of_fold(
 ) -> dict[float, Float[Tensor, "row expert"]]:
     """Predict every row by a regression on the other folds, at each of some penalties."""
     unit, weights, scale = _scaled(features, tokens)
+    scaled = [penalty * scale for penalty in penalties]
 
-    def fit(seen: Tensor) -> list[Ridge]:
-        return _ridges(unit[seen], target[seen], weights[seen], [penalty * scale for penalty in penalties])
+    def fit(folds: Tensor) -> list[list[Ridge]]:
+        return [_ridges(unit[seen], target[seen], weights[seen], scaled) for seen in folds]
 
     return dict(zip(penalties, _cross_fitted(fit, unit.float(), target, seed, len(penalties)), strict=True))
 
 
 def _cross_fitted(
-    fit: Callable[[Tensor], Sequence[Head]], features: Tensor, target: Tensor, seed: int, heads: int = 1
+    fit: Callable[[Tensor], Sequence[Sequence[Head]]], features: Tensor, target: Tensor, seed: int, heads: int = 1
 ) -> Float[Tensor, "head row expert"]:
-    """Predict every row by each of the heads that `fit` makes of the rows of other folds, which it is told as a mask.
+    """Predict every row by each of the heads that `fit` makes, for each fold, of the rows of the others.
 
-    Where there are none, nothing is known: 0.
+    It is told these as (fold, row). Where there are none, nothing is known: 0.
     """
     fold, predicted = folds_of(len(features), seed), target.new_zeros(heads, *target.shape)
-    for number in fold.unique():
-        own, others = fold == number, fold != number
-        if bool(others.any()):
-            predicted[:, own] = torch.stack([predict(head, features[own]).double() for head in fit(others)])
+    numbers = fold.unique()
+    if len(numbers) > 1:
+        for number, made in zip(numbers, fit(fold != numbers[:, None]), strict=True):
+            own = fold == number
+            predicted[:, own] = torch.stack([predict(head, features[own]).double() for head in made])
     return predicted
 
 
-def fit_mlp(
+def fit_mlps(
     features: Float[Tensor, "row dimension"],
     target: Float[Tensor, "row expert"],
     tokens: Float[Tensor, " row"],
+    seen: Bool[Tensor, "network row"],
     *,
     decay: float,
     seed: int = 0,
-) -> Mlp:
-    """Train a small network by AdamW on all rows at once, for as many steps as `STEPS`; rows weigh by their tokens.
+) -> list[Mlp]:
+    """Train small networks side by side, each by AdamW for as many steps as `STEPS` on all the rows that it sees.
 
-    It sees features and targets scaled to a root mean square of 1; the scales are in its weights afterwards.
+    Rows weigh by their tokens. A network sees features and targets scaled to a root mean square of 1; the scales are in
+    its weights afterwards. All start alike, and none is changed by what another sees.
     """
-    unit = torch.nn.functional.normalize(features.float(), dim=-1)
-    width, spread = unit.shape[1] ** 0.5, float(target.square().mean().sqrt().clamp(min=1e-6))
-    shares, wanted = (tokens / tokens.mean()).float()[:, None], (target / spread).float()
+    width, count = features.shape[1] ** 0.5, seen.sum(dim=1)[:, None]
+    scaled = width * torch.nn.functional.normalize(features.float(), dim=-1)
+    squares = target.float().square().mean(dim=1)
+    spread = ((seen * squares).sum(dim=1, keepdim=True) / count).sqrt().clamp(min=1e-6)[:, :, None]
+    wanted = target.float() / spread
+    shares = seen * tokens.float() / (seen * tokens.float()).sum(dim=1, keepdim=True) / target.shape[1]
     generator = torch.Generator().manual_seed(seed)
-    drawn = [torch.randn(HIDDEN, unit.shape[1], generator=generator) / width, torch.zeros(HIDDEN)]
-    drawn += [torch.randn(target.shape[1], HIDDEN, generator=generator) / HIDDEN**0.5, torch.zeros(target.shape[1])]
-    parts = [own.requires_grad_() for own in drawn]
+    drawn = [torch.randn(HIDDEN, features.shape[1], generator=generator) / width, torch.zeros(1, HIDDEN)]
+    drawn += [torch.randn(target.shape[1], HIDDEN, generator=generator) / HIDDEN**0.5, torch.zeros(1, target.shape[1])]
+    parts = [own.expand(len(seen), -1, -1).clone().requires_grad_() for own in drawn]
     optimizer = torch.optim.AdamW(parts, lr=RATE, weight_decay=decay)
     inner, inner_bias, weight, bias = parts
     with torch.enable_grad():
         for _ in range(STEPS):
-            found = (width * unit @ inner.T + inner_bias).relu() @ weight.T + bias
+            units = (scaled @ inner.flatten(0, 1).T).unflatten(1, inner.shape[:2]).transpose(0, 1) + inner_bias
+            found = torch.baddbmm(bias, units.relu(), weight.transpose(1, 2))
             optimizer.zero_grad()
-            (shares * (found - wanted).square()).mean().backward()
+            (shares[:, :, None] * (found - wanted).square()).sum().backward()
             optimizer.step()
     inner, inner_bias, weight, bias = (own.detach() for own in parts)
-    return Mlp(width * inner, inner_bias, spread * weight, spread * bias)
-
-
-def _mlp_of(features: Tensor, target: Tensor, tokens: Tensor, decay: float, seed: int, seen: Tensor) -> list[Mlp]:
-    return [fit_mlp(features[seen], target[seen], tokens[seen], decay=decay, seed=seed)]
+    return [
+        Mlp(*own) for own in zip(width * inner, inner_bias[:, 0], spread * weight, (spread * bias)[:, 0], strict=True)
+    ]
 
 
 def folds_of(count: int, seed: int) -> Int[Tensor, " row"]:
