@@ -333,7 +333,7 @@ def test_a_network_is_kept_where_no_line_predicts_losses_and_a_line_where_one_do
 
 
 def test_networks_fitted_side_by_side_are_those_that_are_fitted_alone_on_the_rows_that_they_see():
-    features, target, tokens = normal(40, 6, seed=1), normal(40, 3, seed=2).double(), 1 + torch.arange(40) % 7
+    features, target, tokens = normal(40, 6, seed=1), normal(40, 3, seed=2).double(), 1.0 + torch.arange(40) % 7
     seen = torch.arange(40) % 3 != torch.arange(3)[:, None]
     for own, rows in zip(fit_mlps(features, target, tokens, seen, decay=0.5, seed=4), seen, strict=True):
         all_of_it = torch.ones(1, int(rows.sum()), dtype=torch.bool)
