@@ -15,6 +15,7 @@ from typing import Any
 import jaxtyping
 import jinja2
 import pytest
+import typer
 from beartype import BeartypeConf, beartype
 from jaxtyping._import_hook import JaxtypingTransformer
 
@@ -154,9 +155,13 @@ def grid(grid_folder: Path) -> MethodGrid:
     return load_grid(Mixture.from_pretrained(grid_folder, device="cpu"), list(METHODS))
 
 
+command_of = functools.cache(typer.main.get_command)  # which makes some forty commands anew at every call
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Run a command line in this process; return exit code, stdout and stderr."""
+    monkeypatch.setattr(typer.main, "get_command", command_of)
 
     def command(*words: object):
         monkeypatch.setattr(sys, "argv", ["coterie", *map(str, words)])
