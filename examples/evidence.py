@@ -15,7 +15,6 @@ the methods over the seeds that are done, which answer the same rows, and OUTPUT
 """
 
 import argparse
-import signal
 import subprocess
 import sys
 import time
@@ -37,7 +36,7 @@ def done_in_time(step: Step, end: float) -> bool:
     try:
         code = process.wait(timeout=max(1.0, end - time.monotonic()))
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # as Ctrl-C, which a shell in the background would keep from it
         process.wait()
         return False
     if code:

@@ -224,7 +224,8 @@ def test_the_first_seed_of_every_part_comes_before_the_second_of_any(evidence, p
 
 
 def test_a_step_that_runs_out_of_time_is_interrupted_and_what_is_left_is_told(evidence, monkeypatch, plan):
-    code = f"import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: {touch(plan, 'interrupted')}"
+    code = "import signal, time\nsignal.signal(signal.SIGTERM, signal.default_int_handler)\n"
+    code += f"try: time.sleep(60)\nexcept KeyboardInterrupt: {touch(plan, 'interrupted')}"
     plan.flags.minutes = 0.02  # a second or so: the child has to come up
     monkeypatch.setattr(evidence, "ROOM", 0)
     (plan.output / "maths" / "outside-3").mkdir(parents=True)
