@@ -63,7 +63,7 @@ def trained(
     Raises:
         CoterieError: when the loss is not finite.
     """
-    from coterie.experts.trainer import make_trainer
+    from coterie.experts.trainer import make_trainer  # transformers' own takes seconds to load
 
     working = folder / WORKING_FOLDER
     whole = ranks.by_first(lambda: _whole_checkpoints(working))
