@@ -84,6 +84,25 @@ def test_the_table_shows_the_numbers_of_the_records(page):
     assert elrea == ["elrea", "40", "46.2%", "+6.2", "● +1.2 to +11.2", "0.765", "−0.0469", "○ −0.0912 to +0.0017"]
 
 
+@pytest.mark.parametrize(
+    ("measure", "kept", "told"),
+    [
+        ("accuracy", ["0.812", "–", "–"], "NLL is the mean surprise"),
+        ("nll", ["40", "40.0%", "–", "–"], "Accuracy counts"),
+    ],
+)
+def test_what_was_not_measured_has_no_columns(tmp_path, measure, kept, told):
+    """After `coterie eval --no-generate`, or of endpoints that tell no likelihoods."""
+    evaluation, rows = records()
+    for line in evaluation["table"]:
+        line |= {measure: None, f"{measure}_difference": None, f"{measure}_interval": None}
+    page = page_of(tmp_path, evaluation, rows)
+    _, _, base, elrea = page.table("Results of all methods on all rows")
+    assert base == ["base control", *kept] and len(elrea) == len(base)
+    others = {"Accuracy counts", "NLL is the mean surprise"} - {told}
+    assert told in page.text() and not any(other in page.text() for other in others)
+
+
 def test_the_table_by_source_has_every_method_under_every_source(page):
     _, _, *lines = page.table("Results of all methods by source")
     assert [line[0] for line in lines] == [

@@ -154,9 +154,11 @@ def _results(evaluation: EvaluationRecord) -> dict[str, Any]:
     named = dict.fromkeys([*evaluation.sources, *(score.source for score in table)])
     sources = tuple(source for source in named if source != OVERALL and evaluation.scores(source))
     gaps = [gap for score in table for measure in MEASURES if (gap := score.difference(measure))]
+    measured = [measure for measure in MEASURES if any(getattr(score, measure) is not None for score in table)]
     return {
         "overall": evaluation.scores(),
         "columns": {
+            **{measure: measure in (measured or MEASURES) for measure in MEASURES},
             "p": any(gap.p is not None for gap in gaps),
             "cut": any(score.cut for score in table),
             "f1": any(score.f1 is not None for score in table),
