@@ -121,12 +121,11 @@ def started(
     words: list[str],
     folder: Path,
     conditions: Sequence[Condition] = (),
-    cache: str | None = None,
     variables: Mapping[str, str] = MappingProxyType({}),
 ) -> BaseProcess:
     """Start a command line; it is at work when this returns."""
     ready = SERVER.Event()
-    given = (words, folder, {**variables, "COTERIE_CACHE": cache or os.environ["COTERIE_CACHE"]}, ready, conditions)
+    given = (words, folder, {"COTERIE_CACHE": os.environ["COTERIE_CACHE"], **variables}, ready, conditions)
     process = SERVER.Process(target=command_line, args=given)
     process.start()
     if not ready.wait(120):
@@ -134,9 +133,9 @@ def started(
     return process
 
 
-def finished(words: list[str], folder: Path, conditions: Sequence[Condition] = (), cache: str | None = None) -> float:
+def finished(words: list[str], folder: Path, conditions: Sequence[Condition] = ()) -> float:
     """Run a command line to its end; return its seconds."""
-    process, start = started(words, folder, conditions, cache), time.perf_counter()
+    process, start = started(words, folder, conditions), time.perf_counter()
     process.join(300)
     assert process.exitcode == 0, (folder / "std2").read_text()[-2000:]
     return time.perf_counter() - start

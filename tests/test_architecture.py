@@ -18,8 +18,8 @@ ORDER = (
 PROJECT = Path(__file__).parents[1]
 ROOT = PROJECT / "src" / PACKAGE
 LONGEST_FILE = 400
-TRAINER = f"{PACKAGE}.experts.trainer"
-"""It loads transformers' trainer and PEFT, for seconds that only a training is to pay: `training` imports it in one."""
+TRAINER, TRAINING = f"{PACKAGE}.experts.trainer", Path("experts") / "training.py"
+"""The first loads transformers' trainer, for seconds that only a training is to pay; the second imports it in one."""
 
 
 class OwnImport(NamedTuple):
@@ -85,9 +85,21 @@ def imports_inside_functions(root: Path) -> list[str]:
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         for inner in own_imports(node, file)
-        if (file.stem, inner.module) != ("training", TRAINER)
+        if (file.relative_to(root), inner.module) != (TRAINING, TRAINER)
     }
     return sorted(found)
+
+
+def trainers_loaded_with_modules(root: Path) -> list[str]:
+    """Imports of the trainer that do not wait for a training."""
+    return [
+        f"{file.relative_to(root)}:{inner.line}"
+        for file in sorted(root.rglob("*.py"))
+        for node in ast.parse(file.read_text()).body
+        if not isinstance(node, ast.FunctionDef)
+        for inner in own_imports(node, file)
+        if inner.module == TRAINER
+    ]
 
 
 def relative_imports(root: Path) -> list[str]:
@@ -118,6 +130,11 @@ def test_no_function_hides_an_import_of_ours():
     assert not wrong, "\n".join(wrong)
 
 
+def test_the_trainer_is_loaded_by_a_training_alone():
+    wrong = trainers_loaded_with_modules(ROOT)
+    assert not wrong, "\n".join(wrong)
+
+
 def test_no_import_is_relative():
     wrong = relative_imports(ROOT)
     assert not wrong, "\n".join(wrong)
@@ -133,6 +150,7 @@ def test_no_import_is_relative():
         ("def f():\n    from coterie.errors import CoterieError", imports_inside_functions),
         ("class C:\n    async def f(self):\n        import coterie.errors", imports_inside_functions),
         ("def f():\n    from coterie.experts.trainer import make_trainer", imports_inside_functions),
+        ("from coterie.experts.trainer import make_trainer", trainers_loaded_with_modules),
         ("from . import errors", relative_imports),
         ("from .batching import pad", relative_imports),
     ],

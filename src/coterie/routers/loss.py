@@ -314,7 +314,8 @@ def fit_mlps(
     squares = target.float().square().mean(dim=1)
     spread = ((seen * squares).sum(dim=1, keepdim=True) / count).sqrt().clamp(min=1e-6)[:, :, None]
     wanted = target.float() / spread
-    shares = seen * tokens.float() / (seen * tokens.float()).sum(dim=1, keepdim=True) / target.shape[1]
+    weights = seen * tokens.float()
+    shares = weights / weights.sum(dim=1, keepdim=True) / target.shape[1]
     generator = torch.Generator().manual_seed(seed)
     drawn = [torch.randn(HIDDEN, features.shape[1], generator=generator) / width, torch.zeros(1, HIDDEN)]
     drawn += [torch.randn(target.shape[1], HIDDEN, generator=generator) / HIDDEN**0.5, torch.zeros(1, target.shape[1])]
