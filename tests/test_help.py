@@ -52,6 +52,14 @@ def test_the_example_in_help_can_be_typed(run, called, name):
     assert [call[0] for call in called] == [name]
 
 
+def test_help_changes_nothing_of_what_is_typed_after_it(run, called):
+    words = ("fit", "symbolic-moe", "--experts", "pool", "--output", "run", "--no-replacement")
+    assert run(*words)[0] == 0
+    shown(run, "fit symbolic-moe")
+    assert run(*words)[0] == 0
+    assert [settings.recruiting.replacement for _, settings in called] == [False, False]
+
+
 PROJECT = Path(__file__).parents[1]
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 

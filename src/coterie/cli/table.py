@@ -6,6 +6,7 @@ import re
 import shlex
 import textwrap
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, TypeVar, get_args
@@ -48,11 +49,13 @@ class _OrderedGroup(TyperGroup):
 class _ShortHelp(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401
         """Show only that spelling of a switch which changes something, so that no name is too long for its column."""
-        for switch in (one for one in self.params if isinstance(one, TyperOption) and one.secondary_opts):
+        shortened = copy(self)  # what is typed next is read by the switches as they are
+        shortened.params = [copy(one) for one in self.params]
+        for switch in (one for one in shortened.params if isinstance(one, TyperOption) and one.secondary_opts):
             if switch.default:
                 switch.opts, switch.help = switch.secondary_opts, f"turn off: {switch.help}"
             switch.secondary_opts, switch.show_default = [], False
-        super().format_help(ctx, formatter)
+        super(_ShortHelp, shortened).format_help(ctx, formatter)
 
 
 app = typer.Typer(
