@@ -1,6 +1,7 @@
 """Fixtures: one tiny base model, and one tiny mixture fitted on it, for all tests of a process."""
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -8,7 +9,7 @@ import inspect
 import shutil
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,8 @@ from coterie.experts.expert_pool import init_pool
 from coterie.methods.elrea.methods import METHODS
 from coterie.methods.family import MethodGrid
 from coterie.methods.registry import load_grid, train_extras
+from coterie.methods.symbolic.fit import symbolic
+from coterie.methods.symbolic.profile import profile_pool
 from coterie.mixture import Mixture
 from coterie.settings.commands import ExpertPoolSettings, TrainExtrasSettings
 from coterie.settings.groups import ExtrasSettings, ModelSettings, PlacementSettings
@@ -183,21 +186,33 @@ def called(monkeypatch):
     return calls
 
 
+@contextlib.contextmanager
+def placed(folder: Path) -> Iterator[Place]:
+    with serving(respond) as stub:
+        experts = [f"{name}={stub.url}#{model}" for name, model in EXPERTS.items()]
+        init_pool(ExpertPoolSettings(folder=str(folder / "pool"), expert=experts))
+        yield Place(stub, folder)
+
+
 @pytest.fixture
 def place(tmp_path):
-    with serving(respond) as stub:
-        init_pool(
-            ExpertPoolSettings(
-                folder=str(tmp_path / "pool"), expert=[f"{name}={stub.url}#{model}" for name, model in EXPERTS.items()]
-            )
-        )
-        yield Place(stub, tmp_path)
+    with placed(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def fitted_once(tmp_path_factory):
+    """The pool profiled on ten questions, and fitted."""
+    with placed(tmp_path_factory.mktemp("fitted")) as made:
+        data = write_rows(made.folder / "val.jsonl", rows(10))
+        profile_pool(made.pool, data=[data], encoder="none", retries=0)
+        symbolic(made.pool, output=made.folder / "run", retries=0)
+        yield made
 
 
 @pytest.fixture
-def fitted(place, run):
-    """The pool profiled on ten questions, and fitted."""
-    data = write_rows(place.folder / "val.jsonl", rows(10))
-    assert run("profile", place.pool, "--data", data, "--encoder", "none", "--retries", 0)[0] == 0
-    assert run("fit", "symbolic-moe", "--experts", place.pool, "--output", place.folder / "run", "--retries", 0)[0] == 0
-    return place
+def fitted(fitted_once, tmp_path):
+    """A copy of it to work with; its server answers as at first."""
+    shutil.copytree(fitted_once.folder, tmp_path, dirs_exist_ok=True)
+    fitted_once.stub.respond = respond
+    return Place(fitted_once.stub, tmp_path)

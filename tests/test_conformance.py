@@ -60,10 +60,10 @@ class Place(NamedTuple):
         return name
 
     @torch.no_grad()
-    def alone(self, ids: list[int], adapter: str) -> Tensor:
-        """What PEFT gives behind the last token of one text, without a cache."""
+    def alone(self, ids: Sequence[int], adapter: str) -> Tensor:
+        """What PEFT gives behind every token of one text, without a cache."""
         self.peft.set_adapter(adapter)
-        return self.peft(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].float()
+        return self.peft(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +96,13 @@ def close(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
 
 
-def weighed(place: Place, weights: Tensor, text: list[int]) -> Tensor:
+def weighed(place: Place, weights: Tensor, text: Sequence[int]) -> Tensor:
     """What PEFT's models give, each alone and without a cache, summed."""
     pairs = zip(NAMES, weights.tolist(), strict=True)
     return sum(weight * place.alone(text, name) for name, weight in pairs if weight)
 
 
-def merged(place: Place, weights: Tensor, text: list[int]) -> Tensor:
+def merged(place: Place, weights: Tensor, text: Sequence[int]) -> Tensor:
     """What PEFT's merged adapter gives, without a cache."""
     return place.alone(text, place.mixed(weights))
 
@@ -125,10 +125,9 @@ in_every_architecture = pytest.mark.parametrize("place", WORKING, indirect=True)
 def test_requests_that_join_and_leave_get_what_peft_gives_them_alone(place, combiner, alone):
     answers = place.answers(combiner, [Routing(NAMES, weights[None]) for weights in FIRST])
     for prompt, weights, tokens in zip(PROMPTS, FIRST, answers, strict=True):
-        text = list(prompt)
-        for token in tokens:
-            check(token, alone(place, weights, text))
-            text.append(token.id)
+        told = alone(place, weights, [*prompt, *(token.id for token in tokens[:-1])])
+        for token, wanted in zip(tokens, told[len(prompt) - 1 :], strict=True):
+            check(token, wanted)
 
 
 def renewing(*, recompute: bool) -> Rerouting:
@@ -147,10 +146,10 @@ def renewing(*, recompute: bool) -> Rerouting:
 def test_texts_that_are_read_anew_under_other_weights_are_as_if_they_had_those_from_the_start(place):
     answers = place.answers("layers", [renewing(recompute=True)] * 3)
     for number, tokens in enumerate(answers):
-        text = list(PROMPTS[number])
-        for place_in_answer, token in enumerate(tokens):
-            check(token, merged(place, (LATER if place_in_answer else FIRST)[number], text))
-            text.append(token.id)
+        text = [*PROMPTS[number], *(token.id for token in tokens[:-1])]
+        first, later = (merged(place, weights[number], text)[len(PROMPTS[number]) - 1 :] for weights in (FIRST, LATER))
+        for token, wanted in zip(tokens, [first[0], *later[1:]], strict=True):
+            check(token, wanted)
 
 
 @in_every_architecture

@@ -27,7 +27,7 @@ from coterie.routers.token import TokenLevel
 from coterie.settings.groups import SamplingSettings
 from helpers import close, same_answers
 
-QUESTIONS = load_examples(tiny.make_rows(4, seed=11))
+QUESTIONS = load_examples(tiny.make_rows(3, seed=11))
 TOKENS = 4
 IN_LAYERS = ("gate", "arrow", "spectr")
 """Routers whose weights depend on the inputs of layers."""
@@ -76,7 +76,7 @@ def test_every_cell_answers_alike_alone_and_together_or_names_what_fits(grid, ro
             grid.mixture.replace(router=routers[router], combiner=combiner)
         return
     cell = grid.mixture.replace(router=routers[router], combiner=combiner)
-    together = cell.generate(QUESTIONS, max_new_tokens=TOKENS, batch_size=3)
+    together = cell.generate(QUESTIONS, max_new_tokens=TOKENS, batch_size=2)
     alone = [cell.generate([question], max_new_tokens=TOKENS)[0] for question in QUESTIONS]
     assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
     for one, other in zip(together, alone, strict=True):
