@@ -74,6 +74,8 @@ def compared(plan: Plan, part: str) -> Iterator[tuple[Any, ...]]:
             pairs = [(published, "best-tuned"), (published, "kshot-only")]
             pairs += [(name, rival) for name in chosen for rival in ("best-by-shots", published)]
             yield f"{target}, {count} shots", f"{target}/test-{count}", "random-experts", pairs
+            title = f"{target}, {count} shots alone, experts by their loss"
+            yield title, f"{target}/loss-test-{count}", "random-experts", [("kshot-moe", "best-by-shots")]
     if part == "recruit":
         yield part, "test", "best-single"
     if part == "influence":

@@ -27,6 +27,8 @@ METHODS = (
 REFUSING = ("base", "uniform-weights", "elrea-refusing", "loss-routing", "prefill", "auto", "oracle")
 TOKENS = ("backbone", "per-dataset", "uniform-weights", "token-level", "arrow", "spectr", "logo", "oracle")
 KSHOT = ("backbone", "best-by-shots", "uniform-weights", "best-tuned", "kshot-only", "random-experts")
+ON_SHOTS_ALONE = ("best-by-shots", "uniform-weights", "random-experts", "kshot-moe")
+BY_LOSS = ("--rank-by", "perplexity", "--diversity", "none")
 NO_SYSTEM = ("--system-prompt", "")
 FIT = ("--clusters", "4", "--cluster-rounds", "1", *NO_SYSTEM)
 DOMAIN = ("--epochs", "2", "--learning-rate", "3e-4", "--batch-size", "8", *NO_SYSTEM)
@@ -162,6 +164,14 @@ def _target_steps(plan: Plan, bank: Path, place: Path, count: int, seed: int) ->
         yield Step(("train-extras", str(run), "--methods", extra), run / "methods" / extra)
     told = ("--methods", ",".join((*KSHOT, fit, *others)), "--control", "random-experts")
     yield evaluated(plan, run, place / "test.jsonl", place / f"test-{name}", *told)
+    chosen, run = place / f"loss-select-{name}", place / f"loss-run-{name}"
+    words = ("select", str(bank), *shots, *BY_LOSS, "--exclude-leaks", *NO_SYSTEM, "--output", str(chosen))
+    yield Step(words, chosen)
+    made = ("--selected", str(chosen), "--seed", str(seed))
+    yield Step(("fit", "kshot-moe", "--bank", str(bank), *shots, *made, *DOMAIN, "--output", str(run)), run)
+    yield Step(("train-extras", str(run), "--methods", "random-experts"), run / "methods" / "random-experts")
+    told = ("--methods", ",".join(ON_SHOTS_ALONE), "--control", "random-experts")
+    yield evaluated(plan, run, place / "test.jsonl", place / f"loss-test-{name}", *told)
 
 
 def recruit_steps(plan: Plan) -> Iterator[Step]:

@@ -59,7 +59,7 @@ COMMANDS = {
     "fit kshot-auto": [
         *("fit", "kshot-auto", "--bank", "bank", "--shots", "rows.jsonl", "--limit", "6", "--judge-folds", "2"),
         *("--output", "chosen-task", "--epochs", "1", "--batch-size", "4", "--pool", "shots.jsonl", "--budget", "2"),
-        *("--encoder", "hidden", "--embeddings", "kept", *CHOICE),
+        *("--encoder", "hidden", "--embeddings", "kept", *CHOICE, "--rank-by", "both"),
     ],
     "fit symbolic-moe": ["fit", "symbolic-moe", "--experts", "pool", "--output", "recruits", *SHORT],
     "train-extras": ["train-extras", "run", "--methods", "lora-ensembles,mole", "--ensemble-size", "2", *ON_CPU],

@@ -162,7 +162,7 @@ def test_the_methods_that_are_compared_exist(evidence):
         (ELREA, steps.METHODS),
         (ELREA, steps.REFUSING),
         (TOKENS, steps.TOKENS),
-        (KSHOT, steps.KSHOT),
+        (KSHOT, (*steps.KSHOT, *steps.ON_SHOTS_ALONE)),
     ):
         for name in names:
             family.method(name)

@@ -27,8 +27,9 @@ from coterie.settings.groups import ModelSettings
 from kshot_place import FIT, rows_of
 from tiny import write_rows
 
-AUTO = {**FIT, "judge_folds": 3, "expert_dropout": 0.0}
-PLAIN = {name: value for name, value in AUTO.items() if name != "judge_folds"}
+PLAIN = {**FIT, "expert_dropout": 0.0}
+AUTO = {**PLAIN, "judge_folds": 3, "rank_by": "both", "diversity": "updates"}
+"""Adapters are ranked as published."""
 UNTRAINED = ("least-loss", "backbone", "best-by-shots", "uniform-weights")
 WAYS = (*UNTRAINED, "kshot-only", "kshot-gathered")
 
@@ -80,6 +81,8 @@ def test_what_was_chosen_is_written_with_its_reasons(fitted):
     assert mixture.method == "kshot-auto" and mixture.bank.names == record.adapters
     assert (record.shots, record.folds) == (7, 3)
     costs = dict(zip(WAYS, (1, 0, 1, 2, 2, 2), strict=True))
+    assert torch.equal(judged.nll["best-by-shots"], judged.nll["least-loss"]), "here that is one adapter"
+    del costs["best-by-shots"]  # which is not tried twice
     assert {one.name: one.cost for one in record.candidates} == costs and record.candidates[0].name == "least-loss"
     for one in record.candidates:
         mean = (judged.nll[one.name] * judged.tokens).sum() / judged.tokens.sum()
@@ -110,6 +113,18 @@ def test_a_shot_is_judged_by_what_the_other_shots_alone_make(fitted, bank, shots
         least = min(adapters, key=lambda one: (one["nll"], one["name"]))["name"]
         alone = untouched(bank, {least: 1.0})
         torch.testing.assert_close(judged.nll["least-loss"][left], losses(alone, own), atol=1e-4, rtol=1e-4)
+
+
+def test_unless_told_otherwise_adapters_are_those_of_the_least_loss(bank, shots, tmp_path):
+    how = {name: value for name, value in AUTO.items() if name not in ("rank_by", "diversity", "max_new_tokens")}
+    coterie.kshot_auto(bank, str(shots), output=tmp_path / "run", **how)
+    selection = selection_of(tmp_path / "run")
+    order = sorted(selection["adapters"], key=lambda one: (one["perplexity"], one["name"]))
+    assert selection["chosen"] == [one["name"] for one in order[:2]]
+    assert all(one["accuracy"] is None for one in order), "no answer is written for it"
+    assert min(order, key=lambda one: one["nll"]) is order[0]
+    tried = [one.name for one in record_of(tmp_path / "run").candidates]
+    assert set(tried) == set(WAYS) - {"best-by-shots", "kshot-gathered"}
 
 
 def untouched(bank: Path, weights: dict[str, float]) -> Mixture:

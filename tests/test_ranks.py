@@ -292,7 +292,7 @@ def files_of(folder: Path) -> dict[str, Any]:
 def test_two_processes_choose_for_a_task_as_one_does(bank, pool_file, tmp_path):
     shots = write_rows(tmp_path / "shots.jsonl", rows_of("pick", 6, seed=77))
     words = ["fit", "kshot-auto", "--bank", str(bank), "--shots", str(shots), "--pool", str(pool_file), "--budget", "4"]
-    words += ["--encoder", "hidden", "--keep", "2", "--max-new-tokens", "6", "--judge-folds", "2", "--device", "cpu"]
+    words += ["--encoder", "hidden", "--keep", "2", "--judge-folds", "2", "--device", "cpu"]
     words += ["--epochs", "1", "--batch-size", "4", "--learning-rate", "5e-3", "--expert-dropout", "0"]
     ((code, _, trouble),) = end(start([*words, "--output", str(tmp_path / "one")], tmp_path))
     assert code == 0, trouble

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from coterie import ranks
 from coterie.artifacts import RunFolder, as_path, run_folder, write_json, write_text
 from coterie.combiners.layers import LayerCombiner
@@ -33,7 +35,7 @@ from coterie.methods.kshot.fit import (
     trained_mixture,
     work_of,
 )
-from coterie.methods.kshot.judge import ONE, UNIFORM, Judged, ScoredShots, gathered_near, judge, untrained
+from coterie.methods.kshot.judge import FIRST, ONE, UNIFORM, Judged, ScoredShots, gathered_near, judge, untrained
 from coterie.methods.kshot.task import KshotTask
 from coterie.methods.kshot.train import gate_options
 from coterie.mixture import Mixture
@@ -124,7 +126,8 @@ def _made(
     ways = untrained(scored.of_least_loss(every), scored.ranked(every)[0].name, given.chosen)
     active = {BACKBONE: 0, UNIFORM: len(given.chosen)}
     active |= dict.fromkeys((SHOTS_ALONE, AND_GATHERED), gate_options(settings, len(given.chosen))["top_k"])
-    order = [ONE, *(name for name in judged.nll if name != ONE)]
+    is_same = ways[FIRST].weights == ways[ONE].weights and torch.equal(judged.nll[FIRST], judged.nll[ONE])
+    order = [ONE, *(name for name in judged.nll if name not in (ONE, *([FIRST] if is_same else [])))]
     candidates = [Candidate(name, float(active.get(name, 1)), judged.nll[name]) for name in order]
     choice = choose(candidates, judged.tokens)
     if (router := ways.get(choice.chosen)) is not None:

@@ -1,9 +1,11 @@
 """Settings of `coterie fit auto` and `coterie fit kshot-auto`, which choose by evidence."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from coterie.settings.commands import ElreaSettings, KshotSettings
-from coterie.settings.groups import JUDGE_FOLDS, ExpertSettings, JudgeFolds, TrainingSettings
+from coterie.settings.groups import JUDGE_FOLDS, ExpertSettings, JudgeFolds, SelectAdaptersSettings, TrainingSettings
 
 
 class AutoTrainingSettings(TrainingSettings):
@@ -55,8 +57,24 @@ class AutoSettings(ElreaSettings):
         return self.clustering.clusters * self.judge_folds
 
 
+class SelectByLossSettings(SelectAdaptersSettings):
+    """Selecting adapters by the shots: those that predict them best."""
+
+    rank_by: Literal["both", "accuracy", "perplexity"] = Field(
+        "perplexity", description="what adapters are ranked by on the shots; both adds the two ranks, as published"
+    )
+    diversity: Literal["updates", "factors", "none"] = Field(
+        "none", description="compare adapters by their updates B A, by A and B as published, or not at all"
+    )
+
+
 class KshotAutoSettings(KshotSettings):
-    """`coterie fit kshot-auto`: from a few examples and a bank to what the examples themselves show to be good."""
+    """`coterie fit kshot-auto`: from a few examples and a bank to what the examples themselves show to be good.
+
+    Adapters are ranked by their loss on the examples: about as good a choice as the published ranks make, in a part of the
+    time, since no answers are written, and possible where answers cannot be checked (docs/evidence.md).
+    """
 
     command = "fit kshot-auto"
     judge_folds: JudgeFolds = JUDGE_FOLDS
+    adapters: SelectByLossSettings = SelectByLossSettings()
