@@ -46,6 +46,11 @@ EVAL = {"mixture": "m", "data": ["d"], "output": "o"}
             "--max-new-tokens 9 does not act with --rank-by perplexity",
         ),
         (
+            commands.SelectSettings,
+            {"folder": "f", "shots": ["s"], "output": "o", "diversity": "none", "candidates": 9},
+            "--candidates 9 does not act with --diversity none",
+        ),
+        (
             commands.ProfileSettings,
             {"folder": "f", "data": ["d"], "skill_list": "a,b"},
             "--skill-list a,b does not act without --skills",

@@ -316,7 +316,7 @@ class RationaleSettings(Settings):
 class SelectAdaptersSettings(Settings):
     """Selecting adapters by the shots (arXiv 2408.15915, algorithm 1)."""
 
-    idle_with = {"max_new_tokens": ("rank_by", ("perplexity",))}
+    idle_with = {"max_new_tokens": ("rank_by", ("perplexity",)), "candidates": ("diversity", ("none",))}
 
     keep: int = Field(4, ge=1, description="adapters to choose (the paper's N)")
     candidates: int | None = Field(
