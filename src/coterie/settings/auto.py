@@ -71,8 +71,8 @@ class SelectByLossSettings(SelectAdaptersSettings):
 class KshotAutoSettings(KshotSettings):
     """`coterie fit kshot-auto`: from a few examples and a bank to what the examples themselves show to be good.
 
-    Adapters are ranked by their loss on the examples: about as good a choice as the published ranks make, in a part of the
-    time, since no answers are written, and possible where answers cannot be checked (docs/evidence.md).
+    Adapters are ranked by their loss on the examples, unlike the published ranks: no answers are written, so that it takes
+    a part of the time and works where answers cannot be checked, and the choice was no worse (docs/evidence.md).
     """
 
     command = "fit kshot-auto"
