@@ -71,8 +71,8 @@ class SelectByLossSettings(SelectAdaptersSettings):
 class KshotAutoSettings(KshotSettings):
     """`coterie fit kshot-auto`: from a few examples and a bank to what the examples themselves show to be good.
 
-    Adapters are ranked by their loss on the examples, unlike the published ranks: no answers are written, so that it takes
-    a part of the time and works where answers cannot be checked, and the choice was no worse (docs/evidence.md).
+    Adapters are ranked by their loss on the examples, which needs no answers: it takes a part of the time, works where
+    answers cannot be checked, and chose better on two of six tasks and worse on one (docs/evidence.md).
     """
 
     command = "fit kshot-auto"
