@@ -152,26 +152,24 @@ def fits(count: int) -> tuple[str, ...]:
 
 
 def _target_steps(plan: Plan, bank: Path, place: Path, count: int, seed: int) -> Iterator[Step]:
+    """Yield the choice as published, with gathered rows, and the one by the loss on the shots, with these alone."""
     name, (fit, *others) = f"{count}-{seed}", fits(count)
-    shots = ("--shots", str(place / f"shots-{name}.jsonl"))
-    chosen, gathered, run = place / f"select-{name}", place / f"gather-{name}", place / f"run-{name}"
-    yield Step(("select", str(bank), *shots, "--exclude-leaks", *NO_SYSTEM, "--output", str(chosen)), chosen)
+    shots, gathered = ("--shots", str(place / f"shots-{name}.jsonl")), place / f"gather-{name}"
     pool = ("--pool", str(place.parent / "pool.jsonl"), "--exclude", str(place / "test.jsonl"))
     yield Step(("gather", *shots, *pool, "--budget", str(plan.flags.budget), "--output", str(gathered)), gathered)
-    made = ("--selected", str(chosen), "--gathered", str(gathered), "--seed", str(seed))
-    yield Step(("fit", fit, "--bank", str(bank), *shots, *made, *DOMAIN, "--output", str(run)), run)
-    for extra in ("best-tuned", "kshot-only", *others, "random-experts"):
-        yield Step(("train-extras", str(run), "--methods", extra), run / "methods" / extra)
-    told = ("--methods", ",".join((*KSHOT, fit, *others)), "--control", "random-experts")
-    yield evaluated(plan, run, place / "test.jsonl", place / f"test-{name}", *told)
-    chosen, run = place / f"loss-select-{name}", place / f"loss-run-{name}"
-    words = ("select", str(bank), *shots, *BY_LOSS, "--exclude-leaks", *NO_SYSTEM, "--output", str(chosen))
-    yield Step(words, chosen)
-    made = ("--selected", str(chosen), "--seed", str(seed))
-    yield Step(("fit", "kshot-moe", "--bank", str(bank), *shots, *made, *DOMAIN, "--output", str(run)), run)
-    yield Step(("train-extras", str(run), "--methods", "random-experts"), run / "methods" / "random-experts")
-    told = ("--methods", ",".join(ON_SHOTS_ALONE), "--control", "random-experts")
-    yield evaluated(plan, run, place / "test.jsonl", place / f"loss-test-{name}", *told)
+    extras = ("best-tuned", "kshot-only", *others, "random-experts")
+    published = ("", (), ("--gathered", str(gathered)), fit, extras, (*KSHOT, fit, *others))
+    by_loss = ("loss-", BY_LOSS, (), "kshot-moe", ("random-experts",), ON_SHOTS_ALONE)
+    for kind, ranks, rows, fitting, trained, methods in (published, by_loss):
+        chosen, run = place / f"{kind}select-{name}", place / f"{kind}run-{name}"
+        words = ("select", str(bank), *shots, *ranks, "--exclude-leaks", *NO_SYSTEM, "--output", str(chosen))
+        yield Step(words, chosen)
+        made = ("--selected", str(chosen), *rows, "--seed", str(seed))
+        yield Step(("fit", fitting, "--bank", str(bank), *shots, *made, *DOMAIN, "--output", str(run)), run)
+        for extra in trained:
+            yield Step(("train-extras", str(run), "--methods", extra), run / "methods" / extra)
+        told = ("--methods", ",".join(methods), "--control", "random-experts")
+        yield evaluated(plan, run, place / "test.jsonl", place / f"{kind}test-{name}", *told)
 
 
 def recruit_steps(plan: Plan) -> Iterator[Step]:

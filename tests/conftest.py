@@ -67,8 +67,6 @@ from coterie.experts.expert_pool import init_pool
 from coterie.methods.elrea.methods import METHODS
 from coterie.methods.family import MethodGrid
 from coterie.methods.registry import load_grid, train_extras
-from coterie.methods.symbolic.fit import symbolic
-from coterie.methods.symbolic.profile import profile_pool
 from coterie.mixture import Mixture
 from coterie.settings.commands import ExpertPoolSettings, TrainExtrasSettings
 from coterie.settings.groups import ExtrasSettings, ModelSettings, PlacementSettings
@@ -205,8 +203,8 @@ def fitted_once(tmp_path_factory):
     """The pool profiled on ten questions, and fitted."""
     with placed(tmp_path_factory.mktemp("fitted")) as made:
         data = write_rows(made.folder / "val.jsonl", rows(10))
-        profile_pool(made.pool, data=[data], encoder="none", retries=0)
-        symbolic(made.pool, output=made.folder / "run", retries=0)
+        methods.profile_pool(made.pool, data=[data], encoder="none", retries=0)
+        methods.symbolic(made.pool, output=made.folder / "run", retries=0)
         yield made
 
 

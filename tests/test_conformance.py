@@ -60,7 +60,7 @@ class Place(NamedTuple):
         return name
 
     @torch.no_grad()
-    def alone(self, ids: Sequence[int], adapter: str) -> Tensor:
+    def alone(self, ids: list[int], adapter: str) -> Tensor:
         """What PEFT gives behind every token of one text, without a cache."""
         self.peft.set_adapter(adapter)
         return self.peft(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
@@ -96,13 +96,13 @@ def close(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
 
 
-def weighed(place: Place, weights: Tensor, text: Sequence[int]) -> Tensor:
+def weighed(place: Place, weights: Tensor, text: list[int]) -> Tensor:
     """What PEFT's models give, each alone and without a cache, summed."""
     pairs = zip(NAMES, weights.tolist(), strict=True)
     return sum(weight * place.alone(text, name) for name, weight in pairs if weight)
 
 
-def merged(place: Place, weights: Tensor, text: Sequence[int]) -> Tensor:
+def merged(place: Place, weights: Tensor, text: list[int]) -> Tensor:
     """What PEFT's merged adapter gives, without a cache."""
     return place.alone(text, place.mixed(weights))
 

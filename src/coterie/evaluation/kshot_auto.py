@@ -127,7 +127,8 @@ def _made(
     active = {BACKBONE: 0, UNIFORM: len(given.chosen)}
     active |= dict.fromkeys((SHOTS_ALONE, AND_GATHERED), gate_options(settings, len(given.chosen))["top_k"])
     is_same = ways[FIRST].weights == ways[ONE].weights and torch.equal(judged.nll[FIRST], judged.nll[ONE])
-    order = [ONE, *(name for name in judged.nll if name not in (ONE, *([FIRST] if is_same else [])))]
+    others = judged.nll.keys() - ({ONE, FIRST} if is_same else {ONE})
+    order = [ONE, *(name for name in judged.nll if name in others)]
     candidates = [Candidate(name, float(active.get(name, 1)), judged.nll[name]) for name in order]
     choice = choose(candidates, judged.tokens)
     if (router := ways.get(choice.chosen)) is not None:

@@ -1,11 +1,17 @@
 """Settings of `coterie fit auto` and `coterie fit kshot-auto`, which choose by evidence."""
 
-from typing import Literal
-
 from pydantic import Field
 
 from coterie.settings.commands import ElreaSettings, KshotSettings
-from coterie.settings.groups import JUDGE_FOLDS, ExpertSettings, JudgeFolds, SelectAdaptersSettings, TrainingSettings
+from coterie.settings.groups import (
+    JUDGE_FOLDS,
+    Diversity,
+    ExpertSettings,
+    JudgeFolds,
+    RankBy,
+    SelectAdaptersSettings,
+    TrainingSettings,
+)
 
 
 class AutoTrainingSettings(TrainingSettings):
@@ -60,12 +66,8 @@ class AutoSettings(ElreaSettings):
 class SelectByLossSettings(SelectAdaptersSettings):
     """Selecting adapters by the shots: those that predict them best."""
 
-    rank_by: Literal["both", "accuracy", "perplexity"] = Field(
-        "perplexity", description="what adapters are ranked by on the shots; both adds the two ranks, as published"
-    )
-    diversity: Literal["updates", "factors", "none"] = Field(
-        "none", description="compare adapters by their updates B A, by A and B as published, or not at all"
-    )
+    rank_by: RankBy = "perplexity"
+    diversity: Diversity = "none"
 
 
 class KshotAutoSettings(KshotSettings):

@@ -313,6 +313,16 @@ class RationaleSettings(Settings):
     rationale_tokens: int = Field(96, ge=8, description="longest written rationale in tokens")
 
 
+RankBy = Annotated[
+    Literal["both", "accuracy", "perplexity"],
+    Field(description="what adapters are ranked by on the shots; both adds the two ranks"),
+]
+Diversity = Annotated[
+    Literal["updates", "factors", "none"],
+    Field(description="compare adapters by their updates B A, by A and B as published, or not at all"),
+]
+
+
 class SelectAdaptersSettings(Settings):
     """Selecting adapters by the shots (arXiv 2408.15915, algorithm 1)."""
 
@@ -325,15 +335,11 @@ class SelectAdaptersSettings(Settings):
         description="best adapters from which the most diverse group is taken (M); default: 8, of a bank of fewer than "
         "16 the better half",
     )
-    rank_by: Literal["both", "accuracy", "perplexity"] = Field(
-        "both", description="what adapters are ranked by on the shots; both adds the two ranks"
-    )
+    rank_by: RankBy = "both"
     perplexity_of: Literal["mean", "sum"] = Field(
         "mean", description="a shot's NLL: mean over its tokens, or their sum, as the paper writes it"
     )
-    diversity: Literal["updates", "factors", "none"] = Field(
-        "updates", description="compare adapters by their updates B A, by A and B as published, or not at all"
-    )
+    diversity: Diversity = "updates"
     halving: int | None = Field(
         None, ge=1, description="score all adapters on so many shots only, then the better half on twice as many, ..."
     )
