@@ -25,7 +25,7 @@ from typing import Any
 
 from evidence_rows import MIXES, TARGETS, UNLIKE
 from evidence_steps import PARTS, Plan, Step, fits, sides
-from evidence_tables import PAIRS, PAPER, table
+from evidence_tables import PAIRS, PAPER, table, table_of_tasks
 
 ROOM = 60  # seconds before the end in which no further step begins
 
@@ -57,6 +57,15 @@ def tables(plan: Plan, part: str) -> Iterator[str]:
         folders = [plan.output / part / f"{name}-{seed}" for seed in plan.seeds]
         if done := [folder for folder in folders if folder.exists()]:
             yield table(title, done, *how)
+    for count in plan.flags.shots.split(",") if part == "kshot" else ():
+        places = {target: plan.output / part / target for target in plan.flags.targets.split(",")}
+        found = {
+            target: [own for seed in plan.seeds if (own := place / f"loss-test-{count}-{seed}").exists()]
+            for target, place in places.items()
+        }
+        if done := {target: folders for target, folders in found.items() if folders}:
+            title = f"all targets, {count} shots alone, experts by their loss"
+            yield table_of_tasks(title, done, "random-experts", ("best-by-shots",))
 
 
 def compared(plan: Plan, part: str) -> Iterator[tuple[Any, ...]]:
@@ -75,7 +84,9 @@ def compared(plan: Plan, part: str) -> Iterator[tuple[Any, ...]]:
             pairs += [(name, rival) for name in chosen for rival in ("best-by-shots", published)]
             yield f"{target}, {count} shots", f"{target}/test-{count}", "random-experts", pairs
             title = f"{target}, {count} shots alone, experts by their loss"
-            yield title, f"{target}/loss-test-{count}", "random-experts", [("kshot-moe", "best-by-shots")]
+            trained, *chosen = fits(int(count), alone=True)[::-1]
+            pairs = [(name, "best-by-shots") for name in (trained, *chosen)] + [(name, trained) for name in chosen]
+            yield title, f"{target}/loss-test-{count}", "random-experts", pairs
     if part == "recruit":
         yield part, "test", "best-single"
     if part == "influence":

@@ -27,7 +27,7 @@ METHODS = (
 REFUSING = ("base", "uniform-weights", "elrea-refusing", "loss-routing", "prefill", "auto", "oracle")
 TOKENS = ("backbone", "per-dataset", "uniform-weights", "token-level", "arrow", "spectr", "logo", "oracle")
 KSHOT = ("backbone", "best-by-shots", "uniform-weights", "best-tuned", "kshot-only", "random-experts")
-ON_SHOTS_ALONE = ("best-by-shots", "uniform-weights", "random-experts", "kshot-moe")
+ON_SHOTS_ALONE = ("best-by-shots", "uniform-weights", "random-experts")
 BY_LOSS = ("--rank-by", "perplexity", "--diversity", "none")
 NO_SYSTEM = ("--system-prompt", "")
 FIT = ("--clusters", "4", "--cluster-rounds", "1", *NO_SYSTEM)
@@ -146,9 +146,12 @@ def kshot_steps(plan: Plan) -> Iterator[Step]:
                 yield from _target_steps(plan, bank, place / target, count, seed)
 
 
-def fits(count: int) -> tuple[str, ...]:
-    """Return what is fitted to so many shots, and the published method on it: a few can tell nothing by themselves."""
-    return ("kshot-moe",) if count < LEAST_SHOTS else ("kshot-auto", "kshot-gathered")
+def fits(count: int, *, alone: bool = False) -> tuple[str, ...]:
+    """Return what is fitted to so many shots, and the published way to train on them, with gathered rows or alone.
+
+    A few shots can tell nothing by themselves, so the published method is all that is fitted to them.
+    """
+    return ("kshot-moe",) if count < LEAST_SHOTS else ("kshot-auto", "kshot-only" if alone else "kshot-gathered")
 
 
 def _target_steps(plan: Plan, bank: Path, place: Path, count: int, seed: int) -> Iterator[Step]:
@@ -159,7 +162,8 @@ def _target_steps(plan: Plan, bank: Path, place: Path, count: int, seed: int) ->
     yield Step(("gather", *shots, *pool, "--budget", str(plan.flags.budget), "--output", str(gathered)), gathered)
     extras = ("best-tuned", "kshot-only", *others, "random-experts")
     published = ("", (), ("--gathered", str(gathered)), fit, extras, (*KSHOT, fit, *others))
-    by_loss = ("loss-", BY_LOSS, (), "kshot-moe", ("random-experts",), ON_SHOTS_ALONE)
+    _, *alone = fits(count, alone=True)
+    by_loss = ("loss-", BY_LOSS, (), fit, (*alone, "random-experts"), (*ON_SHOTS_ALONE, fit, *alone))
     for kind, ranks, rows, fitting, trained, methods in (published, by_loss):
         chosen, run = place / f"{kind}select-{name}", place / f"{kind}run-{name}"
         words = ("select", str(bank), *shots, *ranks, "--exclude-leaks", *NO_SYSTEM, "--output", str(chosen))

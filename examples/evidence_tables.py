@@ -83,6 +83,38 @@ def table(
     return "\n\n".join(parts) + "\n"
 
 
+def table_of_tasks(title: str, folders: Mapping[str, Sequence[Path]], control: str, rivals: Sequence[str] = ()) -> str:
+    """Return a table of several tasks: every method's likelihoods against the control's, and against rivals', on each.
+
+    p is adjusted for the tasks of a line.
+    """
+    found = {task: next(own for own in read(own) if own.name == "NLL") for task, own in folders.items()}
+    methods = [name for name in next(iter(found.values())).values if all(name in own.values for own in found.values())]
+    lines = [["", *(f"{task} | p" for task in found)], ["---"] * (2 * len(found) + 1)]
+    for rival in (control, *rivals):
+        lines.append([rival, *(f"{own.mean(rival):.4f} | " for own in found.values())])
+        for method in (name for name in methods if name not in (rival, control)):
+            sides = {
+                task: [own.values[name].mean(axis=0).tolist() for name in (method, rival)]
+                for task, own in found.items()
+            }
+            weights = {task: own.weights.tolist() for task, own in found.items()}
+            adjusted = holm({task: sign_flip_test(*both, weights=weights[task]) for task, both in sides.items()})
+            cells = [
+                f"{_interval(own, against, weights[task])} | {adjusted[task]:.4f}"
+                for task, (own, against) in sides.items()
+            ]
+            lines.append([f"{method} - {rival}", *cells])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"## {title}\n\n{text}\n"
+
+
+def _interval(own: list[float], rival: list[float], weights: list[float]) -> str:
+    """Return the mean paired difference with its interval, or that there is none on any row."""
+    gap = mean_difference(own, rival, weights=weights)
+    return "0, on every row" if own == rival else f"{gap.value:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]"
+
+
 def _compared(
     measure: Measured, control: str, pairs: Sequence[tuple[str, str]], paper: Mapping[str, str], *, alone: bool
 ) -> str:
@@ -96,13 +128,11 @@ def _compared(
     heads += ["paper, accuracy"] if paper else []
     lines = [[control, f"{measure.mean(control):.4f}", str(len(weights))]] if alone else []
     for pair, (own, rival) in sides.items():
-        gap = mean_difference(own, rival, weights=weights)
         seeds = [
             np.average(a - b, weights=measure.weights) for a, b in zip(*map(measure.values.get, pair), strict=True)
         ]
         label = [pair[0], f"{measure.mean(pair[0]):.4f}", str(len(weights))] if alone else [f"{pair[0]} - {pair[1]}"]
-        interval = "0, on every row" if own == rival else f"{gap.value:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]"
-        known = [interval, f"{adjusted[' '.join(pair)]:.4f}"]
+        known = [_interval(own, rival, weights), f"{adjusted[' '.join(pair)]:.4f}"]
         line = [*label, *known, " ".join(f"{seed:+.4f}" for seed in seeds)]
         line += [_share(measure, pair[0])] if shares else []
         lines.append([*line, *([paper.get(pair[0], "")] if paper else [])])

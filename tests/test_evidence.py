@@ -286,6 +286,33 @@ def test_the_table_pairs_rows_over_seeds_and_tells_how_much_of_the_oracles_gain_
     assert lines["elrea - random-oracle"][1].startswith(f"{between:+.4f} [")
 
 
+def test_a_table_of_tasks_adjusts_p_for_the_tasks_of_a_line(evidence, tmp_path):
+    control, one, better = (
+        [2.0, 3.0, 4.0, 5.0, 3.0, 4.0],
+        [1.9, 3.1, 4.2, 5.0, 3.0, 4.0],
+        [1.5, 2.4, 3.1, 4.0, 2.2, 3.4],
+    )
+    tokens, folders = [1.0, 2.0, 3.0, 4.0, 1.0, 2.0], {}
+    for task, own in (("svamp", better), ("piqa", control)):
+        (tmp_path / task).mkdir()
+        nll = {"base": [control], "alone": [one], "trained": [own]}
+        folders[task] = written(tmp_path / task, nll, tokens)
+    lines = evidence.table_of_tasks("all targets", folders, "base", ["alone"]).splitlines()
+    assert lines[0] == "## all targets" and lines[2] == "|  | svamp | p | piqa | p |"
+    cells = {line.split(" | ")[0].strip("| "): [own.strip(" |") for own in line.split(" | ")] for line in lines[4:]}
+    assert list(cells) == ["base", "alone - base", "trained - base", "alone", "trained - alone"]
+    assert cells["base"][1] == f"{np.average(control, weights=tokens):.4f}"
+    gap = np.average(np.subtract(better, one), weights=tokens)
+    assert cells["trained - alone"][1].startswith(f"{gap:+.4f} [")
+    p = {
+        "svamp": sign_flip_test(better, one, weights=tokens),
+        "piqa": sign_flip_test(control, one, weights=tokens),
+    }
+    assert [cells["trained - alone"][place] for place in (2, 4)] == [f"{holm(p)[task]:.4f}" for task in p]
+    assert holm(p)["svamp"] == 2 * p["svamp"] < 0.1
+    assert cells["trained - base"][3] == "0, on every row"
+
+
 def test_a_method_that_is_its_control_on_every_row_has_no_interval_without_end(evidence, tmp_path):
     nll = {name: [[2.0, 3.0, 4.0, 5.0]] for name in ("base", "refusing")}
     text = evidence.table("outside", written(tmp_path, nll, [1.0, 2.0, 3.0, 4.0]), "base")
