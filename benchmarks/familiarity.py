@@ -1,16 +1,18 @@
 """Which prompts a mixture would leave alone: familiar families and strange ones, by states of a real model.
 
-    python benchmarks/familiarity.py DATA [--rows 144] [--output FILE]
+    python benchmarks/familiarity.py DATA [--rows 144] [--draws 3] [--output FILE]
 
 DATA is a folder of data sets, as for `examples/evidence.py`. For each mix that is trained on, prompts of its own tests
 should be answered, and those of sets that it has nothing of should not. The threshold is the one that loses a tenth of
 the training rows, which is what the default caution allows where all gain alike. Rows are compared around the training
 mean, as it was done before, as they are, and also with strangers: the sample that comes along, or rows of the sets that
-the mix meets outside, of which others are tested ("told kinds").
+the mix meets outside, of which others are tested ("told kinds"). They are described by one kind of states, as it was
+done before (the mean over the eight kinds that `prefill` chooses among), and by those of the middle of the model.
 """
 
 import argparse
 import sys
+from collections import defaultdict
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -27,7 +29,7 @@ from coterie.backbone.loading import Backbone, load_backbone
 from coterie.data.batching import PromptFormat
 from coterie.data.examples import load_examples
 from coterie.data.unlike import UNLIKE
-from coterie.features.prefill import POOLINGS, candidate_layers, prefill_states
+from coterie.features.prefill import POOLINGS, candidate_layers, middle_layers, prefill_states, side_by_side
 from coterie.routers.refusal import CAUTION, Familiarity
 
 EACH, LONGEST = 24, 420  # rows of a strange family; characters of a row
@@ -36,6 +38,8 @@ STRANGE = {
     + ("squad_v2/dev", "commonsenseqa/validation", "piqa/validation", "siqa/validation", "strategyqa/train")
     + ("medmcqa/test", "mbpp/test", "flan_cot/train"),
     "general": ("gsm8k/test", "squad_v2/dev", "piqa/validation", "siqa/validation", "mbpp/test", "bbh/test"),
+    "domains": ("boolq/validation", "dolly/train", "mmlu/test", "piqa/validation", "siqa/validation", "bbh/test")
+    + ("commonsenseqa/validation", "mbpp/test", "flan_cot/train", "medmcqa/test", "mathqa/test"),
 }
 """Families that are in neither the training rows nor the sample that comes along."""
 
@@ -51,6 +55,7 @@ def as_they_are(rows: Tensor, strangers: Tensor | None) -> Familiarity:
     return Familiarity.of(rows, strangers=strangers)
 
 
+MIDDLE = "middle"
 TOLD = ("inside answered", "strange answered", "of the worst family", "parted", "told kinds answered")
 WAYS = {
     "around the mean": (around_mean, None),
@@ -61,11 +66,14 @@ WAYS = {
 """By name: how rows are compared, and with which strangers."""
 
 
-def states(backbone: Backbone, rows: list[dict[str, Any]]) -> Tensor:
-    """Return the states of some rows' prompts, (row, layer, pooling, width)."""
-    prompts = PromptFormat(backbone.tokenizer, "")
+def descriptions(backbone: Backbone, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Return what describes some rows' prompts, by its name: one kind of states, or those of the model's middle."""
+    prompts, layers = PromptFormat(backbone.tokenizer, ""), candidate_layers(backbone)
     examples = [prompts.row(example).prompt() for example in load_examples(rows)]
-    return prefill_states(backbone, examples, candidate_layers(backbone))
+    states = prefill_states(backbone, examples, layers)
+    kinds = product(enumerate(layers), enumerate(POOLINGS))
+    found = {f"block {block}, {pooling}": states[:, layer, pool] for (layer, block), (pool, pooling) in kinds}
+    return {**found, MIDDLE: side_by_side(states[:, [layers.index(block) for block in middle_layers(backbone)]])}
 
 
 def answered(
@@ -85,34 +93,29 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rows", type=int, default=144, help="training rows of each mix, and as many tests")
+    parser.add_argument("--draws", type=int, default=3, help="of the rows, over which the shares are averaged")
     parser.add_argument("--output", type=Path, help="also write the result to this JSON file")
     flags = parser.parse_args()
     backbone = load_backbone(flags.model)
-    results: dict[str, Any] = {}
-    for name, files in STRANGE.items():
+    sample, found = descriptions(backbone, read(UNLIKE)), defaultdict(list)
+    for (name, files), seed in product(STRANGE.items(), range(flags.draws)):
         mix = MIXES[name]
-        tests = draw_evenly(flags.data, mix.inside, flags.rows, LONGEST, 0, ())
-        rows = draw_evenly(flags.data, mix.train, flags.rows, LONGEST, 0, {group(row) for row in tests})
+        tests = draw_evenly(flags.data, mix.inside, flags.rows, mix.longest, seed, ())
+        rows = draw_evenly(flags.data, mix.train, flags.rows, mix.longest, seed, {group(row) for row in tests})
         known = {group(row) for row in [*tests, *rows]}
-        outside = draw_evenly(flags.data, mix.outside, 2 * UNLIKE_ROWS, LONGEST, 0, known)
-        seen, inside, sample = (states(backbone, own) for own in (rows, tests, read(UNLIKE)))
-        given, other = states(backbone, outside).split(UNLIKE_ROWS)
-        strange = [states(backbone, draw(flags.data, file, EACH, LONGEST, 5)) for file in files]
-        kinds = product(enumerate(candidate_layers(backbone)), enumerate(POOLINGS))
-        for (layer, block), (pool, pooling) in kinds:
-            own, new, *families = (one[:, layer, pool] for one in (seen, inside, other, *strange))
-            strangers = {None: None, "sample": sample[:, layer, pool], "told": given[:, layer, pool]}
-            for way, (make, beside) in WAYS.items():
-                found = answered(make(own, strangers[beside]), own, new, families[1:], families[0])
-                results[f"{name}, block {block}, {pooling}, {way}"] = dict(
-                    zip(TOLD, [round(number, 3) for number in found], strict=True)
-                )
-    settings = {"rows": flags.rows, "each": EACH, "caution": CAUTION, "strange": STRANGE}
-    means = {}
-    for name, way in product(STRANGE, WAYS):
-        own = [found for key, found in results.items() if key.startswith(name) and key.endswith(way)]
-        means[f"{name}, {way}"] = {told: round(fmean(found[told] for found in own), 3) for told in TOLD}
-    results = {"mean over blocks and poolings": means, **results}
+        outside = draw_evenly(flags.data, mix.outside, 2 * UNLIKE_ROWS, mix.longest, seed, known)
+        seen, inside, other = (descriptions(backbone, own) for own in (rows, tests, outside))
+        strange = [descriptions(backbone, draw(flags.data, file, EACH, LONGEST, 5 + seed)) for file in files]
+        for (kind, own), (way, (make, beside)) in product(seen.items(), WAYS.items()):
+            given, told = other[kind].split([UNLIKE_ROWS, len(other[kind]) - UNLIKE_ROWS])
+            strangers = {None: None, "sample": sample[kind], "told": given}[beside]
+            shares = answered(make(own, strangers), own, inside[kind], [one[kind] for one in strange], told)
+            found[f"{name}, {'middle' if kind == MIDDLE else 'one kind'}, {way}"].append(shares)
+    results = {
+        key: {told: round(fmean(own), 3) for told, own in zip(TOLD, zip(*shares, strict=True), strict=True)}
+        for key, shares in found.items()
+    }
+    settings = {"rows": flags.rows, "draws": flags.draws, "each": EACH, "caution": CAUTION, "strange": STRANGE}
     tell({"name": "familiarity", "hardware": hardware_record(), "settings": settings, "results": results}, flags.output)
 
 

@@ -7,6 +7,7 @@ import json
 import sys
 import tempfile
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,13 +32,14 @@ from coterie.experts.trainer import make_trainer
 from coterie.experts.training_plan import TrainingPlan
 from coterie.features.gradient import AdamState, Checkpoint, GradientFeatures, Moments
 from coterie.features.growing_text import FeatureExtractor
+from coterie.features.prefill import middle_layers
 from coterie.features.projection import PROJECTIONS
 from coterie.lora import MERGES, LoraPair
 from coterie.routers.base import Router, Routing
 from coterie.routers.centroid import CentroidRouter
 from coterie.routers.derived import DerivedRouter
 from coterie.routers.distilled import DistilledRouter, ErrorCurve
-from coterie.routers.feature import growing_text_extractor, prefill_extractor
+from coterie.routers.feature import growing_text_extractor, middle_extractor, prefill_extractor
 from coterie.routers.fixed import SourceRouter, uniform
 from coterie.routers.gate import GATE, GateRouter, spectral_router
 from coterie.routers.logo import LogoRouter
@@ -181,8 +183,9 @@ def routing(gpu, backbone, adapters) -> dict[str, list[list[str]]]:
         found[f"gradient features, {projection}"] = [waits]
     bank = ExpertBank(NAMES, tuple(adapters))
     for router in routers(backbone, bank, FeatureExtractor("gradient", gradients, {"features": {"d_proj": 16}})):
+        others = [replace(prompt) for prompt in prompts]  # or states of the router before would do
         with gpu.waits() as waits, torch.no_grad():
-            router.route(prompts)
+            router.route(others)
         found[f"router {router.kind}"] = [waits]
         if router.every is not None:
             rerouting = Rerouting(router.growing, router.weigh, NAMES, router.every, router.cache == "recompute")
@@ -202,7 +205,8 @@ def routers(backbone: Backbone, bank: ExpertBank, gradients: FeatureExtractor) -
     similarity = CentroidRouter.by_similarity(hidden, own)
     states = prefill_extractor(backbone, 1, "mean")
     embedded, by_states = torch.rand(3, encoder.dimensions), Ridge(torch.rand(3, states.dimensions), torch.rand(3))
-    familiar, known = (Familiarity(torch.eye(d)[:2], torch.ones(2)) for d in (encoder.dimensions, states.dimensions))
+    middle = middle_extractor(backbone, middle_layers(backbone))
+    familiar, known = (Familiarity(torch.eye(d)[:2], torch.ones(2)) for d in (middle.dimensions, states.dimensions))
     seen = Observed(torch.ones(2), torch.ones(2))
     curve = ErrorCurve(torch.zeros(1), torch.zeros(1))
     return [
@@ -223,7 +227,7 @@ def routers(backbone: Backbone, bank: ExpertBank, gradients: FeatureExtractor) -
             for kind in (AVENGERS, LORAUTER, ARIADNE)
         ),
         LossRouter(states, by_states, NAMES, 2.0),
-        RefusalRouter(similarity, familiar, Calibration(seen, seen), "a"),
+        RefusalRouter(LossRouter(states, by_states, NAMES, 2.0), familiar, Calibration(seen, seen), "a", 0.1, middle),
         DistilledRouter(similarity, states, by_states, NAMES, known, curve),
         TokenLevel(similarity, 2, "keep"),
         TokenLevel(similarity, 2, "recompute"),

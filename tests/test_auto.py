@@ -261,11 +261,11 @@ def test_prompts_are_compared_with_unlike_rows_that_are_given_and_not_with_those
     run = ElreaRun.open(mixture, ExtrasSettings(unlike=str(train_file)))
     made = prepare_extras(run, ("loss", "prefill"), EXTRAS, in_run=True)
     seen = unlike_rows(run)
-    torch.testing.assert_close(made["loss"].router.familiarity.strangers, seen.gradients)
+    torch.testing.assert_close(made["loss"].router.familiarity.strangers, seen.kinds)
     losses = read_losses(load_extra(mixture, "judged"))
     wrapped = [way.router for way in candidates.ways(run, losses, 0.1) if isinstance(way.router, RefusalRouter)]
     for router in (*wrapped, *(made[name].router for name in ("loss", "prefill"))):
-        assert len(router.familiarity.strangers) == len(seen.gradients) == 36
+        assert len(router.familiarity.strangers) == len(seen.kinds) == 36
 
 
 def test_unlike_rows_that_are_not_there_are_told_before_anything_is_trained(model_folder, train_file, tmp_path):

@@ -12,7 +12,7 @@ from coterie.data.batching import TokenRow
 from coterie.data.examples import load_examples
 from coterie.errors import CoterieError
 from coterie.features.growing_text import FeatureExtractor
-from coterie.features.prefill import PrefillStates, candidate_layers, prefill_states
+from coterie.features.prefill import MiddleStates, PrefillStates, candidate_layers, middle_layers, prefill_states
 from coterie.methods.elrea.fitted_routers import agreements
 from coterie.routers.base import Router, Routing
 from coterie.routers.distilled import DistilledRouter, ErrorCurve, Learnt, distil, misplaced
@@ -40,6 +40,36 @@ def test_states_are_those_that_transformers_gives_behind_each_block(mixture):
 def test_no_hook_stays_and_nothing_needs_a_gradient(mixture):
     PrefillStates(mixture.backbone, 2, "mean").rows(mixture.tokens(QUESTIONS))
     assert not any(block._forward_hooks for block in mixture.backbone.blocks)
+
+
+def test_a_kind_of_text_is_told_by_the_states_half_and_three_quarters_of_the_way_each_of_unit_length(mixture):
+    rows, layers = mixture.tokens(QUESTIONS), middle_layers(mixture.backbone)
+    assert layers == [1, 2]  # of two blocks
+    found = MiddleStates(mixture.backbone, layers).rows(rows)
+    states = prefill_states(mixture.backbone, rows, layers)
+    parts = [
+        own / own.norm(dim=-1, keepdim=True) for layer in (0, 1) for own in (states[:, layer, 0], states[:, layer, 1])
+    ]
+    torch.testing.assert_close(found, torch.cat(parts, dim=1))
+    assert MiddleStates(mixture.backbone, [2]).rows(rows).shape == (5, 2 * states.shape[-1])
+    with pytest.raises(CoterieError, match="this model has blocks 1 to 2, and none 3; fit again"):
+        MiddleStates(mixture.backbone, [1, 3])
+
+
+def test_a_router_and_its_refusal_read_a_prompt_in_one_pass(grid, monkeypatch):
+    """The same as in a pass of each; other prompts, and equal ones of another request, are read anew."""
+    refusing = grid.cell("prefill").router
+    rows = [grid.own.tokens(QUESTIONS) for _ in range(2)]
+    alone = refusing.router.read(rows[0]), refusing.extractor(rows[0].copy())
+    passes, run = [], type(grid.own.backbone).hidden
+    monkeypatch.setattr(type(grid.own.backbone), "hidden", lambda self, *_: passes.append(1) or run(self, *_))
+    both = refusing.read(rows[1])
+    assert len(passes) == 1
+    for own, wanted in zip(both, alone, strict=True):
+        assert torch.equal(own, wanted)
+    refusing.read(rows[1][:3])
+    refusing.read(grid.own.tokens(QUESTIONS))
+    assert len(passes) == 3
 
 
 def test_a_router_chooses_among_quarters_of_the_depth(mixture):

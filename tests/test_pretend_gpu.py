@@ -57,7 +57,7 @@ ROUTING = {
     "lorauter": (EMBEDDING,),
     "ariadne": (EMBEDDING,),
     "logo": ("to host routers/logo.py:read",),
-    "refusal": (EMBEDDING,),
+    "refusal": (STATES,),
     "prefill": (STATES,),
     "distilled": (STATES,),
     "token-level": (EMBEDDING,),

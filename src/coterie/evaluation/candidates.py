@@ -10,7 +10,6 @@ from torch import Tensor
 
 from coterie.evaluation.choice import chance
 from coterie.experts.names import BASE
-from coterie.features.growing_text import FeatureExtractor
 from coterie.methods.elrea import fitted_routers
 from coterie.methods.elrea.fitted_routers import HeldOut, UnlikeRows, unseen_weights
 from coterie.methods.elrea.run import ElreaRun
@@ -38,15 +37,10 @@ class Way(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """What tells a familiar prompt: features of training rows and of unlike ones, and what reading a prompt costs.
+    """What a router reads of unlike rows, and what reading a prompt costs, the prefill that tells its kind included."""
 
-    The extractor is that of routers which do not read the features themselves.
-    """
-
-    inside: Float[Tensor, "row dimension"]
     outside: Float[Tensor, "other dimension"]
     cost: float
-    extractor: FeatureExtractor | None = None
 
 
 class _Tried(NamedTuple):
@@ -63,7 +57,7 @@ def ways(run: ElreaRun, losses: CrossFitLosses, caution: float) -> Iterator[Way]
 
     The single best expert looks at none, unless it is significantly worse than the base adapter on unlike rows.
     """
-    names, unlike = losses.experts, fitted_routers.unlike_rows(run)
+    names, unlike, seen = losses.experts, fitted_routers.unlike_rows(run), fitted_routers.seen_by(run)
     alone = one_hot(BASE, names)
     yield Way(BASE, alone, _same(alone, len(losses.nll)), 1.0)
     for name, (router, read, inside, outside) in _tried(run, losses, unlike).items():
@@ -77,8 +71,8 @@ def ways(run: ElreaRun, losses: CrossFitLosses, caution: float) -> Iterator[Way]
                 cut = keep_top(router, top)
                 own = Routing(names, own).top(top).normalized().weights
                 outer = outer.top(top).normalized()
-            sides = (read.inside, own, losses), (read.outside, outer.aligned(names).weights, unlike.losses)
-            refusal = fitted_routers.calibrated(cut, *sides, read.extractor, caution, expected=unlike.expected)
+            sides = (own, losses), (outer.aligned(names).weights, unlike.losses)
+            refusal = fitted_routers.calibrated(cut, seen, *sides, caution)
             answered = refusal.calibration.inside.familiarity >= refusal.threshold
             weights = torch.where(answered[:, None], own, _same(alone, len(own)))
             yield Way(name if top is None else f"{name}:top_k={top}", refusal, weights, 1 + read.cost)
@@ -89,18 +83,17 @@ def _tried(run: ElreaRun, losses: CrossFitLosses, unlike: UnlikeRows) -> dict[st
     states = fitted_routers.held_out(run, "prefill")
     prompt = sum(row.prompt_length for row in run.kept.rows) / sum(len(row.ids) for row in run.kept.rows)
     backward = 3 * run.settings.training.epochs * prompt  # which counts twice, after the forward pass
-    gradients = _Read(run.features, unlike.gradients, backward)
-    reading, centre = _trained(run, "prefill").features, states.inside.mean(dim=0)
-    by_states = Described(reading, states.inside - centre, centre)
-    read, apart = (_Read(states.inside, states.outside, prompt, own) for own in (None, reading))
+    read, gradients = _Read(states.outside, prompt), _Read(unlike.gradients, prompt + backward)
+    centre = states.inside.mean(dim=0)
+    by_states = Described(_trained(run, "prefill").features, states.inside - centre, centre)
     even = uniform(losses.experts)
     outside = Routing(losses.experts, _same(even, len(states.outside)))
-    found = {"uniform": _Tried(even, apart, _same(even, len(losses.nll)), outside)}
+    found = {"uniform": _Tried(even, read, _same(even, len(losses.nll)), outside)}
     if (best := losses.best_single()) != BASE:
         unseen, alone = torch.zeros_like(losses.nll), one_hot(best, losses.experts)
         for own, others in fitted_routers.fifths(run):
             unseen[own] = _same(one_hot(losses.take(others).best_single(), losses.experts), len(own))
-        found[SINGLE] = _Tried(alone, apart, unseen, Routing(losses.experts, _same(alone, len(states.outside))))
+        found[SINGLE] = _Tried(alone, read, unseen, Routing(losses.experts, _same(alone, len(states.outside))))
 
     def fitted(router: Router, own: _Read, build: Callable[[ElreaRun, Tensor], Router], seen: Tensor) -> _Tried:
         return _Tried(router, own, unseen_weights(run, build, losses, seen), router.weigh(own.outside))

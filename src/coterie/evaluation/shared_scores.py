@@ -40,20 +40,22 @@ class SharedRouting:
 
     def __call__(self, router: Router) -> Routed:
         """Route all prompts; the seconds are what this router would take alone."""
-        if router.reads not in self._read:
-            started = time.perf_counter()
-            self._read[router.reads] = (router.read(self.prompts), time.perf_counter() - started)
-        read, seconds = self._read[router.reads]
-        return Routed(router.weigh(read), seconds)
+        for what, read in router.readings.items():
+            if what not in self._read:
+                started = time.perf_counter()
+                self._read[what] = (read(self.prompts), time.perf_counter() - started)
+        found, seconds = zip(*(self._read[what] for what in router.readings), strict=True)
+        return Routed(router.weigh(found[0] if len(found) == 1 else found), sum(seconds))
 
     def all(self, routers: Iterable[Router]) -> list[Routed]:
         """Route all prompts by all routers, those that read the same side by side."""
         routers = list(routers)
-        readings = {reads: f"reading {number}" for number, reads in enumerate({one.reads: 0 for one in routers})}
+        known = {tuple(one.readings): 0 for one in routers}
+        readings = {what: f"reading {number}" for number, what in enumerate(known)}
         routed = []
         with whole("routing", dict.fromkeys(readings.values(), 1.0)):
             for router in routers:
-                with part(readings[router.reads]):
+                with part(readings[tuple(router.readings)]):
                     routed.append(self(router))
         return routed
 

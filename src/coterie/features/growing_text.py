@@ -1,7 +1,7 @@
 """Features of texts, and of texts that grow token by token, for routing that follows them (Belofsky 2023)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coterie.data.batching import TokenRow
 from coterie.features.embedding import Encoder, HiddenStateEncoder
-from coterie.features.prefill import PrefillStates
+from coterie.features.prefill import MiddleStates, PrefillStates
 
 
 class GrowingFeatures(ABC):
@@ -90,7 +90,7 @@ class FeatureExtractor:
     """Turns prompts into features, and knows what it was made from.
 
     Attributes:
-        name: gradient, embedding, prefill or growing-text.
+        name: gradient, embedding, prefill, middle-states or growing-text.
         extract: turns prompts into features (row, dimension), not necessarily of unit length.
         record: what it was made from, for mixture.json.
         encoder: where features are embeddings or states: what makes them.
@@ -99,12 +99,17 @@ class FeatureExtractor:
     name: str
     extract: Callable[[Sequence[TokenRow]], Tensor]
     record: Mapping[str, Any]
-    encoder: Encoder | PrefillStates | None = None
+    encoder: Encoder | PrefillStates | MiddleStates | None = None
 
     @property
     def dimensions(self) -> int:
         """Of a feature."""
         return self.encoder.dimensions if self.encoder else self.record["features"]["d_proj"]
+
+    @property
+    def key(self) -> Hashable:
+        """What it was made from: extractors of the same give the same features."""
+        return self.name, repr(sorted(self.record.items()))
 
     def __call__(self, prompts: Sequence[TokenRow]) -> Float[Tensor, "row dimension"]:
         """Extract the features of prompts, in float32 on the CPU."""

@@ -7,6 +7,7 @@ no backward one.
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -23,6 +24,9 @@ Pooling = Literal["mean", "last"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 BATCH_ROWS = 16
 
+_last_pass: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], list[TokenRow], Tensor]] = WeakKeyDictionary()
+"""Of each model the blocks and prompts that were read last, and their states: a router and its refusal share a pass."""
+
 
 class PrefillStates:
     """Turns prompts into hidden states behind one block, pooled in one way."""
@@ -35,14 +39,43 @@ class PrefillStates:
         Raises:
             CoterieError: for a block that the model does not have.
         """
-        if not 1 <= layer <= len(backbone.blocks):
-            raise CoterieError(f"this model has blocks 1 to {len(backbone.blocks)}, and none {layer}; fit again")
+        _check_block(backbone, layer)
         self.dimensions: int = backbone.model.config.get_text_config().hidden_size
         self._backbone, self._layer, self._place = backbone, layer, POOLINGS.index(pooling)
 
     def rows(self, rows: Sequence[TokenRow]) -> Float[Tensor, "row width"]:
         """Return the states of prompts, in float32 on the CPU."""
-        return prefill_states(self._backbone, rows, [self._layer])[:, 0, self._place]
+        return _of_one_pass(self._backbone, rows, [self._layer])[:, 0, self._place]
+
+
+class MiddleStates:
+    """Turns prompts into hidden states of the middle of the model, in every pooling: which kind of text a prompt is.
+
+    States nearer to the input tell words, and those nearer to the output tell what comes next.
+    """
+
+    name = "middle-states"
+
+    def __init__(self, backbone: Backbone, layers: Sequence[int]) -> None:
+        """Choose blocks: those of `middle_layers`, or those that were chosen when something was fitted.
+
+        Raises:
+            CoterieError: for a block that the model does not have.
+        """
+        for layer in layers:
+            _check_block(backbone, layer)
+        width: int = backbone.model.config.get_text_config().hidden_size
+        self.dimensions = len(layers) * len(POOLINGS) * width
+        self._backbone, self._layers = backbone, list(layers)
+
+    def rows(self, rows: Sequence[TokenRow]) -> Float[Tensor, "row dimension"]:
+        """Return the states of prompts, each of unit length, side by side, in float32 on the CPU."""
+        return side_by_side(_of_one_pass(self._backbone, rows, self._layers))
+
+
+def side_by_side(states: Float[Tensor, "row layer pooling width"]) -> Float[Tensor, "row dimension"]:
+    """Return states each of unit length, side by side: the cosine of two rows is the mean of those of their states."""
+    return torch.nn.functional.normalize(states, dim=-1).flatten(1)
 
 
 def candidate_layers(backbone: Backbone) -> list[int]:
@@ -51,10 +84,40 @@ def candidate_layers(backbone: Backbone) -> list[int]:
     Raises:
         CoterieError: when the model's blocks are not known.
     """
-    depth = len(backbone.blocks)
-    if not depth:
-        raise CoterieError("this model's blocks are not known, so there are no states to route by; use loss-routing")
-    return sorted({max(1, round(depth * share / 4)) for share in range(1, 5)})
+    return sorted({_block_at(backbone, share) for share in (0.25, 0.5, 0.75, 1.0)})
+
+
+def middle_layers(backbone: Backbone) -> list[int]:
+    """Return the blocks that tell which kind of text a prompt is: half and three quarters of the way.
+
+    Raises:
+        CoterieError: when the model's blocks are not known.
+    """
+    return sorted({_block_at(backbone, share) for share in (0.5, 0.75)})
+
+
+def _block_at(backbone: Backbone, share: float) -> int:
+    if not (depth := len(backbone.blocks)):
+        raise CoterieError("this model's blocks are not known, so there are no states to route by; use elrea")
+    return max(1, round(depth * share))
+
+
+def _check_block(backbone: Backbone, layer: int) -> None:
+    if not 1 <= layer <= len(backbone.blocks):
+        raise CoterieError(f"this model has blocks 1 to {len(backbone.blocks)}, and none {layer}; fit again")
+
+
+def _of_one_pass(
+    backbone: Backbone, rows: Sequence[TokenRow], layers: Sequence[int]
+) -> Float[Tensor, "row layer pooling width"]:
+    """Return the states behind these blocks, from the pass that read the same prompts last, if there was one."""
+    blocks, prompts, states = _last_pass.get(backbone.model, ((), [], torch.empty(0)))
+    same = len(prompts) == len(rows) and all(own is other for own, other in zip(prompts, rows, strict=True))
+    if not (same and set(layers) <= set(blocks)):
+        blocks = tuple(sorted({*candidate_layers(backbone), *layers}))
+        states = prefill_states(backbone, rows, blocks)
+        _last_pass[backbone.model] = (blocks, list(rows), states)
+    return states[:, [blocks.index(layer) for layer in layers]]
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """`Routing`, the one value that every router returns, and the contract of routers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -158,9 +158,12 @@ class Router(ABC):
         return list(prompts)
 
     @property
-    def reads(self) -> Hashable:
-        """What `read` reads: routers that read the same can share it."""
-        return id(self)
+    def readings(self) -> Mapping[Hashable, Callable[[Sequence[TokenRow]], Any]]:
+        """What `read` consists of, by what each part looks at: routers that look at the same can share it.
+
+        One part alone is what `weigh` takes; of several it takes all, in this order.
+        """
+        return {id(self): self.read}
 
     @abstractmethod
     def weigh(self, read: Any) -> Routing:
@@ -255,9 +258,9 @@ class Wrapper(Router):
         return self.router.read(prompts)
 
     @property
-    def reads(self) -> Hashable:
-        """What the wrapped router reads."""
-        return self.router.reads
+    def readings(self) -> Mapping[Hashable, Callable[[Sequence[TokenRow]], Any]]:
+        """Those of the wrapped router."""
+        return self.router.readings
 
     def weigh(self, read: Any) -> Routing:
         """Weigh as the wrapped router does."""

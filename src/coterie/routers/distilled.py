@@ -4,7 +4,7 @@ How far the pupil's weights are from the teacher's is known on training rows, by
 falls with how familiar a prompt is (isotonic regression), which estimates the error on new ones.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,9 +78,9 @@ class DistilledRouter(Wrapper):
         return self.extractor
 
     @property
-    def reads(self) -> Hashable:
+    def readings(self) -> Mapping[Hashable, Callable[[Sequence[TokenRow]], Any]]:
         """What it reads is its own."""
-        return id(self)
+        return {id(self): self.read}
 
     @property
     def growing(self) -> GrowingFeatures:

@@ -1,6 +1,6 @@
 """Routers that look at a prompt through a feature: a gradient, an embedding."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from coterie.experts.checkpoint import load_checkpoint
 from coterie.features.embedding import Encoder, HiddenStateEncoder, load_encoder
 from coterie.features.gradient import GradientFeatures
 from coterie.features.growing_text import AveragedStates, FeatureExtractor, GrowingFeatures
-from coterie.features.prefill import Pooling, PrefillStates
+from coterie.features.prefill import MiddleStates, Pooling, PrefillStates
 from coterie.routers.base import Router, RouterParts
 from coterie.settings.groups import FeatureSettings
 from coterie.settings.reading import checked
@@ -39,9 +39,9 @@ class FeatureRouter(Router):
         return self.extractor(prompts)
 
     @property
-    def reads(self) -> Hashable:
-        """What the features are made from."""
-        return self.extractor.name, repr(sorted(self.extractor.record.items()))
+    def readings(self) -> Mapping[Hashable, Callable[[Sequence[TokenRow]], Any]]:
+        """The features, by what they are made from."""
+        return {self.extractor.key: self.extractor}
 
     @property
     def growing(self) -> GrowingFeatures:
@@ -68,6 +68,8 @@ def load_extractor(record: Mapping[str, Any], parts: RouterParts) -> FeatureExtr
         return embedding_extractor(record["encoder"], parts.backbone)
     if record.get("description") == PrefillStates.name:
         return prefill_extractor(parts.backbone, int(record["layer"]), record["pooling"])
+    if record.get("description") == MiddleStates.name:
+        return middle_extractor(parts.backbone, record["layers"])
     kept = {key: record[key] for key in ("checkpoints", "features", "seed")}
     check_names(kept["checkpoints"])
     folder = parts.run / "checkpoints"
@@ -96,6 +98,16 @@ def prefill_extractor(backbone: Backbone, layer: int, pooling: Pooling) -> Featu
     """
     states = PrefillStates(backbone, layer, pooling)
     return FeatureExtractor(states.name, states.rows, {"layer": layer, "pooling": pooling}, states)
+
+
+def middle_extractor(backbone: Backbone, layers: Sequence[int]) -> FeatureExtractor:
+    """Describe prompts by the kind of text that they are.
+
+    Raises:
+        CoterieError: when there is no such block.
+    """
+    states = MiddleStates(backbone, [int(layer) for layer in layers])
+    return FeatureExtractor(states.name, states.rows, {"layers": list(layers)}, states)
 
 
 def growing_text_extractor(

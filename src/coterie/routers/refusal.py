@@ -7,7 +7,7 @@ familiar for it. Below which familiarity the mixture stays out is calibrated on 
 like the training data, by copies that were not trained on them, and on unlike ones.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +32,7 @@ HARM = 1e-3
 """Nats by which a row counts as harmed: less is rounding."""
 STRANGENESS = 3.0
 """How many times it counts against a prompt that it is nearer to a stranger than to a training row, as a logarithm."""
-MOST_ROWS = 2000  # that are kept to compare with, drawn evenly
-FOLDED = 1024  # dimensions that gradient features are compared in: 2,000 rows are 8 MB
+MOST_ROWS = 2000  # that are kept to compare with, drawn evenly: 18 MB of a model of 135M
 
 
 class Observed(NamedTuple):
@@ -108,11 +107,10 @@ class Familiarity(NamedTuple):
         strangers: Float[Tensor, "stranger dimension"] | None = None,
     ) -> "Familiarity":
         """Keep `MOST_ROWS` of the rows at most, and the strangers that are told, if some are."""
-        short = _short(features)
-        order = torch.randperm(len(short), generator=torch.Generator().manual_seed(seed))
-        kept = short[order[:MOST_ROWS].sort().values]
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
+        kept = features[order[:MOST_ROWS].sort().values]
         spread = _near(_distances(kept, kept), torch.ones(len(kept)))[0]
-        return cls(kept, spread.float(), strangers=None if strangers is None else _short(strangers))
+        return cls(kept, spread.float(), strangers=strangers)
 
     def __call__(self, features: Float[Tensor, "row dimension"]) -> Float[Tensor, " row"]:
         """Return the logarithm of how much nearer the nearest rows are to their own nearest ones than to each prompt.
@@ -121,15 +119,16 @@ class Familiarity(NamedTuple):
         nearest stranger is nearer than the nearest row. A row that equals one of these, or a stranger, is not compared
         with it: training rows are as familiar as new ones of their kind.
         """
+        if (width := self.rows.shape[1]) < features.shape[1]:
+            features = fold(features, width)  # gradients, which mixtures of before compare in fewer dimensions
         if self.centre is not None:
-            return _around(self.centre, self.rows, _short(features))
+            return _around(self.centre, self.rows, features)
         assert self.spread is not None  # as there is no centre
-        short = _short(features)
-        distances = _distances(short, self.rows)
+        distances = _distances(features, self.rows)
         distance, spread = _near(distances, self.spread)
         found = (spread / distance).log()
         if self.strangers is not None:
-            own, strange = (_nearest(near) for near in (distances, _distances(short, self.strangers)))
+            own, strange = (_nearest(near) for near in (distances, _distances(features, self.strangers)))
             found -= STRANGENESS * (own / strange).log().clamp(min=0)
         return found.float()
 
@@ -194,11 +193,6 @@ def _around(
     return torch.where(known, nearest, 0.0).sum(dim=1) / known.sum(dim=1).clamp(min=1)
 
 
-def _short(features: Float[Tensor, "row dimension"]) -> Float[Tensor, "row folded"]:
-    """Put long features, which are those of projected gradients, into fewer dimensions."""
-    return fold(features, FOLDED) if features.shape[1] > FOLDED and not features.shape[1] % FOLDED else features
-
-
 class RefusalRouter(Wrapper):
     """Routes as another router does where a prompt is familiar, and gives it to one expert alone where it is not."""
 
@@ -256,9 +250,12 @@ class RefusalRouter(Wrapper):
         return read if self.extractor is None else (read, self.extractor(prompts))
 
     @property
-    def reads(self) -> Hashable:
-        """What the wrapped router reads, where that is compared too."""
-        return self.router.reads if self.extractor is None else id(self)
+    def readings(self) -> Mapping[Hashable, Callable[[Sequence[TokenRow]], Any]]:
+        """What the wrapped router reads, and features where these are others."""
+        if self.extractor is None:
+            return self.router.readings
+        (own,) = self.router.readings.items()
+        return dict([own, (self.extractor.key, self.extractor)])
 
     @property
     def growing(self) -> GrowingFeatures:

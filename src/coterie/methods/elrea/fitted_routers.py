@@ -21,7 +21,7 @@ from coterie.data.examples import load_all
 from coterie.data.unlike import UNLIKE
 from coterie.experts.names import BASE
 from coterie.features.growing_text import FeatureExtractor
-from coterie.features.prefill import POOLINGS, candidate_layers, prefill_states
+from coterie.features.prefill import POOLINGS, candidate_layers, middle_layers, prefill_states
 from coterie.methods.common import assign_folds
 from coterie.methods.elrea.cross_fit import cross_fit, score_pairs
 from coterie.methods.elrea.run import ElreaRun
@@ -29,7 +29,7 @@ from coterie.methods.extras import LOSSES, TrainedExtra, load_extra, read_losses
 from coterie.routers.base import Router
 from coterie.routers.centroid import CentroidRouter, centroids_by_best, centroids_of
 from coterie.routers.distilled import DistilledRouter, Learnt, distil, misplaced
-from coterie.routers.feature import prefill_extractor
+from coterie.routers.feature import middle_extractor, prefill_extractor
 from coterie.routers.loss import FOLDS, CrossFitLosses, LossRouter, fit_loss_router
 from coterie.routers.membership import MembershipRouter, leave_one_out_scale
 from coterie.routers.refusal import CAUTION, Calibration, Familiarity, Observed, RefusalRouter
@@ -68,9 +68,13 @@ def unlike(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     check_lengths(rows, mixture.backbone.positions, [f"unlike row {example.id}" for example in examples])
     losses = CrossFitLosses(mixture.bank.names, **score_pairs(mixture, rows, "unlike rows"))
     _write_losses(losses, into)
-    prompts = [row.prompt() for row in rows]
-    states = prefill_states(mixture.backbone, prompts, candidate_layers(mixture.backbone))
-    features = {"gradients": run.router.features(prompts), "states": states}
+    prompts, kinds = [row.prompt() for row in rows], middle_extractor(mixture.backbone, middle_layers(mixture.backbone))
+    features = {
+        "gradients": run.router.features(prompts),
+        "states": prefill_states(mixture.backbone, prompts, candidate_layers(mixture.backbone)),
+        "kinds": kinds(prompts),
+        "known_kinds": kinds([row.prompt() for row in run.kept.rows]),
+    }
     write_tensors(into.path / FEATURES, features)
     return TrainedExtra({}, None, {JUDGED: list(losses.experts)})
 
@@ -87,19 +91,25 @@ class UnlikeRows(NamedTuple):
         expected: whether prompts like these are to come, as they were given; those that come along are a mere sample.
         gradients: their gradient features.
         states: those of their prefill.
+        kinds: those of the middle of the model, which tell a kind of text.
+        known_kinds: the same of the training rows.
     """
 
     losses: CrossFitLosses
     expected: bool
     gradients: Float[Tensor, "row dimension"]
     states: Float[Tensor, "row layer pooling width"]
+    kinds: Float[Tensor, "row dimension"]
+    known_kinds: Float[Tensor, "known dimension"]
 
 
 def unlike_rows(run: ElreaRun) -> UnlikeRows:
     """Read what the extra of this name has measured."""
     extra = load_extra(run.mixture, UNFAMILIAR)
     losses = read_losses(extra)
-    wanted = {"gradients": (len(losses.tokens), None), "states": (len(losses.tokens), None, len(POOLINGS), None)}
+    count = len(losses.tokens)
+    wanted = {"gradients": (count, None), "states": (count, None, len(POOLINGS), None), "kinds": (count, None)}
+    wanted["known_kinds"] = (len(run.kept.rows), None)
     expected = extra.settings.get("unlike") is not None
     return UnlikeRows(losses, expected, **read_floats(extra.folder / FEATURES, wanted, f"delete {extra.folder}"))
 
@@ -107,29 +117,59 @@ def unlike_rows(run: ElreaRun) -> UnlikeRows:
 # ------------------------------------------------------------------------------------------------ refusing prompts
 
 
+class Seen(NamedTuple):
+    """How familiar rows that a refusal is calibrated on are, and what tells it of prompts.
+
+    Attributes:
+        extractor: of the kind of text that a prompt is.
+        familiarity: the training rows.
+        inside: how familiar each of these is.
+        outside: how familiar each of the unlike ones is.
+    """
+
+    extractor: FeatureExtractor
+    familiarity: Familiarity
+    inside: Float[Tensor, " row"]
+    outside: Float[Tensor, " other"]
+
+    @classmethod
+    def of(cls, extractor: FeatureExtractor, unlike: UnlikeRows) -> "Seen":
+        """Compare all rows with the training rows.
+
+        Where prompts like the unlike rows are to come, all are compared with those, too; a sample of all there is would
+        rather part rows of its own kinds from the training data.
+        """
+        known, other = unlike.known_kinds, unlike.kinds
+        familiarity = Familiarity.of(known, strangers=other if unlike.expected else None)
+        return cls(extractor, familiarity, familiarity(known), familiarity(other))
+
+
+def seen_by(run: ElreaRun) -> Seen:
+    """Return what tells how familiar a prompt is to a run."""
+    backbone = run.mixture.backbone
+    return Seen.of(middle_extractor(backbone, middle_layers(backbone)), unlike_rows(run))
+
+
 def calibrated(
     router: Router,
-    inside: tuple[Float[Tensor, "row dimension"], Float[Tensor, "row expert"], CrossFitLosses],
-    outside: tuple[Float[Tensor, "other dimension"], Float[Tensor, "other expert"], CrossFitLosses],
-    extractor: FeatureExtractor | None = None,
+    seen: Seen,
+    inside: tuple[Float[Tensor, "row expert"], CrossFitLosses],
+    outside: tuple[Float[Tensor, "other expert"], CrossFitLosses],
     caution: float = CAUTION,
-    *,
-    expected: bool,
 ) -> RefusalRouter:
     """Wrap a router so that unfamiliar prompts go to the base adapter.
 
     Args:
         router: to wrap.
-        inside: of the training rows: features, weights of routers that did not see the row, and losses.
+        seen: how familiar the rows are.
+        inside: of the training rows: weights of routers that did not see the row, and losses.
         outside: the same of unlike rows.
-        extractor: of these features, where the router does not read them itself.
         caution: the share of its gain inside that the mixture may lose.
-        expected: whether prompts like the unlike rows are to come. Prompts are compared with them then; a sample of all
-            there is would rather part rows of its own kinds from the training data.
     """
-    familiarity = Familiarity.of(inside[0], strangers=outside[0] if expected else None)
-    seen = [Observed(familiarity(features), gain(losses, weights)) for features, weights, losses in (inside, outside)]
-    return RefusalRouter(router, familiarity, Calibration(*seen), BASE, caution, extractor)
+    calibration = Calibration(
+        Observed(seen.inside, gain(inside[1], inside[0])), Observed(seen.outside, gain(outside[1], outside[0]))
+    )
+    return RefusalRouter(router, seen.familiarity, calibration, BASE, caution, seen.extractor)
 
 
 def _tell_refusals(router: RefusalRouter) -> None:
@@ -147,9 +187,9 @@ def refusing(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Calibrate a refusal around ELREA's own routing."""
     router, other = run.router, unlike_rows(run)
     losses = read_losses(load_extra(run.mixture, JUDGED))
-    inside = (run.features, unseen_weights(run, elrea_of, losses), losses)
-    outside = (other.gradients, weights_of(router, other.gradients, other.losses), other.losses)
-    refusal = calibrated(router, inside, outside, expected=other.expected)
+    inside = (unseen_weights(run, elrea_of, losses), losses)
+    outside = (weights_of(router, other.gradients, other.losses), other.losses)
+    refusal = calibrated(router, seen_by(run), inside, outside)
     _tell_refusals(refusal)
     return TrainedExtra({}, refusal)
 
@@ -289,8 +329,7 @@ def _by_loss(
     with_mlp: bool = False,
 ) -> TrainedExtra:
     """Fit to the best of several kinds of features, of training rows and unlike ones; `extractor` makes a kind's."""
-    losses, unlike = read_losses(load_extra(run.mixture, JUDGED)), unlike_rows(run)
-    other = unlike.losses
+    losses, other = read_losses(load_extra(run.mixture, JUDGED)), unlike_rows(run).losses
     centred = [own - own.mean(dim=0) for own, _ in tried]
     fitted = fit_loss_router(centred, losses, seed=run.settings.seed, with_mlp=with_mlp)
     place, regression, penalty, sharpness = fitted.chosen
@@ -300,8 +339,8 @@ def _by_loss(
     told = router.kind, head, penalty, sharpness, fitted.expected_nll
     logger.info("%s router: %s, penalty %g, sharpness %g, expected NLL %.4f", *told)
     write_tensors(into.path / HELD_OUT, HeldOut(features, unlike_features, fitted.weights)._asdict())
-    outside = (unlike_features, weights_of(router, unlike_features, other), other)
-    refusal = calibrated(router, (features, fitted.weights, losses), outside, expected=unlike.expected)
+    outside = (weights_of(router, unlike_features, other), other)
+    refusal = calibrated(router, seen_by(run), (fitted.weights, losses), outside)
     _tell_refusals(refusal)
     return TrainedExtra({}, refusal, {"head": head, "penalty": penalty, "expected_nll": fitted.expected_nll})
 
