@@ -102,10 +102,12 @@ def test_prompts_are_described_once_for_all_routers_of_one_description(grid):
     original = extractor.extract
     object.__setattr__(extractor, "extract", lambda rows: counted.append(len(rows)) or original(rows))
     try:
-        shared = SharedRouting(grid.own.tokens(["add 3 4", "SPELL AB NOW"]))
-        for name in ("elrea", "elrea:top_k=1", "elrea:d_proj=64", "moe-routing"):
-            shared(grid.cell(name).router)
+        shared, found = SharedRouting(grid.own.tokens(["add 3 4", "SPELL AB NOW"])), {}
+        for name in ("elrea", "elrea:top_k=1", "elrea:d_proj=64", "moe-routing", "elrea-refusing"):
+            found[name] = shared(grid.cell(name).router).routing.weights
         assert counted == [2]
+        for name, weights in found.items():
+            assert torch.equal(weights, grid.cell(name).router.route(shared.prompts).weights)
     finally:
         object.__setattr__(extractor, "extract", original)
 

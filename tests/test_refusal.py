@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from coterie.artifacts import write_tensors
 from coterie.data.batching import TokenRow
 from coterie.data.examples import load_examples
 from coterie.data.unlike import UNLIKE
@@ -284,6 +286,11 @@ def test_a_refusal_around_a_router_that_reads_something_else_is_saved_with_its_o
     assert torch.equal(again.route(prompts).weights, router.route(prompts).weights)
     seen = features(prompts)
     assert torch.equal(again.familiarity(seen), router.familiarity(seen))
+    write_tensors(
+        tmp_path / "refusal.safetensors", {**load_file(tmp_path / "refusal.safetensors"), "rows": seen[:, 1:]}
+    )
+    with pytest.raises(CoterieError, match="cannot be compared with"):
+        load_router(entry, RouterParts(tmp_path, mixture.folder, mixture.backbone, mixture.bank))
     assert (again.familiarity.strangers is None) == (not told)
 
 

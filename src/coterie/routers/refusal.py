@@ -309,4 +309,7 @@ class RefusalRouter(Wrapper):
         calibration = Calibration(Observed(*tensors["inside"]), outside)
         fallback, caution = str(record["fallback"]), float(record["caution"])
         familiarity = Familiarity.read(tensors)
+        width = familiarity.rows.shape[1]
+        if extractor and (not width or extractor.dimensions % width):
+            raise ValueError(f"rows of {width} dimensions cannot be compared with features of {extractor.dimensions}")
         return cls(parts.inner, familiarity, calibration, fallback, caution, extractor)
