@@ -180,13 +180,8 @@ def recorded(**facts) -> AutoRecord:
 
 
 def test_the_reasons_are_plain_sentences():
-    told = recorded(
-        chosen="loss:top_k=1",
-        expected=-0.09,
-        interval=[-0.11, -0.07],
-        p=0.0002,
-        refused={"inside": 0.02, "outside": 0.9},
-    ).sentences
+    chosen = {"chosen": "loss:top_k=1", "expected": -0.09, "interval": [-0.11, -0.07], "p": 0.0002}
+    told = recorded(**chosen, refused={"inside": 0.02, "outside": 0.9}).sentences
     assert told == (
         "Chosen: routing by the loss that the prompt's gradient predicts for each expert, the 1 largest weight only, "
         "with the experts mixed in the layers.",
@@ -195,6 +190,10 @@ def test_the_reasons_are_plain_sentences():
         "-0.0700, p = <0.001); the choice was made on the same rows, so expect a little less.",
         "A request costs about 3.50 times what one adapter costs.",
         "Prompts unlike the data go to the base adapter: 2.0% of the rows here, 90.0% of the unlike ones.",
+    )
+    warned = recorded(**chosen, refused={"inside": 0.02, "outside": 0.4}).sentences
+    assert warned[-2].endswith("40.0% of the unlike ones.") and warned[-1].startswith(
+        "Most unlike ones look like the data"
     )
     single = {"name": "best-single", "cost": 1.0, "nll": 1.15, "difference": -0.05, "p": 0.2}
     found = recorded(chosen="best-single")

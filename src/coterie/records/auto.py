@@ -44,6 +44,11 @@ class AutoRecord(ChoiceRecord):
             inside, outside = (percent(self.refused[side]) for side in ("inside", "outside"))
             shares = f"{inside} of the rows here, {outside} of the unlike ones"
             found.append(f"Prompts unlike the data go to the base adapter: {shares}.")
+            if self.refused["outside"] < 0.5:
+                found.append(
+                    "Most unlike ones look like the data, so requests of other kinds may be answered worse than by the "
+                    "base adapter: give some, or more, of the kinds that come by --unlike FILE."
+                )
         return tuple(found)
 
     def page(self) -> str:
