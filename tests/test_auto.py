@@ -169,6 +169,23 @@ def test_the_single_best_expert_refuses_where_it_does_harm_on_unlike_rows_and_el
         assert isinstance(single.router, FixedRouter) and single.cost == 1
 
 
+@pytest.mark.parametrize(("more", "combiner"), [(0.001, "layers"), (0.1, "logits")])
+def test_logits_which_run_a_row_for_each_expert_are_taken_where_the_layers_lose_a_tenth_of_the_gain(
+    opened, monkeypatch, more, combiner
+):
+    """Every row gains 0.2 nats a token in the layers, and more in the logits: the difference is always significant."""
+    losses = read_losses(load_extra(opened.mixture, "judged"))
+    base = losses.nll[:, losses.experts.index(BASE)]
+    tried = {way.name: way for way in candidates.ways(opened, losses, 0.1)}
+    gains = {"layers": 0.2, "logits": 0.2 + more}
+    monkeypatch.setattr(auto, "_scored", lambda run, weights, losses, name: base - gains[name])
+    choice = choose([Candidate(BASE, 1.0, base), Candidate("uniform", 1.5, base - 0.3)], losses.tokens)
+    assert choice.chosen == "uniform"
+    record = auto._recorded(choice, tried, opened, losses, opened.settings)
+    assert record.combiner == combiner
+    assert record.expected == pytest.approx(-gains[combiner], abs=1e-5)
+
+
 def recorded(**facts) -> AutoRecord:
     candidates = [
         {"name": "base", "cost": 1.0, "nll": 1.2, "difference": 0.0, "p": 0.001},

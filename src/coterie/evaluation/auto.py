@@ -22,7 +22,7 @@ from coterie.combiners.table import make_combiner
 from coterie.data.examples import Example, load_all
 from coterie.errors import CoterieError
 from coterie.evaluation.candidates import EXTRAS_USED, Way, ways
-from coterie.evaluation.choice import Candidate, Choice, chance, choose, difference
+from coterie.evaluation.choice import KEPT, Candidate, Choice, chance, choose, difference
 from coterie.experts.bank import load_bank
 from coterie.experts.names import BASE
 from coterie.features.prefill import candidate_layers
@@ -147,8 +147,8 @@ def _recorded(
     if choice.chosen != BASE:
         base = losses.nll[:, losses.experts.index(BASE)]
         exact = {name: _scored(run, way.weights, losses, name) for name in ("layers", "logits")}
-        gap = losses.mean(exact["logits"]) - losses.mean(exact["layers"])
-        if gap < 0 and chance(exact["logits"], exact["layers"], losses.tokens) < LEVEL:
+        gains = {name: losses.mean(base) - losses.mean(own) for name, own in exact.items()}
+        if gains["layers"] < KEPT * gains["logits"] and chance(exact["logits"], exact["layers"], losses.tokens) < LEVEL:
             facts["combiner"] = "logits"  # every expert's rows are run for it
         nll = exact[facts["combiner"]]
         found, p = difference(nll, base, losses.tokens), chance(nll, base, losses.tokens)
