@@ -271,10 +271,15 @@ def test_prompts_are_compared_with_unlike_rows_that_are_given_and_not_with_those
         assert load_extra(opened.mixture, name).router.familiarity.strangers is None
     copy = tmp_path / "run"
     shutil.copytree(folder, copy)
-    for name in ("unlike", "loss", "prefill"):
-        shutil.rmtree(copy / "methods" / name)
+    shutil.rmtree(copy / "methods" / "unlike")
     mixture = Mixture.from_pretrained(copy, device="cpu")
     run = ElreaRun.open(mixture, ExtrasSettings(unlike=str(train_file)))
+    with pytest.raises(
+        CoterieError, match=r"methods/loss was made from a .*/methods/unlike that is gone; delete it, too"
+    ):
+        prepare_extras(run, ("loss",), EXTRAS, in_run=True)
+    for name in ("loss", "prefill", "refusal"):  # of which the last had ELREA's own routing, too
+        shutil.rmtree(copy / "methods" / name)
     made = prepare_extras(run, ("loss", "prefill"), EXTRAS, in_run=True)
     seen = unlike_rows(run)
     torch.testing.assert_close(made["loss"].router.familiarity.strangers, seen.kinds)

@@ -22,7 +22,7 @@ from coterie.routers.fixed import FixedRouter, one_hot, uniform
 from coterie.routers.loss import CrossFitLosses
 from coterie.routers.refusal import RefusalRouter
 
-EXTRAS_USED = ("performance", "membership", "refusal", "loss", "prefill")
+EXTRAS_USED = ("routing", "performance", "membership", "refusal", "loss", "prefill")
 TOPS = (1, 2)
 SINGLE = "best-single"
 

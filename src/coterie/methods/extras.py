@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from coterie import ranks
-from coterie.artifacts import FORMAT, STAGES_FILE, RunFolder, locked, read_floats, read_run_record, write_json
+from coterie.artifacts import (
+    FORMAT,
+    STAGES_FILE,
+    RunFolder,
+    locked,
+    read_floats,
+    read_run_record,
+    sha256_of,
+    write_json,
+)
 from coterie.errors import CoterieError, naming
 from coterie.experts.bank import ExpertBank, load_bank
 from coterie.mixture import Mixture
@@ -135,7 +144,12 @@ def prepare_extras(
     folders = {name: extra_folder(run.mixture, name, in_run=in_run) for name in order}
     lacking = ranks.by_first(lambda: [name for name, folder in folders.items() if not folder.exists()])
     for name in (name for name in order if name not in lacking):
-        folder, before = folders[name], _read(folders[name]).settings
+        folder, record = folders[name], _read(folders[name])
+        before = record.settings
+        for need in specs[name].needs:
+            known = need not in lacking and sha256_of(folders[need] / RECORD)
+            if not known or record.needs.get(need, known) != known:
+                raise CoterieError(f"{folder} was made from a {folders[need]} that is gone; delete it, too")
         for field in specs[name].settings:  # those that nobody gave a value for are taken as it was trained
             value = getattr(run.extras, field)
             trained = before.get(field)
@@ -179,6 +193,7 @@ def _train(run: AnyRun, name: str, spec: ExtraSpec[AnyRun], place: Path) -> None
         record = {
             "format": FORMAT,
             "settings": values,
+            "needs": {need: sha256_of(extra_folder(run.mixture, need) / RECORD) for need in spec.needs},
             "experts": list(made.experts),
             "router": made.router.save(working / "router") if made.router else None,
             "seconds": round(time.perf_counter() - started, 1),

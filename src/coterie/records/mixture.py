@@ -98,7 +98,8 @@ class MixtureRecord(Record):
 class ExtraRecord(Record):
     """What was trained beside a mixture: its experts, its router if it has one, and the settings that it depends on.
 
-    `judged` are the experts whose losses were cross-fitted, in the order of those.
+    `judged` are the experts whose losses were cross-fitted, in the order of those; `needs` the hashes of the records of
+    other extras that it was made from.
     """
 
     settings: Facts = {}
@@ -106,6 +107,7 @@ class ExtraRecord(Record):
     router: RouterRecord | None
     seconds: Weight = 0.0
     judged: Names = ()
+    needs: Facts = {}
 
 
 class TrainingRow(Record):

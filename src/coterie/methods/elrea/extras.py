@@ -207,6 +207,7 @@ EXTRAS: dict[str, ExtraSpec[ElreaRun]] = {
     ONE_LORA: ExtraSpec(_one_lora, _cluster_work, together=True),
     "judged": ExtraSpec(fitted_routers.judged, _judged_work, ("judge_folds",), together=True),
     "unlike": ExtraSpec(fitted_routers.unlike, _unlike_work, ("unlike",), together=True),
+    "routing": ExtraSpec(fitted_routers.routing, _little_work),
     "membership": ExtraSpec(fitted_routers.membership, _little_work),
     "performance": ExtraSpec(fitted_routers.performance, _little_work, needs=("judged",)),
     "refusal": ExtraSpec(fitted_routers.refusing, _little_work, needs=("judged", "unlike")),

@@ -183,6 +183,11 @@ def gain(losses: CrossFitLosses, weights: Float[Tensor, "row expert"]) -> Float[
     return (alone - losses.mixture_nll(weights)) * losses.tokens
 
 
+def routing(run: ElreaRun, into: RunFolder) -> TrainedExtra:
+    """Keep ELREA's own router, where evidence chooses another one for the mixture."""
+    return TrainedExtra({}, run.router)
+
+
 def refusing(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Calibrate a refusal around ELREA's own routing."""
     router, other = run.router, unlike_rows(run)
