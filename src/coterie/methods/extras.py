@@ -21,6 +21,8 @@ from coterie.artifacts import (
     FORMAT,
     STAGES_FILE,
     RunFolder,
+    hash_json,
+    hash_text,
     locked,
     read_floats,
     read_run_record,
@@ -147,7 +149,7 @@ def prepare_extras(
         folder, record = folders[name], _read(folders[name])
         before = record.settings
         for need in specs[name].needs:
-            known = need not in lacking and sha256_of(folders[need] / RECORD)
+            known = need not in lacking and _hash(folders[need])
             if not known or record.needs.get(need, known) != known:
                 raise CoterieError(f"{folder} was made from a {folders[need]} that is gone; delete it, too")
         for field in specs[name].settings:  # those that nobody gave a value for are taken as it was trained
@@ -193,7 +195,7 @@ def _train(run: AnyRun, name: str, spec: ExtraSpec[AnyRun], place: Path) -> None
         record = {
             "format": FORMAT,
             "settings": values,
-            "needs": {need: sha256_of(extra_folder(run.mixture, need) / RECORD) for need in spec.needs},
+            "needs": {need: _hash(extra_folder(run.mixture, need)) for need in spec.needs},
             "experts": list(made.experts),
             "router": made.router.save(working / "router") if made.router else None,
             "seconds": round(time.perf_counter() - started, 1),
@@ -247,6 +249,13 @@ def read_losses(extra: Extra) -> CrossFitLosses:
     if len({len(values) for values in losses.values()}) > 1:
         raise CoterieError(f"{extra.folder / LOSSES} holds unequal numbers of rows; delete {extra.folder}")
     return CrossFitLosses(judged, **losses)
+
+
+def _hash(folder: Path) -> str:
+    """Hash an extra's files, and its record but for the time that it took."""
+    facts = {key: value for key, value in _read(folder).plain().items() if key != "seconds"}
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != RECORD)
+    return hash_text(hash_json(facts), *map(sha256_of, files))
 
 
 def _read(folder: Path) -> ExtraRecord:

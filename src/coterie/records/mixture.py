@@ -98,7 +98,7 @@ class MixtureRecord(Record):
 class ExtraRecord(Record):
     """What was trained beside a mixture: its experts, its router if it has one, and the settings that it depends on.
 
-    `judged` are the experts whose losses were cross-fitted, in the order of those; `needs` the hashes of the records of
+    `judged` are the experts whose losses were cross-fitted, in the order of those; `needs` the hashes of
     other extras that it was made from.
     """
 
