@@ -145,12 +145,13 @@ def prepare_extras(
     order = _with_needed(names, specs)
     folders = {name: extra_folder(run.mixture, name, in_run=in_run) for name in order}
     lacking = ranks.by_first(lambda: [name for name, folder in folders.items() if not folder.exists()])
+    made_from = {need for name in order if name not in lacking for need in specs[name].needs if need not in lacking}
+    hashes = {need: _hash(folders[need]) for need in made_from}
     for name in (name for name in order if name not in lacking):
         folder, record = folders[name], _read(folders[name])
         before = record.settings
         for need in specs[name].needs:
-            known = need not in lacking and _hash(folders[need])
-            if not known or record.needs.get(need, known) != known:
+            if need in lacking or record.needs.get(need, hashes[need]) != hashes[need]:
                 raise CoterieError(f"{folder} was made from a {folders[need]} that is gone; delete it, too")
         for field in specs[name].settings:  # those that nobody gave a value for are taken as it was trained
             value = getattr(run.extras, field)

@@ -254,8 +254,7 @@ class RefusalRouter(Wrapper):
         """What the wrapped router reads, and features where these are others."""
         if self.extractor is None:
             return self.router.readings
-        (own,) = self.router.readings.items()
-        return dict([own, (self.extractor.key, self.extractor)])
+        return {**self.router.readings, self.extractor.key: self.extractor}
 
     @property
     def growing(self) -> GrowingFeatures:

@@ -21,7 +21,7 @@ from coterie.data.examples import load_all
 from coterie.data.unlike import UNLIKE
 from coterie.experts.names import BASE
 from coterie.features.growing_text import FeatureExtractor
-from coterie.features.prefill import POOLINGS, candidate_layers, middle_layers, prefill_states
+from coterie.features.prefill import POOLINGS, candidate_layers, middle_layers, prefill_states, side_by_side
 from coterie.methods.common import assign_folds
 from coterie.methods.elrea.cross_fit import cross_fit, score_pairs
 from coterie.methods.elrea.run import ElreaRun
@@ -68,12 +68,14 @@ def unlike(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     check_lengths(rows, mixture.backbone.positions, [f"unlike row {example.id}" for example in examples])
     losses = CrossFitLosses(mixture.bank.names, **score_pairs(mixture, rows, "unlike rows"))
     _write_losses(losses, into)
-    prompts, kinds = [row.prompt() for row in rows], middle_extractor(mixture.backbone, middle_layers(mixture.backbone))
+    prompts = [row.prompt() for row in rows]
+    layers, middle = candidate_layers(mixture.backbone), middle_layers(mixture.backbone)
+    states = prefill_states(mixture.backbone, prompts, layers)
     features = {
         "gradients": run.router.features(prompts),
-        "states": prefill_states(mixture.backbone, prompts, candidate_layers(mixture.backbone)),
-        "kinds": kinds(prompts),
-        "known_kinds": kinds([row.prompt() for row in run.kept.rows]),
+        "states": states,
+        "kinds": side_by_side(states[:, [layers.index(layer) for layer in middle]]),
+        "known_kinds": middle_extractor(mixture.backbone, middle)([row.prompt() for row in run.kept.rows]),
     }
     write_tensors(into.path / FEATURES, features)
     return TrainedExtra({}, None, {JUDGED: list(losses.experts)})
