@@ -30,7 +30,8 @@ from coterie.data.batching import PromptFormat
 from coterie.data.examples import load_examples
 from coterie.data.unlike import UNLIKE
 from coterie.features.prefill import POOLINGS, candidate_layers, middle_layers, prefill_states, side_by_side
-from coterie.routers.refusal import CAUTION, Familiarity
+from coterie.routers.familiarity import Familiarity
+from coterie.routers.refusal import CAUTION
 
 EACH, LONGEST = 24, 420  # rows of a strange family; characters of a row
 STRANGE = {

@@ -39,13 +39,14 @@ from coterie.routers.base import Router, Routing
 from coterie.routers.centroid import CentroidRouter
 from coterie.routers.derived import DerivedRouter
 from coterie.routers.distilled import DistilledRouter, ErrorCurve
+from coterie.routers.familiarity import Familiarity
 from coterie.routers.feature import growing_text_extractor, middle_extractor, prefill_extractor
 from coterie.routers.fixed import SourceRouter, uniform
 from coterie.routers.gate import GATE, GateRouter, spectral_router
 from coterie.routers.logo import LogoRouter
 from coterie.routers.loss import LossRouter, Ridge
 from coterie.routers.membership import MembershipRouter, Scale
-from coterie.routers.refusal import Calibration, Familiarity, Observed, RefusalRouter
+from coterie.routers.refusal import Calibration, Observed, RefusalRouter
 from coterie.routers.score_table import ARIADNE, AVENGERS, LORAUTER, Pieces, ScoreTableRouter
 from coterie.routers.token import TokenLevel
 from coterie.settings.groups import FeatureSettings, LoraSettings

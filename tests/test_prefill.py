@@ -16,8 +16,8 @@ from coterie.features.prefill import MiddleStates, PrefillStates, candidate_laye
 from coterie.methods.elrea.fitted_routers import agreements
 from coterie.routers.base import Router, Routing
 from coterie.routers.distilled import DistilledRouter, ErrorCurve, Learnt, distil, misplaced
+from coterie.routers.familiarity import Familiarity
 from coterie.routers.loss import CrossFitLosses, LossRouter, Ridge
-from coterie.routers.refusal import Familiarity
 from helpers import normal
 
 QUESTIONS = load_examples(tiny.make_rows(5, seed=3))

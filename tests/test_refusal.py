@@ -1,6 +1,7 @@
 """A router that can say no: what is unfamiliar goes to the base adapter, at a threshold with a known answer."""
 
 import math
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -16,9 +17,10 @@ from coterie.features.growing_text import FeatureExtractor
 from coterie.methods.elrea.fitted_routers import Seen, calibrated
 from coterie.routers.base import Router, RouterParts, Routing
 from coterie.routers.centroid import CentroidRouter, fold
+from coterie.routers.familiarity import Familiarity, Nearest
 from coterie.routers.fixed import FixedRouter
 from coterie.routers.loss import CrossFitLosses
-from coterie.routers.refusal import Calibration, Familiarity, Observed, RefusalRouter
+from coterie.routers.refusal import Calibration, Limits, Observed, RefusalRouter, support
 from coterie.routers.table import load_router
 from coterie.routers.token import TokenLevel
 from helpers import normal
@@ -42,33 +44,33 @@ INSIDE = observed((0.5, 1.0), (0.6, 1.0), (0.7, 4.0), (0.8, 4.0))
     [(0.0, 0.5), (0.05, 0.5), (0.1, 0.6), (0.2, 0.7), (0.6, 0.8), (0.99, 0.8), (1.0, math.inf)],
 )
 def test_where_nothing_outside_is_known_as_much_is_given_up_as_caution_allows(caution, wanted):
-    assert Calibration(INSIDE, NOTHING).threshold(caution) == pytest.approx(wanted)
+    assert Calibration(INSIDE, NOTHING).limits(caution).familiarity == pytest.approx(wanted)
 
 
 def test_harm_outside_moves_the_threshold_above_it_as_far_as_the_gain_inside_allows():
     """The rows outside lie at 0.1 and 0.65: the second can be refused for a fifth of the gain, not for a tenth."""
     outside = observed((0.1, -1.0), (0.65, -1.0))
-    found = {caution: Calibration(INSIDE, outside).threshold(caution) for caution in (0.1, 0.2)}
+    found = {caution: Calibration(INSIDE, outside).limits(caution).familiarity for caution in (0.1, 0.2)}
     assert found == pytest.approx({0.1: 0.6, 0.2: (0.65 + 0.7) / 2})
 
 
 def test_the_threshold_lies_in_the_middle_of_the_gap_between_what_helps_and_what_harms():
-    assert Calibration(INSIDE, observed((0.1, -1.0), (0.3, -2.0))).threshold(0.0) == pytest.approx(0.4)
+    assert Calibration(INSIDE, observed((0.1, -1.0), (0.3, -2.0))).limits(0.0).familiarity == pytest.approx(0.4)
 
 
 def test_where_the_mixture_harms_nothing_outside_what_is_stranger_than_all_that_was_seen_is_still_refused():
-    assert Calibration(INSIDE, observed((0.1, 1.0), (0.3, 0.0))).threshold(0.1) == pytest.approx(0.1)
-    assert Calibration(INSIDE, observed((0.9, 1.0))).threshold(0.1) == pytest.approx(0.5)
+    assert Calibration(INSIDE, observed((0.1, 1.0), (0.3, 0.0))).limits(0.1).familiarity == pytest.approx(0.1)
+    assert Calibration(INSIDE, observed((0.9, 1.0))).limits(0.1).familiarity == pytest.approx(0.5)
 
 
 def test_what_helps_outside_by_chance_does_not_lower_the_threshold():
     """The most familiar row outside is harmed a little, those below are helped a lot: all of them are refused."""
     outside = observed((0.1, 5.0), (0.2, 5.0), (0.3, -0.1))
-    assert Calibration(INSIDE, outside).threshold(0.0) == pytest.approx((0.3 + 0.5) / 2)
+    assert Calibration(INSIDE, outside).limits(0.0).familiarity == pytest.approx((0.3 + 0.5) / 2)
 
 
 def test_a_mixture_that_gains_nothing_inside_never_answers():
-    assert Calibration(observed((0.5, -1.0), (0.9, 0.5)), NOTHING).threshold(0.0) == math.inf
+    assert Calibration(observed((0.5, -1.0), (0.9, 0.5)), NOTHING).limits(0.0).familiarity == math.inf
 
 
 @pytest.mark.parametrize("caution", [0.0, 0.1, 0.3])
@@ -83,10 +85,103 @@ def test_on_made_up_domains_the_gain_inside_stays_and_the_harm_outside_goes(caut
     gains = (0.2 + 0.1 * normal(200, seed=2), -0.5 + 0.1 * normal(200, seed=3))
     strangers = [normal(200, 64, seed=seed) for seed in (4, 5)]
     calibration = Calibration(Observed(familiarity(rows(1)), gains[0]), Observed(familiarity(strangers[0]), gains[1]))
-    threshold = calibration.threshold(caution)
+    threshold = calibration.limits(caution).familiarity
     kept = float((familiarity(rows(6)) >= threshold).float().mean())
     assert kept >= 0.9 * (1 - caution)
     assert not (familiarity(strangers[1]) >= threshold).any()
+
+
+def test_one_row_with_much_of_the_gain_does_not_open_the_door_to_all_strangers():
+    """A gain of 20 nats, of which 3 are on the least familiar row: by the gain alone nothing may be given up."""
+    inside = observed((0.0, 3.0), *((1 + place / 100, 17 / 19) for place in range(19)))
+    found = {caution: Calibration(inside, NOTHING).limits(caution).familiarity for caution in (0.0, 0.1)}
+    assert found == pytest.approx({0.0: 0.0, 0.1: 1.0})
+
+
+# ------------------------------------------------------------------------------------------------------------ support
+
+ALL = torch.ones(1, 3, dtype=torch.bool)
+
+
+def losses(*rows: tuple[float, float, float], tokens: float = 1.0) -> CrossFitLosses:
+    """Losses of the base adapter and of experts `a` and `b`, in whose mixtures nothing is gained beside the mean."""
+    nll = torch.tensor(rows)
+    return CrossFitLosses(
+        ("base", "a", "b"), nll, (nll[:, :, None] + nll[:, None, :]) / 2, torch.full((len(rows),), tokens)
+    )
+
+
+NEAR = losses((2.0, 1.0, 2.5), (2.0, 1.5, 2.0), (2.0, 1.9, 4.0))
+
+
+def test_support_is_the_mean_gain_of_a_prompts_own_weights_on_its_nearest_rows_in_standard_errors():
+    weights = torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    found = support(NEAR, "base", weights, Nearest(torch.tensor([[2, 0, 1]] * 4), ALL.expand(4, 3)))
+    gains = ([1.0, 0.5, 0.1], [0.5, 0.25, 0.05], [-0.5, 0.0, -2.0])
+    wanted = [statistics.mean(own) / (statistics.stdev(own) / 3**0.5) for own in gains]
+    torch.testing.assert_close(found, torch.tensor([*wanted, 0.0]))
+
+
+def test_support_is_in_nats_of_whole_rows_and_of_rows_that_are_there():
+    more = losses((2.0, 1.0, 2.0), (2.0, 1.5, 2.0), (2.0, 9.0, 2.0), tokens=7.0)
+    there = Nearest(torch.tensor([[0, 1, 2]]), torch.tensor([[True, True, False]]))
+    alone = Nearest(torch.tensor([[1, 0, 2]]), torch.tensor([[True, False, False]]))
+    nobody = Nearest(torch.tensor([[0, 1, 2]]), torch.zeros(1, 3, dtype=torch.bool))
+    found = [float(support(more, "base", torch.tensor([[0.0, 1.0, 0.0]]), own)) for own in (there, alone, nobody)]
+    mean, error = 7 * 0.75, 7 * 0.25
+    assert found == pytest.approx([mean / error, 7 * 0.5 / 1e-3, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("supports", "wanted"),
+    [
+        ((2.0, 2.0, 2.0, -1.0), 1.0),  # a tenth of the gain is on the row that nothing bears out
+        ((2.0, 0.5, 2.0, -1.0), 0.0),
+        ((2.0, -0.5, 2.0, -1.0), -math.inf),
+    ],
+)
+def test_support_is_asked_as_strictly_as_the_gain_inside_allows(supports, wanted):
+    """Gains of 10 nats, of which 4 are on the second row."""
+    inside = Observed(torch.ones(4), torch.tensor([4.0, 4.0, 1.0, 1.0]), torch.tensor(supports))
+    assert Calibration(inside, NOTHING).limits(0.1) == Limits(1.0, wanted)
+
+
+def test_what_support_costs_familiarity_may_not_cost_again():
+    """The fourth row is not borne out: the tenth of the gain is spent, and the third cannot be given up as well."""
+    inside = Observed(*torch.tensor([[0.9, 0.8, 0.5, 0.7], [4.0, 4.0, 1.0, 1.0], [2.0, 2.0, 2.0, -1.0]]))
+    assert Calibration(inside, NOTHING).limits(0.1) == pytest.approx((0.5, 1.0))
+    plain = inside._replace(support=None)
+    assert Calibration(plain, NOTHING).limits(0.1) == pytest.approx((0.7, 1.0))
+
+
+def test_a_row_outside_that_nothing_bears_out_is_not_harmed_and_does_not_move_the_limit():
+    inside = INSIDE._replace(support=torch.full((4,), 2.0))
+    outside = Observed(*torch.tensor([[0.2, 0.4], [-1.0, -1.0], [2.0, 0.5]]))
+    assert Calibration(inside, outside).limits(0.0) == pytest.approx(((0.2 + 0.5) / 2, 1.0))
+
+
+def test_a_prompt_among_rows_on_which_its_weights_lose_goes_to_the_fallback():
+    """Expert `a` gains along the first axis and loses along the second, where prompts are as familiar."""
+    rows = torch.eye(4)[[0, 0, 1, 1]] + 0.1 * torch.eye(4)
+    nll = losses((2.0, 1.0, 2.0), (2.0, 1.2, 2.0), (2.0, 2.5, 1.0), (2.0, 2.6, 1.0))
+    features = torch.tensor([[1.0, 0.0, 0.05, 0.05], [0.0, 1.0, 0.05, 0.05]])
+    familiarity = Familiarity.of(rows)
+    calibration = Calibration(Observed(torch.zeros(2) - 9, torch.ones(2), torch.full((2,), 2.0)), NOTHING)
+
+    def route(expert: str, own: CrossFitLosses | None) -> list[str]:
+        extractor = described(features)
+        router = RefusalRouter(
+            FixedRouter({expert: 1.0}), familiarity, calibration, "base", extractor=extractor, losses=own
+        )
+        found = router.route([PROMPT, PROMPT])
+        return [found.experts[place] for place in found.weights.argmax(dim=1).tolist()]
+
+    near_two = pytest.MonkeyPatch()
+    with near_two.context() as patch:
+        patch.setattr("coterie.routers.familiarity.NEIGHBOURS", 2)
+        assert route("a", nll) == ["a", "base"]
+        assert route("b", nll) == ["base", "b"]
+        assert route("a", None) == ["a", "a"]
 
 
 # -------------------------------------------------------------------------------------------------------- familiarity
@@ -222,7 +317,7 @@ def test_familiar_prompts_are_weighed_as_before_and_others_go_to_the_fallback(wr
     """Both rows are at 1 - sqrt(1/2) of the first prompt, at 1 of the second, and of each other."""
     features = torch.tensor([[9.0, 9.0, 0.0], [0.0, 0.0, 1.0]])
     found = wrapped.weigh(features)
-    assert wrapped.threshold == pytest.approx(0.5)
+    assert wrapped.limits.familiarity == pytest.approx(0.5)
     torch.testing.assert_close(found.weights[0], wrapped.router.weigh(features).normalized().weights[0])
     assert found.row(1) == {"base": 1.0, "a": 0.0, "b": 0.0}
     assert list(found.similarities) == ["a", "b"]
@@ -243,7 +338,7 @@ def test_a_fallback_that_the_router_does_not_know_joins_its_experts():
 
 def test_caution_can_be_changed_afterwards_and_off_is_the_router_itself(wrapped):
     assert wrapped.with_caution(None) is wrapped.router
-    assert wrapped.with_caution(1.0).threshold == math.inf
+    assert wrapped.with_caution(1.0).limits.familiarity == math.inf
     with pytest.raises(CoterieError, match="caution is the share .* from 0 to 1; got 1.5"):
         wrapped.with_caution(1.5)
     plain = FixedRouter({"a": 1.0})
@@ -272,13 +367,17 @@ def test_gates_inside_layers_are_not_wrapped(wrapped):
 @pytest.mark.parametrize("told", [[], ["What is the capital of Peru?", "Who was Nero?"]])
 def test_a_refusal_around_a_router_that_reads_something_else_is_saved_with_its_own_features(mixture, tmp_path, told):
     features = mixture.router.features
-    strangers = features(mixture.tokens(told)) if told else None
+    strangers, names = features(mixture.tokens(told)) if told else None, mixture.bank.names
+    count = len(names)
+    known = CrossFitLosses(names, torch.rand(2, count), torch.rand(2, count, count), torch.ones(2))
+    inside = Observed(torch.tensor([-9.0]), torch.ones(1), torch.ones(1)) if told else observed((0.5, 1.0))
     router = RefusalRouter(
-        FixedRouter(dict.fromkeys(mixture.bank.names, 0.25)),
+        FixedRouter(dict.fromkeys(names, 0.25)),
         Familiarity.of(features(mixture.tokens(["add 3 4", "SPELL CAT NOW"])), strangers=strangers),
-        Calibration(observed((0.5, 1.0)), observed((0.2, -1.0))),
+        Calibration(inside, observed((0.2, -1.0))),
         "base",
         extractor=features,
+        losses=known if told else None,
     )
     entry = router.save(tmp_path)
     again = load_router(entry, RouterParts(tmp_path, mixture.folder, mixture.backbone, mixture.bank))
@@ -286,12 +385,20 @@ def test_a_refusal_around_a_router_that_reads_something_else_is_saved_with_its_o
     assert torch.equal(again.route(prompts).weights, router.route(prompts).weights)
     seen = features(prompts)
     assert torch.equal(again.familiarity(seen), router.familiarity(seen))
-    write_tensors(
-        tmp_path / "refusal.safetensors", {**load_file(tmp_path / "refusal.safetensors"), "rows": seen[:, 1:]}
-    )
-    with pytest.raises(CoterieError, match="cannot be compared with"):
-        load_router(entry, RouterParts(tmp_path, mixture.folder, mixture.backbone, mixture.bank))
-    assert (again.familiarity.strangers is None) == (not told)
+    assert (again.familiarity.strangers is None) == (again.losses is None) == (not told)
+    assert again.limits == router.limits
+    written = load_file(tmp_path / "refusal.safetensors")
+    broken = [({"rows": seen[:, 1:]}, "cannot be compared with")]
+    if told:
+        broken += [
+            ({"tokens": torch.ones(3)}, "do not fit 'base' and the rows"),
+            ({"inside_support": torch.ones(2)}, "support of 2 rows does not fit 1"),
+            ({"pairs": torch.ones(2, 2, 2)}, "tensor 'pairs' is"),
+        ]
+    for tensors, message in broken:
+        write_tensors(tmp_path / "refusal.safetensors", {**written, **tensors})
+        with pytest.raises(CoterieError, match=message):
+            load_router(entry, RouterParts(tmp_path, mixture.folder, mixture.backbone, mixture.bank))
 
 
 # ------------------------------------------------------------------------------------------------------ what is fitted
@@ -307,11 +414,15 @@ def test_calibrating_by_losses_gives_the_gain_per_row_in_nats_over_all_its_token
     alone = torch.tensor([[0.0, 1.0]])
     rows = torch.tensor([[1.0, 0.1], [1.0, 0.2], [1.0, 0.3]])
     familiarity = Familiarity.of(rows)
-    seen = Seen(described(rows), familiarity, torch.tensor([0.3, 0.2, 0.1]), torch.tensor([-1.0]))
+    own, other = familiarity.compare(rows), familiarity.compare(torch.tensor([[-1.0, 0.5]]))
+    seen = Seen(described(rows), familiarity, own, other)
     found = calibrated(FixedRouter({"base": 0.0, "a": 1.0}), seen, (alone.expand(3, -1), inside), (alone, outside))
     assert found.extractor is seen.extractor and found.familiarity is familiarity
-    assert torch.equal(found.calibration.inside.familiarity, seen.inside)
-    assert torch.equal(found.calibration.outside.familiarity, seen.outside)
+    assert torch.equal(found.calibration.inside.familiarity, own[0])
+    assert torch.equal(found.calibration.outside.familiarity, other[0])
+    deviation = statistics.stdev([2.0, 3.0]) / 2**0.5
+    assert found.calibration.inside.support.tolist()[0] == pytest.approx(2.5 / deviation)
+    assert found.calibration.outside.support.tolist() == pytest.approx([2 / (1 / 3**0.5)])
     assert found.calibration.inside.gain.tolist() == pytest.approx([1.0, 2.0, 3.0])
     assert found.calibration.outside.gain.tolist() == pytest.approx([-3.0])
 
@@ -321,7 +432,7 @@ def test_what_is_refused_is_told_as_the_shares_of_the_rows_that_it_was_calibrate
     router = RefusalRouter(
         wrapped.router, wrapped.familiarity, Calibration(inside, observed((0.25, -1.0), (0.85, 1.0))), "base", 0.3
     )
-    assert router.threshold == pytest.approx(0.275)
+    assert router.limits.familiarity == pytest.approx(0.275)
     assert router.refused == {"inside": pytest.approx(0.3), "outside": 0.5}
 
 

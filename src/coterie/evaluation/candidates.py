@@ -73,7 +73,7 @@ def ways(run: ElreaRun, losses: CrossFitLosses, caution: float) -> Iterator[Way]
                 outer = outer.top(top).normalized()
             sides = (own, losses), (outer.aligned(names).weights, unlike.losses)
             refusal = fitted_routers.calibrated(cut, seen, *sides, caution)
-            answered = refusal.calibration.inside.familiarity >= refusal.threshold
+            answered = refusal.calibration.inside.answered(refusal.limits)
             weights = torch.where(answered[:, None], own, _same(alone, len(own)))
             yield Way(name if top is None else f"{name}:top_k={top}", refusal, weights, 1 + read.cost)
 

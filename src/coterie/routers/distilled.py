@@ -16,9 +16,9 @@ from coterie.artifacts import read_floats, write_tensors
 from coterie.data.batching import TokenRow
 from coterie.features.growing_text import FeatureExtractor, GrowingFeatures, WholeTexts
 from coterie.routers.base import Router, RouterParts, Routing, Wrapper
+from coterie.routers.familiarity import Familiarity
 from coterie.routers.feature import load_extractor
 from coterie.routers.loss import Ridge, fit_ridge, out_of_fold, predict
-from coterie.routers.refusal import Familiarity
 
 TOLERANCE = 0.1
 """The share of the weight on other experts than the teacher's up to which the pupil is trusted."""

@@ -1,9 +1,7 @@
-"""Knowing when to say no: a wrapper that gives a prompt to one expert alone where it is unlike all that was trained on.
+"""Knowing when to say no: a wrapper that gives a prompt to one expert alone where the mixture is not borne out.
 
-A prompt's familiarity is how near it lies to training rows, beside how near these lie to their own nearest ones: the
-local outlier factor (Breunig et al. 2000, "LOF: Identifying Density-Based Local Outliers") in its simplified form.
-Where rows of the kinds that come from outside are known, what lies nearer to them than to training rows is the less
-familiar for it. Below which familiarity the mixture stays out is calibrated on what it gained over that expert: on rows
+A mixture answers a prompt that is familiar (`familiarity.py`), and by weights that gained over that expert on the
+training rows which are nearest to it. How familiar a prompt has to be is calibrated on what the mixture gained: on rows
 like the training data, by copies that were not trained on them, and on unlike ones.
 """
 
@@ -12,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from coterie.artifacts import read_floats, write_tensors
@@ -20,19 +18,49 @@ from coterie.data.batching import TokenRow
 from coterie.errors import CoterieError
 from coterie.features.growing_text import FeatureExtractor, GrowingFeatures, WholeTexts
 from coterie.routers.base import Router, RouterParts, Routing, Wrapper
-from coterie.routers.centroid import fold
+from coterie.routers.familiarity import Familiarity, Nearest
 from coterie.routers.feature import load_extractor
+from coterie.routers.loss import CrossFitLosses
 
-NEIGHBOURS = 10
-SAME = 1e-9
-"""1 - cosine below which two rows are the same one."""
 CAUTION = 0.1
 """The share of its gain on familiar rows that a mixture may lose by staying out."""
 HARM = 1e-3
 """Nats by which a row counts as harmed: less is rounding."""
-STRANGENESS = 3.0
-"""How many times it counts against a prompt that it is nearer to a stranger than to a training row, as a logarithm."""
-MOST_ROWS = 2000  # that are kept to compare with, drawn evenly: 18 MB of a model of 135M
+LOSSES = ("nll", "pairs", "tokens")
+SUPPORTS = (1.0, 0.0)
+"""Standard errors by which a prompt's weights have to gain on the nearest rows: the strictest that can be paid."""
+
+
+def support(
+    losses: CrossFitLosses, fallback: str, weights: Float[Tensor, "prompt expert"], nearest: Nearest
+) -> Float[Tensor, " prompt"]:
+    """Return how surely each prompt's own weights gain over an expert on the rows that are nearest to the prompt.
+
+    Args:
+        losses: of the experts on the rows, by copies that were not trained on them.
+        fallback: the expert.
+        weights: in the order of the losses' experts; they sum to 1.
+        nearest: of the rows.
+
+    Returns:
+        The mean gain, in nats over a row's tokens, in its standard errors; these count as `HARM` where they are less.
+    """
+    rows, near = losses.take(nearest.rows.flatten()), nearest.rows.shape[1]
+    alone = rows.nll[:, losses.experts.index(fallback)]
+    gain = (alone - rows.mixture_nll(weights.repeat_interleave(near, dim=0))) * rows.tokens
+    found = nearest.found.double()
+    gain, count = gain.double().view_as(found), found.sum(dim=1)
+    mean = (found * gain).sum(dim=1) / count.clamp(min=1)
+    squares = (found * (gain - mean[:, None]).square()).sum(dim=1)
+    error = (squares / (count * (count - 1)).clamp(min=1)).sqrt()
+    return (mean / error.clamp(min=HARM)).float()
+
+
+class Limits(NamedTuple):
+    """What a prompt has to have for the mixture to answer: at least this familiarity, and more than this support."""
+
+    familiarity: float
+    support: float
 
 
 class Observed(NamedTuple):
@@ -41,14 +69,24 @@ class Observed(NamedTuple):
     Attributes:
         familiarity: of every row.
         gain: the expert's loss minus the mixture's, in nats, summed over the row's tokens.
+        support: of every row; None where nobody's is looked at, as in mixtures of before.
     """
 
     familiarity: Float[Tensor, " row"]
     gain: Float[Tensor, " row"]
+    support: Float[Tensor, " row"] | None = None
 
-    def gain_above(self, thresholds: Float[Tensor, " threshold"]) -> Float[Tensor, " threshold"]:
-        """Return what is gained where the mixture answers the rows from each threshold up, and the expert the rest."""
-        answered = self.familiarity >= thresholds[:, None]
+    def supported(self, needed: float) -> Bool[Tensor, " row"]:
+        """Tell which rows have more support."""
+        return torch.ones(len(self.gain)).bool() if self.support is None else self.support > needed
+
+    def answered(self, limits: Limits) -> Bool[Tensor, " row"]:
+        """Tell which rows the mixture answers."""
+        return (self.familiarity >= limits.familiarity) & self.supported(limits.support)
+
+    def gain_above(self, thresholds: Float[Tensor, " threshold"], needed: float) -> Float[Tensor, " threshold"]:
+        """Return what is gained where the mixture answers the supported rows from each familiarity up."""
+        answered = (self.familiarity >= thresholds[:, None]) & self.supported(needed)
         return (answered * self.gain.double()).sum(dim=1)
 
 
@@ -58,143 +96,36 @@ class Calibration(NamedTuple):
     inside: Observed
     outside: Observed
 
-    def threshold(self, caution: float) -> float:
-        """Return the familiarity from which on the mixture answers.
+    def limits(self, caution: float) -> Limits:
+        """Return what the mixture answers.
 
-        The highest one may cost `caution` of the gain on the rows inside at most. It is lowered to the middle between
-        that and the most familiar of the outside rows that the mixture harms, where all of these lie below; where it
+        Support is asked as strictly as costs `caution` of the gain on the rows inside at most. The highest familiarity
+        may cost as much together with that, or as large a share of these rows: most of a gain is on few rows, and one
+        of them that is unfamiliar would say that all strangers be answered. It is lowered to the middle between that
+        and the most familiar of the outside rows that the mixture would harm, where all of these lie below; where it
         harms none of them, everything is answered that is as familiar as anything that was seen. What it helps outside
         counts for nothing: the sample is small, and refusing is cheap. Where nothing is gained inside, nothing is
         answered (inf).
         """
-        total = float(self.inside.gain.double().sum())
+        familiarity, total = self.inside.familiarity, float(self.inside.gain.double().sum())
         if total <= 0:
-            return torch.inf
-        places = torch.cat([self.inside.familiarity.unique(), torch.tensor([torch.inf])])
-        kept = self.inside.gain_above(places) >= (1 - caution) * total * (1 - 1e-9)
-        highest = float(places[kept].max())
+            return Limits(torch.inf, -torch.inf)
+        least = (1 - caution) * total * (1 - 1e-9)
+        every, gain_above = torch.tensor([-torch.inf]), self.inside.gain_above
+        needed = next((own for own in SUPPORTS if float(gain_above(every, own)) >= least), -torch.inf)
+        places = torch.cat([familiarity.unique(), torch.tensor([torch.inf])])
+        dearest = float(places[gain_above(places, needed) >= least].max())
+        highest = max(dearest, float(familiarity.quantile(caution, interpolation="lower")))
         if not len(self.outside.gain):
-            return highest
-        harmed = self.outside.familiarity[self.outside.gain < -HARM]
+            return Limits(highest, needed)
+        harmed = self.outside.familiarity[(self.outside.gain < -HARM) & self.outside.supported(needed)]
         if not len(harmed):
-            return float(torch.cat([self.inside.familiarity, self.outside.familiarity]).min())
-        return (highest + min(float(harmed.max()), highest)) / 2
-
-
-class Familiarity(NamedTuple):
-    """Training rows that prompts are compared with, by cosines as they are.
-
-    What all rows share is what tells them from strangers: around their own mean, rows of one kind are noise, and
-    a stranger lies as near to some of them as they do to each other.
-
-    Attributes:
-        rows: their features.
-        spread: the mean distance of each, 1 - cosine, to its nearest ones.
-        centre: None; mixtures that were fitted when rows were compared around their mean have it, and no spread.
-        strangers: features of rows that are none of these kinds; None where nobody told which come.
-    """
-
-    rows: Float[Tensor, "row dimension"]
-    spread: Float[Tensor, " row"] | None
-    centre: Float[Tensor, " dimension"] | None = None
-    strangers: Float[Tensor, "stranger dimension"] | None = None
-
-    @classmethod
-    def of(
-        cls,
-        features: Float[Tensor, "row dimension"],
-        seed: int = 0,
-        strangers: Float[Tensor, "stranger dimension"] | None = None,
-    ) -> "Familiarity":
-        """Keep `MOST_ROWS` of the rows at most, and the strangers that are told, if some are."""
-        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
-        kept = features[order[:MOST_ROWS].sort().values]
-        spread = _near(_distances(kept, kept), torch.ones(len(kept)))[0]
-        return cls(kept, spread.float(), strangers=strangers)
-
-    def __call__(self, features: Float[Tensor, "row dimension"]) -> Float[Tensor, " row"]:
-        """Return the logarithm of how much nearer the nearest rows are to their own nearest ones than to each prompt.
-
-        So it is about 0 for rows like these, and less for others. By `STRANGENESS` times as much it is less where the
-        nearest stranger is nearer than the nearest row. A row that equals one of these, or a stranger, is not compared
-        with it: training rows are as familiar as new ones of their kind.
-        """
-        if (width := self.rows.shape[1]) < features.shape[1]:
-            features = fold(features, width)  # gradients, which mixtures of before compare in fewer dimensions
-        if self.centre is not None:
-            return _around(self.centre, self.rows, features)
-        assert self.spread is not None  # as there is no centre
-        distances = _distances(features, self.rows)
-        distance, spread = _near(distances, self.spread)
-        found = (spread / distance).log()
-        if self.strangers is not None:
-            own, strange = (_nearest(near) for near in (distances, _distances(features, self.strangers)))
-            found -= STRANGENESS * (own / strange).log().clamp(min=0)
-        return found.float()
-
-    @classmethod
-    def read(cls, tensors: Mapping[str, Tensor]) -> "Familiarity":
-        """Take it from tensors of these names.
-
-        Raises:
-            ValueError: when they hold neither a spread for each row nor a centre of the rows' dimensions, or strangers
-                of other dimensions.
-        """
-        rows, spread, centre, strangers = (tensors.get(name) for name in cls._fields)
-        assert rows is not None  # whoever read the file has asked for them
-        if (spread is None or len(spread) != len(rows)) and (centre is None or len(centre) != rows.shape[1]):
-            raise ValueError("familiar rows need a spread for each of them, or a centre")
-        if strangers is not None and not (len(strangers) and strangers.shape[1] == rows.shape[1]):
-            raise ValueError(f"strangers of shape {tuple(strangers.shape)} cannot be compared with rows")
-        return cls(rows, spread, centre, strangers)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return what `read` takes."""
-        return {name: own for name, own in self._asdict().items() if own is not None}
-
-
-def _distances(
-    features: Float[Tensor, "row dimension"], known: Float[Tensor, "other dimension"]
-) -> Float[Tensor, "row other"]:
-    """Return 1 - cosine to every known row, and inf to the row itself; in float64, where equal rows are told."""
-    unit, others = (torch.nn.functional.normalize(own.double(), dim=-1) for own in (features, known))
-    distances = 1 - unit @ others.T
-    return distances.masked_fill(distances < SAME, torch.inf)
-
-
-def _near(
-    distances: Float[Tensor, "row other"], spread: Float[Tensor, " other"]
-) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
-    """Return every row's mean distance to the nearest known ones, and the mean of their own spreads.
-
-    Who has nobody but itself is as far as what has nothing in common, 1.
-    """
-    nearest = distances.topk(min(NEIGHBOURS, distances.shape[1]), largest=False)
-    counted = nearest.values.isfinite()
-    count, alone = counted.sum(dim=1).clamp(min=1), ~counted.any(dim=1)
-    found = (torch.where(counted, own, 0.0).sum(dim=1) / count for own in (nearest.values, spread[nearest.indices]))
-    distance, around = (own.masked_fill(alone, 1.0) for own in found)
-    return distance, around
-
-
-def _nearest(distances: Float[Tensor, "row other"]) -> Float[Tensor, " row"]:
-    return distances.amin(dim=1).nan_to_num(posinf=1.0)  # who has nobody but itself, as in `_near`
-
-
-def _around(
-    centre: Float[Tensor, " dimension"],
-    rows: Float[Tensor, "other dimension"],
-    features: Float[Tensor, "row dimension"],
-) -> Float[Tensor, " row"]:
-    """Return the mean cosine to the five nearest rows around their mean, as mixtures of before are calibrated."""
-    found = torch.nn.functional.normalize(features - centre, dim=-1) @ rows.T
-    nearest = found.masked_fill(found > 1 - 1e-5, -torch.inf).topk(min(5, len(rows)), dim=1).values
-    known = nearest.isfinite()
-    return torch.where(known, nearest, 0.0).sum(dim=1) / known.sum(dim=1).clamp(min=1)
+            return Limits(float(torch.cat([familiarity, self.outside.familiarity]).min()), needed)
+        return Limits((highest + min(float(harmed.max()), highest)) / 2, needed)
 
 
 class RefusalRouter(Wrapper):
-    """Routes as another router does where a prompt is familiar, and gives it to one expert alone where it is not."""
+    """Routes as another router does where that is borne out, and gives a prompt to one expert alone where it is not."""
 
     kind = "refusal"
     kinds = (kind,)
@@ -208,19 +139,22 @@ class RefusalRouter(Wrapper):
         fallback: str,
         caution: float = CAUTION,
         extractor: FeatureExtractor | None = None,
+        losses: CrossFitLosses | None = None,
     ) -> None:
         """Wrap a router of prompts.
 
         Args:
             router: weighs the experts for familiar prompts.
             familiarity: the training rows.
-            calibration: what the threshold is chosen by.
+            calibration: what the limits are chosen by.
             fallback: the expert that gets all of an unfamiliar prompt.
             caution: the share of its gain on familiar rows that the mixture may lose by staying out.
             extractor: of the features that are compared; None for those that the router reads itself.
+            losses: of the experts on the rows that are compared; None in mixtures of before, which ask no support.
 
         Raises:
-            CoterieError: for a router that weighs experts in the layers, or a caution that is no share.
+            CoterieError: for a router that weighs experts in the layers, a caution that is no share, or losses of
+                other rows.
         """
         if router.grain == "layer":
             raise CoterieError(
@@ -229,6 +163,8 @@ class RefusalRouter(Wrapper):
             )
         if not 0 <= caution <= 1:
             raise CoterieError(f"caution is the share of the gain that may be lost, from 0 to 1; got {caution:g}")
+        if losses and len(losses.nll) != len(familiarity.rows):
+            raise CoterieError(f"losses of {len(losses.nll)} rows do not fit {len(familiarity.rows)} familiar ones")
         super().__init__(router)
         self.grain, self.every, self.cache = router.grain, router.every, router.cache
         self.familiarity = familiarity
@@ -236,13 +172,14 @@ class RefusalRouter(Wrapper):
         self.fallback = fallback
         self.caution = caution
         self.extractor = extractor
-        self.threshold = calibration.threshold(caution)
+        self.losses = losses
+        self.limits = calibration.limits(caution)
 
     @property
     def refused(self) -> dict[str, float]:
         """The shares of the rows that it was calibrated on which it refuses: `inside`, and `outside`."""
         seen = self.calibration._asdict().items()
-        return {side: float((own.familiarity < self.threshold).float().mean()) for side, own in seen}
+        return {side: 1 - float(own.answered(self.limits).float().mean()) for side, own in seen}
 
     def read(self, prompts: Sequence[TokenRow]) -> Any:
         """Read what the wrapped router reads, and features where these are others."""
@@ -270,7 +207,12 @@ class RefusalRouter(Wrapper):
             names, weights = (*names, self.fallback), torch.nn.functional.pad(weights, (0, 1))
         alone = torch.zeros(len(names))
         alone[names.index(self.fallback)] = 1.0
-        answered = self.familiarity(features) >= self.threshold
+        familiarity, nearest = self.familiarity.compare(features)
+        borne_out = None
+        if self.losses:
+            aligned = Routing(names, weights).aligned(self.losses.experts).weights
+            borne_out = support(self.losses, self.fallback, aligned, nearest)
+        answered = Observed(familiarity, torch.zeros(len(familiarity)), borne_out).answered(self.limits)
         return Routing(names, torch.where(answered[:, None], weights, alone), routing.similarities)
 
     def with_caution(self, caution: float | None) -> Router:
@@ -282,16 +224,21 @@ class RefusalRouter(Wrapper):
         if caution is None:
             return self.router
         known = self.familiarity, self.calibration, self.fallback
-        return RefusalRouter(self.router, *known, caution, self.extractor)
+        return RefusalRouter(self.router, *known, caution, self.extractor, self.losses)
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """Write the rows and the calibration, and the wrapped router; return the entry for mixture.json."""
-        inside, outside = self.calibration
-        tensors = {**self.familiarity.tensors(), "inside": torch.stack(inside)}
-        if len(outside.gain):
-            tensors["outside"] = torch.stack(outside)
+        """Write the rows, their losses, the calibration and the wrapped router; return the entry for mixture.json."""
+        tensors = self.familiarity.tensors()
+        for side, own in self.calibration._asdict().items():
+            if len(own.gain):
+                tensors[side] = torch.stack([own.familiarity, own.gain])
+                if own.support is not None:
+                    tensors[f"{side}_support"] = own.support
+        how: dict[str, Any] = {"description": self.extractor.name, **self.extractor.record} if self.extractor else {}
+        if self.losses:
+            how["experts"] = list(self.losses.experts)
+            tensors |= {name: getattr(self.losses, name) for name in LOSSES}
         write_tensors(folder / "refusal.safetensors", tensors)
-        how = {"description": self.extractor.name, **self.extractor.record} if self.extractor else {}
         return {**super().save(folder), **how}
 
     @classmethod
@@ -299,16 +246,28 @@ class RefusalRouter(Wrapper):
         """Build it from its entry and its tensors, around the router that was built already."""
         if parts.inner is None:
             raise KeyError("of")
-        seen = {"inside": (2, None), "outside": (2, None)}
-        wanted = {"rows": (None, None), "spread": (None,), "centre": (None,), "strangers": (None, None), **seen}
-        optional = ["spread", "centre", "strangers", "outside"]
+        names = tuple(record.get("experts", ()))
+        seen = {"inside": (2, None), "outside": (2, None), "inside_support": (None,), "outside_support": (None,)}
+        rows = {"rows": (None, None), "spread": (None,), "centre": (None,), "strangers": (None, None)}
+        own = dict(zip(LOSSES, ((None, len(names)), (None, len(names), len(names)), (None,)), strict=True))
+        optional = ["spread", "centre", "strangers", "outside", "inside_support", "outside_support"]
+        wanted = {**rows, **seen, **(own if names else {})}
         tensors = read_floats(parts.folder / "refusal.safetensors", wanted, "fit again", optional=optional)
         extractor = load_extractor(record, parts) if "description" in record else None
-        outside = Observed(*tensors.get("outside", torch.zeros(2, 0)))
-        calibration = Calibration(Observed(*tensors["inside"]), outside)
+
+        def observed(side: str) -> Observed:
+            found, borne_out = tensors.get(side, torch.zeros(2, 0)), tensors.get(f"{side}_support")
+            if borne_out is not None and len(borne_out) != found.shape[1]:
+                raise ValueError(f"the support of {len(borne_out)} rows does not fit {found.shape[1]}")
+            return Observed(found[0], found[1], borne_out)
+
+        calibration = Calibration(observed("inside"), observed("outside"))
         fallback, caution = str(record["fallback"]), float(record["caution"])
         familiarity = Familiarity.read(tensors)
         width = familiarity.rows.shape[1]
         if extractor and (not width or extractor.dimensions % width):
             raise ValueError(f"rows of {width} dimensions cannot be compared with features of {extractor.dimensions}")
-        return cls(parts.inner, familiarity, calibration, fallback, caution, extractor)
+        if names and (fallback not in names or len({len(tensors[name]) for name in ("rows", *LOSSES)}) > 1):
+            raise ValueError(f"losses of {', '.join(names)} do not fit {fallback!r} and the rows")
+        losses = CrossFitLosses(names, *(tensors[name] for name in LOSSES)) if names else None
+        return cls(parts.inner, familiarity, calibration, fallback, caution, extractor, losses)

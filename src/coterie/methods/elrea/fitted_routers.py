@@ -29,10 +29,11 @@ from coterie.methods.extras import LOSSES, TrainedExtra, load_extra, read_losses
 from coterie.routers.base import Router
 from coterie.routers.centroid import CentroidRouter, centroids_by_best, centroids_of
 from coterie.routers.distilled import DistilledRouter, Learnt, distil, misplaced
+from coterie.routers.familiarity import Familiarity, Nearest, kept_rows
 from coterie.routers.feature import middle_extractor, prefill_extractor
 from coterie.routers.loss import FOLDS, CrossFitLosses, LossRouter, fit_loss_router
 from coterie.routers.membership import MembershipRouter, leave_one_out_scale
-from coterie.routers.refusal import CAUTION, Calibration, Familiarity, Observed, RefusalRouter
+from coterie.routers.refusal import CAUTION, Calibration, Observed, RefusalRouter, support
 
 logger = logging.getLogger(__name__)
 
@@ -125,14 +126,14 @@ class Seen(NamedTuple):
     Attributes:
         extractor: of the kind of text that a prompt is.
         familiarity: the training rows.
-        inside: how familiar each of these is.
-        outside: how familiar each of the unlike ones is.
+        inside: how familiar each of these is, and the others that are nearest to it.
+        outside: the same of the unlike ones.
     """
 
     extractor: FeatureExtractor
     familiarity: Familiarity
-    inside: Float[Tensor, " row"]
-    outside: Float[Tensor, " other"]
+    inside: tuple[Float[Tensor, " row"], Nearest]
+    outside: tuple[Float[Tensor, " other"], Nearest]
 
     @classmethod
     def of(cls, extractor: FeatureExtractor, unlike: UnlikeRows) -> "Seen":
@@ -143,7 +144,7 @@ class Seen(NamedTuple):
         """
         known, other = unlike.known_kinds, unlike.kinds
         familiarity = Familiarity.of(known, strangers=other if unlike.expected else None)
-        return cls(extractor, familiarity, familiarity(known), familiarity(other))
+        return cls(extractor, familiarity, familiarity.compare(known), familiarity.compare(other))
 
 
 def seen_by(run: ElreaRun) -> Seen:
@@ -159,7 +160,7 @@ def calibrated(
     outside: tuple[Float[Tensor, "other expert"], CrossFitLosses],
     caution: float = CAUTION,
 ) -> RefusalRouter:
-    """Wrap a router so that unfamiliar prompts go to the base adapter.
+    """Wrap a router so that prompts for which it is not borne out go to the base adapter.
 
     Args:
         router: to wrap.
@@ -168,10 +169,14 @@ def calibrated(
         outside: the same of unlike rows.
         caution: the share of its gain inside that the mixture may lose.
     """
-    calibration = Calibration(
-        Observed(seen.inside, gain(inside[1], inside[0])), Observed(seen.outside, gain(outside[1], outside[0]))
-    )
-    return RefusalRouter(router, seen.familiarity, calibration, BASE, caution, seen.extractor)
+    known = inside[1].take(kept_rows(len(inside[1].tokens)))
+
+    def observed(side: tuple[Tensor, CrossFitLosses], compared: tuple[Tensor, Nearest]) -> Observed:
+        (weights, losses), (familiarity, nearest) = side, compared
+        return Observed(familiarity, gain(losses, weights), support(known, BASE, weights, nearest))
+
+    calibration = Calibration(observed(inside, seen.inside), observed(outside, seen.outside))
+    return RefusalRouter(router, seen.familiarity, calibration, BASE, caution, seen.extractor, known)
 
 
 def _tell_refusals(router: RefusalRouter) -> None:
