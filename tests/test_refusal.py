@@ -132,31 +132,45 @@ def test_support_is_in_nats_of_whole_rows_and_of_rows_that_are_there():
     assert found == pytest.approx([mean / error, 7 * 0.5 / 1e-3, 0.0])
 
 
+def three(*supports: float) -> Observed:
+    """As familiar rows, of which the first two have four fifths of a gain of 10 nats."""
+    return Observed(torch.ones(4), torch.tensor([4.0, 4.0, 1.0, 1.0]), torch.tensor([*supports, -1.0]))
+
+
+HARMED = Observed(torch.ones(3), torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([1.5, 0.5, -0.5]))
+"""Rows outside that are as familiar as those inside."""
+
+
 @pytest.mark.parametrize(
     ("supports", "wanted"),
     [
-        ((2.0, 2.0, 2.0, -1.0), 1.0),  # a tenth of the gain is on the row that nothing bears out
-        ((2.0, 0.5, 2.0, -1.0), 0.0),
-        ((2.0, -0.5, 2.0, -1.0), -math.inf),
+        ((2.0, 2.0, 2.0), 1.0),  # a tenth of the gain is on the row that nothing bears out
+        ((2.0, 0.5, 2.0), 0.0),
+        ((2.0, -0.5, 2.0), -math.inf),
     ],
 )
-def test_support_is_asked_as_strictly_as_the_gain_inside_allows(supports, wanted):
-    """Gains of 10 nats, of which 4 are on the second row."""
-    inside = Observed(torch.ones(4), torch.tensor([4.0, 4.0, 1.0, 1.0]), torch.tensor(supports))
-    assert Calibration(inside, NOTHING).limits(0.1) == Limits(1.0, wanted)
+def test_where_it_spares_rows_outside_support_is_asked_as_strictly_as_the_gain_inside_allows(supports, wanted):
+    assert Calibration(three(*supports), HARMED).limits(0.1) == Limits(1.0, wanted)
+
+
+def test_support_that_spares_nobody_outside_is_not_asked_where_it_costs_something():
+    """Both rows outside are borne out beyond doubt, or nothing harms them."""
+    for outside in (HARMED._replace(support=torch.full((3,), 9.0)), HARMED._replace(gain=torch.ones(3)), NOTHING):
+        assert Calibration(three(2.0, 2.0, 2.0), outside).limits(0.1).support == -math.inf
 
 
 def test_what_support_costs_familiarity_may_not_cost_again():
     """The fourth row is not borne out: the tenth of the gain is spent, and the third cannot be given up as well."""
     inside = Observed(*torch.tensor([[0.9, 0.8, 0.5, 0.7], [4.0, 4.0, 1.0, 1.0], [2.0, 2.0, 2.0, -1.0]]))
-    assert Calibration(inside, NOTHING).limits(0.1) == pytest.approx((0.5, 1.0))
-    plain = inside._replace(support=None)
-    assert Calibration(plain, NOTHING).limits(0.1) == pytest.approx((0.7, 1.0))
+    outside = Observed(*torch.tensor([[0.95], [-1.0], [0.5]]))
+    assert Calibration(inside, outside).limits(0.1) == pytest.approx((0.5, 1.0))
+    inside, outside = (own._replace(support=None) for own in (inside, outside))
+    assert Calibration(inside, outside).limits(0.1) == pytest.approx((0.7, -math.inf))
 
 
 def test_a_row_outside_that_nothing_bears_out_is_not_harmed_and_does_not_move_the_limit():
     inside = INSIDE._replace(support=torch.full((4,), 2.0))
-    outside = Observed(*torch.tensor([[0.2, 0.4], [-1.0, -1.0], [2.0, 0.5]]))
+    outside = Observed(*torch.tensor([[0.2, 0.9], [-1.0, -1.0], [2.0, 0.5]]))
     assert Calibration(inside, outside).limits(0.0) == pytest.approx(((0.2 + 0.5) / 2, 1.0))
 
 

@@ -28,7 +28,7 @@ HARM = 1e-3
 """Nats by which a row counts as harmed: less is rounding."""
 LOSSES = ("nll", "pairs", "tokens")
 SUPPORTS = (1.0, 0.0)
-"""Standard errors by which a prompt's weights have to gain on the nearest rows: the strictest that can be paid."""
+"""Standard errors by which a prompt's weights may have to gain on the nearest rows, where it is worth what it costs."""
 
 
 def support(
@@ -97,31 +97,43 @@ class Calibration(NamedTuple):
     outside: Observed
 
     def limits(self, caution: float) -> Limits:
-        """Return what the mixture answers.
+        """Return what the mixture answers: of the limits for each support that may be asked, those of the least harm.
 
-        Support is asked as strictly as costs `caution` of the gain on the rows inside at most. The highest familiarity
-        may cost as much together with that, or as large a share of these rows: most of a gain is on few rows, and one
-        of them that is unfamiliar would say that all strangers be answered. It is lowered to the middle between that
-        and the most familiar of the outside rows that the mixture would harm, where all of these lie below; where it
-        harms none of them, everything is answered that is as familiar as anything that was seen. What it helps outside
-        counts for nothing: the sample is small, and refusing is cheap. Where nothing is gained inside, nothing is
+        Asking for support may cost `caution` of the gain on the rows inside. The least harm is that to the rows
+        outside; of equal ones those are taken that gain the most inside. Where nothing is gained inside, nothing is
         answered (inf).
         """
-        familiarity, total = self.inside.familiarity, float(self.inside.gain.double().sum())
+        total = float(self.inside.gain.double().sum())
         if total <= 0:
             return Limits(torch.inf, -torch.inf)
-        least = (1 - caution) * total * (1 - 1e-9)
-        every, gain_above = torch.tensor([-torch.inf]), self.inside.gain_above
-        needed = next((own for own in SUPPORTS if float(gain_above(every, own)) >= least), -torch.inf)
+        every, least = torch.tensor([-torch.inf]), (1 - caution) * total * (1 - 1e-9)
+        asked = [own for own in (-torch.inf, *SUPPORTS) if float(self.inside.gain_above(every, own)) >= least]
+
+        def harm(limits: Limits) -> tuple[float, float]:
+            inside, outside = (own.gain.double()[own.answered(limits)] for own in self)
+            return -float(outside.clamp(max=0).sum()), -float(inside.sum())
+
+        return min((Limits(self._familiarity(own, least, caution), own) for own in asked), key=harm)
+
+    def _familiarity(self, needed: float, least: float, caution: float) -> float:
+        """Return the familiarity from which on rows of this support are answered.
+
+        The highest one may leave `least` of the gain inside, or the share `caution` of these rows: most of a gain is on
+        few rows, and one of them that is unfamiliar would say that all strangers be answered. It is lowered to the
+        middle between that and the most familiar of the outside rows that the mixture would harm, where all of these
+        lie below; where it harms none of them, everything is answered that is as familiar as anything that was seen.
+        What it helps outside counts for nothing: the sample is small, and refusing is cheap.
+        """
+        familiarity, outside = self.inside.familiarity, self.outside
         places = torch.cat([familiarity.unique(), torch.tensor([torch.inf])])
-        dearest = float(places[gain_above(places, needed) >= least].max())
+        dearest = float(places[self.inside.gain_above(places, needed) >= least].max())
         highest = max(dearest, float(familiarity.quantile(caution, interpolation="lower")))
-        if not len(self.outside.gain):
-            return Limits(highest, needed)
-        harmed = self.outside.familiarity[(self.outside.gain < -HARM) & self.outside.supported(needed)]
+        if not len(outside.gain):
+            return highest
+        harmed = outside.familiarity[(outside.gain < -HARM) & outside.supported(needed)]
         if not len(harmed):
-            return Limits(float(torch.cat([familiarity, self.outside.familiarity]).min()), needed)
-        return Limits((highest + min(float(harmed.max()), highest)) / 2, needed)
+            return float(torch.cat([familiarity, outside.familiarity]).min())
+        return (highest + min(float(harmed.max()), highest)) / 2
 
 
 class RefusalRouter(Wrapper):
