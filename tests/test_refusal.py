@@ -168,19 +168,21 @@ def test_what_support_costs_familiarity_may_not_cost_again():
     assert Calibration(inside, outside).limits(0.1) == pytest.approx((0.7, -math.inf))
 
 
-def test_a_row_outside_that_nothing_bears_out_is_not_harmed_and_does_not_move_the_limit():
+def test_support_that_spares_all_rows_outside_does_not_lower_the_familiarity_that_is_asked():
+    """Nothing is harmed any more, by what nothing bears out; other strangers may be borne out by chance."""
     inside = INSIDE._replace(support=torch.full((4,), 2.0))
-    outside = Observed(*torch.tensor([[0.2, 0.9], [-1.0, -1.0], [2.0, 0.5]]))
-    assert Calibration(inside, outside).limits(0.0) == pytest.approx(((0.2 + 0.5) / 2, 1.0))
+    outside = Observed(*torch.tensor([[0.2, 0.9], [-1.0, -1.0], [0.5, 0.5]]))
+    assert Calibration(inside, outside).limits(0.1) == pytest.approx((0.6, 1.0))
 
 
-def test_a_prompt_among_rows_on_which_its_weights_lose_goes_to_the_fallback():
+def test_a_prompt_among_rows_on_which_its_weights_lose_goes_to_the_fallback(monkeypatch):
     """Expert `a` gains along the first axis and loses along the second, where prompts are as familiar."""
     rows = torch.eye(4)[[0, 0, 1, 1]] + 0.1 * torch.eye(4)
     nll = losses((2.0, 1.0, 2.0), (2.0, 1.2, 2.0), (2.0, 2.5, 1.0), (2.0, 2.6, 1.0))
     features = torch.tensor([[1.0, 0.0, 0.05, 0.05], [0.0, 1.0, 0.05, 0.05]])
     familiarity = Familiarity.of(rows)
-    calibration = Calibration(Observed(torch.zeros(2) - 9, torch.ones(2), torch.full((2,), 2.0)), NOTHING)
+    inside, outside = torch.tensor([[-9.0], [1.0], [2.0]]), torch.tensor([[-8.0], [-1.0], [0.5]])
+    calibration = Calibration(Observed(*inside), Observed(*outside))
 
     def route(expert: str, own: CrossFitLosses | None) -> list[str]:
         extractor = described(features)
@@ -190,12 +192,10 @@ def test_a_prompt_among_rows_on_which_its_weights_lose_goes_to_the_fallback():
         found = router.route([PROMPT, PROMPT])
         return [found.experts[place] for place in found.weights.argmax(dim=1).tolist()]
 
-    near_two = pytest.MonkeyPatch()
-    with near_two.context() as patch:
-        patch.setattr("coterie.routers.familiarity.NEIGHBOURS", 2)
-        assert route("a", nll) == ["a", "base"]
-        assert route("b", nll) == ["base", "b"]
-        assert route("a", None) == ["a", "a"]
+    monkeypatch.setattr("coterie.routers.familiarity.NEIGHBOURS", 2)
+    assert route("a", nll) == ["a", "base"]
+    assert route("b", nll) == ["base", "b"]
+    assert route("a", None) == ["a", "a"]
 
 
 # -------------------------------------------------------------------------------------------------------- familiarity

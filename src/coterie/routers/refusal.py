@@ -120,9 +120,9 @@ class Calibration(NamedTuple):
 
         The highest one may leave `least` of the gain inside, or the share `caution` of these rows: most of a gain is on
         few rows, and one of them that is unfamiliar would say that all strangers be answered. It is lowered to the
-        middle between that and the most familiar of the outside rows that the mixture would harm, where all of these
-        lie below; where it harms none of them, everything is answered that is as familiar as anything that was seen.
-        What it helps outside counts for nothing: the sample is small, and refusing is cheap.
+        middle between that and the most familiar of the outside rows that the mixture harms, supported or not, where
+        all of these lie below; where it harms none of them, everything is answered that is as familiar as anything
+        that was seen. What it helps outside counts for nothing: the sample is small, and refusing is cheap.
         """
         familiarity, outside = self.inside.familiarity, self.outside
         places = torch.cat([familiarity.unique(), torch.tensor([torch.inf])])
@@ -130,7 +130,7 @@ class Calibration(NamedTuple):
         highest = max(dearest, float(familiarity.quantile(caution, interpolation="lower")))
         if not len(outside.gain):
             return highest
-        harmed = outside.familiarity[(outside.gain < -HARM) & outside.supported(needed)]
+        harmed = outside.familiarity[outside.gain < -HARM]
         if not len(harmed):
             return float(torch.cat([familiarity, outside.familiarity]).min())
         return (highest + min(float(harmed.max()), highest)) / 2
