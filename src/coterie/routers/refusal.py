@@ -119,7 +119,7 @@ class Calibration(NamedTuple):
         """Return the familiarity from which on rows of this support are answered.
 
         The highest one may leave `least` of the gain inside, or the share `caution` of these rows: most of a gain is on
-        few rows, and one of them that is unfamiliar would say that all strangers be answered. It is lowered to the
+        few rows, and some of them that are unfamiliar would say that all strangers be answered. It is lowered to the
         middle between that and the most familiar of the outside rows that the mixture harms, supported or not, where
         all of these lie below; where it harms none of them, everything is answered that is as familiar as anything
         that was seen. What it helps outside counts for nothing: the sample is small, and refusing is cheap.
