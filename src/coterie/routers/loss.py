@@ -54,6 +54,10 @@ class CrossFitLosses:
         gain = torch.einsum("ne,nef,nf->n", weights, gaps, weights) / 2  # each pair stands there twice
         return (weights * self.nll).sum(dim=1) - gain
 
+    def gain(self, weights: Float[Tensor, "row expert"], over: str) -> Float[Tensor, " row"]:
+        """Return what a mixture gains over one expert on every row, in nats summed over its tokens."""
+        return (self.nll[:, self.experts.index(over)] - self.mixture_nll(weights)) * self.tokens
+
     def take(self, rows: Tensor) -> "CrossFitLosses":
         """Keep some rows, by their numbers or a mask."""
         return CrossFitLosses(self.experts, self.nll[rows], self.pairs[rows], self.tokens[rows])

@@ -46,10 +46,9 @@ def support(
         The mean gain, in nats over a row's tokens, in its standard errors; these count as `HARM` where they are less.
     """
     rows, near = losses.take(nearest.rows.flatten()), nearest.rows.shape[1]
-    alone = rows.nll[:, losses.experts.index(fallback)]
-    gain = (alone - rows.mixture_nll(weights.repeat_interleave(near, dim=0))) * rows.tokens
     found = nearest.found.double()
-    gain, count = gain.double().view_as(found), found.sum(dim=1)
+    gain = rows.gain(weights.repeat_interleave(near, dim=0), fallback).double().view_as(found)
+    count = found.sum(dim=1)
     mean = (found * gain).sum(dim=1) / count.clamp(min=1)
     squares = (found * (gain - mean[:, None]).square()).sum(dim=1)
     error = (squares / (count * (count - 1)).clamp(min=1)).sqrt()
@@ -61,6 +60,11 @@ class Limits(NamedTuple):
 
     familiarity: float
     support: float
+
+    def met(self, familiarity: Float[Tensor, " row"], support: Float[Tensor, " row"] | None) -> Bool[Tensor, " row"]:
+        """Tell which prompts have it; None where nobody's support is looked at."""
+        familiar = familiarity >= self.familiarity
+        return familiar if support is None else familiar & (support > self.support)
 
 
 class Observed(NamedTuple):
@@ -76,17 +80,13 @@ class Observed(NamedTuple):
     gain: Float[Tensor, " row"]
     support: Float[Tensor, " row"] | None = None
 
-    def supported(self, needed: float) -> Bool[Tensor, " row"]:
-        """Tell which rows have more support."""
-        return torch.ones(len(self.gain)).bool() if self.support is None else self.support > needed
-
     def answered(self, limits: Limits) -> Bool[Tensor, " row"]:
         """Tell which rows the mixture answers."""
-        return (self.familiarity >= limits.familiarity) & self.supported(limits.support)
+        return limits.met(self.familiarity, self.support)
 
     def gain_above(self, thresholds: Float[Tensor, " threshold"], needed: float) -> Float[Tensor, " threshold"]:
         """Return what is gained where the mixture answers the supported rows from each familiarity up."""
-        answered = (self.familiarity >= thresholds[:, None]) & self.supported(needed)
+        answered = (self.familiarity >= thresholds[:, None]) & self.answered(Limits(-torch.inf, needed))
         return (answered * self.gain.double()).sum(dim=1)
 
 
@@ -224,7 +224,7 @@ class RefusalRouter(Wrapper):
         if self.losses:
             aligned = Routing(names, weights).aligned(self.losses.experts).weights
             borne_out = support(self.losses, self.fallback, aligned, nearest)
-        answered = Observed(familiarity, torch.zeros(len(familiarity)), borne_out).answered(self.limits)
+        answered = self.limits.met(familiarity, borne_out)
         return Routing(names, torch.where(answered[:, None], weights, alone), routing.similarities)
 
     def with_caution(self, caution: float | None) -> Router:

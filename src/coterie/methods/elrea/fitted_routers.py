@@ -173,7 +173,7 @@ def calibrated(
 
     def observed(side: tuple[Tensor, CrossFitLosses], compared: tuple[Tensor, Nearest]) -> Observed:
         (weights, losses), (familiarity, nearest) = side, compared
-        return Observed(familiarity, gain(losses, weights), support(known, BASE, weights, nearest))
+        return Observed(familiarity, losses.gain(weights, BASE), support(known, BASE, weights, nearest))
 
     calibration = Calibration(observed(inside, seen.inside), observed(outside, seen.outside))
     return RefusalRouter(router, seen.familiarity, calibration, BASE, caution, seen.extractor, known)
@@ -182,12 +182,6 @@ def calibrated(
 def _tell_refusals(router: RefusalRouter) -> None:
     shares = [100 * share for share in router.refused.values()]
     logger.info("%s stays out of %.0f%% of rows like its own and %.0f%% of others", router.router.kind, *shares)
-
-
-def gain(losses: CrossFitLosses, weights: Float[Tensor, "row expert"]) -> Float[Tensor, " row"]:
-    """Return what a mixture gains over the base adapter on every row, in nats summed over its tokens."""
-    alone = losses.nll[:, losses.experts.index(BASE)]
-    return (alone - losses.mixture_nll(weights)) * losses.tokens
 
 
 def routing(run: ElreaRun, into: RunFolder) -> TrainedExtra:
