@@ -7,18 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import coterie
 from conftest import FIT
+from coterie.artifacts import write_tensors
 from coterie.errors import CoterieError
 from coterie.evaluation import auto, candidates
 from coterie.evaluation.choice import Candidate, choose
 from coterie.evaluation.clusters import feature_map
 from coterie.experts.names import BASE
 from coterie.methods import common
-from coterie.methods.elrea import fit, fitted_routers
+from coterie.methods.elrea import fit, refusing
 from coterie.methods.elrea.extras import EXTRAS
-from coterie.methods.elrea.fitted_routers import unlike_rows
+from coterie.methods.elrea.refusing import FEATURES, unlike_rows
 from coterie.methods.elrea.run import ElreaRun, within_budget
 from coterie.methods.extras import load_extra, prepare_extras, read_losses
 from coterie.methods.registry import make_grid
@@ -158,7 +160,7 @@ def test_the_single_best_expert_refuses_where_it_does_harm_on_unlike_rows_and_el
     nll = 2 + 0.1 * normal(*unlike.losses.nll.shape)
     nll[:, losses.experts.index("cluster-0")] += harm
     other = replace(unlike.losses, nll=nll, pairs=(nll[:, :, None] + nll[:, None, :]) / 2)
-    monkeypatch.setattr(fitted_routers, "unlike_rows", lambda run: unlike._replace(losses=other))
+    monkeypatch.setattr(refusing, "unlike_rows", lambda run: unlike._replace(losses=other))
     single = next(way for way in candidates.ways(opened, losses, 0.1) if way.name == "best-single")
     if harm > 0:
         assert isinstance(single.router, RefusalRouter) and single.cost > 1
@@ -267,8 +269,9 @@ def test_a_budget_for_too_few_rows_to_judge_is_refused_at_once_and_the_one_that_
 def test_prompts_are_compared_with_unlike_rows_that_are_given_and_not_with_those_that_come_along(
     folder, opened, train_file, tmp_path
 ):
+    crossing = unlike_rows(opened).crossing_kinds
     for name in ("refusal", "loss", "prefill"):
-        assert load_extra(opened.mixture, name).router.familiarity.strangers is None
+        assert torch.equal(load_extra(opened.mixture, name).router.familiarity.strangers, crossing)
     copy = tmp_path / "run"
     shutil.copytree(folder, copy)
     shutil.rmtree(copy / "methods" / "unlike")
@@ -282,11 +285,35 @@ def test_prompts_are_compared_with_unlike_rows_that_are_given_and_not_with_those
         shutil.rmtree(copy / "methods" / name)
     made = prepare_extras(run, ("loss", "prefill"), EXTRAS, in_run=True)
     seen = unlike_rows(run)
-    torch.testing.assert_close(made["loss"].router.familiarity.strangers, seen.kinds)
+    assert torch.equal(seen.crossing_kinds, crossing)
+    torch.testing.assert_close(made["loss"].router.familiarity.strangers, torch.cat([crossing, seen.kinds]))
     losses = read_losses(load_extra(mixture, "judged"))
     wrapped = [way.router for way in candidates.ways(run, losses, 0.1) if isinstance(way.router, RefusalRouter)]
     for router in (*wrapped, *(made[name].router for name in ("loss", "prefill"))):
-        assert len(router.familiarity.strangers) == len(seen.kinds) == 36
+        assert len(router.familiarity.strangers) == len(crossing) + 36 == 36 + 36
+
+
+@pytest.mark.parametrize("crossed", [torch.zeros(3, 2), torch.full((36, 2), 36.0), torch.full((36, 2), -1.0)])
+def test_features_that_do_not_tell_what_crosses_the_rows_are_refused(folder, tmp_path, crossed):
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    file = copy / "methods/unlike" / FEATURES
+    tensors = load_file(file)
+    assert tensors["crossed"].shape == (36, 2) and tensors["crossed"].max() < 36
+    write_tensors(file, {**tensors, "crossed": crossed})
+    run = ElreaRun.open(Mixture.from_pretrained(copy, device="cpu"), ExtrasSettings())
+    with pytest.raises(CoterieError, match=r"unlike/features\.safetensors does not tell what crosses its rows; delete"):
+        unlike_rows(run)
+
+
+def test_runs_of_before_know_no_requests_that_cross_their_clusters(folder, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    file = copy / "methods/unlike" / FEATURES
+    tensors = {name: own for name, own in load_file(file).items() if not name.startswith("cross")}
+    write_tensors(file, {name: own.clone() for name, own in tensors.items()})
+    seen = unlike_rows(ElreaRun.open(Mixture.from_pretrained(copy, device="cpu"), ExtrasSettings()))
+    assert len(seen.crossing_kinds) == 0 and seen.strangers is None
 
 
 def test_unlike_rows_that_are_not_there_are_told_before_anything_is_trained(model_folder, train_file, tmp_path):

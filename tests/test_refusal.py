@@ -14,9 +14,10 @@ from coterie.data.examples import load_examples
 from coterie.data.unlike import UNLIKE
 from coterie.errors import CoterieError
 from coterie.features.growing_text import FeatureExtractor
-from coterie.methods.elrea.fitted_routers import Seen, calibrated
+from coterie.methods.elrea.refusing import Seen, calibrated
 from coterie.routers.base import Router, RouterParts, Routing
 from coterie.routers.centroid import CentroidRouter, fold
+from coterie.routers.derived import DerivedRouter, keep_top
 from coterie.routers.familiarity import Familiarity, Nearest
 from coterie.routers.fixed import FixedRouter
 from coterie.routers.loss import CrossFitLosses
@@ -280,6 +281,16 @@ def test_strangers_that_hide_among_the_rows_of_a_loose_kind_are_told_once_some_o
         assert float((familiarity(own) >= low).float().mean()) == pytest.approx(0.9, abs=0.05)
 
 
+def test_a_row_is_not_compared_with_strangers_that_are_made_of_it():
+    rows, strangers = normal(12, 8, seed=1), normal(6, 8, seed=2)
+    made_of = torch.zeros(12, 6, dtype=torch.bool)
+    made_of[:5, :2] = True
+    found = Familiarity.of(rows, strangers=strangers).compare(rows, made_of)[0]
+    for known, own in ((strangers[2:], slice(0, 5)), (strangers, slice(5, 12))):
+        torch.testing.assert_close(found[own], Familiarity.of(rows, strangers=known)(rows)[own])
+    assert not torch.equal(found, Familiarity.of(rows, strangers=strangers)(rows))
+
+
 def test_the_scale_of_features_does_not_matter():
     rows, prompts = normal(20, 16, seed=1), normal(3, 16, seed=2)
     torch.testing.assert_close(Familiarity.of(7 * rows)(7 * prompts), Familiarity.of(rows)(prompts))
@@ -350,8 +361,16 @@ def test_a_fallback_that_the_router_does_not_know_joins_its_experts():
     assert found.row(1) == {"a": 0.0, "b": 0.0, "backbone": 1.0}
 
 
-def test_caution_can_be_changed_afterwards_and_off_is_the_router_itself(wrapped):
-    assert wrapped.with_caution(None) is wrapped.router
+def test_without_its_refusal_a_router_weighs_every_prompt_as_its_refusal_does_a_familiar_one():
+    """Weights that do not sum to 1 would be another mixture where experts meet in the layers."""
+    router = keep_top(FixedRouter({"a": 0.5, "b": 0.3, "base": 0.2}), 2)
+    familiarity, read = Familiarity(torch.eye(2), torch.ones(2)), described(torch.tensor([[1.0, 1.0]]))
+    refusing = RefusalRouter(router, familiarity, Calibration(INSIDE, NOTHING), "base", extractor=read)
+    for found in (refusing.route([PROMPT]), refusing.with_caution(None).route([PROMPT])):
+        assert found.row(0) == {"a": pytest.approx(0.625), "b": pytest.approx(0.375), "base": 0.0}
+
+
+def test_caution_can_be_changed_afterwards(wrapped):
     assert wrapped.with_caution(1.0).limits.familiarity == math.inf
     with pytest.raises(CoterieError, match="caution is the share .* from 0 to 1; got 1.5"):
         wrapped.with_caution(1.5)
@@ -454,7 +473,8 @@ def test_fitted_routers_refuse_by_default_and_eval_can_turn_it_off(grid):
     for method in ("elrea-refusing", "loss-routing", "prefill"):
         refusing = grid.cell(method).router
         assert isinstance(refusing, RefusalRouter) and refusing.fallback == "base"
-        assert grid.cell(f"{method}:caution=off").router is refusing.router
+        off = grid.cell(f"{method}:caution=off").router
+        assert isinstance(off, DerivedRouter) and off.normalised and off.router is refusing.router
         assert grid.cell(f"{method}:caution=.3").router.caution == 0.3
     with pytest.raises(CoterieError, match="'elrea:caution=2' is no variant"):
         grid.cell("elrea:caution=2")

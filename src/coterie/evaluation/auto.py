@@ -30,6 +30,7 @@ from coterie.methods.common import Data, assign_folds, hash_examples, named_sour
 from coterie.methods.elrea import fitted_routers
 from coterie.methods.elrea.extras import EXTRAS
 from coterie.methods.elrea.fit import Prepared, fit_experts, prepare, work_of
+from coterie.methods.elrea.refusing import UNLIKE_ROWS
 from coterie.methods.elrea.run import ElreaRun, within_budget
 from coterie.methods.extras import load_extra, prepare_extras, read_losses
 from coterie.mixture import Mixture
@@ -84,7 +85,7 @@ def fit_auto(settings: AutoSettings, examples: list[Example] | None = None) -> M
     backbone, prompts, kept, inputs = ranks.each(lambda: _prepare(settings, examples))
     with run_folder(output, settings, inputs) as run, whole(settings.command, _work(settings, len(kept.rows))):
         mixture = fit_experts(run, settings, backbone, prompts, kept)
-        unlike = hash_examples(load_all([settings.unlike], fitted_routers.UNLIKE_ROWS)) if settings.unlike else None
+        unlike = hash_examples(load_all([settings.unlike], UNLIKE_ROWS)) if settings.unlike else None
         judged_from = {"mixture": hash_mixture(run.path), "judge_folds": settings.judge_folds, "unlike": unlike}
         run.claim(METHODS, judged_from)
         how = ExtrasSettings(judge_folds=settings.judge_folds, unlike=settings.unlike)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from coterie.evaluation.choice import chance
 from coterie.experts.names import BASE
-from coterie.methods.elrea import fitted_routers
-from coterie.methods.elrea.fitted_routers import HeldOut, UnlikeRows, unseen_weights
+from coterie.methods.elrea import fitted_routers, refusing
+from coterie.methods.elrea.fitted_routers import HeldOut, unseen_weights
+from coterie.methods.elrea.refusing import UnlikeRows
 from coterie.methods.elrea.run import ElreaRun
 from coterie.methods.elrea.score_tables import Described, ariadne_of, avengers_of, lorauter_of
 from coterie.methods.extras import load_extra
@@ -57,7 +58,7 @@ def ways(run: ElreaRun, losses: CrossFitLosses, caution: float) -> Iterator[Way]
 
     The single best expert looks at none, unless it is significantly worse than the base adapter on unlike rows.
     """
-    names, unlike, seen = losses.experts, fitted_routers.unlike_rows(run), fitted_routers.seen_by(run)
+    names, unlike, seen = losses.experts, refusing.unlike_rows(run), refusing.seen_by(run)
     alone = one_hot(BASE, names)
     yield Way(BASE, alone, _same(alone, len(losses.nll)), 1.0)
     for name, (router, read, inside, outside) in _tried(run, losses, unlike).items():
@@ -72,7 +73,7 @@ def ways(run: ElreaRun, losses: CrossFitLosses, caution: float) -> Iterator[Way]
                 own = Routing(names, own).top(top).normalized().weights
                 outer = outer.top(top).normalized()
             sides = (own, losses), (outer.aligned(names).weights, unlike.losses)
-            refusal = fitted_routers.calibrated(cut, seen, *sides, caution)
+            refusal = refusing.calibrated(cut, seen, *sides, caution)
             answered = refusal.calibration.inside.answered(refusal.limits)
             weights = torch.where(answered[:, None], own, _same(alone, len(own)))
             yield Way(name if top is None else f"{name}:top_k={top}", refusal, weights, 1 + read.cost)

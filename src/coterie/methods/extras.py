@@ -28,6 +28,7 @@ from coterie.artifacts import (
     read_run_record,
     sha256_of,
     write_json,
+    write_tensors,
 )
 from coterie.errors import CoterieError, naming
 from coterie.experts.bank import ExpertBank, load_bank
@@ -235,6 +236,11 @@ def load_extra(mixture: Mixture, name: str) -> Extra:
         parts = RouterParts(folder / "router", mixture.folder, mixture.backbone, known)
         router = load_router(record.router.plain(), parts) if record.router else None
     return Extra(bank, router, folder, record.seconds, record.settings)
+
+
+def write_losses(losses: CrossFitLosses, into: RunFolder) -> None:
+    """Write what `read_losses` reads into an extra's folder."""
+    write_tensors(into.path / LOSSES, {"nll": losses.nll, "pairs": losses.pairs, "tokens": losses.tokens})
 
 
 def read_losses(extra: Extra) -> CrossFitLosses:

@@ -74,13 +74,15 @@ class Familiarity(NamedTuple):
         """Return what `compare` does, without the nearest rows."""
         return self.compare(features)[0]
 
-    def compare(self, features: Float[Tensor, "row dimension"]) -> tuple[Float[Tensor, " row"], Nearest]:
+    def compare(
+        self, features: Float[Tensor, "row dimension"], made_of: Bool[Tensor, "row stranger"] | None = None
+    ) -> tuple[Float[Tensor, " row"], Nearest]:
         """Return how familiar prompts are, and the rows that are nearest to each.
 
         Familiarity is the logarithm of how much nearer the nearest rows are to their own nearest ones than to the
         prompt: about 0 for rows like these, and less for others. By `STRANGENESS` times as much it is less where the
         nearest stranger is nearer than the nearest row. A row that equals one of these, or a stranger, is not compared
-        with it: training rows are as familiar as new ones of their kind.
+        with it, nor with strangers that are made of it: training rows are as familiar as new ones of their kind.
         """
         if (width := self.rows.shape[1]) < features.shape[1]:
             features = fold(features, width)  # gradients, which mixtures of before compare in fewer dimensions
@@ -92,8 +94,10 @@ class Familiarity(NamedTuple):
         distance, spread, nearest = _near(distances, self.spread)
         found = (spread / distance).log()
         if self.strangers is not None:
-            own, strange = (_nearest(near) for near in (distances, _distances(features, self.strangers)))
-            found -= STRANGENESS * (own / strange).log().clamp(min=0)
+            strange = _distances(features, self.strangers)
+            if made_of is not None:
+                strange.masked_fill_(made_of, torch.inf)
+            found -= STRANGENESS * (_nearest(distances) / _nearest(strange)).log().clamp(min=0)
         return found.float(), nearest
 
     @classmethod

@@ -18,6 +18,7 @@ from coterie.data.batching import TokenRow
 from coterie.errors import CoterieError
 from coterie.features.growing_text import FeatureExtractor, GrowingFeatures, WholeTexts
 from coterie.routers.base import Router, RouterParts, Routing, Wrapper
+from coterie.routers.derived import DerivedRouter
 from coterie.routers.familiarity import Familiarity, Nearest
 from coterie.routers.feature import load_extractor
 from coterie.routers.loss import CrossFitLosses
@@ -228,13 +229,13 @@ class RefusalRouter(Wrapper):
         return Routing(names, torch.where(answered[:, None], weights, alone), routing.similarities)
 
     def with_caution(self, caution: float | None) -> Router:
-        """Return the router with another caution, or the one that never refuses (None).
+        """Return the router with another caution, or the wrapped one, scaled as here, which never refuses (None).
 
         Raises:
             CoterieError: when it is no share.
         """
         if caution is None:
-            return self.router
+            return DerivedRouter(self.router, normalised=True)
         known = self.familiarity, self.calibration, self.fallback
         return RefusalRouter(self.router, *known, caution, self.extractor, self.losses)
 

@@ -17,7 +17,7 @@ from coterie.experts.gates_training import train_gates
 from coterie.experts.names import BASE
 from coterie.features.subspace import strongest_directions
 from coterie.methods.common import ExpertJob, base_plan, origin, train_clusters, train_expert, train_experts
-from coterie.methods.elrea import fitted_routers, score_tables
+from coterie.methods.elrea import fitted_routers, refusing, score_tables
 from coterie.methods.elrea.run import ElreaRun
 from coterie.methods.extras import ExtraSpec, TrainedExtra
 from coterie.progress import EMBEDDING, TRAINING, part, whole
@@ -176,7 +176,7 @@ def _judged_work(run: ElreaRun) -> float:
 
 def _unlike_work(run: ElreaRun) -> float:
     """Some rows are scored by all experts; how many is known when they are read."""
-    return fitted_routers.UNLIKE_ROWS / 4 * len(run.mixture.bank)
+    return refusing.UNLIKE_ROWS / 4 * len(run.mixture.bank)
 
 
 def _embedding_work(run: ElreaRun) -> float:
@@ -206,7 +206,7 @@ EXTRAS: dict[str, ExtraSpec[ElreaRun]] = {
     "random-weights": ExtraSpec(_random_weights, _little_work),
     ONE_LORA: ExtraSpec(_one_lora, _cluster_work, together=True),
     "judged": ExtraSpec(fitted_routers.judged, _judged_work, ("judge_folds",), together=True),
-    "unlike": ExtraSpec(fitted_routers.unlike, _unlike_work, ("unlike",), together=True),
+    "unlike": ExtraSpec(refusing.unlike, _unlike_work, ("unlike",), together=True),
     "routing": ExtraSpec(fitted_routers.routing, _little_work),
     "membership": ExtraSpec(fitted_routers.membership, _little_work),
     "performance": ExtraSpec(fitted_routers.performance, _little_work, needs=("judged",)),

@@ -16,30 +16,25 @@ from torch import Tensor
 
 from coterie import ranks
 from coterie.artifacts import RunFolder, read_floats, write_tensors
-from coterie.data.batching import check_lengths
-from coterie.data.examples import load_all
-from coterie.data.unlike import UNLIKE
 from coterie.experts.names import BASE
 from coterie.features.growing_text import FeatureExtractor
-from coterie.features.prefill import POOLINGS, candidate_layers, middle_layers, prefill_states, side_by_side
+from coterie.features.prefill import POOLINGS, candidate_layers, prefill_states
 from coterie.methods.common import assign_folds
-from coterie.methods.elrea.cross_fit import cross_fit, score_pairs
+from coterie.methods.elrea.cross_fit import cross_fit
+from coterie.methods.elrea.refusing import calibrated, seen_by, unlike_rows
 from coterie.methods.elrea.run import ElreaRun
-from coterie.methods.extras import LOSSES, TrainedExtra, load_extra, read_losses
+from coterie.methods.extras import TrainedExtra, load_extra, read_losses, write_losses
 from coterie.routers.base import Router
 from coterie.routers.centroid import CentroidRouter, centroids_by_best, centroids_of
 from coterie.routers.distilled import DistilledRouter, Learnt, distil, misplaced
-from coterie.routers.familiarity import Familiarity, Nearest, kept_rows
-from coterie.routers.feature import middle_extractor, prefill_extractor
+from coterie.routers.feature import prefill_extractor
 from coterie.routers.loss import FOLDS, CrossFitLosses, LossRouter, fit_loss_router
 from coterie.routers.membership import MembershipRouter, leave_one_out_scale
-from coterie.routers.refusal import CAUTION, Calibration, Observed, RefusalRouter, support
+from coterie.routers.refusal import RefusalRouter
 
 logger = logging.getLogger(__name__)
 
-JUDGED, UNFAMILIAR = "judged", "unlike"
-FEATURES, HELD_OUT = "features.safetensors", "held-out.safetensors"
-UNLIKE_ROWS = 200  # of an out-of-domain sample that are scored at most
+JUDGED, HELD_OUT = "judged", "held-out.safetensors"
 
 
 def judged(run: ElreaRun, into: RunFolder, keep: Path | None = None) -> TrainedExtra:
@@ -48,7 +43,7 @@ def judged(run: ElreaRun, into: RunFolder, keep: Path | None = None) -> TrainedE
     The copies are gone then, unless they are to be moved to a folder that keeps them.
     """
     losses = cross_fit(run, into)
-    _write_losses(losses, into)
+    write_losses(losses, into)
 
     def put_away() -> None:
         if keep is None:
@@ -59,124 +54,6 @@ def judged(run: ElreaRun, into: RunFolder, keep: Path | None = None) -> TrainedE
 
     ranks.by_first(put_away)
     return TrainedExtra({}, None, {"judged": list(losses.experts), "best_single": losses.best_single()})
-
-
-def unlike(run: ElreaRun, into: RunFolder) -> TrainedExtra:
-    """Measure the experts' losses, and read features, on rows that are unlike the training data."""
-    examples = load_all([run.extras.unlike or str(UNLIKE)], UNLIKE_ROWS)
-    mixture = run.mixture
-    rows = [mixture.prompts.row(example) for example in examples]
-    check_lengths(rows, mixture.backbone.positions, [f"unlike row {example.id}" for example in examples])
-    losses = CrossFitLosses(mixture.bank.names, **score_pairs(mixture, rows, "unlike rows"))
-    _write_losses(losses, into)
-    prompts = [row.prompt() for row in rows]
-    layers, middle = candidate_layers(mixture.backbone), middle_layers(mixture.backbone)
-    states = prefill_states(mixture.backbone, prompts, layers)
-    features = {
-        "gradients": run.router.features(prompts),
-        "states": states,
-        "kinds": side_by_side(states[:, [layers.index(layer) for layer in middle]]),
-        "known_kinds": middle_extractor(mixture.backbone, middle)([row.prompt() for row in run.kept.rows]),
-    }
-    write_tensors(into.path / FEATURES, features)
-    return TrainedExtra({}, None, {JUDGED: list(losses.experts)})
-
-
-def _write_losses(losses: CrossFitLosses, into: RunFolder) -> None:
-    write_tensors(into.path / LOSSES, {"nll": losses.nll, "pairs": losses.pairs, "tokens": losses.tokens})
-
-
-class UnlikeRows(NamedTuple):
-    """Rows that are unlike the training data.
-
-    Attributes:
-        losses: of the experts.
-        expected: whether prompts like these are to come, as they were given; those that come along are a mere sample.
-        gradients: their gradient features.
-        states: those of their prefill.
-        kinds: those of the middle of the model, which tell a kind of text.
-        known_kinds: the same of the training rows.
-    """
-
-    losses: CrossFitLosses
-    expected: bool
-    gradients: Float[Tensor, "row dimension"]
-    states: Float[Tensor, "row layer pooling width"]
-    kinds: Float[Tensor, "row dimension"]
-    known_kinds: Float[Tensor, "known dimension"]
-
-
-def unlike_rows(run: ElreaRun) -> UnlikeRows:
-    """Read what the extra of this name has measured."""
-    extra = load_extra(run.mixture, UNFAMILIAR)
-    losses = read_losses(extra)
-    count = len(losses.tokens)
-    wanted = {"gradients": (count, None), "states": (count, None, len(POOLINGS), None), "kinds": (count, None)}
-    wanted["known_kinds"] = (len(run.kept.rows), None)
-    expected = extra.settings.get("unlike") is not None
-    return UnlikeRows(losses, expected, **read_floats(extra.folder / FEATURES, wanted, f"delete {extra.folder}"))
-
-
-# ------------------------------------------------------------------------------------------------ refusing prompts
-
-
-class Seen(NamedTuple):
-    """How familiar rows that a refusal is calibrated on are, and what tells it of prompts.
-
-    Attributes:
-        extractor: of the kind of text that a prompt is.
-        familiarity: the training rows.
-        inside: how familiar each of these is, and the others that are nearest to it.
-        outside: the same of the unlike ones.
-    """
-
-    extractor: FeatureExtractor
-    familiarity: Familiarity
-    inside: tuple[Float[Tensor, " row"], Nearest]
-    outside: tuple[Float[Tensor, " other"], Nearest]
-
-    @classmethod
-    def of(cls, extractor: FeatureExtractor, unlike: UnlikeRows) -> "Seen":
-        """Compare all rows with the training rows.
-
-        Where prompts like the unlike rows are to come, all are compared with those, too; a sample of all there is would
-        rather part rows of its own kinds from the training data.
-        """
-        known, other = unlike.known_kinds, unlike.kinds
-        familiarity = Familiarity.of(known, strangers=other if unlike.expected else None)
-        return cls(extractor, familiarity, familiarity.compare(known), familiarity.compare(other))
-
-
-def seen_by(run: ElreaRun) -> Seen:
-    """Return what tells how familiar a prompt is to a run."""
-    backbone = run.mixture.backbone
-    return Seen.of(middle_extractor(backbone, middle_layers(backbone)), unlike_rows(run))
-
-
-def calibrated(
-    router: Router,
-    seen: Seen,
-    inside: tuple[Float[Tensor, "row expert"], CrossFitLosses],
-    outside: tuple[Float[Tensor, "other expert"], CrossFitLosses],
-    caution: float = CAUTION,
-) -> RefusalRouter:
-    """Wrap a router so that prompts for which it is not borne out go to the base adapter.
-
-    Args:
-        router: to wrap.
-        seen: how familiar the rows are.
-        inside: of the training rows: weights of routers that did not see the row, and losses.
-        outside: the same of unlike rows.
-        caution: the share of its gain inside that the mixture may lose.
-    """
-    known = inside[1].take(kept_rows(len(inside[1].tokens)))
-
-    def observed(side: tuple[Tensor, CrossFitLosses], compared: tuple[Tensor, Nearest]) -> Observed:
-        (weights, losses), (familiarity, nearest) = side, compared
-        return Observed(familiarity, losses.gain(weights, BASE), support(known, BASE, weights, nearest))
-
-    calibration = Calibration(observed(inside, seen.inside), observed(outside, seen.outside))
-    return RefusalRouter(router, seen.familiarity, calibration, BASE, caution, seen.extractor, known)
 
 
 def _tell_refusals(router: RefusalRouter) -> None:
