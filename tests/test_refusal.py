@@ -21,7 +21,7 @@ from coterie.routers.derived import DerivedRouter, keep_top
 from coterie.routers.familiarity import Familiarity, Nearest
 from coterie.routers.fixed import FixedRouter
 from coterie.routers.loss import CrossFitLosses
-from coterie.routers.refusal import Calibration, Limits, Observed, RefusalRouter, support
+from coterie.routers.refusal import Calibration, Observed, RefusalRouter, support
 from coterie.routers.table import load_router
 from coterie.routers.token import TokenLevel
 from helpers import normal
@@ -37,22 +37,26 @@ def observed(*pairs: tuple[float, float]) -> Observed:
 # ---------------------------------------------------------------------------------------------------- the threshold
 
 INSIDE = observed((0.5, 1.0), (0.6, 1.0), (0.7, 4.0), (0.8, 4.0))
-"""A gain of 10 nats: 10% of it may go with the first row, 20% with the first two."""
+"""Rows on which much is gained, most of it on the most familiar ones."""
 
 
 @pytest.mark.parametrize(
     ("caution", "wanted"),
-    [(0.0, 0.5), (0.05, 0.5), (0.1, 0.6), (0.2, 0.7), (0.6, 0.8), (0.99, 0.8), (1.0, math.inf)],
+    [(0.0, 0.5), (0.24, 0.5), (0.25, 0.6), (0.5, 0.7), (0.6, 0.7), (0.99, 0.8), (1.0, math.inf)],
 )
-def test_where_nothing_outside_is_known_as_much_is_given_up_as_caution_allows(caution, wanted):
+def test_where_nothing_outside_is_known_caution_is_the_share_of_the_rows_that_is_left(caution, wanted):
     assert Calibration(INSIDE, NOTHING).limits(caution).familiarity == pytest.approx(wanted)
+    ten = observed(*((place / 10, 1.0) for place in range(10)))
+    assert Calibration(ten, NOTHING).limits(caution).familiarity == pytest.approx(
+        math.inf if caution == 1 else int(10 * caution) / 10
+    )
 
 
-def test_harm_outside_moves_the_threshold_above_it_as_far_as_the_gain_inside_allows():
-    """The rows outside lie at 0.1 and 0.65: the second can be refused for a fifth of the gain, not for a tenth."""
+def test_harm_outside_moves_the_threshold_above_it_as_far_as_the_rows_inside_allow():
+    """The rows outside lie at 0.1 and 0.65: the second can be refused for two of the four rows, not for one."""
     outside = observed((0.1, -1.0), (0.65, -1.0))
-    found = {caution: Calibration(INSIDE, outside).limits(caution).familiarity for caution in (0.1, 0.2)}
-    assert found == pytest.approx({0.1: 0.6, 0.2: (0.65 + 0.7) / 2})
+    found = {caution: Calibration(INSIDE, outside).limits(caution).familiarity for caution in (0.25, 0.5)}
+    assert found == pytest.approx({0.25: 0.6, 0.5: (0.65 + 0.7) / 2})
 
 
 def test_the_threshold_lies_in_the_middle_of_the_gap_between_what_helps_and_what_harms():
@@ -93,10 +97,10 @@ def test_on_made_up_domains_the_gain_inside_stays_and_the_harm_outside_goes(caut
 
 
 def test_one_row_with_much_of_the_gain_does_not_open_the_door_to_all_strangers():
-    """A gain of 20 nats, of which 3 are on the least familiar row: by the gain alone nothing may be given up."""
+    """A gain of 20 nats, of which 3 are on the least familiar row."""
     inside = observed((0.0, 3.0), *((1 + place / 100, 17 / 19) for place in range(19)))
-    found = {caution: Calibration(inside, NOTHING).limits(caution).familiarity for caution in (0.0, 0.1)}
-    assert found == pytest.approx({0.0: 0.0, 0.1: 1.0})
+    found = {caution: Calibration(inside, NOTHING).limits(caution).familiarity for caution in (0.0, 0.05, 0.1)}
+    assert found == pytest.approx({0.0: 0.0, 0.05: 1.0, 0.1: 1.01})
 
 
 # ------------------------------------------------------------------------------------------------------------ support
@@ -133,47 +137,20 @@ def test_support_is_in_nats_of_whole_rows_and_of_rows_that_are_there():
     assert found == pytest.approx([mean / error, 7 * 0.5 / 1e-3, 0.0])
 
 
-def three(*supports: float) -> Observed:
-    """As familiar rows, of which the first two have four fifths of a gain of 10 nats."""
-    return Observed(torch.ones(4), torch.tensor([4.0, 4.0, 1.0, 1.0]), torch.tensor([*supports, -1.0]))
+def test_a_prompt_has_to_be_as_familiar_as_is_asked_and_borne_out_by_more_than_a_standard_error():
+    """Of mixtures of before nobody's support is known, so nobody is asked for it."""
+    seen = Observed(torch.tensor([0.6, 0.6, 0.6, 0.5]), torch.ones(4), torch.tensor([1.01, 1.0, -2.0, 9.0]))
+    limits = Calibration(seen, NOTHING).limits(0.25)
+    assert limits == pytest.approx((0.6, 1.0))
+    assert seen.answered(limits).tolist() == [True, False, False, False]
+    assert seen._replace(support=None).answered(limits).tolist() == [True, True, True, False]
 
 
-HARMED = Observed(torch.ones(3), torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([1.5, 0.5, -0.5]))
-"""Rows outside that are as familiar as those inside."""
-
-
-@pytest.mark.parametrize(
-    ("supports", "wanted"),
-    [
-        ((2.0, 2.0, 2.0), 1.0),  # a tenth of the gain is on the row that nothing bears out
-        ((2.0, 0.5, 2.0), 0.0),
-        ((2.0, -0.5, 2.0), -math.inf),
-    ],
-)
-def test_where_it_spares_rows_outside_support_is_asked_as_strictly_as_the_gain_inside_allows(supports, wanted):
-    assert Calibration(three(*supports), HARMED).limits(0.1) == Limits(1.0, wanted)
-
-
-def test_support_that_spares_nobody_outside_is_not_asked_where_it_costs_something():
-    """Both rows outside are borne out beyond doubt, or nothing harms them."""
-    for outside in (HARMED._replace(support=torch.full((3,), 9.0)), HARMED._replace(gain=torch.ones(3)), NOTHING):
-        assert Calibration(three(2.0, 2.0, 2.0), outside).limits(0.1).support == -math.inf
-
-
-def test_what_support_costs_familiarity_may_not_cost_again():
-    """The fourth row is not borne out: the tenth of the gain is spent, and the third cannot be given up as well."""
-    inside = Observed(*torch.tensor([[0.9, 0.8, 0.5, 0.7], [4.0, 4.0, 1.0, 1.0], [2.0, 2.0, 2.0, -1.0]]))
-    outside = Observed(*torch.tensor([[0.95], [-1.0], [0.5]]))
-    assert Calibration(inside, outside).limits(0.1) == pytest.approx((0.5, 1.0))
-    inside, outside = (own._replace(support=None) for own in (inside, outside))
-    assert Calibration(inside, outside).limits(0.1) == pytest.approx((0.7, -math.inf))
-
-
-def test_support_that_spares_all_rows_outside_does_not_lower_the_familiarity_that_is_asked():
-    """Nothing is harmed any more, by what nothing bears out; other strangers may be borne out by chance."""
-    inside = INSIDE._replace(support=torch.full((4,), 2.0))
+def test_what_nothing_bears_out_does_not_lower_the_familiarity_that_is_asked():
+    """Nothing outside is harmed any more; other strangers may be borne out by chance."""
     outside = Observed(*torch.tensor([[0.2, 0.9], [-1.0, -1.0], [0.5, 0.5]]))
-    assert Calibration(inside, outside).limits(0.1) == pytest.approx((0.6, 1.0))
+    inside = INSIDE._replace(support=torch.full((4,), 2.0))
+    assert Calibration(inside, outside).limits(0.25) == pytest.approx((0.6, 1.0))
 
 
 def test_a_prompt_among_rows_on_which_its_weights_lose_goes_to_the_fallback(monkeypatch):

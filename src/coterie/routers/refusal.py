@@ -1,8 +1,8 @@
 """Knowing when to say no: a wrapper that gives a prompt to one expert alone where the mixture is not borne out.
 
-A mixture answers a prompt that is familiar (`familiarity.py`), and by weights that gained over that expert on the
-training rows which are nearest to it. How familiar a prompt has to be is calibrated on what the mixture gained: on rows
-like the training data, by copies that were not trained on them, and on unlike ones.
+A mixture answers a prompt that is familiar (`familiarity.py`), by weights that gained over that expert on the training
+rows which are nearest to it, by copies that were not trained on them. How familiar a prompt has to be is calibrated on
+rows like the training data, and on what the mixture harmed of unlike ones.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -24,12 +24,13 @@ from coterie.routers.feature import load_extractor
 from coterie.routers.loss import CrossFitLosses
 
 CAUTION = 0.1
-"""The share of its gain on familiar rows that a mixture may lose by staying out."""
+"""The share of rows like the training data that a mixture leaves as unfamiliar."""
 HARM = 1e-3
 """Nats by which a row counts as harmed: less is rounding."""
 LOSSES = ("nll", "pairs", "tokens")
-SUPPORTS = (1.0, 0.0)
-"""Standard errors by which a prompt's weights may have to gain on the nearest rows, where it is worth what it costs."""
+SUPPORT = 1.0
+"""Standard errors by which a prompt's weights have to gain on the nearest rows: less is told from none by nobody."""
+ROUNDING = 1e-9
 
 
 def support(
@@ -85,11 +86,6 @@ class Observed(NamedTuple):
         """Tell which rows the mixture answers."""
         return limits.met(self.familiarity, self.support)
 
-    def gain_above(self, thresholds: Float[Tensor, " threshold"], needed: float) -> Float[Tensor, " threshold"]:
-        """Return what is gained where the mixture answers the supported rows from each familiarity up."""
-        answered = (self.familiarity >= thresholds[:, None]) & self.answered(Limits(-torch.inf, needed))
-        return (answered * self.gain.double()).sum(dim=1)
-
 
 class Calibration(NamedTuple):
     """What a refusal is calibrated on: rows like the training data, and unlike ones (there may be none)."""
@@ -98,43 +94,26 @@ class Calibration(NamedTuple):
     outside: Observed
 
     def limits(self, caution: float) -> Limits:
-        """Return what the mixture answers: of the limits for each support that may be asked, those of the least harm.
+        """Return what a prompt has to have, by how familiar the rows are.
 
-        Asking for support may cost `caution` of the gain on the rows inside. The least harm is that to the rows
-        outside; of equal ones those are taken that gain the most inside. Where nothing is gained inside, nothing is
-        answered (inf).
+        The least familiarity leaves the share `caution` of the rows inside unfamiliar. It is lowered to the middle
+        between that and the most familiar of the outside rows that the mixture harms, supported or not, where all of
+        these lie below; where it harms none of them, everything is answered that is as familiar as anything that was
+        seen. What it helps outside counts for nothing: the sample is small, and refusing is cheap. Where nothing is
+        gained inside, nothing is answered (inf).
         """
-        total = float(self.inside.gain.double().sum())
-        if total <= 0:
-            return Limits(torch.inf, -torch.inf)
-        every, least = torch.tensor([-torch.inf]), (1 - caution) * total * (1 - 1e-9)
-        asked = [own for own in (-torch.inf, *SUPPORTS) if float(self.inside.gain_above(every, own)) >= least]
-
-        def harm(limits: Limits) -> tuple[float, float]:
-            inside, outside = (own.gain.double()[own.answered(limits)] for own in self)
-            return -float(outside.clamp(max=0).sum()), -float(inside.sum())
-
-        return min((Limits(self._familiarity(own, least, caution), own) for own in asked), key=harm)
-
-    def _familiarity(self, needed: float, least: float, caution: float) -> float:
-        """Return the familiarity from which on rows of this support are answered.
-
-        The highest one may leave `least` of the gain inside, or the share `caution` of these rows: most of a gain is on
-        few rows, and some of them that are unfamiliar would say that all strangers be answered. It is lowered to the
-        middle between that and the most familiar of the outside rows that the mixture harms, supported or not, where
-        all of these lie below; where it harms none of them, everything is answered that is as familiar as anything
-        that was seen. What it helps outside counts for nothing: the sample is small, and refusing is cheap.
-        """
-        familiarity, outside = self.inside.familiarity, self.outside
-        places = torch.cat([familiarity.unique(), torch.tensor([torch.inf])])
-        dearest = float(places[self.inside.gain_above(places, needed) >= least].max())
-        highest = max(dearest, float(familiarity.quantile(caution, interpolation="lower")))
-        if not len(outside.gain):
-            return highest
-        harmed = outside.familiarity[outside.gain < -HARM]
-        if not len(harmed):
-            return float(torch.cat([familiarity, outside.familiarity]).min())
-        return (highest + min(float(harmed.max()), highest)) / 2
+        familiarity, outside = self.inside.familiarity.sort().values, self.outside
+        left = int(caution * len(familiarity) + ROUNDING)
+        if float(self.inside.gain.double().sum()) <= 0 or left >= len(familiarity):
+            return Limits(torch.inf, SUPPORT)
+        least = float(familiarity[left])
+        if len(outside.gain):
+            harmed = outside.familiarity[outside.gain < -HARM]
+            if len(harmed):
+                least = (least + min(float(harmed.max()), least)) / 2
+            else:
+                least = float(torch.cat([familiarity, outside.familiarity]).min())
+        return Limits(least, SUPPORT)
 
 
 class RefusalRouter(Wrapper):
@@ -161,7 +140,7 @@ class RefusalRouter(Wrapper):
             familiarity: the training rows.
             calibration: what the limits are chosen by.
             fallback: the expert that gets all of an unfamiliar prompt.
-            caution: the share of its gain on familiar rows that the mixture may lose by staying out.
+            caution: the share of rows like the training data that is left as unfamiliar.
             extractor: of the features that are compared; None for those that the router reads itself.
             losses: of the experts on the rows that are compared; None in mixtures of before, which ask no support.
 
@@ -175,7 +154,9 @@ class RefusalRouter(Wrapper):
                 "take a router of prompts"
             )
         if not 0 <= caution <= 1:
-            raise CoterieError(f"caution is the share of the gain that may be lost, from 0 to 1; got {caution:g}")
+            raise CoterieError(
+                f"caution is the share of rows that is left to the fallback, from 0 to 1; got {caution:g}"
+            )
         if losses and len(losses.nll) != len(familiarity.rows):
             raise CoterieError(f"losses of {len(losses.nll)} rows do not fit {len(familiarity.rows)} familiar ones")
         super().__init__(router)

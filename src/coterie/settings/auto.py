@@ -44,7 +44,7 @@ class AutoSettings(ElreaSettings):
         None, description="rows unlike the training data, by which the mixture learns to refuse; default: 56 of ours"
     )
     caution: float = Field(
-        0.1, ge=0, le=1, description="share of its gain, or of rows like its own, that may be left to the base adapter"
+        0.1, ge=0, le=1, description="share of rows like its own that is left to the base adapter as unfamiliar"
     )
     budget: int | None = Field(
         None, ge=1, description="tokens to train on, at most, the copies that judge included; fewer rows are used then"

@@ -152,7 +152,7 @@ def calibrated(
         seen: how familiar the rows are.
         inside: of the training rows: weights of routers that did not see the row, and losses.
         outside: the same of unlike rows.
-        caution: the share of its gain inside that the mixture may lose.
+        caution: the share of the rows inside that is left as unfamiliar.
     """
     known = inside[1].take(kept_rows(len(inside[1].tokens)))
 
