@@ -24,7 +24,7 @@ from coterie.routers.feature import middle_extractor
 from coterie.routers.loss import CrossFitLosses
 from coterie.routers.refusal import CAUTION, Calibration, Observed, RefusalRouter, support
 
-FEATURES, CROSSING, CROSSED = "features.safetensors", "crossing_kinds", "crossed"
+FEATURES, CROSSING_KINDS, CROSSED = "features.safetensors", "crossing_kinds", "crossed"
 UNLIKE_ROWS = 200  # of an out-of-domain sample that are scored at most
 
 
@@ -52,7 +52,7 @@ def unlike(run: ElreaRun, into: RunFolder) -> TrainedExtra:
         "known_kinds": kind_of([row.prompt() for row in run.kept.rows]),
     }
     if short := {pair: row for pair, row in crossing.items() if len(row.ids) <= most}:
-        features |= {CROSSING: kind_of(list(short.values())), CROSSED: torch.tensor(list(short)).float()}
+        features |= {CROSSING_KINDS: kind_of(list(short.values())), CROSSED: torch.tensor(list(short)).float()}
     write_tensors(into.path / FEATURES, features)
     return TrainedExtra({}, None, {"judged": list(losses.experts)})
 
@@ -93,13 +93,15 @@ def unlike_rows(run: ElreaRun) -> UnlikeRows:
     losses = read_losses(extra)
     count = len(losses.tokens)
     wanted = {"gradients": (count, None), "states": (count, None, len(POOLINGS), None), "kinds": (count, None)}
-    wanted |= {"known_kinds": (len(run.kept.rows), None), CROSSING: (None, None), CROSSED: (None, 2)}
+    wanted |= {"known_kinds": (len(run.kept.rows), None), CROSSING_KINDS: (None, None), CROSSED: (None, 2)}
     expected = extra.settings.get("unlike") is not None
-    found = read_floats(extra.folder / FEATURES, wanted, f"delete {extra.folder}", optional=[CROSSING, CROSSED])
+    found = read_floats(extra.folder / FEATURES, wanted, f"delete {extra.folder}", optional=[CROSSING_KINDS, CROSSED])
     crossed = found.get(CROSSED, torch.zeros(0, 2))
-    if len(crossed) != len(found.get(CROSSING, ())) or bool(((crossed < 0) | (crossed >= len(run.kept.rows))).any()):
+    if len(crossed) != len(found.get(CROSSING_KINDS, ())) or bool(
+        ((crossed < 0) | (crossed >= len(run.kept.rows))).any()
+    ):
         raise CoterieError(f"{extra.folder / FEATURES} does not tell what crosses its rows; delete {extra.folder}")
-    return UnlikeRows(losses, expected, **{CROSSING: found["kinds"][:0], **found, CROSSED: crossed})
+    return UnlikeRows(losses, expected, **{CROSSING_KINDS: found["kinds"][:0], **found, CROSSED: crossed})
 
 
 class Seen(NamedTuple):
