@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence_rows import MIXES, TARGETS, UNLIKE
-from evidence_steps import PARTS, Plan, Step, fits, sides
+from evidence_steps import METHODS, PARTS, Plan, Step, fits, sides
 from evidence_tables import PAIRS, PAPER, table, table_of_tasks
 
 ROOM = 60  # seconds before the end in which no further step begins
@@ -71,7 +71,7 @@ def tables(plan: Plan, part: str) -> Iterator[str]:
 def compared(plan: Plan, part: str) -> Iterator[tuple[Any, ...]]:
     """Yield a part's tables: title, folder without the seed, control, and what else `table` is told."""
     if part in (*MIXES, "unlike"):
-        for side in sides(UNLIKE if part == "unlike" else part):
+        for side in sides(UNLIKE) if part == "unlike" else sides(part, plan.flags.draw):
             paper = PAPER if (part, side) == ("maths", "inside") else {}
             yield f"{part}, {side}", side, "base", *((PAIRS, paper) if part in MIXES else ())
     if part == "domains":
@@ -104,6 +104,10 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--train", type=int, default=300, help="rows that a mix is trained on, or chosen from")
     parser.add_argument("--test", type=int, default=300, help="rows of each test")
+    parser.add_argument(
+        "--draw", type=int, default=0, help="of the mixes' tests: 1, 2, ... are other rows than any before"
+    )
+    parser.add_argument("--methods", default=",".join(METHODS), help="that mixes are compared by, `base` among them")
     parser.add_argument("--targets", default=",".join(TARGETS), help="tasks of kshot")
     parser.add_argument("--shots", default="5,20,50", help="numbers of examples of kshot")
     parser.add_argument("--budget", type=int, default=60, help="rows that kshot gathers and influence chooses")

@@ -117,22 +117,39 @@ def write(file: Path, rows: Rows) -> None:
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def write_mix(data: Path, place: Path, mix: Mix, seeds: Sequence[int], train: int, test: int) -> None:
-    """Write the test rows of a mix, the same for all seeds, then each seed's training rows."""
-    tested: set[str] = set()
-    for side in ("inside", "outside"):
-        rows = draw_evenly(data, getattr(mix, side), test, mix.longest, 0, tested)
-        tested |= {group(row) for row in rows}
-        write(place / f"{side}.jsonl", rows)
-        if mix.crosses and side == "inside":
-            by_domain = {name: [row for row in rows if row["source"] == name] for name in mix.inside}
-            write(place / "crossing.jsonl", crossing(by_domain, max(1, test // 25)))
+def named(side: str, draw: int) -> str:
+    """Return the name of a mix's test rows on a side: those of the first draw have the side's own."""
+    return f"{side}-draw{draw}" if draw else side
+
+
+def write_mix(data: Path, place: Path, mix: Mix, seeds: Sequence[int], train: int, test: int, draw: int = 0) -> None:
+    """Write the test rows of a mix, the same for all seeds, then each seed's training rows.
+
+    Test rows of another draw are written last, of what is neither among the first tests nor trained on by a seed.
+    """
+    known = _write_tests(data, place, mix, test, 0, set())
+    trained: set[str] = set()
     for seed in seeds:
-        rows = draw_evenly(data, mix.train, train, mix.longest, seed, tested)
+        rows = draw_evenly(data, mix.train, train, mix.longest, seed, known)
+        trained |= {group(row) for row in rows}
         write(place / f"train-{seed}.jsonl", rows)
         if mix.crosses:
             for name in mix.train:
                 write(place / f"train-{seed}" / f"{name}.jsonl", [row for row in rows if row["source"] == name])
+    if draw:
+        _write_tests(data, place, mix, test, draw, known | trained)
+
+
+def _write_tests(data: Path, place: Path, mix: Mix, test: int, draw: int, known: set[str]) -> set[str]:
+    """Write test rows of which no group is known yet; return the groups that are known then."""
+    for side in ("inside", "outside"):
+        rows = draw_evenly(data, getattr(mix, side), test, mix.longest, draw, known)
+        known = known | {group(row) for row in rows}
+        write(place / f"{named(side, draw)}.jsonl", rows)
+        if mix.crosses and side == "inside":
+            by_domain = {name: [row for row in rows if row["source"] == name] for name in mix.inside}
+            write(place / f"{named('crossing', draw)}.jsonl", crossing(by_domain, max(1, test // 25)))
+    return known
 
 
 def write_unlike(data: Path, place: Path, mix: Path, seeds: Sequence[int]) -> None:

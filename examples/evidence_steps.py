@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from evidence_rows import MIXES, UNLIKE, write_influence, write_kshot, write_mix, write_skills, write_unlike
+from evidence_rows import MIXES, UNLIKE, named, write_influence, write_kshot, write_mix, write_skills, write_unlike
 from task_bank import SETS
 
 from coterie.evaluation.kshot_auto import LEAST_SHOTS
@@ -61,9 +61,10 @@ def evaluated(plan: Plan, run: Path, rows: Path, output: Path, *told: str) -> St
     return Step(("eval", str(run), "--data", str(rows), "--output", str(output), *told, *plan.answers), output)
 
 
-def sides(part: str) -> tuple[str, ...]:
-    """Return the test rows that a mix has."""
-    return ("inside", "crossing", "outside") if MIXES[part].crosses else ("inside", "outside")
+def sides(part: str, draw: int = 0) -> list[str]:
+    """Return the names of the test rows that a mix has."""
+    crossing = ["crossing"] if MIXES[part].crosses else []
+    return [named(side, draw) for side in ("inside", *crossing, "outside")]
 
 
 def fitted(plan: Plan, part: str, seed: int, to: str = "", *told: str) -> Step:
@@ -75,15 +76,17 @@ def fitted(plan: Plan, part: str, seed: int, to: str = "", *told: str) -> Step:
 
 def mix_steps(plan: Plan, part: str) -> Iterator[Step]:
     """Yield for each seed a fit by evidence, each control by itself, and an evaluation on every side."""
-    write_mix(plan.data, plan.output / part, MIXES[part], plan.seeds, plan.flags.train, plan.flags.test)
-    place = plan.output / part
+    place, draw, compared = plan.output / part, plan.flags.draw, plan.flags.methods.split(",")
+    seeds = [int(seed) for seed in plan.flags.seeds.split(",")]  # no other draw has a row that any of them knows
+    write_mix(plan.data, place, MIXES[part], seeds, plan.flags.train, plan.flags.test, draw)
     for seed in plan.seeds:
         yield fitted(plan, part, seed)
         run = place / f"run-{seed}"
         for folder, methods in EXTRAS.items():
-            yield Step(("train-extras", str(run), "--methods", methods), run / "methods" / folder)
-        for side in sides(part):
-            told = ("--methods", ",".join(METHODS), "--control", "base")
+            if wanted := [name for name in methods.split(",") if name in compared]:
+                yield Step(("train-extras", str(run), "--methods", ",".join(wanted)), run / "methods" / folder)
+        for side in sides(part, draw):
+            told = ("--methods", plan.flags.methods, "--control", "base")
             yield evaluated(plan, run, place / f"{side}.jsonl", place / f"{side}-{seed}", *told)
 
 

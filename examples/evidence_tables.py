@@ -124,7 +124,8 @@ def _compared(
     adjusted = holm({" ".join(pair): sign_flip_test(*both, weights=weights) for pair, both in sides.items()})
     shares = alone and measure.name == "NLL" and {BASE, ORACLE} <= set(measure.values)
     head = [measure.name, "rows"] if alone else []
-    heads = ["", *head, "difference, 95%", "p", "of each seed", *(["of the oracle's gain"] if shares else [])]
+    heads = ["", *head, "difference, 95%", "p", "of each seed", *(["rows changed"] if alone else [])]
+    heads += ["of the oracle's gain"] if shares else []
     heads += ["paper, accuracy"] if paper else []
     lines = [[control, f"{measure.mean(control):.4f}", str(len(weights))]] if alone else []
     for pair, (own, rival) in sides.items():
@@ -134,6 +135,7 @@ def _compared(
         label = [pair[0], f"{measure.mean(pair[0]):.4f}", str(len(weights))] if alone else [f"{pair[0]} - {pair[1]}"]
         known = [_interval(own, rival, weights), f"{adjusted[' '.join(pair)]:.4f}"]
         line = [*label, *known, " ".join(f"{seed:+.4f}" for seed in seeds)]
+        line += [f"{(measure.values[pair[0]] != measure.values[control]).mean():.0%}"] if alone else []
         line += [_share(measure, pair[0])] if shares else []
         lines.append([*line, *([paper.get(pair[0], "")] if paper else [])])
     filled = [line + [""] * (len(heads) - len(line)) for line in lines]

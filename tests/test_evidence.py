@@ -55,7 +55,8 @@ def plan(tmp_path, evidence, rows_module):
         (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = argparse.Namespace(train=24, test=12, model="tiny", answers=0, budget=6, pool=20, minutes=9.0)
-    flags.targets, flags.shots = "svamp,piqa", "2,6"
+    flags.targets, flags.shots, flags.seeds, flags.draw = "svamp,piqa", "2,6", "0,1", 0
+    flags.methods = ",".join(sys.modules["evidence_steps"].METHODS)
     patched = pytest.MonkeyPatch()
     patched.setattr(rows_module, "BANK_ROWS", 10)
     yield sys.modules["evidence_steps"].Plan(tmp_path / "data", tmp_path / "out", flags, [0, 1])
@@ -83,6 +84,37 @@ def test_rows_are_even_over_the_sets_and_none_is_tested_that_was_trained_on(rows
         assert side in ("inside", "outside") or not tested & {rows_module.group(row) for row in rows}
     assert sides["train-0"] != sides["train-1"]
     assert before == write()
+
+
+@pytest.mark.parametrize("mix", ["maths", "domains"])
+def test_another_draw_of_tests_has_no_row_that_was_tested_or_that_any_seed_knows(rows_module, plan, mix):
+    rows_module.write_mix(plan.data, plan.output, rows_module.MIXES[mix], [0, 1], 16, 8)
+    first = {file.name: file.read_bytes() for file in plan.output.glob("*.jsonl")}
+    rows_module.write_mix(plan.data, plan.output, rows_module.MIXES[mix], [0, 1], 16, 8, 1)
+    files = {file.name: file for file in plan.output.glob("*.jsonl")}
+    other = {"inside-draw1.jsonl", "outside-draw1.jsonl"} | ({"crossing-draw1.jsonl"} if mix == "domains" else set())
+    assert {name: files[name].read_bytes() for name in first} == first and set(files) - set(first) == other
+
+    def groups(names: set[str]) -> set[str]:
+        asked = {name for name in names if not name.startswith("crossing")}  # made of those that are tested inside
+        return {rows_module.group(row) for name in asked for row in read(files[name])}
+
+    assert groups(other) and not groups(other) & groups(set(first))
+
+
+@pytest.mark.parametrize("draw", [0, 1])
+def test_a_mix_is_compared_by_the_methods_and_on_the_rows_that_are_asked_for(evidence, plan, draw):
+    plan.flags.methods, plan.flags.draw = "base,random-cluster,lorauter,prefill", draw
+    made = list(sys.modules["evidence_steps"].PARTS["general"](plan))
+    trained = [step.words[-1] for step in made if step.words[0] == "train-extras"]
+    assert trained == ["random-cluster", "lorauter"] * 2
+    evaluations = {step.output.name: step.words for step in made if step.words[0] == "eval"}
+    ending = "-draw1" if draw else ""
+    assert list(evaluations) == [f"{side}{ending}-{seed}" for seed in (0, 1) for side in ("inside", "outside")]
+    for name, words in evaluations.items():
+        assert words[words.index("--methods") + 1] == plan.flags.methods
+        assert Path(words[words.index("--data") + 1]).stem == name[:-2]
+    assert [name for _, name, *_ in evidence.compared(plan, "general")] == [f"inside{ending}", f"outside{ending}"]
 
 
 def test_no_article_is_on_both_sides_and_requests_that_cross_domains_join_two_tested_questions(rows_module, plan):
@@ -281,7 +313,8 @@ def test_the_table_pairs_rows_over_seeds_and_tells_how_much_of_the_oracles_gain_
     assert lines["elrea"][4] == f"{holm(tests)['elrea']:.4f}"
     seeds = [np.average(np.subtract(*pair), weights=tokens) for pair in zip(nll["elrea"], nll["base"], strict=True)]
     assert lines["elrea"][5] == " ".join(f"{seed:+.4f}" for seed in seeds)
-    assert lines["random-oracle"][6].startswith(f"{gain['random-oracle'] / gain['oracle']:.0%} [")
+    assert lines["elrea"][6] == "100%"
+    assert lines["random-oracle"][7].startswith(f"{gain['random-oracle'] / gain['oracle']:.0%} [")
     between = np.average(mean["elrea"] - mean["random-oracle"], weights=tokens)
     assert lines["elrea - random-oracle"][1].startswith(f"{between:+.4f} [")
 
@@ -315,8 +348,10 @@ def test_a_table_of_tasks_adjusts_p_for_the_tasks_of_a_line(evidence, tmp_path):
 
 def test_a_method_that_is_its_control_on_every_row_has_no_interval_without_end(evidence, tmp_path):
     nll = {name: [[2.0, 3.0, 4.0, 5.0]] for name in ("base", "refusing")}
+    nll["elrea"] = [[2.0, 3.0, 4.5, 5.0]]
     text = evidence.table("outside", written(tmp_path, nll, [1.0, 2.0, 3.0, 4.0]), "base")
-    assert "| refusing | 4.0000 | 4 | 0, on every row | 1.0000 | +0.0000 |" in text
+    assert "| refusing | 4.0000 | 4 | 0, on every row | 1.0000 | +0.0000 | 0% |" in text
+    assert "| 25% |" in next(line for line in text.splitlines() if line.startswith("| elrea"))
 
 
 def test_rows_whose_answer_is_not_graded_are_left_out_of_accuracy_alone(evidence, tmp_path):
