@@ -5,7 +5,8 @@
 DATA is a folder of data sets, `NAME/train.jsonl` and so on. Everything is a step with an output of its own in OUTPUT:
 what was done is not done again, and a step that runs out of time is interrupted and goes on where it stopped when the
 same command is typed again. The first seed of every part comes before the second of any. A part's `tables.md` compares
-the methods over the seeds that are done, which answer the same rows, and OUTPUT/tables.md has those of all parts:
+the methods over the seeds that are done, which answer the same rows, and OUTPUT/tables.md has those of all parts;
+OUTPUT/mixes.svg is a picture of those of the mixes:
 
     maths, general, domains   a fit by evidence with its controls, inside, outside, and across domains
     unlike                    the general mix, fitted with a few rows of the kinds that it meets outside
@@ -23,6 +24,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from evidence_picture import Panel, picture
 from evidence_rows import MIXES, TARGETS, UNLIKE
 from evidence_steps import METHODS, PARTS, Plan, Step, fits, sides
 from evidence_tables import PAIRS, PAPER, table, table_of_tasks
@@ -66,6 +68,13 @@ def tables(plan: Plan, part: str) -> Iterator[str]:
         if done := {target: folders for target, folders in found.items() if folders}:
             title = f"all targets, {count} shots alone, experts by their loss"
             yield table_of_tasks(title, done, "random-experts", ("best-by-shots",))
+
+
+def _panels(plan: Plan, part: str) -> Iterator[Panel]:
+    for side in sides(part, plan.flags.draw):
+        folders = [own for seed in plan.seeds if (own := plan.output / part / f"{side}-{seed}").exists()]
+        if folders and (panel := Panel.of(side, folders)):
+            yield panel
 
 
 def compared(plan: Plan, part: str) -> Iterator[tuple[Any, ...]]:
@@ -133,6 +142,9 @@ def main() -> None:
     done = [file for part in PARTS if (file := plan.output / part / "tables.md").exists()]
     whole = "\n".join(file.read_text(encoding="utf-8") for file in done)
     (plan.output / "tables.md").write_text(whole, encoding="utf-8")
+    mixes = {part: panels for part in parts if part in MIXES and (panels := list(_panels(plan, part)))}
+    if mixes:
+        (plan.output / "mixes.svg").write_text(picture(mixes), encoding="utf-8")
     if undone:
         sys.exit(f"{undone} steps are left: type the same command again")
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from coterie.evaluation.statistics import holm, mean_difference, ratio_interval, sign_flip_test
+from coterie.evaluation.statistics import Interval, holm, mean_difference, ratio_interval, sign_flip_test
 from coterie.records.evaluation import RowRecord
 from coterie.records.files import read_evaluation
 
@@ -58,6 +58,32 @@ def read(folders: Sequence[Path]) -> list[Measured]:
     return measures
 
 
+class Difference(NamedTuple):
+    """What a method has more than another on the same rows; None where it has the same on each of them.
+
+    p is adjusted for all differences that were taken with it.
+    """
+
+    gap: Interval | None
+    p: float
+
+    def __str__(self) -> str:
+        """Write it with its interval."""
+        return f"{self.gap.value:+.4f} [{self.gap.low:+.4f}, {self.gap.high:+.4f}]" if self.gap else "0, on every row"
+
+
+def differences(measure: Measured, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Difference]:
+    """Compare methods in pairs, by the means of rows over the seeds."""
+    weights = measure.weights.tolist()
+    sides = {pair: [measure.values[name].mean(axis=0).tolist() for name in pair] for pair in pairs}
+    p = holm({" ".join(pair): sign_flip_test(*both, weights=weights) for pair, both in sides.items()})
+    return {pair: _difference(own, rival, weights, p[" ".join(pair)]) for pair, (own, rival) in sides.items()}
+
+
+def _difference(own: list[float], rival: list[float], weights: list[float], p: float) -> Difference:
+    return Difference(None if own == rival else mean_difference(own, rival, weights=weights), p)
+
+
 def _column(rows: Sequence[RowRecord], method: str, field: str) -> list[float]:
     found = [getattr(row.methods[method], field) for row in rows]
     return [float("nan") if value is None else float(value) for value in found]
@@ -101,7 +127,7 @@ def table_of_tasks(title: str, folders: Mapping[str, Sequence[Path]], control: s
             weights = {task: own.weights.tolist() for task, own in found.items()}
             adjusted = holm({task: sign_flip_test(*both, weights=weights[task]) for task, both in sides.items()})
             cells = [
-                f"{_interval(own, against, weights[task])} | {adjusted[task]:.4f}"
+                f"{_difference(own, against, weights[task], adjusted[task])} | {adjusted[task]:.4f}"
                 for task, (own, against) in sides.items()
             ]
             lines.append([f"{method} - {rival}", *cells])
@@ -109,32 +135,23 @@ def table_of_tasks(title: str, folders: Mapping[str, Sequence[Path]], control: s
     return f"## {title}\n\n{text}\n"
 
 
-def _interval(own: list[float], rival: list[float], weights: list[float]) -> str:
-    """Return the mean paired difference with its interval, or that there is none on any row."""
-    gap = mean_difference(own, rival, weights=weights)
-    return "0, on every row" if own == rival else f"{gap.value:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]"
-
-
 def _compared(
     measure: Measured, control: str, pairs: Sequence[tuple[str, str]], paper: Mapping[str, str], *, alone: bool
 ) -> str:
     """Return a table of paired differences; p is adjusted for all of them."""
-    weights = measure.weights.tolist()
-    sides = {pair: [measure.values[name].mean(axis=0).tolist() for name in pair] for pair in pairs}
-    adjusted = holm({" ".join(pair): sign_flip_test(*both, weights=weights) for pair, both in sides.items()})
+    rows = str(len(measure.weights))
     shares = alone and measure.name == "NLL" and {BASE, ORACLE} <= set(measure.values)
     head = [measure.name, "rows"] if alone else []
     heads = ["", *head, "difference, 95%", "p", "of each seed", *(["rows changed"] if alone else [])]
     heads += ["of the oracle's gain"] if shares else []
     heads += ["paper, accuracy"] if paper else []
-    lines = [[control, f"{measure.mean(control):.4f}", str(len(weights))]] if alone else []
-    for pair, (own, rival) in sides.items():
+    lines = [[control, f"{measure.mean(control):.4f}", rows]] if alone else []
+    for pair, difference in differences(measure, pairs).items():
         seeds = [
             np.average(a - b, weights=measure.weights) for a, b in zip(*map(measure.values.get, pair), strict=True)
         ]
-        label = [pair[0], f"{measure.mean(pair[0]):.4f}", str(len(weights))] if alone else [f"{pair[0]} - {pair[1]}"]
-        known = [_interval(own, rival, weights), f"{adjusted[' '.join(pair)]:.4f}"]
-        line = [*label, *known, " ".join(f"{seed:+.4f}" for seed in seeds)]
+        label = [pair[0], f"{measure.mean(pair[0]):.4f}", rows] if alone else [f"{pair[0]} - {pair[1]}"]
+        line = [*label, str(difference), f"{difference.p:.4f}", " ".join(f"{seed:+.4f}" for seed in seeds)]
         line += [f"{(measure.values[pair[0]] != measure.values[control]).mean():.0%}"] if alone else []
         line += [_share(measure, pair[0])] if shares else []
         lines.append([*line, *([paper.get(pair[0], "")] if paper else [])])

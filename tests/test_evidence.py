@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -25,7 +26,15 @@ def evidence():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLES)
         yield importlib.import_module("evidence")
-        for name in ("evidence", "evidence_rows", "evidence_steps", "evidence_tables", "domain_mix", "task_bank"):
+        for name in (
+            "evidence",
+            "evidence_rows",
+            "evidence_picture",
+            "evidence_steps",
+            "evidence_tables",
+            "domain_mix",
+            "task_bank",
+        ):
             sys.modules.pop(name, None)
 
 
@@ -224,6 +233,11 @@ def asked(evidence, monkeypatch, plan, commands) -> None:
     monkeypatch.setattr(evidence.subprocess, "Popen", lambda words: popen((words[0], "-c", words[-1])))
     monkeypatch.setitem(steps.PARTS, "maths", lambda plan: iter(made))
     monkeypatch.setattr(evidence, "table", lambda title, folders, *_: f"{title} {[own.name for own in folders]}\n")
+    panel = evidence.Panel("rows", {})
+    monkeypatch.setattr(evidence.Panel, "of", lambda title, folders: panel._replace(title=f"{title} {len(folders)}"))
+    monkeypatch.setattr(
+        evidence, "picture", lambda mixes: str({mix: [own.title for own in ps] for mix, ps in mixes.items()})
+    )
     (plan.output / "maths").mkdir(parents=True, exist_ok=True)
     words = [str(plan.data), str(plan.output), "--minutes", str(plan.flags.minutes), "--seeds", "3,4"]
     monkeypatch.setattr(sys, "argv", ["evidence.py", *words])
@@ -241,6 +255,7 @@ def test_what_was_done_is_not_done_again_and_the_table_comes_last(evidence, monk
     assert capsys.readouterr().out == told + "\n"
     asked(evidence, monkeypatch, plan, commands)  # a second `a` would fail: the file exists
     assert (plan.output / "maths" / "tables.md").read_text() == told
+    assert (plan.output / "mixes.svg").read_text() == "{'maths': ['inside 2', 'outside 1']}"
     (plan.output / "kshot").mkdir()
     (plan.output / "kshot" / "tables.md").write_text("kshot\n")
     asked(evidence, monkeypatch, plan, commands)
@@ -352,6 +367,28 @@ def test_a_method_that_is_its_control_on_every_row_has_no_interval_without_end(e
     text = evidence.table("outside", written(tmp_path, nll, [1.0, 2.0, 3.0, 4.0]), "base")
     assert "| refusing | 4.0000 | 4 | 0, on every row | 1.0000 | +0.0000 | 0% |" in text
     assert "| 25% |" in next(line for line in text.splitlines() if line.startswith("| elrea"))
+
+
+def test_the_picture_has_every_method_at_its_value_and_fills_what_is_significant(evidence, tmp_path):
+    base, tokens = [2.0, 3.0, 4.0, 5.0, 3.0, 4.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0, 1.0, 2.0, 3.0, 1.0]
+    gaps = {
+        "<auto>": [-0.4, -0.3],
+        "elrea": [0.2, 0.4],
+        "prefill": [0.1, -0.1],
+        "refusing": [0.0, 0.0],
+        "backbone": [9.0, 9.5],
+    }
+    nll = {"base": [base], **{name: [[b + own[n % 2] for n, b in enumerate(base)]] for name, own in gaps.items()}}
+    panel = evidence.Panel.of("inside", written(tmp_path, nll, tokens))
+    drawing = ElementTree.fromstring(evidence.picture({"a mix": [panel, panel]}))
+    groups = drawing.findall(".//{*}g")
+    dots = {group.find("{*}title").text.partition(",")[0]: group.find("{*}circle").attrib for group in groups[:4]}
+    assert len(groups) == 8 and list(dots) == ["<auto>", "elrea", "prefill", "refusing"]
+    assert [dot["class"] for dot in dots.values()] == ["better", "worse", "open", "open"]
+    places, values = [float(dot["cx"]) for dot in dots.values()], [panel.methods[name].gap for name in dots]
+    assert values.pop() is None and panel.title == "inside (8 rows)"
+    per_nat = (places[1] - places[3]) / values[1].value
+    assert places[0] - places[3] == pytest.approx(per_nat * values[0].value, abs=0.2) and per_nat > 0
 
 
 def test_rows_whose_answer_is_not_graded_are_left_out_of_accuracy_alone(evidence, tmp_path):
