@@ -34,7 +34,7 @@ from coterie.methods.extras import extra_folder, load_extra, prepare_extras, rea
 from coterie.methods.registry import load_grid, make_grid, train_extras
 from coterie.mixture import Mixture
 from coterie.routers.base import Gates, Routing
-from coterie.routers.fixed import uniform
+from coterie.routers.fixed import FixedRouter, uniform
 from coterie.routers.gate import GateRouter
 from coterie.settings.commands import TrainExtrasSettings
 from coterie.settings.groups import ExtrasSettings
@@ -413,6 +413,18 @@ def test_a_broken_extra_is_told(copy, grid_folder):
 def test_a_variant_that_does_not_exist_is_told(name, message):
     with pytest.raises(CoterieError, match=message):
         FAMILY.method(name)
+
+
+def test_one_expert_that_stays_acts_in_the_layers_as_it_does_alone(grid):
+    prompts = ["add 3 4", "SPELL WORD NOW"]
+    cell = grid.cell("moe-routing:top_k=1")
+    routing = cell.route(prompts)
+    leads = [max(routing.row(place), key=routing.row(place).get) for place in range(len(prompts))]
+    assert cell.combiner.kind == "layers" and not set(leads) <= {"base"}
+    for place, prompt in enumerate(prompts):
+        alone = grid.mixture.replace(router=FixedRouter({leads[place]: 1.0}), combiner="layers")
+        found = (mixture.score(prompt, "7").logprobs for mixture in (cell, alone))
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 def test_variants_of_a_method_change_its_router_alone(grid):

@@ -361,9 +361,16 @@ def test_a_request_that_is_routed_to_nobody_is_refused():
 
 
 def test_the_largest_weights_stay_and_ties_keep_the_earlier_expert():
-    given_weights = [[0.2, 0.5, 0.3], [0.4, 0.4, 0.4], [0.1, 0.3, 0.3]]
+    given_weights = [[0.2, 0.5, 0.4], [0.4, 0.4, 0.4], [0.1, 0.3, 0.3]]
     assert_rows(routing(given_weights).top(1), [[0, 0.5, 0], [0.4, 0, 0], [0, 0.3, 0]])
-    assert_rows(routing(given_weights).top(2), [[0, 0.5, 0.3], [0.4, 0.4, 0], [0, 0.3, 0.3]])
+    assert_rows(routing(given_weights).top(2), [[0, 0.5, 0.4], [0.4, 0.4, 0], [0, 0.3, 0.3]])
+    assert_rows(routing(given_weights).top(3), given_weights)
+
+
+def test_shares_of_one_are_shared_out_among_the_experts_that_stay():
+    given_weights = [[0.2, 0.5, 0.3], [0.2, 0.4, 0.4]]
+    assert_rows(routing(given_weights).top(1), [[0, 1, 0], [0, 1, 0]])
+    assert_rows(routing(given_weights).top(2), [[0, 0.625, 0.375], [0, 0.5, 0.5]])
     assert_rows(routing(given_weights).top(3), given_weights)
 
 

@@ -19,6 +19,7 @@ from coterie.features.growing_text import FeatureExtractor, GrowingFeatures, Who
 Grain = Literal["prompt", "step", "layer"]
 """How often experts are weighed: once a prompt, again while the answer is written, or at every layer's input."""
 GRAINS: tuple[Grain, ...] = get_args(Grain)  # from coarse to fine
+SHARES = 1e-4  # weights whose sum is as near to 1 are shares of a whole
 MOST_SHOWN = 5  # requests, and experts of each, that a routing prints
 
 
@@ -75,6 +76,9 @@ class Routing:
     def top(self, k: int) -> "Routing":
         """Keep the k largest weights of every row, zero the rest; ties keep the earlier expert.
 
+        Shares still sum to 1, so that fewer experts do not act more weakly where they meet in the layers; weights with
+        another sum are strengths, and stay as they are.
+
         Raises:
             CoterieError: when there are not k experts.
         """
@@ -85,7 +89,9 @@ class Routing:
         if self.gates:
             raise CoterieError("--top-k-experts does not act on gates inside layers; leave it out for this router")
         order = self.weights.argsort(dim=-1, descending=True, stable=True)
-        return replace(self, weights=self.weights.scatter(-1, order[:, k:], 0.0))
+        kept, total = self.weights.scatter(-1, order[:, k:], 0.0), self.weights.sum(dim=-1, keepdim=True)
+        shares = kept / kept.sum(dim=-1, keepdim=True)
+        return replace(self, weights=torch.where((total - 1).abs() < SHARES, shares, kept))
 
     def aligned(self, names: Sequence[str]) -> "Routing":
         """Return the same routing with the experts of a bank, in the bank's order; those that were not routed get 0.
