@@ -57,16 +57,12 @@ def support(
     return (mean / error.clamp(min=HARM)).float()
 
 
-class Limits(NamedTuple):
-    """What a prompt has to have for the mixture to answer: at least this familiarity, and more than this support."""
-
-    familiarity: float
-    support: float
-
-    def met(self, familiarity: Float[Tensor, " row"], support: Float[Tensor, " row"] | None) -> Bool[Tensor, " row"]:
-        """Tell which prompts have it; None where nobody's support is looked at."""
-        familiar = familiarity >= self.familiarity
-        return familiar if support is None else familiar & (support > self.support)
+def is_answered(
+    familiarity: Float[Tensor, " row"], support: Float[Tensor, " row"] | None, least: float
+) -> Bool[Tensor, " row"]:
+    """Tell which prompts a mixture answers: those at least so familiar, and supported, where support is looked at."""
+    familiar = familiarity >= least
+    return familiar if support is None else familiar & (support > SUPPORT)
 
 
 class Observed(NamedTuple):
@@ -82,9 +78,9 @@ class Observed(NamedTuple):
     gain: Float[Tensor, " row"]
     support: Float[Tensor, " row"] | None = None
 
-    def answered(self, limits: Limits) -> Bool[Tensor, " row"]:
+    def answered(self, least: float) -> Bool[Tensor, " row"]:
         """Tell which rows the mixture answers."""
-        return limits.met(self.familiarity, self.support)
+        return is_answered(self.familiarity, self.support, least)
 
 
 class Calibration(NamedTuple):
@@ -93,8 +89,8 @@ class Calibration(NamedTuple):
     inside: Observed
     outside: Observed
 
-    def limits(self, caution: float) -> Limits:
-        """Return what a prompt has to have, by how familiar the rows are.
+    def least(self, caution: float) -> float:
+        """Return how familiar a prompt has to be.
 
         The least familiarity leaves the share `caution` of the rows inside unfamiliar. It is lowered to the middle
         between that and the most familiar of the outside rows that the mixture harms, supported or not, where all of
@@ -105,7 +101,7 @@ class Calibration(NamedTuple):
         familiarity, outside = self.inside.familiarity.sort().values, self.outside
         left = int(caution * len(familiarity) + ROUNDING)
         if float(self.inside.gain.double().sum()) <= 0 or left >= len(familiarity):
-            return Limits(torch.inf, SUPPORT)
+            return torch.inf
         least = float(familiarity[left])
         if len(outside.gain):
             harmed = outside.familiarity[outside.gain < -HARM]
@@ -113,7 +109,7 @@ class Calibration(NamedTuple):
                 least = (least + min(float(harmed.max()), least)) / 2
             else:
                 least = float(torch.cat([familiarity, outside.familiarity]).min())
-        return Limits(least, SUPPORT)
+        return least
 
 
 class RefusalRouter(Wrapper):
@@ -138,7 +134,7 @@ class RefusalRouter(Wrapper):
         Args:
             router: weighs the experts for familiar prompts.
             familiarity: the training rows.
-            calibration: what the limits are chosen by.
+            calibration: what tells how familiar a prompt has to be.
             fallback: the expert that gets all of an unfamiliar prompt.
             caution: the share of rows like the training data that is left as unfamiliar.
             extractor: of the features that are compared; None for those that the router reads itself.
@@ -167,13 +163,13 @@ class RefusalRouter(Wrapper):
         self.caution = caution
         self.extractor = extractor
         self.losses = losses
-        self.limits = calibration.limits(caution)
+        self.least = calibration.least(caution)
 
     @property
     def refused(self) -> dict[str, float]:
         """The shares of the rows that it was calibrated on which it refuses: `inside`, and `outside`."""
         seen = self.calibration._asdict().items()
-        return {side: 1 - float(own.answered(self.limits).float().mean()) for side, own in seen}
+        return {side: 1 - float(own.answered(self.least).float().mean()) for side, own in seen}
 
     def read(self, prompts: Sequence[TokenRow]) -> Any:
         """Read what the wrapped router reads, and features where these are others."""
@@ -206,7 +202,7 @@ class RefusalRouter(Wrapper):
         if self.losses:
             aligned = Routing(names, weights).aligned(self.losses.experts).weights
             borne_out = support(self.losses, self.fallback, aligned, nearest)
-        answered = self.limits.met(familiarity, borne_out)
+        answered = is_answered(familiarity, borne_out, self.least)
         return Routing(names, torch.where(answered[:, None], weights, alone), routing.similarities)
 
     def with_caution(self, caution: float | None) -> Router:
