@@ -6,7 +6,7 @@ from typing import ClassVar
 from pydantic import StrictStr
 
 from coterie.records.schema import Interval, Number, Position, Record, Weight
-from coterie.records.wording import columns, p_value, signed_nats
+from coterie.records.wording import columns, p_value, signed_nats, told_p
 
 AUTO_FILE, PAGE_FILE = "auto.json", "auto.md"
 NAMES = {
@@ -84,19 +84,18 @@ class ChoiceRecord(Record):
         """Say why something else than the first candidate was chosen."""
         if self.own is self.best:
             return "It is the best of all that were tried."
-        p = p_value(self.own.p)
-        return f"It is the cheapest that is about as good as the best, {self.best.words} (p = {p})."
+        return f"It is the cheapest that is about as good as the best, {self.best.words} ({told_p(self.own.p)})."
 
     def why_first(self, judged: str) -> str:
         """Say why the first candidate was chosen; `judged` is what losses were measured on."""
         if self.best is self.candidates[0]:
             return f"Nothing had a smaller loss on {judged}."
-        found = f"{signed_nats(self.best.difference)} nats a token, p = {p_value(self.own.p)}"
+        found = f"{signed_nats(self.best.difference)} nats a token, {told_p(self.own.p)}"
         return f"The best of the others, {self.best.words}, is not significantly better ({found})."
 
     def gain(self, judged: str, first: str, same: str) -> str:
         """Say what is expected: `judged` is what losses were measured on, and `same` what the choice was made on."""
-        ends = f" (95% interval {_span(self.interval)}, p = {p_value(self.p)})" if self.interval else ""
+        ends = f" (95% interval {_span(self.interval)}, {told_p(self.p)})" if self.interval else ""
         return (
             f"On {judged} the loss changes by {signed_nats(self.expected)} nats a token against the {first}{ends}; the "
             f"choice was made on the same {same}, so expect a little less."

@@ -37,6 +37,11 @@ def p_value(p: float | None) -> str:
     return "" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def told_p(p: float | None) -> str:
+    """Write a p-value in a sentence."""
+    return f"p = {p_value(p)}".replace("= <", "< ")
+
+
 def listed(names: Sequence[str]) -> str:
     """Join names with commas and an "and", or with semicolons where a name has a comma of its own."""
     between, last = ("; ", "; and ") if any("," in name for name in names) else (", ", " and ")
