@@ -15,6 +15,8 @@ from coterie.records.evaluation import RowRecord
 from coterie.records.files import read_evaluation
 
 BACKBONE, BASE, ORACLE = "backbone", "base", "oracle"
+ROUNDING = 1e-5
+"""Nats a token by which the same weights may differ, computed in another way."""
 PAPER = {
     **{"per-dataset": "+2.1%", "moe-routing": "+1.0%", "mole": "-3.3%", "lora-ensembles": "+5.1%"},
     **{"instruction-embedding": "+4.6%", "random-cluster": "+9.1%", "uniform-weights": "+8.3%", "elrea": "+9.7%"},
@@ -152,7 +154,9 @@ def _compared(
         ]
         label = [pair[0], f"{measure.mean(pair[0]):.4f}", rows] if alone else [f"{pair[0]} - {pair[1]}"]
         line = [*label, str(difference), f"{difference.p:.4f}", " ".join(f"{seed:+.4f}" for seed in seeds)]
-        line += [f"{(measure.values[pair[0]] != measure.values[control]).mean():.0%}"] if alone else []
+        line += (
+            [f"{(np.abs(measure.values[pair[0]] - measure.values[control]) > ROUNDING).mean():.0%}"] if alone else []
+        )
         line += [_share(measure, pair[0])] if shares else []
         lines.append([*line, *([paper.get(pair[0], "")] if paper else [])])
     filled = [line + [""] * (len(heads) - len(line)) for line in lines]

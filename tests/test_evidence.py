@@ -363,7 +363,7 @@ def test_a_table_of_tasks_adjusts_p_for_the_tasks_of_a_line(evidence, tmp_path):
 
 def test_a_method_that_is_its_control_on_every_row_has_no_interval_without_end(evidence, tmp_path):
     nll = {name: [[2.0, 3.0, 4.0, 5.0]] for name in ("base", "refusing")}
-    nll["elrea"] = [[2.0, 3.0, 4.5, 5.0]]
+    nll["elrea"] = [[2.0, 3.0, 4.5, 5.000001]]
     text = evidence.table("outside", written(tmp_path, nll, [1.0, 2.0, 3.0, 4.0]), "base")
     assert "| refusing | 4.0000 | 4 | 0, on every row | 1.0000 | +0.0000 | 0% |" in text
     assert "| 25% |" in next(line for line in text.splitlines() if line.startswith("| elrea"))
