@@ -207,8 +207,8 @@ def test_the_reasons_are_plain_sentences():
         "On held-out rows the loss changes by -0.0900 nats a token against the base adapter (95% interval -0.1100 to "
         "-0.0700, p < 0.001); the choice was made on the same rows, so expect a little less.",
         "A request costs about 3.50 times what one adapter costs.",
-        "Prompts unlike the data, or like rows on which nothing was gained, go to the base adapter: 2.0% of the rows "
-        "here, 90.0% of the unlike ones.",
+        "Prompts unlike the data go to the base adapter, and where that tells too little, those like rows on which "
+        "nothing was gained: 2.0% of the rows here, 90.0% of the unlike ones.",
     )
     warned = recorded(**chosen, refused={"inside": 0.02, "outside": 0.4}).sentences
     assert warned[-2].endswith("40.0% of the unlike ones.") and warned[-1].startswith(

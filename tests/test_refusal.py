@@ -45,9 +45,9 @@ INSIDE = observed((0.5, 1.0), (0.6, 1.0), (0.7, 4.0), (0.8, 4.0))
     [(0.0, 0.5), (0.24, 0.5), (0.25, 0.6), (0.5, 0.7), (0.6, 0.7), (0.99, 0.8), (1.0, math.inf)],
 )
 def test_where_nothing_outside_is_known_caution_is_the_share_of_the_rows_that_is_left(caution, wanted):
-    assert Calibration(INSIDE, NOTHING).least(caution) == pytest.approx(wanted)
+    assert Calibration(INSIDE, NOTHING).limits(caution).familiarity == pytest.approx(wanted)
     ten = observed(*((place / 10, 1.0) for place in range(10)))
-    assert Calibration(ten, NOTHING).least(caution) == pytest.approx(
+    assert Calibration(ten, NOTHING).limits(caution).familiarity == pytest.approx(
         math.inf if caution == 1 else int(10 * caution) / 10
     )
 
@@ -55,27 +55,27 @@ def test_where_nothing_outside_is_known_caution_is_the_share_of_the_rows_that_is
 def test_harm_outside_moves_the_threshold_above_it_as_far_as_the_rows_inside_allow():
     """The rows outside lie at 0.1 and 0.65: the second can be refused for two of the four rows, not for one."""
     outside = observed((0.1, -1.0), (0.65, -1.0))
-    found = {caution: Calibration(INSIDE, outside).least(caution) for caution in (0.25, 0.5)}
+    found = {caution: Calibration(INSIDE, outside).limits(caution).familiarity for caution in (0.25, 0.5)}
     assert found == pytest.approx({0.25: 0.6, 0.5: (0.65 + 0.7) / 2})
 
 
 def test_the_threshold_lies_in_the_middle_of_the_gap_between_what_helps_and_what_harms():
-    assert Calibration(INSIDE, observed((0.1, -1.0), (0.3, -2.0))).least(0.0) == pytest.approx(0.4)
+    assert Calibration(INSIDE, observed((0.1, -1.0), (0.3, -2.0))).limits(0.0).familiarity == pytest.approx(0.4)
 
 
 def test_where_the_mixture_harms_nothing_outside_what_is_stranger_than_all_that_was_seen_is_still_refused():
-    assert Calibration(INSIDE, observed((0.1, 1.0), (0.3, 0.0))).least(0.1) == pytest.approx(0.1)
-    assert Calibration(INSIDE, observed((0.9, 1.0))).least(0.1) == pytest.approx(0.5)
+    assert Calibration(INSIDE, observed((0.1, 1.0), (0.3, 0.0))).limits(0.1).familiarity == pytest.approx(0.1)
+    assert Calibration(INSIDE, observed((0.9, 1.0))).limits(0.1).familiarity == pytest.approx(0.5)
 
 
 def test_what_helps_outside_by_chance_does_not_lower_the_threshold():
     """The most familiar row outside is harmed a little, those below are helped a lot: all of them are refused."""
     outside = observed((0.1, 5.0), (0.2, 5.0), (0.3, -0.1))
-    assert Calibration(INSIDE, outside).least(0.0) == pytest.approx((0.3 + 0.5) / 2)
+    assert Calibration(INSIDE, outside).limits(0.0).familiarity == pytest.approx((0.3 + 0.5) / 2)
 
 
 def test_a_mixture_that_gains_nothing_inside_never_answers():
-    assert Calibration(observed((0.5, -1.0), (0.9, 0.5)), NOTHING).least(0.0) == math.inf
+    assert Calibration(observed((0.5, -1.0), (0.9, 0.5)), NOTHING).limits(0.0).familiarity == math.inf
 
 
 @pytest.mark.parametrize("caution", [0.0, 0.1, 0.3])
@@ -90,7 +90,7 @@ def test_on_made_up_domains_the_gain_inside_stays_and_the_harm_outside_goes(caut
     gains = (0.2 + 0.1 * normal(200, seed=2), -0.5 + 0.1 * normal(200, seed=3))
     strangers = [normal(200, 64, seed=seed) for seed in (4, 5)]
     calibration = Calibration(Observed(familiarity(rows(1)), gains[0]), Observed(familiarity(strangers[0]), gains[1]))
-    threshold = calibration.least(caution)
+    threshold = calibration.limits(caution).familiarity
     kept = float((familiarity(rows(6)) >= threshold).float().mean())
     assert kept >= 0.9 * (1 - caution)
     assert not (familiarity(strangers[1]) >= threshold).any()
@@ -99,7 +99,7 @@ def test_on_made_up_domains_the_gain_inside_stays_and_the_harm_outside_goes(caut
 def test_one_row_with_much_of_the_gain_does_not_open_the_door_to_all_strangers():
     """A gain of 20 nats, of which 3 are on the least familiar row."""
     inside = observed((0.0, 3.0), *((1 + place / 100, 17 / 19) for place in range(19)))
-    found = {caution: Calibration(inside, NOTHING).least(caution) for caution in (0.0, 0.05, 0.1)}
+    found = {caution: Calibration(inside, NOTHING).limits(caution).familiarity for caution in (0.0, 0.05, 0.1)}
     assert found == pytest.approx({0.0: 0.0, 0.05: 1.0, 0.1: 1.01})
 
 
@@ -140,17 +140,29 @@ def test_support_is_in_nats_of_whole_rows_and_of_rows_that_are_there():
 def test_a_prompt_has_to_be_as_familiar_as_is_asked_and_borne_out_by_more_than_a_standard_error():
     """Of mixtures of before nobody's support is known, so nobody is asked for it."""
     seen = Observed(torch.tensor([0.6, 0.6, 0.6, 0.5]), torch.ones(4), torch.tensor([1.01, 1.0, -2.0, 9.0]))
-    least = Calibration(seen, NOTHING).least(0.25)
-    assert least == pytest.approx(0.6)
-    assert seen.answered(least).tolist() == [True, False, False, False]
-    assert seen._replace(support=None).answered(least).tolist() == [True, True, True, False]
+    limits = Calibration(seen, NOTHING).limits(0.25)
+    assert limits == pytest.approx((0.6, 1.0))
+    assert seen.answered(limits).tolist() == [True, False, False, False]
+    assert seen._replace(support=None).answered(limits).tolist() == [True, True, True, False]
+
+
+def test_support_is_asked_where_familiarity_alone_does_not_tell_unlike_rows():
+    """Of four rows outside that are harmed one is as familiar as most inside, or two are."""
+    few = observed((0.1, -1.0), (0.2, -1.0), (0.3, -1.0), (0.9, -1.0))
+    many = observed((0.1, -1.0), (0.2, -1.0), (0.9, -1.0), (0.9, -1.0))
+    helped = observed((0.1, 1.0), (0.2, 1.0))
+    asked = [Calibration(INSIDE, outside).limits(0.25).support for outside in (few, many, helped, NOTHING)]
+    assert asked == [-math.inf, 1.0, 1.0, 1.0]
+    known = INSIDE._replace(support=torch.zeros(4))
+    answered = [known.answered(Calibration(known, outside).limits(0.25)).tolist() for outside in (few, many)]
+    assert answered == [[False, True, True, True], [False] * 4]
 
 
 def test_what_nothing_bears_out_does_not_lower_the_familiarity_that_is_asked():
     """Nothing outside is harmed any more; other strangers may be borne out by chance."""
     outside = Observed(*torch.tensor([[0.2, 0.9], [-1.0, -1.0], [0.5, 0.5]]))
     inside = INSIDE._replace(support=torch.full((4,), 2.0))
-    assert Calibration(inside, outside).least(0.25) == pytest.approx(0.6)
+    assert Calibration(inside, outside).limits(0.25) == pytest.approx((0.6, 1.0))
 
 
 def test_a_prompt_among_rows_on_which_its_weights_lose_goes_to_the_fallback(monkeypatch):
@@ -319,7 +331,7 @@ def test_familiar_prompts_are_weighed_as_before_and_others_go_to_the_fallback(wr
     """Both rows are at 1 - sqrt(1/2) of the first prompt, at 1 of the second, and of each other."""
     features = torch.tensor([[9.0, 9.0, 0.0], [0.0, 0.0, 1.0]])
     found = wrapped.weigh(features)
-    assert wrapped.least == pytest.approx(0.5)
+    assert wrapped.limits.familiarity == pytest.approx(0.5)
     torch.testing.assert_close(found.weights[0], wrapped.router.weigh(features).normalized().weights[0])
     assert found.row(1) == {"base": 1.0, "a": 0.0, "b": 0.0}
     assert list(found.similarities) == ["a", "b"]
@@ -348,7 +360,7 @@ def test_without_its_refusal_a_router_weighs_every_prompt_as_its_refusal_does_a_
 
 
 def test_caution_can_be_changed_afterwards(wrapped):
-    assert wrapped.with_caution(1.0).least == math.inf
+    assert wrapped.with_caution(1.0).limits.familiarity == math.inf
     with pytest.raises(CoterieError, match="caution is the share .* from 0 to 1; got 1.5"):
         wrapped.with_caution(1.5)
     plain = FixedRouter({"a": 1.0})
@@ -396,7 +408,7 @@ def test_a_refusal_around_a_router_that_reads_something_else_is_saved_with_its_o
     seen = features(prompts)
     assert torch.equal(again.familiarity(seen), router.familiarity(seen))
     assert (again.familiarity.strangers is None) == (again.losses is None) == (not told)
-    assert again.least == router.least
+    assert again.limits == router.limits
     written = load_file(tmp_path / "refusal.safetensors")
     broken = [({"rows": seen[:, 1:]}, "cannot be compared with")]
     if told:
@@ -442,7 +454,7 @@ def test_what_is_refused_is_told_as_the_shares_of_the_rows_that_it_was_calibrate
     router = RefusalRouter(
         wrapped.router, wrapped.familiarity, Calibration(inside, observed((0.25, -1.0), (0.85, 1.0))), "base", 0.3
     )
-    assert router.least == pytest.approx(0.275)
+    assert router.limits.familiarity == pytest.approx(0.275)
     assert router.refused == {"inside": pytest.approx(0.3), "outside": 0.5}
 
 

@@ -74,7 +74,7 @@ def ways(run: ElreaRun, losses: CrossFitLosses, caution: float) -> Iterator[Way]
                 outer = outer.top(top).normalized()
             sides = (own, losses), (outer.aligned(names).weights, unlike.losses)
             refusal = refusing.calibrated(cut, seen, *sides, caution)
-            answered = refusal.calibration.inside.answered(refusal.least)
+            answered = refusal.calibration.inside.answered(refusal.limits)
             weights = torch.where(answered[:, None], own, _same(alone, len(own)))
             yield Way(name if top is None else f"{name}:top_k={top}", refusal, weights, 1 + read.cost)
 

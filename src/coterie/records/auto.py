@@ -43,9 +43,8 @@ class AutoRecord(ChoiceRecord):
         if self.refused:
             inside, outside = (percent(self.refused[side]) for side in ("inside", "outside"))
             shares = f"{inside} of the rows here, {outside} of the unlike ones"
-            found.append(
-                f"Prompts unlike the data, or like rows on which nothing was gained, go to the base adapter: {shares}."
-            )
+            also = "and where that tells too little, those like rows on which nothing was gained"
+            found.append(f"Prompts unlike the data go to the base adapter, {also}: {shares}.")
             if self.refused["outside"] < 0.5:
                 found.append(
                     "Most unlike ones look like the data, so requests of other kinds may be answered worse than by the "

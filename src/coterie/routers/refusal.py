@@ -1,8 +1,9 @@
 """Knowing when to say no: a wrapper that gives a prompt to one expert alone where the mixture is not borne out.
 
-A mixture answers a prompt that is familiar (`familiarity.py`), by weights that gained over that expert on the training
-rows which are nearest to it, by copies that were not trained on them. How familiar a prompt has to be is calibrated on
-rows like the training data, and on what the mixture harmed of unlike ones.
+A mixture answers a prompt that is familiar (`familiarity.py`). Where that does not tell unlike rows, since the training
+data are of nearly every kind, its weights have also to have gained over that expert on the training rows which are
+nearest to it, by copies that were not trained on them. How familiar a prompt has to be is calibrated on rows like the
+training data, and on what the mixture harmed of unlike ones.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -30,6 +31,8 @@ HARM = 1e-3
 LOSSES = ("nll", "pairs", "tokens")
 SUPPORT = 1.0
 """Standard errors by which a prompt's weights have to gain on the nearest rows: less is told from none by nobody."""
+WIDE = 0.25
+"""The share of unlike rows up to which familiarity tells them: where more look familiar, it is no protection alone."""
 ROUNDING = 1e-9
 
 
@@ -57,12 +60,16 @@ def support(
     return (mean / error.clamp(min=HARM)).float()
 
 
-def is_answered(
-    familiarity: Float[Tensor, " row"], support: Float[Tensor, " row"] | None, least: float
-) -> Bool[Tensor, " row"]:
-    """Tell which prompts a mixture answers: those at least so familiar, and supported, where support is looked at."""
-    familiar = familiarity >= least
-    return familiar if support is None else familiar & (support > SUPPORT)
+class Limits(NamedTuple):
+    """What a prompt has to have for the mixture to answer: at least this familiarity, and more than this support."""
+
+    familiarity: float
+    support: float
+
+    def met(self, familiarity: Float[Tensor, " row"], support: Float[Tensor, " row"] | None) -> Bool[Tensor, " row"]:
+        """Tell which prompts have it; None where nobody's support is looked at."""
+        familiar = familiarity >= self.familiarity
+        return familiar if support is None else familiar & (support > self.support)
 
 
 class Observed(NamedTuple):
@@ -78,9 +85,9 @@ class Observed(NamedTuple):
     gain: Float[Tensor, " row"]
     support: Float[Tensor, " row"] | None = None
 
-    def answered(self, least: float) -> Bool[Tensor, " row"]:
+    def answered(self, limits: Limits) -> Bool[Tensor, " row"]:
         """Tell which rows the mixture answers."""
-        return is_answered(self.familiarity, self.support, least)
+        return limits.met(self.familiarity, self.support)
 
 
 class Calibration(NamedTuple):
@@ -89,27 +96,32 @@ class Calibration(NamedTuple):
     inside: Observed
     outside: Observed
 
-    def least(self, caution: float) -> float:
-        """Return how familiar a prompt has to be.
+    def limits(self, caution: float) -> Limits:
+        """Return what a prompt has to have, by how familiar the rows are.
 
         The least familiarity leaves the share `caution` of the rows inside unfamiliar. It is lowered to the middle
         between that and the most familiar of the outside rows that the mixture harms, supported or not, where all of
         these lie below; where it harms none of them, everything is answered that is as familiar as anything that was
         seen. What it helps outside counts for nothing: the sample is small, and refusing is cheap. Where nothing is
         gained inside, nothing is answered (inf).
+
+        Support is asked, by more than `SUPPORT`, unless outside rows are harmed and familiarity alone tells them: no
+        more than the share `WIDE` of all outside rows is as familiar as the rows inside that are not left.
         """
         familiarity, outside = self.inside.familiarity.sort().values, self.outside
         left = int(caution * len(familiarity) + ROUNDING)
         if float(self.inside.gain.double().sum()) <= 0 or left >= len(familiarity):
-            return torch.inf
-        least = float(familiarity[left])
+            return Limits(torch.inf, SUPPORT)
+        least, support = float(familiarity[left]), SUPPORT
         if len(outside.gain):
             harmed = outside.familiarity[outside.gain < -HARM]
             if len(harmed):
+                told = float((outside.familiarity >= least).float().mean()) <= WIDE
+                support = -torch.inf if told else SUPPORT
                 least = (least + min(float(harmed.max()), least)) / 2
             else:
                 least = float(torch.cat([familiarity, outside.familiarity]).min())
-        return least
+        return Limits(least, support)
 
 
 class RefusalRouter(Wrapper):
@@ -134,7 +146,7 @@ class RefusalRouter(Wrapper):
         Args:
             router: weighs the experts for familiar prompts.
             familiarity: the training rows.
-            calibration: what tells how familiar a prompt has to be.
+            calibration: what the limits are chosen by.
             fallback: the expert that gets all of an unfamiliar prompt.
             caution: the share of rows like the training data that is left as unfamiliar.
             extractor: of the features that are compared; None for those that the router reads itself.
@@ -163,13 +175,13 @@ class RefusalRouter(Wrapper):
         self.caution = caution
         self.extractor = extractor
         self.losses = losses
-        self.least = calibration.least(caution)
+        self.limits = calibration.limits(caution)
 
     @property
     def refused(self) -> dict[str, float]:
         """The shares of the rows that it was calibrated on which it refuses: `inside`, and `outside`."""
         seen = self.calibration._asdict().items()
-        return {side: 1 - float(own.answered(self.least).float().mean()) for side, own in seen}
+        return {side: 1 - float(own.answered(self.limits).float().mean()) for side, own in seen}
 
     def read(self, prompts: Sequence[TokenRow]) -> Any:
         """Read what the wrapped router reads, and features where these are others."""
@@ -202,7 +214,7 @@ class RefusalRouter(Wrapper):
         if self.losses:
             aligned = Routing(names, weights).aligned(self.losses.experts).weights
             borne_out = support(self.losses, self.fallback, aligned, nearest)
-        answered = is_answered(familiarity, borne_out, self.least)
+        answered = self.limits.met(familiarity, borne_out)
         return Routing(names, torch.where(answered[:, None], weights, alone), routing.similarities)
 
     def with_caution(self, caution: float | None) -> Router:
