@@ -53,18 +53,19 @@ def left(plan: Plan, parts: list[str]) -> list[Step]:
     return [step for output, step in steps.items() if not output.exists()]
 
 
+def evaluations(plan: Plan, path: Path) -> list[Path]:
+    """Return the evaluations that are done, of the seeds whose numbers end a path."""
+    return [own for seed in plan.seeds if (own := path.with_name(f"{path.name}-{seed}")).exists()]
+
+
 def tables(plan: Plan, part: str) -> Iterator[str]:
     """Yield the tables of a part, over the seeds that are done."""
     for title, name, *how in compared(plan, part):
-        folders = [plan.output / part / f"{name}-{seed}" for seed in plan.seeds]
-        if done := [folder for folder in folders if folder.exists()]:
+        if done := evaluations(plan, plan.output / part / name):
             yield table(title, done, *how)
     for count in plan.flags.shots.split(",") if part == "kshot" else ():
         places = {target: plan.output / part / target for target in plan.flags.targets.split(",")}
-        found = {
-            target: [own for seed in plan.seeds if (own := place / f"loss-test-{count}-{seed}").exists()]
-            for target, place in places.items()
-        }
+        found = {target: evaluations(plan, place / f"loss-test-{count}") for target, place in places.items()}
         if done := {target: folders for target, folders in found.items() if folders}:
             title = f"all targets, {count} shots alone, experts by their loss"
             yield table_of_tasks(title, done, "random-experts", ("best-by-shots",))
@@ -72,8 +73,7 @@ def tables(plan: Plan, part: str) -> Iterator[str]:
 
 def _panels(plan: Plan, part: str) -> Iterator[Panel]:
     for side in sides(part, plan.flags.draw):
-        folders = [own for seed in plan.seeds if (own := plan.output / part / f"{side}-{seed}").exists()]
-        if folders and (panel := Panel.of(side, folders)):
+        if (done := evaluations(plan, plan.output / part / side)) and (panel := Panel.of(side, done)):
             yield panel
 
 
@@ -109,7 +109,9 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--parts", default="maths", help=f"of {', '.join(PARTS)}, with commas")
-    parser.add_argument("--seeds", default="0", help="numbers with commas")
+    parser.add_argument(
+        "--seeds", type=lambda text: [*map(int, text.split(","))], default="0", help="numbers with commas"
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--train", type=int, default=300, help="rows that a mix is trained on, or chosen from")
     parser.add_argument("--test", type=int, default=300, help="rows of each test")
@@ -124,7 +126,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=0, help="write answers of so many tokens, too; 0: none")
     parser.add_argument("--minutes", type=float, default=9.0, help="stop then; the same command goes on")
     flags = parser.parse_args()
-    plan = Plan(flags.data, flags.output, flags, [int(seed) for seed in flags.seeds.split(",")])
+    plan = Plan(flags.data, flags.output, flags, flags.seeds)
     parts, end = flags.parts.split(","), time.monotonic() + 60 * flags.minutes
     if strange := [part for part in parts if part not in PARTS]:
         parser.error(f"there is no part {strange[0]!r}; give some of {', '.join(PARTS)}")

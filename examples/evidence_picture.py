@@ -7,10 +7,10 @@ from xml.sax.saxutils import escape
 
 from evidence_tables import BACKBONE, BASE, Difference, differences, read
 
+from coterie.records.evaluation import LEVEL
 from coterie.report.scales import Scale, even_scale
 
 WIDTH, EDGE, NAMES, ROW, HEAD, FOOT, GAP = 960, 12, 190, 22, 44, 46, 52  # px
-LEVEL = 0.05
 STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #222 } .title { font-weight: 600 } .small { font-size: 11px; fill: #666 }
 .grid { stroke: #ddd } .zero { stroke: #555 } .interval { stroke-width: 2 } circle { stroke-width: 2 }

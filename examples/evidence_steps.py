@@ -77,8 +77,8 @@ def fitted(plan: Plan, part: str, seed: int, to: str = "", *told: str) -> Step:
 def mix_steps(plan: Plan, part: str) -> Iterator[Step]:
     """Yield for each seed a fit by evidence, each control by itself, and an evaluation on every side."""
     place, draw, compared = plan.output / part, plan.flags.draw, plan.flags.methods.split(",")
-    seeds = [int(seed) for seed in plan.flags.seeds.split(",")]  # no other draw has a row that any of them knows
-    write_mix(plan.data, place, MIXES[part], seeds, plan.flags.train, plan.flags.test, draw)
+    every_seed = plan.flags.seeds  # no other draw has a row that any of them knows
+    write_mix(plan.data, place, MIXES[part], every_seed, plan.flags.train, plan.flags.test, draw)
     for seed in plan.seeds:
         yield fitted(plan, part, seed)
         run = place / f"run-{seed}"

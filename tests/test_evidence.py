@@ -64,7 +64,7 @@ def plan(tmp_path, evidence, rows_module):
         (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = argparse.Namespace(train=24, test=12, model="tiny", answers=0, budget=6, pool=20, minutes=9.0)
-    flags.targets, flags.shots, flags.seeds, flags.draw = "svamp,piqa", "2,6", "0,1", 0
+    flags.targets, flags.shots, flags.seeds, flags.draw = "svamp,piqa", "2,6", [0, 1], 0
     flags.methods = ",".join(sys.modules["evidence_steps"].METHODS)
     patched = pytest.MonkeyPatch()
     patched.setattr(rows_module, "BANK_ROWS", 10)

@@ -112,16 +112,16 @@ class Calibration(NamedTuple):
         left = int(caution * len(familiarity) + ROUNDING)
         if float(self.inside.gain.double().sum()) <= 0 or left >= len(familiarity):
             return Limits(torch.inf, SUPPORT)
-        least, support = float(familiarity[left]), SUPPORT
+        least, asked = float(familiarity[left]), SUPPORT
         if len(outside.gain):
             harmed = outside.familiarity[outside.gain < -HARM]
             if len(harmed):
                 told = float((outside.familiarity >= least).float().mean()) <= WIDE
-                support = -torch.inf if told else SUPPORT
+                asked = -torch.inf if told else SUPPORT
                 least = (least + min(float(harmed.max()), least)) / 2
             else:
                 least = float(torch.cat([familiarity, outside.familiarity]).min())
-        return Limits(least, support)
+        return Limits(least, asked)
 
 
 class RefusalRouter(Wrapper):
