@@ -32,7 +32,7 @@ from coterie.methods.elrea.extras import EXTRAS
 from coterie.methods.elrea.fit import Prepared, fit_experts, prepare, work_of
 from coterie.methods.elrea.refusing import UNLIKE_ROWS
 from coterie.methods.elrea.run import ElreaRun, within_budget
-from coterie.methods.extras import load_extra, prepare_extras, read_losses
+from coterie.methods.extras import prepare_extras
 from coterie.mixture import Mixture
 from coterie.mixture.folder import MIXTURE_FILE, hash_mixture
 from coterie.progress import part, whole
@@ -121,7 +121,7 @@ def _choose(run: ElreaRun, settings: AutoSettings) -> Mixture:
     specs = {**EXTRAS, "judged": replace(EXTRAS["judged"], make=judge)}
     with part("judging"):
         prepare_extras(run, EXTRAS_USED, specs, in_run=True)
-    losses = read_losses(load_extra(run.mixture, "judged"))
+    losses = run.losses
     tried = {way.name: way for way in ways(run, losses, settings.caution)}
     candidates = [Candidate(way.name, way.cost, losses.mixture_nll(way.weights)) for way in tried.values()]
     choice = choose(candidates, losses.tokens)

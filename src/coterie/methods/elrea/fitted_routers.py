@@ -23,7 +23,7 @@ from coterie.methods.common import assign_folds
 from coterie.methods.elrea.cross_fit import cross_fit
 from coterie.methods.elrea.refusing import calibrated, seen_by, unlike_rows
 from coterie.methods.elrea.run import ElreaRun
-from coterie.methods.extras import TrainedExtra, load_extra, read_losses, write_losses
+from coterie.methods.extras import TrainedExtra, load_extra, write_losses
 from coterie.routers.base import Router
 from coterie.routers.centroid import CentroidRouter, centroids_by_best, centroids_of
 from coterie.routers.distilled import DistilledRouter, Learnt, distil, misplaced
@@ -34,7 +34,7 @@ from coterie.routers.refusal import RefusalRouter
 
 logger = logging.getLogger(__name__)
 
-JUDGED, HELD_OUT = "judged", "held-out.safetensors"
+HELD_OUT = "held-out.safetensors"
 
 
 def judged(run: ElreaRun, into: RunFolder, keep: Path | None = None) -> TrainedExtra:
@@ -68,8 +68,7 @@ def routing(run: ElreaRun, into: RunFolder) -> TrainedExtra:
 
 def refusing(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Calibrate a refusal around ELREA's own routing."""
-    router, other = run.router, unlike_rows(run)
-    losses = read_losses(load_extra(run.mixture, JUDGED))
+    router, losses, other = run.router, run.losses, unlike_rows(run)
     inside = (unseen_weights(run, elrea_of, losses), losses)
     outside = (weights_of(router, other.gradients, other.losses), other.losses)
     refusal = calibrated(router, seen_by(run), inside, outside)
@@ -158,8 +157,7 @@ def membership(run: ElreaRun, into: RunFolder) -> TrainedExtra:
 
 def performance(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Place centroids by who is best on training rows (RouterRetriever)."""
-    losses = read_losses(load_extra(run.mixture, JUDGED))
-    return TrainedExtra({}, performance_of(losses, run, torch.arange(len(run.labels))))
+    return TrainedExtra({}, performance_of(run.losses, run, torch.arange(len(run.labels))))
 
 
 def loss(run: ElreaRun, into: RunFolder) -> TrainedExtra:
@@ -212,7 +210,7 @@ def _by_loss(
     with_mlp: bool = False,
 ) -> TrainedExtra:
     """Fit to the best of several kinds of features, of training rows and unlike ones; `extractor` makes a kind's."""
-    losses, other = read_losses(load_extra(run.mixture, JUDGED)), unlike_rows(run).losses
+    losses, other = run.losses, unlike_rows(run).losses
     centred = [own - own.mean(dim=0) for own, _ in tried]
     fitted = fit_loss_router(centred, losses, seed=run.settings.seed, with_mlp=with_mlp)
     place, regression, penalty, sharpness = fitted.chosen
@@ -230,7 +228,7 @@ def _by_loss(
 
 def distilled(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Teach ELREA's own weights to a router that reads the states of the prefill, and tell how far they agree."""
-    losses, teacher, names = read_losses(load_extra(run.mixture, JUDGED)), run.router, run.mixture.bank.names
+    losses, teacher, names = run.losses, run.router, run.mixture.bank.names
     wanted = teacher.weigh(run.features).normalized().aligned(names).weights
     layers, states, seed = candidate_layers(run.mixture.backbone), _states(run), run.settings.seed
     learnt = {

@@ -13,10 +13,11 @@ from coterie.data.spooled import Chosen
 from coterie.errors import CoterieError
 from coterie.features.gradient import read_features
 from coterie.methods.common import IN_MEMORY, hash_examples
-from coterie.methods.extras import FittedRun
+from coterie.methods.extras import FittedRun, load_extra, read_losses
 from coterie.records.mixture import TrainingRow
 from coterie.records.schema import read_rows
 from coterie.routers.centroid import CentroidRouter
+from coterie.routers.loss import CrossFitLosses
 from coterie.settings.auto import AutoSettings
 from coterie.settings.commands import ElreaSettings
 
@@ -61,6 +62,15 @@ class ElreaRun(FittedRun[ElreaSettings]):
         router = self.mixture.named_router("gradient-centroids")
         assert isinstance(router, CentroidRouter)
         return router
+
+    @property
+    def losses(self) -> CrossFitLosses:
+        """The experts' losses on the training rows, by copies that were not trained on them.
+
+        Raises:
+            CoterieError: when the experts were not judged yet, or the files are broken.
+        """
+        return read_losses(load_extra(self.mixture, "judged"))
 
     @cached_property
     def row_count(self) -> int:

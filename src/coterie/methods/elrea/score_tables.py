@@ -10,9 +10,8 @@ from torch import Tensor
 
 from coterie.artifacts import RunFolder
 from coterie.features.growing_text import FeatureExtractor
-from coterie.methods.elrea.fitted_routers import JUDGED
 from coterie.methods.elrea.run import ElreaRun
-from coterie.methods.extras import TrainedExtra, load_extra, read_losses
+from coterie.methods.extras import TrainedExtra
 from coterie.routers.base import Router
 from coterie.routers.centroid import centroids_of
 from coterie.routers.feature import embedding_extractor
@@ -75,12 +74,12 @@ def _kmeans(features: Float[Tensor, "row dimension"], count: int, seed: int) -> 
 
 def avengers(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Score the experts on clusters of sentence embeddings."""
-    return _of_all_rows(run, partial(avengers_of, _embedded(run), read_losses(load_extra(run.mixture, JUDGED))))
+    return _of_all_rows(run, partial(avengers_of, _embedded(run), run.losses))
 
 
 def lorauter(run: ElreaRun, into: RunFolder) -> TrainedExtra:
     """Score the experts on the rows of every source."""
-    return _of_all_rows(run, partial(lorauter_of, _embedded(run), read_losses(load_extra(run.mixture, JUDGED))))
+    return _of_all_rows(run, partial(lorauter_of, _embedded(run), run.losses))
 
 
 def ariadne(run: ElreaRun, into: RunFolder) -> TrainedExtra:
