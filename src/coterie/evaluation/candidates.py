@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from coterie.evaluation.choice import chance
 from coterie.experts.names import BASE
 from coterie.methods.elrea import fitted_routers, refusing
 from coterie.methods.elrea.fitted_routers import HeldOut, unseen_weights
@@ -16,7 +15,6 @@ from coterie.methods.elrea.refusing import UnlikeRows
 from coterie.methods.elrea.run import ElreaRun
 from coterie.methods.elrea.score_tables import Described, ariadne_of, avengers_of, lorauter_of
 from coterie.methods.extras import load_extra
-from coterie.records.evaluation import LEVEL
 from coterie.routers.base import Router, Routing
 from coterie.routers.derived import keep_top
 from coterie.routers.fixed import FixedRouter, one_hot, uniform
@@ -54,17 +52,11 @@ class _Tried(NamedTuple):
 
 
 def ways(run: ElreaRun, losses: CrossFitLosses, caution: float) -> Iterator[Way]:
-    """Yield all candidates, the base adapter first; those that look at prompts refuse unfamiliar ones.
-
-    The single best expert looks at none, unless it is significantly worse than the base adapter on unlike rows.
-    """
+    """Yield all candidates, the base adapter first; all others refuse, the single best expert too."""
     names, unlike, seen = losses.experts, refusing.unlike_rows(run), refusing.seen_by(run)
     alone = one_hot(BASE, names)
     yield Way(BASE, alone, _same(alone, len(losses.nll)), 1.0)
     for name, (router, read, inside, outside) in _tried(run, losses, unlike).items():
-        if name == SINGLE and not _harms(outside.aligned(names).weights, unlike.losses):
-            yield Way(name, router, inside, 1.0)
-            continue
         tops = () if name in ("uniform", "ariadne", SINGLE) else (k for k in TOPS if k < len(outside.experts))
         for top in (None, *tops):
             cut, own, outer = router, inside, outside.normalized()
@@ -115,12 +107,6 @@ def _tried(run: ElreaRun, losses: CrossFitLosses, unlike: UnlikeRows) -> dict[st
     found["elrea"] = fitted(run.router, gradients, fitted_routers.elrea_of, run.features)
     found["loss"] = regressed("loss", gradients, fitted_routers.held_out(run, "loss"))
     return found
-
-
-def _harms(weights: Float[Tensor, "row expert"], losses: CrossFitLosses) -> bool:
-    """Tell whether a mixture is significantly worse than the base adapter on rows."""
-    mixed, base = losses.mixture_nll(weights), losses.nll[:, losses.experts.index(BASE)]
-    return losses.mean(mixed) > losses.mean(base) and chance(mixed, base, losses.tokens) < LEVEL
 
 
 def _same(router: FixedRouter, count: int) -> Float[Tensor, "row expert"]:
