@@ -22,7 +22,7 @@ from coterie.methods.elrea import fit, refusing
 from coterie.methods.elrea.extras import EXTRAS
 from coterie.methods.elrea.refusing import FEATURES, unlike_rows
 from coterie.methods.elrea.run import ElreaRun, within_budget
-from coterie.methods.extras import load_extra, prepare_extras, read_losses
+from coterie.methods.extras import load_extra, prepare_extras
 from coterie.methods.registry import make_grid
 from coterie.mixture import Mixture
 from coterie.records.auto import AutoRecord
@@ -66,7 +66,7 @@ def test_what_was_chosen_is_written_with_its_reasons_and_the_mixture_does_it(fol
 def test_what_is_chosen_is_what_the_losses_say(folder, opened):
     """The record's losses are those of the mixtures that the candidates' weights make of the judged experts."""
     record = AutoRecord.model_validate(json.loads((folder / "auto.json").read_text()))
-    losses = read_losses(load_extra(opened.mixture, "judged"))
+    losses = opened.losses
     ways = list(candidates.ways(opened, losses, 0.1))
     again = choose([Candidate(w.name, w.cost, losses.mixture_nll(w.weights)) for w in ways], losses.tokens)
     assert record.outweighed or again.chosen == record.chosen
@@ -91,7 +91,7 @@ def test_where_one_expert_is_the_best_everywhere_it_is_not_asked_for_its_two_lar
         return found
 
     monkeypatch.setattr(candidates, "_trained", trained)
-    losses = read_losses(load_extra(opened.mixture, "judged"))
+    losses = opened.losses
     names = {way.name for way in candidates.ways(opened, losses, 0.1)}
     assert "performance" in names and not {"performance:top_k=1", "performance:top_k=2"} & names
     assert {"elrea:top_k=1", "elrea:top_k=2"} <= names
@@ -173,7 +173,7 @@ def test_logits_which_run_a_row_for_each_expert_are_taken_where_the_layers_lose_
     opened, monkeypatch, more, combiner
 ):
     """Every row gains 0.2 nats a token in the layers, and more in the logits: the difference is always significant."""
-    losses = read_losses(load_extra(opened.mixture, "judged"))
+    losses = opened.losses
     base = losses.nll[:, losses.experts.index(BASE)]
     tried = {way.name: way for way in candidates.ways(opened, losses, 0.1)}
     gains = {"layers": 0.2, "logits": 0.2 + more}
@@ -285,8 +285,7 @@ def test_prompts_are_compared_with_unlike_rows_that_are_given_and_not_with_those
     seen = unlike_rows(run)
     assert torch.equal(seen.crossing_kinds, crossing)
     torch.testing.assert_close(made["loss"].router.familiarity.strangers, torch.cat([crossing, seen.kinds]))
-    losses = read_losses(load_extra(mixture, "judged"))
-    wrapped = [way.router for way in candidates.ways(run, losses, 0.1) if isinstance(way.router, RefusalRouter)]
+    wrapped = [way.router for way in candidates.ways(run, run.losses, 0.1) if isinstance(way.router, RefusalRouter)]
     for router in (*wrapped, *(made[name].router for name in ("loss", "prefill"))):
         assert len(router.familiarity.strangers) == len(crossing) + 36 == 36 + 36
 

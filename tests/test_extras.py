@@ -30,7 +30,7 @@ from coterie.methods.elrea.cross_fit import even_pairs
 from coterie.methods.elrea.extras import EXTRAS
 from coterie.methods.elrea.methods import FAMILY
 from coterie.methods.elrea.run import ElreaRun
-from coterie.methods.extras import extra_folder, load_extra, prepare_extras, read_losses
+from coterie.methods.extras import extra_folder, load_extra, prepare_extras
 from coterie.methods.registry import load_grid, make_grid, train_extras
 from coterie.mixture import Mixture
 from coterie.routers.base import Gates, Routing
@@ -88,7 +88,7 @@ def test_seeds_give_other_adapters_on_the_same_rows(grid):
 def test_the_judgement_is_what_scoring_the_folds_own_copies_gives(grid_folder):
     """All folds once more by hand: the copies are trained again with the same seeds, then scored one by one."""
     run = opened(grid_folder)
-    found = read_losses(load_extra(run.mixture, "judged"))
+    found = run.losses
     folds = assign_folds(run.labels, run.extras.judge_folds, FIT.get("seed", 0))
     assert found.experts == run.mixture.bank.names
     assert found.tokens.tolist() == [float(sum(row.is_response)) for row in run.kept.rows]
