@@ -169,3 +169,8 @@ def refused(result: tuple[int, str, str], *patterns: str) -> None:
     assert "Traceback" not in err
     for pattern in patterns:
         assert re.search(pattern, lines[0]), lines[0]
+
+
+def pairs_that_gain_nothing(nll: torch.Tensor) -> torch.Tensor:
+    """Losses of all even pairs of experts, where mixing two gains nothing over the mean of theirs."""
+    return (nll[:, :, None] + nll[:, None, :]) / 2

@@ -22,7 +22,7 @@ from coterie.routers.fixed import FixedRouter, OracleRouter, SourceRouter
 from coterie.routers.gate import read_gates
 from coterie.routers.loss import CrossFitLosses, LossRouter, Mlp, Ridge, fit_loss_router, fit_mlps, predict, weigh
 from coterie.routers.table import load_router
-from helpers import normal
+from helpers import normal, pairs_that_gain_nothing
 
 EXPERTS = ("base", "law", "maths")
 
@@ -33,7 +33,7 @@ def described(features: torch.Tensor) -> FeatureExtractor:
 
 def judgement(nll: torch.Tensor, gap: float = 0.0, tokens: torch.Tensor | None = None) -> CrossFitLosses:
     """Losses of single experts, and even pairs that lie `gap` below the mean of the two."""
-    pairs = (nll[:, :, None] + nll[:, None, :]) / 2 - gap * (1 - torch.eye(nll.shape[1]))
+    pairs = pairs_that_gain_nothing(nll) - gap * (1 - torch.eye(nll.shape[1]))
     return CrossFitLosses(EXPERTS, nll, pairs, torch.ones(len(nll)) if tokens is None else tokens)
 
 
@@ -182,7 +182,7 @@ def noise(rows: int = 60) -> CrossFitLosses:
     """Losses of experts of which none is better than another but by chance, whatever the row."""
     nll = 2 + normal(rows, 4, seed=8)
     names = ("base", "cluster-0", "cluster-1", "cluster-2")
-    return CrossFitLosses(names, nll, (nll[:, :, None] + nll[:, None, :]) / 2, torch.ones(rows))
+    return CrossFitLosses(names, nll, pairs_that_gain_nothing(nll), torch.ones(rows))
 
 
 def test_a_router_that_saw_a_rows_losses_gains_by_noise_and_its_unseen_weights_do_not():

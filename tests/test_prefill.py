@@ -18,7 +18,7 @@ from coterie.routers.base import Router, Routing
 from coterie.routers.distilled import DistilledRouter, ErrorCurve, Learnt, distil, misplaced
 from coterie.routers.familiarity import Familiarity
 from coterie.routers.loss import CrossFitLosses, LossRouter, Ridge
-from helpers import normal
+from helpers import normal, pairs_that_gain_nothing
 
 QUESTIONS = load_examples(tiny.make_rows(5, seed=3))
 
@@ -167,7 +167,7 @@ def test_agreement_is_told_as_top_1_rank_correlation_weight_and_loss():
     wanted = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.3, 0.5]])
     pupil = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3]])
     nll = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
-    losses = CrossFitLosses(("a", "b", "c"), nll, (nll[:, :, None] + nll[:, None, :]) / 2, torch.tensor([3.0, 1.0]))
+    losses = CrossFitLosses(("a", "b", "c"), nll, pairs_that_gain_nothing(nll), torch.tensor([3.0, 1.0]))
     learnt = Learnt(
         Ridge(torch.zeros(3, 1), torch.zeros(3)),
         Familiarity(torch.ones(1, 1), torch.ones(1)),

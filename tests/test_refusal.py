@@ -24,7 +24,7 @@ from coterie.routers.loss import CrossFitLosses
 from coterie.routers.refusal import Calibration, Observed, RefusalRouter, support
 from coterie.routers.table import load_router
 from coterie.routers.token import TokenLevel
-from helpers import normal
+from helpers import normal, pairs_that_gain_nothing
 
 PROMPT = TokenRow((1,), 1, (False,), (True,))
 NOTHING = Observed(torch.zeros(0), torch.zeros(0))
@@ -111,9 +111,7 @@ ALL = torch.ones(1, 3, dtype=torch.bool)
 def losses(*rows: tuple[float, float, float], tokens: float = 1.0) -> CrossFitLosses:
     """Losses of the base adapter and of experts `a` and `b`, in whose mixtures nothing is gained beside the mean."""
     nll = torch.tensor(rows)
-    return CrossFitLosses(
-        ("base", "a", "b"), nll, (nll[:, :, None] + nll[:, None, :]) / 2, torch.full((len(rows),), tokens)
-    )
+    return CrossFitLosses(("base", "a", "b"), nll, pairs_that_gain_nothing(nll), torch.full((len(rows),), tokens))
 
 
 NEAR = losses((2.0, 1.0, 2.5), (2.0, 1.5, 2.0), (2.0, 1.9, 4.0))

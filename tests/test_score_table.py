@@ -6,13 +6,13 @@ import torch
 from coterie.features.growing_text import FeatureExtractor
 from coterie.routers.loss import CrossFitLosses
 from coterie.routers.score_table import Pieces, ScoreTableRouter, fit_table
-from helpers import normal
+from helpers import normal, pairs_that_gain_nothing
 
 EXPERTS = ("base", "law", "maths")
 
 
 def judged(nll: torch.Tensor, tokens: torch.Tensor | None = None) -> CrossFitLosses:
-    pairs = (nll[:, :, None] + nll[:, None, :]) / 2
+    pairs = pairs_that_gain_nothing(nll)
     return CrossFitLosses(EXPERTS, nll, pairs, torch.ones(len(nll)) if tokens is None else tokens)
 
 
